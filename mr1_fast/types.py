@@ -1,0 +1,117 @@
+"""The dataclasses that pass between stages.
+
+    tasks ──Example──▶ rollout ──Rollout──▶ rewards ──(B,G)──▶ advantages ──(B,G)──▶ packing ──PackedBatch──▶ model ──▶ loss
+
+Letters used in every shape: B prompts, G completions per prompt, S sequences in a pack, T packed tokens,
+N rows that carry loss, I images, P image patches, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+
+@dataclass
+class Example:
+    """One task item, as drawn or as loaded.
+
+    >>> Example(problem="How many items are there in the image?", images=(scene,), solution="3")  # doctest: +SKIP
+    """
+
+    problem: str
+    """The question as the user would ask it, without the prompt suffix."""
+    images: tuple[Image.Image, ...]
+    """RGB images, shown before the question; may be empty."""
+    solution: str
+    """The bare answer text, for example `3` or `145°` (no answer tags)."""
+    thinking: str = ""
+    """A worked solution for supervised training; empty where there is none."""
+    key: str = ""
+    """What identifies the item: its parameters if drawn, its row or image path if loaded."""
+
+
+@dataclass
+class Prompt:
+    """An Example as the model sees it, on the CPU; L is its length in tokens.
+
+    A prompt with one 84×84 image has 36 patches, merged 2×2 into 9 `<|image_pad|>` tokens.
+    """
+
+    input_ids: torch.Tensor
+    """(L,) int64."""
+    position_ids: torch.Tensor
+    """(3, L) int64: temporal, height and width positions of M-RoPE."""
+    next_position: int
+    """Where a completion continues, in all three axes: the largest position + 1."""
+    pixel_values: torch.Tensor | None = None
+    """(P, 3·2·14·14) float32 patches of all the prompt's images, or None."""
+    image_grid_thw: torch.Tensor | None = None
+    """(I, 3) int64: patches along time, height and width of each image, or None."""
+
+
+@dataclass
+class Rollout:
+    """B prompts and G sampled completions of each; completion i belongs to prompt i // G."""
+
+    examples: list[Example]
+    """B examples."""
+    prompts: list[Prompt]
+    """B prompts."""
+    completions: list[torch.Tensor]
+    """B·G int64 tensors of token ids, each ending with EOS unless it was cut at the length limit; may be empty."""
+    texts: list[str]
+    """B·G decoded completions, without special tokens."""
+    finished: list[bool]
+    """B·G: whether the completion ended by itself."""
+    num_generations: int = 1
+    """G."""
+
+
+@dataclass
+class PackedBatch:
+    """S sequences (prompt + completion) laid end to end in one row of T tokens, without padding.
+
+    Row n of the loss is packed token `loss_rows[n]`: its hidden state predicts `targets[n]`. Prompt and image
+    tokens never reach the LM head.
+
+    Two sequences `p p i | a b` and `p p i | c` (p text, i image token, a b c completions) pack to
+    input_ids = p p i a b p p i c, cu_seqlens = 0 5 9, loss_rows = 2 3 7, targets = a b c,
+    loss_cu_seqlens = 0 2 3, image_rows = 2 7, feature_rows = 0 0.
+    """
+
+    input_ids: torch.Tensor
+    """(T,) int64."""
+    position_ids: torch.Tensor
+    """(3, T) int64; restarts with every sequence."""
+    cu_seqlens: torch.Tensor
+    """(S+1,) int32: sequence s is tokens cu_seqlens[s] … cu_seqlens[s+1]."""
+    max_seqlen: int
+    """The longest sequence, in tokens."""
+    loss_rows: torch.Tensor
+    """(N,) int64: packed positions whose next token is a completion token."""
+    targets: torch.Tensor
+    """(N,) int64: those next tokens."""
+    loss_cu_seqlens: torch.Tensor
+    """(S+1,) int32: rows loss_cu_seqlens[s] … loss_cu_seqlens[s+1] belong to sequence s."""
+    sequence_ids: list[int]
+    """S: which completion of the rollout each sequence is."""
+    image_rows: torch.Tensor
+    """(M,) int64: packed positions of image tokens."""
+    feature_rows: torch.Tensor
+    """(M,) int64: the image feature each takes, so that a prompt's image is encoded once for all its completions."""
+    pixel_values: torch.Tensor | None = None
+    """(P, 3·2·14·14) float32 patches of the distinct images, or None."""
+    image_grid_thw: torch.Tensor | None = None
+    """(I, 3) int64, or None."""
+    row_data: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Per-row float32 tensors (N,) that the loss reads: advantages, token_weights, ref_logp, old_logp."""
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+        }
+        moved["row_data"] = {name: value.to(device, non_blocking=True) for name, value in self.row_data.items()}
+        return PackedBatch(**moved)
