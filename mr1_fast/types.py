@@ -1,6 +1,6 @@
 """The dataclasses that pass between stages.
 
-    tasks ──Example──▶ rollout ──Rollout──▶ rewards ──(B,G)──▶ advantages ──(B,G)──▶ packing ──PackedBatch──▶ model ──▶ loss
+    tasks ─Example▶ rollout ─Rollout▶ rewards ─(B,G)▶ advantages ─(B,G)▶ packing ─PackedBatch▶ model ─logp (N,)▶ loss
 
 Letters used in every shape: B prompts, G completions per prompt, S sequences in a pack, T packed tokens,
 N rows that carry loss, I images, P image patches, D hidden size, V vocabulary.
@@ -48,6 +48,8 @@ class Prompt:
     """(P, 3·2·14·14) float32 patches of all the prompt's images, or None."""
     image_grid_thw: torch.Tensor | None = None
     """(I, 3) int64: patches along time, height and width of each image, or None."""
+    num_image_tokens: int = 0
+    """How many of the L tokens are image tokens; each takes one merged image feature."""
 
 
 @dataclass
@@ -77,7 +79,7 @@ class PackedBatch:
 
     Two sequences `p p i | a b` and `p p i | c` (p text, i image token, a b c completions) pack to
     input_ids = p p i a b p p i c, cu_seqlens = 0 5 9, loss_rows = 2 3 7, targets = a b c,
-    loss_cu_seqlens = 0 2 3, image_rows = 2 7, feature_rows = 0 0.
+    loss_cu_seqlens = 0 2 3, feature_rows = 0 0 if both completions belong to one prompt.
     """
 
     input_ids: torch.Tensor
@@ -96,10 +98,9 @@ class PackedBatch:
     """(S+1,) int32: rows loss_cu_seqlens[s] … loss_cu_seqlens[s+1] belong to sequence s."""
     sequence_ids: list[int]
     """S: which completion of the rollout each sequence is."""
-    image_rows: torch.Tensor
-    """(M,) int64: packed positions of image tokens."""
-    feature_rows: torch.Tensor
-    """(M,) int64: the image feature each takes, so that a prompt's image is encoded once for all its completions."""
+    feature_rows: torch.Tensor | None = None
+    """(M,) int64, or None without images: the image feature that the m-th image token takes, so that a prompt's
+    image is encoded once for all its completions."""
     pixel_values: torch.Tensor | None = None
     """(P, 3·2·14·14) float32 patches of the distinct images, or None."""
     image_grid_thw: torch.Tensor | None = None

@@ -1,0 +1,290 @@
+"""Every setting, its default and its help text; YAML recipes and command-line flags are read into these classes.
+
+A value is looked up in this order: command-line flag, YAML file (`--config`), preset of the task, profile of the
+model (the tiny one) and algorithm, the defaults below (R1-V's, which the paper inherits).
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from .errors import UserError
+from .kl_schedule import DynamicKL
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+Config = TypeVar("Config")
+
+PRESETS = {
+    "counting": dict(beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta=0.04, format_weight=1.0),
+    "geometry": dict(beta_min=0.0, beta_max=0.02, explore_fraction=0.3, beta=0.01, format_weight=1.0),
+}
+"""The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
+
+TINY = dict(
+    max_new_tokens=24,
+    learning_rate=3e-4,
+    lr_schedule="constant",
+    warmup_fraction=0.05,
+    steps=100,
+    tokens_per_microbatch=16_384,
+    save_every=25,
+    eval_samples=400,
+)
+"""Profile of the built-in tiny model, which learns in a minute on a CPU."""
+
+SFT = dict(learning_rate=2e-5, lr_schedule="cosine", warmup_fraction=0.1)
+"""R1-V's settings for supervised fine-tuning."""
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is held in memory."""
+
+    model: str = "tiny"
+    """`tiny` (built in), a local folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    lora: bool = False
+    """Train LoRA adapters on every linear layer of the language model instead of all weights (needs peft)."""
+    lora_rank: int = 32
+    """Rank of the adapters; their scale alpha is twice the rank."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (nf4; needs bitsandbytes, and --lora)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and matrix products; auto is bfloat16 on CUDA and float32 on CPU."""
+    device: str = "auto"
+    """Where the model lives; auto is cuda where there is one, else cpu."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass instead of storing them."""
+    max_prompt_tokens: int = 1024
+    """Longest allowed prompt, in text and image tokens; a longer one is an error, never cut."""
+    max_pixels: int = 401_408
+    """Largest allowed image, width × height (401,408 pixels are 512 image tokens)."""
+    shrink_images: bool = False
+    """Scale larger images down to max_pixels instead of refusing them."""
+
+
+@dataclass
+class TaskConfig:
+    """What is asked."""
+
+    task: str = "counting"
+    """counting or geometry: how outputs are judged, and what is drawn."""
+    data: str = "drawn"
+    """`drawn`, or a hub name, folder, parquet or jsonl file with columns image, problem, solution (SFT: thinking)."""
+    image_root: str | None = None
+    """Folder that relative image paths in the data start from."""
+    difficulty: int = 1
+    """Difficulty of drawn items: 1 (easiest) and up."""
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are sampled."""
+
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities of the loss use the same."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens with this much probability."""
+
+
+@dataclass
+class RewardConfig:
+    """What is rewarded: accuracy + format_weight · format + extra rewards."""
+
+    format_weight: float = 1.0
+    """α, the weight of the format reward."""
+    extra_rewards: dict[str, float] = field(default_factory=dict)
+    """Weights of further registered rewards by name, for example '{"brief": 0.1}'."""
+    plugin: str | None = None
+    """Python file with your own @reward functions."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """How the policy is updated."""
+
+    algo: Literal["grpo-d", "grpo", "sft"] = "grpo-d"
+    """GRPO with the β schedule, GRPO with constant β, or supervised fine-tuning."""
+    preset: Literal["auto", "counting", "geometry"] = "auto"
+    """The paper's β_min, β_max, w/t, β and α for a task; auto is the task's own."""
+    num_generations: int = 8
+    """G, completions sampled per prompt."""
+    beta_min: float = 0.04
+    """grpo-d: lowest KL weight, reached after the exploration steps."""
+    beta_max: float = 0.1
+    """grpo-d: KL weight at the end; training starts at the mean of both."""
+    explore_fraction: float = 0.3
+    """grpo-d: w/t, the share of the steps in which β falls."""
+    beta: float = 0.04
+    """grpo: the constant KL weight."""
+    clip_low: float = 0.2
+    """The ratio π/π_old is clipped below 1 − clip_low."""
+    clip_high: float = 0.2
+    """The ratio π/π_old is clipped above 1 + clip_high."""
+    updates_per_batch: int = 1
+    """μ, optimizer steps on each batch of completions."""
+
+
+@dataclass
+class OptimizerConfig:
+    """How long, how much at once, and how fast."""
+
+    steps: int = 500
+    """Batches of prompts to train on."""
+    prompts_per_step: int = 16
+    """Prompts in a batch (R1-V: 1 per GPU × 2 accumulated × 8 GPUs)."""
+    train_samples: int | None = None
+    """Train on this many samples only, reshuffled every epoch (the paper's few-shot counting uses 100)."""
+    tokens_per_microbatch: int = 4096
+    """Tokens in one forward and backward; gradients accumulate over as many as a batch needs."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """PyTorch's AdamW, or bitsandbytes' with 8-bit states."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warm-up: constant, or a decay to 0 at the last step."""
+    warmup_fraction: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass
+class RunConfig:
+    """Where the run writes, and how often."""
+
+    output: str | None = None
+    """Run folder; must be new. Default: runs/<time>-<task>-<algo>-seed<seed>."""
+    resume: str | None = None
+    """Run folder to continue from its last checkpoint, with its own config.yaml."""
+    seed: int = 0
+    """Everything random derives from it: same seed, same numbers on the same machine."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 keeps none."""
+    eval_samples: int = 200
+    """Held-out items evaluated before and after training; 0 skips evaluation."""
+    eval_data: str | None = None
+    """Held-out data; default: the test split of --data."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Loggers to write besides metrics.jsonl, for example '[tensorboard]'."""
+
+
+@dataclass
+class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, SamplingConfig, TaskConfig, ModelConfig):
+    """All settings of `python -m mr1_fast.train`."""
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run: the t of the β schedule."""
+        return self.steps * self.updates_per_batch
+
+    def kl_schedule(self) -> DynamicKL:
+        """β as a function of the optimizer step; constant for `grpo`."""
+        low, high = (self.beta_min, self.beta_max) if self.algo == "grpo-d" else (self.beta, self.beta)
+        return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction)
+
+    def check(self) -> None:
+        """Raise UserError for values that no run could mean."""
+        positive = ["steps", "prompts_per_step", "tokens_per_microbatch", "max_new_tokens", "updates_per_batch"]
+        positive += ["max_pixels", "max_prompt_tokens", "lora_rank", "learning_rate", "max_grad_norm", "temperature"]
+        not_negative = ["seed", "save_every", "eval_samples", "weight_decay", "clip_low", "clip_high"]
+        for name, value in vars(self).items():
+            if name in positive and value <= 0:
+                raise UserError(f"{name} is {value}, but must be greater than 0.")
+            if name in not_negative and value < 0:
+                raise UserError(f"{name} is {value}, but must not be negative.")
+        if self.algo != "sft" and self.num_generations < 2:
+            raise UserError(f"num_generations is {self.num_generations}, but a group needs at least 2 completions.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}, but must lie in (0, 1].")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
+        if self.load_in_4bit and not self.lora:
+            raise UserError("load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora.")
+        try:
+            self.kl_schedule()
+        except ValueError as error:
+            raise UserError(f"the KL schedule is impossible: {error}.") from error
+
+
+def parse_train_config(argv: list[str]) -> TrainConfig:
+    """The settings of a training run from command-line arguments; UserError for a bad one."""
+    resume = _flag_value(argv, "--resume")
+    if resume is not None:
+        saved = Path(resume) / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"resume is {resume}, but there is no {saved}: name the folder of an earlier run.")
+        argv = ["--config", str(saved), *argv, "--output", resume]
+    config = parse_config(TrainConfig, argv, prog="python -m mr1_fast.train", profile=_profile)
+    config.check()
+    return config
+
+
+def parse_config(cls: type[Config], argv: list[str], prog: str, profile=None) -> Config:
+    """An instance of the dataclass `cls` from flags and `--config` files; `profile(parsed)` gives further defaults."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=cls.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(cls)
+    argv = _normalised(argv, cls)
+    try:
+        parsed = parser.parse_args(argv)
+        if profile is not None:
+            parser.set_defaults(profile(parsed))
+            parsed = parser.parse_args(argv)
+    except (ArgumentError, TypeError) as error:
+        reason = " ".join(str(error).replace("Parser key", "setting").split())
+        raise UserError(f"{reason.rstrip('.')}: see {prog} --help.") from error
+    return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})
+
+
+def write_config(config: object, path: Path) -> None:
+    """Write the settings as YAML that `--config` reads back."""
+    values = {name: value for name, value in vars(config).items() if name != "resume"}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def cache_folder() -> Path:
+    """Where the tiny model's supervised start is kept: $MR1_FAST_CACHE, or mr1_fast under the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")
+
+
+def _profile(parsed) -> dict:
+    preset = parsed.task if parsed.preset == "auto" else parsed.preset
+    defaults = dict(PRESETS.get(preset, {}))
+    if parsed.algo == "sft":
+        defaults |= SFT
+    if parsed.model == "tiny":
+        defaults |= TINY
+    return defaults
+
+
+def _normalised(argv: list[str], cls: type) -> list[str]:
+    """`--load-in-4bit` as `--load_in_4bit true`: dashes are as good as underscores, and a bare switch means true."""
+    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type is bool}
+    result = []
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        result.append(word)
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        if word in switches and following.lower() not in ("true", "false"):
+            result.append("true")
+    return result
+
+
+def _flag_value(argv: list[str], flag: str) -> str | None:
+    for position, word in enumerate(argv):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and position + 1 < len(argv):
+            return argv[position + 1]
+    return None

@@ -1,0 +1,1 @@
+"""One file per kernel: what is fused, the reference, the kernels, their launchers, the public function."""

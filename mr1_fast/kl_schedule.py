@@ -1,0 +1,52 @@
+"""The D of GRPO-D: the KL weight β as a function of the optimizer step (OThink-MR1, arXiv 2503.16081)."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+
+@dataclass(frozen=True)
+class DynamicKL:
+    """β(s) falls from (β_min+β_max)/2 to β_min over the first `explore_fraction` of training, then rises to β_max.
+
+    With w = explore_fraction·t exploration steps of t total steps and β_mid = (β_min + β_max)/2:
+
+        β(s) = β_mid − (β_mid − β_min)·s/w               for s ≤ w
+        β(s) = β_min + (β_max − β_min)·(s − w)/(t − w)   for w < s ≤ t
+
+    The paper uses w/t = 0.3, with (β_min, β_max) = (0.04, 0.1) for counting and (0, 0.02) for geometry.
+    Steps beyond t keep β_max. With β_min = β_max the weight is constant: plain GRPO.
+
+    Raises ValueError for a negative or non-finite β, β_min > β_max, total_steps < 1, or a fraction outside [0, 1].
+
+    >>> schedule = DynamicKL(beta_min=0.04, beta_max=0.1, total_steps=100)
+    >>> [round(schedule(step), 3) for step in (0, 15, 30, 65, 100)]
+    [0.07, 0.055, 0.04, 0.07, 0.1]
+    """
+
+    beta_min: float
+    beta_max: float
+    total_steps: int
+    explore_fraction: float = 0.3
+
+    def __post_init__(self):
+        if not (isfinite(self.beta_min) and isfinite(self.beta_max) and 0 <= self.beta_min <= self.beta_max):
+            raise ValueError(f"need 0 <= beta_min <= beta_max, got beta_min={self.beta_min}, beta_max={self.beta_max}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if not 0 <= self.explore_fraction <= 1:
+            raise ValueError(f"explore_fraction must lie in [0, 1], got {self.explore_fraction}")
+
+    def __call__(self, step: int) -> float:
+        """β at optimizer step `step` ≥ 0 (steps completed so far)."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        explore_steps = self.explore_fraction * self.total_steps
+        step = min(step, self.total_steps)
+        if step <= explore_steps and explore_steps > 0:
+            beta_mid = (self.beta_min + self.beta_max) / 2
+            return beta_mid - (beta_mid - self.beta_min) * step / explore_steps
+        if step == explore_steps:  # explore_fraction = 0: training starts at β_min
+            return self.beta_min
+        return self.beta_min + (self.beta_max - self.beta_min) * (step - explore_steps) / (
+            self.total_steps - explore_steps
+        )

@@ -1,0 +1,146 @@
+"""What a run writes and shows: its folder, metrics.jsonl, completions.jsonl, the live line, and optional loggers."""
+
+import json
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .config import TrainConfig, write_config
+from .errors import UserError
+from .types import Rollout
+
+
+class RunLog:
+    """The run folder and everything that is reported per step.
+
+    A resumed run drops the lines of steps that come after its checkpoint and writes them again.
+    """
+
+    LIVE = ("reward", "accuracy", "kl", "beta", "completion_length")
+
+    def __init__(self, config: TrainConfig):
+        self.folder = run_folder(config)
+        self.resuming = config.resume is not None
+        if not self.resuming and self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"output {self.folder} is not empty: choose a new folder, or continue it with --resume.")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.folder / "config.yaml")
+        except OSError as error:
+            raise UserError(f"output {self.folder} cannot be written ({error.strerror}): choose another.") from error
+        self.total = config.steps
+        self.loggers = [_LOGGERS[name](self.folder, config) for name in config.loggers]
+        self.bar: tqdm | None = None
+
+    def start(self, step: int) -> None:
+        """Begin, or go on, after `step` finished steps."""
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            _keep_lines_before(self.folder / name, step)
+        self.bar = tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of finished step `step` (from 0)."""
+        _append(self.folder / "metrics.jsonl", {"step": step, **metrics})
+        for logger in self.loggers:
+            logger.log(metrics, step)
+        live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics] or [
+            f"loss {metrics['loss']:.4f}"
+        ]
+        self.bar.set_postfix_str(" · ".join(live), refresh=False)
+        self.bar.update()
+
+    def completions(self, step: int, rollout: Rollout, parts: dict[str, list[float]], rewards) -> None:
+        """Record every sampled completion of the step with its rewards, one line a prompt."""
+        size = rollout.num_generations
+        for row, example in enumerate(rollout.examples):
+            samples = [
+                {
+                    "text": rollout.texts[i],
+                    "reward": float(rewards[row, i - row * size]),
+                    **{name: values[i] for name, values in parts.items()},
+                    "finished": rollout.finished[i],
+                }
+                for i in range(row * size, (row + 1) * size)
+            ]
+            record = {"step": step, "key": example.key, "problem": example.problem, "solution": example.solution}
+            _append(self.folder / "completions.jsonl", {**record, "completions": samples})
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        """End the progress bar and the loggers."""
+        if self.bar is not None:
+            self.bar.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where the run writes."""
+    if config.output is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
+    return Path(config.output)
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard, under <run>/tensorboard."""
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("loggers has tensorboard, which is not installed: pip install tensorboard.") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record one step."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self.writer.close()
+
+
+class WandbLogger:
+    """Scalars for Weights & Biases; offline unless you are logged in."""
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("loggers has wandb, which is not installed: pip install wandb.") from error
+        self.run = wandb.init(
+            project="mr1_fast", name=folder.name, dir=str(folder), config=vars(config), resume="allow"
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record one step."""
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+_LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+
+
+def _append(path: Path, record: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _keep_lines_before(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A killed run may have left half a line at the end.
+    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(whole), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,153 @@
+"""Loading a policy: the built-in tiny model, a local folder or a hub name; whole, with LoRA, or in 4 bits."""
+
+import copy
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..loss import linear_token_logprobs
+from ..types import PackedBatch
+from .attention import use_packed_attention
+from .forward import base_model, lm_head_weight, packed_hidden
+from .processor import ImageTextProcessor
+from .prompt import PromptEncoder
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+@dataclass
+class Policy:
+    """The model in training, with what turns examples into its inputs."""
+
+    model: nn.Module
+    processor: ImageTextProcessor
+    encode: PromptEncoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return lm_head_weight(self.model).device
+
+    def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy, fp32 (N,), of each target of the batch."""
+        hidden = packed_hidden(self.model, batch)
+        return linear_token_logprobs(hidden, lm_head_weight(self.model), batch.targets, temperature)
+
+
+class Reference:
+    """The policy as it was when this is made, for KL: a frozen copy, or the model with its adapters off."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.has_adapter = hasattr(policy.model, "disable_adapter")
+        if not self.has_adapter:
+            frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
+            self.policy = Policy(frozen, policy.processor, policy.encode)
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
+        """Reference log-probabilities (N,), fp32."""
+        with self.policy.model.disable_adapter() if self.has_adapter else nullcontext():
+            return self.policy.logprobs(batch, temperature)[0]
+
+
+def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
+    """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
+    use_packed_attention(model)
+    model.requires_grad_(True)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already
+        model.to(resolve_device(config))
+    if config.lora:
+        model = _with_lora(model, config)
+    encode = PromptEncoder(model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images)
+    return Policy(model.train(), processor, encode)
+
+
+def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
+    """Model and processor from a local folder or the hub; UserError names `model` and the way out."""
+    name = config.model
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+        if family not in FAMILIES:
+            raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=resolve_dtype(config), **_four_bit(config))
+        processor = ImageTextProcessor.load(name)
+    except (OSError, ValueError) as error:
+        if os.path.isdir(name):
+            hint = "the folder lacks a readable model, tokenizer or image processor in Hugging Face format"
+        else:
+            hint = "it is no local folder, and the hub did not answer with it: check the name and the network, or "
+            hint += "download it elsewhere and pass the folder"
+        raise UserError(f"model {name} cannot be loaded; {hint} ({_first_line(error)}).") from error
+    return model, processor
+
+
+def save_pretrained(policy: Policy, folder: Path) -> None:
+    """Save model and processor in Hugging Face format; LoRA is merged first, or saved as an adapter over 4 bits."""
+    model = policy.model
+    if hasattr(model, "merge_and_unload") and not getattr(base_model(model), "is_loaded_in_4bit", False):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder)
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """The device that `auto` means here; UserError for one that does not exist."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device is {name}, which torch cannot use ({_first_line(error)}): try --device cpu."
+        ) from error
+    return torch.device(name)
+
+
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype that `auto` means here."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def _four_bit(config: ModelConfig) -> dict:
+    if not config.load_in_4bit:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise UserError("load_in_4bit needs the package bitsandbytes: pip install 'mr1_fast[gpu]'.") from error
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=resolve_dtype(config),
+        llm_int8_skip_modules=["visual", "lm_head"],  # the vision tower is small and its errors reach every token
+    )
+    return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
+
+
+def _with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
+    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()  # checkpointed layers need an input that carries gradients
+    return get_peft_model(model, lora)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,1 @@
+"""Rollout: sampling G completions of each prompt from the current policy."""

@@ -1,0 +1,272 @@
+"""Post-train a vision-language model with GRPO-D: `python -m mr1_fast.train`. Read this file first.
+
+One step: draw prompts → sample G completions of each → score them → advantages within each group → pack prompts and
+completions without padding → reference log-probs → loss → update. β(s) comes from the KL schedule at every step.
+`--algo grpo` differs by a constant β, `--algo sft` by worked solutions in the place of samples.
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .advantages import group_advantages
+from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint, save_checkpoint, seed_step
+from .config import TrainConfig, parse_train_config
+from .errors import exit_on_user_error
+from .evaluate import evaluate, summarise, write_json
+from .log import RunLog
+from .loss import grpo_loss_ref, spread, token_weights
+from .model.load import Policy, Reference, load_pretrained, make_policy, save_pretrained
+from .optim import make_optimizer, update
+from .packing import packs
+from .report import write_report
+from .rewards import load_plugin, score
+from .rollout.generate import Sampling, roll_out
+from .sft import sft_loss, solution_batches, tiny_start
+from .tasks import get_task
+from .tasks.data import load_examples
+from .types import Example, PackedBatch, Rollout
+
+SHOWN = 12
+"""Held-out items whose images and answers the report shows."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as configured; returns the run folder, which holds the final model and report.html."""
+    get_task(config.task)
+    if config.plugin:
+        load_plugin(config.plugin)
+    source = _examples(config, "train", limit=config.train_samples)
+    if config.algo == "sft":
+        source.require_thinking()
+    held_out = _held_out(config)
+    log = RunLog(config)
+    policy = load_policy(config)
+    start_fingerprint = fingerprint(policy.model)
+    schedule = config.kl_schedule()
+    needs_reference = config.algo != "sft" and schedule.beta_max > 0
+    reference = Reference(policy) if needs_reference else None
+    optimizer = make_optimizer(policy.model, config)
+    checkpoints = log.folder / "checkpoints"
+    first = 0
+    if log.resuming:
+        first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint)
+    else:
+        record_evaluation(policy, config, held_out, log, "before")
+
+    log.start(first)
+    for step in range(first, config.steps):
+        seed_step(config.seed, step)
+        examples = source.take(step, config.prompts_per_step)
+        if config.algo == "sft":
+            metrics = sft_step(policy, optimizer, examples, step, config)
+        else:
+            metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log)
+        log.step(step, metrics)
+        done = step + 1
+        if config.save_every and (done % config.save_every == 0 or done == config.steps):
+            save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
+    log.close()
+
+    record_evaluation(policy, config, held_out, log, "after")
+    with atomic_folder(log.folder / "final") as folder:
+        save_pretrained(policy, folder)
+    write_report(log.folder)
+    return log.folder
+
+
+def grpo_step(policy, reference, optimizer, examples, step, schedule, config, log) -> dict[str, float]:
+    """Sample, score and learn from one batch of prompts; returns the step's metrics."""
+    clock = Stopwatch()
+    generator = torch.Generator(policy.device).manual_seed(derive_seed(config.seed, "rollout", step))
+    prompts = [policy.encode(example) for example in examples]
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    rollout = roll_out(policy.model, policy.processor, examples, prompts, config.num_generations, sampling, generator)
+    clock.lap("seconds_rollout")
+
+    weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
+    rewards, parts = score(rollout.texts, examples, weights)
+    advantages = group_advantages(rewards)
+    log.completions(step, rollout, parts, rewards)
+    clock.lap("seconds_reward")
+
+    batches = grpo_batches(rollout, advantages, config.tokens_per_microbatch)
+    for batch in batches:
+        add_logprobs(batch, policy, reference, config)
+    clock.lap("seconds_reference")
+
+    for inner in range(config.updates_per_batch):
+        optimizer_step = step * config.updates_per_batch + inner
+        beta = schedule(optimizer_step)
+        objective = partial(grpo_objective, beta=beta, config=config)
+        metrics = update(
+            policy,
+            optimizer,
+            batches,
+            objective,
+            optimizer_step,
+            config.optimizer_steps(),
+            config,
+            config.temperature,
+        )
+    clock.lap("seconds_update")
+    return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **clock.laps}
+
+
+def sft_step(policy: Policy, optimizer, examples: list[Example], step: int, config: TrainConfig) -> dict[str, float]:
+    """Learn one batch of worked solutions, μ times; returns the step's metrics."""
+    clock = Stopwatch()
+    batches = solution_batches(policy, examples, config.tokens_per_microbatch)
+    for inner in range(config.updates_per_batch):
+        optimizer_step = step * config.updates_per_batch + inner
+        metrics = update(policy, optimizer, batches, sft_loss, optimizer_step, config.optimizer_steps(), config)
+    clock.lap("seconds_update")
+    return {**metrics, **clock.laps}
+
+
+def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> list[PackedBatch]:
+    """Packs of the rollout with each row's advantage and weight."""
+    batches = list(packs(rollout.prompts, rollout.completions, tokens_per_pack))
+    for batch in batches:
+        per_sequence = advantages.flatten()[batch.sequence_ids]
+        batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
+        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, len(rollout.completions))
+    return batches
+
+
+@torch.no_grad()
+def add_logprobs(batch: PackedBatch, policy: Policy, reference: Reference | None, config: TrainConfig) -> None:
+    """Put reference log-probs on the batch, and old ones where a later update will need them (μ > 1)."""
+    on_device = batch.to(policy.device)
+    if reference is not None:
+        batch.row_data["ref_logp"] = reference.logprobs(on_device, config.temperature)
+    if config.updates_per_batch > 1:
+        batch.row_data["old_logp"] = policy.logprobs(on_device, config.temperature)[0]
+
+
+def grpo_objective(logp: torch.Tensor, batch: PackedBatch, beta: float, config: TrainConfig):
+    """The GRPO loss of one pack, and its per-row statistics."""
+    rows = batch.row_data
+    result = grpo_loss_ref(
+        logp,
+        rows["advantages"],
+        rows["token_weights"],
+        beta=beta,
+        old_logp=rows.get("old_logp"),
+        ref_logp=rows.get("ref_logp"),
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+    )
+    return result.loss, {"kl": result.kl, "clip_fraction": result.clipped, "kl_limited": result.kl_limited}
+
+
+def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]) -> dict[str, float]:
+    """Means over the completions of a step; `zero_variance` is the share of groups without a learning signal."""
+    count = len(rollout.completions)
+    return {
+        "reward": rewards.mean().item(),
+        **{name: sum(values) / count for name, values in parts.items()},
+        "zero_variance": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+        "completion_length": sum(map(len, rollout.completions)) / count,
+        "finished": sum(rollout.finished) / count,
+    }
+
+
+def load_policy(config: TrainConfig) -> Policy:
+    """The starting policy; `tiny` is loaded from its cached supervised start."""
+    name = config.model
+    if name == "tiny":
+        config.model = str(tiny_start(config, config.seed))
+    try:
+        return make_policy(*load_pretrained(config), config)
+    finally:
+        config.model = name
+
+
+def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Example], log: RunLog, when: str) -> None:
+    """Evaluate greedily and by sampling, print it, and put it into evaluation.json under `when`."""
+    if not held_out:
+        return
+    path = log.folder / "evaluation.json"
+    result = json.loads(path.read_text()) if when == "after" else {"task": config.task, "split": "test", "examples": []}
+    modes = {"greedy": 0.0, "sampled": config.temperature}
+    result[when] = {}
+    for mode, temperature in modes.items():
+        sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
+        records = evaluate(policy, config.task, held_out, sampling, seed=derive_seed(config.seed, mode))
+        result[when][mode] = summary = summarise(records)
+        if mode == "greedy":
+            _record_shown(result["examples"], records, held_out, when, log.folder)
+        low, high = summary["interval"]
+        log.say(f"{when:>6}: {mode} accuracy {summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%})")
+    write_json(path, result)
+
+
+def _record_shown(shown: list[dict], records: list[dict], held_out: list[Example], when: str, folder: Path) -> None:
+    """Keep question, images and answer of the first SHOWN items for the report."""
+    for index, (record, example) in enumerate(zip(records[:SHOWN], held_out, strict=False)):
+        if index == len(shown):
+            paths = [f"images/test-{index}-{number}.png" for number in range(len(example.images))]
+            (folder / "images").mkdir(exist_ok=True)
+            for path, image in zip(paths, example.images, strict=True):
+                image.save(folder / path)
+            shown.append({"problem": example.problem, "solution": example.solution, "images": paths})
+        shown[index][when] = {"text": record["outputs"][0], "correct": record["correct"][0]}
+
+
+def _examples(config: TrainConfig, split: str, data: str | None = None, limit: int | None = None):
+    return load_examples(
+        config.task, data or config.data, split, config.seed, config.difficulty, limit, config.image_root
+    )
+
+
+def _held_out(config: TrainConfig) -> list[Example]:
+    return _examples(config, "test", config.eval_data).all(config.eval_samples) if config.eval_samples else []
+
+
+class Stopwatch:
+    """Seconds of each stage of a step, under the names that metrics.jsonl uses."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`; on CUDA, wait for what was queued."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def run(argv: list[str]) -> None:
+    """Parse the arguments, train, and say where the results are."""
+    started = time.perf_counter()
+    folder = train(parse_train_config(argv))
+    print_table(folder)
+    print(f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all")
+
+
+def print_table(folder: Path) -> None:
+    """Print the before/after table of a finished run."""
+    path = folder / "evaluation.json"
+    if not path.exists():
+        return
+    result = json.loads(path.read_text())
+    print(f"\n{'accuracy on held-out ' + result['task']:<34}{'before':>8}{'after':>8}{'points':>8}")
+    for mode in ("greedy", "sampled"):
+        before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))
+        print(f"{mode:<34}{before:>8.1%}{after:>8.1%}{(after - before) * 100:>+8.1f}")
+
+
+def main() -> None:
+    """`python -m mr1_fast.train`."""
+    run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
