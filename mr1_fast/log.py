@@ -14,24 +14,30 @@ from .types import Rollout
 class RunLog:
     """The run folder and everything that is reported per step.
 
+    Nothing is written before `create`, so that a run which cannot begin leaves no folder and spoils no older one.
     A resumed run drops the lines of steps that come after its checkpoint and writes them again.
     """
 
     LIVE = ("reward", "accuracy", "kl", "beta", "completion_length")
 
     def __init__(self, config: TrainConfig):
+        self.config = config
         self.folder = run_folder(config)
         self.resuming = config.resume is not None
         if not self.resuming and self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"output {self.folder} is not empty: choose a new folder, or continue it with --resume.")
+        self.total = config.steps
+        self.loggers: list = []
+        self.bar: tqdm | None = None
+
+    def create(self) -> None:
+        """Make the folder, with the run's settings; call it once model and data are there."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, self.folder / "config.yaml")
+            write_config(self.config, self.folder / "config.yaml")
         except OSError as error:
             raise UserError(f"output {self.folder} cannot be written ({error.strerror}): choose another.") from error
-        self.total = config.steps
-        self.loggers = [_LOGGERS[name](self.folder, config) for name in config.loggers]
-        self.bar: tqdm | None = None
+        self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
 
     def start(self, step: int) -> None:
         """Begin, or go on, after `step` finished steps."""

@@ -52,10 +52,9 @@ def train(config: TrainConfig) -> Path:
     reference = Reference(policy) if needs_reference else None
     optimizer = make_optimizer(policy.model, config)
     checkpoints = log.folder / "checkpoints"
-    first = 0
-    if log.resuming:
-        first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint)
-    else:
+    first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
+    log.create()
+    if not log.resuming:
         record_evaluation(policy, config, held_out, log, "before")
 
     log.start(first)

@@ -1,0 +1,19 @@
+import torch
+
+from mr1_fast.advantages import EPSILON, group_advantages
+
+
+def test_centres_and_scales_within_each_group():
+    rewards = torch.tensor([[2.0, 0.0, 1.0, 1.0], [5.0, 5.0, 5.0, 1.0]])
+    advantages = group_advantages(rewards)
+    for row, group in zip(advantages, rewards, strict=True):
+        mean = sum(group.tolist()) / 4
+        std = (sum((r - mean) ** 2 for r in group.tolist()) / 3) ** 0.5  # the sample's, n − 1
+        torch.testing.assert_close(row, (group - mean) / (std + EPSILON))
+
+
+def test_equal_rewards_give_exactly_zero():
+    # 0.1 three times: a mean that rounds would leave a residue, which 1e-4 in the denominator magnifies
+    assert (group_advantages(torch.full((1, 3), 0.1)) == 0).all()
+    assert (group_advantages(torch.full((2, 7), 1 / 3)) == 0).all()
+    assert (group_advantages(torch.tensor([[0.7]])) == 0).all()

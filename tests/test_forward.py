@@ -1,0 +1,153 @@
+"""Packed = padded: the packed forward equals transformers' own forward, sequence by sequence, with all gradients."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mr1_fast.loss import linear_token_logprobs
+from mr1_fast.model import attention
+from mr1_fast.model.forward import base_model, lm_head_weight, packed_hidden
+from mr1_fast.model.load import Reference
+from mr1_fast.packing import pack, packs
+
+from .models import mixed_examples, plain_inputs, tiny_policy
+
+LENGTHS = (3, 1, 5, 0, 4, 2, 6, 3)  # two completions of each of four prompts, one of them empty
+
+
+def completions(vocabulary: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 300, (length,), generator=generator) for length in LENGTHS]
+
+
+def packed_logprobs(policy, budget: int = 10**6) -> torch.Tensor:
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batches = packs(prompts, completions(len(policy.processor.tokenizer)), budget)
+    return torch.cat([policy.logprobs(batch, temperature=0.7)[0] for batch in batches])
+
+
+@contextmanager
+def own_attention(policy):
+    """transformers' SDPA and its loop over images, also while a checkpointed backward recomputes."""
+    model = base_model(policy.model)
+    model.set_attn_implementation("sdpa")  # eager would round its softmax to fp32
+    yield
+    attention.use_packed_attention(model)
+
+
+def plain_logprobs(policy) -> torch.Tensor:
+    """Each sequence alone through the model's own forward, which computes its own positions."""
+    model = base_model(policy.model)
+    rows = []
+    for index, completion in enumerate(completions(len(policy.processor.tokenizer))):
+        if not len(completion):
+            continue
+        inputs = plain_inputs(policy, mixed_examples()[index // 2])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], completion[None]], dim=1)
+        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+            inputs[name] = torch.cat([inputs[name], torch.full_like(completion, fill)[None]], dim=1)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+        logits = model(**inputs, use_cache=False).logits[0, -len(completion) - 1 : -1]
+        rows.append(torch.log_softmax(logits / 0.7, dim=-1)[range(len(completion)), completion])
+    return torch.cat(rows)
+
+
+def gradients(policy, logp: torch.Tensor) -> dict[str, torch.Tensor]:
+    policy.model.zero_grad()
+    (logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum().backward()
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"lora": True, "lora_rank": 4},
+        {"lora": True, "lora_rank": 4, "gradient_checkpointing": True},
+        {"family": "qwen2_5_vl"},
+    ],
+    ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "full",
+)
+def test_packed_equals_the_models_own_forward(settings):
+    policy = tiny_policy(torch.float64, **settings)
+    if settings.get("lora"):
+        for name, parameter in policy.model.named_parameters():
+            parameter.data = parameter.data.double()
+            if "lora_B" in name:  # zero at the start, which would hide every gradient of lora_A
+                torch.nn.init.normal_(parameter, std=0.1)
+    with own_attention(policy):
+        expected = plain_logprobs(policy)
+        expected_gradients = gradients(policy, expected)
+    logp = packed_logprobs(policy)
+    torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
+    for name, gradient in gradients(policy, logp).items():
+        scale = expected_gradients[name].abs().max()
+        assert scale > 0, f"{name} has no gradient: the comparison would be empty"
+        difference = (gradient - expected_gradients[name]).abs().max()
+        assert difference <= 1e-7 * scale, f"{name}: {difference} of {scale}"
+
+
+def test_many_packs_equal_one():
+    policy = tiny_policy(torch.float64)
+    one, many = packed_logprobs(policy), packed_logprobs(policy, budget=100)
+    torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-9)
+    expected = gradients(policy, one)
+    for name, gradient in gradients(policy, many).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_stale_rope_deltas_do_not_reach_the_packed_forward():
+    policy = tiny_policy()
+    before = packed_logprobs(policy)
+    policy.model.model.rope_deltas = torch.tensor([[-1000], [500]])
+    assert torch.equal(packed_logprobs(policy), before)
+
+
+def test_only_completion_rows_reach_the_head():
+    policy = tiny_policy()
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batch = pack(prompts, completions(0), list(range(8)))
+    assert packed_hidden(policy.model, batch).shape == (sum(LENGTHS), lm_head_weight(policy.model).shape[1])
+
+
+def test_all_completions_empty_gives_no_rows_and_a_backward():
+    policy = tiny_policy()
+    prompts = [policy.encode(mixed_examples()[1])]
+    batch = pack(prompts, [torch.zeros(0, dtype=torch.int64)] * 2, [0, 1])
+    logp, entropy = policy.logprobs(batch, 1.0)
+    assert logp.shape == entropy.shape == (0,)
+    logp.sum().backward()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reference_stays_where_the_policy_started(lora):
+    policy = tiny_policy(lora=lora, lora_rank=4)
+    start = packed_logprobs(policy)
+    reference = Reference(policy)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if parameter.requires_grad and (not lora or "lora_B" in name):
+                parameter.add_(0.05)
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batch = pack(prompts, completions(0), list(range(8)))
+    torch.testing.assert_close(reference.logprobs(batch, 0.7), start, rtol=1e-5, atol=1e-5)
+    assert (policy.logprobs(batch, 0.7)[0] - start).abs().max() > 1e-2
+
+
+def test_chunked_head_equals_the_whole_one(monkeypatch):
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 37, (50,))
+
+    def run() -> list[torch.Tensor]:
+        logp, entropy = linear_token_logprobs(hidden, weight, targets, temperature=0.8)
+        return [logp, entropy, *torch.autograd.grad((logp + 0.1 * entropy).sum(), (hidden, weight))]
+
+    whole = run()
+    monkeypatch.setattr("mr1_fast.loss.CHUNK_BYTES", 7 * 37 * 4)
+    for chunked, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(chunked, expected)
