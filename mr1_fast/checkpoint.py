@@ -47,9 +47,10 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `folder/step-000050` of the state after `step` steps; a failed save leaves nothing behind."""
     path = folder / f"step-{step:06d}"
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items() if isinstance(v, torch.Tensor)}
-    numbers = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items() if not isinstance(v, torch.Tensor)}
+    state = _flatten(optimizer.state_dict()["state"])
+    # Copies, for safetensors refuses tensors that share memory, as the tables of bitsandbytes' optimizers do.
+    tensors = {name: value.to("cpu", copy=True) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
     with atomic_folder(path) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "optimizer.safetensors")
@@ -71,11 +72,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     path = paths[-1]
     try:
         record = json.loads((path / "state.json").read_text())
+        step, start, numbers = record["step"], record["start"], record["optimizer_numbers"]
         weights = load_file(path / "weights.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}): delete it to resume from the one before.") from error
-    if record["start"] != start_fingerprint or weights.keys() != _trained(model).keys():
+    if start != start_fingerprint or weights.keys() != _trained(model).keys():
         raise UserError(
             f"checkpoint {path} was made from another model: resume with the --model, --lora and --seed of that run."
         )
@@ -83,12 +85,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
-    state: dict[int, dict] = {}
-    for key, value in [*tensors.items(), *record["optimizer_numbers"].items()]:
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return record["step"]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": _unflatten({**tensors, **numbers})})
+    return step
 
 
 class atomic_folder:
@@ -123,6 +121,25 @@ class atomic_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise _save_error(self.path, error) from error
+
+
+def _flatten(state: dict, prefix: str = "") -> dict[str, object]:
+    """{0: {"step": 1, "inner": {"max": 2}}} as {"0.step": 1, "0.inner.max": 2}."""
+    flat: dict[str, object] = {}
+    for name, value in state.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _unflatten(flat: dict[str, object]) -> dict[int, dict]:
+    state: dict[int, dict] = {}
+    for key, value in flat.items():
+        index, *outer, name = key.split(".")
+        inner = state.setdefault(int(index), {})
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[name] = value
+    return state
 
 
 def _save_error(path: Path, error: Exception) -> UserError:

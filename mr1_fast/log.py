@@ -24,7 +24,7 @@ class RunLog:
         self.config = config
         self.folder = run_folder(config)
         self.resuming = config.resume is not None
-        if not self.resuming and self.folder.exists() and any(self.folder.iterdir()):
+        if not self.resuming and _holds_a_run(self.folder):
             raise UserError(f"output {self.folder} is not empty: choose a new folder, or continue it with --resume.")
         self.total = config.steps
         self.loggers: list = []
@@ -84,6 +84,14 @@ class RunLog:
             logger.close()
 
 
+def _holds_a_run(folder: Path) -> bool:
+    """Whether anything is there that must be kept; a run that failed in its first step left nothing of worth."""
+    if not folder.exists():
+        return False
+    before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
+    return not folder.is_dir() or any(path.name not in before_the_first for path in folder.iterdir())
+
+
 def run_folder(config: TrainConfig) -> Path:
     """Where the run writes."""
     if config.output is None:
@@ -137,8 +145,13 @@ _LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
 
 def _append(path: Path, record: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make room there, then go on with --resume."
+        ) from error
 
 
 def _keep_lines_before(path: Path, step: int) -> None:

@@ -180,6 +180,7 @@ def load_policy(config: TrainConfig) -> Policy:
     name = config.model
     if name == "tiny":
         config.model = str(tiny_start(config, config.seed))
+    torch.manual_seed(derive_seed(config.seed, "adapters"))
     try:
         return make_policy(*load_pretrained(config), config)
     finally:

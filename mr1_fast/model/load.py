@@ -2,11 +2,14 @@
 
 import copy
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub.constants
 import torch
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -20,6 +23,8 @@ from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+HUB_TIMEOUT = 5.0
+"""Seconds that the Hugging Face Hub has to answer before it counts as out of reach."""
 
 
 @dataclass
@@ -61,11 +66,10 @@ class Reference:
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
     """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
     use_packed_attention(model)
-    model.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already
-        model.to(resolve_device(config))
+    if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
+        model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
         model = _with_lora(model, config)
     encode = PromptEncoder(model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images)
@@ -76,11 +80,12 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
     """Model and processor from a local folder or the hub; UserError names `model` and the way out."""
     name = config.model
     try:
-        family = AutoConfig.from_pretrained(name).model_type
-        if family not in FAMILIES:
-            raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=resolve_dtype(config), **_four_bit(config))
-        processor = ImageTextProcessor.load(name)
+        with _cache_only_without_hub(name):
+            family = AutoConfig.from_pretrained(name).model_type
+            if family not in FAMILIES:
+                raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=resolve_dtype(config), **_four_bit(config))
+            processor = ImageTextProcessor.load(name)
     except (OSError, ValueError) as error:
         if os.path.isdir(name):
             hint = "the folder lacks a readable model, tokenizer or image processor in Hugging Face format"
@@ -119,6 +124,24 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
+@contextmanager
+def _cache_only_without_hub(name: str) -> Iterator[None]:
+    """Read only the local cache while the hub does not answer: transformers would retry each file for half a minute."""
+    constants = huggingface_hub.constants
+    was_offline = constants.HF_HUB_OFFLINE
+    try:
+        if not os.path.isdir(name):
+            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError):
+        pass  # transformers says it in its own words
+    except Exception:  # no network, no answer in time, a failing server, or offline mode
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
 def _four_bit(config: ModelConfig) -> dict:
     if not config.load_in_4bit:
         return {}
@@ -132,7 +155,7 @@ def _four_bit(config: ModelConfig) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=resolve_dtype(config),
-        llm_int8_skip_modules=["visual", "lm_head"],  # the vision tower is small and its errors reach every token
+        llm_int8_skip_modules=["model.visual", "lm_head"],  # the vision tower is small and its errors reach every token
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
 
@@ -144,8 +167,6 @@ def _with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
         raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
     layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()  # checkpointed layers need an input that carries gradients
     return get_peft_model(model, lora)
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: the tests first, then each benchmark that has no result for this GPU yet.
+# Results go to $OUT (default: benchmarks/results/<gpu>); copy them there and commit them.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+gpu=$(python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
+kept="benchmarks/results/$gpu"
+out="${OUT:-$kept}"
+mkdir -p "$out"
+python -m pytest -m 'not slow' 2>&1 | tail -n 20 | tee "$out/tests.txt"
+
+bench() { # name, command …: the benchmark's last line is its JSON result
+    local name=$1
+    shift
+    [ -e "$kept/$name.json" ] && return
+    timeout 300 "$@" > "$out/$name.txt" 2>&1 && tail -n 1 "$out/$name.txt" > "$out/$name.json"
+    echo "$name: exit $?"
+}
+
+bench default_run python benchmarks/bench_default_run.py --seeds 0

@@ -1,0 +1,83 @@
+"""Fixtures that several test files share: a tiny model in memory and on disk, and the arguments of a short run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mr1_fast.model.tiny import tiny_model, tiny_processor
+
+# With a second thread, each of a tiny model's small operations waits for a core that another process may be using:
+# runs took 20 times as long.
+torch.set_num_threads(1)
+
+PLUGIN = '''
+from mr1_fast.rewards import reward
+
+
+@reward("letters")
+def letters(completion, example):
+    return sum(map(str.isalpha, completion)) / (1 + len(completion))
+'''
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory):
+    """No test reads or writes the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MR1_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The tiny model's processor."""
+    return tiny_processor()
+
+
+@pytest.fixture
+def model(processor):
+    """A fresh tiny Qwen2VLForConditionalGeneration."""
+    torch.manual_seed(0)
+    return tiny_model(processor)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(processor, tmp_path_factory):
+    """Folder of a fresh tiny model: `--model` with it needs no supervised start."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tiny_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_args(tiny_folder, tmp_path_factory):
+    """`run_args(folder, **settings)`: arguments of a run of three steps, rewarded for letters so that there is a signal.
+
+    Settings replace the small ones given here.
+    """
+    plugin = tmp_path_factory.mktemp("plugin") / "letters.py"
+    plugin.write_text(PLUGIN)
+    small = dict(
+        model=tiny_folder,
+        device="cpu",
+        steps=3,
+        prompts_per_step=2,
+        num_generations=3,
+        max_new_tokens=6,
+        eval_samples=4,
+        learning_rate=1e-3,
+        plugin=plugin,
+        extra_rewards={"letters": 1.0},
+    )
+
+    def arguments(folder: Path, **settings) -> list[str]:
+        values = {"output": folder, **small, **settings}
+        return [f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}" for name, value in values.items()]
+
+    return arguments
