@@ -6,6 +6,7 @@ model (the tiny one) and algorithm, the defaults below (R1-V's, which the paper 
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -32,6 +33,7 @@ TINY = dict(
     warmup_fraction=0.05,
     steps=100,
     tokens_per_microbatch=16_384,
+    gradient_checkpointing=False,
     save_every=25,
     eval_samples=400,
 )
@@ -208,6 +210,12 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
         if self.load_in_4bit and not self.lora:
             raise UserError("load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora.")
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        if longest > self.tokens_per_microbatch:
+            raise UserError(
+                f"tokens_per_microbatch is {self.tokens_per_microbatch}, but one sequence may have max_prompt_tokens + "
+                f"max_new_tokens = {longest} tokens: raise the first or lower the others."
+            )
         try:
             self.kl_schedule()
         except ValueError as error:
@@ -229,18 +237,20 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
 
 def parse_config(cls: type[Config], argv: list[str], prog: str, profile=None) -> Config:
     """An instance of the dataclass `cls` from flags and `--config` files; `profile(parsed)` gives further defaults."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=cls.__doc__)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=cls.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(cls)
-    argv = _normalised(argv, cls)
+    files, flags = _take_config_files(_normalised(argv, cls))
+    for path in files:
+        _check_yaml(path, cls, prog)
+    argv = [f"--config={path}" for path in files] + flags  # the parser lets the last value win: flags come last
     try:
         parsed = parser.parse_args(argv)
         if profile is not None:
             parser.set_defaults(profile(parsed))
             parsed = parser.parse_args(argv)
     except (ArgumentError, TypeError) as error:
-        reason = " ".join(str(error).replace("Parser key", "setting").split())
-        raise UserError(f"{reason.rstrip('.')}: see {prog} --help.") from error
+        raise UserError(f"{_in_plain_words(error)}: see {prog} --help.") from error
     return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})
 
 
@@ -279,6 +289,53 @@ def _normalised(argv: list[str], cls: type) -> list[str]:
         if word in switches and following.lower() not in ("true", "false"):
             result.append("true")
     return result
+
+
+def _take_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The path of every `--config`, and the other words."""
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("--config="):
+            files.append(word.partition("=")[2])
+        elif word == "--config" and (path := next(words, None)) is not None:
+            files.append(path)
+        else:
+            others.append(word)
+    return files, others
+
+
+def _check_yaml(path: str, cls: type, prog: str) -> None:
+    """Raise UserError unless the file holds settings of `cls`; the parser's own messages do not name the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}): check the path.") from error
+    except ValueError as error:
+        raise UserError(f"config {path} is not a text file ({error}): choose another.") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise UserError(f"config {path} is not YAML ({reason}): correct it.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} holds no settings: write a line such as `steps: 100` for each.")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"config {path} has {name!r}, which is no setting: see {prog} --help.")
+
+
+def _in_plain_words(error: Exception) -> str:
+    """`algo is ppo, but must be one of grpo-d, grpo, sft` out of the parser's message about a value."""
+    text = " ".join(str(error).split()).rstrip(".")
+    found = re.search(
+        r"Parser key \"(\w+)\": .*?Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>).* value: (.*)", text
+    )
+    if not found:
+        return text
+    name, choices, kind, value = found.groups()
+    kinds = {"int": "a whole number", "float": "a finite number", "bool": "true or false"}
+    kinds |= {"dict": "a mapping such as '{\"name\": 0.1}'", "list": "a list such as '[a, b]'"}
+    expected = f"one of {choices.replace(chr(39), '')}" if choices else kinds.get(kind, kind)
+    return f"{name} is {value}, but must be {expected}"
 
 
 def _flag_value(argv: list[str], flag: str) -> str | None:

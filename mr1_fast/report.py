@@ -82,7 +82,7 @@ h1 { font-size: 1.05rem; font-weight: 500; margin: 0; } h2 { font-size: 1.25rem;
 figcaption, .question, summary { font-weight: 600; margin: 0 0 .25rem; }
 svg { display: block; width: 100%; height: auto; } svg text { font-family: inherit !important; }
 table { border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
-table.card { max-width: 44rem; overflow-wrap: normal; }
+table.card { max-width: 44rem; overflow-wrap: normal; } details table { font-size: .875rem; line-height: 1.2; }
 th, td { text-align: left; vertical-align: top; padding: .5rem .5rem .5rem 0; border-top: 1px solid var(--grid); }
 thead th, tbody:first-child tr:first-child > * { border-top: 0; }
 td > b { font-size: 1.25rem; }

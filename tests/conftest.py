@@ -12,14 +12,14 @@ from mr1_fast.model.tiny import tiny_model, tiny_processor
 # runs took 20 times as long.
 torch.set_num_threads(1)
 
-PLUGIN = '''
+PLUGIN = """
 from mr1_fast.rewards import reward
 
 
 @reward("letters")
 def letters(completion, example):
     return sum(map(str.isalpha, completion)) / (1 + len(completion))
-'''
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,6 +78,9 @@ def run_args(tiny_folder, tmp_path_factory):
 
     def arguments(folder: Path, **settings) -> list[str]:
         values = {"output": folder, **small, **settings}
-        return [f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}" for name, value in values.items()]
+        return [
+            f"--{name}={value if isinstance(value, str | Path) else json.dumps(value)}"
+            for name, value in values.items()
+        ]
 
     return arguments

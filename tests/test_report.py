@@ -28,6 +28,7 @@ AFTER = {
 }
 GRPO_PLOTS = ["Reward", "Accuracy", "KL to the reference", "KL weight β(s)", "Completion length", "Entropy"]
 VOID = {"meta", "link", "img", "br"}
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 class Page(html.parser.HTMLParser):
@@ -66,6 +67,9 @@ class Page(html.parser.HTMLParser):
     def plots(self):
         return self.by_tag.get("figcaption", [])
 
+    def markers(self):
+        return [attrs for tag, attrs in self.tags if tag == "use" and "var(--line" in attrs.get("style", "")]
+
     def curves(self):
         """Path data of every curve of every plot, by the plot's title."""
         result = {}
@@ -94,7 +98,7 @@ def grpo_step(step, **changed):
         "clip_fraction": 0.0,
         "grad_norm": 0.7,
         "learning_rate": 1e-6,
-        "seconds_rollout": 14.0 + step % 3,
+        "seconds_rollout": (14.0, 15.0, 30.0)[step % 3],
         "seconds_reward": 0.05,
         "seconds_reference": 3.1,
         "seconds_update": 9.25,
@@ -149,6 +153,7 @@ def test_finished_run_has_everything_in_order(finished):
     ]
     assert page.plots() == GRPO_PLOTS
     assert "40 of 40 training steps" in page.text
+    assert {"0%", "80%", "% of completions right", "nats per token", "step"} <= set(page.by_tag["text"])
     assert not [leftover for leftover in finished.iterdir() if "partial" in leftover.name]
 
 
@@ -161,7 +166,7 @@ def test_table_shows_intervals_and_differences_in_points(finished):
 def test_timing_shows_medians(finished):
     page = Page(write_report(finished))
     seconds = [cell for cell in page.by_tag["td"] if cell.endswith(" s")]
-    assert seconds == ["15 s", "0.05 s", "3.1 s", "9.25 s"]  # rollouts take 14, 15 and 16 s in turn
+    assert seconds == ["15 s", "0.05 s", "3.1 s", "9.25 s"]  # rollouts take 14, 15 and 30 s in turn
     assert page.by_tag["th"][-4 - len(CONFIG) : -len(CONFIG)] == ["Rollout", "Reward", "Reference", "Update"]
     assert "together 27.4 s" in page.text
 
@@ -208,6 +213,7 @@ def test_long_runs_get_a_moving_average_and_short_ones_markers(tmp_path):
         title: {"Reward": 6, "KL weight β(s)": 1}.get(title, 2) for title in GRPO_PLOTS
     }
     assert [len(paths) for paths in short.curves().values()] == [3, 1, 1, 1, 1, 1]
+    assert len(short.markers()) == 20 * 8 + 3 and not long.markers()  # 3 in the legend
 
 
 def test_moving_average_is_flatter_than_the_raw_curve(tmp_path):
@@ -326,13 +332,23 @@ def test_images_that_cannot_be_shown_leave_a_note(tmp_path):
     run = make_run(tmp_path / "run")
     whole = (run / "images/0.png").read_bytes()
     (run / "images/broken.png").write_bytes(whole[: len(whole) // 2])
+    data = whole.index(b"IDAT")
+    (run / "images/lost.png").write_bytes(whole[: data - 1] + bytes([whole[data - 1] // 2]) + whole[data:])
     (run / "images/text.png").write_text("not an image")
-    names = ["images/none.png", "images/broken.png", "images/text.png", "../outside.png", "images", "a\x00b"]
+    names = [
+        "images/none.png",
+        "images/broken.png",
+        "images/lost.png",
+        "images/text.png",
+        "../outside.png",
+        "images",
+        "a\x00b",
+    ]
     names += [str(tmp_path / "outside.png"), "images/1.png"]
     examples = [sample(images=names), sample(images=[])]
     page = Page(write_report(make_run(run, evaluation={"before": BEFORE, "examples": examples})))
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
-    assert page.text.count("cannot be shown") == 7
+    assert page.text.count("cannot be shown") == 8
 
 
 def test_large_images_are_scaled_down(tmp_path):

@@ -67,7 +67,9 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
     """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
     use_packed_attention(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The name changed between the transformers versions that we support.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
         model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
@@ -86,6 +88,9 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
                 raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=resolve_dtype(config), **_four_bit(config))
             processor = ImageTextProcessor.load(name)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' fast CPU product has no backward
+                module.support_avx512bf16_for_cpu = False
     except (OSError, ValueError) as error:
         if os.path.isdir(name):
             hint = "the folder lacks a readable model, tokenizer or image processor in Hugging Face format"
