@@ -54,7 +54,8 @@ def save_checkpoint(
     with atomic_folder(path) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "optimizer.safetensors")
-        record = {"step": step, "start": start_fingerprint, "optimizer_numbers": numbers}
+        record = {"step": step, "start": start_fingerprint, "optimizer": type(optimizer).__name__}
+        record["optimizer_numbers"] = numbers
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
@@ -73,6 +74,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         record = json.loads((path / "state.json").read_text())
         step, start, numbers = record["step"], record["start"], record["optimizer_numbers"]
+        kind = record["optimizer"]
         weights = load_file(path / "weights.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -81,6 +83,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         raise UserError(
             f"checkpoint {path} was made from another model: resume with the --model, --lora and --seed of that run."
         )
+    if kind != type(optimizer).__name__:
+        raise UserError(f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of that run.")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in weights:

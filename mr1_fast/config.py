@@ -28,10 +28,10 @@ PRESETS = {
 
 TINY = dict(
     max_new_tokens=24,
-    learning_rate=3e-4,
+    learning_rate=2e-4,
     lr_schedule="constant",
-    warmup_fraction=0.05,
-    steps=100,
+    warmup_fraction=0.03,
+    steps=150,
     tokens_per_microbatch=16_384,
     gradient_checkpointing=False,
     save_every=25,

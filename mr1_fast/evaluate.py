@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}, but must not be negative.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}, but must lie in (0, 1].")
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError("num_generations is above 1, but greedy samples are all alike: set --temperature 1.")
         if not self.pass_at or not all(1 <= k <= self.num_generations for k in self.pass_at):
@@ -111,7 +114,8 @@ def write_json(path: Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=True), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another with --output.") from error
 
 
@@ -130,10 +134,11 @@ def main() -> None:
     policy = make_policy(*load_pretrained(config), config)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     records = []
-    for start in tqdm(range(0, len(examples), config.batch_size), unit="batch"):
-        chunk = examples[start : start + config.batch_size]
-        seed = derive_seed(config.seed, start)
-        records += evaluate(policy, config.task, chunk, sampling, config.num_generations, seed, config.batch_size)
+    with tqdm(range(0, len(examples), config.batch_size), unit="batch") as bar:
+        for start in bar:
+            chunk = examples[start : start + config.batch_size]
+            seed = derive_seed(config.seed, start)
+            records += evaluate(policy, config.task, chunk, sampling, config.num_generations, seed, config.batch_size)
     summary = summarise(records)
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
     write_json(Path(config.output), {**summary, "pass_at": passes, "config": vars(config), "results": records})

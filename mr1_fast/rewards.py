@@ -13,7 +13,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -147,9 +147,7 @@ def score(
     """
     if not examples or len(completions) % len(examples):
         raise ValueError(f"{len(completions)} completions cannot be shared out evenly among {len(examples)} examples.")
-    for name in weights:
-        if name not in REWARDS:
-            raise UserError(f"There is no reward named {name!r}; the known ones are {', '.join(sorted(REWARDS))}.")
+    require_rewards(weights)
     group = len(completions) // len(examples)
     values = {
         name: [_value(name, completion, examples[i // group]) for i, completion in enumerate(completions)]
@@ -159,6 +157,13 @@ def score(
     for name, weight in weights.items():
         total += weight * torch.tensor(values[name], dtype=torch.float64)
     return total.float().view(len(examples), group), values
+
+
+def require_rewards(names: Iterable[str]) -> None:
+    """Raise UserError unless every name is that of a registered reward."""
+    for name in names:
+        if name not in REWARDS:
+            raise UserError(f"There is no reward named {name!r}; the known ones are {', '.join(sorted(REWARDS))}.")
 
 
 def _value(name: str, completion: str, example: Example) -> float:

@@ -5,6 +5,7 @@
 
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -59,14 +60,16 @@ def sft_loss(logp: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict
 def tiny_start(config: TaskConfig, seed: int) -> Path:
     """Folder of the tiny model after its supervised start on `config.task`; made once, then read from the cache.
 
-    Its name is a hash of all that it depends on: a change of code version, task, seed or library makes a new one.
+    Its name is a hash of what it depends on: versions, settings, tokenizer, model, and a look at what is drawn.
     """
-    from .model.tiny import tiny_model, tiny_processor
+    from .model.tiny import tiny_config, tiny_model, tiny_processor
 
     processor = tiny_processor()
     vocabulary = processor.tokenizer.backend_tokenizer.to_str()
-    parts = (__version__, torch.__version__, vars(START), START_ACCURACY, vocabulary)
-    key = derive_seed(config.task, config.difficulty, seed, *parts)
+    drawn = load_examples(config.task, "drawn", "train", seed, config.difficulty).all(8)
+    looks = [(format_solution(e), [crc32(image.tobytes()) for image in e.images]) for e in drawn]
+    settings = (__version__, torch.__version__, vars(START), START_ACCURACY, tiny_config(processor).to_json_string())
+    key = derive_seed(config.task, config.difficulty, seed, vocabulary, looks, settings)
     folder = cache_folder() / f"tiny-{config.task}-{config.difficulty}-seed{seed}-{key:016x}"
     if not folder.exists():
         torch.manual_seed(derive_seed(seed, "tiny"))

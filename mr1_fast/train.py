@@ -24,7 +24,7 @@ from .model.load import Policy, Reference, load_pretrained, make_policy, save_pr
 from .optim import make_optimizer, update
 from .packing import packs
 from .report import write_report
-from .rewards import load_plugin, score
+from .rewards import load_plugin, require_rewards, score
 from .rollout.generate import Sampling, roll_out
 from .sft import sft_loss, solution_batches, tiny_start
 from .tasks import get_task
@@ -40,6 +40,7 @@ def train(config: TrainConfig) -> Path:
     get_task(config.task)
     if config.plugin:
         load_plugin(config.plugin)
+    require_rewards(config.extra_rewards)
     source = _examples(config, "train", limit=config.train_samples)
     if config.algo == "sft":
         source.require_thinking()
@@ -58,18 +59,20 @@ def train(config: TrainConfig) -> Path:
         record_evaluation(policy, config, held_out, log, "before")
 
     log.start(first)
-    for step in range(first, config.steps):
-        seed_step(config.seed, step)
-        examples = source.take(step, config.prompts_per_step)
-        if config.algo == "sft":
-            metrics = sft_step(policy, optimizer, examples, step, config)
-        else:
-            metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log)
-        log.step(step, metrics)
-        done = step + 1
-        if config.save_every and (done % config.save_every == 0 or done == config.steps):
-            save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
-    log.close()
+    try:
+        for step in range(first, config.steps):
+            seed_step(config.seed, step)
+            examples = source.take(step, config.prompts_per_step)
+            if config.algo == "sft":
+                metrics = sft_step(policy, optimizer, examples, step, config)
+            else:
+                metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log)
+            log.step(step, metrics)
+            done = step + 1
+            if config.save_every and (done % config.save_every == 0 or done == config.steps):
+                save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
+    finally:
+        log.close()
 
     record_evaluation(policy, config, held_out, log, "after")
     with atomic_folder(log.folder / "final") as folder:
@@ -192,7 +195,9 @@ def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Exampl
     if not held_out:
         return
     path = log.folder / "evaluation.json"
-    result = json.loads(path.read_text()) if when == "after" else {"task": config.task, "split": "test", "examples": []}
+    result = {"task": config.task, "split": "test", "examples": []}
+    if when == "after" and path.exists():  # a run resumed with other --eval-samples may have no "before"
+        result = json.loads(path.read_text())
     modes = {"greedy": 0.0, "sampled": config.temperature}
     result[when] = {}
     for mode, temperature in modes.items():
@@ -257,6 +262,8 @@ def print_table(folder: Path) -> None:
     if not path.exists():
         return
     result = json.loads(path.read_text())
+    if not {"before", "after"} <= result.keys():
+        return
     print(f"\n{'accuracy on held-out ' + result['task']:<34}{'before':>8}{'after':>8}{'points':>8}")
     for mode in ("greedy", "sampled"):
         before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))

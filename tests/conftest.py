@@ -57,7 +57,7 @@ def tiny_folder(processor, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_args(tiny_folder, tmp_path_factory):
-    """`run_args(folder, **settings)`: arguments of a run of three steps, rewarded for letters so that there is a signal.
+    """`run_args(folder, **settings)`: arguments of a run of three steps, with a reward for letters as its signal.
 
     Settings replace the small ones given here.
     """

@@ -56,7 +56,9 @@ def mixed_examples() -> list[Example]:
         Example("How many?", (), "3", key="text"),
         Example("How many items are there in the image?", (image(84, 84),), "4", key="square"),
         Example("What is the angle?", (image(140, 56),), "70°", key="wide"),
-        Example("How many items are there in the first image, and in the second?", (image(56, 84), image(112, 84)), "5"),
+        Example(
+            "How many items are there in the first image, and in the second?", (image(56, 84), image(112, 84)), "5"
+        ),
     ]
 
 

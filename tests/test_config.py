@@ -46,7 +46,8 @@ def test_a_flag_beats_yaml_beats_preset_beats_profile_beats_default(tmp_path):
     assert (default.steps, default.beta_max, default.learning_rate) == (500, 0.1, 1e-6)
     # the profile of the tiny model beats that of SFT and the default; a preset the default
     config = parse_train_config(["--task", "geometry"])
-    assert (config.steps, config.beta_max, config.learning_rate) == (100, 0.02, 3e-4)
+    assert (config.steps, config.beta_max, config.learning_rate) == (TINY["steps"], 0.02, TINY["learning_rate"])
+    assert config.steps != default.steps and config.learning_rate != default.learning_rate
     config = parse_train_config(["--algo=sft"])
     assert (config.learning_rate, config.lr_schedule) == (TINY["learning_rate"], TINY["lr_schedule"])
     config = parse_train_config(["--algo=sft", "--model", HUB])
@@ -77,6 +78,7 @@ def test_a_task_or_model_named_in_yaml_chooses_preset_and_profile(tmp_path):
     ],
 )
 def test_presets_carry_the_numbers_of_the_paper(argv, low, high, constant):
+    argv = [*argv, "--steps=100"]
     config = parse_train_config(argv)
     assert (config.beta_min, config.beta_max, config.explore_fraction) == (low, high, 0.3)
     assert (config.beta, config.format_weight) == (constant, 1.0)

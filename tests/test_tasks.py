@@ -61,9 +61,8 @@ def test_counting_answers_follow_from_the_layout():
         examples = [counting.draw("train", 1, index, difficulty) for index in range(200)]
         for example in examples:
             cells = [int(item.split(":")[0]) for item in example.key.split(" ") if ":" in item]
-            rows = [sum(cell // (difficulty + 2) == row for cell in cells) for row in range(difficulty + 2)]
             assert example.solution == str(len(set(cells)))
-            assert [int(part) for part in example.thinking.split("+")] == rows
+            assert example.thinking == f"{len(cells)} items"
         assert max(int(example.solution) for example in examples) > difficulty**2 + 4 * difficulty + 1
 
 

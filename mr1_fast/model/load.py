@@ -86,12 +86,19 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
             family = AutoConfig.from_pretrained(name).model_type
             if family not in FAMILIES:
                 raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=resolve_dtype(config), **_four_bit(config))
+            options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
+            model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
+            if info["missing_keys"]:
+                raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
             processor = ImageTextProcessor.load(name)
+            if processor.image_token_id != model.config.image_token_id or not processor.chat_template:
+                raise ValueError("its tokenizer is not there, or not the model's, or has no chat template")
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' fast CPU product has no backward
                 module.support_avx512bf16_for_cpu = False
-    except (OSError, ValueError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files that do not fit together fail in many ways
         if os.path.isdir(name):
             hint = "the folder lacks a readable model, tokenizer or image processor in Hugging Face format"
         else:

@@ -26,7 +26,7 @@ def format_problem(example: Example) -> str:
 
 
 def format_solution(example: Example) -> str:
-    """The completion that supervised training imitates: `<think>2+0+3</think><answer> 5 </answer>`.
+    """The completion that supervised training imitates: `<think>5 items</think><answer> 5 </answer>`.
 
     The answer stands between spaces, as in R1-V's data: math-verify overlooks the number in `<answer>5</answer>`.
     """

@@ -1,7 +1,8 @@
 """Visual counting: how many coloured shapes stand in a jittered grid of cells?
 
 Difficulty d draws on a (d+2)×(d+2) grid: 1–9 items on 3×3 cells at difficulty 1, up to 16 at 2, 25 at 3.
-The worked solution counts row by row, for example `2+0+3`.
+The worked solution names the count in its reasoning too, `5 items`. A sum over rows was tried: the tiny model learns
+the count first and the rows much later, so its reasoning was noise that the answer then contradicted.
 """
 
 import math
@@ -39,12 +40,11 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
         return tuple((cell, rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for cell in cells)
 
     items, rng = draw_for_split(layout, split, ("counting", seed, index, difficulty))
-    rows = [sum(cell // side == row for cell, _, _ in items) for row in range(side)]
     return Example(
         problem="How many items are there in the image?",
         images=(_paint(items, side, rng),),
         solution=str(len(items)),
-        thinking="+".join(map(str, rows)),
+        thinking=f"{len(items)} items",
         key=" ".join(f"{cell}:{colour} {shape}" for cell, shape, colour in items),
     )
 

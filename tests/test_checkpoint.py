@@ -1,0 +1,301 @@
+"""Checkpoints: resuming continues bit for bit, and nothing that goes wrong leaves half of one behind."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mr1_fast.checkpoint import (
+    KEEP,
+    atomic_folder,
+    derive_seed,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+    seed_step,
+)
+from mr1_fast.config import OptimizerConfig
+from mr1_fast.errors import UserError
+from mr1_fast.model.tiny import tiny_model
+from mr1_fast.optim import make_optimizer
+from mr1_fast.train import run
+
+START = "0123456789abcdef"
+
+
+def metrics(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if "seconds" not in k} for record in records]
+
+
+def content(folder):
+    """Every file below the folder, as bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(folder, expected):
+    """All that two runs have computed is equal, bit for bit."""
+    assert metrics(folder) == metrics(expected)
+    for name in ("final/model.safetensors", "completions.jsonl", "evaluation.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def a_step(model, optimizer, seed):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+def flat(state):
+    """Tensors and numbers of an optimizer's state, by their path."""
+    if not isinstance(state, dict):
+        return {"": state}
+    return {f"{name}/{rest}": value for name, inner in state.items() for rest, value in flat(inner).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(run_args, tmp_path_factory):
+    """A finished run of 8 steps, whose second to last checkpoint is that of step 6."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(run_args(folder, steps=8, save_every=3, num_generations=2))
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-000006", "step-000008"}
+    return folder
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """A copy of that run as if it had been killed after step 7 was logged."""
+    folder = tmp_path / "interrupted"
+    shutil.copytree(finished, folder)
+    for name in ("checkpoints/step-000008", "final"):
+        shutil.rmtree(folder / name)
+    (folder / "report.html").unlink()
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    del evaluation["after"]
+    for shown in evaluation["examples"]:
+        del shown["after"]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processor, tmp_path):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    optimizer = make_optimizer(model, config := OptimizerConfig(optimizer=name, learning_rate=1e-3))
+    a_step(model, optimizer, 1), a_step(model, optimizer, 2)
+    path = save_checkpoint(tmp_path / "checkpoints", 7, model, optimizer, START)
+    assert {file.name for file in path.iterdir()} == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+
+    other = tiny_model(processor)
+    loaded = make_optimizer(other, config)
+    assert load_checkpoint(tmp_path / "checkpoints", other, loaded, START) == 7
+    for step in (3, 4):  # and they stay equal
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+        left, right = flat(optimizer.state_dict()["state"]), flat(loaded.state_dict()["state"])
+        assert left.keys() == right.keys() and len(left) > 200
+        for key, value in left.items():
+            assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
+        a_step(model, optimizer, step), a_step(other, loaded, step)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(updates_per_batch=2, lr_schedule="cosine", warmup_fraction=0.3), dict(lora=True, optimizer="adamw8bit")],
+    ids=["two updates, cosine", "lora, 8 bits"],
+)
+def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(settings, run_args, tmp_path):
+    settings = dict(steps=16, save_every=2, **settings)
+    run(run_args(tmp_path / "whole", **settings))
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "mr1_fast.train", *run_args(folder, **settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoints" / "step-000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -9 and not (folder / "final").exists()
+    assert 4 <= len(metrics(folder)) < 16
+    run(["--resume", str(folder)])
+    assert_same_run(folder, tmp_path / "whole")
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
+    """Steps 6 and 7 are in the log already; half a line and half a checkpoint are there too, as a kill may leave."""
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "rew')
+    with (interrupted / "completions.jsonl").open("a") as file:
+        file.write('{"step": 8, "key": "0:red')
+    partial = interrupted / "checkpoints" / ".step-000008.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
+    run(["--resume", str(interrupted)])
+    assert_same_run(interrupted, finished)
+    assert not partial.exists() and (interrupted / "report.html").exists()
+
+
+def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
+    shutil.copytree(finished, folder := tmp_path / "again")
+    run(["--resume", str(folder)])
+    assert_same_run(folder, finished)
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_more_steps_can_be_asked_for(samples, interrupted):
+    """Evaluation may be turned off or on too; then there is no accuracy before or after."""
+    if samples:
+        (interrupted / "evaluation.json").unlink()
+    run(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
+    assert ("after" in json.loads((interrupted / "evaluation.json").read_text())) == bool(samples)
+    assert [record["step"] for record in metrics(interrupted)] == list(range(9))
+    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {"step-000006", "step-000009"}
+
+
+def test_the_newest_are_kept(model, tmp_path):
+    optimizer = make_optimizer(model, OptimizerConfig())
+    for step in (8, 9, 10, 100):
+        save_checkpoint(tmp_path, step, model, optimizer, START)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"] and KEEP == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_path):
+    torch.manual_seed(1)
+    tiny_model(processor).save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    before = content(interrupted)
+    for wrong in (["--model", str(tmp_path / "other")], ["--lora"]):
+        with pytest.raises(UserError, match="step-000006 was made from another model: resume with the --model") as told:
+            run(["--resume", str(interrupted), *wrong])
+        assert "\n" not in str(told.value)
+        assert content(interrupted) == before  # above all, config.yaml still names the right model
+
+
+def test_an_optimizer_of_another_kind_is_refused(interrupted):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"):
+        run(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
+
+
+DAMAGES = {
+    "weights cut": ("weights.safetensors", lambda data: data[: len(data) // 2]),
+    "optimizer cut": ("optimizer.safetensors", lambda data: data[:-1]),
+    "weights empty": ("weights.safetensors", lambda data: b""),
+    "no JSON": ("state.json", lambda data: data[:-5]),
+    "no text": ("state.json", lambda data: b"\xff" + data),
+    "no step": ("state.json", lambda data: b"{}"),
+    "weights missing": ("weights.safetensors", None),
+    "state missing": ("state.json", None),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
+    optimizer = make_optimizer(model, OptimizerConfig())
+    a_step(model, optimizer, 0)
+    save_checkpoint(tmp_path, 1, model, optimizer, START)
+    newest = save_checkpoint(tmp_path, 2, model, optimizer, START)
+    data = (newest / name).read_bytes()
+    (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
+    with pytest.raises(UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before") as told:
+        load_checkpoint(tmp_path, model, optimizer, START)
+    assert "\n" not in str(told.value)
+    shutil.rmtree(newest)
+    assert load_checkpoint(tmp_path, model, optimizer, START) == 1
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
+    shutil.rmtree(interrupted / "checkpoints")
+    before = content(interrupted)
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"):
+        run(["--resume", str(interrupted)])
+    assert content(interrupted) == before
+
+
+@pytest.mark.parametrize("limit", [1_000_000, 5_000_000], ids=["weights", "optimizer"])
+def test_a_disk_that_fills_up_while_saving(limit, interrupted, finished):
+    """The operating system refuses to make a file larger than the limit, at the first save of the resumed run."""
+    before = content(interrupted / "checkpoints")
+    command = [sys.executable, "-m", "mr1_fast.train", "--resume", str(interrupted), "--eval-samples=0"]
+    limits = (limit, resource.RLIM_INFINITY)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2, errors
+    message = errors.replace("\r", "\n").splitlines()[-1]
+    assert message.startswith(f"error: {interrupted}/checkpoints/step-000008 could not be saved (")
+    assert message.endswith("from the last checkpoint with --resume.") and "Traceback" not in errors
+    assert content(interrupted / "checkpoints") == before
+    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {"step-000006"}
+    run(["--resume", str(interrupted), "--eval-samples=4"])  # there is room again
+    assert_same_run(interrupted, finished)
+
+
+def test_a_small_disk_is_full(run_args, tmp_path):
+    """Here the log itself finds no room, or the first checkpoint."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(UserError, match=r"step-000001 could not be saved .*make room") as told:
+            run(run_args(disk / "run", save_every=1))
+        assert "\n" not in str(told.value) and not list((disk / "run" / "checkpoints").iterdir())
+        shutil.rmtree(disk / "run")
+        (disk / "rest").write_bytes(b"0" * (shutil.disk_usage(disk).free - 5 * 4096))
+        with pytest.raises(UserError, match=r"jsonl cannot be written \(No space left on device\): make room there"):
+            run(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("old")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), atomic_folder(path) as folder:
+        (folder / "a").write_text("new")
+        raise ZeroDivisionError
+    assert content(tmp_path / "deep") == {"folder/a": b"old"}
+    with pytest.raises(UserError, match=r"folder could not be saved \(no room\)"), atomic_folder(path) as folder:
+        (folder / "a").write_text("new")
+        raise OSError("no room")
+    assert content(tmp_path / "deep") == {"folder/a": b"old"}
+    with atomic_folder(path) as folder:
+        (folder / "b").write_text("new")
+    assert content(tmp_path / "deep") == {"folder/b": b"new"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be saved"), atomic_folder(tmp_path / "file" / "folder"):
+        pass
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {derive_seed(*parts) for parts in [(0, "step", 1), (1, "step", 1), (0, "step", 2), (0, "rollout", 1), (0,)]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "step", 1) == derive_seed(0, "step", 1)
+    seed_step(0, 5)
+    first = torch.rand(3)
+    seed_step(0, 6)
+    assert not torch.equal(first, torch.rand(3))
+    seed_step(0, 5)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_a_fingerprint_tells_models_apart(model, processor):
+    print_ = fingerprint(model)
+    assert print_ == fingerprint(model)
+    assert print_ != fingerprint(tiny_model(processor)) and print_ != fingerprint(model.bfloat16())
