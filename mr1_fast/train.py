@@ -16,7 +16,7 @@ import torch
 from .advantages import group_advantages
 from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint, save_checkpoint, seed_step
 from .config import TrainConfig, parse_train_config
-from .errors import exit_on_user_error
+from .errors import UserError, exit_on_user_error
 from .evaluate import evaluate, summarise, write_json
 from .log import RunLog
 from .loss import grpo_loss_ref, spread, token_weights
@@ -47,6 +47,8 @@ def train(config: TrainConfig) -> Path:
     held_out = _held_out(config)
     log = RunLog(config)
     policy = load_policy(config)
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in policy.model.parameters()):
+        log.say("warning: bfloat16 weights round away updates below 1/256 of a weight: use --lora, or --dtype float32")
     start_fingerprint = fingerprint(policy.model)
     schedule = config.kl_schedule()
     needs_reference = config.algo != "sft" and schedule.beta_max > 0
@@ -54,6 +56,8 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(policy.model, config)
     checkpoints = log.folder / "checkpoints"
     first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
+    for example in source.take(first, config.prompts_per_step):
+        policy.encode(example)  # too long a prompt or too large an image shows before anything is written
     log.create()
     if not log.resuming:
         record_evaluation(policy, config, held_out, log, "before")
@@ -230,7 +234,12 @@ def _examples(config: TrainConfig, split: str, data: str | None = None, limit: i
 
 
 def _held_out(config: TrainConfig) -> list[Example]:
-    return _examples(config, "test", config.eval_data).all(config.eval_samples) if config.eval_samples else []
+    if not config.eval_samples:
+        return []
+    try:
+        return _examples(config, "test", config.eval_data).all(config.eval_samples)
+    except UserError as error:
+        raise UserError(f"{error} (Held-out data: name it with --eval-data, or pass --eval-samples 0.)") from error
 
 
 class Stopwatch:

@@ -1,6 +1,8 @@
 """Loading a policy: the built-in tiny model, a local folder or a hub name; whole, with LoRA, or in 4 bits."""
 
 import copy
+import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -81,6 +83,12 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
     """Model and processor from a local folder or the hub; UserError names `model` and the way out."""
     name = config.model
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():  # what a 4-bit run saves: the adapter over the model that it names
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        model, processor = load_pretrained(dataclasses.replace(config, model=base))
+        model.load_adapter(name)
+        return model, processor
     try:
         with _cache_only_without_hub(name):
             family = AutoConfig.from_pretrained(name).model_type

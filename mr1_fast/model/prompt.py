@@ -1,6 +1,7 @@
 """From an Example to the token ids, patches and M-RoPE positions that the model sees."""
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ..errors import UserError
@@ -33,8 +34,11 @@ class PromptEncoder:
 
     def __call__(self, example: Example) -> Prompt:
         """Encode one example. The tensors stay on the CPU."""
-        for image in example.images:
-            if image.width * image.height > self.max_pixels and not self.shrink_images:
+        images = list(example.images)
+        for position, image in enumerate(images):
+            if image.width * image.height > self.max_pixels and self.shrink_images:
+                images[position] = _shrunk(image, self.max_pixels)
+            elif image.width * image.height > self.max_pixels:
                 raise UserError(
                     f"an image of example {example.key!r} has {image.width}×{image.height} pixels, more than "
                     f"max_pixels = {self.max_pixels}: raise --max-pixels, or pass --shrink-images true."
@@ -46,8 +50,7 @@ class PromptEncoder:
         )
         encoded = self.processor(
             text=[text],
-            images=list(example.images) or None,
-            images_kwargs={"max_pixels": self.max_pixels} if self.shrink_images else {},
+            images=images or None,
             return_tensors="pt",
         )
         length = encoded["input_ids"].shape[1]
@@ -76,3 +79,10 @@ class PromptEncoder:
             image_grid_thw=grid,
             num_image_tokens=int((input_ids == self.processor.image_token_id).sum()),
         )
+
+
+def _shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The image at its aspect ratio with at most `max_pixels`, in whole image tokens of 28×28 where it has as many."""
+    scale = (max_pixels / (image.width * image.height)) ** 0.5
+    width, height = (max(28, int(side * scale) // 28 * 28) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
