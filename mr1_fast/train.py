@@ -239,7 +239,9 @@ def _held_out(config: TrainConfig) -> list[Example]:
     try:
         return _examples(config, "test", config.eval_data).all(config.eval_samples)
     except UserError as error:
-        raise UserError(f"{error} (Held-out data: name it with --eval-data, or pass --eval-samples 0.)") from error
+        raise UserError(
+            f"{error} This is about held-out data: name some with --eval-data, or pass --eval-samples 0."
+        ) from error
 
 
 class Stopwatch:

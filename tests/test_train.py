@@ -243,6 +243,8 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
     adapted = peft.PeftModel.from_pretrained(load_pretrained(parse_train_config(argv))[0], folder / "final")
     torch.testing.assert_close(logits(adapted, policy.processor), logits(policy.model, policy.processor))
+    saved = load_pretrained(parse_train_config([*argv, "--model", str(folder / "final")]))[0]
+    torch.testing.assert_close(logits(saved, policy.processor), logits(policy.model, policy.processor))
 
 
 def test_eight_bit_states_learn(run_args, tmp_path):
