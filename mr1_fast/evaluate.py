@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .atomic import write_atomically
 from .checkpoint import derive_seed
 from .config import TINY, ModelConfig, SamplingConfig, TaskConfig, parse_config
 from .errors import UserError, exit_on_user_error
@@ -108,14 +107,10 @@ def pass_at_k(records: list[dict], k: int) -> float:
 
 def write_json(path: Path, value: dict) -> None:
     """Write all of the JSON file or nothing; UserError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=True), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(value, indent=1, ensure_ascii=True))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another with --output.") from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .atomic import write_atomically
 from .config import TrainConfig, write_config
 from .errors import UserError
 from .types import Rollout
@@ -160,6 +161,4 @@ def _keep_lines_before(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A killed run may have left half a line at the end.
     whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(whole), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(whole))

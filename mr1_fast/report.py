@@ -10,7 +10,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from .atomic import write_atomically
 from .errors import UserError, exit_on_user_error
 
 LONGEST_TEXT = 2000
@@ -328,12 +328,9 @@ def _config_section(config: dict) -> str:
 
 
 def _write(path: Path, page: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): check the folder and its disk.") from error
     return path
 

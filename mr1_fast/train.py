@@ -5,6 +5,7 @@ completions without padding → reference log-probs → loss → update. β(s) c
 `--algo grpo` differs by a constant β, `--algo sft` by worked solutions in the place of samples.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -184,14 +185,10 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, li
 
 def load_policy(config: TrainConfig) -> Policy:
     """The starting policy; `tiny` is loaded from its cached supervised start."""
-    name = config.model
-    if name == "tiny":
-        config.model = str(tiny_start(config, config.seed))
+    if config.model == "tiny":
+        config = dataclasses.replace(config, model=str(tiny_start(config, config.seed)))
     torch.manual_seed(derive_seed(config.seed, "adapters"))
-    try:
-        return make_policy(*load_pretrained(config), config)
-    finally:
-        config.model = name
+    return make_policy(*load_pretrained(config), config)
 
 
 def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Example], log: RunLog, when: str) -> None:

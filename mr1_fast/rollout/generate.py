@@ -35,8 +35,8 @@ def roll_out(
     generator: torch.Generator | None = None,
 ) -> Rollout:
     """Sample G = `num_generations` completions of each of B prompts; `generator` must live on the model's device."""
-    completions = generate(model, prompts, num_generations, sampling, processor.tokenizer.eos_token_id, generator)
     eos = processor.tokenizer.eos_token_id
+    completions = generate(model, prompts, num_generations, sampling, eos, generator)
     return Rollout(
         examples=examples,
         prompts=prompts,
