@@ -8,6 +8,16 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from .kl_schedule import DynamicKL
+from .loss import GRPOLoss, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
 from .version import __version__
 
-__all__ = ["DynamicKL", "__version__"]
+__all__ = [
+    "DynamicKL",
+    "GRPOLoss",
+    "__version__",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_token_logprobs",
+    "token_logprobs",
+    "token_weights",
+]

@@ -12,7 +12,7 @@ from .errors import UserError
 from .model.load import Policy
 from .types import PackedBatch
 
-Objective = Callable[[torch.Tensor, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Objective = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -46,31 +46,28 @@ def update(
     step: int,
     total_steps: int,
     config: OptimizerConfig,
-    temperature: float = 1.0,
 ) -> dict[str, float]:
     """One optimizer step on the summed loss of `batches`, whose token weights carry all normalisation.
 
-    `objective(logp, batch)` returns the loss and per-row tensors to average over all rows. Gradients are clipped to
-    `config.max_grad_norm`. A gradient norm of inf or NaN leaves weights and optimizer state untouched, since one bad
-    batch must not end a run. Returns the means, and loss, entropy, grad_norm, learning_rate and skipped.
+    `objective(policy, batch)` returns the loss and per-row tensors to average over all rows. Gradients are
+    clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and optimizer state
+    untouched, since one bad batch must not end a run. Returns the means, and loss, grad_norm, learning_rate, skipped.
     """
     loss, rows, sums = 0.0, 0, Counter()
     for batch in batches:
-        batch = batch.to(policy.device)
-        logp, entropy = policy.logprobs(batch, temperature)
-        batch_loss, per_row = objective(logp, batch)
+        batch_loss, per_row = objective(policy, batch.to(policy.device))
         batch_loss.backward()
         loss += batch_loss.item()
-        rows += len(logp)
-        sums.update({name: value.float().sum().item() for name, value in {"entropy": entropy, **per_row}.items()})
+        rows += len(batch.targets)
+        sums.update({name: value.float().sum().item() for name, value in per_row.items()})
 
     lr = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
-    if math.isfinite(norm):
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    skipped = float(not math.isfinite(norm))
-    return {"loss": loss, **means, "grad_norm": norm, "learning_rate": lr, "skipped": skipped}
+    return {"loss": loss, **means, "grad_norm": norm, "learning_rate": lr, "skipped": float(not finite)}

@@ -14,7 +14,8 @@ from .checkpoint import atomic_folder, derive_seed
 from .config import TINY, ModelConfig, OptimizerConfig, TaskConfig, cache_folder
 from .errors import UserError, exit_on_user_error
 from .evaluate import evaluate, summarise
-from .loss import token_weights
+from .loss import linear_grpo_loss, token_weights
+from .model.forward import lm_head_weight
 from .model.load import Policy, make_policy
 from .optim import make_optimizer, update
 from .packing import packs
@@ -48,13 +49,22 @@ def solution_batches(policy: Policy, examples: list[Example], tokens_per_pack: i
         targets.append(torch.tensor(ids))
     batches = list(packs([policy.encode(example) for example in examples], targets, tokens_per_pack))
     for batch in batches:
-        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, len(examples))
+        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(examples))
     return batches
 
 
-def sft_loss(logp: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """−Σ token_weights · log p: the mean over tokens of an example, then over examples."""
-    return -(batch.row_data["token_weights"] * logp).sum(), {}
+def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """−Σ token_weights · log p: the mean over tokens of an example, then over examples.
+
+    It is the cispo surrogate with advantage 1 on policy: the same kernel, loss and gradients in one pass.
+    """
+    weights = batch.row_data["token_weights"]
+    advantages = torch.ones_like(weights)
+    head = lm_head_weight(policy.model)
+    result = linear_grpo_loss(
+        policy.hidden(batch), head, batch.targets, advantages, weights, beta=0.0, surrogate="cispo"
+    )
+    return result.loss, {"entropy": result.entropy}
 
 
 def tiny_start(config: TaskConfig, seed: int) -> Path:

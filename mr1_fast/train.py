@@ -20,7 +20,8 @@ from .config import TrainConfig, parse_train_config
 from .errors import UserError, exit_on_user_error
 from .evaluate import evaluate, summarise, write_json
 from .log import RunLog
-from .loss import grpo_loss_ref, spread, token_weights
+from .loss import linear_grpo_loss, spread, token_weights
+from .model.forward import lm_head_weight
 from .model.load import Policy, Reference, load_pretrained, make_policy, save_pretrained
 from .optim import make_optimizer, update
 from .packing import packs
@@ -110,16 +111,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
         optimizer_step = step * config.updates_per_batch + inner
         beta = schedule(optimizer_step)
         objective = partial(grpo_objective, beta=beta, config=config)
-        metrics = update(
-            policy,
-            optimizer,
-            batches,
-            objective,
-            optimizer_step,
-            config.optimizer_steps(),
-            config,
-            config.temperature,
-        )
+        metrics = update(policy, optimizer, batches, objective, optimizer_step, config.optimizer_steps(), config)
     clock.lap("seconds_update")
     return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **clock.laps}
 
@@ -141,7 +133,7 @@ def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
     for batch in batches:
         per_sequence = advantages.flatten()[batch.sequence_ids]
         batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
-        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, len(rollout.completions))
+        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(rollout.completions))
     return batches
 
 
@@ -155,11 +147,13 @@ def add_logprobs(batch: PackedBatch, policy: Policy, reference: Reference | None
         batch.row_data["old_logp"] = policy.logprobs(on_device, config.temperature)[0]
 
 
-def grpo_objective(logp: torch.Tensor, batch: PackedBatch, beta: float, config: TrainConfig):
-    """The GRPO loss of one pack, and its per-row statistics."""
+def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig):
+    """The GRPO loss of one pack and its per-row statistics; logits exist for a chunk of rows at a time."""
     rows = batch.row_data
-    result = grpo_loss_ref(
-        logp,
+    result = linear_grpo_loss(
+        policy.hidden(batch),
+        lm_head_weight(policy.model),
+        batch.targets,
         rows["advantages"],
         rows["token_weights"],
         beta=beta,
@@ -167,8 +161,15 @@ def grpo_objective(logp: torch.Tensor, batch: PackedBatch, beta: float, config: 
         ref_logp=rows.get("ref_logp"),
         clip_low=config.clip_low,
         clip_high=config.clip_high,
+        temperature=config.temperature,
     )
-    return result.loss, {"kl": result.kl, "clip_fraction": result.clipped, "kl_limited": result.kl_limited}
+    statistics = {
+        "entropy": result.entropy,
+        "kl": result.kl,
+        "clip_fraction": result.clipped,
+        "kl_limited": result.kl_limited,
+    }
+    return result.loss, statistics
 
 
 def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]) -> dict[str, float]:

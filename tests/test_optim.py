@@ -6,6 +6,7 @@ import torch
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.optim import learning_rate, make_optimizer, update
 from mr1_fast.packing import packs
+from mr1_fast.sft import sft_loss
 
 from .models import mixed_examples, tiny_policy
 
@@ -28,8 +29,9 @@ def batches_of(policy, budget: int):
     return list(packs(prompts, [torch.tensor([5, 6, 7]), torch.tensor([8])] * 4, budget))
 
 
-def likelihood(logp, batch):
-    return -logp.sum(), {"probability": logp.exp()}
+def likelihood(policy, batch):
+    batch.row_data["token_weights"] = torch.ones(len(batch.targets))
+    return sft_loss(policy, batch)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
@@ -54,7 +56,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported():
     optimizer = make_optimizer(policy.model, config)
     batches = batches_of(policy, 10**6)
     before = {name: p.clone() for name, p in policy.model.named_parameters()}
-    metrics = update(policy, optimizer, batches, lambda logp, _: (logp.sum() * math.inf, {}), 0, 2, config)
+
+    def infinite(policy, batch):
+        loss, per_row = likelihood(policy, batch)
+        return loss * math.inf, per_row
+
+    metrics = update(policy, optimizer, batches, infinite, 0, 2, config)
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
     assert update(policy, optimizer, batches, likelihood, 1, 2, config)["skipped"] == 0.0

@@ -42,10 +42,13 @@ class Policy:
         """Where the model's weights are."""
         return lm_head_weight(self.model).device
 
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Final hidden states (N, D) of the batch's loss rows, which the LM head turns into logits."""
+        return packed_hidden(self.model, batch)
+
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy, fp32 (N,), of each target of the batch."""
-        hidden = packed_hidden(self.model, batch)
-        return linear_token_logprobs(hidden, lm_head_weight(self.model), batch.targets, temperature)
+        return linear_token_logprobs(self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature)
 
 
 class Reference:

@@ -1,0 +1,172 @@
+"""The logits-level operators of `torch.ops.mr1_fast`, with fake kernels and gradients.
+
+`torch.compile` sees each as one node. The loss computes the gradient of its logits in the forward, when all it needs
+is at hand; the backward scales it by the incoming gradient, which costs nothing where that is 1.
+"""
+
+import torch
+from torch import Tensor
+
+from .grpo_loss import (
+    GRPOLoss,
+    Objective,
+    RowResults,
+    row_grpo,
+    row_logprobs,
+    row_logprobs_backward,
+    scale_,
+    statistics_dtype,
+)
+
+PER_ROW = 5
+"""Per-row results that follow `loss` in an operator's outputs, as in GRPOLoss."""
+
+# --- log-probabilities --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mr1_fast::token_logprobs", mutates_args=())
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, peak and log_sum of `row_logprobs`, (N,), of logits (N, V) / temperature."""
+    return row_logprobs(logits, targets, temperature)
+
+
+@token_logprobs.register_fake
+def _(logits, targets, temperature):
+    return tuple(logits.new_empty(logits.shape[0], dtype=statistics_dtype(logits)) for _ in range(4))
+
+
+@torch.library.custom_op("mr1_fast::token_logprobs_backward", mutates_args=())
+def token_logprobs_backward(
+    logits: Tensor, targets: Tensor, temperature: Tensor, entropy: Tensor, peak: Tensor, log_sum: Tensor,
+    grad_logp: Tensor, grad_entropy: Tensor,
+) -> Tensor:  # fmt: skip
+    """Gradient by the logits."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out)
+    return out
+
+
+@token_logprobs_backward.register_fake
+def _(logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_logprobs(ctx, inputs, output):
+    logits, targets, temperature = inputs
+    ctx.save_for_backward(logits, targets, temperature, *output[1:])
+
+
+def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
+    gradients = (grad_logp.contiguous(), grad_entropy.contiguous())
+    return token_logprobs_backward(*ctx.saved_tensors, *gradients), None, None
+
+
+token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs)
+
+# --- the fused loss -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mr1_fast::grpo_loss", mutates_args=())
+def grpo_loss(
+    logits: Tensor, targets: Tensor, advantages: Tensor, token_weights: Tensor, beta: Tensor, temperature: Tensor,
+    old_logp: Tensor | None, ref_logp: Tensor | None, is_weights: Tensor | None, surrogate: str, bounds: list[float],
+    bias_corrected_kl: bool, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of GRPOLoss, and dloss/dlogits (empty unless `with_gradient`)."""
+    objective = Objective(
+        advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights, surrogate, bounds,
+        bias_corrected_kl,
+    )  # fmt: skip
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_gradient else None
+    results = RowResults.empty(logits)
+    row_grpo(logits, targets, objective, results, gradient)
+    return results.loss.sum(), *results[1:], logits.new_empty(0) if gradient is None else gradient
+
+
+@grpo_loss.register_fake
+def _(logits, targets, *rest):
+    with_gradient = rest[-1]
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_gradient else logits.new_empty(0)
+    return *fake_results(logits), gradient
+
+
+@torch.library.custom_op("mr1_fast::grpo_loss_", mutates_args=("logits",))
+def grpo_loss_(
+    logits: Tensor, targets: Tensor, advantages: Tensor, token_weights: Tensor, beta: Tensor, temperature: Tensor,
+    old_logp: Tensor | None, ref_logp: Tensor | None, is_weights: Tensor | None, surrogate: str, bounds: list[float],
+    bias_corrected_kl: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of GRPOLoss; dloss/dlogits takes the place of the logits."""
+    objective = Objective(
+        advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights, surrogate, bounds,
+        bias_corrected_kl,
+    )  # fmt: skip
+    results = RowResults.empty(logits)
+    row_grpo(logits, targets, objective, results, logits)
+    return results.loss.sum(), *results[1:]
+
+
+@grpo_loss_.register_fake
+def _(logits, *_):
+    return fake_results(logits)
+
+
+@torch.library.custom_op("mr1_fast::scale_", mutates_args=("gradient",))
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, a 0-d tensor; nothing is done where that is 1."""
+    scale_(gradient, factor)
+
+
+@scale.register_fake
+def _(gradient, factor):
+    return None
+
+
+def fake_results(logits: Tensor) -> tuple[Tensor, ...]:
+    """Empty tensors in the shapes of GRPOLoss."""
+    n, dtype = logits.shape[0], statistics_dtype(logits)
+    floats = (logits.new_empty(n, dtype=dtype) for _ in range(3))
+    return logits.new_empty((), dtype=dtype), *floats, *(logits.new_empty(n, dtype=torch.bool) for _ in range(2))
+
+
+def _save_gradient(ctx, inputs, output):
+    ctx.save_for_backward(output[-1])
+
+
+def _scaled_gradient(ctx, grad_loss, *_):
+    (gradient,) = ctx.saved_tensors
+    scale(gradient, grad_loss)
+    return gradient, *[None] * 12
+
+
+grpo_loss.register_autograd(_scaled_gradient, setup_context=_save_gradient)
+
+
+class InplaceGRPOLoss(torch.autograd.Function):
+    """`grpo_loss_` with its gradient: the buffer of the logits is the gradient from the forward on."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, *arguments):
+        """Overwrite the logits; autograd's version counter tells whoever saved them."""
+        buffer = logits.detach()
+        loss, *per_row = grpo_loss_(buffer, *arguments)
+        ctx.save_for_backward(buffer)
+        ctx.mark_non_differentiable(*per_row)
+        return loss, *per_row
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_):
+        """The buffer, scaled."""
+        (gradient,) = ctx.saved_tensors
+        scale(gradient, grad_loss)
+        return gradient, *[None] * 11
+
+
+def grpo_loss_with_gradient(logits: Tensor, arguments: tuple, inplace: bool) -> GRPOLoss:
+    """Call the operator that fits; per-row results come back detached."""
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if inplace and with_gradient:
+        loss, *per_row = InplaceGRPOLoss.apply(logits, *arguments)
+    else:
+        loss, *per_row = grpo_loss(logits, *arguments, with_gradient)[: 1 + PER_ROW]
+    return GRPOLoss(loss, *(value.detach() for value in per_row))
