@@ -19,10 +19,11 @@ from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint
 from .config import TrainConfig, parse_train_config
 from .errors import UserError, exit_on_user_error
 from .evaluate import evaluate, summarise, write_json
+from .kernels.self_test import self_test
 from .log import RunLog
 from .loss import linear_grpo_loss, spread, token_weights
 from .model.forward import lm_head_weight
-from .model.load import Policy, Reference, load_pretrained, make_policy, save_pretrained
+from .model.load import Policy, Reference, load_pretrained, make_policy, resolve_device, save_pretrained
 from .optim import make_optimizer, update
 from .packing import packs
 from .report import write_report
@@ -43,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
+    self_test(resolve_device(config))
     source = _examples(config, "train", limit=config.train_samples)
     if config.algo == "sft":
         source.require_thinking()

@@ -18,9 +18,11 @@ import triton.language as tl
 from .grpo_loss import KL_LOG_RATIO_LIMIT, Objective, RowResults, statistics_dtype
 
 BLOCK = 4096
+"""Columns of 16-bit logits that a program handles at a time."""
 NUM_WARPS = 8
-PROGRAMS_PER_SM = 3
-"""How many programs of 8 warps an SM holds at the registers that they need (benchmarks/compile_table.py)."""
+PROGRAMS_PER_SM = 2
+"""How many programs on 16-bit logits an SM holds at the registers that they need (benchmarks/compile_table.py); twice
+as many on fp32, whose blocks have half the columns."""
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -273,7 +275,7 @@ def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE,
         tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
     factor = tl.load(FACTOR)
     if factor != 1:
@@ -288,7 +290,7 @@ def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
 def row_grpo(logits, targets, objective: Objective, results: RowResults, out, parts: int | None = None) -> None:
     """`grpo_loss.row_grpo` for logits (N, V) with unit column stride. `parts`: programs per row (None: by L2)."""
     n, v = logits.shape
-    part_columns = split_columns(n, v, logits.element_size(), logits.device, parts)
+    part_columns = split_columns(logits, parts)
     parts = triton.cdiv(v, part_columns)
     partials = arrived = None
     if parts > 1:
@@ -304,7 +306,7 @@ def row_grpo(logits, targets, objective: Objective, results: RowResults, out, pa
             *results[:4], results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8),
             partials, arrived, v,
             SURROGATE=objective.surrogate, BIAS_CORRECTED=objective.bias_corrected_kl, PARTS=parts,
-            PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns, PHASE=phase, BLOCK=block_size(v),
+            PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns, PHASE=phase, BLOCK=block_size(logits),
         )  # fmt: skip
 
 
@@ -313,7 +315,7 @@ def row_logprobs(logits, targets, temperature) -> tuple[torch.Tensor, ...]:
     n, v = logits.shape
     outputs = tuple(logits.new_empty(n, dtype=statistics_dtype(logits)) for _ in range(4))
     _launch(_logprobs_kernel, n, logits,
-        logits, logits.stride(0), targets, temperature, *outputs, v, BLOCK=block_size(v),
+        logits, logits.stride(0), targets, temperature, *outputs, v, BLOCK=block_size(logits),
     )  # fmt: skip
     return outputs
 
@@ -321,9 +323,9 @@ def row_logprobs(logits, targets, temperature) -> tuple[torch.Tensor, ...]:
 def row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out) -> None:
     """`grpo_loss.row_logprobs_backward`: a program per block of a row."""
     n, v = logits.shape
-    _launch(_logprobs_backward_kernel, n * triton.cdiv(v, block_size(v)), logits,
+    _launch(_logprobs_backward_kernel, n * triton.cdiv(v, block_size(logits)), logits,
         logits, logits.stride(0), out, out.stride(0), targets, temperature, entropy, peak, log_sum, grad_logp,
-        grad_entropy, v, BLOCK=block_size(v),
+        grad_entropy, v, BLOCK=block_size(logits),
     )  # fmt: skip
 
 
@@ -333,23 +335,27 @@ def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     _launch(_scale_kernel, triton.cdiv(size, BLOCK), gradient, gradient, factor, size, BLOCK=BLOCK)
 
 
-def split_columns(n: int, v: int, item_bytes: int, device: torch.device, parts: int | None = None) -> int:
-    """Columns per program, a multiple of the block: few enough that rows in flight fit in L2 and every SM has work."""
-    block = block_size(v)
-    blocks = triton.cdiv(v, block)
+def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
+    """Columns per program, a multiple of the block: few enough that the rows in flight fit in L2.
+
+    It does not depend on the number of rows, since every choice is a compilation of its own.
+    """
+    block = block_size(logits)
     if parts is None:
-        sms, l2_bytes = _device_limits(device)
-        programs = sms * PROGRAMS_PER_SM
-        for_l2 = programs * v * item_bytes / l2_bytes  # a row's live bytes are half of it on average: a margin of 2
-        parts = min(max(for_l2, programs / max(n, 1), 1), sms)  # all parts of a row must run at once
-    return triton.cdiv(blocks, max(1, round(parts))) * block
+        multiprocessors, l2_bytes = _device_limits(logits.device)
+        row_bytes = logits.shape[1] * logits.element_size()
+        programs = multiprocessors * PROGRAMS_PER_SM * logits.element_size() // 2
+        # Half of a row is alive on average: a margin of 2. All parts of a row must run at once.
+        parts = min(round(programs * row_bytes / l2_bytes), multiprocessors)
+    return triton.cdiv(triton.cdiv(logits.shape[1], block), max(1, parts)) * block
 
 
-def block_size(v: int) -> int:
-    """Columns that a program handles at a time."""
+def block_size(logits: torch.Tensor) -> int:
+    """Columns that a program handles at a time: as many bytes whatever the dtype, as registers are the limit."""
+    v = logits.shape[1]
     if INTERPRETED:  # costs a millisecond a block, whatever its size; still several blocks, so that the loop is run
         return min(65536, triton.next_power_of_2(triton.cdiv(v, 3)))
-    return min(BLOCK, triton.next_power_of_2(v))
+    return min(BLOCK * 2 // logits.element_size(), triton.next_power_of_2(v))
 
 
 @lru_cache

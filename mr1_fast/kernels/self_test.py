@@ -1,0 +1,72 @@
+"""One small batch through the kernels at the start of a run, against the reference.
+
+There are devices on which a Triton kernel compiles, runs, and writes nothing (consumer AMD cards, unsloth#11614). A run
+there would train on whatever the memory held.
+"""
+
+import torch
+
+from ..errors import UserError
+from .grpo_loss import Objective, RowResults, grpo_loss_ref, row_grpo, row_logprobs, row_logprobs_backward, scale_
+
+
+def self_test(device: torch.device) -> None:
+    """UserError if a kernel gives other numbers on `device` than the reference does on the CPU."""
+    try:
+        worst = _largest_errors(device)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"device {device} cannot run the kernels ({error}): use another, or --device cpu.") from error
+    for name, error in worst.items():
+        if not error < 1e-2:
+            raise UserError(
+                f"device {device} computes {name} wrong in the self-test (error {error:.2g}): its driver or Triton "
+                "does not run these kernels; use another device, or --device cpu."
+            )
+
+
+def _largest_errors(device: torch.device) -> dict[str, float]:
+    """Largest error of each result, relative to the largest value, for bf16 logits of three blocks a row."""
+    generator = torch.Generator().manual_seed(0)
+    n, v = 6, 10_000
+    logits = torch.randn(n, v, generator=generator).bfloat16()
+    targets = torch.randint(v, (n,), generator=generator)
+    advantages, shift, weights = torch.randn(3, n, generator=generator)
+    old_logp, ref_logp, weights = -10 + shift, -9.5 - shift, weights.abs()
+
+    exact = logits.float().requires_grad_()
+    settings = dict(beta=torch.tensor(0.1), temperature=torch.tensor(0.9), old_logp=old_logp, ref_logp=ref_logp)
+    expected = grpo_loss_ref(exact, targets, advantages, weights, **settings)
+    expected.loss.backward()
+
+    there = [t.to(device) for t in (advantages, weights, *settings.values())]
+    bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
+    objective = Objective(*there, None, "clip", bounds, False)
+    on_device, targets = logits.to(device), targets.to(device)
+    results, gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
+    row_grpo(on_device, targets, objective, results, gradient)
+
+    temperature = there[3]
+    logp, *rest = row_logprobs(on_device, targets, temperature)
+    by_logp, zero = torch.full_like(on_device, torch.nan), torch.zeros(n, device=device)
+    row_logprobs_backward(on_device, targets, temperature, *rest, zero + 1, zero, by_logp)
+    scale_(by_logp, temperature)
+    onehot = torch.nn.functional.one_hot(targets.cpu(), v)
+    p = torch.softmax(exact.detach() / settings["temperature"], -1)
+
+    pairs = {
+        "the loss": (results.loss.sum(), expected.loss),
+        "log-probabilities": (results.logp, expected.logp),
+        "entropy": (results.entropy, expected.entropy),
+        "KL": (results.kl, expected.kl),
+        "clipping": (results.clipped, expected.clipped),
+        "the gradient of the loss": (gradient, exact.grad),
+        "log-probabilities alone": (logp, expected.logp),
+        "the gradient of log-probabilities": (by_logp, onehot - p),
+    }
+    return {name: _relative_error(ours.cpu().float(), right.float()) for name, (ours, right) in pairs.items()}
+
+
+def _relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
+    return ((ours - right).abs().max() / right.abs().max().clamp(min=1e-6)).item()
