@@ -1,5 +1,98 @@
-"""Everything is declared in pyproject.toml; this file is where csrc/'s native kernels will be built."""
+"""Builds csrc/ into plain shared libraries, mr1_fast/_cpu.so and mr1_fast/_cuda.so; all else is in pyproject.toml.
 
-from setuptools import setup
+They have a C interface and know nothing of Python or torch, so one wheel serves every version of both, and a build
+needs a compiler alone: pip's isolated environment will do. Each is optional: without a C++ compiler, or without nvcc,
+it is left out, and mr1_fast falls back to PyTorch and Triton.
+"""
 
-setup()
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+INSTRUCTION_SETS = {
+    "x86_64": {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "scalar": []},
+    "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
+}
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 120)
+CPP = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+
+
+def compile_cpu(output: str, objects: Path) -> None:
+    """row_kernels.cpp once per instruction set, then everything into `output`."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        raise CompileError("no C++ compiler was found (g++, clang++, or $CXX)")
+    compiled = []
+    for name, flags in INSTRUCTION_SETS.get(platform.machine(), {"scalar": []}).items():
+        compiled.append(str(objects / f"{name}.o"))
+        define = f"-DMR1_ISA={name}"
+        run(*shlex.split(compiler), *CPP, define, *flags, "-c", "csrc/row_kernels.cpp", "-o", compiled[-1])
+    run(*shlex.split(compiler), *CPP, "-shared", "-pthread", "csrc/fused_grpo_cpu.cpp", *compiled, "-o", output)
+
+
+def compile_cuda(output: str, objects: Path) -> str:
+    """fused_grpo_cuda.cu for every architecture, with Hopper's PTX for others; returns ptxas' report."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None or os.environ.get("MR1_FAST_CUDA") == "0":
+        raise CompileError("nvcc was not found" if nvcc is None else "MR1_FAST_CUDA is 0")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    targets.append("-gencode=arch=compute_90,code=compute_90")
+    flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t0"]
+    return run(nvcc, *flags, "-Xptxas=-v", *targets, "csrc/fused_grpo_cuda.cu", "-o", output)
+
+
+def run(*command: str) -> str:
+    """Run a compiler and return what it said; CompileError if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompileError(f"{shlex.join(command)} failed:\n{result.stderr}")
+    return result.stderr
+
+
+class BuildNative(build_ext):
+    """Our two compilations in the place of setuptools' own."""
+
+    def run(self):
+        """Build what can be built."""
+        for ext in self.extensions:  # a library left by an earlier build must not get into this one
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().run()
+
+    def build_extension(self, ext):
+        """One library, objects in a folder of their own."""
+        output = self.get_ext_fullpath(ext.name)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as objects:
+            {"mr1_fast._cpu": compile_cpu, "mr1_fast._cuda": compile_cuda}[ext.name](output, Path(objects))
+
+    def get_ext_filename(self, fullname):
+        """Without the name of a Python version."""
+        return fullname.replace(".", os.sep) + ".so"
+
+
+class AnyPython(bdist_wheel):
+    """One wheel for every Python of this platform."""
+
+    def get_tag(self):
+        """py3-none-PLATFORM."""
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":  # a test imports this file
+    sources = {"mr1_fast._cpu": "fused_grpo_cpu.cpp", "mr1_fast._cuda": "fused_grpo_cuda.cu"}
+    setup(
+        ext_modules=[Extension(name, [f"csrc/{source}"], optional=True) for name, source in sources.items()],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+    )

@@ -18,3 +18,6 @@ bench() { # name, command …: the benchmark's last line is its JSON result
 }
 
 bench default_run python benchmarks/bench_default_run.py --seeds 0
+bench grpo_loss python benchmarks/bench_grpo_loss.py
+bench grpo_loss_sweep python benchmarks/bench_grpo_loss.py --sweep
+bench linear_grpo_loss python benchmarks/bench_linear_grpo_loss.py

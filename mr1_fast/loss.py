@@ -58,7 +58,7 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), without their tensor.
 
-    Logits exist for as many rows at a time as `chunk_bytes` hold (default 512 MB on a GPU, 64 MB on a CPU); the
+    Logits exist for as many rows at a time as `chunk_bytes` hold (default 512 MB on a GPU, 48 MB on a CPU); the
     backward makes them again. Without gradients this is the cheap form for reference and old log-probs.
     """
     hidden, weight, bias = _check_linear(hidden, weight, bias, targets)
@@ -142,7 +142,7 @@ def linear_grpo_loss(
 
     Three GEMMs for loss and all gradients; a frozen weight costs no gradient and no third GEMM. Off-policy ratios per
     sequence cost a fourth. Under autocast the products run in its dtype. `chunk_bytes` bounds the logits that exist
-    at a time (default 512 MB on a GPU, 64 MB on a CPU).
+    at a time (default 512 MB on a GPU, 48 MB on a CPU).
     """
     hidden, weight, bias = _check_linear(hidden, weight, bias, targets)
     arguments = _arguments(
@@ -180,10 +180,12 @@ def token_weights(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSS_TYPES)}")
     lengths = cu_seqlens.diff()
+    if mask is not None and mask.ndim != 1:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: expected (N,), a value per token")
     if mask is None:
         mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
     sizes = torch.segment_reduce(mask.float(), "sum", lengths=lengths.long()) if len(lengths) else lengths.float()
-    sequences = (num_sequences or len(lengths)) * accumulation_steps
+    sequences = (len(lengths) if num_sequences is None else num_sequences) * accumulation_steps
     if loss_type == "grpo":
         per_sequence = 1 / (sequences * sizes.clamp(min=1))
     elif loss_type == "luspo":
@@ -231,6 +233,8 @@ def _arguments(
         raise ValueError(f"ratio_level is {ratio_level!r}: choose token or sequence")
     if delta is not None and surrogate != "clip":
         raise ValueError(f"delta bounds the ratio of surrogate 'clip', not of {surrogate!r}: leave it out")
+    if not min(sapo_temperatures) > 0:
+        raise ValueError(f"sapo_temperatures is {sapo_temperatures}: expected two numbers > 0")
     for name, bound in {"clip_low": clip_low, "clip_high": clip_high, "delta": delta}.items():
         if bound is not None and not bound >= 0:
             raise ValueError(f"{name} is {bound}: expected a number ≥ 0")
@@ -274,6 +278,8 @@ def _check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Ten
     """The logits with unit column stride."""
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (N, V), flatten batch and length first")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected a vocabulary of at least 1")
     if logits.dtype not in DTYPES:
         raise ValueError(f"logits is {logits.dtype}: expected float32, bfloat16, float16 or float64")
     _check_targets(targets, logits, logits.shape[1])
@@ -286,7 +292,9 @@ def _check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Ten
             )
         if not unit_stride:
             raise ValueError(f"inplace needs rows of unit stride, logits has strides {logits.stride()}: inplace=False")
-        if _saved_by_producer(logits):
+        if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
+            raise ValueError(f"inplace needs rows of their own, logits has strides {logits.stride()}: inplace=False")
+        if not torch.compiler.is_compiling() and _saved_by_producer(logits):
             raise ValueError(
                 f"inplace would overwrite logits of shape {tuple(logits.shape)}, which {logits.grad_fn.name()} still "
                 "needs for its own gradient: pass inplace=False"
@@ -309,7 +317,7 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     """hidden, weight and bias in the dtype that the products run in."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}: expected (N, D), the packed rows that carry loss")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (V, {hidden.shape[1]}) as hidden has")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")

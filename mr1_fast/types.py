@@ -1,6 +1,6 @@
 """The dataclasses that pass between stages.
 
-    tasks ─Example▶ rollout ─Rollout▶ rewards ─(B,G)▶ advantages ─(B,G)▶ packing ─PackedBatch▶ model ─hidden (N, D)▶ loss
+    tasks ─Example▶ rollout ─Rollout▶ rewards ─(B,G)▶ advantages ─(B,G)▶ packing ─PackedBatch▶ model ─hidden (N,D)▶ loss
 
 Letters used in every shape: B prompts, G completions per prompt, S sequences in a pack, T packed tokens,
 N rows that carry loss, I images, P image patches, D hidden size, V vocabulary.

@@ -11,17 +11,21 @@ Never stored: probabilities, log-probabilities over V, a mask over V. Bytes: one
 dtype contract: logits in fp32, bf16 or fp16 (fp64 through PyTorch); statistics, log-probs, KL and loss in fp32. Near
 the start of training the KL is 1e-3…1e-4, below what bf16 can resolve.
 
-Here: the references, and the row operations on PyTorch. The same operations in Triton: grpo_loss_triton.py.
+Here: the references, and the row operations on PyTorch. The same operations in Triton: grpo_loss_triton.py; on a CPU by
+csrc/: grpo_loss_native.py.
 """
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 KL_LOG_RATIO_LIMIT = 20.0
 """Bound on |log π_ref − log π_θ| inside k3, whose exponential would overflow; exp(20) is already 5e8."""
+BANNED = -1e30
+"""Stands for the log-probability −inf where it is multiplied by its probability, 0."""
 SURROGATES = ("clip", "cispo", "sapo")
 BLOCK_ELEMENTS = 2**20
 """Logits that the PyTorch path works on at a time, so that its temporaries stay in the cache and small."""
@@ -150,7 +154,7 @@ def policy_loss_ref(
         policy = -ratio.detach().clamp(max=1 + clip_high) * advantages * logp
         clipped = (ratio > 1 + clip_high) & (advantages > 0)
     else:
-        tau = torch.where(advantages > 0, *sapo_temperatures)
+        tau = torch.where(advantages > 0, *(torch.full_like(advantages, each) for each in sapo_temperatures))
         policy = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
     if is_weights is not None:
         policy = policy * torch.where(counts, is_weights, 0.0)
@@ -206,6 +210,19 @@ def use_triton(logits: torch.Tensor) -> bool:
     return (logits.is_cuda or interpreted) and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+def backend(logits: torch.Tensor) -> ModuleType | None:
+    """The module whose row operations take these logits; None: the PyTorch ones below."""
+    if use_triton(logits):
+        from . import grpo_loss_triton
+
+        return grpo_loss_triton
+    if logits.device.type == "cpu":
+        from . import grpo_loss_native
+
+        return grpo_loss_native if grpo_loss_native.takes(logits) else None
+    return None
+
+
 def row_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -213,10 +230,8 @@ def row_logprobs(
 
     log p_j = (x_j − peak)/T − log_sum. Kept apart, the two lose nothing; their sum would round.
     """
-    if use_triton(logits):
-        from . import grpo_loss_triton
-
-        return grpo_loss_triton.row_logprobs(logits, targets, temperature)
+    if module := backend(logits):
+        return module.row_logprobs(logits, targets, temperature)
     outputs = tuple(logits.new_empty(len(logits), dtype=statistics_dtype(logits)) for _ in range(4))
     for rows in _blocks(logits):
         for output, value in zip(outputs, _statistics(logits[rows], targets[rows], temperature)[:4], strict=True):
@@ -239,18 +254,14 @@ def row_logprobs_backward(
 
     A row whose incoming gradients are 0, or whose logits hold NaN, gets exactly 0.
     """
-    if use_triton(logits):
-        from . import grpo_loss_triton
-
-        grpo_loss_triton.row_logprobs_backward(
-            logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out
-        )
+    if module := backend(logits):
+        module.row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out)
         return
     for rows in _blocks(logits):
         logp = (logits[rows] - peak[rows, None]).div_(temperature).sub_(log_sum[rows, None])
         p = logp.exp()
         # d entropy / dz_j = −p_j·(log p_j + entropy); −inf is a finite number here, so that 0·log 0 = 0
-        logp.clamp_(min=torch.finfo(logp.dtype).min).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+        logp.clamp_(min=BANNED).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
         p.mul_(logp.add_(grad_logp[rows, None])).neg_()
         p.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
         dead = ((grad_logp[rows] == 0) & (grad_entropy[rows] == 0)) | ~log_sum[rows].isfinite()
@@ -265,10 +276,8 @@ def row_grpo(
     `out` may be the logits themselves. A row whose derivative is 0 or not finite (NaN logits, an infinite ratio) gets
     a gradient of exactly 0: the loss reports it, the weights do not suffer from it.
     """
-    if use_triton(logits):
-        from . import grpo_loss_triton
-
-        grpo_loss_triton.row_grpo(logits, targets, objective, results, out)
+    if module := backend(logits):
+        module.row_grpo(logits, targets, objective, results, out)
         return
     for rows in _blocks(logits):
         _row_grpo_block(logits[rows], targets[rows], objective.rows(rows), results.rows(rows), out, rows)
@@ -276,7 +285,7 @@ def row_grpo(
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply in place by a 0-d tensor; where that is 1, the gradient is not touched (and nothing is synchronised)."""
-    if use_triton(gradient):
+    if use_triton(gradient) and gradient.is_contiguous():
         from . import grpo_loss_triton
 
         grpo_loss_triton.scale_(gradient, factor)
@@ -298,37 +307,59 @@ def _statistics(logits: torch.Tensor, targets: torch.Tensor, temperature: torch.
     logp = z.sub_(log_sum.unsqueeze(-1))
     p = logp.exp()
     chosen = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropy = -logp.clamp_(min=torch.finfo(z.dtype).min).mul_(p).sum(-1)  # 0·log 0 = 0
+    entropy = -logp.clamp_(min=BANNED).mul_(p).sum(-1)  # 0·log 0 = 0
     return chosen, entropy, peak, log_sum, p
 
 
 def _row_grpo_block(logits, targets, objective: Objective, results: RowResults, out, rows: slice) -> None:
     logp, entropy, _, _, p = _statistics(logits, targets, objective.temperature)
     clip_low, clip_high, delta, *sapo_temperatures = objective.bounds
-
-    def loss(logp: torch.Tensor):
-        per_token, kl, clipped, kl_limited = policy_loss_ref(
-            logp,
-            objective.advantages,
-            objective.token_weights,
-            beta=objective.beta,
-            old_logp=objective.old_logp,
-            ref_logp=objective.ref_logp,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            delta=delta,
-            surrogate=objective.surrogate,
-            sapo_temperatures=tuple(sapo_temperatures),
-            is_weights=objective.is_weights,
-            bias_corrected_kl=objective.bias_corrected_kl,
-        )
-        return per_token.sum(), (per_token, kl, clipped, kl_limited)
-
-    derivative, (per_token, kl, clipped, kl_limited) = torch.func.grad(loss, has_aux=True)(logp)
+    per_token, kl, clipped, kl_limited = policy_loss_ref(
+        logp,
+        objective.advantages,
+        objective.token_weights,
+        beta=objective.beta,
+        old_logp=objective.old_logp,
+        ref_logp=objective.ref_logp,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        delta=delta,
+        surrogate=objective.surrogate,
+        sapo_temperatures=tuple(sapo_temperatures),
+        is_weights=objective.is_weights,
+        bias_corrected_kl=objective.bias_corrected_kl,
+    )
     for result, value in zip(results, (per_token, logp, entropy, kl, clipped, kl_limited), strict=True):
         result.copy_(value)
-    if out is not None:
-        dead = (derivative == 0) | ~derivative.isfinite()
-        coefficient = (derivative / objective.temperature).unsqueeze(-1)
-        p.mul_(-coefficient).scatter_add_(1, targets.unsqueeze(-1), coefficient)
-        out[rows] = p.masked_fill_(dead.unsqueeze(-1), 0.0)
+    if out is None:
+        return
+    derivative = _derivative(logp, objective, clipped, kl_limited)
+    dead = (derivative == 0) | ~derivative.isfinite()
+    coefficient = (derivative / objective.temperature).unsqueeze(-1)
+    p.mul_(-coefficient).scatter_add_(1, targets.unsqueeze(-1), coefficient)
+    out[rows] = p.masked_fill_(dead.unsqueeze(-1), 0.0)
+
+
+def _derivative(logp: torch.Tensor, objective: Objective, clipped, kl_limited) -> torch.Tensor:
+    """(n,) derivative of `policy_loss_ref` by logp in closed form: autograd does not run inside an operator."""
+    advantages = objective.advantages
+    _, clip_high, _, *sapo_temperatures = objective.bounds
+    ratio = torch.exp(logp - (logp if objective.old_logp is None else objective.old_logp))
+    if objective.surrogate == "clip":
+        derivative = torch.where(clipped, 0.0, -ratio * advantages)
+    elif objective.surrogate == "cispo":
+        derivative = -ratio.clamp(max=1 + clip_high) * advantages
+    else:
+        tau = torch.where(advantages > 0, *(torch.full_like(advantages, each) for each in sapo_temperatures))
+        gate = torch.sigmoid(tau * (ratio - 1))
+        derivative = -4 * gate * (1 - gate) * ratio * advantages
+    if objective.is_weights is not None:
+        derivative = derivative * objective.is_weights
+    if objective.ref_logp is not None:
+        d = (objective.ref_logp - logp).clamp(-KL_LOG_RATIO_LIMIT, KL_LOG_RATIO_LIMIT)
+        grown = torch.expm1(d)
+        by_kl = torch.where(kl_limited, 0.0, -grown)
+        if objective.bias_corrected_kl:
+            by_kl = ratio * (by_kl + grown - d)
+        derivative = derivative + objective.beta * by_kl
+    return torch.where(objective.token_weights != 0, objective.token_weights * derivative, 0.0)

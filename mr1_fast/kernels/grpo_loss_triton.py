@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .grpo_loss import KL_LOG_RATIO_LIMIT, Objective, RowResults, statistics_dtype
+from .grpo_loss import BANNED, KL_LOG_RATIO_LIMIT, Objective, RowResults, statistics_dtype
 
 BLOCK = 4096
 """Columns of 16-bit logits that a program handles at a time."""
@@ -27,6 +27,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _KL_LIMIT = tl.constexpr(KL_LOG_RATIO_LIMIT)
+_BANNED = tl.constexpr(BANNED)
 _SPIN_LIMIT = tl.constexpr(1 << 20)
 
 # --- device functions ---------------------------------------------------------------------------------------------
@@ -60,8 +61,8 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         gate = tl.sigmoid(tau * (ratio - 1))
         policy = -(4 / tau) * gate * advantage
         derivative = -4 * gate * (1 - gate) * ratio * advantage
-    policy *= is_weight
-    derivative *= is_weight
+    policy = tl.where(ratio == ratio, policy, ratio) * is_weight  # tl.minimum and tl.maximum drop NaN
+    derivative = tl.where(ratio == ratio, derivative, ratio) * is_weight
 
     kl = 0.0
     kl_limited = False
@@ -73,7 +74,8 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         series = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
         kl = tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - d - 1)
         kl_derivative = tl.where(kl_limited, 0.0, -(kl + d))
-        kl = tl.where(difference == difference, kl, difference)  # tl.minimum drops NaN
+        kl = tl.where(difference == difference, kl, difference)
+        kl_derivative = tl.where(difference == difference, kl_derivative, difference)
         if BIAS_CORRECTED:
             kl_derivative = ratio * (kl_derivative + kl)
             kl *= ratio
@@ -195,7 +197,7 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
     start = part * PART_COLUMNS
     stop = tl.minimum(start + PART_COLUMNS, V)
     row = X + n * x_stride
-    target = tl.load(TARGET + n).to(tl.int32)  # 64-bit comparisons in the sweeps would be slow
+    target = tl.load(TARGET + n)
     temperature = tl.load(TEMPERATURE)
     scale = _LOG2E / temperature
     x_target = 0.0
@@ -234,7 +236,8 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
         if OUT is not None:
             coefficient = derivative / temperature
             coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
-            _write_gradient(row, OUT + n * out_stride, target, start, stop, scale, m, log2_s, coefficient, BLOCK)
+            column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow
+            _write_gradient(row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW)
@@ -242,7 +245,7 @@ def _logprobs_kernel(X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_
     n = tl.program_id(0).to(tl.int64)
     row = X + n * x_stride
     scale = _LOG2E / tl.load(TEMPERATURE)
-    x_target = _load_target(row, tl.load(TARGET + n).to(tl.int32), V)
+    x_target = _load_target(row, tl.load(TARGET + n), V)
     m, s, u = _statistics(row, 0, V, scale, BLOCK)
     logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
     tl.store(LOGP + n, logp)
@@ -262,16 +265,17 @@ def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE,
     log_sum = tl.load(LOG_SUM + n)
     grad_logp = tl.load(GRAD_LOGP + n)
     grad_entropy = tl.load(GRAD_ENTROPY + n)
-    if ((grad_logp == 0) & (grad_entropy == 0)) | (tl.abs(log_sum) == float("inf")) | (log_sum != log_sum):
+    target = tl.load(TARGET + n)
+    dead = ((grad_logp == 0) & (grad_entropy == 0)) | ~(tl.abs(log_sum) < float("inf")) | (target < 0) | (target >= V)
+    if dead:
         tl.store(out, tl.zeros((BLOCK,), tl.float32).to(OUT.dtype.element_ty), mask=mask)
     else:
         temperature = tl.load(TEMPERATURE)
         x = tl.load(X + n * x_stride + columns, mask=mask, other=-float("inf"))
         logp = (x.to(tl.float32) - tl.load(PEAK + n)) / temperature - log_sum
         p = tl.exp(logp)
-        entropy_part = grad_entropy * (tl.maximum(logp, -3.4e38) + tl.load(ENTROPY + n))
-        target = tl.load(TARGET + n).to(tl.int32)
-        gradient = tl.where(columns == target, grad_logp, 0.0) - p * (grad_logp + entropy_part)
+        entropy_part = grad_entropy * (tl.maximum(logp, _BANNED) + tl.load(ENTROPY + n))
+        gradient = tl.where(columns == target.to(tl.int32), grad_logp, 0.0) - p * (grad_logp + entropy_part)
         tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
 
 

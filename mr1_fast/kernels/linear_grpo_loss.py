@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .grpo_loss import GRPOLoss, Objective, RowResults, row_grpo, row_logprobs, row_logprobs_backward, statistics_dtype
-from .operators import PER_ROW, fake_results, scale
+from .operators import PER_ROW, fake_results, incoming, scaled
 
-CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 64 * 2**20}
+CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 48 * 2**20}
 """Default budget of the logits buffer; a CPU needs fewer rows to keep a GEMM busy."""
 SLICE = 8192
 """Vocabulary rows that a CPU casts to fp32 at a time while it accumulates dweight."""
@@ -72,12 +72,9 @@ class Head:
             torch.addmm(out, dlogits.T, hidden, beta=beta, out_dtype=out.dtype, out=out)
         else:
             for start in range(0, len(self.weight), SLICE):
-                vocabulary = slice(start, start + SLICE)
-                product = dlogits[:, vocabulary].T.to(self.dweight.dtype) @ hidden.to(self.dweight.dtype)
-                if rows.start == 0:
-                    self.dweight[vocabulary] = product
-                else:
-                    self.dweight[vocabulary] += product
+                part = self.dweight[start : start + SLICE]
+                columns = dlogits[:, start : start + SLICE].T.to(part.dtype)
+                part.addmm_(columns, hidden.to(part.dtype), beta=0 if rows.start == 0 else 1)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """dhidden, dweight and dbias in the dtype of what they belong to; empty where not needed."""
@@ -135,14 +132,15 @@ def _(hidden, weight, bias, *rest):
 
 
 def _save_logprobs(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     hidden, weight, bias, targets, temperature, ctx.chunk_bytes = inputs
     ctx.save_for_backward(hidden, weight, bias, targets, temperature, *output[1:])
 
 
 def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
     needs = list(ctx.needs_input_grad[:3])
-    incoming = (grad_logp.contiguous(), grad_entropy.contiguous())
-    gradients = linear_token_logprobs_backward(*ctx.saved_tensors, *incoming, ctx.chunk_bytes, needs)
+    by_row = incoming(grad_logp, grad_entropy, like=ctx.saved_tensors[-1])
+    gradients = linear_token_logprobs_backward(*ctx.saved_tensors, *by_row, ctx.chunk_bytes, needs)
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
@@ -179,15 +177,15 @@ def _(hidden, weight, bias, *rest):
 
 def _save_gradients(ctx, inputs, output):
     ctx.needs = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd makes zeros in the size of every output, dweight included
     ctx.save_for_backward(*output[-3:])
 
 
 def _scaled_gradients(ctx, grad_loss, *_):
     gradients = []
     for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True):
-        if need:
-            scale(gradient, grad_loss)
-        gradients.append(gradient if need else None)
+        gradients.append(scaled(gradient, grad_loss) if need else None)
     return *gradients, *[None] * 13
 
 

@@ -52,13 +52,19 @@ def _(logits, *_):
 
 
 def _save_logprobs(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     logits, targets, temperature = inputs
     ctx.save_for_backward(logits, targets, temperature, *output[1:])
 
 
 def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
-    gradients = (grad_logp.contiguous(), grad_entropy.contiguous())
-    return token_logprobs_backward(*ctx.saved_tensors, *gradients), None, None
+    by_row = incoming(grad_logp, grad_entropy, like=ctx.saved_tensors[-1])
+    return token_logprobs_backward(*ctx.saved_tensors, *by_row), None, None
+
+
+def incoming(*gradients: Tensor | None, like: Tensor) -> list[Tensor]:
+    """Contiguous incoming gradients, zeros where autograd has none."""
+    return [torch.zeros_like(like) if each is None else each.contiguous() for each in gradients]
 
 
 token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs)
@@ -122,6 +128,14 @@ def _(gradient, factor):
     return None
 
 
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The saved gradient times the incoming one: in place, but while a compiler traces, which plans memory itself."""
+    if type(gradient) is not Tensor:
+        return gradient * factor.to(gradient.dtype)
+    scale(gradient, factor)
+    return gradient
+
+
 def fake_results(logits: Tensor) -> tuple[Tensor, ...]:
     """Empty tensors in the shapes of GRPOLoss."""
     n, dtype = logits.shape[0], statistics_dtype(logits)
@@ -130,13 +144,14 @@ def fake_results(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _save_gradient(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd makes zeros in the size of the logits
     ctx.save_for_backward(output[-1])
 
 
 def _scaled_gradient(ctx, grad_loss, *_):
     (gradient,) = ctx.saved_tensors
-    scale(gradient, grad_loss)
-    return gradient, *[None] * 12
+    return scaled(gradient, grad_loss), *[None] * 12
 
 
 grpo_loss.register_autograd(_scaled_gradient, setup_context=_save_gradient)
@@ -158,8 +173,7 @@ class InplaceGRPOLoss(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, *_):
         """The buffer, scaled."""
         (gradient,) = ctx.saved_tensors
-        scale(gradient, grad_loss)
-        return gradient, *[None] * 11
+        return scaled(gradient, grad_loss), *[None] * 11
 
 
 def grpo_loss_with_gradient(logits: Tensor, arguments: tuple, inplace: bool) -> GRPOLoss:

@@ -1,0 +1,299 @@
+"""The GRPO loss on logits, forward and backward: ours beside what others do, and log-probs alone.
+
+    python benchmarks/bench_grpo_loss.py [--tokens 8192] [--vocab 151936] [--dtype bfloat16] [--sweep]
+
+Old and reference log-probs are given, β = 0.04. GB/s counts one read and one write of the logits, whatever a method
+really moves; the limit is a copy of as many bytes, timed in turn with the rest. Peak memory is beside the inputs, the
+gradient included. Prints Markdown tables; the last line is one JSON document. --sweep: launch settings instead.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from measure import (
+    Case,
+    copy_case,
+    excused,
+    finish,
+    megabytes,
+    peak,
+    peak_in_subprocess,
+    pick_device,
+    print_table,
+    time_alternating,
+    warm_up,
+)  # fmt: skip
+from torch import Tensor
+
+from mr1_fast.kernels import grpo_loss_triton
+from mr1_fast.loss import grpo_loss, grpo_loss_ref, token_logprobs
+
+BETA, CLIP, SEQUENCES = 0.04, 0.2, 4
+DEFAULT_TOKENS = {"cuda": 8192, "cpu": 256}
+DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
+BLOCKS, WARPS, PROGRAMS = (1024, 2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4, 5, 6)
+COPY = "copy (the limit)"
+
+
+class Batch(NamedTuple):
+    """Sequences of equal length, so that every way to average is the same."""
+
+    logits: Tensor  # (N, V)
+    targets: Tensor  # (N,)
+    advantages: Tensor  # (S,)
+    old_logp: Tensor  # (N,)
+    ref_logp: Tensor  # (N,)
+
+    @classmethod
+    def random(cls, tokens: int, vocab: int, dtype: torch.dtype, device: str) -> "Batch":
+        """Log-probs a little away from those of the logits, so that some ratios are clipped."""
+        torch.manual_seed(0)
+        if tokens % SEQUENCES:
+            raise SystemExit(f"--tokens is {tokens}: expected a multiple of {SEQUENCES}")
+        logits = torch.empty(tokens, vocab, dtype=dtype, device=device).normal_(std=2.0)
+        targets = torch.randint(vocab, (tokens,), device=device)
+        logp = token_logprobs(logits, targets)[0]
+        near = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
+        return cls(logits, targets, torch.linspace(-1, 2, SEQUENCES, device=device), *near)
+
+    def per_sequence(self, tensor: Tensor) -> Tensor:
+        """(N, …) as (S, L, …)."""
+        return tensor.view(SEQUENCES, -1, *tensor.shape[1:])
+
+    @property
+    def objective(self) -> dict:
+        """Our arguments after logits and targets."""
+        n = len(self.targets)
+        return dict(
+            advantages=self.advantages.repeat_interleave(n // SEQUENCES, output_size=n),
+            token_weights=torch.full_like(self.old_logp, 1 / n),
+            beta=BETA,
+            old_logp=self.old_logp,
+            ref_logp=self.ref_logp,
+        )
+
+
+def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """As R1-V's grpo_trainer.py computes it: `_get_per_token_logps` (a loop over sequences, log_softmax in the dtype of
+    the logits, gather), k3, the masked mean per sequence; with PPO's clip, as old log-probs are given here.
+    """
+    rows = []
+    for sequence, ids in zip(batch.per_sequence(logits), batch.per_sequence(batch.targets), strict=True):
+        rows.append(torch.gather(sequence.log_softmax(dim=-1), 1, ids.unsqueeze(1)).squeeze(1))
+    logp = torch.stack(rows)
+    old, ref = batch.per_sequence(batch.old_logp), batch.per_sequence(batch.ref_logp)
+    ratio, advantages = torch.exp(logp - old), batch.advantages.unsqueeze(1)
+    kl = torch.exp(ref - logp) - (ref - logp) - 1
+    policy = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    mask = torch.ones_like(old)
+    return ((-(policy - BETA * kl) * mask).sum(1) / mask.sum(1)).mean()
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def differentiated(logits: Tensor, loss, restore=None) -> Case:
+    """`loss` of a view of the logits (no leaf, as after a layer) and its gradient."""
+
+    def call():
+        leaf = logits.detach().requires_grad_()
+        value = loss(leaf.view(leaf.shape))
+        return value, list(torch.autograd.grad(value, leaf))
+
+    return Case(call, restore or (lambda: None))
+
+
+def ours(batch: Batch, inplace: bool) -> Case:
+    logits = batch.logits.clone() if inplace else batch.logits
+    objective = batch.objective
+    restore = partial(logits.copy_, batch.logits) if inplace else None
+    return differentiated(
+        logits, lambda x: grpo_loss(x, batch.targets, **objective, inplace=inplace).loss, restore=restore
+    )
+
+
+def compiled(batch: Batch) -> Case:
+    reference, objective = torch.compile(grpo_loss_ref, dynamic=False), batch.objective
+    return differentiated(batch.logits, lambda x: reference(x, batch.targets, **objective).loss)
+
+
+def padded_logits(batch: Batch) -> Tensor:
+    """(S, L+1, V), contiguous: Liger drops the last position of each sequence."""
+    rows = batch.per_sequence(batch.logits)
+    padded = rows.new_empty(len(rows), rows.shape[1] + 1, rows.shape[2])
+    padded[:, :-1], padded[:, -1] = rows, 0
+    return padded
+
+
+def liger(batch: Batch, inplace: bool) -> Case:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    _needs_gpu(batch)
+    logits = padded_logits(batch)
+    old, ref, ids = (batch.per_sequence(x) for x in (batch.old_logp, batch.ref_logp, batch.targets))
+    settings = dict(temperature=1.0, beta=BETA, eps_low=CLIP, eps_high=CLIP, loss_type="grpo", reduce=True)
+    return differentiated(
+        logits,
+        lambda x: triton_grpo_loss(x, old, ref, ids, batch.advantages, inplace=inplace, **settings)[0],
+        restore=(lambda: logits[:, :-1].copy_(batch.per_sequence(batch.logits))) if inplace else None,
+    )
+
+
+def _needs_gpu(batch: Batch) -> None:
+    if not batch.logits.is_cuda and not grpo_loss_triton.INTERPRETED:
+        raise RuntimeError("its Triton kernels need a GPU")
+
+
+def without_gradient(logprobs) -> Case:
+    return Case(lambda: (torch.no_grad()(logprobs)(), []))
+
+
+def liger_logprobs(batch: Batch) -> Case:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    _needs_gpu(batch)
+    logits, ids = padded_logits(batch), batch.per_sequence(batch.targets)
+    return Case(lambda: (fused_selective_log_softmax(logits, ids, temperature=1.0).flatten(), []))
+
+
+LOSS = {
+    "ours": partial(ours, inplace=False),
+    "ours, in place": partial(ours, inplace=True),
+    "eager (R1-V)": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x, batch)),
+    "eager (R1-V), logits to fp32": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x.float(), batch)),
+    "torch.compile": compiled,
+    "Liger triton_grpo_loss": partial(liger, inplace=False),
+    "Liger triton_grpo_loss, in place": partial(liger, inplace=True),
+}
+LOGPROBS = {
+    "ours, token_logprobs": lambda b: without_gradient(lambda: token_logprobs(b.logits, b.targets)[0]),
+    "log_softmax + gather": lambda b: without_gradient(
+        lambda: torch.log_softmax(b.logits, -1).gather(1, b.targets[:, None]).squeeze(1)
+    ),
+    "Liger fused_selective_log_softmax": liger_logprobs,
+}
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def compare(builders: dict, first: str, passes: int, batch: Batch, arguments, device: str) -> dict:
+    """Time and peak memory of every case; `passes` over the logits count as bytes."""
+    cases, far, skipped = warm_up(builders, batch, device, against=first)
+    times = time_alternating({**cases, COPY: copy_case(batch.logits)}, arguments.rounds, device, skipped)
+    size = batch.logits.numel() * batch.logits.element_size()
+    copied = 2 * size / times[COPY]["least"]
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("tokens", "vocab", "dtype", "device")]
+    rows = []
+    for name in [name for name in cases if name in times]:
+        memory = None
+        with excused(name, skipped):
+            memory = peak(cases[name], device) if device == "cuda" else peak_in_subprocess(__file__, name, options)
+        row = {"name": name, **times[name], "bytes_per_second": passes * size / times[name]["median"]}
+        row |= {"of_copy": row["bytes_per_second"] / copied, "ratio": row["median"] / times[first]["median"]}
+        rows.append({**row, "peak": memory and memory["peak"], "from_ours": far[name]})
+    return {"rows": rows, "copy_bytes_per_second": copied, "skipped": skipped}
+
+
+def show(title: str, result: dict) -> None:
+    columns = ["what", "ms", "GB/s", "of a copy", "peak beside inputs, MiB", "time / ours", "loss / gradient off by"]
+    off = "{loss:.0e} / {gradient:.0e}"
+    print_table(
+        f"{title}; a copy: {result['copy_bytes_per_second'] / 1e9:,.1f} GB/s",
+        columns,
+        [
+            [r["name"], f"{r['median'] * 1000:,.2f}", f"{r['bytes_per_second'] / 1e9:,.1f}", f"{r['of_copy']:.0%}",
+             megabytes(r["peak"]), f"{r['ratio']:.2f}", off.format(**r["from_ours"])]
+            for r in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def launched_with(block: int, warps: int, programs: int):
+    """The settings of the Triton launchers, for a while."""
+    names = ("BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM")
+    before = [getattr(grpo_loss_triton, name) for name in names]
+    try:
+        for name, value in zip(names, (block, warps, programs), strict=True):
+            setattr(grpo_loss_triton, name, value)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(grpo_loss_triton, name, value)
+
+
+def sweep(batch: Batch, rounds: int) -> dict:
+    """Time of the in-place loss under every launch setting; settings that split rows alike are one launch."""
+    from triton.runtime.errors import OutOfResources
+
+    case, (n, v), item = ours(batch, inplace=True), batch.logits.shape, batch.logits.element_size()
+    copied = time_alternating({COPY: copy_case(batch.logits)}, rounds, "cuda", {})[COPY]["least"]
+    rows = {}
+    for block, warps, programs in itertools.product(BLOCKS, WARPS, PROGRAMS):
+        with launched_with(block, warps, programs):
+            columns = grpo_loss_triton.split_columns(n, v, item, batch.logits.device)
+            if (block, warps, columns) in rows:
+                rows[block, warps, columns]["programs_per_sm"].append(programs)
+                continue
+            try:
+                time_alternating({"ours": case}, 2, "cuda", {})
+                taken = time_alternating({"ours": case}, rounds, "cuda", {})["ours"]
+            except OutOfResources as error:
+                print(f"skipped: block {block}, {warps} warps, {columns} columns: {error}")
+                continue
+        row = {"block": block, "warps": warps, "parts": -(-v // columns), "programs_per_sm": [programs]}
+        rows[block, warps, columns] = {**row, **taken, "of_copy": copied / taken["median"]}
+    ordered = sorted(rows.values(), key=lambda row: row["median"])
+    print_table(
+        "Launch settings of the loss in place, best first",
+        ["BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM", "programs per row", "ms", "of a copy"],
+        [[r["block"], r["warps"], " ".join(map(str, r["programs_per_sm"])), r["parts"], f"{r['median'] * 1000:.3f}",
+          f"{r['of_copy']:.0%}"] for r in ordered],
+    )  # fmt: skip
+    return {"rows": ordered, "copy_seconds": copied}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32"
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sweep", action="store_true", help="time launch settings (GPU)")
+    parser.add_argument("--peak", help="print the peak memory of this case and end")
+    arguments = parser.parse_args()
+    device = arguments.device = pick_device(arguments.device)
+    arguments.tokens = arguments.tokens or DEFAULT_TOKENS[device]
+    arguments.dtype = arguments.dtype or DEFAULT_DTYPE[device]
+    batch = Batch.random(arguments.tokens, arguments.vocab, getattr(torch, arguments.dtype), device)
+    if arguments.peak:
+        case = {**LOSS, **LOGPROBS}[arguments.peak](batch)
+        case.restore()
+        case.call()
+        print(json.dumps(peak(case, device)))
+        return
+    shape = f"{arguments.tokens:,} × {arguments.vocab:,} {arguments.dtype} on {device}"
+    settings = {key: getattr(arguments, key) for key in ("tokens", "vocab", "dtype", "rounds")}
+    if arguments.sweep:
+        if device != "cuda":
+            raise SystemExit("--sweep needs a CUDA device")
+        finish("grpo_loss_sweep", device, settings=settings, **sweep(batch, arguments.rounds))
+        return
+    loss_cases = {name: build for name, build in LOSS.items() if arguments.dtype != "float32" or "fp32" not in name}
+    loss = compare(loss_cases, "ours", 2, batch, arguments, device)
+    logprobs = compare(LOGPROBS, "ours, token_logprobs", 1, batch, arguments, device)
+    show(f"Loss and gradient, {shape}", loss)
+    show(f"Log-probs alone (one read counted), {shape}", logprobs)
+    finish("grpo_loss", device, settings=settings, loss=loss, logprobs=logprobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+// The row operations of mr1_fast/kernels/grpo_loss.py on a CPU: a plain C interface, threads, and the choice of the
+// instruction set. The sweeps themselves: row_kernels.cpp.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "grpo_token.h"
+#include "row_kernels.h"
+
+#if defined(__x86_64__)
+extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES], mr1_row_kernels_avx2[DTYPES];
+#elif defined(__aarch64__)
+extern const RowKernels mr1_row_kernels_neon[DTYPES];
+#endif
+extern const RowKernels mr1_row_kernels_scalar[DTYPES];
+
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // below this, starting a thread costs more than it saves
+
+// From the best to the plainest; each is there only if this machine can run it.
+std::vector<const RowKernels*> supported() {
+    std::vector<const RowKernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(mr1_row_kernels_avx512bf16);
+    if (avx512) found.push_back(mr1_row_kernels_avx512);
+    if (avx2) found.push_back(mr1_row_kernels_avx2);
+#elif defined(__aarch64__)
+    found.push_back(mr1_row_kernels_neon);
+#endif
+    found.push_back(mr1_row_kernels_scalar);
+    return found;
+}
+
+const RowKernels* chosen = supported().front();
+
+// task(0 … count−1), handed out in order to up to `threads` threads.
+template <class Task> void parallel(int64_t count, int threads, const Task& task) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    };
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads && t < count; ++t) {
+        try {
+            others.emplace_back(work);
+        } catch (...) {  // no more threads to be had: this one does the rest
+            break;
+        }
+    }
+    work();
+    for (auto& thread : others) thread.join();
+}
+
+struct Rows {
+    const char* logits;
+    char* out;  // may be null, may be the logits
+    int64_t stride, out_stride, n, v;
+    int dtype, threads, parts;
+
+    Rows(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v, int dtype, int threads)
+        : logits((const char*)logits), out((char*)out), stride(stride * size(dtype)),
+          out_stride(out_stride * size(dtype)), n(n), v(v), dtype(dtype) {
+        const int64_t useful = n * v / ELEMENTS_PER_THREAD + 1;
+        this->threads = (int)(useful < threads ? useful : threads);
+        parts = n < this->threads && n > 0 ? (int)((this->threads + n - 1) / n) : 1;
+    }
+    static int64_t size(int dtype) { return dtype == FP32 ? 4 : 2; }
+    const char* row(int64_t i) const { return logits + i * stride; }
+    char* out_row(int64_t i) const { return out + i * out_stride; }
+    // NaN for a target outside [0, v), as on a GPU.
+    float logit(int64_t i, int64_t target) const {
+        return target < 0 || target >= v ? NAN : chosen[dtype].get(row(i), target);
+    }
+    // Columns of a part: a multiple of 64, so that no two threads write the same cache line.
+    int64_t begin(int64_t part) const { return part >= parts ? v : v / parts * part / 64 * 64; }
+};
+
+// Statistics of whole rows: `use(i, statistics)` for each. Rows are split where there are fewer than threads.
+template <class Use> void for_each_row(const Rows& rows, float scale, const Use& use) {
+    const RowKernels& kernels = chosen[rows.dtype];
+    if (rows.parts == 1) {
+        parallel(rows.n, rows.threads, [&](int64_t i) { use(i, kernels.statistics(rows.row(i), rows.v, scale)); });
+        return;
+    }
+    std::vector<Statistics> partial(rows.n * rows.parts);
+    parallel((int64_t)partial.size(), rows.threads, [&](int64_t task) {
+        const int64_t begin = rows.begin(task % rows.parts), end = rows.begin(task % rows.parts + 1);
+        const char* row = rows.row(task / rows.parts) + begin * Rows::size(rows.dtype);
+        partial[task] = kernels.statistics(row, end - begin, scale);
+    });
+    for (int64_t i = 0; i < rows.n; ++i) {
+        Statistics total = partial[i * rows.parts];
+        for (int part = 1; part < rows.parts; ++part) {
+            const Statistics& other = partial[i * rows.parts + part];
+            const bool higher = other.peak > total.peak;
+            Statistics low = higher ? total : other;
+            if (higher) total = other;
+            if (low.peak == -INFINITY && low.s == 0) continue;
+            const double shift = (double)low.origin - total.origin, alpha = exp2(shift);
+            total.u += alpha * (low.u + low.s * shift);
+            total.s += alpha * low.s;
+        }
+        use(i, total);
+    }
+}
+
+// sweep(x, out, columns) over every part of row i.
+template <class Sweep> void sweep_row(const Rows& rows, int64_t i, int threads, const Sweep& sweep) {
+    parallel(rows.parts, threads, [&](int64_t part) {
+        const int64_t begin = rows.begin(part), offset = begin * Rows::size(rows.dtype);
+        sweep(rows.row(i) + offset, rows.out_row(i) + offset, rows.begin(part + 1) - begin);
+    });
+}
+
+struct Target {
+    float logp, entropy;
+};
+
+// log p of the target and entropy, from the rounded origin that every sweep uses.
+Target target_of(const Statistics& statistics, float x, float scale) {
+    const double log2_s = std::log2(statistics.s), y = (double)x * scale - statistics.origin;
+    return {(float)((y - log2_s) * LN2), (float)((log2_s - statistics.u / statistics.s) * LN2)};
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// All pointers to rows' values; old_logp, ref_logp, is_weights and out may be null. Strides in elements.
+struct GrpoArguments {
+    const void* logits;
+    void* out;
+    int64_t stride, out_stride, n, v;
+    const int64_t* targets;
+    const float *advantages, *token_weights, *old_logp, *ref_logp, *is_weights, *beta, *temperature;
+    float *loss, *logp, *entropy, *kl;
+    unsigned char *clipped, *kl_limited;
+    LossSettings settings;  // beta is read from the pointer
+    int dtype, threads;
+};
+
+void mr1_grpo_rows(const GrpoArguments* a) {
+    const Rows rows(a->logits, a->stride, a->out, a->out_stride, a->n, a->v, a->dtype, a->threads);
+    const RowKernels& kernels = chosen[a->dtype];
+    const float temperature = *a->temperature, scale = (float)(LOG2E / temperature);
+    LossSettings settings = a->settings;
+    settings.beta = *a->beta;
+    for_each_row(rows, scale, [&](int64_t i, const Statistics& statistics) {
+        const int64_t target = a->targets[i];
+        const Target t = target_of(statistics, rows.logit(i, target), scale);
+        const float old_logp = a->old_logp ? a->old_logp[i] : t.logp;
+        const TokenLoss token =
+            grpo_token(&settings, t.logp, old_logp, a->ref_logp != nullptr, a->ref_logp ? a->ref_logp[i] : 0.0f,
+                       a->advantages[i], a->token_weights[i], a->is_weights ? a->is_weights[i] : 1.0f);
+        a->loss[i] = token.loss;
+        a->logp[i] = t.logp;
+        a->entropy[i] = t.entropy;
+        a->kl[i] = token.kl;
+        a->clipped[i] = token.clipped;
+        a->kl_limited[i] = token.kl_limited;
+        if (!a->out) return;
+        const float coefficient = token.derivative / temperature, factor = -coefficient / (float)statistics.s;
+        if (coefficient == 0.0f || !std::isfinite(coefficient)) {
+            memset(rows.out_row(i), 0, rows.v * Rows::size(rows.dtype));
+            return;
+        }
+        const float at_target = coefficient - coefficient * expf(t.logp);
+        sweep_row(rows, i, rows.parts > 1 ? rows.threads : 1, [&](const char* x, char* out, int64_t columns) {
+            kernels.gradient(x, out, columns, scale, statistics.origin, factor);
+        });
+        kernels.set(rows.out_row(i), target, at_target);
+    });
+}
+
+void mr1_logprob_rows(const void* logits, int64_t stride, int64_t n, int64_t v, int dtype, const int64_t* targets,
+                      const float* temperature, float* logp, float* entropy, float* peak, float* log_sum,
+                      int threads) {
+    const Rows rows(logits, stride, nullptr, 0, n, v, dtype, threads);
+    const float scale = (float)(LOG2E / *temperature);
+    for_each_row(rows, scale, [&](int64_t i, const Statistics& statistics) {
+        const Target t = target_of(statistics, rows.logit(i, targets[i]), scale);
+        logp[i] = t.logp;
+        entropy[i] = t.entropy;
+        peak[i] = statistics.peak;
+        // relative to the exact maximum, not to the rounded origin
+        log_sum[i] = (float)((std::log2(statistics.s) + statistics.origin - (double)statistics.peak * scale) * LN2);
+    });
+}
+
+void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v,
+                               int dtype, const int64_t* targets, const float* temperature, const float* entropy,
+                               const float* peak, const float* log_sum, const float* grad_logp,
+                               const float* grad_entropy, int threads) {
+    const Rows rows(logits, stride, out, out_stride, n, v, dtype, threads);
+    const RowKernels& kernels = chosen[dtype];
+    const float scale = (float)(LOG2E / *temperature);
+    const auto row = [&](int64_t i, int row_threads) {
+        if ((grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) || !std::isfinite(log_sum[i])) {
+            memset(rows.out_row(i), 0, rows.v * Rows::size(dtype));
+            return;
+        }
+        const float origin = peak[i] * scale;
+        // log p = y·ln 2 − log_s; the origin is rounded, log_sum is not
+        const double log_s = log_sum[i] - (origin - (double)peak[i] * scale) * LN2;
+        const double factor = -exp(-log_s) / *temperature;
+        // −p·(grad_logp + grad_entropy·(log p + entropy))/T as 2^y·(constant + slope·y)
+        const float slope = (float)(factor * grad_entropy[i] * LN2);
+        const float constant = (float)(factor * (grad_logp[i] + grad_entropy[i] * (entropy[i] - log_s)));
+        const float x = rows.logit(i, targets[i]);
+        const double logp = ((double)x * scale - origin) * LN2 - log_s;
+        const double by_entropy = exp(logp) == 0.0 ? 0.0 : exp(logp) * (logp + entropy[i]) * grad_entropy[i];
+        const double at_target = (grad_logp[i] * -expm1(logp) - by_entropy) / *temperature;
+        sweep_row(rows, i, row_threads, [&](const char* in, char* to, int64_t columns) {
+            if (slope == 0.0f) kernels.gradient(in, to, columns, scale, origin, constant);
+            else kernels.entropy_gradient(in, to, columns, scale, origin, constant, slope);
+        });
+        if (targets[i] >= 0 && targets[i] < v) kernels.set(rows.out_row(i), targets[i], (float)at_target);
+    };
+    if (rows.parts > 1) {
+        for (int64_t i = 0; i < n; ++i) row(i, rows.threads);
+    } else {
+        parallel(n, rows.threads, [&](int64_t i) { row(i, 1); });
+    }
+}
+
+const char* mr1_instruction_set() { return chosen->name; }
+
+// 0 if this machine can run it.
+int mr1_use_instruction_set(const char* name) {
+    for (const RowKernels* kernels : supported())
+        if (!strcmp(kernels->name, name)) {
+            chosen = kernels;
+            return 0;
+        }
+    return 1;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

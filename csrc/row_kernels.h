@@ -1,0 +1,27 @@
+// What one instruction set offers: sweeps over a row of logits, or over a part of one.
+#pragma once
+#include <stdint.h>
+
+// With y = x·scale − origin, scale = log2(e)/T:
+struct Statistics {
+    float peak;    // max x
+    float origin;  // near max x·scale, but rounded: every sweep over the row must use this very number
+    double s;      // Σ 2^y
+    double u;      // Σ 2^y·y
+};
+
+struct RowKernels {
+    const char* name;
+    // One read of the row.
+    struct Statistics (*statistics)(const void* x, int64_t n, float scale);
+    // out = factor·2^y. `out` may be `x`.
+    void (*gradient)(const void* x, void* out, int64_t n, float scale, float origin, float factor);
+    // out = 2^y·(constant + slope·y). `out` may be `x`.
+    void (*entropy_gradient)(const void* x, void* out, int64_t n, float scale, float origin, float constant,
+                             float slope);
+    // Single values, for the target's logit.
+    float (*get)(const void* x, int64_t index);
+    void (*set)(void* out, int64_t index, float value);
+};
+
+enum DType { FP32 = 0, BF16 = 1, FP16 = 2, DTYPES = 3 };

@@ -1,0 +1,55 @@
+"""What runs here, for bug reports: `python -m mr1_fast.env`."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .kernels import grpo_loss_cuda, grpo_loss_native
+from .version import __version__
+
+PACKAGES = (
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "math-verify",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+)
+
+
+def lines() -> list[tuple[str, str]]:
+    """Name and value of everything worth knowing."""
+    gpu = "none"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+    return [
+        ("mr1_fast", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("GPU", gpu),
+        ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
+        ("native CPU kernels", grpo_loss_native.status()[1]),
+        ("native CUDA kernels", grpo_loss_cuda.status()[1]),
+        *((name, _version(name)) for name in PACKAGES),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Print the table."""
+    for name, value in lines():
+        print(f"{name:<20} {value}")
+
+
+if __name__ == "__main__":
+    main()
