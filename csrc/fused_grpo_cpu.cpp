@@ -40,14 +40,24 @@ std::vector<const RowKernels*> supported() {
 
 const RowKernels* chosen = supported().front();
 
+// GOMP_parallel of the OpenMP runtime that torch has loaded. Its threads are awake after a torch operation and spin for
+// a while; threads of our own would have to fight them for the cores.
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+GompParallel gomp_parallel = nullptr;
+
 // task(0 … count−1), handed out in order to up to `threads` threads.
 template <class Task> void parallel(int64_t count, int threads, const Task& task) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
     };
+    if (threads > count) threads = (int)count;
+    if (gomp_parallel && threads > 1) {
+        gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work, (unsigned)threads, 0);
+        return;
+    }
     std::vector<std::thread> others;
-    for (int t = 1; t < threads && t < count; ++t) {
+    for (int t = 1; t < threads; ++t) {
         try {
             others.emplace_back(work);
         } catch (...) {  // no more threads to be had: this one does the rest
@@ -230,6 +240,8 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
         parallel(n, rows.threads, [&](int64_t i) { row(i, 1); });
     }
 }
+
+void mr1_use_openmp(void* function) { gomp_parallel = (GompParallel)function; }
 
 const char* mr1_instruction_set() { return chosen->name; }
 

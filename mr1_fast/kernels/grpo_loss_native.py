@@ -65,7 +65,20 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     if wanted and library.mr1_use_instruction_set(wanted.encode()):
         raise ValueError(f"MR1_FAST_ISA is {wanted!r}, which this machine or build cannot run: leave it unset")
     name = library.mr1_instruction_set().decode()
-    return library, name + (" (MR1_FAST_ISA)" if wanted else "")
+    openmp = _torch_openmp()
+    library.mr1_use_openmp(openmp)
+    threads = "torch's threads" if openmp else "threads of its own"
+    return library, f"{name}{' (MR1_FAST_ISA)' if wanted else ''}, {threads}"
+
+
+def _torch_openmp() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP library that torch has loaded; None where it is not GNU's or cannot be found."""
+    try:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+        path = next(path for path in sorted(paths) if "libgomp" in path and "torch" in path)
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, StopIteration, AttributeError):
+        return None
 
 
 def takes(logits: torch.Tensor) -> bool:
