@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from measure import (
 )  # fmt: skip
 from torch import Tensor
 
-from mr1_fast.kernels import grpo_loss_triton
+from mr1_fast.kernels import grpo_loss_cuda, grpo_loss_triton
 from mr1_fast.loss import grpo_loss, grpo_loss_ref, token_logprobs
 
 BETA, CLIP, SEQUENCES = 0.04, 0.2, 4
@@ -117,6 +118,23 @@ def ours(batch: Batch, inplace: bool) -> Case:
     )
 
 
+def native_cuda(batch: Batch) -> Case:
+    """csrc/'s kernel in the place of Triton's."""
+    library, status = grpo_loss_cuda.status()
+    if library is None or not batch.logits.is_cuda:
+        raise RuntimeError(f"csrc/'s CUDA kernel is {status}")
+    case = ours(batch, inplace=True)
+
+    def call():
+        os.environ["MR1_FAST_CUDA"] = "1"
+        try:
+            return case.call()
+        finally:
+            del os.environ["MR1_FAST_CUDA"]
+
+    return Case(call, case.restore)
+
+
 def compiled(batch: Batch) -> Case:
     reference, objective = torch.compile(grpo_loss_ref, dynamic=False), batch.objective
     return differentiated(batch.logits, lambda x: reference(x, batch.targets, **objective).loss)
@@ -164,6 +182,7 @@ def liger_logprobs(batch: Batch) -> Case:
 LOSS = {
     "ours": partial(ours, inplace=False),
     "ours, in place": partial(ours, inplace=True),
+    "csrc/ on CUDA, in place": native_cuda,
     "eager (R1-V)": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x, batch)),
     "eager (R1-V), logits to fp32": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x.float(), batch)),
     "torch.compile": compiled,

@@ -277,6 +277,10 @@ def row_grpo(
     a gradient of exactly 0: the loss reports it, the weights do not suffer from it.
     """
     if module := backend(logits):
+        if logits.is_cuda:
+            from . import grpo_loss_cuda
+
+            module = grpo_loss_cuda if grpo_loss_cuda.takes(logits) else module
         module.row_grpo(logits, targets, objective, results, out)
         return
     for rows in _blocks(logits):

@@ -39,8 +39,8 @@ def status() -> tuple[ctypes.CDLL | None, str]:
 
 
 def takes(logits: torch.Tensor) -> bool:
-    """Whether `row_grpo` of these logits runs here rather than in Triton."""
-    if not logits.is_cuda or logits.dtype not in DTYPES or logits.shape[1] * logits.element_size() % 16:
+    """Whether `row_grpo` of these logits, on a GPU, runs here rather than in Triton."""
+    if logits.dtype not in DTYPES or logits.shape[1] * logits.element_size() % 16:
         return False
     wanted = os.environ.get("MR1_FAST_CUDA")
     if wanted == "0" or (wanted != "1" and torch.cuda.get_device_capability(logits.device) not in FASTER_THAN_TRITON):
