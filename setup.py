@@ -24,6 +24,7 @@ INSTRUCTION_SETS = {
     "x86_64": {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "scalar": []},
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
+INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 120)
 CPP = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 
@@ -33,12 +34,20 @@ def compile_cpu(output: str, objects: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         raise CompileError("no C++ compiler was found (g++, clang++, or $CXX)")
-    compiled = []
+    compile_one = [*shlex.split(compiler), *CPP]
+    compiled = {}
     for name, flags in INSTRUCTION_SETS.get(platform.machine(), {"scalar": []}).items():
-        compiled.append(str(objects / f"{name}.o"))
-        define = f"-DMR1_ISA={name}"
-        run(*shlex.split(compiler), *CPP, define, *flags, "-c", "csrc/row_kernels.cpp", "-o", compiled[-1])
-    run(*shlex.split(compiler), *CPP, "-shared", "-pthread", "csrc/fused_grpo_cpu.cpp", *compiled, "-o", output)
+        target = str(objects / f"{name}.o")
+        try:
+            run(*compile_one, f"-DMR1_ISA={name}", *flags, "-c", "csrc/row_kernels.cpp", "-o", target)
+        except CompileError:
+            if name == "scalar":
+                raise
+            print(f"{compiler} does not know {name}: left out")
+        else:
+            compiled[f"-DMR1_HAS_{name}"] = target
+    libraries = ["-shared", "-pthread", *compiled.values(), "-o", output]
+    run(*compile_one, *compiled, "csrc/fused_grpo_cpu.cpp", *libraries)
 
 
 def compile_cuda(output: str, objects: Path) -> str:
@@ -47,7 +56,9 @@ def compile_cuda(output: str, objects: Path) -> str:
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None or os.environ.get("MR1_FAST_CUDA") == "0":
         raise CompileError("nvcc was not found" if nvcc is None else "MR1_FAST_CUDA is 0")
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    architectures = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     targets.append("-gencode=arch=compute_90,code=compute_90")
     flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t0"]
     return run(nvcc, *flags, "-Xptxas=-v", *targets, "csrc/fused_grpo_cuda.cu", "-o", output)
@@ -55,7 +66,10 @@ def compile_cuda(output: str, objects: Path) -> str:
 
 def run(*command: str) -> str:
     """Run a compiler and return what it said; CompileError if it fails."""
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
         raise CompileError(f"{shlex.join(command)} failed:\n{result.stderr}")
     return result.stderr
@@ -65,14 +79,15 @@ class BuildNative(build_ext):
     """Our two compilations in the place of setuptools' own."""
 
     def run(self):
-        """Build what can be built."""
-        for ext in self.extensions:  # a library left by an earlier build must not get into this one
+        """Build what can be built; in place, too, nothing is left of an earlier build."""
+        for ext in self.extensions:
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext):
         """One library, objects in a folder of their own."""
         output = self.get_ext_fullpath(ext.name)
+        Path(output).unlink(missing_ok=True)  # one left by an earlier build must not get into this one
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as objects:
             {"mr1_fast._cpu": compile_cpu, "mr1_fast._cuda": compile_cuda}[ext.name](output, Path(objects))

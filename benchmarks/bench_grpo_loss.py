@@ -124,6 +124,9 @@ def native_cuda(batch: Batch) -> Case:
     if library is None or not batch.logits.is_cuda:
         raise RuntimeError(f"csrc/'s CUDA kernel is {status}")
     case = ours(batch, inplace=True)
+    os.environ["MR1_FAST_CUDA"] = "1"
+    if not grpo_loss_cuda.takes(batch.logits):
+        raise RuntimeError(f"csrc/'s CUDA kernel does not take {tuple(batch.logits.shape)}")
 
     def call():
         os.environ["MR1_FAST_CUDA"] = "1"
@@ -250,12 +253,12 @@ def sweep(batch: Batch, rounds: int) -> dict:
     """Time of the in-place loss under every launch setting; settings that split rows alike are one launch."""
     from triton.runtime.errors import OutOfResources
 
-    case, (n, v), item = ours(batch, inplace=True), batch.logits.shape, batch.logits.element_size()
+    case, v = ours(batch, inplace=True), batch.logits.shape[1]
     copied = time_alternating({COPY: copy_case(batch.logits)}, rounds, "cuda", {})[COPY]["least"]
     rows = {}
     for block, warps, programs in itertools.product(BLOCKS, WARPS, PROGRAMS):
         with launched_with(block, warps, programs):
-            columns = grpo_loss_triton.split_columns(n, v, item, batch.logits.device)
+            columns = grpo_loss_triton.split_columns(batch.logits)
             if (block, warps, columns) in rows:
                 rows[block, warps, columns]["programs_per_sm"].append(programs)
                 continue

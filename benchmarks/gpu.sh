@@ -7,7 +7,7 @@ gpu=$(python -c 'import torch; print(torch.cuda.get_device_name().lower().replac
 kept="benchmarks/results/$gpu"
 out="${OUT:-$kept}"
 mkdir -p "$out"
-python setup.py -q build_ext --inplace || true # csrc/, where nvcc is; else carry mr1_fast/_cuda.so from elsewhere
+if command -v nvcc > /dev/null; then python setup.py -q build_ext --inplace; fi # else carry mr1_fast/_c*.so along
 python -m mr1_fast.env | tee "$out/env.txt"
 python -m pytest -m 'not slow' 2>&1 | tail -n 20 | tee "$out/tests.txt"
 

@@ -9,12 +9,9 @@
 #include "grpo_token.h"
 #include "row_kernels.h"
 
-#if defined(__x86_64__)
-extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES], mr1_row_kernels_avx2[DTYPES];
-#elif defined(__aarch64__)
-extern const RowKernels mr1_row_kernels_neon[DTYPES];
-#endif
-extern const RowKernels mr1_row_kernels_scalar[DTYPES];
+// setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
+extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES], mr1_row_kernels_avx2[DTYPES],
+    mr1_row_kernels_neon[DTYPES], mr1_row_kernels_scalar[DTYPES];
 
 namespace {
 
@@ -27,11 +24,20 @@ std::vector<const RowKernels*> supported() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    (void)avx512;
+#ifdef MR1_HAS_avx512bf16
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(mr1_row_kernels_avx512bf16);
+#endif
+#ifdef MR1_HAS_avx512
     if (avx512) found.push_back(mr1_row_kernels_avx512);
+#endif
+#ifdef MR1_HAS_avx2
     if (avx2) found.push_back(mr1_row_kernels_avx2);
-#elif defined(__aarch64__)
+#endif
+#endif
+#ifdef MR1_HAS_neon
     found.push_back(mr1_row_kernels_neon);
 #endif
     found.push_back(mr1_row_kernels_scalar);
@@ -182,7 +188,7 @@ void mr1_grpo_rows(const GrpoArguments* a) {
             memset(rows.out_row(i), 0, rows.v * Rows::size(rows.dtype));
             return;
         }
-        const float at_target = coefficient - coefficient * expf(t.logp);
+        const float at_target = -coefficient * expm1f(t.logp);
         sweep_row(rows, i, rows.parts > 1 ? rows.threads : 1, [&](const char* x, char* out, int64_t columns) {
             kernels.gradient(x, out, columns, scale, statistics.origin, factor);
         });
@@ -213,7 +219,8 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
     const RowKernels& kernels = chosen[dtype];
     const float scale = (float)(LOG2E / *temperature);
     const auto row = [&](int64_t i, int row_threads) {
-        if ((grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) || !std::isfinite(log_sum[i])) {
+        const bool outside = targets[i] < 0 || targets[i] >= v;
+        if (outside || (grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) || !std::isfinite(log_sum[i])) {
             memset(rows.out_row(i), 0, rows.v * Rows::size(dtype));
             return;
         }
@@ -232,7 +239,7 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
             if (slope == 0.0f) kernels.gradient(in, to, columns, scale, origin, constant);
             else kernels.entropy_gradient(in, to, columns, scale, origin, constant, slope);
         });
-        if (targets[i] >= 0 && targets[i] < v) kernels.set(rows.out_row(i), targets[i], (float)at_target);
+        kernels.set(rows.out_row(i), targets[i], (float)at_target);
     };
     if (rows.parts > 1) {
         for (int64_t i = 0; i < n; ++i) row(i, rows.threads);

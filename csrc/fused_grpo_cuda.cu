@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr float FAR = -1e30f;  // a shift whose power is 0; −inf times 0 would be NaN
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // All device pointers; old_logp, ref_logp, is_weights and out may be null. Strides in elements.
@@ -37,7 +38,8 @@ struct Statistics {
 __device__ Statistics combine(Statistics a, Statistics b, float scale) {
     const float m = fmaxf(a.m, b.m);
     if (m == -INFINITY) return {m, a.s + b.s, a.u + b.u};
-    const float da = a.m == -INFINITY ? 0.0f : (a.m - m) * scale, db = b.m == -INFINITY ? 0.0f : (b.m - m) * scale;
+    const float da = a.m == -INFINITY ? 0.0f : fmaxf((a.m - m) * scale, FAR);
+    const float db = b.m == -INFINITY ? 0.0f : fmaxf((b.m - m) * scale, FAR);
     const float wa = a.m == -INFINITY ? 0.0f : exp2f(da), wb = b.m == -INFINITY ? 0.0f : exp2f(db);
     return {m, wa * a.s + wb * b.s, wa * (a.u + a.s * da) + wb * (b.u + b.s * db)};
 }
@@ -75,7 +77,7 @@ template <class T> __device__ void add(Statistics& total, const Pack<T>& pack, f
     for (int k = 0; k < Pack<T>::SIZE; ++k) m = fmaxf(m, x[k] = float(pack.values[k]));
     const float origin = m == -INFINITY ? 0.0f : m;
     if (total.m < m) {
-        const float d = total.m == -INFINITY ? 0.0f : (total.m - m) * scale;
+        const float d = total.m == -INFINITY ? 0.0f : fmaxf((total.m - m) * scale, FAR);
         const float w = total.m == -INFINITY ? 0.0f : exp2f(d);
         total = {m, w * total.s, w * (total.u + total.s * d)};
     }
@@ -226,7 +228,7 @@ template <class T> cudaError_t launch_cluster(const Arguments& a, cudaStream_t s
     while (parts < 8 && (packs + parts - 1) / parts * 16 > 80 * 1024) parts *= 2;  // two blocks or more on an SM
     const size_t shared = (packs + parts - 1) / parts * 16;
     const auto kernel = cluster_kernel<T>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 * 1024);
     if (error) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -249,8 +251,9 @@ cudaError_t launch_plain(const Arguments& a, void* scratch, int64_t scratch_rows
         const dim3 grid(parts, (unsigned)min(scratch_rows, a.n - first));
         statistics_kernel<T><<<grid, THREADS, 0, stream>>>(a, first, partial, x_targets);
         gradient_kernel<T><<<grid, THREADS, 0, stream>>>(a, first, partial, x_targets);
+        if (const cudaError_t error = cudaGetLastError()) return error;
     }
-    return cudaGetLastError();
+    return cudaSuccess;
 }
 
 template <class T>
@@ -267,6 +270,7 @@ cudaError_t launch(const Arguments& a, int clusters, void* scratch, int64_t rows
 EXPORT int mr1_cuda_grpo_rows(const Arguments* a, int clusters, void* scratch, int64_t scratch_rows, int parts,
                               void* stream) {
     if (a->n == 0) return 0;
+    if (!clusters && (scratch_rows < 1 || parts < 1)) return cudaErrorInvalidValue;
     const cudaStream_t s = (cudaStream_t)stream;
     if (a->dtype == 0) return launch<float>(*a, clusters, scratch, scratch_rows, parts, s);
     if (a->dtype == 1) return launch<__nv_bfloat16>(*a, clusters, scratch, scratch_rows, parts, s);

@@ -1,6 +1,8 @@
 // The sweeps over a row, compiled once per instruction set (setup.py): each object exports its three RowKernels.
 //
 // A row is read from memory once; the gradient sweep finds it in L2 (152,064 fp32 logits are 608 KB).
+#include <float.h>
+
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -92,18 +94,22 @@ template <class T> inline float add_block(const T* x, int64_t n, float scale, fl
     return largest(best[0]);
 }
 
+inline float origin_of(float peak, float scale) {  // finite for logits of −FLT_MAX, which often stands for a mask
+    return fmaxf(peak * scale, -FLT_MAX);
+}
+
 // The origin need not be the maximum, only near it: a block is read for its sums and its maximum at once, and done again
 // if it rose more than HEADROOM (in powers of two) above the origin so far, which happens a few times in a row.
 template <class T> Statistics statistics(const void* row, int64_t n, float scale) {
     const T* x = (const T*)row;
     Statistics result = {maximum(x, n < BLOCK ? n : BLOCK), 0.0f, 0.0, 0.0};
-    if (result.peak > -INFINITY) result.origin = result.peak * scale;
+    if (result.peak > -INFINITY) result.origin = origin_of(result.peak, scale);
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
         const int64_t count = n - begin < BLOCK ? n - begin : BLOCK;
         double s = result.s, u = result.u;
         const float peak = add_block(x + begin, count, scale, result.origin, &s, &u);
-        if (peak * scale - result.origin > HEADROOM) {
-            const float origin = peak * scale;
+        if (peak > -INFINITY && (result.peak == -INFINITY || peak * scale - result.origin > HEADROOM)) {
+            const float origin = origin_of(peak, scale);
             const double shift = (double)result.origin - origin, alpha = exp2(shift);
             u = alpha > 0 ? alpha * (result.u + result.s * shift) : 0.0;
             s = alpha * result.s;

@@ -215,6 +215,7 @@ static inline float largest(Floats x) { return x; }
 static inline double sum(Floats x) { return x; }
 static inline Floats fraction(Floats y) { return y - floorf(y); }
 static inline Floats times_power(Floats x, Floats y) {
+    if (y != y) return y;
     const uint32_t bits = (uint32_t)((int32_t)floorf(y) + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);

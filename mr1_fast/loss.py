@@ -92,7 +92,7 @@ def grpo_loss(
     The formulas stand at `policy_loss_ref`, which this equals.
 
     - logits (N, V) fp32, bf16 or fp16, before temperature; targets (N,) int64
-    - advantages, is_weights: per token (N,), or per sequence (S,) with `cu_seqlens` (S+1,)
+    - advantages, is_weights: per token (N,), or per sequence (S,) with `cu_seqlens` (S+1,); of length S = N: per token
     - token_weights (N,): mask, 1/|o_i|, 1/G and gradient accumulation at once, see `token_weights`. A token of
       weight 0 contributes exactly 0. In fp16, put the loss scale in here: gradients are made before `backward`.
     - beta, temperature: a float or a 0-d tensor; a new value costs nothing. β = 0 needs no `ref_logp`
@@ -142,7 +142,7 @@ def linear_grpo_loss(
 
     Three GEMMs for loss and all gradients; a frozen weight costs no gradient and no third GEMM. Off-policy ratios per
     sequence cost a fourth. Under autocast the products run in its dtype. `chunk_bytes` bounds the logits that exist
-    at a time (default 512 MB on a GPU, 48 MB on a CPU).
+    at a time (default 512 MB on a GPU, 48 MB on a CPU). Backward runs once per call.
     """
     hidden, weight, bias = _check_linear(hidden, weight, bias, targets)
     arguments = _arguments(
@@ -180,8 +180,10 @@ def token_weights(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSS_TYPES)}")
     lengths = cu_seqlens.diff()
-    if mask is not None and mask.ndim != 1:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: expected (N,), a value per token")
+    if mask is not None and (mask.ndim != 1 or (mask.device.type == "cpu" and len(mask) != cu_seqlens[-1])):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: expected (N,), a value for each of cu_seqlens[-1] tokens"
+        )
     if mask is None:
         mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
     sizes = torch.segment_reduce(mask.float(), "sum", lengths=lengths.long()) if len(lengths) else lengths.float()
@@ -248,6 +250,8 @@ def _arguments(
     def per_token(name: str, value: Tensor | None, per_sequence: bool = False) -> Tensor | None:
         if value is None:
             return None
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor")
         sequences = cu_seqlens is not None and per_sequence and value.ndim == 1 and len(value) == len(cu_seqlens) - 1
         if value.shape != (len(rows),) and not sequences:
             alternative = f", or ({len(cu_seqlens) - 1},)" if cu_seqlens is not None and per_sequence else ""

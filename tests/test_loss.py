@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mr1_fast import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
-from mr1_fast.loss import spread
+from mr1_fast.loss import spread, token_logprobs_ref
 
 from .loss_data import loss_rows, objective_of
 
@@ -335,3 +335,38 @@ def test_inplace_refused(case):
     with pytest.raises(ValueError, match=message):
         grpo_loss(logits, **objective_of(data), beta=0.0, inplace=True)
     assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_targets_may_be_strided(linear):
+    torch.manual_seed(0)
+    rows, weight = torch.randn(4, 11), torch.randn(11, 11)
+    columns = torch.randint(0, 11, (4, 2))
+    for targets in columns.unbind(1):
+        logits = (rows @ weight.T if linear else rows).detach()
+        expected = token_logprobs_ref(logits, targets.clone())
+        result = linear_token_logprobs(rows, weight, targets) if linear else token_logprobs(rows, targets)
+        torch.testing.assert_close(result, expected)
+
+
+def test_a_row_of_nan_spoils_its_own_sequence_alone():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 11)
+    logits[1, 3] = math.nan
+    logits.requires_grad_()
+    rows = torch.ones(4)
+    settings = dict(beta=0.0, ratio_level="sequence", cu_seqlens=torch.tensor([0, 2, 4]), old_logp=-2 * rows)
+    result = grpo_loss(logits, torch.tensor([0, 1, 2, 3]), rows, rows, **settings)
+    result.loss.backward()
+    assert result.loss.isnan() and result.logp.isnan().tolist() == [False, True, False, False]
+    assert (logits.grad[:2] == 0).all()
+    assert logits.grad[2:].isfinite().all() and (logits.grad[2:] != 0).any()
+
+
+def test_a_mask_of_the_lowest_finite_number_leaves_entropy_finite():
+    logits = torch.randn(2, 6000)
+    logits[:, :4500] = torch.finfo(torch.float32).min
+    targets = torch.tensor([5000, 5999])
+    expected = token_logprobs_ref(logits.double(), targets)
+    result = token_logprobs(logits, targets)
+    torch.testing.assert_close(tuple(each.double() for each in result), expected, rtol=0, atol=1e-5)

@@ -17,6 +17,7 @@ csrc/: grpo_loss_native.py.
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 
 KL_LOG_RATIO_LIMIT = 20.0
 """Bound on |log π_ref − log π_θ| inside k3, whose exponential would overflow; exp(20) is already 5e8."""
+_HAS_TRITON = find_spec("triton") is not None  # it exists for Linux alone
 BANNED = -1e30
 """Stands for the log-probability −inf where it is multiplied by its probability, 0."""
 SURROGATES = ("clip", "cispo", "sapo")
@@ -207,7 +209,11 @@ def statistics_dtype(logits: torch.Tensor) -> torch.dtype:
 def use_triton(logits: torch.Tensor) -> bool:
     """Whether the Triton kernels take these logits: on a GPU, or anywhere under Triton's interpreter."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (logits.is_cuda or interpreted) and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        (logits.is_cuda or interpreted)
+        and _HAS_TRITON
+        and logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
 
 
 def backend(logits: torch.Tensor) -> ModuleType | None:
@@ -230,6 +236,7 @@ def row_logprobs(
 
     log p_j = (x_j − peak)/T − log_sum. Kept apart, the two lose nothing; their sum would round.
     """
+    targets = targets.contiguous()
     if module := backend(logits):
         return module.row_logprobs(logits, targets, temperature)
     outputs = tuple(logits.new_empty(len(logits), dtype=statistics_dtype(logits)) for _ in range(4))
@@ -252,8 +259,11 @@ def row_logprobs_backward(
 ) -> None:
     """Write the gradient by the logits into `out` (N, V), which may be the logits themselves.
 
-    A row whose incoming gradients are 0, or whose logits hold NaN, gets exactly 0.
+    A row whose incoming gradients are 0 or not finite, or whose logits hold NaN, gets exactly 0: what is wrong with it
+    shows in its log-prob.
     """
+    targets = targets.contiguous()
+    grad_logp, grad_entropy = (g.nan_to_num(0.0, 0.0, 0.0) for g in (grad_logp, grad_entropy))
     if module := backend(logits):
         module.row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out)
         return
@@ -276,6 +286,7 @@ def row_grpo(
     `out` may be the logits themselves. A row whose derivative is 0 or not finite (NaN logits, an infinite ratio) gets
     a gradient of exactly 0: the loss reports it, the weights do not suffer from it.
     """
+    targets = targets.contiguous()
     if module := backend(logits):
         if logits.is_cuda:
             from . import grpo_loss_cuda

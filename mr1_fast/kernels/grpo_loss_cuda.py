@@ -6,13 +6,14 @@ MR1_FAST_CUDA=1. It needs rows of a multiple of 16 bytes. Other row operations s
 
 import ctypes
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from .grpo_loss import Objective, RowResults
-from .grpo_loss_native import DTYPES, grpo_arguments
+from .grpo_loss_native import DTYPES, grpo_arguments, pointer
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 FASTER_THAN_TRITON: frozenset[tuple[int, int]] = frozenset()
@@ -25,7 +26,10 @@ CLUSTERS = ((9, 0), (12, 0))
 def status() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None, and what is active and why."""
     if not LIBRARY.exists():
-        return None, f"not built: {LIBRARY.name} is missing, nvcc was not found when mr1_fast was installed"
+        return (
+            None,
+            f"not built: no {LIBRARY.name}, as nvcc was not found or failed when mr1_fast was installed",
+        )
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -45,6 +49,8 @@ def takes(logits: torch.Tensor) -> bool:
     wanted = os.environ.get("MR1_FAST_CUDA")
     if wanted == "0" or (wanted != "1" and torch.cuda.get_device_capability(logits.device) not in FASTER_THAN_TRITON):
         return False
+    if logits.shape[1] * logits.element_size() > 8 * 220 * 1024:  # more than the shared memory of 8 blocks
+        return False
     return logits.stride(0) * logits.element_size() % 16 == 0 and logits.data_ptr() % 16 == 0 and bool(status()[0])
 
 
@@ -56,18 +62,22 @@ def row_grpo(
     if library is None:
         raise RuntimeError(f"the native CUDA kernels are {status()[1]}")
     arguments = grpo_arguments(logits, targets, objective, results, out, threads=0)
-    clusters = rows = parts = 0
+    clusters, rows, parts = False, 1, 1
     scratch = stream = None
+    device = nullcontext()
     if logits.is_cuda:
+        device = torch.cuda.device(logits.device)
         stream = torch.cuda.current_stream(logits.device).cuda_stream
         properties = torch.cuda.get_device_properties(logits.device)
         clusters = CLUSTERS[0] <= (properties.major, properties.minor) < CLUSTERS[1]
         if not clusters:  # a group of rows fills half of L2; its parts fill the multiprocessors
             rows = max(1, properties.L2_cache_size // 2 // (logits.shape[1] * logits.element_size()))
+            rows = min(rows, 65_535)  # of a grid's second axis
             parts = max(1, 3 * properties.multi_processor_count // rows)
-            scratch = torch.empty((12 * parts + 4) * rows, dtype=torch.uint8, device=logits.device).data_ptr()
-    error = library.mr1_cuda_grpo_rows(
-        ctypes.byref(arguments), int(clusters), ctypes.c_void_p(scratch), ctypes.c_int64(rows), parts,
+            scratch = torch.empty((12 * parts + 4) * rows, dtype=torch.uint8, device=logits.device)
+    with device:
+        error = library.mr1_cuda_grpo_rows(
+        ctypes.byref(arguments), int(clusters), pointer(scratch), ctypes.c_int64(rows), parts,
         ctypes.c_void_p(stream),
     )  # fmt: skip
     if error:

@@ -52,7 +52,7 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("MR1_FAST_NATIVE") == "0":
         return None, "off, as MR1_FAST_NATIVE=0 says"
     if not LIBRARY.exists():
-        why = f"not built: {LIBRARY.name} is missing, a C++ compiler was not found when mr1_fast was installed"
+        why = f"not built: no {LIBRARY.name}, as a C++ compiler was not found or failed when mr1_fast was installed"
         warnings.warn(f"mr1_fast's native CPU kernels are {why}; using PyTorch.", stacklevel=2)
         return None, why
     try:
@@ -99,10 +99,10 @@ def grpo_arguments(
 ) -> ctypes.Structure:
     """The C structure of a call; every tensor is on one device, and per-row ones are contiguous."""
     return _GrpoArguments(
-        _pointer(logits), _pointer(out), logits.stride(0), 0 if out is None else out.stride(0), *logits.shape,
-        *map(_pointer, (targets, objective.advantages, objective.token_weights, objective.old_logp)),
-        *map(_pointer, (objective.ref_logp, objective.is_weights, objective.beta, objective.temperature)),
-        *map(_pointer, results),
+        pointer(logits), pointer(out), logits.stride(0), 0 if out is None else out.stride(0), *logits.shape,
+        *map(pointer, (targets, objective.advantages, objective.token_weights, objective.old_logp)),
+        *map(pointer, (objective.ref_logp, objective.is_weights, objective.beta, objective.temperature)),
+        *map(pointer, results),
         _LossSettings(0.0, *objective.bounds, SURROGATES.index(objective.surrogate), objective.bias_corrected_kl),
         DTYPES[logits.dtype], threads,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def row_logprobs(logits: torch.Tensor, targets: torch.Tensor, temperature: torch
     """`grpo_loss.row_logprobs`."""
     outputs = tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(4))
     status()[0].mr1_logprob_rows(
-        *_matrix(logits), *_sizes(logits), *map(_pointer, (targets, temperature, *outputs)), torch.get_num_threads()
+        *_matrix(logits), *_sizes(logits), *map(pointer, (targets, temperature, *outputs)), torch.get_num_threads()
     )
     return outputs
 
@@ -123,16 +123,17 @@ def row_logprobs_backward(
     """`grpo_loss.row_logprobs_backward`."""
     per_row = (targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy)
     status()[0].mr1_logprob_rows_backward(
-        *_matrix(logits), *_matrix(out), *_sizes(logits), *map(_pointer, per_row), torch.get_num_threads()
+        *_matrix(logits), *_matrix(out), *_sizes(logits), *map(pointer, per_row), torch.get_num_threads()
     )
 
 
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's first element, or null."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _matrix(tensor: torch.Tensor) -> tuple:
-    return _pointer(tensor), ctypes.c_int64(tensor.stride(0))
+    return pointer(tensor), ctypes.c_int64(tensor.stride(0))
 
 
 def _sizes(logits: torch.Tensor) -> tuple:

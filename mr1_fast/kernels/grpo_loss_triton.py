@@ -46,6 +46,7 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         bounded = tl.minimum(ratio, delta)
         inside = tl.minimum(tl.maximum(ratio, low), high)
         policy = -tl.minimum(bounded * advantage, inside * advantage)
+        policy = tl.where(bounded * advantage == bounded * advantage, policy, float("nan"))  # ∞·0, which it drops
         below = (ratio < low) & (advantage < 0)
         above = (ratio > tl.minimum(delta, high)) & (advantage > 0)
         beyond = (ratio > tl.maximum(delta, high)) & (advantage < 0)
@@ -104,7 +105,7 @@ def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
         origin = tl.where(new_m == -float("inf"), 0.0, new_m)  # a block of banned tokens alone
         y = (x - origin) * scale
         p = tl.exp2(y)
-        shift = tl.where(m == -float("inf"), 0.0, (m - origin) * scale)
+        shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, _BANNED))  # 0·−inf would be NaN
         alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
         u = alpha * (u + s * shift) + tl.where(p > 0, p * y, 0.0)
         s = alpha * s + p
@@ -147,7 +148,7 @@ def _write_gradient(row, out, target, start, stop, scale, m, log2_s, coefficient
 @triton.jit
 def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.constexpr,
                   PADDED: tl.constexpr, PHASE: tl.constexpr):  # fmt: skip
-    """Share (m, s, u) of this part, wait for the others, and return (x_target, m, s, u) of the whole row.
+    """Share (m, s, u) of this part, wait for the others; returns (x_target, m, s, u) of the row and whether all came.
 
     Programs start in the order of their number, so the lowest row that is not finished always has all its parts
     running, and waiting ends. PHASE 2 runs after a launch of PHASE 1, where programs cannot wait for each other.
@@ -174,16 +175,27 @@ def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.cons
     us = tl.load(parts + index * 4 + 2, mask=mask, other=0.0, cache_modifier=".cg")
     x_target = tl.load(parts + 3, cache_modifier=".cg")  # the logit itself may hold its gradient by now
     m = tl.max(ms, 0)
-    shift = tl.where(ms == -float("inf"), 0.0, (ms - m) * scale)
+    shift = tl.where(ms == -float("inf"), 0.0, tl.maximum((ms - m) * scale, _BANNED))
     alpha = tl.where(ms == -float("inf"), 0.0, tl.exp2(shift))
     s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))  # never a silent wrong sum
-    return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0)
+    return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0), complete
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 _PER_ROW = ["TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED"]
-_PER_ROW += ["KL_LIMITED", "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY", "PARTIALS", "ARRIVED"]
+_PER_ROW += [
+    "BETA",
+    "TEMPERATURE",
+    "FACTOR",
+    "KL_LIMITED",
+    "PEAK",
+    "LOG_SUM",
+    "GRAD_LOGP",
+    "GRAD_ENTROPY",
+    "PARTIALS",
+    "ARRIVED",
+]
 
 
 @triton.jit(do_not_specialize_on_alignment=_PER_ROW)
@@ -207,8 +219,9 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
     if PHASE != 2:
         x_target = _load_target(row, target, V)
         m, s, u = _statistics(row, start, stop, scale, BLOCK)
+    complete = True
     if PARTS > 1:
-        x_target, m, s, u = _gather_parts(
+        x_target, m, s, u, complete = _gather_parts(
             PARTIALS + n * PARTS * 4, x_target, part, ARRIVED + n, m, s, u, scale, PARTS, PADDED, PHASE
         )
     if PHASE != 1:
@@ -236,6 +249,7 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
         if OUT is not None:
             coefficient = derivative / temperature
             coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
+            coefficient = tl.where(complete, coefficient, float("nan"))  # other parts may have written finite ones
             column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow
             _write_gradient(row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK)
 
@@ -279,13 +293,16 @@ def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE,
         tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PER_ROW)
 def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
     factor = tl.load(FACTOR)
     if factor != 1:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(X + offsets, mask=offsets < size).to(tl.float32)
-        tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < size)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < size:
+            offsets = start + tl.arange(0, BLOCK)
+            x = tl.load(X + offsets, mask=offsets < size).to(tl.float32)
+            tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < size)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------
@@ -334,9 +351,9 @@ def row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, 
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """`grpo_loss.scale_` of a contiguous tensor: every program leaves at once where the factor is 1."""
+    """`grpo_loss.scale_` of a contiguous tensor: a few programs that leave at once where the factor is 1."""
     size = gradient.numel()
-    _launch(_scale_kernel, triton.cdiv(size, BLOCK), gradient, gradient, factor, size, BLOCK=BLOCK)
+    _launch(_scale_kernel, min(triton.cdiv(size, BLOCK), 2048), gradient, gradient, factor, size, BLOCK=BLOCK)
 
 
 def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:

@@ -30,7 +30,7 @@ class Head:
         self.rows = min(rows - rows % 128 if rows > 128 else rows, max(1, len(hidden)))
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
-        self.dhidden = torch.empty_like(hidden) if self.needs_hidden else hidden.new_empty(0)
+        self.dhidden = hidden.new_empty(hidden.shape if self.needs_hidden else 0)
         exact = weight.dtype if len(hidden) <= self.rows else statistics_dtype(weight)
         make = torch.empty if len(hidden) else torch.zeros  # the first chunk writes
         like = dict(device=weight.device)
@@ -86,8 +86,8 @@ class Head:
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
     dbias = torch.empty_like(bias) if needs[2] else weight.new_empty(0)
     return (
-        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
         dbias,
     )
 

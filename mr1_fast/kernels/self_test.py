@@ -7,7 +7,17 @@ there would train on whatever the memory held.
 import torch
 
 from ..errors import UserError
-from .grpo_loss import Objective, RowResults, grpo_loss_ref, row_grpo, row_logprobs, row_logprobs_backward, scale_
+from .grpo_loss import (
+    Objective,
+    RowResults,
+    grpo_loss_ref,
+    row_grpo,
+    row_logprobs,
+    row_logprobs_backward,
+    scale_,
+    use_triton,
+)
+from .linear_grpo_loss import linear_grpo_loss_with_gradient
 
 
 def self_test(device: torch.device) -> None:
@@ -46,6 +56,8 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     on_device, targets = logits.to(device), targets.to(device)
     results, gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
     row_grpo(on_device, targets, objective, results, gradient)
+    split_results, split_gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
+    _row_grpo_split(on_device, targets, objective, split_results, split_gradient)
 
     temperature = there[3]
     logp, *rest = row_logprobs(on_device, targets, temperature)
@@ -62,10 +74,40 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "KL": (results.kl, expected.kl),
         "clipping": (results.clipped, expected.clipped),
         "the gradient of the loss": (gradient, exact.grad),
+        "the loss of rows split over programs": (split_results.loss.sum(), expected.loss),
+        "the gradient of rows split over programs": (split_gradient, exact.grad),
+        "the weight gradient over chunks": _weight_gradients(device),
         "log-probabilities alone": (logp, expected.logp),
         "the gradient of log-probabilities": (by_logp, onehot - p),
     }
     return {name: _relative_error(ours.cpu().float(), right.float()) for name, (ours, right) in pairs.items()}
+
+
+def _row_grpo_split(logits, targets, objective: Objective, results: RowResults, out) -> None:
+    """As on a GPU whose L2 cannot hold the rows in flight: its programs wait for each other."""
+    if use_triton(logits):
+        from . import grpo_loss_triton
+
+        grpo_loss_triton.row_grpo(logits, targets, objective, results, out, parts=3)
+    else:
+        row_grpo(logits, targets, objective, results, out)
+
+
+def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """dweight of a bf16 head over two chunks on the device, and by autograd on the CPU in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = ((torch.randn(n, 64, generator=generator) / 4).bfloat16() for n in (256, 1000))
+    targets, ones = torch.randint(1000, (256,), generator=generator), torch.ones(256)
+    there = [t.to(device) for t in (hidden, weight, targets, ones, ones)]
+    there[1].requires_grad_()
+    result = linear_grpo_loss_with_gradient(
+        *there[:2], None, (*there[2:], ones[0].to(device) * 0, ones[0].to(device), None, None, None, "cispo",
+                           [0.2, 0.2, float("inf"), 1.0, 1.05], False), chunk_bytes=128 * 2000,
+    )  # fmt: skip
+    result.loss.backward()
+    exact = weight.detach().float().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.float() @ exact.T, targets, reduction="sum").backward()
+    return there[1].grad, exact.grad
 
 
 def _relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

@@ -225,3 +225,22 @@ def test_a_target_outside_the_vocabulary_gives_nan_and_no_read(device, parts, ta
         assert logp.isnan().tolist() == [False, True, False]
         torch.testing.assert_close(logp[[0, 2]], expected[[0, 2]])
     assert results.loss[1].isnan() and (out[1] == 0).all()
+
+
+def test_a_mask_of_the_lowest_finite_number_leaves_entropy_and_gradient_finite(device):
+    data = loss_rows(3, 4099, device=device)
+    data["logits"][:, :3000] = torch.finfo(torch.float32).min
+    data["targets"] = data["targets"].clamp(min=3000)
+    exact = token_logprobs_ref(data["logits"].double(), data["targets"])
+    logits = data["logits"].clone().requires_grad_()
+    logp, entropy = token_logprobs(logits, data["targets"])
+    logp.sum().backward()
+    torch.testing.assert_close((logp.detach().double(), entropy.detach().double()), exact, rtol=0, atol=1e-5)
+    assert logits.grad.isfinite().all()
+
+
+def test_targets_may_be_strided(device):
+    data = loss_rows(4, 97, device=device)
+    columns = torch.stack([data["targets"], 96 - data["targets"]], 1)
+    strided = token_logprobs(data["logits"], columns[:, 0])
+    assert torch.equal(torch.stack(strided), torch.stack(token_logprobs(data["logits"], data["targets"])))

@@ -6,7 +6,7 @@ import torch
 from mr1_fast.kernels import grpo_loss_cuda
 from mr1_fast.kernels.grpo_loss import Objective, RowResults
 
-from ..loss_data import assert_results_within_bound, assert_within_bound, double, loss_rows, objective_of, reference
+from .loss_data import assert_results_within_bound, assert_within_bound, double, loss_rows, objective_of, reference
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or grpo_loss_cuda.status()[0] is None, reason="needs a GPU and csrc/ built with nvcc"

@@ -1,0 +1,35 @@
+"""The self-test at start: passes where the kernels work, refuses a device on which one writes nothing."""
+
+import pytest
+import torch
+
+from mr1_fast.errors import UserError
+from mr1_fast.kernels import grpo_loss_triton, self_test
+
+LAUNCHERS = ("_grpo_kernel", "_logprobs_kernel", "_logprobs_backward_kernel")
+
+
+def test_passes(device):
+    self_test.self_test(torch.device(device))
+
+
+@pytest.mark.parametrize("silent", LAUNCHERS)
+def test_a_kernel_that_writes_nothing_is_refused(device, monkeypatch, silent):
+    launch, skipped = grpo_loss_triton._launch, getattr(grpo_loss_triton, silent)
+
+    def all_but_one(kernel, *args, **constants):
+        if kernel is not skipped:
+            launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(grpo_loss_triton, "_launch", all_but_one)
+    with pytest.raises(UserError, match="self-test"):
+        self_test.self_test(torch.device(device))
+
+
+def test_a_kernel_that_fails_is_refused(device, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(grpo_loss_triton, "_launch", fail)
+    with pytest.raises(UserError, match="no kernel image"):
+        self_test.self_test(torch.device(device))

@@ -1,0 +1,246 @@
+"""Wheel and sdist: what is in them with and without compilers, and that they work where they are unpacked."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mr1_fast.kernels import grpo_loss_cuda
+from mr1_fast.version import __version__
+
+pytest.importorskip("setuptools", minversion="77")  # --no-build-isolation builds with what is installed
+pytest.importorskip("pip")
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if os.environ.get("CUDA_HOME") else None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+LOSS = """
+import torch
+from mr1_fast import grpo_loss
+from mr1_fast.kernels import grpo_loss_native
+logits = torch.randn(3, 37, requires_grad=True)
+for _ in range(2):
+    loss = grpo_loss(logits, torch.arange(3), torch.ones(3), torch.ones(3), beta=0.0).loss
+    loss.backward()
+print(grpo_loss_native.__file__, grpo_loss_native.status()[1], loss.item(), sep="\\n")
+"""
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    removed = ("CXX", "PYTHONPATH") if "PATH" in environment else ("PYTHONPATH",)
+    inherited = {k: v for k, v in os.environ.items() if k not in removed and not k.startswith("MR1_FAST_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=300)
+
+
+def checked(run: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    return run
+
+
+def copy_of_the_source(folder: Path) -> Path:
+    """The files that git knows or would add, as a fresh checkout has them."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if not name.startswith(("tests/", "benchmarks/")) and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(source: Path, output: Path, **environment: str) -> Path:
+    """The wheel that pip builds without nvcc."""
+    command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    checked(python(*command, "-w", str(output), ".", cwd=source, MR1_FAST_CUDA="0", **environment))
+    (wheel,) = output.glob("*.whl")
+    return wheel
+
+
+def unpacked(wheel: Path) -> Path:
+    folder = wheel.parent / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def libraries(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.so")}
+
+
+def modules(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in (folder / "mr1_fast").rglob("*.py")}
+
+
+def run_loss(folder: Path, cwd: Path) -> tuple[str, str]:
+    """(native status, stderr) of a loss with the package in `folder`."""
+    run = checked(python("-c", LOSS, cwd=cwd, PYTHONPATH=str(folder)))
+    path, status, loss = run.stdout.splitlines()
+    assert Path(path).is_relative_to(folder), "another installation of mr1_fast was imported"
+    assert float(loss) == pytest.approx(-3)
+    return status, run.stderr
+
+
+@pytest.fixture(scope="module")
+def no_compiler(tmp_path_factory) -> str:
+    """A PATH without any program."""
+    return str(tmp_path_factory.mktemp("empty"))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
+    source = copy_of_the_source(tmp_path / "source")
+    wheel = build_wheel(source, tmp_path / "wheels")
+    assert wheel.name == f"mr1_fast-{__version__}-py3-none-{PLATFORM}.whl"
+    folder = unpacked(wheel)
+    assert libraries(folder) == {"mr1_fast/_cpu.so"}
+    assert modules(folder) == modules(source)
+    status, stderr = run_loss(folder, tmp_path)
+    assert re.match(r"(avx512bf16|avx512|avx2|neon|scalar)\b", status)
+    assert "mr1_fast" not in stderr
+
+
+def test_without_a_compiler_the_wheel_falls_back_and_says_so_once(tmp_path, no_compiler):
+    source = copy_of_the_source(tmp_path / "source")
+    folder = unpacked(build_wheel(source, tmp_path / "wheels", PATH=no_compiler))
+    assert libraries(folder) == set()
+    assert modules(folder) == modules(source)
+    status, stderr = run_loss(folder, tmp_path)
+    assert status.startswith("not built")
+    assert stderr.count("mr1_fast's native CPU kernels are not built") == 1
+    report = checked(python("-m", "mr1_fast.env", cwd=tmp_path, PYTHONPATH=str(folder))).stdout
+    for name in ("native CPU kernels", "native CUDA kernels"):
+        assert re.search(rf"^{name}\s+not built", report, re.MULTILINE)
+
+
+def test_what_an_earlier_build_left_does_not_get_into_a_wheel(tmp_path, no_compiler):
+    source = copy_of_the_source(tmp_path / "source")
+    version = f"{sys.implementation.name}-{sys.version_info.major}{sys.version_info.minor}"
+    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for build in (f"lib.{tag}", f"lib.{sysconfig.get_platform()}-{version}", "lib"):
+        (source / "build" / build / "mr1_fast").mkdir(parents=True, exist_ok=True)
+        for name in ("_cuda.so", "_cpu.so"):
+            (source / "build" / build / "mr1_fast" / name).write_bytes(b"stale")
+    for name in ("_cuda.so", "_cpu.so"):  # of an editable installation
+        (source / "mr1_fast" / name).write_bytes(b"stale")
+    folder = unpacked(build_wheel(source, tmp_path / "wheels", PATH=no_compiler))
+    assert (folder / "mr1_fast" / "loss.py").exists()
+    assert libraries(folder) == set()
+
+
+def test_an_inplace_build_leaves_no_library_of_an_earlier_one(tmp_path, no_compiler):
+    source = copy_of_the_source(tmp_path / "source")
+    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "mr1_fast"
+    stale.mkdir(parents=True)
+    for folder in (stale, source / "mr1_fast"):
+        (folder / "_cuda.so").write_bytes(b"stale")
+    checked(python("setup.py", "build_ext", "--inplace", cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler))
+    assert libraries(source / "mr1_fast") == set()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_wheel_builds_from_the_sdist(tmp_path):
+    source = copy_of_the_source(tmp_path / "source")
+    build = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    (tmp_path / "sdist").mkdir()
+    checked(python("-c", build, str(tmp_path / "sdist"), cwd=source))
+    (sdist,) = (tmp_path / "sdist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "from sdist", filter="data")
+    (folder,) = (tmp_path / "from sdist").iterdir()
+    for path in (*source.glob("csrc/*"), source / "setup.py", source / "LICENSE", source / "README.md"):
+        assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
+    assert modules(folder) == modules(source) and libraries(folder) == set()
+    wheel = build_wheel(folder, tmp_path / "wheels")
+    assert libraries(unpacked(wheel)) == {"mr1_fast/_cpu.so"}
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_reported_and_leaves_no_library(tmp_path):
+    source = copy_of_the_source(tmp_path / "source")
+    (source / "csrc" / "row_kernels.cpp").write_text("#error broken on purpose\n")
+    command = ("setup.py", "build_ext", "--build-lib", str(tmp_path / "built"))
+    run = checked(python(*command, cwd=source, MR1_FAST_CUDA="0"))
+    assert "broken on purpose" in run.stdout + run.stderr
+    assert libraries(tmp_path / "built") == set()
+
+
+def setup_module_of(source: Path):
+    spec = importlib.util.spec_from_file_location("mr1_fast_setup", source / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_driver(tmp_path, monkeypatch):
+    monkeypatch.delenv("MR1_FAST_CUDA", raising=False)
+    monkeypatch.chdir(ROOT)
+    setup = setup_module_of(ROOT)
+    output = tmp_path / "_cuda.so"
+    report = setup.compile_cuda(str(output), tmp_path)
+    entries = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)\w*'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+        report,
+        re.DOTALL,
+    )
+    assert len(entries) == report.count("Compiling entry function")
+    by_architecture = {}
+    for function, architecture, *spilled in entries:
+        assert spilled == ["0", "0"], f"{function} on sm_{architecture}"
+        by_architecture.setdefault(int(architecture), set()).add(function)
+    assert set(by_architecture) == set(setup.CUDA_ARCHITECTURES)
+    kernels = ("cluster_kernel", "statistics_kernel", "gradient_kernel")
+    for functions in by_architecture.values():
+        assert {name: sum(name in function for function in functions) for name in kernels} == dict.fromkeys(kernels, 3)
+    load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).mr1_cuda_device_count(ctypes.byref(ctypes.c_int())))"
+    error = int(checked(python("-c", load, str(output), cwd=tmp_path)).stdout)
+    assert (error == 0) == torch.cuda.is_available()
+
+
+LAUNCH = """
+import math
+from mr1_fast.kernels import grpo_loss_cuda
+from mr1_fast.kernels.grpo_loss import RowResults
+from tests.loss_data import loss_rows
+from tests.native_data import objective
+data = loss_rows(4, 64)
+results = RowResults.empty(data["logits"])
+try:
+    grpo_loss_cuda.row_grpo(data["logits"], data["targets"], objective(data), results, None)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(not grpo_loss_cuda.LIBRARY.exists(), reason=grpo_loss_cuda.status()[1])
+def test_a_launch_without_a_gpu_gives_one_clear_error():
+    try:
+        path = os.pathsep.join([str(Path(grpo_loss_cuda.__file__).parents[2]), str(ROOT)])
+        inherited = os.environ | {"PYTHONPATH": path}
+        command = [sys.executable, "-c", LAUNCH]
+        run = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the launch does not return")
+    status = grpo_loss_cuda.status()[1]
+    words = re.search(r"no GPU \((.*)\)", status)[1]
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 1, run.stderr
+    assert words in run.stdout
