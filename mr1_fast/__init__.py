@@ -7,9 +7,13 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+from typing import TYPE_CHECKING
+
 from .kl_schedule import DynamicKL
-from .loss import GRPOLoss, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .loss import GRPOLoss, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
 
 __all__ = [
     "DynamicKL",
@@ -21,3 +25,12 @@ __all__ = [
     "token_logprobs",
     "token_weights",
 ]
+
+
+def __getattr__(name: str):
+    """The loss functions, on first use: the process that checks answers imports this package, and needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import loss
+
+    return getattr(loss, name)
