@@ -114,6 +114,12 @@ def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
     assert re.match(r"(avx512bf16|avx512|avx2|neon|scalar)\b", status)
     assert "mr1_fast" not in stderr
 
+    shutil.copytree(ROOT / "tests", tmp_path / "away" / "tests")  # away from the source, so that it cannot be imported
+    files = [f"tests/test_{name}.py" for name in ("loss", "linear_grpo_loss", "native_rows")]
+    where = f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
+    run = checked(python("-c", where, cwd=tmp_path / "away", PYTHONPATH=str(folder), OMP_NUM_THREADS="1"))
+    assert run.stdout.startswith(str(folder)) and " passed" in run.stdout
+
 
 def test_without_a_compiler_the_wheel_falls_back_and_says_so_once(tmp_path, no_compiler):
     source = copy_of_the_source(tmp_path / "source")
