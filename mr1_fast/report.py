@@ -49,7 +49,6 @@ PLOTS = [
     Plot("Loss", "nats per token", ("loss",), from_zero=False),
     Plot("Reward", "mean per completion", ("reward", "accuracy", "format")),
     Plot("Accuracy", "% of completions right", ("accuracy",), percent=True),
-    Plot("Token accuracy", "% of tokens", ("token_accuracy",), percent=True),
     Plot("KL to the reference", "nats per token", ("kl",)),
     Plot("KL weight β(s)", "weight", ("beta",), smooth=False),
     Plot("Completion length", "tokens", ("completion_length",), from_zero=False),

@@ -262,8 +262,8 @@ def test_supervised_run_shows_loss_and_accuracy_only(tmp_path):
     assert "counting · SFT · seed 7" in page.text and "62.0% → 94.5%" in page.text
     assert page.plots() == ["Loss"]
     assert "Update" in page.by_tag["th"] and "Rollout" not in page.by_tag["th"]
-    steps = [step | {"token_accuracy": 0.9} for step in steps]
-    assert Page(write_report(make_run(tmp_path / "b", steps, algo="sft"))).plots() == ["Loss", "Token accuracy"]
+    steps = [step | {"entropy": 0.9} for step in steps]
+    assert Page(write_report(make_run(tmp_path / "b", steps, algo="sft"))).plots() == ["Loss", "Entropy"]
 
 
 def test_constant_beta_of_zero_draws(tmp_path):
