@@ -128,8 +128,8 @@ template <class Use> void for_each_row(const Rows& rows, float scale, const Use&
 }
 
 // sweep(x, out, columns) over every part of row i.
-template <class Sweep> void sweep_row(const Rows& rows, int64_t i, int threads, const Sweep& sweep) {
-    parallel(rows.parts, threads, [&](int64_t part) {
+template <class Sweep> void sweep_row(const Rows& rows, int64_t i, const Sweep& sweep) {
+    parallel(rows.parts, rows.threads, [&](int64_t part) {
         const int64_t begin = rows.begin(part), offset = begin * Rows::size(rows.dtype);
         sweep(rows.row(i) + offset, rows.out_row(i) + offset, rows.begin(part + 1) - begin);
     });
@@ -149,19 +149,6 @@ Target target_of(const Statistics& statistics, float x, float scale) {
 
 #pragma GCC visibility push(default)
 extern "C" {
-
-// All pointers to rows' values; old_logp, ref_logp, is_weights and out may be null. Strides in elements.
-struct GrpoArguments {
-    const void* logits;
-    void* out;
-    int64_t stride, out_stride, n, v;
-    const int64_t* targets;
-    const float *advantages, *token_weights, *old_logp, *ref_logp, *is_weights, *beta, *temperature;
-    float *loss, *logp, *entropy, *kl;
-    unsigned char *clipped, *kl_limited;
-    LossSettings settings;  // beta is read from the pointer
-    int dtype, threads;
-};
 
 void mr1_grpo_rows(const GrpoArguments* a) {
     const Rows rows(a->logits, a->stride, a->out, a->out_stride, a->n, a->v, a->dtype, a->threads);
@@ -189,7 +176,7 @@ void mr1_grpo_rows(const GrpoArguments* a) {
             return;
         }
         const float at_target = -coefficient * expm1f(t.logp);
-        sweep_row(rows, i, rows.parts > 1 ? rows.threads : 1, [&](const char* x, char* out, int64_t columns) {
+        sweep_row(rows, i, [&](const char* x, char* out, int64_t columns) {
             kernels.gradient(x, out, columns, scale, statistics.origin, factor);
         });
         kernels.set(rows.out_row(i), target, at_target);
@@ -218,7 +205,7 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
     const Rows rows(logits, stride, out, out_stride, n, v, dtype, threads);
     const RowKernels& kernels = chosen[dtype];
     const float scale = (float)(LOG2E / *temperature);
-    const auto row = [&](int64_t i, int row_threads) {
+    const auto row = [&](int64_t i) {
         const bool outside = targets[i] < 0 || targets[i] >= v;
         if (outside || (grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) || !std::isfinite(log_sum[i])) {
             memset(rows.out_row(i), 0, rows.v * Rows::size(dtype));
@@ -235,16 +222,16 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
         const double logp = ((double)x * scale - origin) * LN2 - log_s;
         const double by_entropy = exp(logp) == 0.0 ? 0.0 : exp(logp) * (logp + entropy[i]) * grad_entropy[i];
         const double at_target = (grad_logp[i] * -expm1(logp) - by_entropy) / *temperature;
-        sweep_row(rows, i, row_threads, [&](const char* in, char* to, int64_t columns) {
+        sweep_row(rows, i, [&](const char* in, char* to, int64_t columns) {
             if (slope == 0.0f) kernels.gradient(in, to, columns, scale, origin, constant);
             else kernels.entropy_gradient(in, to, columns, scale, origin, constant, slope);
         });
         kernels.set(rows.out_row(i), targets[i], (float)at_target);
     };
     if (rows.parts > 1) {
-        for (int64_t i = 0; i < n; ++i) row(i, rows.threads);
+        for (int64_t i = 0; i < n; ++i) row(i);
     } else {
-        parallel(n, rows.threads, [&](int64_t i) { row(i, 1); });
+        parallel(n, rows.threads, row);
     }
 }
 

@@ -17,19 +17,6 @@ constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr float FAR = -1e30f;  // a shift whose power is 0; −inf times 0 would be NaN
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// All device pointers; old_logp, ref_logp, is_weights and out may be null. Strides in elements.
-struct Arguments {
-    const void* logits;
-    void* out;
-    int64_t stride, out_stride, n, v;
-    const int64_t* targets;
-    const float *advantages, *token_weights, *old_logp, *ref_logp, *is_weights, *beta, *temperature;
-    float *loss, *logp, *entropy, *kl;
-    unsigned char *clipped, *kl_limited;
-    LossSettings settings;
-    int dtype, threads;
-};
-
 // m = max x; with y = (x − m)·scale: s = Σ 2^y, u = Σ 2^y·y.
 struct Statistics {
     float m, s, u;
@@ -94,7 +81,7 @@ struct Row {
 };
 
 // The loss of row n from its statistics; the block with `write` stores what is to be logged.
-__device__ Row finish(const Arguments& a, int64_t n, Statistics total, float x_target, float scale, bool write) {
+__device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float x_target, float scale, bool write) {
     const float log2_s = log2f(total.s), logp = ((x_target - total.m) * scale - log2_s) * LN2;
     LossSettings settings = a.settings;
     settings.beta = *a.beta;
@@ -124,7 +111,7 @@ __device__ Pack<T> gradient(const Pack<T>& pack, const Row& row, int64_t column,
     return out;
 }
 
-template <class T> __device__ float target_logit(const Arguments& a, int64_t n) {
+template <class T> __device__ float target_logit(const GrpoArguments& a, int64_t n) {
     const int64_t target = a.targets[n];
     if (target < 0 || target >= a.v) return NAN;
     return float(((const T*)a.logits)[n * a.stride + target]);
@@ -140,7 +127,7 @@ template <class T> __device__ float target_logit(const Arguments& a, int64_t n) 
 namespace {
 
 // grid: n × blocks of a cluster; shared memory: the block's packs.
-template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Arguments a) {
+template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(GrpoArguments a) {
 #ifdef MR1_CLUSTERS
     extern __shared__ uint4 held[];
     __shared__ Statistics mine;
@@ -185,7 +172,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Arg
 
 // grid: (parts, rows of the group)
 template <class T>
-__global__ void __launch_bounds__(THREADS) statistics_kernel(Arguments a, int64_t first, Statistics* partial,
+__global__ void __launch_bounds__(THREADS) statistics_kernel(GrpoArguments a, int64_t first, Statistics* partial,
                                                              float* x_targets) {
     const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
     const float scale = LOG2E / *a.temperature;
@@ -203,7 +190,7 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Arguments a, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) gradient_kernel(Arguments a, int64_t first, const Statistics* partial,
+__global__ void __launch_bounds__(THREADS) gradient_kernel(GrpoArguments a, int64_t first, const Statistics* partial,
                                                            const float* x_targets) {
     const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
     const float scale = LOG2E / *a.temperature;
@@ -222,7 +209,7 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(Arguments a, int64_t 
 
 // --- launching ----------------------------------------------------------------------------------------------------
 
-template <class T> cudaError_t launch_cluster(const Arguments& a, cudaStream_t stream) {
+template <class T> cudaError_t launch_cluster(const GrpoArguments& a, cudaStream_t stream) {
     const int64_t packs = a.v / Pack<T>::SIZE;
     int parts = 1;
     while (parts < 8 && (packs + parts - 1) / parts * 16 > 80 * 1024) parts *= 2;  // two blocks or more on an SM
@@ -244,7 +231,7 @@ template <class T> cudaError_t launch_cluster(const Arguments& a, cudaStream_t s
 }
 
 template <class T>
-cudaError_t launch_plain(const Arguments& a, void* scratch, int64_t scratch_rows, int parts, cudaStream_t stream) {
+cudaError_t launch_plain(const GrpoArguments& a, void* scratch, int64_t scratch_rows, int parts, cudaStream_t stream) {
     Statistics* partial = (Statistics*)scratch;
     float* x_targets = (float*)(partial + scratch_rows * parts);
     for (int64_t first = 0; first < a.n; first += scratch_rows) {
@@ -257,7 +244,7 @@ cudaError_t launch_plain(const Arguments& a, void* scratch, int64_t scratch_rows
 }
 
 template <class T>
-cudaError_t launch(const Arguments& a, int clusters, void* scratch, int64_t rows, int parts, cudaStream_t stream) {
+cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t rows, int parts, cudaStream_t stream) {
     return clusters ? launch_cluster<T>(a, stream) : launch_plain<T>(a, scratch, rows, parts, stream);
 }
 
@@ -267,7 +254,7 @@ cudaError_t launch(const Arguments& a, int clusters, void* scratch, int64_t rows
 
 // Launches on `stream`; 0, or a cudaError_t. V and the strides must be multiples of 16 bytes. clusters = 0: `scratch`
 // holds (12·parts + 4)·scratch_rows bytes, and scratch_rows rows are in work at a time.
-EXPORT int mr1_cuda_grpo_rows(const Arguments* a, int clusters, void* scratch, int64_t scratch_rows, int parts,
+EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int clusters, void* scratch, int64_t scratch_rows, int parts,
                               void* stream) {
     if (a->n == 0) return 0;
     if (!clusters && (scratch_rows < 1 || parts < 1)) return cudaErrorInvalidValue;

@@ -2,6 +2,7 @@
 // in mr1_fast/kernels/grpo_loss.py, where their sources stand. Shared by the CPU and the CUDA kernels.
 #pragma once
 #include <math.h>
+#include <stdint.h>
 
 #ifdef __CUDACC__
 #define MR1_INLINE __host__ __device__ __forceinline__
@@ -17,6 +18,20 @@ struct LossSettings {
     float beta, clip_low, clip_high, delta, tau_positive, tau_negative;
     int surrogate;          // enum Surrogate
     int bias_corrected_kl;  // k3 times the ratio
+};
+
+// A call of the fused loss over rows of logits, on a CPU or a GPU; mirrored in mr1_fast/kernels/grpo_loss_native.py.
+// old_logp, ref_logp, is_weights and out may be null; out may be the logits. Strides in elements.
+struct GrpoArguments {
+    const void* logits;
+    void* out;
+    int64_t stride, out_stride, n, v;
+    const int64_t* targets;
+    const float *advantages, *token_weights, *old_logp, *ref_logp, *is_weights, *beta, *temperature;
+    float *loss, *logp, *entropy, *kl;
+    unsigned char *clipped, *kl_limited;
+    struct LossSettings settings;  // its beta is read from the pointer above
+    int dtype, threads;            // threads: on a CPU
 };
 
 struct TokenLoss {

@@ -63,13 +63,16 @@ static inline Floats load(const bf16* p) {
 }
 static inline Floats load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+// Adds what makes dropping the lower 16 bits round to nearest, ties to even.
+static inline __m512i rounding(__m512i bits) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
 static inline void store(bf16* p, Floats x) {
 #if defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
 #else
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded = rounding(_mm512_castps_si512(x));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
 }
@@ -78,10 +81,6 @@ static inline void load_pair(const bf16* p, Floats* even, Floats* odd) {
     const __m512i both = _mm512_loadu_si512(p);
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
-}
-static inline __m512i rounding(__m512i bits) {
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 static inline void store_pair(bf16* p, Floats even, Floats odd) {
 #if defined(__AVX512BF16__)
@@ -123,10 +122,13 @@ static inline Floats load(const bf16* p) {
 }
 static inline Floats load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
-static inline void store(bf16* p, Floats x) {
-    const __m256i bits = _mm256_castps_si256(x);
+// Adds what makes dropping the lower 16 bits round to nearest, ties to even.
+static inline __m256i rounding(__m256i bits) {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+static inline void store(bf16* p, Floats x) {
+    const __m256i rounded = rounding(_mm256_castps_si256(x));
     const __m256i high = _mm256_srli_epi32(rounded, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
@@ -136,10 +138,6 @@ static inline void load_pair(const bf16* p, Floats* even, Floats* odd) {
     const __m256i both = _mm256_loadu_si256((const __m256i*)p);
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
-}
-static inline __m256i rounding(__m256i bits) {
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 static inline void store_pair(bf16* p, Floats even, Floats odd) {
     const __m256i low = _mm256_srli_epi32(rounding(_mm256_castps_si256(even)), 16);

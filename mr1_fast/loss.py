@@ -7,12 +7,12 @@ Arguments are checked in loss_arguments.py, then handed to the operators in kern
 import torch
 from torch import Tensor
 
-from .kernels.grpo_loss import GRPOLoss, grpo_loss_ref, policy_loss_ref, token_logprobs_ref
+from .kernels.grpo_loss import GRPOLoss, grpo_loss_ref, policy_loss_ref, spread, token_logprobs_ref
 from .kernels.linear_grpo_loss import linear_grpo_loss_with_gradient
 from .kernels.linear_grpo_loss import linear_token_logprobs as linear_token_logprobs_op
 from .kernels.operators import grpo_loss_with_gradient
 from .kernels.operators import token_logprobs as token_logprobs_op
-from .loss_arguments import arguments_after_logits, check_linear, check_logits, chunk_budget, scalar, spread
+from .loss_arguments import arguments_after_logits, check_linear, check_logits, chunk_budget, scalar
 
 __all__ = [
     "GRPOLoss",

@@ -3,15 +3,10 @@
 import torch
 from torch import Tensor
 
-from .kernels.grpo_loss import SURROGATES, statistics_dtype
+from .kernels.grpo_loss import SURROGATES, spread, statistics_dtype
 from .kernels.linear_grpo_loss import CHUNK_BYTES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def spread(per_sequence: Tensor, cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
-    """(N,) per-token copy of a per-sequence tensor (S,); with N = `num_tokens` given, a GPU need not synchronise."""
-    return per_sequence.repeat_interleave(cu_seqlens.diff().long(), output_size=num_tokens)
 
 
 def arguments_after_logits(

@@ -73,6 +73,15 @@ def reference(logits: torch.Tensor, **arguments):
     return result, torch.autograd.grad(result.loss, logits)[0]
 
 
+def logprobs_and_gradients(function, logits: torch.Tensor, targets: torch.Tensor, incoming) -> tuple[torch.Tensor, ...]:
+    """logp, entropy, and the gradients of logp alone and of both, for incoming gradients (of logp, of entropy)."""
+    leaf = logits.detach().clone().requires_grad_()
+    logp, entropy = function(leaf, targets, 0.8)
+    gradients = [torch.autograd.grad(logp, leaf, incoming[0].to(logp.dtype), retain_graph=True)[0]]
+    gradients.append(torch.autograd.grad((logp, entropy), leaf, [g.to(logp.dtype) for g in incoming])[0])
+    return logp, entropy, *gradients
+
+
 def assert_within_bound(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, name: str, scale: float = 0.0):
     """|ours − exact| ≤ 2·|eager − exact| + 8 ulps of fp32 at the tensor's scale, as maxima over the tensor.
 

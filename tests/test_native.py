@@ -15,6 +15,7 @@ from .loss_data import (
     assert_results_within_bound,
     assert_within_bound,
     double,
+    logprobs_and_gradients,
     loss_rows,
     objective_of,
     reference,
@@ -195,11 +196,7 @@ def test_log_probs_entropy_and_their_gradients(v, dtype):
     incoming = torch.tensor([1.0, -0.5, 0.0, 2.0, 0.0]), torch.tensor([0.3, -1.5, 0.0, 0.0, 0.7])
 
     def run(function, logits):
-        leaf = logits.detach().clone().requires_grad_()
-        logp, entropy = function(leaf, data["targets"], 0.8)
-        gradients = [torch.autograd.grad(logp, leaf, incoming[0].to(logp.dtype), retain_graph=True)[0]]
-        gradients.append(torch.autograd.grad((logp, entropy), leaf, [g.to(logp.dtype) for g in incoming])[0])
-        return logp, entropy, *gradients
+        return logprobs_and_gradients(function, logits, data["targets"], incoming)
 
     results = run(token_logprobs, data["logits"])
     eager, exact = run(token_logprobs_ref, data["logits"]), run(token_logprobs_ref, data["logits"].double())

@@ -82,8 +82,8 @@ class RowResults(NamedTuple):
 
     @classmethod
     def empty(cls, logits: torch.Tensor) -> "RowResults":
-        """Room for the results of logits (N, V)."""
-        n, dtype = len(logits), statistics_dtype(logits)
+        """Room for the results of logits (N, V); fake ones for fake logits."""
+        n, dtype = logits.shape[0], statistics_dtype(logits)
         return cls(
             *(logits.new_empty(n, dtype=dtype) for _ in range(4)),
             *(logits.new_empty(n, dtype=torch.bool) for _ in range(2)),
@@ -189,10 +189,15 @@ def grpo_loss_ref(
     return GRPOLoss(per_token.sum(), logp.detach(), entropy.detach(), kl, clipped, kl_limited)
 
 
+def spread(per_sequence: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+    """(N,) per-token copy of a per-sequence tensor (S,); with N = `num_tokens` given, a GPU need not synchronise."""
+    return per_sequence.repeat_interleave(cu_seqlens.diff().long(), output_size=num_tokens)
+
+
 def sequence_mean(values: torch.Tensor, counts: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """(N,) mean of `values` over the tokens of their sequence that count, repeated for each token."""
     sequences = torch.arange(len(cu_seqlens) - 1, device=values.device)
-    ids = sequences.repeat_interleave(cu_seqlens.diff().long(), output_size=len(values))
+    ids = spread(sequences, cu_seqlens, len(values))
     sums = values.new_zeros(len(sequences)).index_add(0, ids, torch.where(counts, values, 0.0))
     sizes = values.new_zeros(len(sequences)).index_add(0, ids, counts.to(values.dtype))
     return (sums / sizes.clamp(min=1)).index_select(0, ids)

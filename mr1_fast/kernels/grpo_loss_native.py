@@ -32,7 +32,7 @@ class _LossSettings(ctypes.Structure):
 
 
 class _GrpoArguments(ctypes.Structure):
-    """`GrpoArguments` of csrc/fused_grpo_cpu.cpp."""
+    """`GrpoArguments` of csrc/grpo_token.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "out")),

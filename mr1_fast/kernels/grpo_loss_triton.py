@@ -183,22 +183,15 @@ def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.cons
 
 # --- kernels ------------------------------------------------------------------------------------------------------
 
-_PER_ROW = ["TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED"]
-_PER_ROW += [
-    "BETA",
-    "TEMPERATURE",
-    "FACTOR",
-    "KL_LIMITED",
-    "PEAK",
-    "LOG_SUM",
-    "GRAD_LOGP",
-    "GRAD_ENTROPY",
-    "PARTIALS",
-    "ARRIVED",
-]
+# Slices of these start anywhere: where, must not select a kernel.
+_ANY_ALIGNMENT = [
+    "TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED",
+    "KL_LIMITED", "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY", "PARTIALS", "ARRIVED",
+    "BETA", "TEMPERATURE", "FACTOR",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=_PER_ROW)
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, BETA, TEMPERATURE,
                  clip_low, clip_high, delta, tau_positive, tau_negative,
                  LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, PARTIALS, ARRIVED, V,
@@ -254,7 +247,7 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
             _write_gradient(row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK)
 
 
-@triton.jit(do_not_specialize_on_alignment=_PER_ROW)
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _logprobs_kernel(X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_SUM, V, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     row = X + n * x_stride
@@ -268,7 +261,7 @@ def _logprobs_kernel(X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_
     tl.store(LOG_SUM + n, log2_s * _LN2)
 
 
-@triton.jit(do_not_specialize_on_alignment=_PER_ROW)
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE, ENTROPY, PEAK, LOG_SUM,
                               GRAD_LOGP, GRAD_ENTROPY, V, BLOCK: tl.constexpr):  # fmt: skip
     blocks = tl.cdiv(V, BLOCK)
@@ -293,7 +286,7 @@ def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE,
         tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=_PER_ROW)
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
     factor = tl.load(FACTOR)
     if factor != 1:

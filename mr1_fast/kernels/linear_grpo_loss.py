@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grpo_loss import GRPOLoss, Objective, RowResults, row_grpo, row_logprobs, row_logprobs_backward, statistics_dtype
-from .operators import PER_ROW, fake_results, incoming, scaled
+from .operators import fake_results, incoming, scaled
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 48 * 2**20}
 """Default budget of the logits buffer; a CPU needs fewer rows to keep a GEMM busy."""
@@ -195,9 +195,8 @@ linear_grpo_loss.register_autograd(_scaled_gradients, setup_context=_save_gradie
 def linear_grpo_loss_with_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple, chunk_bytes: int
 ) -> GRPOLoss:
-    """Call the operator; per-row results come back detached."""
+    """Call the operator; its per-row outputs are not differentiable."""
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     outputs = linear_grpo_loss(hidden, weight, bias, *arguments, chunk_bytes, needs)
-    loss, *per_row = outputs[: 1 + PER_ROW]
-    return GRPOLoss(loss, *(value.detach() for value in per_row))
+    return GRPOLoss(*outputs[: len(GRPOLoss._fields)])

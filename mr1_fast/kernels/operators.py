@@ -18,9 +18,6 @@ from .grpo_loss import (
     statistics_dtype,
 )
 
-PER_ROW = 5
-"""Per-row results that follow `loss` in an operator's outputs, as in GRPOLoss."""
-
 # --- log-probabilities --------------------------------------------------------------------------------------------
 
 
@@ -138,9 +135,8 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 def fake_results(logits: Tensor) -> tuple[Tensor, ...]:
     """Empty tensors in the shapes of GRPOLoss."""
-    n, dtype = logits.shape[0], statistics_dtype(logits)
-    floats = (logits.new_empty(n, dtype=dtype) for _ in range(3))
-    return logits.new_empty((), dtype=dtype), *floats, *(logits.new_empty(n, dtype=torch.bool) for _ in range(2))
+    results = RowResults.empty(logits)
+    return results.loss.new_empty(()), *results[1:]
 
 
 def _save_gradient(ctx, inputs, output):
@@ -177,10 +173,8 @@ class InplaceGRPOLoss(torch.autograd.Function):
 
 
 def grpo_loss_with_gradient(logits: Tensor, arguments: tuple, inplace: bool) -> GRPOLoss:
-    """Call the operator that fits; per-row results come back detached."""
+    """Call the operator that fits; its per-row outputs are not differentiable."""
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
-        loss, *per_row = InplaceGRPOLoss.apply(logits, *arguments)
-    else:
-        loss, *per_row = grpo_loss(logits, *arguments, with_gradient)[: 1 + PER_ROW]
-    return GRPOLoss(loss, *(value.detach() for value in per_row))
+        return GRPOLoss(*InplaceGRPOLoss.apply(logits, *arguments))
+    return GRPOLoss(*grpo_loss(logits, *arguments, with_gradient)[: len(GRPOLoss._fields)])

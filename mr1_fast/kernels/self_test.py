@@ -7,6 +7,7 @@ there would train on whatever the memory held.
 import torch
 
 from ..errors import UserError
+from ..loss import linear_grpo_loss
 from .grpo_loss import (
     Objective,
     RowResults,
@@ -17,7 +18,6 @@ from .grpo_loss import (
     scale_,
     use_triton,
 )
-from .linear_grpo_loss import linear_grpo_loss_with_gradient
 
 
 def self_test(device: torch.device) -> None:
@@ -100,10 +100,7 @@ def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     targets, ones = torch.randint(1000, (256,), generator=generator), torch.ones(256)
     there = [t.to(device) for t in (hidden, weight, targets, ones, ones)]
     there[1].requires_grad_()
-    result = linear_grpo_loss_with_gradient(
-        *there[:2], None, (*there[2:], ones[0].to(device) * 0, ones[0].to(device), None, None, None, "cispo",
-                           [0.2, 0.2, float("inf"), 1.0, 1.05], False), chunk_bytes=128 * 2000,
-    )  # fmt: skip
+    result = linear_grpo_loss(*there, beta=0.0, surrogate="cispo", chunk_bytes=128 * 2000)
     result.loss.backward()
     exact = weight.detach().float().requires_grad_()
     torch.nn.functional.cross_entropy(hidden.float() @ exact.T, targets, reduction="sum").backward()
