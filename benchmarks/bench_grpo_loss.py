@@ -52,15 +52,19 @@ class Batch(NamedTuple):
 
     @classmethod
     def random(cls, tokens: int, vocab: int, dtype: torch.dtype, device: str) -> "Batch":
-        """Log-probs a little away from those of the logits, so that some ratios are clipped."""
+        """Logits of standard deviation 2."""
         torch.manual_seed(0)
-        if tokens % SEQUENCES:
-            raise SystemExit(f"--tokens is {tokens}: expected a multiple of {SEQUENCES}")
         logits = torch.empty(tokens, vocab, dtype=dtype, device=device).normal_(std=2.0)
         targets = torch.randint(vocab, (tokens,), device=device)
-        logp = token_logprobs(logits, targets)[0]
-        near = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
-        return cls(logits, targets, torch.linspace(-1, 2, SEQUENCES, device=device), *near)
+        return cls.near(logits, targets, token_logprobs(logits, targets)[0])
+
+    @classmethod
+    def near(cls, logits: Tensor, targets: Tensor, logp: Tensor) -> "Batch":
+        """Old and reference log-probs a little away from `logp`, so that some ratios are clipped."""
+        if len(targets) % SEQUENCES:
+            raise SystemExit(f"--tokens is {len(targets)}: expected a multiple of {SEQUENCES}")
+        around = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
+        return cls(logits, targets, torch.linspace(-1, 2, SEQUENCES, device=logp.device), *around)
 
     def per_sequence(self, tensor: Tensor) -> Tensor:
         """(N, …) as (S, L, …)."""

@@ -13,7 +13,7 @@ import json
 from functools import partial
 
 import torch
-from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, SEQUENCES, Batch, eager_loss
+from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, Batch, eager_loss
 from measure import (
     Case,
     excused,
@@ -47,17 +47,13 @@ class LinearBatch:
 
     @classmethod
     def random(cls, tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> "LinearBatch":
-        """Logits of standard deviation 2; log-probs a little away from theirs, so that some ratios are clipped."""
+        """Logits of standard deviation 2."""
         torch.manual_seed(0)
-        if tokens % SEQUENCES:
-            raise SystemExit(f"--tokens is {tokens}: expected a multiple of {SEQUENCES}")
         hidden = torch.empty(tokens, width, dtype=dtype, device=device).normal_()
         weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(std=2 / width**0.5)
         targets = torch.randint(vocab, (tokens,), device=device)
         logp = linear_token_logprobs(hidden, weight, targets)[0]
-        near = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
-        advantages = torch.linspace(-1, 2, SEQUENCES, device=device)
-        return cls(hidden, weight, Batch(hidden.new_empty(0), targets, advantages, *near))
+        return cls(hidden, weight, Batch.near(hidden.new_empty(0), targets, logp))
 
     def first(self, tokens: int) -> "LinearBatch":
         """The same head and a few tokens."""
