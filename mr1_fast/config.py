@@ -61,6 +61,8 @@ class ModelConfig:
     """Where the model lives; auto is cuda where there is one, else cpu."""
     gradient_checkpointing: bool = True
     """Recompute each layer's activations in the backward pass instead of storing them."""
+    offload_checkpoints: bool = False
+    """Keep what is stored for that, each layer's input, in host memory."""
     max_prompt_tokens: int = 1024
     """Longest allowed prompt, in text and image tokens; a longer one is an error, never cut."""
     max_pixels: int = 401_408
@@ -131,6 +133,9 @@ class AlgorithmConfig:
     """The ratio π/π_old is clipped above 1 + clip_high."""
     updates_per_batch: int = 1
     """μ, optimizer steps on each batch of completions."""
+    reference: Literal["resident", "offload", "8bit"] = "resident"
+    """Where the KL's reference is kept when all weights are trained: on the device, in host memory (layers are streamed
+    ahead of their use), or on the device in 8 bits. With --lora it is the policy without its adapters, for free."""
 
 
 @dataclass
@@ -145,8 +150,9 @@ class OptimizerConfig:
     """Train on this many samples only, reshuffled every epoch (the paper's few-shot counting uses 100)."""
     tokens_per_microbatch: int = 4096
     """Tokens in one forward and backward; gradients accumulate over as many as a batch needs."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """PyTorch's AdamW, or bitsandbytes' with 8-bit states."""
+    optimizer: Literal["auto", "adamw", "adamw_exact", "adamw_stochastic", "adamw8bit"] = "auto"
+    """PyTorch's AdamW; 8-bit states with bf16 weights that are exact in fp32 through a 16-bit remainder, or that are
+    rounded stochastically; bitsandbytes' AdamW8bit. auto is adamw_exact where bf16 weights are trained, else adamw."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
