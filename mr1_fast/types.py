@@ -2,7 +2,7 @@
 
     tasks ─Example▶ rollout ─Rollout▶ rewards ─(B,G)▶ advantages ─(B,G)▶ packing ─PackedBatch▶ model ─hidden (N,D)▶ loss
 
-Letters used in every shape: B prompts, G completions per prompt, S sequences in a pack, T packed tokens,
+Letters used in every shape: B prompts, G completions per prompt, S completions in a pack, T packed tokens,
 N rows that carry loss, I images, P image patches, D hidden size, V vocabulary.
 """
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
+
+from .segments import Segments
 
 
 @dataclass
@@ -72,37 +74,31 @@ class Rollout:
 
 @dataclass
 class PackedBatch:
-    """S sequences (prompt + completion) laid end to end in one row of T tokens, without padding.
+    """Groups laid end to end in one row of T tokens, without padding: a prompt once, then S completions in all.
 
     Row n of the loss is packed token `loss_rows[n]`: its hidden state predicts `targets[n]`. Prompt and image
-    tokens never reach the LM head.
+    tokens never reach the LM head, and a completion's last token is no input, since it predicts nothing.
 
-    Two sequences `p p i | a b` and `p p i | c` (p text, i image token, a b c completions) pack to
-    input_ids = p p i a b p p i c, cu_seqlens = 0 5 9, loss_rows = 2 3 7, targets = a b c,
-    loss_cu_seqlens = 0 2 3, feature_rows = 0 0 if both completions belong to one prompt.
+    A prompt `p p i` (p text, i image token) with completions `a b c` and `d` packs to input_ids = p p i a b,
+    loss_rows = 2 3 4 2, targets = a b c d, loss_cu_seqlens = 0 3 4.
     """
 
     input_ids: torch.Tensor
     """(T,) int64."""
     position_ids: torch.Tensor
-    """(3, T) int64; restarts with every sequence."""
-    cu_seqlens: torch.Tensor
-    """(S+1,) int32: sequence s is tokens cu_seqlens[s] … cu_seqlens[s+1]."""
-    max_seqlen: int
-    """The longest sequence, in tokens."""
+    """(3, T) int64; restarts with every prompt, and every completion continues from its prompt."""
+    segments: Segments
+    """Which tokens attend to which."""
     loss_rows: torch.Tensor
-    """(N,) int64: packed positions whose next token is a completion token."""
+    """(N,) int64: packed positions whose next token is a completion token; a prompt's last one for each completion."""
     targets: torch.Tensor
     """(N,) int64: those next tokens."""
     loss_cu_seqlens: torch.Tensor
-    """(S+1,) int32: rows loss_cu_seqlens[s] … loss_cu_seqlens[s+1] belong to sequence s."""
+    """(S+1,) int32: rows loss_cu_seqlens[s] … loss_cu_seqlens[s+1] belong to completion s."""
     sequence_ids: list[int]
-    """S: which completion of the rollout each sequence is."""
-    feature_rows: torch.Tensor | None = None
-    """(M,) int64, or None without images: the image feature that the m-th image token takes, so that a prompt's
-    image is encoded once for all its completions."""
+    """S: which completion of the rollout each one is."""
     pixel_values: torch.Tensor | None = None
-    """(P, 3·2·14·14) float32 patches of the distinct images, or None."""
+    """(P, 3·2·14·14) float32 patches of the prompts' images, in order, or None."""
     image_grid_thw: torch.Tensor | None = None
     """(I, 3) int64, or None."""
     row_data: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -114,5 +110,6 @@ class PackedBatch:
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in vars(self).items()
         }
+        moved["segments"] = self.segments.to(device)
         moved["row_data"] = {name: value.to(device, non_blocking=True) for name, value in self.row_data.items()}
         return PackedBatch(**moved)

@@ -87,7 +87,7 @@ def test_packed_equals_the_models_own_forward(settings):
         scale = expected_gradients[name].abs().max()
         assert scale > 0, f"{name} has no gradient: the comparison would be empty"
         difference = (gradient - expected_gradients[name]).abs().max()
-        assert difference <= 1e-7 * scale, f"{name}: {difference} of {scale}"
+        assert difference <= 3e-7 * scale, f"{name}: {difference} of {scale}"  # Qwen2-VL's norms round to fp32
 
 
 def test_many_packs_equal_one():

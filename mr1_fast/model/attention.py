@@ -1,19 +1,25 @@
-"""Attention over sequences laid end to end, registered with transformers by name.
+"""Attention over segments laid end to end, registered with transformers by name.
 
 `packed_attention` is called three ways:
-- packed text (training): one row of T tokens with `cu_seq_lens_q`; causal within each sequence;
+- packed text (training): one row of T tokens with `segments`, which share prefixes; causal, aligned at the end;
 - packed images (the vision tower): one row of P patches with `cu_seq_lens_q`; full attention within each image;
-- a padded batch with a KV cache (rollout): no `cu_seq_lens_q`; transformers' own SDPA function with its mask.
+- a padded batch with a KV cache (rollout): neither; transformers' own SDPA function with its mask.
 
-Packed sequences are padded on the right inside this function only, for one SDPA call: a causal query never reaches
-the padding behind it, and the rows of padded queries are dropped.
+Three back ends: flash-attn's varlen function where installed, torch's varlen_attn on CUDA, and otherwise SDPA over
+segments padded on the right.
 """
+
+import inspect
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ..segments import Segments
 
 TEXT_NAME = "mr1_packed"
 VISION_NAME = "mr1_packed_flash"
@@ -23,58 +29,126 @@ over the images in Python."""
 
 def packed_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    segments: Segments | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     is_causal: bool | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention within each packed sequence.
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention within packed segments.
 
-    query (1, H, T, d), key and value (1, H_kv, T, d), `cu_seq_lens_q` (S+1,) int32, `max_length_q` the longest
-    sequence. Returns ((1, T, H, d), None). Without `cu_seq_lens_q` it is transformers' SDPA on a padded batch.
+    query (1, H, T, d), key and value (1, H_kv, T, d). Returns ((1, T, H, d), None). `segments` says which tokens see
+    which; with `cu_seq_lens_q` (S+1,) int32 tokens see all of their sequence, the longest of which has `max_length_q`;
+    with neither it is transformers' SDPA on a padded batch.
     """
-    if cu_seq_lens_q is None:
+    if segments is None and cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    is_causal = module.is_causal if is_causal is None else is_causal
-    lengths = cu_seq_lens_q.diff()
-    num_sequences, num_tokens = lengths.numel(), query.shape[2]
-    max_length = int(max_length_q) if max_length_q is not None else int(lengths.max())
-    even = num_sequences * max_length == num_tokens
-
-    if even:
-        rows = None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d), dense in memory
+    varlen = _varlen(backend(query.device.type, query.dtype))
+    if segments is not None:
+        if varlen is None:
+            out = _padded_attention(query, key, value, segments, scaling)
+        else:
+            key, value = segments.keys(key), segments.keys(value)
+            bounds = (segments.cu_seqlens_q, segments.cu_seqlens_k, segments.max_q, segments.max_k)
+            out = varlen(query, key, value, *bounds, causal=True, scale=scaling)
     else:
-        offsets = torch.arange(max_length, device=query.device)
-        rows = (cu_seq_lens_q[:-1, None] + offsets).clamp(max=num_tokens - 1).flatten()
-
-    def unpack(x: torch.Tensor) -> torch.Tensor:  # (1, H, T, d) -> (S, H, max_length, d)
-        x = x[0] if rows is None else x[0].index_select(1, rows)
-        return x.unflatten(1, (num_sequences, max_length)).transpose(0, 1)
-
-    # Causal queries see only real keys; full attention over unequal lengths must be told where the keys end.
-    mask = None if is_causal or even else (offsets < lengths[:, None])[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        unpack(query),
-        unpack(key),
-        unpack(value),
-        attn_mask=mask,
-        scale=scaling,
-        is_causal=is_causal,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    out = out.transpose(1, 2).flatten(0, 1)  # (S·max_length, H, d)
-    if not even:
-        token = torch.arange(num_tokens, device=query.device)
-        sequence = torch.searchsorted(cu_seq_lens_q[1:], token, right=True)
-        out = out.index_select(0, sequence * max_length + token - cu_seq_lens_q[sequence])
+        longest = int(cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q)
+        if varlen is None:
+            out = _full_attention(query, key, value, cu_seq_lens_q, longest, scaling)
+        else:
+            bounds = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+            out = varlen(query, key, value, *bounds, causal=False, scale=scaling)
     return out.unsqueeze(0), None
+
+
+# --- variable lengths ---------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def backend(device: str, dtype: torch.dtype) -> str:
+    """`flash_attn`, `torch_varlen` or `sdpa`: what packed attention uses on a device type for a dtype."""
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        return "torch_varlen"
+    return "flash_attn"
+
+
+@lru_cache
+def _varlen(name: str):
+    """The back end as f(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal=, scale=); None for `sdpa`."""
+    if name == "sdpa":
+        return None
+    if name == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda *arguments, causal, scale: flash_attn_varlen_func(*arguments, causal=causal, softmax_scale=scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def torch_varlen(query, key, value, *bounds, causal, scale):
+        groups = query.shape[1] // key.shape[1]
+        options = {"enable_gqa": groups > 1} if knows_gqa else {}
+        if groups > 1 and not knows_gqa:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(query, key, value, *bounds, scale=scale, window_size=window, **options)
+
+    return torch_varlen
+
+
+# --- SDPA ---------------------------------------------------------------------------------------------------------
+
+
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+    """One SDPA call for the prompts and one for the completions; (T, H, d)."""
+    outputs = []
+    for rectangle in segments.padded.rectangles:
+        count, length_q, length_k = rectangle.shape
+        out = F.scaled_dot_product_attention(
+            rectangle.queries(query).unflatten(0, (count, length_q)).transpose(1, 2),
+            rectangle.keys(key).unflatten(0, (count, length_k)).transpose(1, 2),
+            rectangle.keys(value).unflatten(0, (count, length_k)).transpose(1, 2),
+            attn_mask=rectangle.mask(query.dtype),
+            scale=scale,
+            is_causal=rectangle.visible is None,  # a causal query never reaches the padding behind it
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return segments.padded.unpad(torch.cat(outputs))
+
+
+def _full_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """Full attention within each sequence; (P, H, d)."""
+    lengths = cu_seqlens.diff()
+    count, num_tokens = len(lengths), len(query)
+    if count * longest == num_tokens:  # all of one length
+        rows = mask = None
+    else:
+        offsets = torch.arange(longest, device=query.device)
+        rows = (cu_seqlens[:-1, None] + offsets).clamp(max=num_tokens - 1).flatten()
+        mask = (offsets < lengths[:, None])[:, None, None, :]
+
+    def pad(x: Tensor) -> Tensor:  # (P, H, d) -> (S, H, longest, d)
+        x = x if rows is None else x.index_select(0, rows)
+        return x.unflatten(0, (count, longest)).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), attn_mask=mask, scale=scale)
+    out = out.transpose(1, 2)  # (S, longest, H, d)
+    return out.flatten(0, 1) if rows is None else out[(offsets < lengths[:, None])]
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:

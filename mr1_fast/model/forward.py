@@ -25,35 +25,28 @@ def embed(
     input_ids: torch.Tensor,
     pixel_values: torch.Tensor | None,
     image_grid_thw: torch.Tensor | None,
-    feature_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Token embeddings (…, D) with image features in the place of image tokens.
 
-    `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) are the distinct images; `feature_rows` (M,) names the
-    merged feature that the m-th image token of `input_ids` takes (None: one after the other).
+    `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) are the images in the order of their tokens.
     """
     inner = base_model(model).model
     embeddings = inner.get_input_embeddings()(input_ids)
     if pixel_values is None:
         return embeddings
     features = torch.cat(inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
-    if feature_rows is not None:
-        features = features.index_select(0, feature_rows)
     image_tokens = (input_ids == inner.config.image_token_id).unsqueeze(-1)
     return embeddings.masked_scatter(image_tokens, features.to(embeddings.dtype))
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Final hidden states (N, D) of the rows that carry loss, in the model's dtype."""
-    embeddings = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw, batch.feature_rows)
+    embeddings = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw)
     output = base_model(model).model.language_model(
         inputs_embeds=embeddings.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(1),
-        attention_mask={"full_attention": None},  # sequences are kept apart by cu_seq_lens, not by a mask
+        attention_mask={"full_attention": None},  # completions are kept apart by `segments`, not by a mask
         use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
+        segments=batch.segments,
     )
     return output.last_hidden_state[0].index_select(0, batch.loss_rows)
