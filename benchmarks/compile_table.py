@@ -2,9 +2,10 @@
 
     python benchmarks/compile_table.py
 
-Compiled is exactly what a launch would compile: the real launchers run on meta tensors of 65,536 × V elements, with a
-stand-in for the driver that names the target. Then the machine code is read: registers, spills, the width of memory
-accesses, shared memory. Prints a Markdown table; the last line is one JSON document. Ends with 1 if a limit is broken.
+Compiled is exactly what a launch would compile: the real launchers run on meta tensors of 65,536 × V elements (the
+optimizer's: on a weight of V × 1,536), with a stand-in for the driver that names the target. Then the machine code is
+read: registers, spills, the width of memory accesses, shared memory. Prints a Markdown table; the last line is one JSON
+document. Ends with 1 if a limit is broken.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mr1_fast.kernels import grpo_loss_triton
+from mr1_fast.kernels import adamw_triton, grpo_loss_triton
+from mr1_fast.kernels.adamw import Scalars, State
 from mr1_fast.kernels.grpo_loss import Objective, RowResults
 
 TARGETS = [("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)] + [("hip", "gfx942", 64)]
@@ -97,6 +99,16 @@ def launch_everything(dtype: torch.dtype, v: int, parts: int, device: str = "met
     grpo_loss_triton.scale_(logits, scalar)
 
 
+def launch_adamw(device: str = "meta", n: int = 151_936 * 1536) -> None:
+    """The optimizer's kernels for each kind of weight, on tensors without memory; gradients have the weight's dtype."""
+    like = dict(device=device)
+    scalars = Scalars.at(1, 1e-6, (0.9, 0.98), 1e-8, 0.01)
+    for dtype, remainder in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+        weight = torch.empty(n, dtype=dtype, **like)
+        adamw_triton.adamw_(weight, weight, State.zeros(weight, remainder), scalars, (1, 2), torch.empty((), **like))
+        adamw_triton.add_stochastic_(torch.empty(n, dtype=torch.bfloat16, **like), weight, (1, 2))
+
+
 def parts_on(arch, v: int, dtype: torch.dtype) -> int:
     """Programs per row that `split_columns` chooses on the GPU that stands for this target."""
     multiprocessors, megabytes = MULTIPROCESSORS[arch]
@@ -145,27 +157,36 @@ def table(dtypes: list[str], vocabularies: list[int], targets: list[tuple] = TAR
                 parts = parts_on(arch, v, DTYPES[dtype])
                 with captured(backend, arch, warp_size) as compiled:
                     launch_everything(DTYPES[dtype], v, parts)
-                worst: dict[str, dict] = {}
-                for name, kernel in compiled:
-                    figures = examine(kernel, backend)
-                    row = worst.setdefault(name, {**figures, "variants": 0})
-                    row["variants"] += 1
-                    for key, choose in {
-                        "registers": max,
-                        "spills": max,
-                        "shared": max,
-                        "short": max,
-                        "wide": min,
-                    }.items():
-                        row[key] = choose(row[key], figures[key])
-                label = f"sm_{arch}" if backend == "cuda" else arch
-                rows += [
-                    {"target": label, "dtype": dtype, "V": v, "parts": parts, "kernel": name, **row,
-                     "fits": row["spills"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
-                     and row["wide"] > 0 and row["short"] <= TARGET_GATHERS}
-                    for name, row in worst.items()
-                ]  # fmt: skip
+                rows += _worst(compiled, backend, arch, {"dtype": dtype, "V": v, "parts": parts})
     return rows
+
+
+def adamw_table(targets: list[tuple] = TARGETS) -> list[dict]:
+    """One row per target and kernel of the optimizer, over weights in bf16, with and without remainder, and fp32."""
+    rows = []
+    for backend, arch, warp_size in targets:
+        with captured(backend, arch, warp_size) as compiled:
+            launch_adamw()
+        rows += _worst(compiled, backend, arch, {"dtype": "both", "V": None, "parts": 1})
+    return rows
+
+
+def _worst(compiled: list[tuple], backend: str, arch, settings: dict) -> list[dict]:
+    """One row per kernel: of its variants, the worst of each figure."""
+    worst: dict[str, dict] = {}
+    choose = {"registers": max, "spills": max, "shared": max, "short": max, "wide": min}
+    for name, kernel in compiled:
+        figures = examine(kernel, backend)
+        row = worst.setdefault(name, {**figures, "variants": 0})
+        row["variants"] += 1
+        row |= {key: worse(row[key], figures[key]) for key, worse in choose.items()}
+    label = f"sm_{arch}" if backend == "cuda" else arch
+    return [
+        {"target": label, **settings, "kernel": name, **row,
+         "fits": row["spills"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
+         and row["wide"] > 0 and row["short"] <= TARGET_GATHERS}
+        for name, row in worst.items()
+    ]  # fmt: skip
 
 
 def _output(*command) -> str:
@@ -173,7 +194,7 @@ def _output(*command) -> str:
 
 
 def main() -> None:
-    rows = table(list(DTYPES), [151_936])
+    rows = table(list(DTYPES), [151_936]) + adamw_table()
     print("| target | dtype | parts | kernel | variants | registers | spills | shared KB | 128/16-bit access | fits |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -2,30 +2,45 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .config import OptimizerConfig
 from .errors import UserError
+from .kernels.adamw import LowMemoryAdamW, add_stochastic_
 from .model.load import Policy
 from .types import PackedBatch
 
 Objective = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; UserError where bitsandbytes is asked for and missing."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; UserError where bitsandbytes is asked for and missing.
+
+    `seed` is that of stochastic rounding.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = dict(lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    if config.optimizer == "adamw":
+    kind = resolve_optimizer(config.optimizer, parameters)
+    if kind == "adamw":
         return torch.optim.AdamW(parameters, **settings)
+    if kind in ("adamw_exact", "adamw_stochastic"):
+        return LowMemoryAdamW(parameters, **settings, remainder=kind == "adamw_exact", seed=seed)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError("optimizer adamw8bit needs bitsandbytes: pip install 'mr1_fast[gpu]'.") from error
     return AdamW8bit(parameters, **settings)
+
+
+def resolve_optimizer(name: str, parameters: list[nn.Parameter]) -> str:
+    """The optimizer that `auto` means for these parameters: 16-bit weights lose small updates unless kept exact."""
+    if name != "auto":
+        return name
+    return "adamw_exact" if any(p.dtype == torch.bfloat16 for p in parameters) else "adamw"
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
@@ -51,23 +66,75 @@ def update(
 
     `objective(policy, batch)` returns the loss and per-row tensors to average over all rows. Gradients are
     clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and optimizer state
-    untouched, since one bad batch must not end a run. Returns the means, and loss, grad_norm, learning_rate, skipped.
+    untouched, since one bad batch must not end a run. Running out of memory before the optimizer's step leaves them
+    untouched, too. Returns the means, and loss, grad_norm, learning_rate, skipped.
     """
+    optimizer.zero_grad(set_to_none=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, rows, sums = 0.0, 0, Counter()
-    for batch in batches:
-        batch_loss, per_row = objective(policy, batch.to(policy.device))
-        batch_loss.backward()
-        loss += batch_loss.item()
-        rows += len(batch.targets)
-        sums.update({name: value.float().sum().item() for name, value in per_row.items()})
+    with unbiased_accumulation(parameters, step):
+        for batch in batches:
+            batch_loss, per_row = objective(policy, batch.to(policy.device))
+            batch_loss.backward()
+            loss += batch_loss.item()
+            rows += len(batch.targets)
+            sums.update({name: value.float().sum().item() for name, value in per_row.items()})
 
     lr = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm).item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
+    norm = gradient_norm(parameters)
+    finite = math.isfinite(norm.item()) and math.isfinite(loss)
     if finite:
-        optimizer.step()
+        _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    return {"loss": loss, **means, "grad_norm": norm, "learning_rate": lr, "skipped": float(not finite)}
+    return {"loss": loss, **means, "grad_norm": norm.item(), "learning_rate": lr, "skipped": float(not finite)}
+
+
+@contextmanager
+def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator[None]:
+    """Within, 16-bit gradients of several backward passes add up by stochastic rounding.
+
+    Rounding to nearest would drop every term below 1/512 of the sum so far; an fp32 sum would take twice the memory.
+    """
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+    seeds = iter(range(seed << 32, (seed + 1) << 32))
+
+    def add(parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if parameter in sums:
+            add_stochastic_(sums[parameter], gradient, seed=next(seeds))
+        else:
+            sums[parameter] = gradient
+
+    short = [p for p in parameters if p.dtype.itemsize == 2]
+    handles = [p.register_post_accumulate_grad_hook(add) for p in short]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, total in sums.items():
+            parameter.grad = total
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients, fp32, 0-d."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float):
+    """Clip and step; ours clips within its one pass."""
+    try:
+        if isinstance(optimizer, LowMemoryAdamW):
+            optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            optimizer.step()
+    except torch.OutOfMemoryError as error:  # some weights may have changed: no second attempt
+        raise UserError(
+            "out of memory within the optimizer's step: go on from the last checkpoint with --resume and "
+            "--optimizer adamw_exact, whose state is allocated at start."
+        ) from error

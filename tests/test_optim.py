@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mr1_fast.config import OptimizerConfig
-from mr1_fast.optim import learning_rate, make_optimizer, update
+from mr1_fast.kernels.adamw import LowMemoryAdamW
+from mr1_fast.optim import gradient_norm, learning_rate, make_optimizer, unbiased_accumulation, update
 from mr1_fast.packing import packs
 from mr1_fast.sft import sft_loss
 
@@ -34,7 +35,7 @@ def likelihood(policy, batch):
     return sft_loss(policy, batch)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adamw_exact"])
 def test_updates_raise_the_objective_the_same_for_one_pack_as_for_many(optimizer):
     histories = []
     for budget in (10**6, 100):
@@ -65,3 +66,74 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_reported():
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
     assert update(policy, optimizer, batches, likelihood, 1, 2, config)["skipped"] == 0.0
+
+
+def test_auto_keeps_bf16_weights_exact_and_leaves_fp32_to_torch():
+    config = OptimizerConfig()
+    assert type(make_optimizer(tiny_policy().model, config)) is torch.optim.AdamW
+    exact = make_optimizer(tiny_policy(torch.bfloat16).model, config)
+    assert type(exact) is LowMemoryAdamW and exact.remainder
+    stochastic = make_optimizer(tiny_policy(torch.bfloat16).model, OptimizerConfig(optimizer="adamw_stochastic"))
+    assert not stochastic.remainder
+
+
+def name_of(policy, weight) -> str:
+    return next(name for name, p in policy.model.named_parameters() if p is weight)
+
+
+def test_bf16_weights_learn_at_a_small_rate():
+    """At 1e-6 every update is below bf16's step; the masters move all the same."""
+    policy = tiny_policy(torch.bfloat16)
+    config = OptimizerConfig(learning_rate=1e-6, lr_schedule="constant")
+    optimizer = make_optimizer(policy.model, config)
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    for step in range(3):
+        update(policy, optimizer, batches_of(policy, 10**6), likelihood, step, 3, config)
+    weight = policy.model.model.language_model.layers[0].mlp.up_proj.weight
+    moved = optimizer.state[weight]["remainder"] != 0
+    assert moved.float().mean() > 0.99
+    assert (before[name_of(policy, weight)] != weight).float().mean() < 0.05, "rounded to bf16, hardly one has"
+
+
+def accumulated(gradients: list[torch.Tensor], exact: bool) -> torch.Tensor:
+    weight = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    if not exact:
+        for gradient in gradients:
+            (weight * gradient).sum().backward()
+        return weight.grad.double()
+    with unbiased_accumulation([weight], seed=3):
+        for gradient in gradients:
+            (weight * gradient).sum().backward()
+    return weight.grad.double()
+
+
+def test_small_terms_of_bf16_gradients_add_up():
+    gradients = [torch.ones(4096, dtype=torch.bfloat16)] + [torch.full((4096,), 1e-3, dtype=torch.bfloat16)] * 500
+    expected = torch.stack(gradients).double().sum(0)
+    assert (accumulated(gradients, exact=False) == 1).all(), "plain accumulation loses every one of them"
+    total = accumulated(gradients, exact=True)
+    assert (total / expected - 1).mean().abs() < 1e-3
+    assert (total / expected - 1).abs().max() < 0.15
+
+
+def test_fp32_gradients_add_up_as_ever():
+    gradients = [torch.randn(64) for _ in range(5)]
+    assert torch.equal(accumulated(gradients, exact=True), accumulated(gradients, exact=False))
+
+
+def test_a_failed_pass_leaves_no_hooks():
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError), unbiased_accumulation([weight], seed=0):
+        (weight * 1).sum().backward()
+        raise RuntimeError
+    assert not weight._post_accumulate_grad_hooks
+    assert (weight.grad == 1).all()
+
+
+def test_the_gradient_norm_is_that_of_all_gradients():
+    policy = tiny_policy(torch.bfloat16)
+    loss, _ = likelihood(policy, batches_of(policy, 10**6)[0])
+    loss.backward()
+    parameters = [p for p in policy.model.parameters() if p.grad is not None]
+    expected = torch.cat([p.grad.double().flatten() for p in parameters]).norm()
+    assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-5)

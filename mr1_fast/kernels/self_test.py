@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..loss import linear_grpo_loss
+from .adamw import Scalars, State, adamw_, add_stochastic_, master_weight
 from .grpo_loss import (
     Objective,
     RowResults,
@@ -79,6 +80,7 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "the weight gradient over chunks": _weight_gradients(device),
         "log-probabilities alone": (logp, expected.logp),
         "the gradient of log-probabilities": (by_logp, onehot - p),
+        **_optimizer_pairs(device),
     }
     return {name: _relative_error(ours.cpu().float(), right.float()) for name, (ours, right) in pairs.items()}
 
@@ -105,6 +107,24 @@ def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     exact = weight.detach().float().requires_grad_()
     torch.nn.functional.cross_entropy(hidden.float() @ exact.T, targets, reduction="sum").backward()
     return there[1].grad, exact.grad
+
+
+def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A first step of the low-memory AdamW, which no state has rounded yet, and a sum of gradients."""
+    generator = torch.Generator().manual_seed(2)
+    weight, gradient, other = (torch.randn(600, generator=generator).bfloat16() for _ in range(3))
+    exact = weight.float().requires_grad_()
+    exact.grad = gradient.float()
+    torch.optim.AdamW([exact], lr=0.1, weight_decay=0.0).step()
+    there, total = weight.to(device, copy=True), gradient.to(device, copy=True)
+    state = State.zeros(there, remainder=True)
+    adamw_(there, gradient.to(device), state, Scalars.at(1, 0.1, (0.9, 0.999), 1e-8, 0.0), (1, 2))
+    add_stochastic_(total, other.to(device), seed=3)
+    moved = master_weight(there, state.remainder).cpu() - weight
+    return {
+        "the optimizer's step": (moved, exact.detach() - weight),
+        "accumulated gradients": (total, gradient.float() + other.float()),
+    }
 
 
 def _relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

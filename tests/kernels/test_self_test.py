@@ -4,24 +4,30 @@ import pytest
 import torch
 
 from mr1_fast.errors import UserError
-from mr1_fast.kernels import grpo_loss_triton, self_test
+from mr1_fast.kernels import adamw_triton, grpo_loss_triton, self_test
 
-LAUNCHERS = ("_grpo_kernel", "_logprobs_kernel", "_logprobs_backward_kernel")
+LAUNCHERS = [
+    (grpo_loss_triton, "_grpo_kernel"),
+    (grpo_loss_triton, "_logprobs_kernel"),
+    (grpo_loss_triton, "_logprobs_backward_kernel"),
+    (adamw_triton, "_adamw_kernel"),
+    (adamw_triton, "_add_stochastic_kernel"),
+]
 
 
 def test_passes(device):
     self_test.self_test(torch.device(device))
 
 
-@pytest.mark.parametrize("silent", LAUNCHERS)
-def test_a_kernel_that_writes_nothing_is_refused(device, monkeypatch, silent):
-    launch, skipped = grpo_loss_triton._launch, getattr(grpo_loss_triton, silent)
+@pytest.mark.parametrize(("module", "silent"), LAUNCHERS)
+def test_a_kernel_that_writes_nothing_is_refused(device, monkeypatch, module, silent):
+    launch, skipped = module._launch, getattr(module, silent)
 
     def all_but_one(kernel, *args, **constants):
         if kernel is not skipped:
             launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(grpo_loss_triton, "_launch", all_but_one)
+    monkeypatch.setattr(module, "_launch", all_but_one)
     with pytest.raises(UserError, match="self-test"):
         self_test.self_test(torch.device(device))
 
