@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .kernels import grpo_loss_cuda, grpo_loss_native
+from .model.attention import backend
 from .version import __version__
 
 PACKAGES = (
@@ -34,6 +35,7 @@ def lines() -> list[tuple[str, str]]:
         ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
         ("native CPU kernels", grpo_loss_native.status()[1]),
         ("native CUDA kernels", grpo_loss_cuda.status()[1]),
+        ("packed attention", backend("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)),
         *((name, _version(name)) for name in PACKAGES),
     ]
 

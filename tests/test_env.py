@@ -32,6 +32,7 @@ def test_prints_versions_and_what_is_active():
     assert lines["Triton kernels"].startswith("triton ")
     assert lines["native CPU kernels"] == grpo_loss_native.status()[1]
     assert lines["native CUDA kernels"] == grpo_loss_cuda.status()[1]
+    assert lines["packed attention"] in ("sdpa", "torch_varlen", "flash_attn")
     for package in ("transformers", "safetensors", "datasets", "flash-attn"):
         assert lines[package] == "not installed" or lines[package][0].isdigit()
 

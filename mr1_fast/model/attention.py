@@ -74,7 +74,7 @@ def packed_attention(
 
 @lru_cache
 def backend(device: str, dtype: torch.dtype) -> str:
-    """`flash_attn`, `torch_varlen` or `sdpa`: what packed attention uses on a device type for a dtype."""
+    """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa."""
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     try:

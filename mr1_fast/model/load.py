@@ -5,8 +5,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -51,30 +52,11 @@ class Policy:
         return linear_token_logprobs(self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature)
 
 
-class Reference:
-    """The policy as it was when this is made, for KL: a frozen copy, or the model with its adapters off."""
-
-    def __init__(self, policy: Policy):
-        self.policy = policy
-        self.has_adapter = hasattr(policy.model, "disable_adapter")
-        if not self.has_adapter:
-            frozen = copy.deepcopy(policy.model).requires_grad_(False).eval()
-            self.policy = Policy(frozen, policy.processor, policy.encode)
-
-    @torch.no_grad()
-    def logprobs(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
-        """Reference log-probabilities (N,), fp32."""
-        with self.policy.model.disable_adapter() if self.has_adapter else nullcontext():
-            return self.policy.logprobs(batch, temperature)[0]
-
-
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
     """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
     use_packed_attention(model)
     if config.gradient_checkpointing:
-        # The name changed between the transformers versions that we support.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _enable_checkpointing(model, config.offload_checkpoints)
     if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
         model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
@@ -181,6 +163,23 @@ def _four_bit(config: ModelConfig) -> dict:
         llm_int8_skip_modules=["model.visual", "lm_head"],  # the vision tower is small and its errors reach every token
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
+
+
+def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
+    """Recompute every layer in the backward pass from its input, which is kept on the device or in host memory."""
+    # The name changed between the transformers versions that we support.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if not offload:
+        return
+
+    def offloaded(checkpoint, function, *inputs):
+        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(function, *inputs)
+
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(offloaded, module._gradient_checkpointing_func)
 
 
 def _with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
