@@ -12,6 +12,25 @@ from .segments import Segments, cumulative
 from .types import PackedBatch, Prompt
 
 
+class MicroBatches(list[PackedBatch]):
+    """The packs of a step's completions, in order; the same completions can be packed anew under another budget."""
+
+    def __init__(self, prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int):
+        self.prompts, self.completions, self.tokens_per_pack = prompts, completions, tokens_per_pack
+        super().__init__(packs(prompts, completions, tokens_per_pack))
+
+    def repack(self, tokens_per_pack: int) -> None:
+        """Change the budget; what rows carry stays with them."""
+        if tokens_per_pack == self.tokens_per_pack:
+            return
+        whole = {name: torch.cat([batch.row_data[name] for batch in self]) for name in self[0].row_data}
+        self.__init__(self.prompts, self.completions, tokens_per_pack)
+        counts = [len(batch.targets) for batch in self]
+        for name, values in whole.items():
+            for batch, part in zip(self, values.split(counts), strict=True):
+                batch.row_data[name] = part
+
+
 def packs(prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int) -> Iterator[PackedBatch]:
     """Pack B prompts and their B·G completions, in order, into batches of at most `tokens_per_pack` tokens.
 

@@ -18,7 +18,7 @@ from .loss import linear_grpo_loss, token_weights
 from .model.forward import lm_head_weight
 from .model.load import Policy, make_policy
 from .optim import make_optimizer, update
-from .packing import packs
+from .packing import MicroBatches
 from .rollout.generate import Sampling
 from .tasks import format_solution
 from .tasks.data import load_examples
@@ -38,7 +38,7 @@ START_ACCURACY = 0.4
 """Sampled accuracy on validation items at which the supervised start ends: enough for GRPO to find rewards."""
 
 
-def solution_batches(policy: Policy, examples: list[Example], tokens_per_pack: int) -> list[PackedBatch]:
+def solution_batches(policy: Policy, examples: list[Example], tokens_per_pack: int) -> MicroBatches:
     """Packed prompts with their worked solutions, EOS included, and token weights of the mean over examples."""
     tokenizer = policy.processor.tokenizer
     targets = []
@@ -47,7 +47,7 @@ def solution_batches(policy: Policy, examples: list[Example], tokens_per_pack: i
         if policy.processor.image_token_id in ids or policy.processor.video_token_id in ids:
             raise UserError(f"the solution of example {example.key!r} contains an image placeholder: remove it.")
         targets.append(torch.tensor(ids))
-    batches = list(packs([policy.encode(example) for example in examples], targets, tokens_per_pack))
+    batches = MicroBatches([policy.encode(example) for example in examples], targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(examples))
     return batches

@@ -22,13 +22,16 @@ from .evaluate import evaluate, summarise, write_json
 from .kernels.self_test import self_test
 from .log import RunLog
 from .loss import linear_grpo_loss, spread, token_weights
+from .model.attention import backend
 from .model.forward import lm_head_weight
-from .model.load import Policy, Reference, load_pretrained, make_policy, resolve_device, save_pretrained
+from .model.load import Policy, load_pretrained, make_policy, resolve_device, save_pretrained
+from .model.reference import Reference
 from .optim import make_optimizer, update
-from .packing import packs
+from .packing import MicroBatches
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
 from .rollout.generate import Sampling, roll_out
+from .room import Room
 from .sft import sft_loss, solution_batches, tiny_start
 from .tasks import get_task
 from .tasks.data import load_examples
@@ -51,13 +54,11 @@ def train(config: TrainConfig) -> Path:
     held_out = _held_out(config)
     log = RunLog(config)
     policy = load_policy(config)
-    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in policy.model.parameters()):
-        log.say("warning: bfloat16 weights round away updates below 1/256 of a weight: use --lora, or --dtype float32")
     start_fingerprint = fingerprint(policy.model)
     schedule = config.kl_schedule()
     needs_reference = config.algo != "sft" and schedule.beta_max > 0
-    reference = Reference(policy) if needs_reference else None
-    optimizer = make_optimizer(policy.model, config)
+    reference = Reference(policy, config.reference) if needs_reference else None
+    optimizer = make_optimizer(policy.model, config, config.seed)
     checkpoints = log.folder / "checkpoints"
     first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
     for example in source.take(first, config.prompts_per_step):
@@ -66,15 +67,20 @@ def train(config: TrainConfig) -> Path:
     if not log.resuming:
         record_evaluation(policy, config, held_out, log, "before")
 
+    kept = "none" if reference is None else "the policy without adapters" if config.lora else config.reference
+    attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
+    log.say(f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}")
     log.start(first)
+    amounts = dict(tokens_per_microbatch=config.tokens_per_microbatch, prompts_at_once=config.prompts_per_step)
+    room = Room(log.say, lambda: "", **amounts)
     try:
         for step in range(first, config.steps):
             seed_step(config.seed, step)
             examples = source.take(step, config.prompts_per_step)
             if config.algo == "sft":
-                metrics = sft_step(policy, optimizer, examples, step, config)
+                metrics = sft_step(policy, optimizer, examples, step, config, room)
             else:
-                metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log)
+                metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room)
             log.step(step, metrics)
             done = step + 1
             if config.save_every and (done % config.save_every == 0 or done == config.steps):
@@ -89,49 +95,54 @@ def train(config: TrainConfig) -> Path:
     return log.folder
 
 
-def grpo_step(policy, reference, optimizer, examples, step, schedule, config, log) -> dict[str, float]:
+def grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room) -> dict[str, float]:
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
-    generator = torch.Generator(policy.device).manual_seed(derive_seed(config.seed, "rollout", step))
     prompts = [policy.encode(example) for example in examples]
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    rollout = roll_out(policy.model, policy.processor, examples, prompts, config.num_generations, sampling, generator)
-    clock.lap("seconds_rollout")
+    rollout = room.attempt("prompts_at_once", partial(sample, policy, examples, prompts, step, config))
+    clock.lap("rollout")
 
     weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
     rewards, parts = score(rollout.texts, examples, weights)
     advantages = group_advantages(rewards)
     log.completions(step, rollout, parts, rewards)
-    clock.lap("seconds_reward")
+    clock.lap("reward")
 
-    batches = grpo_batches(rollout, advantages, config.tokens_per_microbatch)
-    for batch in batches:
-        add_logprobs(batch, policy, reference, config)
-    clock.lap("seconds_reference")
+    batches = grpo_batches(rollout, advantages, room.amounts["tokens_per_microbatch"])
+    room.attempt("tokens_per_microbatch", partial(add_logprobs, batches, policy, reference, config))
+    clock.lap("reference")
 
     for inner in range(config.updates_per_batch):
         optimizer_step = step * config.updates_per_batch + inner
         beta = schedule(optimizer_step)
         objective = partial(grpo_objective, beta=beta, config=config)
-        metrics = update(policy, optimizer, batches, objective, optimizer_step, config.optimizer_steps(), config)
-    clock.lap("seconds_update")
+        metrics = learn(policy, optimizer, batches, objective, optimizer_step, config, room)
+    clock.lap("update")
     return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **clock.laps}
 
 
-def sft_step(policy: Policy, optimizer, examples: list[Example], step: int, config: TrainConfig) -> dict[str, float]:
+def sft_step(policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room) -> dict[str, float]:
     """Learn one batch of worked solutions, μ times; returns the step's metrics."""
     clock = Stopwatch()
-    batches = solution_batches(policy, examples, config.tokens_per_microbatch)
+    batches = solution_batches(policy, examples, room.amounts["tokens_per_microbatch"])
     for inner in range(config.updates_per_batch):
         optimizer_step = step * config.updates_per_batch + inner
-        metrics = update(policy, optimizer, batches, sft_loss, optimizer_step, config.optimizer_steps(), config)
-    clock.lap("seconds_update")
+        metrics = learn(policy, optimizer, batches, sft_loss, optimizer_step, config, room)
+    clock.lap("update")
     return {**metrics, **clock.laps}
 
 
-def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> list[PackedBatch]:
+def sample(policy: Policy, examples: list[Example], prompts: list, step: int, config: TrainConfig, at_once: int):
+    """The rollout of a step, `at_once` prompts at a time; the same again if called again."""
+    generator = torch.Generator(policy.device).manual_seed(derive_seed(config.seed, "rollout", step))
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
+    model, processor, size = policy.model, policy.processor, config.num_generations
+    return roll_out(model, processor, examples, prompts, size, sampling, generator, at_once)
+
+
+def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
     """Packs of the rollout with each row's advantage and weight."""
-    batches = list(packs(rollout.prompts, rollout.completions, tokens_per_pack))
+    batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
     for batch in batches:
         per_sequence = advantages.flatten()[batch.sequence_ids]
         batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
@@ -140,13 +151,33 @@ def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
 
 
 @torch.no_grad()
-def add_logprobs(batch: PackedBatch, policy: Policy, reference: Reference | None, config: TrainConfig) -> None:
-    """Put reference log-probs on the batch, and old ones where a later update will need them (μ > 1)."""
-    on_device = batch.to(policy.device)
-    if reference is not None:
-        batch.row_data["ref_logp"] = reference.logprobs(on_device, config.temperature)
-    if config.updates_per_batch > 1:
-        batch.row_data["old_logp"] = policy.logprobs(on_device, config.temperature)[0]
+def add_logprobs(
+    batches: MicroBatches, policy: Policy, reference: Reference | None, config: TrainConfig, tokens_per_pack: int
+) -> None:
+    """Put reference log-probs on the rows, and old ones where a later update will need them (μ > 1)."""
+    batches.repack(tokens_per_pack)
+    found = []
+    for batch in batches:
+        on_device, values = batch.to(policy.device), {}
+        if reference is not None:
+            values["ref_logp"] = reference.logprobs(on_device, config.temperature)
+        if config.updates_per_batch > 1:
+            values["old_logp"] = policy.logprobs(on_device, config.temperature)[0]
+        found.append(values)
+    for batch, values in zip(batches, found, strict=True):  # all or none, should memory run out on the way
+        batch.row_data |= values
+
+
+def learn(
+    policy, optimizer, batches: MicroBatches, objective, step: int, config: TrainConfig, room
+) -> dict[str, float]:
+    """One optimizer step on the batches, in smaller packs if memory runs out."""
+
+    def work(tokens_per_pack: int) -> dict[str, float]:
+        batches.repack(tokens_per_pack)
+        return update(policy, optimizer, batches, objective, step, config.optimizer_steps(), config)
+
+    return room.attempt("tokens_per_microbatch", work)
 
 
 def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig):
@@ -245,18 +276,22 @@ def _held_out(config: TrainConfig) -> list[Example]:
 
 
 class Stopwatch:
-    """Seconds of each stage of a step, under the names that metrics.jsonl uses."""
+    """Seconds of each stage of a step, and on CUDA its peak of allocated GiB, under metrics.jsonl's names."""
 
     def __init__(self):
         self.laps: dict[str, float] = {}
         self.last = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`; on CUDA, wait for what was queued."""
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap under `stage`; on CUDA, wait for what was queued."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
+        self.laps[f"seconds_{stage}"], self.last = now - self.last, now
 
 
 def run(argv: list[str]) -> None:

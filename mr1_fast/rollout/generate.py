@@ -33,10 +33,17 @@ def roll_out(
     num_generations: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
+    prompts_at_once: int | None = None,
 ) -> Rollout:
-    """Sample G = `num_generations` completions of each of B prompts; `generator` must live on the model's device."""
+    """Sample G = `num_generations` completions of each of B prompts, `prompts_at_once` (default: all) at a time.
+
+    `generator` must live on the model's device.
+    """
     eos = processor.tokenizer.eos_token_id
-    completions = generate(model, prompts, num_generations, sampling, eos, generator)
+    completions = []
+    for start in range(0, len(prompts), prompts_at_once or len(prompts)):
+        some = prompts[start : start + (prompts_at_once or len(prompts))]
+        completions += generate(model, some, num_generations, sampling, eos, generator)
     return Rollout(
         examples=examples,
         prompts=prompts,
@@ -73,7 +80,7 @@ def generate(
 
 
 def _decode(model, prompts, num_generations, sampling, eos_token_id, generator) -> torch.Tensor:
-    """(B·G, ≤ max_new_tokens) sampled ids; what follows a row's first EOS is meaningless."""
+    """(B·G, max_new_tokens) sampled ids; what follows a row's first EOS is meaningless."""
     base = base_model(model)
     cache = DynamicCache(config=base.config.get_text_config())
     hidden, mask = _prefill(model, prompts, cache)
@@ -84,16 +91,22 @@ def _decode(model, prompts, num_generations, sampling, eos_token_id, generator) 
     # A sampled placeholder would ask the next forward for an image feature that does not exist.
     banned = [base.config.image_token_id, base.config.video_token_id]
 
-    finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    tokens = []
+    rows = torch.arange(len(hidden), device=hidden.device)  # what each row of the batch is
+    running = torch.ones_like(rows, dtype=torch.bool)
+    tokens = torch.full((len(rows), sampling.max_new_tokens), eos_token_id, device=hidden.device)
     for step in range(sampling.max_new_tokens):
         logits = base.lm_head(hidden).float()
         logits[:, banned] = -torch.inf
         token = _sample(logits, sampling, generator)
-        tokens.append(token)
-        finished |= token == eos_token_id
-        if step + 1 == sampling.max_new_tokens or finished.all():
+        tokens[rows, step] = token
+        running &= token != eos_token_id
+        count = int(running.sum())
+        if count == 0 or step + 1 == sampling.max_new_tokens:
             break
+        if 2 * count <= len(rows):  # half of them have ended: go on with the others alone
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, running, mask, positions, token = (x[keep] for x in (rows, running, mask, positions, token))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         hidden = base.model.language_model(
             inputs_embeds=base.model.get_input_embeddings()(token).unsqueeze(1),
@@ -102,7 +115,7 @@ def _decode(model, prompts, num_generations, sampling, eos_token_id, generator) 
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-    return torch.stack(tokens, dim=1)
+    return tokens
 
 
 def _prefill(model, prompts: list[Prompt], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,4 +158,8 @@ def _sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
         ordered, order = probs.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0  # keep the token that crosses top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    # The inverse of the distribution function: a random number a row, where multinomial draws one a token. A token of
+    # probability 0 does not raise the sum, so it is never the first to exceed the threshold.
+    sums = probs.cumsum(dim=-1)
+    threshold = torch.rand(len(probs), 1, generator=generator, device=probs.device) * sums[:, -1:]
+    return torch.searchsorted(sums, threshold, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)

@@ -1,0 +1,53 @@
+"""How much is computed at once, and what happens when memory runs out: half of it, once, then advice."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from .errors import UserError
+
+Result = TypeVar("Result")
+
+
+class Room:
+    """Amounts that fit into memory, by the name of their setting; one that does not is halved for the rest of the run.
+
+    `say` prints a line; `advise` returns what to change when halving was not enough.
+    """
+
+    def __init__(self, say: Callable[[str], None], advise: Callable[[], str], **amounts: int):
+        self.say, self.advise, self.amounts = say, advise, amounts
+
+    def attempt(self, setting: str, work: Callable[[int], Result]) -> Result:
+        """work(amount); where it runs out of memory, once more from its beginning with half the amount.
+
+        `work` must leave nothing changed when it fails. UserError where half is too much, too.
+        """
+        amount = self.amounts[setting]
+        try:
+            return work(amount)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        # Only here are the failed attempt's tensors out of use: the exception held its frames.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if amount < 2:
+            raise self._exhausted(setting, amount, reason)
+        half = self.amounts[setting] = amount // 2
+        self.say(f"out of memory with {setting} = {amount}: once more, and from here on, with {half}")
+        try:
+            return work(half)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        except UserError as error:
+            raise self._exhausted(setting, amount, f"and half of that will not do: {error}") from error
+        raise self._exhausted(setting, half, reason)
+
+    def _exhausted(self, setting: str, amount: int, reason: str) -> UserError:
+        return UserError(
+            f"out of memory with {setting} = {amount} ({reason.rstrip('.')}). Nothing is lost: go on from the last "
+            f"checkpoint with --resume. {self.advise()}"
+        )
