@@ -216,6 +216,8 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
         if self.load_in_4bit and not self.lora:
             raise UserError("load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora.")
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise UserError("offload_checkpoints is true, but there are none: add --gradient-checkpointing true.")
         longest = self.max_prompt_tokens + self.max_new_tokens
         if longest > self.tokens_per_microbatch:
             raise UserError(

@@ -19,6 +19,9 @@ from .tasks import get_task
 from .tasks.data import load_examples
 from .types import Example
 
+BATCH_SIZE = 64
+"""Items decoded at once unless told otherwise."""
+
 
 @dataclass
 class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
@@ -34,7 +37,7 @@ class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
     """Completions per item, for pass@k (needs --temperature above 0)."""
     pass_at: list[int] = field(default_factory=lambda: [1])
     """The k of each pass@k to report; none above num_generations."""
-    batch_size: int = 64
+    batch_size: int = BATCH_SIZE
     """Items decoded at once."""
     seed: int = 0
     """Seed of drawn items and of sampling."""
@@ -63,22 +66,43 @@ def evaluate(
     sampling: Sampling,
     num_generations: int = 1,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
+    tokens_at_once: int | None = None,
+    show_progress: bool = False,
 ) -> list[dict]:
-    """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each."""
+    """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
+
+    `batch_size` prompts are decoded together, or fewer where they would have more than `tokens_at_once` tokens.
+    """
     is_correct = get_task(task).is_correct
     generator = torch.Generator(policy.device).manual_seed(derive_seed(seed, "evaluate"))
     records = []
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        prompts = [policy.encode(example) for example in chunk]
-        rollout = roll_out(policy.model, policy.processor, chunk, prompts, num_generations, sampling, generator)
-        for row, example in enumerate(chunk):
-            outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
-            verdicts = [is_correct(output, example.solution) for output in outputs]
-            record = {"key": example.key, "question": example.problem, "ground_truth": example.solution}
-            records.append({**record, "outputs": outputs, "correct": verdicts})
+    with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
+        for chunk, prompts in _batches(policy, examples, batch_size, tokens_at_once):
+            rollout = roll_out(policy.model, policy.processor, chunk, prompts, num_generations, sampling, generator)
+            for row, example in enumerate(chunk):
+                outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
+                verdicts = [is_correct(output, example.solution) for output in outputs]
+                record = {"key": example.key, "question": example.problem, "ground_truth": example.solution}
+                records.append({**record, "outputs": outputs, "correct": verdicts})
+            bar.update(len(chunk))
     return records
+
+
+def _batches(policy: Policy, examples: list[Example], batch_size: int, tokens_at_once: int | None):
+    """Yield (examples, their prompts)."""
+    chunk, prompts, tokens = [], [], 0
+    for example in examples:
+        prompt = policy.encode(example)
+        too_much = tokens_at_once is not None and tokens + len(prompt.input_ids) > tokens_at_once
+        if chunk and (len(chunk) == batch_size or too_much):
+            yield chunk, prompts
+            chunk, prompts, tokens = [], [], 0
+        chunk.append(example)
+        prompts.append(prompt)
+        tokens += len(prompt.input_ids)
+    if chunk:
+        yield chunk, prompts
 
 
 def summarise(records: list[dict]) -> dict:
@@ -128,12 +152,8 @@ def main() -> None:
         config.model = str(tiny_start(config, config.seed))
     policy = make_policy(*load_pretrained(config), config)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    records = []
-    with tqdm(range(0, len(examples), config.batch_size), unit="batch") as bar:
-        for start in bar:
-            chunk = examples[start : start + config.batch_size]
-            seed = derive_seed(config.seed, start)
-            records += evaluate(policy, config.task, chunk, sampling, config.num_generations, seed, config.batch_size)
+    generations, size = config.num_generations, config.batch_size
+    records = evaluate(policy, config.task, examples, sampling, generations, config.seed, size, show_progress=True)
     summary = summarise(records)
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
     write_json(Path(config.output), {**summary, "pass_at": passes, "config": vars(config), "results": records})

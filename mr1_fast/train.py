@@ -28,6 +28,7 @@ from .model.load import Policy, load_pretrained, make_policy, resolve_device, sa
 from .model.reference import Reference
 from .optim import make_optimizer, update
 from .packing import MicroBatches
+from .plan import RunMemory
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
 from .rollout.generate import Sampling, roll_out
@@ -67,12 +68,11 @@ def train(config: TrainConfig) -> Path:
     if not log.resuming:
         record_evaluation(policy, config, held_out, log, "before")
 
-    kept = "none" if reference is None else "the policy without adapters" if config.lora else config.reference
-    attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
-    log.say(f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}")
     log.start(first)
+    memory = RunMemory(policy, config)
+    log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
     amounts = dict(tokens_per_microbatch=config.tokens_per_microbatch, prompts_at_once=config.prompts_per_step)
-    room = Room(log.say, lambda: "", **amounts)
+    room = Room(log.say, memory.advise, **amounts)
     try:
         for step in range(first, config.steps):
             seed_step(config.seed, step)
@@ -82,12 +82,15 @@ def train(config: TrainConfig) -> Path:
             else:
                 metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room)
             log.step(step, metrics)
+            memory.record(metrics)
             done = step + 1
             if config.save_every and (done % config.save_every == 0 or done == config.steps):
                 save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
     finally:
         log.close()
 
+    if memory.measured:
+        log.say(memory.render())
     record_evaluation(policy, config, held_out, log, "after")
     with atomic_folder(log.folder / "final") as folder:
         save_pretrained(policy, folder)
@@ -205,6 +208,13 @@ def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: Trai
     return result.loss, statistics
 
 
+def described(policy: Policy, reference: Reference | None, optimizer, config: TrainConfig) -> str:
+    """What was chosen where the settings leave a choice."""
+    kept = "none" if reference is None else "the policy without adapters" if config.lora else config.reference
+    attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
+    return f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}"
+
+
 def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]) -> dict[str, float]:
     """Means over the completions of a step; `zero_variance` is the share of groups without a learning signal."""
     count = len(rollout.completions)
@@ -237,7 +247,8 @@ def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Exampl
     result[when] = {}
     for mode, temperature in modes.items():
         sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
-        records = evaluate(policy, config.task, held_out, sampling, seed=derive_seed(config.seed, mode))
+        seed, tokens = derive_seed(config.seed, mode), config.tokens_per_microbatch
+        records = evaluate(policy, config.task, held_out, sampling, seed=seed, tokens_at_once=tokens)
         result[when][mode] = summary = summarise(records)
         if mode == "greedy":
             _record_shown(result["examples"], records, held_out, when, log.folder)

@@ -1,17 +1,22 @@
 """Packed = padded: the packed forward equals transformers' own forward, sequence by sequence, with all gradients."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from mr1_fast.loss import linear_token_logprobs
-from mr1_fast.model import attention
-from mr1_fast.model.forward import base_model, lm_head_weight, packed_hidden
-from mr1_fast.model.load import Reference
+from mr1_fast.model.forward import lm_head_weight, packed_hidden
+from mr1_fast.model.reference import Reference
 from mr1_fast.packing import pack, packs
 
-from .models import mixed_examples, plain_inputs, tiny_policy
+from .models import (
+    assert_same_gradients,
+    fill_adapters,
+    gradients,
+    mixed_examples,
+    own_attention,
+    own_logprobs,
+    tiny_policy,
+)
 
 LENGTHS = (3, 1, 5, 0, 4, 2, 6, 3)  # two completions of each of four prompts, one of them empty
 
@@ -27,37 +32,16 @@ def packed_logprobs(policy, budget: int = 10**6) -> torch.Tensor:
     return torch.cat([policy.logprobs(batch, temperature=0.7)[0] for batch in batches])
 
 
-@contextmanager
-def own_attention(policy):
-    """transformers' SDPA and its loop over images, also while a checkpointed backward recomputes."""
-    model = base_model(policy.model)
-    model.set_attn_implementation("sdpa")  # eager would round its softmax to fp32
-    yield
-    attention.use_packed_attention(model)
-
-
 def plain_logprobs(policy) -> torch.Tensor:
-    """Each sequence alone through the model's own forward, which computes its own positions."""
-    model = base_model(policy.model)
-    rows = []
-    for index, completion in enumerate(completions(len(policy.processor.tokenizer))):
-        if not len(completion):
-            continue
-        inputs = plain_inputs(policy, mixed_examples()[index // 2])
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], completion[None]], dim=1)
-        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-            inputs[name] = torch.cat([inputs[name], torch.full_like(completion, fill)[None]], dim=1)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
-        logits = model(**inputs, use_cache=False).logits[0, -len(completion) - 1 : -1]
-        rows.append(torch.log_softmax(logits / 0.7, dim=-1)[range(len(completion)), completion])
-    return torch.cat(rows)
+    """Each sequence alone through the model's own forward."""
+    examples = [mixed_examples()[index // 2] for index in range(len(LENGTHS))]
+    pairs = zip(examples, completions(len(policy.processor.tokenizer)), strict=True)
+    return torch.cat([own_logprobs(policy, [example], [ids], 0.7) for example, ids in pairs if len(ids)])
 
 
-def gradients(policy, logp: torch.Tensor) -> dict[str, torch.Tensor]:
-    policy.model.zero_grad()
-    (logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum().backward()
-    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+def weighted(logp: torch.Tensor) -> torch.Tensor:
+    """A sum in which no two tokens weigh the same."""
+    return (logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum()
 
 
 @pytest.mark.parametrize(
@@ -74,28 +58,21 @@ def gradients(policy, logp: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_packed_equals_the_models_own_forward(settings):
     policy = tiny_policy(torch.float64, **settings)
     if settings.get("lora"):
-        for name, parameter in policy.model.named_parameters():
-            parameter.data = parameter.data.double()
-            if "lora_B" in name:  # zero at the start, which would hide every gradient of lora_A
-                torch.nn.init.normal_(parameter, std=0.1)
+        fill_adapters(policy, torch.float64)
     with own_attention(policy):
         expected = plain_logprobs(policy)
-        expected_gradients = gradients(policy, expected)
+        expected_gradients = gradients(policy, weighted(expected))
     logp = packed_logprobs(policy)
     torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
-    for name, gradient in gradients(policy, logp).items():
-        scale = expected_gradients[name].abs().max()
-        assert scale > 0, f"{name} has no gradient: the comparison would be empty"
-        difference = (gradient - expected_gradients[name]).abs().max()
-        assert difference <= 3e-7 * scale, f"{name}: {difference} of {scale}"  # Qwen2-VL's norms round to fp32
+    assert_same_gradients(gradients(policy, weighted(logp)), expected_gradients, 3e-7)  # norms round to fp32
 
 
 def test_many_packs_equal_one():
     policy = tiny_policy(torch.float64)
     one, many = packed_logprobs(policy), packed_logprobs(policy, budget=100)
     torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-9)
-    expected = gradients(policy, one)
-    for name, gradient in gradients(policy, many).items():
+    expected = gradients(policy, weighted(one))
+    for name, gradient in gradients(policy, weighted(many)).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
 
 

@@ -1,0 +1,121 @@
+"""Does it fit into 24 GB? Two steps of training with random weights under a cap; each phase's peak beside the plan.
+
+    python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train, for all of them]
+
+The cases are the recipes of those models with images of 401,408 pixels, all that `max_pixels` allows, and weights that
+hardly ever end an answer, so nearly every completion has its 512 tokens. `tiny` is the same path in small, for a CPU,
+which has no figures to measure. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import measure
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.errors import UserError
+from mr1_fast.model.known import find_model_config
+from mr1_fast.model.tiny import tiny_processor
+from mr1_fast.plan import make_plan, usable_bytes
+from mr1_fast.train import train
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CASES = {
+    "2b_full": ("Qwen/Qwen2-VL-2B-Instruct", ["--config", f"{RECIPES}/qwen2vl_2b_counting_24gb.yaml"]),
+    "7b_qlora": ("Qwen/Qwen2-VL-7B-Instruct", ["--config", f"{RECIPES}/qwen2vl_7b_lora_24gb.yaml"]),
+    "tiny": ("tiny", ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]),
+}
+TARGETS = {"2b_full": 22.0, "7b_qlora": 20.0}
+"""GiB."""
+SIZES = {"tiny": (84, 84)}
+IMAGE_SIZE = (896, 448)
+
+
+def make_model(name: str, folder: Path, device: str) -> None:
+    """A model of `name`'s shape with random weights, and the tiny model's processor, saved to `folder`."""
+    processor, config = tiny_processor(), find_model_config(name)
+    for token in ("image_token_id", "video_token_id"):
+        setattr(config, token, getattr(processor, token))
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """Noise in the size of the largest image, as a data file in R1-V's columns."""
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for index in range(count):
+        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        problem = "How many different items are there in the image?"
+        lines.append(json.dumps({"image": f"{index}.png", "problem": problem, "solution": "<answer> 3 </answer>"}))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def measure_case(case: str, vram: float, flags: list[str]) -> dict:
+    """Train two steps, as a user would; planned and measured GiB by phase."""
+    name, recipe = CASES[case]
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
+        measure.release()
+        data = make_data(scratch, SIZES.get(case, IMAGE_SIZE), count=16)
+        own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
+        own += ["--output", str(scratch / "run"), "--steps", "2", "--eval-samples", "0", "--save-every", "0"]
+        config: TrainConfig = parse_train_config([*recipe, *own, *flags])
+        plan = make_plan(config, find_model_config(config.model))
+        folder = train(config)
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # Of tensors, as PyTorch's allocator counts them: without CUDA's own.
+    planned = {name: (plan.total(name) - moment.get("workspace", 0)) / 2**30 for name, moment in plan.phases.items()}
+    measured = {}
+    for phase in planned:
+        peaks = [step[f"peak_gib_{phase}"] for step in steps if f"peak_gib_{phase}" in step]
+        measured[phase] = max(peaks, default=None)
+    seconds = {key: value for key, value in steps[-1].items() if key.startswith("seconds_")}
+    return {
+        "planned": planned,
+        "measured": measured,
+        "target": TARGETS.get(case),
+        "cap": usable_bytes(vram) / 2**30,
+        "completion_length": steps[-1]["completion_length"],
+        **seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
+    parser.add_argument("--vram", type=float, default=24.0, help="GB of the card to mimic")
+    arguments, flags = parser.parse_known_args()
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, usable_bytes(arguments.vram) / 2**30 / whole))
+    results, failed = {}, {}
+    for case in arguments.cases:
+        try:
+            results[case] = measure_case(case, arguments.vram, flags)
+        except UserError as error:  # out of memory, with advice
+            failed[case] = str(error)
+            print(f"{case}: {error}")
+        measure.release()
+    rows = [
+        [case, phase, f"{planned:.2f}", None if peak is None else f"{peak:.2f}", result["target"]]
+        for case, result in results.items()
+        for (phase, planned), peak in zip(result["planned"].items(), result["measured"].values(), strict=True)
+    ]
+    measure.print_table("GiB of tensors", ["case", "phase", "planned", "measured", "target"], rows)
+    measure.finish("memory", "cuda" if torch.cuda.is_available() else "cpu", cases=results, failed=failed)
+
+
+if __name__ == "__main__":
+    main()

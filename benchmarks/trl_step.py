@@ -1,0 +1,154 @@
+"""TRL's GRPOTrainer for bench_train_step.py: its loss on completions that we hand it, and whole steps of its own.
+
+A trainer is made as its users make one. For the update alone it takes our two models (a second pair would not fit), and
+what `_generate_and_score_completions` would return is built from the given completions; reference log-probs and loss
+are its own methods.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+
+def make_trainer(model, processor, dataset, reward, **settings):
+    """A GRPOTrainer with the loss, KL and checkpointing of our runs; `settings` of GRPOConfig beside."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = GRPOConfig(
+        report_to="none",
+        loss_type="grpo",
+        use_bias_correction_kl=False,  # its default multiplies the KL by the ratio
+        bf16=False,  # no autocast: the models have the dtype that they compute in
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        **settings,
+    )
+    return GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
+
+
+def trl_update(
+    model: nn.Module,
+    reference: nn.Module,
+    processor,
+    inputs: dict[str, Tensor],
+    prompt_length: int,
+    advantages: Tensor,
+    beta: float,
+) -> Callable[[], Tensor]:
+    """A function that computes reference log-probs and the loss of the rows of `inputs`, on policy."""
+    from datasets import Dataset
+
+    count, device = len(advantages), inputs["input_ids"].device
+    own = {each: each.__dict__.get("forward") for each in (model, reference)}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        # It would load the reference from the model's folder.
+        stack.enter_context(mock.patch("trl.trainer.grpo_trainer.create_model_from_path", return_value=reference))
+        trainer = make_trainer(
+            model,
+            processor,
+            Dataset.from_dict({"prompt": [[{"role": "user", "content": "?"}]]}),
+            lambda completions, **kwargs: [0.0] * len(completions),
+            output_dir=folder,
+            use_cpu=device.type == "cpu",
+            beta=beta,
+            gradient_checkpointing=True,
+            per_device_train_batch_size=count,
+            num_generations=count,
+        )
+    trainer.current_gradient_accumulation_steps = 1  # its training loop sets it
+    patched = {each: each.forward for each in own}
+    for each, forward in own.items():  # other cases call the models' own forward
+        del each.forward
+        if forward is not None:
+            each.forward = forward
+    parts = {}
+    for name, part in (("prompt", slice(None, prompt_length)), ("completion", slice(prompt_length, None))):
+        parts[f"{name}_ids"], parts[f"{name}_mask"] = (
+            inputs[key][:, part].contiguous() for key in ("input_ids", "attention_mask")
+        )
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    pictures["num_images"] = [1] * count
+    rows, length = (inputs["input_ids"], inputs["attention_mask"]), parts["completion_ids"].shape[1]
+
+    def objective() -> Tensor:
+        with ExitStack() as stack:
+            for each, forward in patched.items():
+                stack.enter_context(mock.patch.object(each, "forward", forward))
+            with torch.no_grad():
+                ref_logp, *_ = trainer._get_per_token_logps_and_entropies(
+                    trainer.ref_model, *rows, length, batch_size=count, **pictures
+                )
+            batch = {**parts, **pictures, "advantages": advantages.to(device), "ref_per_token_logps": ref_logp}
+            return trainer._compute_loss(model, batch)
+
+    return objective
+
+
+def trl_step_seconds(config, processor, examples: list, beta: float, between: Callable[[int], None]) -> dict:
+    """Median seconds of a training step from `config.model`, and tokens per completion; the first step is not counted.
+
+    `between(step)` is called after each step, and not timed.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from mr1_fast.rewards import score
+    from mr1_fast.tasks import format_problem
+
+    def reward(completions, index, **kwargs):
+        group = config.num_generations
+        texts = [completion[0]["content"] for completion in completions]
+        weights = {"accuracy": 1.0, "format": config.format_weight}
+        return score(texts, [examples[i] for i in index[::group]], weights)[0].flatten().tolist()
+
+    rows = {
+        "prompt": [[{"role": "user", "content": format_problem(example)}] for example in examples],
+        "images": [list(example.images) for example in examples],
+        "index": list(range(len(examples))),
+    }
+    taken, cpu, lengths = [], [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *arguments, **kwargs):
+            self.start, self.cpu_start = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - self.start)
+            cpu.append(time.process_time() - self.cpu_start)
+            lengths.append(trainer._metrics["train"]["completions/mean_length"][-1])
+            between(len(taken) - 1)
+            self.start, self.cpu_start = time.perf_counter(), time.process_time()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            config.model,
+            processor,
+            Dataset.from_dict(rows),
+            reward,
+            output_dir=folder,
+            use_cpu=config.device == "cpu",
+            beta=beta,
+            gradient_checkpointing=config.gradient_checkpointing,
+            per_device_train_batch_size=config.prompts_per_step * config.num_generations,
+            num_generations=config.num_generations,
+            max_completion_length=config.max_new_tokens,
+            max_steps=config.steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="constant",
+            adam_beta2=0.98,
+        )
+        trainer.add_callback(Clock())
+        trainer.train()
+    seconds, cpu_seconds = (statistics.median(each[1:]) for each in (taken, cpu))
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "completion_length": statistics.mean(lengths[1:])}

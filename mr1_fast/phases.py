@@ -1,0 +1,340 @@
+"""Bytes on the device at every moment of a step that may be its peak: rollout, reference, update (train.py's stages).
+
+A moment is a dict of bytes by component; a phase is its largest moment. What layers allocate is traced (memory.py);
+what lives in which order is written here.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
+
+from .config import TrainConfig
+from .kernels.adamw import State
+from .kernels.linear_grpo_loss import CHUNK_BYTES, SLICE
+from .memory import Stack, meta_model, nbytes, trace
+from .model.forward import base_model, lm_head_weight
+from .model.reference import _in_8_bits, layers
+from .optim import resolve_optimizer
+from .types import PackedBatch
+from .workload import Workload, patches_of
+
+Moment = dict[str, int]
+CUDA_WORKSPACE = 2**30 * 6 // 10
+"""CUDA's context and loaded kernels (0.3 to 0.5 GiB), and cuBLAS' work space; not tensors, so on no other device."""
+COPIES = {"cpu": (3, 7), "cuda": (3, 9)}
+"""fp32 copies of the logits while a token is drawn without and with top_p: logits, scaled, probabilities; or logits,
+probabilities, sorted, their order in 64 bits, two of sums. CUDA's sort works in a second copy of values and order."""
+PATCH = 3 * 2 * 14 * 14
+"""Numbers of an image patch."""
+
+
+@dataclass
+class Step:
+    """One model in training on one device; its methods give the moments of a step's phases."""
+
+    config: TrainConfig
+    model_config: PretrainedConfig
+    device: str
+    """`cuda` or `cpu`."""
+    dtype: torch.dtype
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self):
+        self.model = meta_model(self.config, self.model_config, self.dtype, self.device)
+        inner = base_model(self.model).model
+        self.text, self.vision = inner.language_model, inner.visual
+        self.width, self.item = lm_head_weight(self.model).shape[1], self.dtype.itemsize
+        self.vocabulary_bytes = lm_head_weight(self.model).nbytes
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trains_head = lm_head_weight(self.model).requires_grad
+        self.is_tied = lm_head_weight(self.model) is self.text.embed_tokens.weight
+
+    # --- what is always there -------------------------------------------------------------------------------------
+
+    def resident(self) -> Moment:
+        """Weights, optimizer state and reference, between all phases."""
+        always = {"weights": nbytes(self.model), **self.optimizer(), "reference": self.reference()}
+        if self.device == "cuda":
+            always["workspace"] = CUDA_WORKSPACE
+        return always
+
+    def optimizer(self) -> Moment:
+        """State of the optimizer, and the bits that an exact bf16 weight has beyond its 16."""
+        kind = resolve_optimizer(self.config.optimizer, self.trained)
+        if kind == "adamw":
+            return {"optimizer": 2 * sum(p.nbytes for p in self.trained)}
+        if kind == "adamw8bit":  # two states of a byte with an fp32 scale for 256; below 4096 elements they stay fp32
+            sizes = [p.numel() for p in self.trained]
+            return {"optimizer": sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)}
+        states = [State.zeros(p, remainder=kind == "adamw_exact") for p in self.trained]
+        remainder = sum(state.remainder.nbytes for state in states if state.remainder is not None)
+        return {
+            "optimizer": sum(t.nbytes for s in states for t in s if t is not None) - remainder,
+            "remainder": remainder,
+        }
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the KL term compares with a reference."""
+        return self.config.algo != "sft" and self.config.kl_schedule().beta_max > 0
+
+    def reference(self) -> int:
+        """Of the frozen copy, outside of its passes."""
+        if not self.needs_reference or self.config.lora:
+            return 0
+        if self.config.reference == "offload" and self.device == "cuda":
+            return 0
+        return nbytes(self.frozen())
+
+    def frozen(self) -> nn.Module:
+        """A model with the reference's weights; one in 16 bits is the policy's again as far as bytes go."""
+        if self.config.lora or self.config.reference != "8bit":
+            return self.model
+        return copy.deepcopy(self.model, _in_8_bits(self.model)).requires_grad_(False)
+
+    def streamed(self) -> int:
+        """What a reference in host memory has on the device during a pass: two slots a kind of layer, the rest."""
+        if not self.needs_reference or self.config.lora or self.config.reference != "offload":
+            return 0
+        slots = {}
+        for layer in layers(self.model):
+            slots.setdefault(tuple(p.shape for p in layer.parameters()), []).append(layer)
+        in_slots = sum(nbytes(layer) for same in slots.values() for layer in same[:2])
+        others = nbytes(self.model) - sum(map(nbytes, layers(self.model)))
+        return in_slots + (others if self.device == "cuda" else 0)  # on a CPU these are where they are
+
+    # --- what layers allocate -------------------------------------------------------------------------------------
+
+    def meta(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An input without data."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def trace(self, layers, x: Tensor, call, trains: bool, recompute: bool = False) -> Stack:
+        """memory.trace on this device."""
+        return trace(list(layers), x, call, self.device, trains, recompute)
+
+    def vision_stacks(self, vision: nn.Module, images: Tensor, trains: bool) -> tuple[Stack, Stack, Stack]:
+        """Patch embedding, blocks and merger on images of so many patches, and the rotary angles in the first."""
+        patches, block = int(images.sum()), vision.blocks[0]
+        bounds = torch.cat([images.new_zeros(1), images.cumsum(0)]).to(torch.int32)
+        angles = [self.meta(patches, self.vision_width // vision.config.num_heads, dtype=torch.float32)] * 2
+
+        def run(block, x):
+            return block(x, cu_seqlens=bounds, max_seqlen=int(images.max()), position_embeddings=tuple(angles))
+
+        trains = trains and any(p.requires_grad for p in block.parameters())
+        recompute = trains and self.config.gradient_checkpointing
+        x = self.meta(patches, self.vision_width)
+        pixels = self.meta(patches, PATCH, dtype=torch.float32)
+        embedding = self.trace([vision.patch_embed], pixels, lambda module, x: module(x), trains)
+        blocks = self.trace(vision.blocks, x, run, trains, recompute)
+        return (
+            embedding,
+            self._offloaded(blocks, x),
+            self.trace([vision.merger], x, lambda module, x: module(x), trains),
+        )
+
+    @property
+    def vision_width(self) -> int:
+        """Hidden size of the vision blocks."""
+        return self.vision.patch_embed.proj.out_channels
+
+    def decoder(self, text: nn.Module, batch: PackedBatch, trains: bool) -> Stack:
+        """Decoder layers on a pack."""
+        x = self.meta(1, batch.input_ids.numel(), self.width)
+        angles = tuple(self.meta(1, x.shape[1], text.layers[0].self_attn.head_dim) for _ in range(2))
+
+        def run(layer, x):
+            return layer(x, attention_mask=None, position_embeddings=angles, segments=batch.segments)
+
+        recompute = trains and self.config.gradient_checkpointing
+        return self._offloaded(self.trace(text.layers, x, run, trains, recompute), x)
+
+    def _offloaded(self, stack: Stack, x: Tensor) -> Stack:
+        """Inputs of layers kept in host memory, as --offload-checkpoints does; on a CPU that is the same memory."""
+        config = self.config
+        if not (config.offload_checkpoints and config.gradient_checkpointing and self.device == "cuda" and stack.extra):
+            return stack
+        return Stack(stack.depth, stack.infer, 0, stack.extra + x.nbytes, stack.gradients)
+
+    def norm(self, text: nn.Module, batch: PackedBatch, trains: bool) -> Stack:
+        """Final norm, and the choice of the rows that carry loss."""
+        x = self.meta(batch.input_ids.numel(), self.width)
+        rows = torch.empty(batch.loss_rows.shape, dtype=torch.int64, device="meta")
+        return self.trace([text.norm], x, lambda module, x: module(x).index_select(0, rows), trains)
+
+    def inputs(self, batch: PackedBatch) -> int:
+        """A pack on the device, and its rotary angles and masks."""
+        tokens, patches = batch.input_ids.numel(), int(patches_of(batch).sum())
+        angles = 2 * tokens * self.text.layers[0].self_attn.head_dim * self.item
+        angles += 2 * patches * self.vision_width // self.vision.config.num_heads * 4
+        if self.device == "cuda":
+            return angles + 4 * PATCH * patches + 8 * (5 * tokens + 3 * len(batch.segments.key_rows))
+        masks = [r.visible for r in batch.segments.padded.rectangles if r.visible is not None]
+        return angles + sum(mask.numel() * (1 + self.item) for mask in masks)
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def rollout(self, work: Workload) -> list[Moment]:
+        """The prompts' images, the prompts, and the last step of decoding (rollout/generate.py)."""
+        prompts, length = len(work.prompts), max(work.prompts)
+        samples, total = len(work.completions), length + max(work.completions) - 1
+        images = torch.tensor([patches for patches in work.patches if patches], dtype=torch.int64)
+        x = self.meta(prompts, length, self.width)
+        first = self._cached(x, cached=0)
+        hidden = x.nbytes + 2 * prompts * length * (self.text.layers[0].self_attn.head_dim * self.item + 8)
+        cache = self.cache_bytes(prompts, length)
+        layer_cache = cache // first.depth
+        prefill = {
+            "KV cache": cache,
+            "activations": x.nbytes + hidden + prompts * length**2 + first.infer - layer_cache,
+        }
+
+        last = self._cached(self.meta(samples, 1, self.width), cached=total - 1)
+        cache = self.cache_bytes(samples, total)
+        vocabulary = self.vocabulary_bytes // self.width // self.item
+        logits = 4 * samples * vocabulary
+        decode = {
+            "KV cache": cache,
+            "activations": last.infer - cache // last.depth + samples * total * 17,
+            "loss head": logits,
+        }
+        copies = COPIES[self.device][self.config.top_p < 1]
+        sample = {"KV cache": cache, "activations": samples * total * 8, "loss head": copies * logits}
+        return [
+            *self._images(self.vision, images, prompts * length * self.width * self.item, True),
+            prefill,
+            decode,
+            sample,
+        ]
+
+    def cache_bytes(self, sequences: int, length: int) -> int:
+        """Keys and values of all layers."""
+        attention = self.text.layers[0].self_attn
+        return (
+            2
+            * sequences
+            * length
+            * len(self.text.layers)
+            * attention.num_key_value_heads
+            * attention.head_dim
+            * self.item
+        )
+
+    def _cached(self, x: Tensor, cached: int) -> Stack:
+        """Decoder layers on new tokens x (B, L, D) with a cache of `cached` tokens, which the layer's bytes include."""
+        attention = self.text.layers[0].self_attn
+        count, length = x.shape[:2]
+        angles = tuple(self.meta(count, length, attention.head_dim) for _ in range(2))
+        mask = self.meta(count, 1, length, cached + length, dtype=torch.bool)
+
+        def run(layer, x):
+            cache = DynamicCache()
+            if cached:
+                shape = count, attention.num_key_value_heads, cached, attention.head_dim
+                cache.update(*(self.meta(count, shape[1], 1, shape[3]) for _ in range(2)), attention.layer_idx)
+                cache.layers[0].keys, cache.layers[0].values = self.meta(*shape), self.meta(*shape)
+            return layer(x, attention_mask=mask, position_embeddings=angles, past_key_values=cache, use_cache=True)
+
+        return self.trace(self.text.layers, x, run, trains=False)
+
+    def _images(self, vision: nn.Module, images: Tensor, others: int, copied: bool) -> list[Moment]:
+        """Encoding images without gradients."""
+        if not len(images):
+            return []
+        embedding, blocks, merger = self.vision_stacks(vision, images, trains=False)
+        patches = int(images.sum())
+        pixels = 4 * PATCH * patches if copied else 0
+        layout = 2 * self.item * PATCH * patches if self.item == 2 else 0  # oneDNN and cuDNN lay their input out anew
+        x = patches * self.vision_width * self.item
+        angles = 2 * patches * self.vision_width // vision.config.num_heads * 4
+        most = max(embedding.infer + layout, angles + x + blocks.infer, angles + x + merger.infer)
+        return [{"activations": others + pixels + most}]
+
+    def reference_pass(self, batch: PackedBatch) -> list[Moment]:
+        """A pass without gradients over one pack: the reference's, or for μ > 1 the policy's, which takes no more."""
+        model = self.frozen()
+        text, vision = (getattr(base_model(model).model, name) for name in ("language_model", "visual"))
+        tokens = batch.input_ids.numel() * self.width * self.item
+        with model.disable_adapter() if self.config.lora else nullcontext():
+            moments = self._images(vision, patches_of(batch), tokens, self.device == "cuda")
+            decoder, norm = (stack(text, batch, trains=False) for stack in (self.decoder, self.norm))
+        rows = len(batch.targets) * self.width * self.item
+        moments.append({"activations": self.inputs(batch) + 2 * tokens + max(decoder.infer, norm.infer)})
+        moments.append({"activations": self.inputs(batch) + rows, "loss head": self.head(batch, trains=False)[0]})
+        return [{"reference": self.streamed(), **moment} for moment in moments]
+
+    def head(self, batch: PackedBatch, trains: bool) -> tuple[int, int]:
+        """(most at once, kept for the backward) of kernels/linear_grpo_loss.py on a pack's rows."""
+        rows, vocabulary = len(batch.targets), self.vocabulary_bytes // self.width // self.item
+        chunk = max(1, CHUNK_BYTES[self.device] // (vocabulary * self.item))
+        chunk = min(chunk - chunk % 128 if chunk > 128 else chunk, max(1, rows))
+        results, buffer = 4 * 8 * rows, chunk * vocabulary * self.item
+        if not trains:
+            return buffer + results, 0
+        dhidden = rows * self.width * self.item
+        if not self.trains_head:
+            return dhidden + results + buffer, dhidden + results
+        kept = dhidden + results + self.vocabulary_bytes
+        if self.item == 4 or chunk == rows:
+            return kept + buffer, kept
+        slices = min(vocabulary, 2 * SLICE)  # two, as the next is made while the last is held
+        casts = 4 * chunk * (slices + self.width) if self.device == "cpu" else 0
+        accumulator = 2 * self.vocabulary_bytes
+        return dhidden + results + accumulator + max(buffer + casts, self.vocabulary_bytes), kept
+
+    def update(self, batch: PackedBatch, earlier: bool) -> list[Moment]:
+        """Forward and backward over one pack; `earlier`: micro-batches before it have left their gradients."""
+        images = patches_of(batch)
+        vision = self.vision_stacks(self.vision, images, trains=True) if len(images) else ()
+        decoder, norm = (stack(self.text, batch, trains=True) for stack in (self.decoder, self.norm))
+        inputs, x = self.inputs(batch), batch.input_ids.numel() * self.width * self.item
+        kept_vision = sum(stack.saved * stack.depth for stack in vision)
+        if self.config.lora and self.config.gradient_checkpointing:  # peft makes the embeddings require a gradient
+            inputs += x
+        kept_text = x + decoder.saved * decoder.depth
+        head, head_kept = self.head(batch, trains=True)
+        gradients = nbytes(self.model, trainable=True)
+        waiting = self.vocabulary_bytes if self.trains_head and self.is_tied else 0  # until the embedding's comes
+        after_head = 0 if self.is_tied else self.vocabulary_bytes * self.trains_head
+
+        def moment(activations: int, made: int, loss_head: int = 0, more: int = 0) -> Moment:
+            return {
+                "activations": inputs + activations,
+                "gradients": (gradients if earlier else made) + more,
+                "loss head": loss_head,
+            }
+
+        moments = self._images(self.vision, images, x, self.device == "cuda")
+        moments = [moment(m["activations"] - inputs + kept_vision, 0) for m in moments]
+        moments.append(moment(kept_vision + kept_text + norm.saved, 0, head))
+        moments.append(moment(kept_vision + kept_text + norm.extra, 0, head_kept))
+        made = after_head
+        for left in (decoder.depth, 1):  # stored inputs become fewer, gradients more: the most is at one of the ends
+            done = (decoder.depth - left) * decoder.gradients
+            activations = kept_vision + x + (left - 1) * decoder.saved + x + decoder.extra
+            moments.append(moment(activations, made + done, waiting))
+        made += decoder.depth * decoder.gradients
+        if vision and vision[1].extra:
+            embedding, blocks, merger = vision
+            y = int(images.sum()) * self.vision_width * self.item
+            moments.append(moment(kept_vision - merger.saved + x + merger.extra, made, waiting))
+            for left in (blocks.depth, 1):
+                activations = x + embedding.saved + (left - 1) * blocks.saved + y + blocks.extra
+                moments.append(moment(activations, made + (blocks.depth - left) * blocks.gradients, waiting))
+        if self.text.embed_tokens.weight.requires_grad:
+            moments.append(moment(x, gradients - self.vocabulary_bytes, waiting, self.vocabulary_bytes))
+        return moments
+
+    def optimizer_step(self) -> Moment:
+        """All gradients, and what torch's AdamW computes with: on CUDA a denominator for every weight at once."""
+        gradients = nbytes(self.model, trainable=True)
+        temporary = 0
+        if resolve_optimizer(self.config.optimizer, self.trained) == "adamw":
+            sizes = [p.nbytes for p in self.trained]
+            temporary = sum(sizes) if self.device == "cuda" else 2 * max(sizes)
+        return {"gradients": gradients, "activations": temporary}

@@ -1,0 +1,209 @@
+"""plan.py: what is planned is what real steps allocate; counts by hand; advice that works."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.errors import UserError
+from mr1_fast.memory import FourBitLinear, nbytes
+from mr1_fast.model.known import find_model_config
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.reference import Reference
+from mr1_fast.optim import make_optimizer, update
+from mr1_fast.phases import Step
+from mr1_fast.plan import PlanConfig, advice, main, make_plan, planned_device, usable_bytes
+from mr1_fast.rollout.generate import Sampling, roll_out
+from mr1_fast.train import grpo_batches, grpo_objective
+from mr1_fast.types import Prompt, Rollout
+from mr1_fast.workload import Workload
+
+from .memory_trace import peak_bytes
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+QWEN_2B, QWEN_7B = "Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"
+PARAMETERS = {QWEN_2B: 2_208_985_600, QWEN_7B: 8_291_375_616}
+IMAGE = 1
+"""Id of the image token of `small_config`."""
+
+
+def small_config(vocab_size: int = 6000, tied: bool = True) -> Qwen2VLConfig:
+    """Large enough for layers, logits and caches to count beside the weights."""
+    return Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=vocab_size,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        ),
+        vision_config=dict(depth=4, embed_dim=128, hidden_size=256, num_heads=4, mlp_ratio=4),
+        image_token_id=IMAGE,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=tied,
+    )
+
+
+def random_prompt(length: int, height: int, width: int) -> Prompt:
+    """Text around an image of height × width patches."""
+    ids = torch.randint(20, 200, (length,))
+    ids[2 : 2 + height * width // 4] = IMAGE
+    grid = torch.tensor([[1, height, width]])
+    positions = torch.arange(length).expand(3, -1).contiguous()
+    return Prompt(ids, positions, length, torch.randn(height * width, 1176), grid, height * width // 4)
+
+
+def held(value) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return held(tuple(value.values()))
+    return sum(map(held, value)) if isinstance(value, list | tuple) else 0
+
+
+def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) -> tuple[dict[str, int], Workload]:
+    """Peak bytes of each phase of a real step, and what it worked on."""
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
+    policy = make_policy(model, SimpleNamespace(), config)
+    optimizer, reference = make_optimizer(policy.model, config), Reference(policy, config.reference)
+    prompts = [random_prompt(*grid) for grid in grids]
+    completions = [torch.randint(20, 200, (length,)) for length in lengths]
+    rollout = Rollout([], prompts, completions, [], [], config.num_generations)
+    batches = grpo_batches(rollout, torch.randn(len(prompts), config.num_generations), config.tokens_per_microbatch)
+    for batch in batches:
+        batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
+    objective = partial(grpo_objective, beta=0.04, config=config)
+    learn = partial(update, policy, optimizer, batches, objective, 0, 10, config)
+    learn()  # makes the optimizer's state
+    always = nbytes(policy.model) + held(list(optimizer.state.values()))
+    always += 0 if reference.has_adapter else nbytes(reference.policy.model)
+
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: []))
+    sampling = Sampling(max(lengths), 1.0, config.top_p)
+    sample = partial(roll_out, policy.model, processor, [], prompts, config.num_generations, sampling)
+    phases = {
+        "rollout": sample,
+        "reference": lambda: [reference.logprobs(batch, 1.0) for batch in batches],
+        "update": learn,
+    }
+    work = Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
+    return {phase: always + peak_bytes(call) for phase, call in phases.items()}, work
+
+
+IMAGES = dict(grids=((200, 16, 16), (150, 8, 16)), lengths=(32, 24) * 4)
+LONG = dict(grids=((120, 8, 8), (100, 4, 8)), lengths=(32, 24) * 8)
+CASES = {
+    "checkpointed": (IMAGES, {}, {}),
+    "stored, 8-bit reference": (IMAGES, dict(gradient_checkpointing=False, reference="8bit"), {}),
+    "lora, stored": (IMAGES, dict(lora=True, gradient_checkpointing=False), {}),
+    "lora bf16": (IMAGES, dict(lora=True, dtype="bfloat16"), {}),
+    "exact bf16, several packs": (IMAGES, dict(tokens_per_microbatch=320, dtype="bfloat16"), dict(vocab_size=3000)),
+    "stochastic bf16, cache": (LONG, dict(optimizer="adamw_stochastic", dtype="bfloat16"), dict(vocab_size=8_000)),
+    "top_p, untied": (LONG, dict(top_p=0.9, gradient_checkpointing=False), dict(vocab_size=8_000, tied=False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_a_step_allocates(case):
+    shapes, settings, sizes = CASES[case]
+    generations = len(shapes["lengths"]) // len(shapes["grids"])
+    fixed = dict(device="cpu", dtype="float32", num_generations=generations, eval_samples=0)
+    config = TrainConfig(**{**fixed, **settings})
+    measured, work = measure(config, small_config(**sizes), **shapes)
+    plan = make_plan(config, small_config(**sizes), work)
+    errors = {phase: plan.total(phase) / measured[phase] - 1 for phase in measured}
+    print({phase: (measured[phase], f"{error:+.1%}") for phase, error in errors.items()})
+    assert max(map(abs, errors.values())) < 0.05, errors
+
+
+def planned(model: str, **settings) -> tuple[TrainConfig, Step]:
+    config = TrainConfig(model=model, **settings)
+    return config, Step(config, find_model_config(model), *planned_device(config))
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_weights_remainder_and_optimizer_by_hand(model):
+    _, step = planned(model, reference="offload")
+    count = PARAMETERS[model]
+    assert sum(p.numel() for p in step.model.parameters()) == count
+    always = step.resident()
+    assert always["weights"] - 2 * count < 4096  # rotary frequencies
+    assert always["remainder"] == 2 * count
+    assert 2 * count <= always["optimizer"] - 2 * count // 64 < 2 * count + 8 * 1000  # a part of a block per parameter
+    assert always["reference"] == 0
+
+
+def test_four_bits_by_hand():
+    linear = FourBitLinear(torch.nn.Linear(1536, 8960, bias=False, device="meta"))
+    count = 1536 * 8960
+    assert nbytes(linear) == count // 2 + count // 64 + 4 * count // (64 * 256)
+    _, step = planned(QWEN_7B, lora=True, load_in_4bit=True)
+    adapters = sum(p.numel() for p in step.trained)
+    assert adapters == 28 * 32 * (4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert {p.dtype for p in step.trained} == {torch.float32}
+    kept = 2 * (152064 * 3584 * 2 + sum(p.numel() for p in step.vision.parameters()))
+    layers = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    small = 2 * (28 * (3584 + 2 * 512 + 2 * 3584) + 3584)  # biases and norms
+    by_hand = kept + layers / 2 + layers / 64 + layers / (64 * 64) + small + 4 * adapters
+    assert nbytes(step.model) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_streamed_reference_by_hand():
+    _, step = planned(QWEN_2B, reference="offload")
+    text, vision = (nbytes(stack[0]) for stack in (step.text.layers, step.vision.blocks))
+    others = nbytes(step.model) - 28 * text - 32 * vision
+    assert step.streamed() == 2 * text + 2 * vision + others
+
+
+def test_advice_makes_it_fit():
+    config = TrainConfig(model=QWEN_2B, optimizer="adamw", prompts_per_step=4, eval_samples=0)
+    model_config = find_model_config(QWEN_2B)
+    lines = advice(config, model_config, vram=21)
+    assert 1 < len(lines) <= 3 and lines[0].startswith("--optimizer adamw_exact: update")
+    flags = " ".join(line.partition(":")[0] for line in lines).split()
+    settings = {f"--{name}={value}" for name, value in vars(config).items() if value not in (None, {}, [])}
+    changed = parse_train_config([*settings, *flags])
+    assert make_plan(config, model_config).peak > usable_bytes(21) >= make_plan(changed, model_config).peak
+    assert advice(changed, model_config, vram=21) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_their_card(recipe):
+    config = parse_train_config(["--config", str(recipe)])
+    assert make_plan(config, find_model_config(config.model)).peak < usable_bytes(24)
+
+
+def test_targets_on_24_gb():
+    full = TrainConfig(model=QWEN_2B, reference="offload", eval_samples=0)
+    assert make_plan(full, find_model_config(QWEN_2B)).peak <= 22 * 2**30
+    lora = TrainConfig(model=QWEN_7B, lora=True, load_in_4bit=True, eval_samples=0)
+    assert make_plan(lora, find_model_config(QWEN_7B)).peak <= 20 * 2**30
+
+
+def test_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", "--model", "tiny", "--vram", "1.2", "--eval-samples", "0"])
+    main()
+    printed = capsys.readouterr().out
+    assert "too much" in printed and "to make it fit:" in printed
+    assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match=r"model no/such-name has no configuration.*pass a local folder"):
+        find_model_config("no/such-name")
+    with pytest.raises(UserError, match="vram is -1"):
+        PlanConfig(vram=-1).check()
