@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .config import ModelConfig
 from .model.load import _with_lora
+from .model.patches import use_patch_projection
 
 
 def nbytes(module: nn.Module, trainable: bool = False) -> int:
@@ -200,6 +201,7 @@ def meta_model(config: ModelConfig, model_config: PretrainedConfig, dtype: torch
     text, vision = NAMES[device]
     model.set_attn_implementation({"text_config": text})
     model.model.visual.config._attn_implementation = vision
+    use_patch_projection(model)
     if config.load_in_4bit:
         for module in list(model.model.language_model.modules()):
             for name, child in module.named_children():

@@ -249,10 +249,9 @@ class Step:
         embedding, blocks, merger = self.vision_stacks(vision, images, trains=False)
         patches = int(images.sum())
         pixels = 4 * PATCH * patches if copied else 0
-        layout = 2 * self.item * PATCH * patches if self.item == 2 else 0  # oneDNN and cuDNN lay their input out anew
         x = patches * self.vision_width * self.item
         angles = 2 * patches * self.vision_width // vision.config.num_heads * 4
-        most = max(embedding.infer + layout, angles + x + blocks.infer, angles + x + merger.infer)
+        most = max(embedding.infer, angles + x + blocks.infer, angles + x + merger.infer)
         return [{"activations": others + pixels + most}]
 
     def reference_pass(self, batch: PackedBatch) -> list[Moment]:

@@ -41,10 +41,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        if not len(gradient):
+            return gradient.new_zeros(ctx.gather.num_rows, *gradient.shape[1:]), None
         order, starts = ctx.gather.by_source
         flat = gradient.reshape(len(gradient), -1)
-        if not len(flat):
-            return gradient.new_zeros(ctx.gather.num_rows, *gradient.shape[1:]), None
         total = torch.nn.functional.embedding_bag(order, flat, starts, mode="sum", include_last_offset=True)
         return total.reshape(-1, *gradient.shape[1:]), None
 

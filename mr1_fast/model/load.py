@@ -22,6 +22,7 @@ from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .attention import use_packed_attention
 from .forward import base_model, lm_head_weight, packed_hidden
+from .patches import use_patch_projection
 from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
@@ -55,6 +56,7 @@ class Policy:
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
     """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
     use_packed_attention(model)
+    use_patch_projection(model)
     if config.gradient_checkpointing:
         _enable_checkpointing(model, config.offload_checkpoints)
     if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
