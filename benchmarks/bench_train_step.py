@@ -9,9 +9,10 @@
 
 All hold their layers' activations alike: gradient checkpointing in update and curve, as our large recipes have it, none
 in step. Tokens count prompt and completion of the repeated form for all alike, so tokens per second compare as times
-do. Peak memory is beside weights and gradients, of a process of its own. "Off by" is the relative difference from
-ours of loss and gradient (of every parameter, some of its entries). TRL scores the prompt's positions too where there
-is no Triton, as on a CPU. Prints Markdown tables; the last line is one JSON document.
+do. Peak memory is beside weights and gradients, of a process of its own; with the tied embedding frozen, autograd makes
+no second gradient in its size beside the first, and activations are what is left. "Off by" is the relative difference
+from ours of loss and gradient (of every parameter, some of its entries). TRL scores the prompt's positions too where
+there is no Triton, as on a CPU. Prints Markdown tables; the last line is one JSON document.
 """
 
 import argparse
@@ -102,17 +103,19 @@ def measure_update(arguments) -> dict:
     release()
     options = [f"--device={arguments.device}", *(["--quick"] if arguments.quick else [])]
     for row in rows:
-        row["peak"] = None
-        with excused(row["name"], skipped):
-            found = peak_in_subprocess(__file__, row["name"], options)
-            row["peak"] = found["peak"] - found["gradients"]
-    own = rows[0]["peak"]
+        row["peak"] = row["peak_frozen"] = None
+        for key, more in (("peak", []), ("peak_frozen", ["--frozen"])):
+            with excused(row["name"], skipped):
+                found = peak_in_subprocess(__file__, row["name"], [*options, *more])
+                row[key] = found["peak"] - found["gradients"]
     table = [
         [r["name"], f"{r['median']:,.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f}", megabytes(r["peak"]),
-         r["peak"] and f"{own / r['peak']:.2f}", "{:.0e} / {:.0e}".format(*r["off"])]
+         share(rows[0], r, "peak"), megabytes(r["peak_frozen"]), share(rows[0], r, "peak_frozen"),
+         "{:.0e} / {:.0e}".format(*r["off"])]
         for r in rows
     ]  # fmt: skip
     columns = ["what", "s", "tokens/s", "time / ours", "peak beside weights and gradients, MiB", "ours / its peak"]
+    columns += ["with a frozen embedding, MiB", "ours / its peak"]
     title = (
         f"Reference, forward and backward of G = {len(lengths)} completions of {lengths[0]}–{lengths[-1]} tokens, "
         f"prompt {prompt_tokens} tokens ({tokens:,} tokens repeated); {size}, gradient checkpointing"
@@ -120,6 +123,11 @@ def measure_update(arguments) -> dict:
     print_table(title, [*columns, "loss / gradient off by"], table)
     settings = {**size, "prompt_tokens": prompt_tokens, "lengths": lengths, "tokens": tokens}
     return {"settings": settings, "rows": rows, "skipped": skipped}
+
+
+def share(ours: dict, other: dict, key: str) -> str | None:
+    """Ours as a part of another's."""
+    return f"{ours[key] / other[key]:.2f}" if ours[key] and other[key] else None
 
 
 def update_sizes(quick: bool) -> tuple[dict, int, list[int]]:
@@ -131,6 +139,7 @@ def print_peak(name: str, arguments) -> None:
     """What `--peak` prints: one JSON line."""
     size, prompt_tokens, lengths = update_sizes(arguments.quick)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
+    group.model.get_input_embeddings().weight.requires_grad_(not arguments.frozen)
     warm = CASES[name](group.other(32, [4, 8]))
     warm.restore()
     warm.call()
@@ -176,12 +185,12 @@ def measure_step(arguments) -> dict:
     config = TrainConfig(
         algo="grpo", beta=BETA, device=arguments.device, dtype="float32", gradient_checkpointing=False,
         max_new_tokens=24, prompts_per_step=prompts, num_generations=count, learning_rate=2e-4, lr_schedule="constant",
-        steps=steps + 1,
+        steps=steps + 1, tokens_per_microbatch=WHOLE,
     )  # fmt: skip
     config.model = str(tiny_start(config, config.seed))
     policy = load_policy(config)
     reference, optimizer, schedule = Reference(policy), make_optimizer(policy.model, config), config.kl_schedule()
-    room = Room(print, lambda: "", tokens_per_microbatch=WHOLE, prompts_at_once=prompts)
+    room = Room.of_run(config, print, lambda: "")
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
     own = []
@@ -227,6 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="sizes for trying the script out")
     parser.add_argument("--peak", help="print the peak memory of this case of part update and end")
+    parser.add_argument("--frozen", action="store_true", help="with --peak: the tied embedding is not trained")
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
     arguments.rounds = arguments.rounds or (10 if arguments.device == "cuda" else 2)

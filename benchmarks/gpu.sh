@@ -23,3 +23,7 @@ bench default_run python benchmarks/bench_default_run.py --seeds 0
 bench grpo_loss python benchmarks/bench_grpo_loss.py
 bench grpo_loss_sweep python benchmarks/bench_grpo_loss.py --sweep
 bench linear_grpo_loss python benchmarks/bench_linear_grpo_loss.py
+bench adamw python benchmarks/bench_adamw.py --plot "$out/adamw.png"
+bench train_step python benchmarks/bench_train_step.py
+bench memory_2b python benchmarks/bench_memory.py 2b_full
+bench memory_7b python benchmarks/bench_memory.py 7b_qlora

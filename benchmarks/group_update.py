@@ -117,7 +117,7 @@ class Group:
 
     def differentiated(self, objective, packed: bool) -> Case:
         """`objective()`, the loss, and every gradient; with our attention, or with transformers' own SDPA."""
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
 
         def restore():
             self.model.zero_grad(set_to_none=True)

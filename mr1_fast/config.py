@@ -238,7 +238,7 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
         if not saved.is_file():
             raise UserError(f"resume is {resume}, but there is no {saved}: name the folder of an earlier run.")
         argv = ["--config", str(saved), *argv, "--output", resume]
-    config = parse_config(TrainConfig, argv, prog="python -m mr1_fast.train", profile=_profile)
+    config = parse_config(TrainConfig, argv, prog="python -m mr1_fast.train", profile=profile_defaults)
     config.check()
     return config
 
@@ -274,7 +274,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")
 
 
-def _profile(parsed) -> dict:
+def profile_defaults(parsed) -> dict:
+    """Defaults of the task's preset, the algorithm and the tiny model, for settings parsed so far."""
     preset = parsed.task if parsed.preset == "auto" else parsed.preset
     defaults = dict(PRESETS.get(preset, {}))
     if parsed.algo == "sft":

@@ -72,7 +72,8 @@ def evaluate(
 ) -> list[dict]:
     """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
 
-    `batch_size` prompts are decoded together, or fewer where they would have more than `tokens_at_once` tokens.
+    `batch_size` prompts are decoded together, or fewer where, padded to the longest, they would have more than
+    `tokens_at_once` tokens.
     """
     is_correct = get_task(task).is_correct
     generator = torch.Generator(policy.device).manual_seed(derive_seed(seed, "evaluate"))
@@ -91,16 +92,16 @@ def evaluate(
 
 def _batches(policy: Policy, examples: list[Example], batch_size: int, tokens_at_once: int | None):
     """Yield (examples, their prompts)."""
-    chunk, prompts, tokens = [], [], 0
+    chunk, prompts, longest = [], [], 0
     for example in examples:
         prompt = policy.encode(example)
-        too_much = tokens_at_once is not None and tokens + len(prompt.input_ids) > tokens_at_once
+        longest = max(longest, len(prompt.input_ids))
+        too_much = tokens_at_once is not None and (len(chunk) + 1) * longest > tokens_at_once
         if chunk and (len(chunk) == batch_size or too_much):
             yield chunk, prompts
-            chunk, prompts, tokens = [], [], 0
+            chunk, prompts, longest = [], [], len(prompt.input_ids)
         chunk.append(example)
         prompts.append(prompt)
-        tokens += len(prompt.input_ids)
     if chunk:
         yield chunk, prompts
 

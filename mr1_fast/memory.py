@@ -20,7 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .config import ModelConfig
-from .model.load import _with_lora
+from .model.attention import VARLEN_DTYPES
+from .model.load import with_lora
 from .model.patches import use_patch_projection
 
 
@@ -72,13 +73,14 @@ def _attention(device: str, module, query, key, value, attention_mask, segments=
     if segments is None and cu_seq_lens_q is None:
         with _SDPA(device):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    varlen = device == "cuda" and query.dtype in VARLEN_DTYPES
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if segments is None:
-        if device == "cuda":
+        if varlen:
             return _Varlen.apply(query, key, value, len(cu_seq_lens_q)).unsqueeze(0), None
         count, longest = len(cu_seq_lens_q) - 1, int(cu_seq_lens_q.diff().max())
         return _rectangle(query, key, value, (count, longest, longest), None)[: len(query)].unsqueeze(0), None
-    if device == "cuda":
+    if varlen:
         key, value = (_Rows.apply(x, len(segments.key_rows)) for x in (key, value))
         return _Varlen.apply(query, key, value, len(segments.cu_seqlens_q)).unsqueeze(0), None
     outputs = []
@@ -208,7 +210,7 @@ def meta_model(config: ModelConfig, model_config: PretrainedConfig, dtype: torch
                 if type(child) is nn.Linear:
                     setattr(module, name, FourBitLinear(child))
         model.requires_grad_(False)
-    return _with_lora(model, config).train() if config.lora else model.train()
+    return with_lora(model, config).train() if config.lora else model.train()
 
 
 # --- layers -------------------------------------------------------------------------------------------------------

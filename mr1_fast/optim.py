@@ -1,5 +1,6 @@
 """The optimizer, its learning rate, and one update over accumulated micro-batches."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .checkpoint import derive_seed
 from .config import OptimizerConfig
 from .errors import UserError
 from .kernels.adamw import LowMemoryAdamW, add_stochastic_
@@ -72,13 +74,17 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss, rows, sums = 0.0, 0, Counter()
-    with unbiased_accumulation(parameters, step):
-        for batch in batches:
-            batch_loss, per_row = objective(policy, batch.to(policy.device))
-            batch_loss.backward()
-            loss += batch_loss.item()
-            rows += len(batch.targets)
-            sums.update({name: value.float().sum().item() for name, value in per_row.items()})
+    try:
+        with unbiased_accumulation(parameters, derive_seed(getattr(optimizer, "seed", 0), step)):
+            for batch in batches:
+                batch_loss, per_row = objective(policy, batch.to(policy.device))
+                batch_loss.backward()
+                loss += batch_loss.item()
+                rows += len(batch.targets)
+                sums.update({name: value.float().sum().item() for name, value in per_row.items()})
+    except torch.OutOfMemoryError:
+        optimizer.zero_grad(set_to_none=True)  # room for a second attempt
+        raise
 
     lr = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
@@ -99,7 +105,7 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
     Rounding to nearest would drop every term below 1/512 of the sum so far; an fp32 sum would take twice the memory.
     """
     sums: dict[nn.Parameter, torch.Tensor] = {}
-    seeds = iter(range(seed << 32, (seed + 1) << 32))
+    seeds = itertools.count(seed)
 
     def add(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -112,11 +118,11 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
     handles = [p.register_post_accumulate_grad_hook(add) for p in short]
     try:
         yield
+        for parameter, total in sums.items():
+            parameter.grad = total
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, total in sums.items():
-            parameter.grad = total
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -135,6 +141,6 @@ def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm
             optimizer.step()
     except torch.OutOfMemoryError as error:  # some weights may have changed: no second attempt
         raise UserError(
-            "out of memory within the optimizer's step: go on from the last checkpoint with --resume and "
-            "--optimizer adamw_exact, whose state is allocated at start."
+            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new run with "
+            "--optimizer adamw_exact, whose state is allocated at start and whose step needs no more."
         ) from error

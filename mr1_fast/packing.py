@@ -23,12 +23,13 @@ class MicroBatches(list[PackedBatch]):
         """Change the budget; what rows carry stays with them."""
         if tokens_per_pack == self.tokens_per_pack:
             return
-        whole = {name: torch.cat([batch.row_data[name] for batch in self]) for name in self[0].row_data}
-        self.__init__(self.prompts, self.completions, tokens_per_pack)
-        counts = [len(batch.targets) for batch in self]
-        for name, values in whole.items():
-            for batch, part in zip(self, values.split(counts), strict=True):
+        anew = list(packs(self.prompts, self.completions, tokens_per_pack))
+        counts = [len(batch.targets) for batch in anew]
+        for name in self[0].row_data if self else ():
+            whole = torch.cat([batch.row_data[name] for batch in self])
+            for batch, part in zip(anew, whole.split(counts), strict=True):
                 batch.row_data[name] = part
+        self[:], self.tokens_per_pack = anew, tokens_per_pack
 
 
 def packs(prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int) -> Iterator[PackedBatch]:

@@ -17,7 +17,7 @@ from .kernels.adamw import State
 from .kernels.linear_grpo_loss import CHUNK_BYTES, SLICE
 from .memory import Stack, meta_model, nbytes, trace
 from .model.forward import base_model, lm_head_weight
-from .model.reference import _in_8_bits, layers
+from .model.reference import in_8_bits, layers
 from .optim import resolve_optimizer
 from .types import PackedBatch
 from .workload import Workload, patches_of
@@ -94,7 +94,7 @@ class Step:
         """A model with the reference's weights; one in 16 bits is the policy's again as far as bytes go."""
         if self.config.lora or self.config.reference != "8bit":
             return self.model
-        return copy.deepcopy(self.model, _in_8_bits(self.model)).requires_grad_(False)
+        return copy.deepcopy(self.model, in_8_bits(self.model)).requires_grad_(False)
 
     def streamed(self) -> int:
         """What a reference in host memory has on the device during a pass: two slots a kind of layer, the rest."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
-from .config import TrainConfig, _profile, parse_config
+from .config import TrainConfig, parse_config, profile_defaults
 from .errors import UserError, exit_on_user_error
 from .evaluate import BATCH_SIZE
 from .model.forward import base_model, lm_head_weight
 from .model.known import find_model_config
 from .model.load import Policy
 from .phases import Moment, Step
-from .workload import Workload, patches_of
+from .workload import Workload, image_tokens, patches_of
 
 USABLE = 23.6 / 24
 """GiB that CUDA offers of each GB of a card's name (an RTX 3090 or 4090 with 24 GB: 23.6 GiB)."""
@@ -87,18 +87,23 @@ class RunMemory:
     """The plan of a run that is about to start, and on CUDA what its steps then took."""
 
     def __init__(self, policy: Policy, config: TrainConfig):
-        weight = lm_head_weight(policy.model)
+        weight, self.device = lm_head_weight(policy.model), policy.device
         self.config = replace(config, device=policy.device.type, dtype=str(weight.dtype).removeprefix("torch."))
         self.model_config = base_model(policy.model).config
-        self.plan = make_plan(self.config, self.model_config)
+        self.plan, self.problem = Plan({}), ""
         self.measured: dict[str, float] = {}
+        try:
+            self.plan = make_plan(self.config, self.model_config)
+        except Exception as error:  # a plan informs: a model that it does not understand can be trained all the same
+            self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
 
     @property
     def usable(self) -> float | None:
         """Bytes of the card; None for a CPU."""
         if self.config.device != "cuda":
             return None
-        return torch.cuda.get_device_properties(0).total_memory * torch.cuda.get_per_process_memory_fraction()
+        whole = torch.cuda.get_device_properties(self.device).total_memory
+        return whole * torch.cuda.get_per_process_memory_fraction(self.device)
 
     def record(self, metrics: dict[str, float]) -> None:
         """Keep the largest of the peaks that a step has measured."""
@@ -109,13 +114,17 @@ class RunMemory:
 
     def render(self) -> str:
         """The plan, and what was measured so far beside it."""
-        return self.plan.render(self.usable, self.measured)
+        return self.problem or self.plan.render(self.usable, self.measured)
 
     def advise(self) -> str:
         """What to change after memory ran out; where the plan had thought that it fits, a tenth less is aimed at."""
+        if self.problem:
+            return "To make room, lower --tokens-per-microbatch, --prompts-per-step or --max-pixels."
         room = min(self.usable or self.plan.peak, 0.9 * self.plan.peak)
         changes = advice(self.config, self.model_config, room / usable_bytes(1.0))
-        return "To make room: " + "; ".join(changes) + "."
+        # What a checkpoint holds cannot be changed on the way.
+        anew = [f"{c} (in a new run)" if c.startswith(("--optimizer", "--lora", "--load")) else c for c in changes]
+        return f"To make room: {'; '.join(anew)}."
 
 
 def make_plan(config: TrainConfig, model_config: PretrainedConfig, workload: Workload | None = None) -> Plan:
@@ -126,6 +135,8 @@ def make_plan(config: TrainConfig, model_config: PretrainedConfig, workload: Wor
     work = workload or Workload.largest(config, generations, config.prompts_per_step)
     shapes = {}
     batches = work.packs(config.tokens_per_microbatch)
+    if workload is None:
+        batches += [batch for full in Workload.full_packs(config, generations) for batch in full]
     for index, batch in enumerate(batches):  # equal packs are planned once; the last of them finds gradients
         key = (batch.segments.cu_seqlens_k.tolist(), len(batch.targets), patches_of(batch).tolist())
         shapes[str(key)] = (batch, index > 0)
@@ -233,8 +244,9 @@ def _halves(value: int, least: int) -> list[int]:
 
 def _smaller_images(config: TrainConfig, pixels: int) -> dict:
     """Fewer pixels, and the prompts shorter by as many image tokens."""
-    tokens = (config.max_pixels - pixels) // (28 * 28)
-    return {"max_pixels": pixels, "max_prompt_tokens": config.max_prompt_tokens - tokens, "shrink_images": True}
+    before, after = (image_tokens(replace(config, max_pixels=value)) for value in (config.max_pixels, pixels))
+    prompt = config.max_prompt_tokens - before + after
+    return {"max_pixels": pixels, "max_prompt_tokens": prompt, "shrink_images": True}
 
 
 def _saving(before: Plan, after: Plan, change: dict) -> str:
@@ -267,7 +279,7 @@ def main() -> None:
     """`python -m mr1_fast.plan`."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that a CPU lacks kernels, which a plan needs not
     warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property with an old name
-    config = parse_config(PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=_profile)
+    config = parse_config(PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=profile_defaults)
     config.check()
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)

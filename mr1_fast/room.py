@@ -6,26 +6,36 @@ from typing import TypeVar
 
 import torch
 
+from .config import TrainConfig
 from .errors import UserError
+from .evaluate import BATCH_SIZE
 
 Result = TypeVar("Result")
+TOKENS, SAMPLED, EVALUATED = "tokens_per_microbatch", "prompts sampled at once", "items evaluated at once"
+"""Names of amounts: the setting, and two that follow from prompts_per_step and from evaluate.BATCH_SIZE."""
 
 
 class Room:
-    """Amounts that fit into memory, by the name of their setting; one that does not is halved for the rest of the run.
+    """Amounts that fit into memory, by name; one that does not is halved for the rest of the process.
 
     `say` prints a line; `advise` returns what to change when halving was not enough.
     """
 
-    def __init__(self, say: Callable[[str], None], advise: Callable[[], str], **amounts: int):
-        self.say, self.advise, self.amounts = say, advise, amounts
+    def __init__(self, say: Callable[[str], None], advise: Callable[[], str], amounts: dict[str, int]):
+        self.say, self.advise, self.amounts = say, advise, dict(amounts)
 
-    def attempt(self, setting: str, work: Callable[[int], Result]) -> Result:
-        """work(amount); where it runs out of memory, once more from its beginning with half the amount.
+    @classmethod
+    def of_run(cls, config: TrainConfig, say: Callable[[str], None], advise: Callable[[], str]) -> "Room":
+        """What a training run does at once."""
+        amounts = {TOKENS: config.tokens_per_microbatch, SAMPLED: config.prompts_per_step, EVALUATED: BATCH_SIZE}
+        return cls(say, advise, amounts)
+
+    def attempt(self, name: str, work: Callable[[int], Result]) -> Result:
+        """work(amount of `name`); where it runs out of memory, once more from its beginning with half the amount.
 
         `work` must leave nothing changed when it fails. UserError where half is too much, too.
         """
-        amount = self.amounts[setting]
+        amount = self.amounts[name]
         try:
             return work(amount)
         except torch.OutOfMemoryError as error:
@@ -35,19 +45,19 @@ class Room:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if amount < 2:
-            raise self._exhausted(setting, amount, reason)
-        half = self.amounts[setting] = amount // 2
-        self.say(f"out of memory with {setting} = {amount}: once more, and from here on, with {half}")
+            raise self._exhausted(name, amount, reason)
+        half = self.amounts[name] = amount // 2
+        self.say(f"out of memory with {name} = {amount}: once more, and from here on, with {half}")
         try:
             return work(half)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
         except UserError as error:
-            raise self._exhausted(setting, amount, f"and half of that will not do: {error}") from error
-        raise self._exhausted(setting, half, reason)
+            raise self._exhausted(name, amount, f"and half of that will not do: {error}") from error
+        raise self._exhausted(name, half, reason)
 
-    def _exhausted(self, setting: str, amount: int, reason: str) -> UserError:
+    def _exhausted(self, name: str, amount: int, reason: str) -> UserError:
         return UserError(
-            f"out of memory with {setting} = {amount} ({reason.rstrip('.')}). Nothing is lost: go on from the last "
-            f"checkpoint with --resume. {self.advise()}"
+            f"out of memory with {name} = {amount} ({reason.rstrip('.')}). The last checkpoint is intact: go on "
+            f"from there with --resume. {self.advise()}"
         )

@@ -67,24 +67,25 @@ class Segments:
     """The longest segment, in queries."""
     max_k: int
     """The longest segment, in keys."""
+    num_tokens: int
+    """T."""
 
     @classmethod
     def build(cls, rows: list[tuple[Tensor, int]]) -> Segments:
         """From (key rows, number of queries) of each segment, in packed order."""
         keys, queries = [len(keys) for keys, _ in rows], [count for _, count in rows]
-        return cls(
-            cumulative(queries), cumulative(keys), torch.cat([keys for keys, _ in rows]), max(queries), max(keys)
-        )
+        bounds = cumulative(queries), cumulative(keys)
+        return cls(*bounds, torch.cat([keys for keys, _ in rows]), max(queries), max(keys), sum(queries))
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on `device`."""
         tensors = (x.to(device, non_blocking=True) for x in (self.cu_seqlens_q, self.cu_seqlens_k, self.key_rows))
-        return Segments(*tensors, self.max_q, self.max_k)
+        return Segments(*tensors, self.max_q, self.max_k, self.num_tokens)
 
     @cached_property
     def keys(self) -> Gather:
         """From packed tokens to keys."""
-        return Gather(self.key_rows, int(self.cu_seqlens_q[-1]))
+        return Gather(self.key_rows, self.num_tokens)
 
     @cached_property
     def padded(self) -> Padded:
@@ -122,7 +123,7 @@ class Padded:
         starts_q, starts_k = segments.cu_seqlens_q[:-1].long(), segments.cu_seqlens_k[:-1].long()
         lengths_q, lengths_k = segments.cu_seqlens_q.diff().long(), segments.cu_seqlens_k.diff().long()
         alone = lengths_q == lengths_k
-        num_tokens = int(segments.cu_seqlens_q[-1])
+        num_tokens = segments.num_tokens
         position = torch.zeros(num_tokens, dtype=torch.int64, device=segments.key_rows.device)
         self.rectangles, filled = [], 0
         for chosen in (alone, ~alone):

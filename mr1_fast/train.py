@@ -32,7 +32,7 @@ from .plan import RunMemory
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
 from .rollout.generate import Sampling, roll_out
-from .room import Room
+from .room import EVALUATED, SAMPLED, TOKENS, Room
 from .sft import sft_loss, solution_batches, tiny_start
 from .tasks import get_task
 from .tasks.data import load_examples
@@ -64,15 +64,14 @@ def train(config: TrainConfig) -> Path:
     first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
     for example in source.take(first, config.prompts_per_step):
         policy.encode(example)  # too long a prompt or too large an image shows before anything is written
+    memory = RunMemory(policy, config)
+    room = Room.of_run(config, log.say, memory.advise)
+    log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
     log.create()
     if not log.resuming:
-        record_evaluation(policy, config, held_out, log, "before")
+        record_evaluation(policy, config, held_out, log, room, "before")
 
     log.start(first)
-    memory = RunMemory(policy, config)
-    log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
-    amounts = dict(tokens_per_microbatch=config.tokens_per_microbatch, prompts_at_once=config.prompts_per_step)
-    room = Room(log.say, memory.advise, **amounts)
     try:
         for step in range(first, config.steps):
             seed_step(config.seed, step)
@@ -91,9 +90,9 @@ def train(config: TrainConfig) -> Path:
 
     if memory.measured:
         log.say(memory.render())
-    record_evaluation(policy, config, held_out, log, "after")
     with atomic_folder(log.folder / "final") as folder:
         save_pretrained(policy, folder)
+    record_evaluation(policy, config, held_out, log, room, "after")
     write_report(log.folder)
     return log.folder
 
@@ -102,7 +101,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
     prompts = [policy.encode(example) for example in examples]
-    rollout = room.attempt("prompts_at_once", partial(sample, policy, examples, prompts, step, config))
+    rollout = room.attempt(SAMPLED, partial(sample, policy, examples, prompts, step, config))
     clock.lap("rollout")
 
     weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
@@ -111,8 +110,8 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
     log.completions(step, rollout, parts, rewards)
     clock.lap("reward")
 
-    batches = grpo_batches(rollout, advantages, room.amounts["tokens_per_microbatch"])
-    room.attempt("tokens_per_microbatch", partial(add_logprobs, batches, policy, reference, config))
+    batches = grpo_batches(rollout, advantages, room.amounts[TOKENS])
+    room.attempt(TOKENS, partial(add_logprobs, batches, policy, reference, config))
     clock.lap("reference")
 
     for inner in range(config.updates_per_batch):
@@ -127,7 +126,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
 def sft_step(policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room) -> dict[str, float]:
     """Learn one batch of worked solutions, μ times; returns the step's metrics."""
     clock = Stopwatch()
-    batches = solution_batches(policy, examples, room.amounts["tokens_per_microbatch"])
+    batches = solution_batches(policy, examples, room.amounts[TOKENS])
     for inner in range(config.updates_per_batch):
         optimizer_step = step * config.updates_per_batch + inner
         metrics = learn(policy, optimizer, batches, sft_loss, optimizer_step, config, room)
@@ -136,7 +135,7 @@ def sft_step(policy, optimizer, examples: list[Example], step: int, config: Trai
 
 
 def sample(policy: Policy, examples: list[Example], prompts: list, step: int, config: TrainConfig, at_once: int):
-    """The rollout of a step, `at_once` prompts at a time; the same again if called again."""
+    """The rollout of a step, `at_once` prompts at a time; the same again if called again with the same."""
     generator = torch.Generator(policy.device).manual_seed(derive_seed(config.seed, "rollout", step))
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     model, processor, size = policy.model, policy.processor, config.num_generations
@@ -180,7 +179,7 @@ def learn(
         batches.repack(tokens_per_pack)
         return update(policy, optimizer, batches, objective, step, config.optimizer_steps(), config)
 
-    return room.attempt("tokens_per_microbatch", work)
+    return room.attempt(TOKENS, work)
 
 
 def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig):
@@ -235,7 +234,7 @@ def load_policy(config: TrainConfig) -> Policy:
     return make_policy(*load_pretrained(config), config)
 
 
-def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Example], log: RunLog, when: str) -> None:
+def record_evaluation(policy, config: TrainConfig, held_out: list[Example], log: RunLog, room: Room, when: str) -> None:
     """Evaluate greedily and by sampling, print it, and put it into evaluation.json under `when`."""
     if not held_out:
         return
@@ -248,7 +247,8 @@ def record_evaluation(policy: Policy, config: TrainConfig, held_out: list[Exampl
     for mode, temperature in modes.items():
         sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
         seed, tokens = derive_seed(config.seed, mode), config.tokens_per_microbatch
-        records = evaluate(policy, config.task, held_out, sampling, seed=seed, tokens_at_once=tokens)
+        work = partial(evaluate, policy, config.task, held_out, sampling, seed=seed, tokens_at_once=tokens)
+        records = room.attempt(EVALUATED, lambda size, work=work: work(batch_size=size))
         result[when][mode] = summary = summarise(records)
         if mode == "greedy":
             _record_shown(result["examples"], records, held_out, when, log.folder)

@@ -24,9 +24,22 @@ class Workload:
     @classmethod
     def largest(cls, config: TrainConfig, generations: int, count: int) -> "Workload":
         """`count` prompts as long as the settings allow, each with the largest image; completions of full length."""
-        patches = 4 * min(config.max_pixels // (28 * 28), config.max_prompt_tokens)
-        prompts = [config.max_prompt_tokens] * count
-        return cls(prompts, [patches] * count, [config.max_new_tokens] * count * generations)
+        prompts, completions = [config.max_prompt_tokens] * count, [config.max_new_tokens] * count * generations
+        return cls(prompts, [4 * image_tokens(config)] * count, completions)
+
+    @classmethod
+    def full_packs(cls, config: TrainConfig, generations: int) -> list[list[PackedBatch]]:
+        """Packs that are filled by groups of shorter completions, with few and with as many images as there can be."""
+        budget, packs = config.tokens_per_microbatch, []
+        image = image_tokens(config)
+        shortest = min(config.max_prompt_tokens, image + 32)  # a question takes some tokens beside its image
+        for prompt in (config.max_prompt_tokens, shortest):
+            most = min(config.prompts_per_step, budget // (prompt + generations))
+            for count in {most, max(1, most // 2)} if most else ():
+                inputs = min(config.max_new_tokens - 1, (budget // count - prompt) // generations)
+                work = cls([prompt] * count, [4 * image] * count, [inputs + 1] * count * generations)
+                packs.append(work.packs(budget))
+        return packs
 
     def packs(self, tokens_per_pack: int) -> list[PackedBatch]:
         """As packing.py packs them; pixels without width."""
@@ -37,6 +50,11 @@ class Workload:
             prompts.append(Prompt(torch.zeros(length, dtype=torch.int64), positions, length, *images, patches // 4))
         completions = [torch.zeros(length, dtype=torch.int64) for length in self.completions]
         return list(packs(prompts, completions, tokens_per_pack))
+
+
+def image_tokens(config: TrainConfig) -> int:
+    """Of the largest image that the settings allow."""
+    return min(config.max_pixels // (28 * 28), config.max_prompt_tokens)
 
 
 def patches_of(batch: PackedBatch) -> Tensor:

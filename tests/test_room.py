@@ -16,7 +16,7 @@ NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
 
 
 def room_for(amount: int, said: list) -> Room:
-    return Room(said.append, lambda: "Change X.", tokens_per_microbatch=amount)
+    return Room(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
 
 
 def test_half_once_and_for_good():
@@ -40,7 +40,9 @@ def test_a_second_failure_ends_with_advice(amount):
     def work(amount: int):
         raise torch.OutOfMemoryError(NO_ROOM)
 
-    with pytest.raises(UserError, match=r"Tried to allocate 2.00 GiB\). Nothing is lost.*--resume. Change X."):
+    with pytest.raises(
+        UserError, match=r"Tried to allocate 2.00 GiB\). The last checkpoint is intact.*--resume. Change X."
+    ):
         room_for(amount, []).attempt("tokens_per_microbatch", work)
 
 

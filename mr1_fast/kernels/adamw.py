@@ -281,7 +281,10 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         self.state = mine
         parameters = [p for _, p in self._parameters()]
         if set(saved) != set(range(len(parameters))):
-            raise UserError(f"the saved optimizer has {len(saved)} parameters and this one {len(parameters)}.")
+            raise UserError(
+                f"the saved optimizer has {len(saved)} parameters and this one {len(parameters)}: "
+                "resume with the --model and the --lora of that run."
+            )
         for index, p in enumerate(parameters):
             for name in mine[p].keys() | saved[index].keys():
                 ours, theirs = mine[p].get(name), saved[index].get(name)

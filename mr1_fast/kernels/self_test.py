@@ -112,13 +112,13 @@ def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
 def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A first step of the low-memory AdamW, which no state has rounded yet, and a sum of gradients."""
     generator = torch.Generator().manual_seed(2)
-    weight, gradient, other = (torch.randn(600, generator=generator).bfloat16() for _ in range(3))
-    exact = weight.float().requires_grad_()
-    exact.grad = gradient.float()
+    weight, gradient, other = (torch.randn(1536, generator=generator).bfloat16() for _ in range(3))
+    exact, half = weight.float().requires_grad_(), torch.tensor(0.5)
+    exact.grad = gradient.float() / 2
     torch.optim.AdamW([exact], lr=0.1, weight_decay=0.0).step()
     there, total = weight.to(device, copy=True), gradient.to(device, copy=True)
     state = State.zeros(there, remainder=True)
-    adamw_(there, gradient.to(device), state, Scalars.at(1, 0.1, (0.9, 0.999), 1e-8, 0.0), (1, 2))
+    adamw_(there, gradient.to(device), state, Scalars.at(1, 0.1, (0.9, 0.999), 1e-8, 0.0), (1, 2), half.to(device))
     add_stochastic_(total, other.to(device), seed=3)
     moved = master_weight(there, state.remainder).cpu() - weight
     return {

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from ..segments import Segments
 
 TEXT_NAME = "mr1_packed"
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VISION_NAME = "mr1_packed_flash"
 """transformers hands cu_seqlens to a vision tower's attention only if its name contains "flash"; otherwise it loops
 over the images in Python."""
@@ -74,8 +75,11 @@ def packed_attention(
 
 @lru_cache
 def backend(device: str, dtype: torch.dtype) -> str:
-    """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa."""
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa.
+
+    FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on.
+    """
+    if device != "cuda" or dtype not in VARLEN_DTYPES or torch.cuda.get_device_capability() < (8, 0):
         return "sdpa"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401

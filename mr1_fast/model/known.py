@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
 from ..errors import UserError
-from .load import FAMILIES, _cache_only_without_hub
+from .load import FAMILIES, cache_only_without_hub
 
 SIZES = {
     "2B": dict(
@@ -42,7 +42,7 @@ def find_model_config(name: str) -> PretrainedConfig:
     if adapter.is_file():
         return find_model_config(json.loads(adapter.read_text())["base_model_name_or_path"])
     try:
-        with _cache_only_without_hub(name):
+        with cache_only_without_hub(name):
             config = AutoConfig.from_pretrained(name)
     except Exception as error:  # no network, no such name, or a folder without a readable config.json
         raise UserError(

@@ -62,7 +62,7 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
     if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
         model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
-        model = _with_lora(model, config)
+        model = with_lora(model, config)
     encode = PromptEncoder(model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images)
     return Policy(model.train(), processor, encode)
 
@@ -77,7 +77,7 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
         model.load_adapter(name)
         return model, processor
     try:
-        with _cache_only_without_hub(name):
+        with cache_only_without_hub(name):
             family = AutoConfig.from_pretrained(name).model_type
             if family not in FAMILIES:
                 raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
@@ -132,7 +132,7 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
 
 
 @contextmanager
-def _cache_only_without_hub(name: str) -> Iterator[None]:
+def cache_only_without_hub(name: str) -> Iterator[None]:
     """Read only the local cache while the hub does not answer: transformers would retry each file for half a minute."""
     constants = huggingface_hub.constants
     was_offline = constants.HF_HUB_OFFLINE
@@ -184,7 +184,8 @@ def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
             module._gradient_checkpointing_func = partial(offloaded, module._gradient_checkpointing_func)
 
 
-def _with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """The model with adapters on every linear layer of its language model; UserError without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -27,9 +27,9 @@ class Reference:
         self.stream: LayerStream | None = None
         if self.has_adapter:
             return
-        replaced = {"resident": {}, "8bit": _in_8_bits(policy.model), "offload": _on_host(policy.model)}[place]
         # What deepcopy finds in its memo it takes as it is, so a second full copy never exists on the device.
-        frozen = copy.deepcopy(policy.model, replaced).requires_grad_(False).eval()
+        replaced = {"resident": lambda _: {}, "8bit": in_8_bits, "offload": on_host}[place]
+        frozen = copy.deepcopy(policy.model, replaced(policy.model)).requires_grad_(False).eval()
         self.policy = Policy(frozen, policy.processor, policy.encode)
         if place == "offload":
             self.stream = LayerStream(frozen, policy.device)
@@ -50,7 +50,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
 # --- in host memory -----------------------------------------------------------------------------------------------
 
 
-def _on_host(model: nn.Module) -> dict[int, nn.Parameter]:
+def on_host(model: nn.Module) -> dict[int, nn.Parameter]:
     """A frozen copy of every parameter in host memory (page-locked for CUDA), by the parameter's id."""
     copies = {}
     for parameter in model.parameters():
@@ -81,8 +81,12 @@ class LayerStream:
         self.slots: dict[tuple, list[Tensor]] = {}
         self.ready: dict[int, torch.cuda.Event | None] = {}
         self.free: dict[tuple, torch.cuda.Event] = {}
-        for parameter, host in self.others:
-            parameter.data = host.to(self.device, non_blocking=True)
+        try:
+            for parameter, host in self.others:
+                parameter.data = host.to(self.device, non_blocking=True)
+        except torch.OutOfMemoryError:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_) -> None:
         if self.copies is not None:  # a slot that was filled ahead must not be used again before the copy has ended
@@ -133,7 +137,7 @@ class LayerStream:
 # --- in 8 bits ----------------------------------------------------------------------------------------------------
 
 
-def _in_8_bits(model: nn.Module) -> dict[int, nn.Module]:
+def in_8_bits(model: nn.Module) -> dict[int, nn.Module]:
     """An Int8Linear for every linear layer of the layers, by the linear layer's id."""
     linears = (module for layer in layers(model) for module in layer.modules() if type(module) is nn.Linear)
     return {id(linear): Int8Linear(linear) for linear in linears}

@@ -158,8 +158,10 @@ def _sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator
         ordered, order = probs.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0  # keep the token that crosses top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    # The inverse of the distribution function: a random number a row, where multinomial draws one a token. A token of
-    # probability 0 does not raise the sum, so it is never the first to exceed the threshold.
+    # The inverse of the distribution function: a random number a row, where multinomial draws one a token.
     sums = probs.cumsum(dim=-1)
     threshold = torch.rand(len(probs), 1, generator=generator, device=probs.device) * sums[:, -1:]
-    return torch.searchsorted(sums, threshold, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    token = torch.searchsorted(sums, threshold, right=True).clamp(max=probs.shape[-1] - 1)
+    # A token of probability 0 raises no sum, but on CUDA sums are rounded in an order that lets them fall a little.
+    impossible = probs.gather(-1, token) == 0
+    return torch.where(impossible, probs.argmax(dim=-1, keepdim=True), token).squeeze(-1)
