@@ -131,3 +131,35 @@ def test_temperature_and_top_p_draw_from_the_right_distribution():
     kept = torch.softmax(logits[0, :3], -1)
     assert draws[3] == 0
     torch.testing.assert_close(draws[:3], kept, atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 100])
+def test_prompts_in_parts_give_the_same_greedy_rollout(at_once):
+    policy = tiny_policy(torch.float64)
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    arguments = (policy.model, policy.processor, mixed_examples(), prompts, 2, Sampling(6, temperature=0.0))
+    whole, parts = roll_out(*arguments), roll_out(*arguments, prompts_at_once=at_once)
+    assert parts.texts == whole.texts and len(parts.texts) == 8
+
+
+def test_rows_that_go_on_alone_are_what_they_were():
+    """Greedy rows that end at different steps: what is left after others ended equals each prompt by itself."""
+    policy = tiny_policy(torch.float64)
+    eos = policy.processor.tokenizer.eos_token_id
+    free = decode(policy, mixed_examples(), max_new_tokens=12, temperature=0.0)
+    ends = free[0][2].item()  # some rows have this token, some have not: it takes the part of EOS
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    sampling = Sampling(12, temperature=0.0)
+    together = generate(policy.model, prompts, 3, sampling, ends)
+    alone = [generate(policy.model, [prompt], 1, sampling, ends)[0] for prompt in prompts]
+    assert len({len(ids) for ids in alone}) > 1 and ends != eos
+    assert all(torch.equal(ids, alone[row // 3]) for row, ids in enumerate(together))
+
+
+def test_a_token_of_probability_0_is_not_drawn_where_sums_fall(monkeypatch):
+    """As on CUDA, whose sums are not monotone: here the sum rises at an impossible token."""
+    logits = torch.tensor([[0.0, -math.inf, 0.0]]).repeat(200, 1)
+    uneven = torch.tensor([[0.4, 0.5, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: uneven.expand_as(self).contiguous())
+    drawn = _sample(logits, Sampling(1), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {0, 2}

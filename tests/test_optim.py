@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mr1_fast.config import OptimizerConfig
+from mr1_fast.errors import UserError
 from mr1_fast.kernels.adamw import LowMemoryAdamW
 from mr1_fast.optim import gradient_norm, learning_rate, make_optimizer, unbiased_accumulation, update
 from mr1_fast.packing import packs
@@ -112,8 +113,8 @@ def test_small_terms_of_bf16_gradients_add_up():
     expected = torch.stack(gradients).double().sum(0)
     assert (accumulated(gradients, exact=False) == 1).all(), "plain accumulation loses every one of them"
     total = accumulated(gradients, exact=True)
-    assert (total / expected - 1).mean().abs() < 1e-3
-    assert (total / expected - 1).abs().max() < 0.15
+    assert (total / expected - 1).mean().abs() < 3e-3  # five standard deviations; and of one, six
+    assert (total / expected - 1).abs().max() < 0.25
 
 
 def test_fp32_gradients_add_up_as_ever():
@@ -137,3 +138,30 @@ def test_the_gradient_norm_is_that_of_all_gradients():
     parameters = [p for p in policy.model.parameters() if p.grad is not None]
     expected = torch.cat([p.grad.double().flatten() for p in parameters]).norm()
     assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_memory_for_the_optimizers_step_is_no_second_attempt(monkeypatch):
+    policy, config = tiny_policy(), OptimizerConfig(optimizer="adamw")
+    optimizer = make_optimizer(policy.model, config)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(optimizer, "step", fail)
+    with pytest.raises(UserError, match="within the optimizer's step.*new run with --optimizer adamw_exact"):
+        update(policy, optimizer, batches_of(policy, 10**6), likelihood, 0, 1, config)
+
+
+def test_running_out_of_memory_frees_what_was_accumulated():
+    policy, config = tiny_policy(torch.bfloat16), OptimizerConfig()
+    optimizer, calls = make_optimizer(policy.model, config), []
+
+    def second_fails(policy, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return likelihood(policy, batch)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        update(policy, optimizer, batches_of(policy, 100), second_fails, 0, 1, config)
+    assert len(calls) == 2 and all(p.grad is None for p in policy.model.parameters())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mr1_fast.model import reference as reference_module
 from mr1_fast.model.reference import Int8Linear, Reference, layers
 from mr1_fast.packing import pack
 
@@ -67,6 +68,42 @@ def test_a_failed_pass_leaves_the_reference_usable():
         reference.logprobs(batch, TEMPERATURE)
     hook.remove()
     assert torch.equal(reference.logprobs(batch, TEMPERATURE), expected)
+
+
+def test_no_room_for_the_ends_leaves_nothing_on_the_device(monkeypatch):
+    policy = tiny_policy()
+    reference, batch = Reference(policy, "offload"), batch_of(policy)
+    expected = reference.logprobs(batch, TEMPERATURE)
+    parameters = list(reference.policy.model.parameters())
+    host, moved, to = [p.data_ptr() for p in parameters], [], torch.Tensor.to
+
+    def second_fails(self, *args, **kwargs):
+        if kwargs.get("non_blocking"):
+            moved.append(self)
+            if len(moved) == 2:
+                raise torch.OutOfMemoryError("no room")
+            return self.clone()
+        return to(self, *args, **kwargs)
+
+    on_device = batch.to("cpu")
+    monkeypatch.setattr(torch.Tensor, "to", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        reference.logprobs(on_device, TEMPERATURE)
+    monkeypatch.undo()
+    assert [p.data_ptr() for p in parameters] == host
+    assert torch.equal(reference.logprobs(batch, TEMPERATURE), expected)
+
+
+@pytest.mark.parametrize("place", ["resident", "8bit", "offload"])
+def test_only_the_chosen_copy_is_made(monkeypatch, place):
+    made = []
+    for name in ("in_8_bits", "on_host"):
+        make = getattr(reference_module, name)
+        monkeypatch.setattr(
+            reference_module, name, lambda model, name=name, make=make: (made.append(name), make(model))[1]
+        )
+    Reference(tiny_policy(), place)
+    assert made == {"resident": [], "8bit": ["in_8_bits"], "offload": ["on_host"]}[place]
 
 
 def test_8_bits_are_close_and_hold_a_quarter_of_the_layers_bytes():
