@@ -62,7 +62,7 @@ class Plan:
 
         What CUDA takes besides tensors is not measured: the planned workspace is added.
         """
-        unit, size = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
+        unit, size = ("GiB", 2**30) if self.peak >= 4 * 2**30 else ("MiB", 2**20)
         rows = [(unit, *self.phases)]
         for component in COMPONENTS:
             sizes = [moment.get(component, 0) for moment in self.phases.values()]

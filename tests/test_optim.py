@@ -148,7 +148,7 @@ def test_no_memory_for_the_optimizers_step_is_no_second_attempt(monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(optimizer, "step", fail)
-    with pytest.raises(UserError, match="within the optimizer's step.*new run with --optimizer adamw_exact"):
+    with pytest.raises(UserError, match=r"within the optimizer's step.*new run with --optimizer adamw_exact"):
         update(policy, optimizer, batches_of(policy, 10**6), likelihood, 0, 1, config)
 
 

@@ -75,8 +75,8 @@ def held(value) -> int:
     return sum(map(held, value)) if isinstance(value, list | tuple) else 0
 
 
-def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) -> tuple[dict[str, int], Workload]:
-    """Peak bytes of each phase of a real step, and what it worked on."""
+def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) -> tuple[int, dict[str, int], Workload]:
+    """Bytes that are always there, those of each phase of a real step at its peak beside them, and what it worked on."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
@@ -102,7 +102,7 @@ def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) ->
         "update": learn,
     }
     work = Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
-    return {phase: always + peak_bytes(call) for phase, call in phases.items()}, work
+    return always, {phase: peak_bytes(call) for phase, call in phases.items()}, work
 
 
 IMAGES = dict(grids=((200, 16, 16), (150, 8, 16)), lengths=(32, 24) * 4)
@@ -124,11 +124,14 @@ def test_the_plan_is_what_a_step_allocates(case):
     generations = len(shapes["lengths"]) // len(shapes["grids"])
     fixed = dict(device="cpu", dtype="float32", num_generations=generations, eval_samples=0)
     config = TrainConfig(**{**fixed, **settings})
-    measured, work = measure(config, small_config(**sizes), **shapes)
+    always, measured, work = measure(config, small_config(**sizes), **shapes)
     plan = make_plan(config, small_config(**sizes), work)
-    errors = {phase: plan.total(phase) / measured[phase] - 1 for phase in measured}
-    print({phase: (measured[phase], f"{error:+.1%}") for phase, error in errors.items()})
+    errors = {phase: plan.total(phase) / (always + measured[phase]) - 1 for phase in measured}
+    beside = {phase: (plan.total(phase) - always) / measured[phase] - 1 for phase in measured}
+    print({phase: (measured[phase], f"{errors[phase]:+.1%}", f"{beside[phase]:+.1%}") for phase in measured})
     assert max(map(abs, errors.values())) < 0.05, errors
+    work_space = 0.25 if config.dtype == "bfloat16" else 0.05  # oneDNN lays 16-bit numbers out anew
+    assert max(map(abs, beside.values())) < work_space, beside
 
 
 def planned(model: str, **settings) -> tuple[TrainConfig, Step]:
