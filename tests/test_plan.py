@@ -76,7 +76,7 @@ def held(value) -> int:
 
 
 def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) -> tuple[int, dict[str, int], Workload]:
-    """Bytes that are always there, those of each phase of a real step at its peak beside them, and what it worked on."""
+    """Bytes that are always there, those of a real step beside them at each phase's peak, and what it worked on."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
