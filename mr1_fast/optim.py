@@ -100,7 +100,7 @@ def update(
 
 @contextmanager
 def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator[None]:
-    """Within, 16-bit gradients of several backward passes add up by stochastic rounding.
+    """Within, bf16 gradients of several backward passes add up by stochastic rounding.
 
     Rounding to nearest would drop every term below 1/512 of the sum so far; an fp32 sum would take twice the memory.
     """
@@ -114,8 +114,7 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
         else:
             sums[parameter] = gradient
 
-    short = [p for p in parameters if p.dtype.itemsize == 2]
-    handles = [p.register_post_accumulate_grad_hook(add) for p in short]
+    handles = [p.register_post_accumulate_grad_hook(add) for p in parameters if p.dtype == torch.bfloat16]
     try:
         yield
         for parameter, total in sums.items():

@@ -98,11 +98,11 @@ def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) ->
     sample = partial(roll_out, policy.model, processor, [], prompts, config.num_generations, sampling)
     phases = {
         "rollout": sample,
-        "reference": lambda: [reference.logprobs(batch, 1.0) for batch in batches],
+        "reference": lambda: [reference.logprobs(batch.to(policy.device), 1.0) for batch in batches],
         "update": learn,
     }
     work = Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
-    return always, {phase: peak_bytes(call) for phase, call in phases.items()}, work
+    return always, {phase: peak_bytes(call, config.device) for phase, call in phases.items()}, work
 
 
 IMAGES = dict(grids=((200, 16, 16), (150, 8, 16)), lengths=(32, 24) * 4)
@@ -132,6 +132,21 @@ def test_the_plan_is_what_a_step_allocates(case):
     assert max(map(abs, errors.values())) < 0.05, errors
     work_space = 0.25 if config.dtype == "bfloat16" else 0.05  # oneDNN lays 16-bit numbers out anew
     assert max(map(abs, beside.values())) < work_space, beside
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora": True}, {"reference": "offload", "offload_checkpoints": True}], ids=str
+)
+def test_the_plan_is_what_cuda_allocates(settings):
+    config = TrainConfig(**{"device": "cuda", "dtype": "bfloat16", "num_generations": 4, "eval_samples": 0, **settings})
+    always, measured, work = measure(config, small_config(), **IMAGES)
+    plan = make_plan(config, small_config(), work)
+    tensors = {phase: plan.total(phase) - plan.phases[phase]["workspace"] for phase in measured}
+    if config.reference == "offload":  # measured in host memory, where the plan has nothing
+        always = sum(plan.phases["rollout"].get(name, 0) for name in ("weights", "remainder", "optimizer"))
+    errors = {phase: tensors[phase] / (always + measured[phase]) - 1 for phase in measured}
+    assert max(map(abs, errors.values())) < 0.07, errors
 
 
 def planned(model: str, **settings) -> tuple[TrainConfig, Step]:

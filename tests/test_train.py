@@ -329,6 +329,13 @@ def test_the_terminal_shows_both_accuracies_and_where_the_results_are(run_args, 
     assert str(tmp_path / "run" / "report.html") in shown[-1]
 
 
+def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_path, capsys):
+    run(run_args(tmp_path / "run", optimizer="adamw_stochastic", reference="8bit"))
+    shown = capsys.readouterr().out
+    assert "optimizer LowMemoryAdamW · reference 8bit · packed attention sdpa\nMiB " in shown
+    assert re.search(r"^total +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", shown, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_the_default_run_learns_to_count_and_its_start_is_made_once(tmp_path):
     run(["--output", str(tmp_path / "run")])

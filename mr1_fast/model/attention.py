@@ -77,14 +77,14 @@ def packed_attention(
 def backend(device: str, dtype: torch.dtype) -> str:
     """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa.
 
-    FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on.
+    FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on; torch's own, NVIDIA's alone.
     """
     if device != "cuda" or dtype not in VARLEN_DTYPES or torch.cuda.get_device_capability() < (8, 0):
         return "sdpa"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError:
-        return "torch_varlen"
+        return "torch_varlen" if torch.version.hip is None else "sdpa"
     return "flash_attn"
 
 
