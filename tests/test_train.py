@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import datasets
@@ -25,6 +26,9 @@ KEYS = {"reward", "accuracy", "format", "letters", "zero_variance", "completion_
 KEYS |= {"entropy", "kl", "clip_fraction", "kl_limited", "grad_norm", "learning_rate", "skipped", "step"}
 KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
+if torch.cuda.is_available():
+    KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}
+    SFT_KEYS |= {"peak_gib_update"}
 
 
 def lines(path):
@@ -32,8 +36,11 @@ def lines(path):
 
 
 def metrics(folder):
-    """What a run measured, but for the times."""
-    return [{k: v for k, v in record.items() if "seconds" not in k} for record in lines(folder / "metrics.jsonl")]
+    """What a run measured, but for times and memory."""
+    measured = ("seconds", "peak")
+    return [
+        {k: v for k, v in record.items() if not k.startswith(measured)} for record in lines(folder / "metrics.jsonl")
+    ]
 
 
 def column(folder, name):
