@@ -118,10 +118,11 @@ class RunMemory:
 
     def advise(self) -> str:
         """What to change after memory ran out; where the plan had thought that it fits, a tenth less is aimed at."""
-        if self.problem:
-            return "To make room, lower --tokens-per-microbatch, --prompts-per-step or --max-pixels."
-        room = min(self.usable or self.plan.peak, 0.9 * self.plan.peak)
-        changes = advice(self.config, self.model_config, room / usable_bytes(1.0))
+        room = min(self.usable or self.plan.peak, 0.9 * self.plan.peak) if self.plan.phases else 0
+        try:
+            changes = advice(self.config, self.model_config, room / usable_bytes(1.0))
+        except Exception:  # as above: what was the matter must not be hidden by a plan that fails
+            changes = ["lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"]
         # What a checkpoint holds cannot be changed on the way.
         anew = [f"{c} (in a new run)" if c.startswith(("--optimizer", "--lora", "--load")) else c for c in changes]
         return f"To make room: {'; '.join(anew)}."

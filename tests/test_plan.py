@@ -223,6 +223,17 @@ def test_after_memory_ran_out_there_is_advice_even_where_the_plan_fits():
     assert said.startswith("To make room: --") and said.endswith(".") and "\n" not in said
 
 
+def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no meta kernel")
+
+    monkeypatch.setattr("mr1_fast.plan.Step", fail)
+    memory = RunMemory(tiny_policy(), TrainConfig())
+    memory.record({"peak_gib_update": 1.0})
+    assert memory.render() == "no memory plan could be made (NotImplementedError: no meta kernel)"
+    assert memory.advise() == "To make room: lower --tokens-per-microbatch, --prompts-per-step or --max-pixels."
+
+
 def test_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan", "--model", "tiny", "--vram", "1.2", "--eval-samples", "0"])
     main()
