@@ -90,12 +90,13 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = gradient_norm(parameters)
-    finite = math.isfinite(norm.item()) and math.isfinite(loss)
+    grad_norm = norm.item()
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    return {"loss": loss, **means, "grad_norm": norm.item(), "learning_rate": lr, "skipped": float(not finite)}
+    return {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The 2-norm of all gradients, fp32, 0-d."""
+    """The 2-norm of all gradients, fp32, 0-d; torch's get_total_norm would be in the gradients' own 16 bits."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
     return torch.stack(norms).norm() if norms else torch.zeros(())
 

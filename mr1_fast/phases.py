@@ -47,7 +47,7 @@ class Step:
         self.model = meta_model(self.config, self.model_config, self.dtype, self.device)
         inner = base_model(self.model).model
         self.text, self.vision = inner.language_model, inner.visual
-        self.width, self.item = lm_head_weight(self.model).shape[1], self.dtype.itemsize
+        (self.vocabulary, self.width), self.item = lm_head_weight(self.model).shape, self.dtype.itemsize
         self.vocabulary_bytes = lm_head_weight(self.model).nbytes
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trains_head = lm_head_weight(self.model).requires_grad
@@ -196,8 +196,7 @@ class Step:
 
         last = self._cached(self.meta(samples, 1, self.width), cached=total - 1)
         cache = self.cache_bytes(samples, total)
-        vocabulary = self.vocabulary_bytes // self.width // self.item
-        logits = 4 * samples * vocabulary
+        logits = 4 * samples * self.vocabulary
         decode = {
             "KV cache": cache,
             "activations": last.infer - cache // last.depth + samples * total * 17,
@@ -269,7 +268,7 @@ class Step:
 
     def head(self, batch: PackedBatch, trains: bool) -> tuple[int, int]:
         """(most at once, kept for the backward) of kernels/linear_grpo_loss.py on a pack's rows."""
-        rows, vocabulary = len(batch.targets), self.vocabulary_bytes // self.width // self.item
+        rows, vocabulary = len(batch.targets), self.vocabulary
         chunk = max(1, CHUNK_BYTES[self.device] // (vocabulary * self.item))
         chunk = min(chunk - chunk % 128 if chunk > 128 else chunk, max(1, rows))
         results, buffer = 4 * 8 * rows, chunk * vocabulary * self.item

@@ -1,12 +1,9 @@
 """Configurations of models that are planned for without a network, and of any other model by its name."""
 
-import json
-from pathlib import Path
-
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
 from ..errors import UserError
-from .load import FAMILIES, cache_only_without_hub
+from .load import adapter_base, cache_only_without_hub, check_family
 
 SIZES = {
     "2B": dict(
@@ -38,9 +35,8 @@ def find_model_config(name: str) -> PretrainedConfig:
     size = name.removeprefix("Qwen/Qwen2-VL-").removesuffix("-Instruct")
     if name.startswith("Qwen/") and size in SIZES:
         return qwen2_vl(**SIZES[size])
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file():
-        return find_model_config(json.loads(adapter.read_text())["base_model_name_or_path"])
+    if base := adapter_base(name):
+        return find_model_config(base)
     try:
         with cache_only_without_hub(name):
             config = AutoConfig.from_pretrained(name)
@@ -49,10 +45,7 @@ def find_model_config(name: str) -> PretrainedConfig:
             f"model {name} has no configuration that can be read here: check the name and the network, pass a local "
             f"folder, or plan for one that is built in (tiny, {', '.join(f'Qwen/Qwen2-VL-{size}' for size in SIZES)})."
         ) from error
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"model {name} is a {config.model_type}, but mr1_fast trains {', '.join(FAMILIES)}: choose one."
-        )
+    check_family(name, config.model_type)
     return config
 
 

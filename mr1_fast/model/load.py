@@ -70,17 +70,13 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
     """Model and processor from a local folder or the hub; UserError names `model` and the way out."""
     name = config.model
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file():  # what a 4-bit run saves: the adapter over the model that it names
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if base := adapter_base(name):
         model, processor = load_pretrained(dataclasses.replace(config, model=base))
         model.load_adapter(name)
         return model, processor
     try:
         with cache_only_without_hub(name):
-            family = AutoConfig.from_pretrained(name).model_type
-            if family not in FAMILIES:
-                raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
+            check_family(name, AutoConfig.from_pretrained(name).model_type)
             options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
             model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
             if info["missing_keys"]:
@@ -129,6 +125,18 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
+
+
+def adapter_base(name: str) -> str | None:
+    """The model under the adapter in folder `name`, as a 4-bit run saves it; None where `name` holds no adapter."""
+    adapter = Path(name) / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+
+
+def check_family(name: str, family: str) -> None:
+    """UserError unless models of `family`, transformers' model_type, can be trained."""
+    if family not in FAMILIES:
+        raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
 
 
 @contextmanager
