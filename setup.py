@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,28 +26,32 @@ INSTRUCTION_SETS = {
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
+# Fused products would make the rotation of decode_cpu.cpp round otherwise than PyTorch's.
+PER_SET = {"row_kernels": [], "decode_cpu": ["-ffp-contract=off"]}
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 120)
 CPP = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 
 
 def compile_cpu(output: str, objects: Path) -> None:
-    """row_kernels.cpp once per instruction set, then everything into `output`."""
+    """What PER_SET names once per instruction set, then everything into `output`."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         raise CompileError("no C++ compiler was found (g++, clang++, or $CXX)")
     compile_one = [*shlex.split(compiler), *CPP]
     compiled = {}
     for name, flags in INSTRUCTION_SETS.get(platform.machine(), {"scalar": []}).items():
-        target = str(objects / f"{name}.o")
+        targets = {source: str(objects / f"{source}_{name}.o") for source in PER_SET}
         try:
-            run(*compile_one, f"-DMR1_ISA={name}", *flags, "-c", "csrc/row_kernels.cpp", "-o", target)
+            for source, target in targets.items():
+                one = [*flags, *PER_SET[source], "-c", f"csrc/{source}.cpp"]
+                run(*compile_one, f"-DMR1_ISA={name}", *one, "-o", target)
         except CompileError:
             if name == "scalar":
                 raise
             print(f"{compiler} does not know {name}: left out")
         else:
-            compiled[f"-DMR1_HAS_{name}"] = target
-    libraries = ["-shared", "-pthread", *compiled.values(), "-o", output]
+            compiled[f"-DMR1_HAS_{name}"] = targets.values()
+    libraries = ["-shared", "-pthread", *chain(*compiled.values()), "-o", output]
     run(*compile_one, *compiled, "csrc/fused_grpo_cpu.cpp", *libraries)
 
 

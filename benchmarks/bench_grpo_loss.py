@@ -37,7 +37,7 @@ from mr1_fast.loss import grpo_loss, grpo_loss_ref, token_logprobs
 BETA, CLIP, SEQUENCES = 0.04, 0.2, 4
 DEFAULT_TOKENS = {"cuda": 8192, "cpu": 256}
 DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
-BLOCKS, WARPS, PROGRAMS = (1024, 2048, 4096, 8192), (4, 8, 16), (1, 2, 3, 4, 5, 6)
+BLOCKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 4, 6, 8, 12)
 COPY = "copy (the limit)"
 
 

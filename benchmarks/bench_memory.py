@@ -9,6 +9,8 @@ which has no figures to measure. The last line is one JSON document.
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -73,8 +75,13 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
         own += ["--output", str(scratch / "run"), "--steps", "2", "--eval-samples", "0", "--save-every", "0"]
         config: TrainConfig = parse_train_config([*recipe, *own, *flags])
         plan = make_plan(config, find_model_config(config.model))
-        folder = train(config)
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = scratch / "run" / "metrics.jsonl"
+        try:
+            train(config)
+        finally:  # what there is of a run that failed or was stopped, too
+            if metrics.exists():
+                print(metrics.read_text(), flush=True)
+        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     # Of tensors, as PyTorch's allocator counts them: without CUDA's own.
     planned = {name: (plan.total(name) - moment.get("workspace", 0)) / 2**30 for name, moment in plan.phases.items()}
     measured = {}
@@ -97,6 +104,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
     parser.add_argument("--vram", type=float, default=24.0, help="GB of the card to mimic")
     arguments, flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not at once: see measure_case
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, usable_bytes(arguments.vram) / 2**30 / whole))

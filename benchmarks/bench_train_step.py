@@ -9,10 +9,10 @@
 
 All hold their layers' activations alike: gradient checkpointing in update and curve, as our large recipes have it, none
 in step. Tokens count prompt and completion of the repeated form for all alike, so tokens per second compare as times
-do. Peak memory is beside weights and gradients, of a process of its own; with the tied embedding frozen, autograd makes
-no second gradient in its size beside the first, and activations are what is left. "Off by" is the relative difference
-from ours of loss and gradient (of every parameter, some of its entries). TRL scores the prompt's positions too where
-there is no Triton, as on a CPU. Prints Markdown tables; the last line is one JSON document.
+do. Peak memory is beside weights and gradients, on a CPU of a process of its own; with the tied embedding frozen,
+autograd makes no second gradient in its size beside the first, and activations are what is left. "Off by" is the
+relative difference from ours of loss and gradient (of every parameter, some of its entries). TRL scores the prompt's
+positions too where there is no Triton, as on a CPU. Prints Markdown tables; the last line is one JSON document.
 """
 
 import argparse
@@ -99,14 +99,18 @@ def measure_update(arguments) -> dict:
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     rows, skipped = compare(list(CASES), group, arguments)
     tokens = group.tokens
-    del group  # room for the processes that measure
-    release()
-    options = [f"--device={arguments.device}", *(["--quick"] if arguments.quick else [])]
+    if arguments.device == "cuda":  # counted by the allocator, so this process does
+        measured = lambda name, frozen: peak(peak_case(name, group, frozen), "cuda")  # noqa: E731
+    else:
+        del group  # room for the processes that measure
+        release()
+        options = [f"--device={arguments.device}", *(["--quick"] if arguments.quick else [])]
+        measured = lambda name, frozen: peak_in_subprocess(__file__, name, options + ["--frozen"] * frozen)  # noqa: E731
     for row in rows:
         row["peak"] = row["peak_frozen"] = None
-        for key, more in (("peak", []), ("peak_frozen", ["--frozen"])):
+        for key, frozen in (("peak", False), ("peak_frozen", True)):
             with excused(row["name"], skipped):
-                found = peak_in_subprocess(__file__, row["name"], [*options, *more])
+                found = measured(row["name"], frozen)
                 row[key] = found["peak"] - found["gradients"]
     table = [
         [r["name"], f"{r['median']:,.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f}", megabytes(r["peak"]),
@@ -135,15 +139,20 @@ def update_sizes(quick: bool) -> tuple[dict, int, list[int]]:
     return (QUICK, 64, spread_lengths(4, 16, 4)) if quick else (FULL, 512, spread_lengths(32, 256, 8))
 
 
+def peak_case(name: str, group: Group, frozen: bool) -> Case:
+    """The case, with the tied embedding trained or not; ready to be called."""
+    group.model.get_input_embeddings().weight.requires_grad_(not frozen)
+    case = CASES[name](group)
+    case.restore()
+    return case
+
+
 def print_peak(name: str, arguments) -> None:
     """What `--peak` prints: one JSON line."""
     size, prompt_tokens, lengths = update_sizes(arguments.quick)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
-    group.model.get_input_embeddings().weight.requires_grad_(not arguments.frozen)
-    warm = CASES[name](group.other(32, [4, 8]))
-    warm.restore()
-    warm.call()
-    case = CASES[name](group)
+    peak_case(name, group.other(32, [4, 8]), arguments.frozen).call()
+    case = peak_case(name, group, arguments.frozen)
     print(json.dumps(peak(case, arguments.device)))
 
 

@@ -3,9 +3,9 @@
     python benchmarks/compile_table.py
 
 Compiled is exactly what a launch would compile: the real launchers run on meta tensors of 65,536 × V elements (the
-optimizer's: on a weight of V × 1,536), with a stand-in for the driver that names the target. Then the machine code is
-read: registers, spills, the width of memory accesses, shared memory. Prints a Markdown table; the last line is one JSON
-document. Ends with 1 if a limit is broken.
+optimizer's: on a weight of V × 1,536; those of decoding: on 64 rows), with a stand-in for the driver that names the
+target. Then the machine code is read: registers, spills, the width of memory accesses, shared memory. Prints a Markdown
+table; the last line is one JSON document. Ends with 1 if a limit is broken.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mr1_fast.kernels import adamw_triton, grpo_loss_triton
+from mr1_fast.kernels import adamw_triton, decode_triton, grpo_loss_triton
 from mr1_fast.kernels.adamw import Scalars, State
 from mr1_fast.kernels.grpo_loss import Objective, RowResults
 
@@ -34,6 +34,8 @@ MULTIPROCESSORS = {80: (108, 40), 86: (82, 6), 89: (128, 72), 90: (132, 50), 120
 """Multiprocessors and MB of L2 of A100, RTX 3090, RTX 4090, H100, RTX 5090, MI300X (L2 of one die)."""
 TARGET_GATHERS = 2
 """16-bit accesses that a kernel may have: it reads one logit alone, the target's."""
+NEW_TOKEN_ACCESSES = 7
+"""Those of attention in decoding, a channel a thread: the new token's angles, key (twice) and value, and two writes."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,6 +111,22 @@ def launch_adamw(device: str = "meta", n: int = 151_936 * 1536) -> None:
         adamw_triton.add_stochastic_(torch.empty(n, dtype=torch.bfloat16, **like), weight, (1, 2))
 
 
+def launch_decode(dtype: torch.dtype, device: str = "meta", rows: int = 64) -> None:
+    """The kernels of a decode step of Qwen2-VL 2B and 7B."""
+    for heads, kv_heads, hidden, mlp, v in ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064)):
+        empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
+        q, new, angle = empty(rows, heads, 128), empty(rows, kv_heads, 128), empty(rows, 128)
+        pool, spans = empty(2**16, kv_heads, 128), empty(rows, 4, dtype=torch.int32)
+        decode_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
+        x = empty(rows, hidden)
+        for delta in (x, None):
+            decode_triton.add_rms_norm(x, delta, empty(hidden), 1e-6)
+        decode_triton.silu_mul(empty(rows, mlp), empty(rows, mlp))
+        for temperature in (1.0, 0.0):
+            uniform = empty(rows, dtype=torch.float32)
+            decode_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
+
+
 def parts_on(arch, v: int, dtype: torch.dtype) -> int:
     """Programs per row that `split_columns` chooses on the GPU that stands for this target."""
     multiprocessors, megabytes = MULTIPROCESSORS[arch]
@@ -171,6 +189,17 @@ def adamw_table(targets: list[tuple] = TARGETS) -> list[dict]:
     return rows
 
 
+def decode_table(dtypes: list[str], targets: list[tuple] = TARGETS[:-1]) -> list[dict]:
+    """One row per NVIDIA target, dtype and kernel of a decode step, over both models."""
+    rows = []
+    for backend, arch, warp_size in targets:
+        for dtype in dtypes:
+            with captured(backend, arch, warp_size) as compiled:
+                launch_decode(DTYPES[dtype])
+            rows += _worst(compiled, backend, arch, {"dtype": dtype, "V": None, "parts": 1})
+    return rows
+
+
 def _worst(compiled: list[tuple], backend: str, arch, settings: dict) -> list[dict]:
     """One row per kernel: of its variants, the worst of each figure."""
     worst: dict[str, dict] = {}
@@ -184,7 +213,7 @@ def _worst(compiled: list[tuple], backend: str, arch, settings: dict) -> list[di
     return [
         {"target": label, **settings, "kernel": name, **row,
          "fits": row["spills"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
-         and row["wide"] > 0 and row["short"] <= TARGET_GATHERS}
+         and row["wide"] > 0 and row["short"] <= (NEW_TOKEN_ACCESSES if name == "attend" else TARGET_GATHERS)}
         for name, row in worst.items()
     ]  # fmt: skip
 
@@ -194,7 +223,7 @@ def _output(*command) -> str:
 
 
 def main() -> None:
-    rows = table(list(DTYPES), [151_936]) + adamw_table()
+    rows = table(list(DTYPES), [151_936]) + adamw_table() + decode_table(list(DTYPES))
     print("| target | dtype | parts | kernel | variants | registers | spills | shared KB | 128/16-bit access | fits |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -1,29 +1,41 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: the tests first, then each benchmark that has no result for this GPU yet.
-# Results go to $OUT (default: benchmarks/results/<gpu>); copy them there and commit them.
+# Results go to $OUT (default: benchmarks/results/<gpu>); copy them there and commit them. Names as arguments choose
+# among the tests and benchmarks: benchmarks/gpu.sh tests rollout. The tests may take $TEST_SECONDS (default 600), a
+# benchmark $BENCH_SECONDS (default 300); what was printed by then is kept.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 gpu=$(python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || exit 1
 kept="benchmarks/results/$gpu"
 out="${OUT:-$kept}"
+chosen=" $* "
 mkdir -p "$out"
-if command -v nvcc > /dev/null; then python setup.py -q build_ext --inplace; fi # else carry mr1_fast/_c*.so along
+if command -v nvcc > /dev/null && ! [ -e mr1_fast/_cuda.so ]; then python setup.py -q build_ext --inplace; fi
 python -m mr1_fast.env | tee "$out/env.txt"
-python -m pytest -m 'not slow' 2>&1 | tail -n 20 | tee "$out/tests.txt"
+
+if [ $# -eq 0 ] || [[ $chosen == *" tests "* ]]; then
+    parallel=$(python -c 'import xdist; print("-n 8")' 2> /dev/null)
+    timeout -s INT "${TEST_SECONDS:-600}" python -m pytest -m 'not slow' $parallel > "$out/tests.txt" 2>&1
+    echo "tests: exit $?"
+    tail -n 30 "$out/tests.txt"
+fi
 
 bench() { # name, command …: the benchmark's last line is its JSON result
-    local name=$1
+    local name=$1 status began=$SECONDS
     shift
-    [ -e "$kept/$name.json" ] && return
-    timeout 300 "$@" > "$out/$name.txt" 2>&1 && tail -n 1 "$out/$name.txt" > "$out/$name.json"
-    echo "$name: exit $?"
+    if [[ $chosen != "  " ]]; then [[ $chosen == *" $name "* ]] || return; else [ -e "$kept/$name.json" ] && return; fi
+    timeout "${BENCH_SECONDS:-300}" "$@" > "$out/$name.txt" 2>&1
+    status=$?
+    [ $status -eq 0 ] && tail -n 1 "$out/$name.txt" > "$out/$name.json"
+    echo "$name: exit $status after $((SECONDS - began)) s"
 }
 
-bench default_run python benchmarks/bench_default_run.py --seeds 0
-bench grpo_loss python benchmarks/bench_grpo_loss.py
-bench grpo_loss_sweep python benchmarks/bench_grpo_loss.py --sweep
-bench linear_grpo_loss python benchmarks/bench_linear_grpo_loss.py
-bench adamw python benchmarks/bench_adamw.py --plot "$out/adamw.png"
-bench train_step python benchmarks/bench_train_step.py
+bench rollout python benchmarks/bench_rollout.py
 bench memory_2b python benchmarks/bench_memory.py 2b_full
+bench grpo_loss python benchmarks/bench_grpo_loss.py
+bench train_step python benchmarks/bench_train_step.py
+bench linear_grpo_loss python benchmarks/bench_linear_grpo_loss.py
 bench memory_7b python benchmarks/bench_memory.py 7b_qlora
+bench adamw python benchmarks/bench_adamw.py --plot "$out/adamw.png"
+bench default_run python benchmarks/bench_default_run.py --seeds 0
+bench grpo_loss_sweep python benchmarks/bench_grpo_loss.py --sweep

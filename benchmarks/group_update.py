@@ -144,7 +144,8 @@ def packed(group: Group, repeated: bool) -> Case:
     prompts, size = ([group.prompt] * count, 1) if repeated else ([group.prompt], count)
 
     def objective():
-        rollout = Rollout([], prompts, group.completions, [], [], size)
+        logprobs = [torch.zeros(len(ids)) for ids in group.completions]
+        rollout = Rollout([], prompts, group.completions, [], [], logprobs, size)
         batches = grpo_batches(rollout, group.advantages.view(-1, size), WHOLE)
         add_logprobs(batches, group.policy, group.reference, CONFIG, WHOLE)
         (batch,) = batches

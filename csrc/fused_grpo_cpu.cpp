@@ -1,26 +1,36 @@
-// The row operations of mr1_fast/kernels/grpo_loss.py on a CPU: a plain C interface, threads, and the choice of the
-// instruction set. The sweeps themselves: row_kernels.cpp.
+// The row operations of mr1_fast/kernels/grpo_loss.py and the attention of decode.py on a CPU: a plain C interface,
+// threads, and the choice of the instruction set. The work itself: row_kernels.cpp, decode_cpu.cpp.
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
 
+#include "decode.h"
 #include "grpo_token.h"
 #include "row_kernels.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
 extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES], mr1_row_kernels_avx2[DTYPES],
     mr1_row_kernels_neon[DTYPES], mr1_row_kernels_scalar[DTYPES];
+extern const DecodeKernel mr1_decode_kernels_avx512bf16[DTYPES], mr1_decode_kernels_avx512[DTYPES],
+    mr1_decode_kernels_avx2[DTYPES], mr1_decode_kernels_neon[DTYPES], mr1_decode_kernels_scalar[DTYPES];
 
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // below this, starting a thread costs more than it saves
+// Below this, starting threads costs more than it saves: logits, and products of queries and keys.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
+
+struct InstructionSet {
+    const RowKernels* rows;
+    const DecodeKernel* decode;
+};
+#define MR1_SET(isa) {mr1_row_kernels_##isa, mr1_decode_kernels_##isa}
 
 // From the best to the plainest; each is there only if this machine can run it.
-std::vector<const RowKernels*> supported() {
-    std::vector<const RowKernels*> found;
+std::vector<InstructionSet> supported() {
+    std::vector<InstructionSet> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -28,23 +38,23 @@ std::vector<const RowKernels*> supported() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     (void)avx512;
 #ifdef MR1_HAS_avx512bf16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(mr1_row_kernels_avx512bf16);
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(MR1_SET(avx512bf16));
 #endif
 #ifdef MR1_HAS_avx512
-    if (avx512) found.push_back(mr1_row_kernels_avx512);
+    if (avx512) found.push_back(MR1_SET(avx512));
 #endif
 #ifdef MR1_HAS_avx2
-    if (avx2) found.push_back(mr1_row_kernels_avx2);
+    if (avx2) found.push_back(MR1_SET(avx2));
 #endif
 #endif
 #ifdef MR1_HAS_neon
-    found.push_back(mr1_row_kernels_neon);
+    found.push_back(MR1_SET(neon));
 #endif
-    found.push_back(mr1_row_kernels_scalar);
+    found.push_back(MR1_SET(scalar));
     return found;
 }
 
-const RowKernels* chosen = supported().front();
+InstructionSet chosen = supported().front();
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded. Its threads are awake after a torch operation and spin for
 // a while; threads of our own would have to fight them for the cores.
@@ -57,11 +67,11 @@ template <class Task> void parallel(int64_t count, int threads, const Task& task
     const auto work = [&] {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
     };
-    if (threads > count) threads = (int)count;
-    if (gomp_parallel && threads > 1) {
+    if (gomp_parallel && threads > 1 && count > 1) {
         gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work, (unsigned)threads, 0);
         return;
     }
+    if (threads > count) threads = (int)count;
     std::vector<std::thread> others;
     for (int t = 1; t < threads; ++t) {
         try {
@@ -92,7 +102,7 @@ struct Rows {
     char* out_row(int64_t i) const { return out + i * out_stride; }
     // NaN for a target outside [0, v), as on a GPU.
     float logit(int64_t i, int64_t target) const {
-        return target < 0 || target >= v ? NAN : chosen[dtype].get(row(i), target);
+        return target < 0 || target >= v ? NAN : chosen.rows[dtype].get(row(i), target);
     }
     // Columns of a part: a multiple of 64, so that no two threads write the same cache line.
     int64_t begin(int64_t part) const { return part >= parts ? v : v / parts * part / 64 * 64; }
@@ -100,7 +110,7 @@ struct Rows {
 
 // Statistics of whole rows: `use(i, statistics)` for each. Rows are split where there are fewer than threads.
 template <class Use> void for_each_row(const Rows& rows, float scale, const Use& use) {
-    const RowKernels& kernels = chosen[rows.dtype];
+    const RowKernels& kernels = chosen.rows[rows.dtype];
     if (rows.parts == 1) {
         parallel(rows.n, rows.threads, [&](int64_t i) { use(i, kernels.statistics(rows.row(i), rows.v, scale)); });
         return;
@@ -152,7 +162,7 @@ extern "C" {
 
 void mr1_grpo_rows(const GrpoArguments* a) {
     const Rows rows(a->logits, a->stride, a->out, a->out_stride, a->n, a->v, a->dtype, a->threads);
-    const RowKernels& kernels = chosen[a->dtype];
+    const RowKernels& kernels = chosen.rows[a->dtype];
     const float temperature = *a->temperature, scale = (float)(LOG2E / temperature);
     LossSettings settings = a->settings;
     settings.beta = *a->beta;
@@ -203,7 +213,7 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
                                const float* peak, const float* log_sum, const float* grad_logp,
                                const float* grad_entropy, int threads) {
     const Rows rows(logits, stride, out, out_stride, n, v, dtype, threads);
-    const RowKernels& kernels = chosen[dtype];
+    const RowKernels& kernels = chosen.rows[dtype];
     const float scale = (float)(LOG2E / *temperature);
     const auto row = [&](int64_t i) {
         const bool outside = targets[i] < 0 || targets[i] >= v;
@@ -235,15 +245,25 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
     }
 }
 
+void mr1_decode(const DecodeArguments* a) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < a->n; ++i) tokens += a->spans[i][1] + a->spans[i][3];
+    // All threads or one: libgomp ends those that a smaller team leaves out, and torch starts them again.
+    const int threads = tokens * a->heads * a->d < PRODUCTS_PER_TEAM ? 1 : (int)a->threads;
+    parallel(a->n * a->kv_heads, threads, [&](int64_t task) {
+        chosen.decode[a->dtype](a, task / a->kv_heads, task % a->kv_heads);
+    });
+}
+
 void mr1_use_openmp(void* function) { gomp_parallel = (GompParallel)function; }
 
-const char* mr1_instruction_set() { return chosen->name; }
+const char* mr1_instruction_set() { return chosen.rows->name; }
 
 // 0 if this machine can run it.
 int mr1_use_instruction_set(const char* name) {
-    for (const RowKernels* kernels : supported())
-        if (!strcmp(kernels->name, name)) {
-            chosen = kernels;
+    for (const InstructionSet& set : supported())
+        if (!strcmp(set.rows->name, name)) {
+            chosen = set;
             return 0;
         }
     return 1;

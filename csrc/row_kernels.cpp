@@ -32,23 +32,6 @@ template <class T> inline void prefetch(const T* p) {
         __builtin_prefetch((const char*)p + AHEAD + bytes);
 }
 
-// Up to WIDTH elements: beyond the last one is −inf on loading, and nothing is stored.
-template <class T> inline Floats load_up_to(const T* p, int64_t count) {
-    if (count >= WIDTH) return load(p);
-    T padded[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) {
-        if (i < count) padded[i] = p[i];
-        else from_float(&padded[i], -INFINITY);
-    }
-    return load(padded);
-}
-template <class T> inline void store_up_to(T* p, int64_t count, Floats x) {
-    if (count >= WIDTH) return store(p, x);
-    T padded[WIDTH];
-    store(padded, x);
-    for (int i = 0; i < count; ++i) p[i] = padded[i];
-}
-
 // y = x·scale − origin, never below SMALLEST; NaN stays.
 inline Floats shifted(Floats x, Floats scale, Floats minus_origin) {
     return larger(all(SMALLEST), multiply_add(x, scale, minus_origin));

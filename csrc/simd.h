@@ -105,6 +105,14 @@ static inline double sum(Floats x) {
     const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
+// Lane i from lane i ^ STEP, and the lanes whose number has the bit STEP from b, the others from a.
+template <int STEP> static inline Floats swapped(Floats x) {
+    if (STEP < 4) return _mm512_permute_ps(x, STEP == 1 ? 0xb1 : 0x4e);
+    return _mm512_shuffle_f32x4(x, x, STEP == 4 ? 0xb1 : 0x4e);
+}
+template <int STEP> static inline Floats mixed(Floats a, Floats b) {
+    return _mm512_mask_blend_ps(STEP == 1 ? 0xaaaa : STEP == 2 ? 0xcccc : STEP == 4 ? 0xf0f0 : 0xff00, a, b);
+}
 static inline Floats fraction(Floats y) { return _mm512_reduce_ps(y, 1); }  // y − floor(y)
 // x·2^floor(y); 0 for y at SMALLEST
 static inline Floats times_power(Floats x, Floats y) { return _mm512_scalef_ps(x, y); }
@@ -159,6 +167,12 @@ static inline double sum(Floats x) {
     const __m128d e = _mm_add_pd(_mm256_castpd256_pd128(d), _mm256_extractf128_pd(d, 1));
     return _mm_cvtsd_f64(e) + _mm_cvtsd_f64(_mm_unpackhi_pd(e, e));
 }
+template <int STEP> static inline Floats swapped(Floats x) {
+    return STEP < 4 ? _mm256_permute_ps(x, STEP == 1 ? 0xb1 : 0x4e) : _mm256_permute2f128_ps(x, x, 1);
+}
+template <int STEP> static inline Floats mixed(Floats a, Floats b) {
+    return _mm256_blend_ps(a, b, STEP == 1 ? 0xaa : STEP == 2 ? 0xcc : 0xf0);
+}
 static inline Floats fraction(Floats y) { return _mm256_sub_ps(y, _mm256_floor_ps(y)); }
 static inline Floats times_power(Floats x, Floats y) {
     const __m256i exponent = _mm256_cvtps_epi32(_mm256_floor_ps(y));
@@ -192,6 +206,7 @@ static inline float largest(Floats x) { return vmaxvq_f32(x); }
 static inline double sum(Floats x) {
     return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
 }
+static inline Floats sums(const Floats* x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 static inline Floats fraction(Floats y) { return vsubq_f32(y, vrndmq_f32(y)); }
 static inline Floats times_power(Floats x, Floats y) {
     const int32x4_t exponent = vcvtq_s32_f32(vrndmq_f32(y));
@@ -211,6 +226,7 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (float)
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline float largest(Floats x) { return x; }
 static inline double sum(Floats x) { return x; }
+static inline Floats sums(const Floats* x) { return x[0]; }
 static inline Floats fraction(Floats y) { return y - floorf(y); }
 static inline Floats times_power(Floats x, Floats y) {
     if (y != y) return y;
@@ -221,6 +237,39 @@ static inline Floats times_power(Floats x, Floats y) {
 }
 #define SMALLEST -127.0f
 #endif
+
+#if WIDTH > 4
+// Lane i: the sum of x[i], of WIDTH vectors. Two of them become one that holds partial sums of both, in half as many
+// lanes each.
+template <int STEP = 1> static inline Floats sums(const Floats* x) {
+    if constexpr (STEP == WIDTH) return *x;
+    else {
+        const Floats a = sums<2 * STEP>(x), b = sums<2 * STEP>(x + STEP);
+        return add(mixed<STEP>(a, b), swapped<STEP>(mixed<STEP>(b, a)));
+    }
+}
+#endif
+
+// Up to WIDTH elements: beyond the last one is `fill` on loading, and nothing is stored.
+template <class T> __attribute__((noinline)) static Floats load_part(const T* p, int64_t count, float fill) {
+    T padded[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) {
+        if (i < count) padded[i] = p[i];
+        else from_float(&padded[i], fill);
+    }
+    return load(padded);
+}
+template <class T> __attribute__((noinline)) static void store_part(T* p, int64_t count, Floats x) {
+    T padded[WIDTH];
+    store(padded, x);
+    for (int i = 0; i < count; ++i) p[i] = padded[i];
+}
+template <class T> static inline Floats load_up_to(const T* p, int64_t count, float fill = -INFINITY) {
+    return count >= WIDTH ? load(p) : load_part(p, count, fill);
+}
+template <class T> static inline void store_up_to(T* p, int64_t count, Floats x) {
+    count >= WIDTH ? store(p, x) : store_part(p, count, x);
+}
 
 // 2·WIDTH elements as two vectors, in whatever order is cheapest: `store_pair` puts them back in place.
 template <class T> static inline void load_pair(const T* p, Floats* a, Floats* b) {

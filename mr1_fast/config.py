@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from .errors import UserError
 from .kl_schedule import DynamicKL
+from .rollout.sampling import Sampling
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 Config = TypeVar("Config")
@@ -86,18 +87,6 @@ class TaskConfig:
 
 
 @dataclass
-class SamplingConfig:
-    """How completions are sampled."""
-
-    max_new_tokens: int = 512
-    """Longest completion, in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probabilities of the loss use the same."""
-    top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with this much probability."""
-
-
-@dataclass
 class RewardConfig:
     """What is rewarded: accuracy + format_weight · format + extra rewards."""
 
@@ -133,6 +122,9 @@ class AlgorithmConfig:
     """The ratio π/π_old is clipped above 1 + clip_high."""
     updates_per_batch: int = 1
     """μ, optimizer steps on each batch of completions."""
+    importance_cap: float = 0.0
+    """Weigh each token by π/π_rollout, cut off at this (2 is usual), for what kernels and rounding of training and
+    rollout differ by; 0 is off, since the difference is small (`rollout_gap_mean`), and it takes a forward pass."""
     reference: Literal["resident", "offload", "8bit"] = "resident"
     """Where the KL's reference is kept when all weights are trained: on the device, in host memory (layers are streamed
     ahead of their use), or on the device in 8 bits. With --lora it is the policy without its adapters, for free."""
@@ -186,7 +178,7 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, SamplingConfig, TaskConfig, ModelConfig):
+class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig):
     """All settings of `python -m mr1_fast.train`."""
 
     def optimizer_steps(self) -> int:
@@ -202,7 +194,7 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
         """Raise UserError for values that no run could mean."""
         positive = ["steps", "prompts_per_step", "tokens_per_microbatch", "max_new_tokens", "updates_per_batch"]
         positive += ["max_pixels", "max_prompt_tokens", "lora_rank", "learning_rate", "max_grad_norm", "temperature"]
-        not_negative = ["seed", "save_every", "eval_samples", "weight_decay", "clip_low", "clip_high"]
+        not_negative = ["seed", "save_every", "eval_samples", "weight_decay", "clip_low", "clip_high", "importance_cap"]
         for name, value in vars(self).items():
             if name in positive and value <= 0:
                 raise UserError(f"{name} is {value}, but must be greater than 0.")
@@ -210,8 +202,9 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
                 raise UserError(f"{name} is {value}, but must not be negative.")
         if self.algo != "sft" and self.num_generations < 2:
             raise UserError(f"num_generations is {self.num_generations}, but a group needs at least 2 completions.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}, but must lie in (0, 1].")
+        self.check_sampling()
+        if 0 < self.importance_cap < 1:
+            raise UserError(f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1.")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
         if self.load_in_4bit and not self.lora:

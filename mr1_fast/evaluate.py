@@ -6,25 +6,25 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .atomic import write_atomically
 from .checkpoint import derive_seed
-from .config import TINY, ModelConfig, SamplingConfig, TaskConfig, parse_config
+from .config import TINY, ModelConfig, TaskConfig, parse_config
 from .errors import UserError, exit_on_user_error
 from .model.load import Policy, load_pretrained, make_policy
-from .rollout.generate import Sampling, roll_out
+from .rollout.engine import PREFILL_TOKENS, Engine
+from .rollout.sampling import Sampling
 from .tasks import get_task
 from .tasks.data import load_examples
 from .types import Example
 
 BATCH_SIZE = 64
-"""Items decoded at once unless told otherwise."""
+"""Items whose prompts are held at once unless told otherwise."""
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
+class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     """All settings of `python -m mr1_fast.evaluate`."""
 
     temperature: float = 0.0
@@ -38,7 +38,7 @@ class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
     pass_at: list[int] = field(default_factory=lambda: [1])
     """The k of each pass@k to report; none above num_generations."""
     batch_size: int = BATCH_SIZE
-    """Items decoded at once."""
+    """Items whose prompts are held at once."""
     seed: int = 0
     """Seed of drawn items and of sampling."""
     output: str = "evaluation.json"
@@ -49,10 +49,7 @@ class EvaluateConfig(SamplingConfig, TaskConfig, ModelConfig):
         for name in ("samples", "num_generations", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}, but must not be negative.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}, but must lie in (0, 1].")
+        self.check_sampling()
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError("num_generations is above 1, but greedy samples are all alike: set --temperature 1.")
         if not self.pass_at or not all(1 <= k <= self.num_generations for k in self.pass_at):
@@ -67,20 +64,28 @@ def evaluate(
     num_generations: int = 1,
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
-    tokens_at_once: int | None = None,
+    cache_tokens: int | None = None,
+    prefill: int = PREFILL_TOKENS,
     show_progress: bool = False,
 ) -> list[dict]:
     """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
 
-    `batch_size` prompts are decoded together, or fewer where, padded to the longest, they would have more than
-    `tokens_at_once` tokens.
+    `batch_size` prompts are held at once; `cache_tokens` and `prefill` are Engine.generate's.
     """
     is_correct = get_task(task).is_correct
-    generator = torch.Generator(policy.device).manual_seed(derive_seed(seed, "evaluate"))
+    engine = Engine(policy.model, policy.processor, policy.encode)
     records = []
     with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
-        for chunk, prompts in _batches(policy, examples, batch_size, tokens_at_once):
-            rollout = roll_out(policy.model, policy.processor, chunk, prompts, num_generations, sampling, generator)
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            rollout = engine.generate(
+                chunk,
+                num_generations,
+                sampling,
+                seed=derive_seed(seed, "evaluate", start),
+                cache_tokens=cache_tokens,
+                prefill_tokens=prefill,
+            )
             for row, example in enumerate(chunk):
                 outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
                 verdicts = [is_correct(output, example.solution) for output in outputs]
@@ -88,22 +93,6 @@ def evaluate(
                 records.append({**record, "outputs": outputs, "correct": verdicts})
             bar.update(len(chunk))
     return records
-
-
-def _batches(policy: Policy, examples: list[Example], batch_size: int, tokens_at_once: int | None):
-    """Yield (examples, their prompts)."""
-    chunk, prompts, longest = [], [], 0
-    for example in examples:
-        prompt = policy.encode(example)
-        longest = max(longest, len(prompt.input_ids))
-        too_much = tokens_at_once is not None and (len(chunk) + 1) * longest > tokens_at_once
-        if chunk and (len(chunk) == batch_size or too_much):
-            yield chunk, prompts
-            chunk, prompts, longest = [], [], len(prompt.input_ids)
-        chunk.append(example)
-        prompts.append(prompt)
-    if chunk:
-        yield chunk, prompts
 
 
 def summarise(records: list[dict]) -> dict:
@@ -152,9 +141,10 @@ def main() -> None:
 
         config.model = str(tiny_start(config, config.seed))
     policy = make_policy(*load_pretrained(config), config)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     generations, size = config.num_generations, config.batch_size
-    records = evaluate(policy, config.task, examples, sampling, generations, config.seed, size, show_progress=True)
+    records = evaluate(
+        policy, config.task, examples, Sampling.of(config), generations, config.seed, size, show_progress=True
+    )
     summary = summarise(records)
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
     write_json(Path(config.output), {**summary, "pass_at": passes, "config": vars(config), "results": records})

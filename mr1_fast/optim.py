@@ -66,14 +66,15 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step on the summed loss of `batches`, whose token weights carry all normalisation.
 
-    `objective(policy, batch)` returns the loss and per-row tensors to average over all rows. Gradients are
+    `objective(policy, batch)` returns the loss and per-row tensors to average over all rows, or, of those whose name
+    ends in `_max`, to take the largest of. Gradients are
     clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and optimizer state
     untouched, since one bad batch must not end a run. Running out of memory before the optimizer's step leaves them
     untouched, too. Returns the means, and loss, grad_norm, learning_rate, skipped.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, rows, sums = 0.0, 0, Counter()
+    loss, rows, sums, peaks = 0.0, 0, Counter(), {}
     try:
         with unbiased_accumulation(parameters, derive_seed(getattr(optimizer, "seed", 0), step)):
             for batch in batches:
@@ -81,7 +82,11 @@ def update(
                 batch_loss.backward()
                 loss += batch_loss.item()
                 rows += len(batch.targets)
-                sums.update({name: value.float().sum().item() for name, value in per_row.items()})
+                for name, value in per_row.items():
+                    if name.endswith("_max"):
+                        peaks[name] = max(peaks.get(name, 0.0), value.max().item()) if len(value) else 0.0
+                    else:
+                        sums[name] += value.float().sum().item()
     except torch.OutOfMemoryError:
         optimizer.zero_grad(set_to_none=True)  # room for a second attempt
         raise
@@ -96,7 +101,7 @@ def update(
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    return {"loss": loss, **means, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
+    return {"loss": loss, **means, **peaks, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
 
 
 @contextmanager

@@ -5,12 +5,13 @@ what lives in which order is written here.
 """
 
 import copy
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .config import TrainConfig
 from .kernels.adamw import State
@@ -19,15 +20,19 @@ from .memory import Stack, meta_model, nbytes, trace
 from .model.forward import base_model, lm_head_weight
 from .model.reference import in_8_bits, layers
 from .optim import resolve_optimizer
+from .rollout.cache import Layout
+from .rollout.engine import MOST_SAMPLES
+from .rollout.sampling import Sampling
+from .segments import Segments
 from .types import PackedBatch
 from .workload import Workload, patches_of
 
 Moment = dict[str, int]
 CUDA_WORKSPACE = 2**30 * 6 // 10
 """CUDA's context and loaded kernels (0.3 to 0.5 GiB), and cuBLAS' work space; not tensors, so on no other device."""
-COPIES = {"cpu": (3, 7), "cuda": (3, 9)}
-"""fp32 copies of the logits while a token is drawn without and with top_p: logits, scaled, probabilities; or logits,
-probabilities, sorted, their order in 64 bits, two of sums. CUDA's sort works in a second copy of values and order."""
+COPIES = {"cpu": (3, 6), "cuda": (0, 9)}
+"""fp32 copies of the logits while a token is drawn, without and with filters: scaled, probabilities, sums (none for the
+kernels on CUDA); and sorted probabilities and their order in 64 bits, which CUDA's sort holds twice."""
 PATCH = 3 * 2 * 14 * 14
 """Numbers of an image patch."""
 
@@ -143,13 +148,13 @@ class Step:
         """Hidden size of the vision blocks."""
         return self.vision.patch_embed.proj.out_channels
 
-    def decoder(self, text: nn.Module, batch: PackedBatch, trains: bool) -> Stack:
-        """Decoder layers on a pack."""
-        x = self.meta(1, batch.input_ids.numel(), self.width)
+    def decoder(self, text: nn.Module, segments: Segments, trains: bool) -> Stack:
+        """Decoder layers on packed tokens."""
+        x = self.meta(1, segments.num_tokens, self.width)
         angles = tuple(self.meta(1, x.shape[1], text.layers[0].self_attn.head_dim) for _ in range(2))
 
         def run(layer, x):
-            return layer(x, attention_mask=None, position_embeddings=angles, segments=batch.segments)
+            return layer(x, attention_mask=None, position_embeddings=angles, segments=segments)
 
         recompute = trains and self.config.gradient_checkpointing
         return self._offloaded(self.trace(text.layers, x, run, trains, recompute), x)
@@ -179,67 +184,46 @@ class Step:
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
-    def rollout(self, work: Workload) -> list[Moment]:
-        """The prompts' images, the prompts, and the last step of decoding (rollout/generate.py)."""
-        prompts, length = len(work.prompts), max(work.prompts)
-        samples, total = len(work.completions), length + max(work.completions) - 1
-        images = torch.tensor([patches for patches in work.patches if patches], dtype=torch.int64)
-        x = self.meta(prompts, length, self.width)
-        first = self._cached(x, cached=0)
-        hidden = x.nbytes + 2 * prompts * length * (self.text.layers[0].self_attn.head_dim * self.item + 8)
-        cache = self.cache_bytes(prompts, length)
-        layer_cache = cache // first.depth
-        prefill = {
-            "KV cache": cache,
-            "activations": x.nbytes + hidden + prompts * length**2 + first.infer - layer_cache,
-        }
+    def rollout(self, work: Workload, cache_tokens: int | None = None) -> list[Moment]:
+        """The prompts' images, the prompts, their samples' first tokens, and a step of decoding (rollout/engine.py).
 
-        last = self._cached(self.meta(samples, 1, self.width), cached=total - 1)
-        cache = self.cache_bytes(samples, total)
-        logits = 4 * samples * self.vocabulary
-        decode = {
-            "KV cache": cache,
-            "activations": last.infer - cache // last.depth + samples * total * 17,
-            "loss head": logits,
-        }
-        copies = COPIES[self.device][self.config.top_p < 1]
-        sample = {"KV cache": cache, "activations": samples * total * 8, "loss head": copies * logits}
-        return [
-            *self._images(self.vision, images, prompts * length * self.width * self.item, True),
-            prefill,
-            decode,
-            sample,
+        The pool of keys and values is as large as all samples need, or has `cache_tokens` at most.
+        """
+        layout = self.layout(work, cache_tokens)
+        bounds = [0, *itertools.accumulate(work.prompts[: layout.prompt_spans])]
+        count = max(1, sum(bound <= self.config.tokens_per_microbatch for bound in bounds[1:]))  # encoded at once
+        tokens = bounds[count]
+        segments = Segments.build([(torch.arange(a, b), b - a) for a, b in itertools.pairwise(bounds[: count + 1])])
+        images = torch.tensor([patches for patches in work.patches[:count] if patches], dtype=torch.int64)
+        x, angles = tokens * self.width * self.item, 2 * tokens * self.text.layers[0].self_attn.head_dim * self.item
+        layers = self.decoder(self.text, segments, trains=False)
+        group = len(work.completions) // len(work.prompts)
+        rows = layout.sample_spans
+        # Of a row: residual, normed, queries and what attention and MLP make of them; gate, up and their product.
+        step = rows * (6 * self.width + 3 * self.text.config.intermediate_size) * self.item
+        moments = [
+            *self._images(self.vision, images, x, True),
+            {"activations": x + angles + layers.infer + x},
+            {"activations": x, "loss head": count * self.vocabulary * self.item + self.drawing(count * group)},
+            {"activations": step, "loss head": self.drawing(rows)},
         ]
+        return [{"KV cache": self.cache_bytes(layout.tokens), **moment} for moment in moments]
 
-    def cache_bytes(self, sequences: int, length: int) -> int:
+    def layout(self, work: Workload, cache_tokens: int | None) -> Layout:
+        """How the engine cuts its pool."""
+        group = len(work.completions) // len(work.prompts)
+        return Layout.fitting(work.prompts, group, max(work.completions), MOST_SAMPLES, cache_tokens)
+
+    def drawing(self, rows: int) -> int:
+        """Logits of rows, and what drawing from them takes."""
+        logits = rows * self.vocabulary
+        return logits * self.item + 4 * logits * COPIES[self.device][Sampling.of(self.config).filters]
+
+    def cache_bytes(self, tokens: int) -> int:
         """Keys and values of all layers."""
         attention = self.text.layers[0].self_attn
-        return (
-            2
-            * sequences
-            * length
-            * len(self.text.layers)
-            * attention.num_key_value_heads
-            * attention.head_dim
-            * self.item
-        )
-
-    def _cached(self, x: Tensor, cached: int) -> Stack:
-        """Decoder layers on new tokens x (B, L, D) with a cache of `cached` tokens, which the layer's bytes include."""
-        attention = self.text.layers[0].self_attn
-        count, length = x.shape[:2]
-        angles = tuple(self.meta(count, length, attention.head_dim) for _ in range(2))
-        mask = self.meta(count, 1, length, cached + length, dtype=torch.bool)
-
-        def run(layer, x):
-            cache = DynamicCache()
-            if cached:
-                shape = count, attention.num_key_value_heads, cached, attention.head_dim
-                cache.update(*(self.meta(count, shape[1], 1, shape[3]) for _ in range(2)), attention.layer_idx)
-                cache.layers[0].keys, cache.layers[0].values = self.meta(*shape), self.meta(*shape)
-            return layer(x, attention_mask=mask, position_embeddings=angles, past_key_values=cache, use_cache=True)
-
-        return self.trace(self.text.layers, x, run, trains=False)
+        per_layer = 2 * tokens * self.text.config.num_key_value_heads * attention.head_dim * self.item
+        return per_layer * len(self.text.layers)
 
     def _images(self, vision: nn.Module, images: Tensor, others: int, copied: bool) -> list[Moment]:
         """Encoding images without gradients."""
@@ -260,7 +244,7 @@ class Step:
         tokens = batch.input_ids.numel() * self.width * self.item
         with model.disable_adapter() if self.config.lora else nullcontext():
             moments = self._images(vision, patches_of(batch), tokens, self.device == "cuda")
-            decoder, norm = (stack(text, batch, trains=False) for stack in (self.decoder, self.norm))
+            decoder, norm = self.decoder(text, batch.segments, trains=False), self.norm(text, batch, trains=False)
         rows = len(batch.targets) * self.width * self.item
         moments.append({"activations": self.inputs(batch) + 2 * tokens + max(decoder.infer, norm.infer)})
         moments.append({"activations": self.inputs(batch) + rows, "loss head": self.head(batch, trains=False)[0]})
@@ -289,7 +273,7 @@ class Step:
         """Forward and backward over one pack; `earlier`: micro-batches before it have left their gradients."""
         images = patches_of(batch)
         vision = self.vision_stacks(self.vision, images, trains=True) if len(images) else ()
-        decoder, norm = (stack(self.text, batch, trains=True) for stack in (self.decoder, self.norm))
+        decoder, norm = self.decoder(self.text, batch.segments, trains=True), self.norm(self.text, batch, trains=True)
         inputs, x = self.inputs(batch), batch.input_ids.numel() * self.width * self.item
         kept_vision = sum(stack.saved * stack.depth for stack in vision)
         if self.config.lora and self.config.gradient_checkpointing:  # peft makes the embeddings require a gradient

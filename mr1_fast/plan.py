@@ -43,6 +43,8 @@ class Plan:
 
     phases: dict[str, Moment]
     """Bytes of each component, by phase: rollout, reference, update, and evaluation where the run has one."""
+    cache_tokens: int = 0
+    """Tokens that the KV cache of rollout and evaluation holds at most."""
 
     def total(self, phase: str) -> int:
         """Bytes of a phase."""
@@ -93,7 +95,7 @@ class RunMemory:
         self.plan, self.problem = Plan({}), ""
         self.measured: dict[str, float] = {}
         try:
-            self.plan = make_plan(self.config, self.model_config)
+            self.plan = make_plan(self.config, self.model_config, usable=self.usable)
         except Exception as error:  # a plan informs: a model that it does not understand can be trained all the same
             self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
 
@@ -104,6 +106,12 @@ class RunMemory:
             return None
         whole = torch.cuda.get_device_properties(self.device).total_memory
         return whole * torch.cuda.get_per_process_memory_fraction(self.device)
+
+    @property
+    def cache_tokens(self) -> int:
+        """The KV cache's budget; without a plan, what a step's samples need."""
+        longest = self.config.max_prompt_tokens + self.config.num_generations * self.config.max_new_tokens
+        return self.plan.cache_tokens or self.config.prompts_per_step * longest
 
     def record(self, metrics: dict[str, float]) -> None:
         """Keep the largest of the peaks that a step has measured."""
@@ -122,14 +130,21 @@ class RunMemory:
         try:
             changes = advice(self.config, self.model_config, room / usable_bytes(1.0))
         except Exception:  # as above: what was the matter must not be hidden by a plan that fails
-            changes = ["lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"]
+            changes = []
+        changes = changes or ["lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"]
         # What a checkpoint holds cannot be changed on the way.
         anew = [f"{c} (in a new run)" if c.startswith(("--optimizer", "--lora", "--load")) else c for c in changes]
         return f"To make room: {'; '.join(anew)}."
 
 
-def make_plan(config: TrainConfig, model_config: PretrainedConfig, workload: Workload | None = None) -> Plan:
-    """Plan `config`'s steps for `workload` (default: the largest that the settings allow)."""
+def make_plan(
+    config: TrainConfig, model_config: PretrainedConfig, workload: Workload | None = None, usable: float | None = None
+) -> Plan:
+    """Plan `config`'s steps for `workload` (default: the largest that the settings allow).
+
+    The rollout's KV cache is what all samples need at once; with `usable` bytes in all, no more than is left beside
+    weights and states, or than one group needs: then samples wait.
+    """
     device, dtype = planned_device(config)
     step = Step(config, model_config, device, dtype)
     generations = 1 if config.algo == "sft" else config.num_generations
@@ -141,20 +156,36 @@ def make_plan(config: TrainConfig, model_config: PretrainedConfig, workload: Wor
     for index, batch in enumerate(batches):  # equal packs are planned once; the last of them finds gradients
         key = (batch.segments.cu_seqlens_k.tolist(), len(batch.targets), patches_of(batch).tolist())
         shapes[str(key)] = (batch, index > 0)
+    resident = step.resident()
 
     moments: dict[str, list[Moment]] = {}
+    sampled = {}
     if config.algo != "sft":
-        moments["rollout"] = step.rollout(work)
+        sampled["rollout"] = work
+    if config.eval_samples and workload is None:
+        sampled["evaluation"] = Workload.largest(config, 1, min(BATCH_SIZE, config.eval_samples))
+    cache_tokens = max((_cache_tokens(step, resident, each, usable) for each in sampled.values()), default=0)
+    if "rollout" in sampled:
+        moments["rollout"] = step.rollout(work, cache_tokens)
         if step.needs_reference or config.updates_per_batch > 1:
             moments["reference"] = [m for batch, _ in shapes.values() for m in step.reference_pass(batch)]
     moments["update"] = [m for batch, earlier in shapes.values() for m in step.update(batch, earlier)]
     moments["update"].append(step.optimizer_step())
-    if config.eval_samples and workload is None:
-        at_once = max(1, config.tokens_per_microbatch // config.max_prompt_tokens)  # as in evaluate.evaluate
-        count = min(BATCH_SIZE, config.eval_samples, at_once)
-        moments["evaluation"] = step.rollout(Workload.largest(config, 1, count))
-    resident = step.resident()
-    return Plan({phase: _largest(resident, each) for phase, each in moments.items()})
+    if "evaluation" in sampled:
+        moments["evaluation"] = step.rollout(sampled["evaluation"], cache_tokens)
+    return Plan({phase: _largest(resident, each) for phase, each in moments.items()}, cache_tokens)
+
+
+def _cache_tokens(step: Step, resident: Moment, work: Workload, usable: float | None) -> int:
+    """Tokens of the KV cache with which the work's samples are drawn."""
+    needed = step.layout(work, None).tokens
+    if usable is None:
+        return needed
+    group = len(work.completions) // len(work.prompts)
+    least = step.layout(Workload(work.prompts[:1], work.patches[:1], work.completions[:group]), None).tokens
+    others = max(sum(moment.values()) - moment["KV cache"] for moment in step.rollout(work, needed))
+    left = usable - sum(resident.values()) - others
+    return int(min(needed, max(least, left / step.cache_bytes(1))))
 
 
 def planned_device(config: TrainConfig) -> tuple[str, torch.dtype]:
@@ -180,7 +211,7 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, vram: float) -> 
     Empty where it fits as it is. Where three are not enough, a last line says so.
     """
     usable = usable_bytes(vram)
-    before = make_plan(config, model_config)
+    before = make_plan(config, model_config, usable=usable)
     chosen: dict[str, dict] = {}
     current, excess = config, before.excess(usable)
     for name, values in _changes(config):
@@ -188,7 +219,7 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, vram: float) -> 
             break
         for value in values:
             changed = replace(current, **value)
-            remaining = make_plan(changed, model_config).excess(usable)
+            remaining = make_plan(changed, model_config, usable=usable).excess(usable)
             if remaining > excess - 0.001 * usable:
                 break  # it does not help
             current, excess, chosen[name] = changed, remaining, value
@@ -197,9 +228,12 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, vram: float) -> 
     for name in list(chosen) if not excess else []:  # a later change may have made an earlier one superfluous
         others = [value for other, value in chosen.items() if other != name]
         without = replace(config, **{setting: v for value in others for setting, v in value.items()})
-        if not make_plan(without, model_config).excess(usable):
+        if not make_plan(without, model_config, usable=usable).excess(usable):
             del chosen[name]
-    lines = [_saving(before, make_plan(replace(config, **value), model_config), value) for value in chosen.values()]
+    lines = [
+        _saving(before, make_plan(replace(config, **value), model_config, usable=usable), value)
+        for value in chosen.values()
+    ]
     if excess:
         return [*lines[-3:], f"all that is known here leaves {excess / 2**30:.1f} GiB too much: take a larger card"]
     return [*lines[:3], f"and {len(lines) - 3} more: plan again with these"] if len(lines) > 3 else lines
@@ -285,7 +319,8 @@ def main() -> None:
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     print(f"{config.model} on {device} in {dtype}, largest prompts, images and completions".replace("torch.", ""))
-    print(make_plan(config, model_config).render(usable_bytes(config.vram)))
+    usable = usable_bytes(config.vram)
+    print(make_plan(config, model_config, usable=usable).render(usable))
     changes = advice(config, model_config, config.vram)
     if changes:
         print("to make it fit:\n" + "\n".join(f"  {line}" for line in changes))

@@ -6,13 +6,11 @@ from typing import TypeVar
 
 import torch
 
-from .config import TrainConfig
 from .errors import UserError
-from .evaluate import BATCH_SIZE
 
 Result = TypeVar("Result")
-TOKENS, SAMPLED, EVALUATED = "tokens_per_microbatch", "prompts sampled at once", "items evaluated at once"
-"""Names of amounts: the setting, and two that follow from prompts_per_step and from evaluate.BATCH_SIZE."""
+TOKENS, CACHE = "tokens_per_microbatch", "tokens in the KV cache"
+"""Names of amounts: the setting, and what the memory plan leaves for the rollout."""
 
 
 class Room:
@@ -23,12 +21,6 @@ class Room:
 
     def __init__(self, say: Callable[[str], None], advise: Callable[[], str], amounts: dict[str, int]):
         self.say, self.advise, self.amounts = say, advise, dict(amounts)
-
-    @classmethod
-    def of_run(cls, config: TrainConfig, say: Callable[[str], None], advise: Callable[[], str]) -> "Room":
-        """What a training run does at once."""
-        amounts = {TOKENS: config.tokens_per_microbatch, SAMPLED: config.prompts_per_step, EVALUATED: BATCH_SIZE}
-        return cls(say, advise, amounts)
 
     def attempt(self, name: str, work: Callable[[int], Result]) -> Result:
         """work(amount of `name`); where it runs out of memory, once more from its beginning with half the amount.

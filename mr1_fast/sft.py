@@ -19,7 +19,7 @@ from .model.forward import lm_head_weight
 from .model.load import Policy, make_policy
 from .optim import make_optimizer, update
 from .packing import MicroBatches
-from .rollout.generate import Sampling
+from .rollout.sampling import Sampling
 from .tasks import format_solution
 from .tasks.data import load_examples
 from .types import Example, PackedBatch

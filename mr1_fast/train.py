@@ -31,13 +31,16 @@ from .packing import MicroBatches
 from .plan import RunMemory
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
-from .rollout.generate import Sampling, roll_out
-from .room import EVALUATED, SAMPLED, TOKENS, Room
+from .rollout.engine import Engine
+from .rollout.sampling import Sampling
+from .room import CACHE, TOKENS, Room
 from .sft import sft_loss, solution_batches, tiny_start
 from .tasks import get_task
 from .tasks.data import load_examples
 from .types import Example, PackedBatch, Rollout
 
+GAP = ("rollout_gap_mean", "rollout_gap_max")
+"""|log π − log π_rollout| of the sampled tokens, as training and rollout compute them with the same weights."""
 SHOWN = 12
 """Held-out items whose images and answers the report shows."""
 
@@ -65,7 +68,7 @@ def train(config: TrainConfig) -> Path:
     for example in source.take(first, config.prompts_per_step):
         policy.encode(example)  # too long a prompt or too large an image shows before anything is written
     memory = RunMemory(policy, config)
-    room = Room.of_run(config, log.say, memory.advise)
+    room = Room(log.say, memory.advise, {TOKENS: config.tokens_per_microbatch, CACHE: memory.cache_tokens})
     log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
     log.create()
     if not log.resuming:
@@ -101,7 +104,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
     prompts = [policy.encode(example) for example in examples]
-    rollout = room.attempt(SAMPLED, partial(sample, policy, examples, prompts, step, config))
+    rollout = room.attempt(CACHE, partial(sample, policy, examples, prompts, step, config))
     clock.lap("rollout")
 
     weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
@@ -119,8 +122,10 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
         beta = schedule(optimizer_step)
         objective = partial(grpo_objective, beta=beta, config=config)
         metrics = learn(policy, optimizer, batches, objective, optimizer_step, config, room)
+        if inner == 0:  # later, the weights are no longer those of the rollout
+            gap = {name: metrics.pop(name) for name in GAP}
     clock.lap("update")
-    return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **clock.laps}
+    return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **gap, **clock.laps}
 
 
 def sft_step(policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room) -> dict[str, float]:
@@ -134,12 +139,12 @@ def sft_step(policy, optimizer, examples: list[Example], step: int, config: Trai
     return {**metrics, **clock.laps}
 
 
-def sample(policy: Policy, examples: list[Example], prompts: list, step: int, config: TrainConfig, at_once: int):
-    """The rollout of a step, `at_once` prompts at a time; the same again if called again with the same."""
-    generator = torch.Generator(policy.device).manual_seed(derive_seed(config.seed, "rollout", step))
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
-    model, processor, size = policy.model, policy.processor, config.num_generations
-    return roll_out(model, processor, examples, prompts, size, sampling, generator, at_once)
+def sample(policy: Policy, examples: list[Example], prompts: list, step: int, config: TrainConfig, cache_tokens: int):
+    """The rollout of a step with at most so many tokens in the KV cache; the same again if called again."""
+    engine = Engine(policy.model, policy.processor, policy.encode)
+    seed, prefill = derive_seed(config.seed, "rollout", step), config.tokens_per_microbatch
+    sampling, size = Sampling.of(config), config.num_generations
+    return engine.generate(examples, size, sampling, seed, prompts, cache_tokens=cache_tokens, prefill_tokens=prefill)
 
 
 def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
@@ -149,6 +154,7 @@ def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
         per_sequence = advantages.flatten()[batch.sequence_ids]
         batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
         batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(rollout.completions))
+        batch.row_data["rollout_logp"] = torch.cat([rollout.logprobs[index] for index in batch.sequence_ids])
     return batches
 
 
@@ -156,7 +162,10 @@ def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
 def add_logprobs(
     batches: MicroBatches, policy: Policy, reference: Reference | None, config: TrainConfig, tokens_per_pack: int
 ) -> None:
-    """Put reference log-probs on the rows, and old ones where a later update will need them (μ > 1)."""
+    """Put reference log-probs on the rows, and the policy's own for importance weights.
+
+    The old log-probs that several updates need (μ > 1) are the rollout's, which cost no pass.
+    """
     batches.repack(tokens_per_pack)
     found = []
     for batch in batches:
@@ -164,7 +173,11 @@ def add_logprobs(
         if reference is not None:
             values["ref_logp"] = reference.logprobs(on_device, config.temperature)
         if config.updates_per_batch > 1:
-            values["old_logp"] = policy.logprobs(on_device, config.temperature)[0]
+            values["old_logp"] = batch.row_data["rollout_logp"]
+        if config.importance_cap:
+            own = policy.logprobs(on_device, config.temperature)[0]
+            ratio = (own - on_device.row_data["rollout_logp"]).exp()
+            values |= {"old_logp": own, "is_weights": ratio.clamp(max=config.importance_cap)}
         found.append(values)
     for batch, values in zip(batches, found, strict=True):  # all or none, should memory run out on the way
         batch.row_data |= values
@@ -197,12 +210,15 @@ def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: Trai
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         temperature=config.temperature,
+        is_weights=rows.get("is_weights"),
     )
+    gap = (result.logp - rows["rollout_logp"]).abs()
     statistics = {
         "entropy": result.entropy,
         "kl": result.kl,
         "clip_fraction": result.clipped,
         "kl_limited": result.kl_limited,
+        **dict.fromkeys(GAP, gap),
     }
     return result.loss, statistics
 
@@ -245,10 +261,11 @@ def record_evaluation(policy, config: TrainConfig, held_out: list[Example], log:
     modes = {"greedy": 0.0, "sampled": config.temperature}
     result[when] = {}
     for mode, temperature in modes.items():
-        sampling = Sampling(config.max_new_tokens, temperature, config.top_p)
-        seed, tokens = derive_seed(config.seed, mode), config.tokens_per_microbatch
-        work = partial(evaluate, policy, config.task, held_out, sampling, seed=seed, tokens_at_once=tokens)
-        records = room.attempt(EVALUATED, lambda size, work=work: work(batch_size=size))
+        sampling, seed = Sampling.of(config, temperature=temperature), derive_seed(config.seed, mode)
+        work = partial(
+            evaluate, policy, config.task, held_out, sampling, seed=seed, prefill=config.tokens_per_microbatch
+        )
+        records = room.attempt(CACHE, lambda tokens, work=work: work(cache_tokens=tokens))
         result[when][mode] = summary = summarise(records)
         if mode == "greedy":
             _record_shown(result["examples"], records, held_out, when, log.folder)

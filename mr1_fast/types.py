@@ -63,13 +63,20 @@ class Rollout:
     prompts: list[Prompt]
     """B prompts."""
     completions: list[torch.Tensor]
-    """B·G int64 tensors of token ids, each ending with EOS unless it was cut at the length limit; may be empty."""
+    """B·G int64 tensors of token ids, EOS included where it was sampled; may be empty."""
     texts: list[str]
     """B·G decoded completions, without special tokens."""
-    finished: list[bool]
-    """B·G: whether the completion ended by itself."""
+    reasons: list[str]
+    """B·G: why each ended: `eos`, `stop` (one of the stop texts) or `length`."""
+    logprobs: list[torch.Tensor]
+    """B·G fp32: log-probability of each token as sampled, under softmax(logits / temperature) without filters."""
     num_generations: int = 1
     """G."""
+
+    @property
+    def finished(self) -> list[bool]:
+        """B·G: whether the completion ended by itself."""
+        return [reason != "length" for reason in self.reasons]
 
 
 @dataclass

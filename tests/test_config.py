@@ -15,7 +15,7 @@ from mr1_fast.config import (
     OptimizerConfig,
     RewardConfig,
     RunConfig,
-    SamplingConfig,
+    Sampling,
     TaskConfig,
     TrainConfig,
     cache_folder,
@@ -183,7 +183,7 @@ def test_cache_folder(variable, monkeypatch, tmp_path):
 
 
 def test_every_setting_belongs_to_one_group():
-    groups = [RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, SamplingConfig, TaskConfig, ModelConfig]
+    groups = [RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig]
     names = [setting.name for group in groups for setting in dataclasses.fields(group)]
     assert sorted(names) == sorted(setting.name for setting in dataclasses.fields(TrainConfig))
 

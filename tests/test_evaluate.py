@@ -3,7 +3,6 @@
 import itertools
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -45,14 +44,6 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
             assert pass_at_k([{"correct": correct}], k) == pytest.approx(share)
     records = [{"correct": [True, False]}, {"correct": [False, False]}]
     assert (pass_at_k(records, 1), pass_at_k(records, 2)) == (0.25, 0.5)
-
-
-def test_batches_hold_no_more_padded_tokens_than_allowed():
-    lengths = [3, 3, 3, 9, 1, 1, 1, 30, 2]
-    policy = SimpleNamespace(encode=lambda length: SimpleNamespace(input_ids=[0] * length))
-    batches = [chunk for chunk, _ in evaluate._batches(policy, lengths, batch_size=3, tokens_at_once=18)]
-    assert batches == [[3, 3, 3], [9, 1], [1, 1], [30], [2]], "one that is too long goes alone"
-    assert [len(chunk) for chunk, _ in evaluate._batches(policy, lengths, 4, None)] == [4, 4, 1]
 
 
 def test_accuracy_counts_the_first_output():

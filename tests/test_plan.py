@@ -17,7 +17,8 @@ from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer, update
 from mr1_fast.phases import Step
 from mr1_fast.plan import PlanConfig, RunMemory, advice, main, make_plan, planned_device, usable_bytes
-from mr1_fast.rollout.generate import Sampling, roll_out
+from mr1_fast.rollout.engine import Engine
+from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.train import grpo_batches, grpo_objective
 from mr1_fast.types import Prompt, Rollout
 from mr1_fast.workload import Workload
@@ -83,7 +84,8 @@ def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) ->
     optimizer, reference = make_optimizer(policy.model, config), Reference(policy, config.reference)
     prompts = [random_prompt(*grid) for grid in grids]
     completions = [torch.randint(20, 200, (length,)) for length in lengths]
-    rollout = Rollout([], prompts, completions, [], [], config.num_generations)
+    logprobs = [torch.zeros(len(ids)) for ids in completions]
+    rollout = Rollout([], prompts, completions, [], [], logprobs, config.num_generations)
     batches = grpo_batches(rollout, torch.randn(len(prompts), config.num_generations), config.tokens_per_microbatch)
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
@@ -94,8 +96,13 @@ def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) ->
     always += 0 if reference.has_adapter else nbytes(reference.policy.model)
 
     processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: []))
-    sampling = Sampling(max(lengths), 1.0, config.top_p)
-    sample = partial(roll_out, policy.model, processor, [], prompts, config.num_generations, sampling)
+    sampling = Sampling(max(lengths), top_p=config.top_p)
+
+    def sample():  # an engine of its own, as a training step has
+        engine = Engine(policy.model, processor, encode=len)
+        at_once = config.tokens_per_microbatch
+        engine.generate([], config.num_generations, sampling, prompts=prompts, prefill_tokens=at_once)
+
     phases = {
         "rollout": sample,
         "reference": lambda: [reference.logprobs(batch.to(policy.device), 1.0) for batch in batches],
@@ -130,7 +137,7 @@ def test_the_plan_is_what_a_step_allocates(case):
     beside = {phase: (plan.total(phase) - always) / measured[phase] - 1 for phase in measured}
     print({phase: (measured[phase], f"{errors[phase]:+.1%}", f"{beside[phase]:+.1%}") for phase in measured})
     assert max(map(abs, errors.values())) < 0.05, errors
-    work_space = 0.25 if config.dtype == "bfloat16" else 0.05  # oneDNN lays 16-bit numbers out anew
+    work_space = 0.25 if config.dtype == "bfloat16" else 0.06  # oneDNN lays 16-bit numbers out anew
     assert max(map(abs, beside.values())) < work_space, beside
 
 
@@ -220,7 +227,7 @@ def test_a_run_shows_its_plan_and_what_was_measured_beside_it():
 def test_after_memory_ran_out_there_is_advice_even_where_the_plan_fits():
     memory = RunMemory(tiny_policy(), TrainConfig(max_prompt_tokens=64, max_new_tokens=8, prompts_per_step=2))
     said = memory.advise()
-    assert said.startswith("To make room: --") and said.endswith(".") and "\n" not in said
+    assert said.startswith("To make room: lower --tokens-per-microbatch") and said.endswith(".") and "\n" not in said
 
 
 def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):

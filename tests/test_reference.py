@@ -155,4 +155,5 @@ def test_offloaded_checkpoints_are_the_layers_inputs_and_change_no_gradient(monk
         gradients.append({name: p.grad for name, p in policy.model.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     tokens, patches = len(batch.input_ids), len(batch.pixel_values)
+    packed = [shape for shape in packed if shape != (0,)]  # torch 2.11 saves an empty tensor beside each input
     assert packed == [(patches, 64)] * 2 + [(1, tokens, 128)] * 3

@@ -64,7 +64,8 @@ def drawn_rollout(policy) -> Rollout:
     examples = mixed_examples()
     completions = [torch.randint(0, 300, (n,), generator=generator) for n in (4, 2, 9, 1, 5, 5, 3, 7)]
     prompts = [policy.encode(example) for example in examples]
-    return Rollout(examples, prompts, completions, [""] * 8, [True] * 8, num_generations=2)
+    logprobs = [torch.full((len(ids),), -5.7) for ids in completions]  # about that of 300 tokens' mean
+    return Rollout(examples, prompts, completions, [""] * 8, ["eos"] * 8, logprobs, num_generations=2)
 
 
 def test_rows_keep_their_data_when_packed_anew():

@@ -48,8 +48,9 @@ def rollout(policy, chosen: list[int], groups=GROUPS) -> Rollout:
     generator = torch.Generator().manual_seed(2)
     drawn = [[torch.randint(0, 300, (n,), generator=generator) for n in lengths] for lengths in groups]
     completions = [ids for i in chosen for ids in drawn[i]]
-    texts, finished = [""] * len(completions), [True] * len(completions)
-    return Rollout(examples, [policy.encode(e) for e in examples], completions, texts, finished, len(groups[chosen[0]]))
+    texts, reasons = [""] * len(completions), ["eos"] * len(completions)
+    logprobs, prompts = [torch.zeros(len(ids)) for ids in completions], [policy.encode(e) for e in examples]
+    return Rollout(examples, prompts, completions, texts, reasons, logprobs, len(groups[chosen[0]]))
 
 
 def repeated_and_padded(policy, drawn: Rollout, advantages) -> tuple[torch.Tensor, dict, dict]:

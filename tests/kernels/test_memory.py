@@ -260,13 +260,16 @@ def test_offsets_past_two_to_the_31_elements(device, no_copy_back, columns):
     data = loss_rows(2, columns, torch.bfloat16, device)
     far = storage.as_strided((2, columns), (stride, 1))
     far.copy_(data["logits"])
+    # Rows of a multiple of 16 columns apart, as the far ones are: a GPU reads those, and adds them up, in wider pieces.
+    near = torch.empty(2, columns + -columns % 16, dtype=torch.bfloat16, device=device)[:, :columns]
+    data["logits"] = near.copy_(data["logits"])
     temperature = torch.tensor(1.0, device=device)
     expected = grpo_loss_triton.row_logprobs(data["logits"], data["targets"], temperature)
     results = grpo_loss_triton.row_logprobs(far, data["targets"], temperature)
     for value, expected_value in zip(results, expected, strict=True):
         assert torch.equal(value, expected_value)
     incoming = data["advantages"], data["token_weights"]
-    out = torch.empty_like(data["logits"])
+    out = near.new_empty(2, columns + -columns % 16)[:, :columns]
     grpo_loss_triton.row_logprobs_backward(data["logits"], data["targets"], temperature, *expected[1:], *incoming, out)
     grpo_loss_triton.row_logprobs_backward(far, data["targets"], temperature, *results[1:], *incoming, far)
     assert torch.equal(far, out)

@@ -1,0 +1,162 @@
+"""The rollout: G completions of each prompt, with continuous batching. Read this file first, then schedule.py.
+
+A prompt and its images are encoded once, into a span of the pool of keys and values that all its samples read
+(prefill.py, cache.py). Samples wait in order; one that ends gives its place to the next in the same step. Who runs, and
+when it ends, is decided on the host (schedule.py); the device sees tables (decoder.py).
+
+A sample's randomness is a row of numbers that belongs to it alone, so it does not depend on what runs beside it.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model.attention import use_packed_attention
+from ..model.forward import base_model
+from ..model.processor import ImageTextProcessor
+from ..model.prompt import PromptEncoder
+from ..types import Example, Prompt, Rollout
+from .cache import Layout, Pool
+from .decoder import Decoder
+from .prefill import prefill
+from .sampling import Sampling
+from .schedule import Ends, Schedule
+from .stop import StopTexts
+
+MOST_SAMPLES = 256
+"""Samples decoded at once, where memory allows."""
+PREFILL_TOKENS = 8192
+"""Prompt tokens encoded at once; a longer prompt goes alone."""
+
+
+class Engine:
+    """Samples from a `…ForConditionalGeneration` of the Qwen2-VL family, with the weights it has at the time.
+
+    The pool and the captured graphs are kept between calls; `release()` gives their memory back.
+
+    >>> Engine(model, processor).generate(examples, 8, Sampling(max_new_tokens=256)).texts  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, processor: ImageTextProcessor, encode: PromptEncoder | None = None):
+        self.model, self.processor = model, processor
+        self.encode = encode or PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
+        self._decoder: Decoder | None = None
+        self._key: tuple = ()
+        use_packed_attention(base_model(model))
+
+    def generate(
+        self,
+        examples: list[Example],
+        num_generations: int = 1,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        prompts: list[Prompt] | None = None,
+        cache_tokens: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> Rollout:
+        """G = `num_generations` completions of each example; `prompts` are the examples as `encode` gives them.
+
+        At most `cache_tokens` tokens have keys and values at once (default: as many as are of use): samples wait for
+        room. UserError where a prompt with a completion is longer than that, and where logits are NaN.
+        """
+        sampling = sampling or Sampling()
+        sampling.check_sampling()
+        prompts = [self.encode(example) for example in examples] if prompts is None else prompts
+        count = len(prompts) * num_generations
+        completions, logprobs, reasons = [[]] * count, [[]] * count, ["length"] * count
+        if count and sampling.max_new_tokens:
+            layout = Layout.fitting(
+                [len(prompt.input_ids) for prompt in prompts],
+                num_generations,
+                sampling.max_new_tokens,
+                MOST_SAMPLES,
+                cache_tokens,
+            )
+            schedule = self._schedule(prompts, num_generations, layout, sampling, seed)
+            with torch.no_grad(), evaluating(self.model):
+                self._run(schedule, prompts, self._decoder_for(layout, sampling), prefill_tokens)
+            completions = [ids[:n] for ids, n in zip(schedule.tokens, schedule.counts, strict=True)]
+            logprobs = [values[:n] for values, n in zip(schedule.logprobs, schedule.counts, strict=True)]
+            reasons = schedule.reasons
+        return Rollout(
+            examples=examples,
+            prompts=prompts,
+            completions=[torch.tensor(ids, dtype=torch.int64) for ids in completions],
+            texts=self.processor.tokenizer.batch_decode(completions, skip_special_tokens=True),
+            logprobs=[torch.tensor(values, dtype=torch.float32) for values in logprobs],
+            reasons=reasons,
+            num_generations=num_generations,
+        )
+
+    def release(self) -> None:
+        """Free the keys, values and graphs."""
+        self._decoder, self._key = None, ()
+
+    def _schedule(self, prompts, num_generations, layout: Layout, sampling: Sampling, seed: int) -> Schedule:
+        shape = len(prompts) * num_generations, sampling.max_new_tokens
+        uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        lengths, positions = [len(p.input_ids) for p in prompts], [p.next_position for p in prompts]
+        return Schedule(lengths, positions, num_generations, layout, uniform, self._ends(sampling))
+
+    def _ends(self, sampling: Sampling) -> Ends:
+        eos, stop = self.processor.tokenizer.eos_token_id, StopTexts(self.processor.tokenizer, sampling.stop)
+
+        def ends(sample: int, tokens: np.ndarray) -> str | None:
+            return "eos" if tokens[-1] == eos else "stop" if stop.ends(tokens) else None
+
+        return ends
+
+    def _decoder_for(self, layout: Layout, sampling: Sampling) -> Decoder:
+        """A decoder with its pool; the last one again while nothing that a captured graph holds on to has changed."""
+        pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
+        key = (layout, str(vars(sampling)), pointers)
+        if self._key != key:
+            self.release()
+            text = base_model(self.model).model.language_model
+            pool = Pool(text, layout, like=text.norm.weight)
+            self._decoder, self._key = Decoder(self.model, pool, sampling, layout.sample_spans), key
+        return self._decoder
+
+    def _run(self, schedule: Schedule, prompts: list[Prompt], decoder: Decoder, prefill_tokens: int) -> None:
+        """Until every sample has ended. On CUDA the host is a step behind, so that the device never waits for it."""
+        ahead = 1 if decoder.graphs is not None else 0
+        pending: deque = deque()
+        while True:
+            if chosen := schedule.next_prompts(prefill_tokens):
+                self._begin(schedule, chosen, prompts, decoder)
+                continue
+            samples, new, table, uniform = schedule.next_step()
+            for sample in new if decoder.seen is not None else ():
+                decoder.forget(int(schedule.sample_spans[sample]), prompts[sample // schedule.group].input_ids)
+            if len(samples):
+                pending.append((samples, decoder.launch(table, uniform)))
+            elif not pending:
+                return
+            if len(pending) > ahead or not len(samples):
+                samples, wait = pending.popleft()
+                schedule.record(samples, *wait())
+
+    def _begin(self, schedule: Schedule, chosen: list[int], prompts: list[Prompt], decoder: Decoder) -> None:
+        """Encode prompts and draw their samples' first tokens."""
+        starts = schedule.layout.prompt_start(schedule.prompt_spans[chosen]).tolist()
+        hidden = prefill(self.model, [prompts[i] for i in chosen], decoder.pool, starts)
+        samples = schedule.samples_of(chosen)
+        tokens, logprobs = decoder.first(
+            hidden, [prompts[i].input_ids for i in chosen], torch.from_numpy(schedule.uniform[samples, 0])
+        )
+        schedule.begin(samples, tokens.cpu().numpy(), logprobs.cpu().numpy())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and checkpointing; afterwards as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
