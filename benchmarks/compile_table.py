@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mr1_fast.kernels import adamw_triton, decode_triton, grpo_loss_triton
+from mr1_fast.kernels import adamw_triton, decode_linear_triton, decode_triton, grpo_loss_triton
 from mr1_fast.kernels.adamw import Scalars, State
 from mr1_fast.kernels.grpo_loss import Objective, RowResults
 
@@ -36,6 +36,9 @@ TARGET_GATHERS = 2
 """16-bit accesses that a kernel may have: it reads one logit alone, the target's."""
 NEW_TOKEN_ACCESSES = 7
 """Those of attention in decoding, a channel a thread: the new token's angles, key (twice) and value, and two writes."""
+BIAS_ACCESSES = 12
+"""Those of linear layers in decoding: biases, a column or two a thread, or the output of few rows."""
+SHORT_ACCESSES = {"attend": NEW_TOKEN_ACCESSES, "linears": BIAS_ACCESSES}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,6 +130,21 @@ def launch_decode(dtype: torch.dtype, device: str = "meta", rows: int = 64) -> N
             decode_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
 
 
+def launch_decode_linear(dtype: torch.dtype, arch, device: str = "meta") -> None:
+    """The fused linear layers of Qwen2-VL 2B, with every tile for the GPU that stands for this target."""
+    original = decode_linear_triton._shared_memory
+    decode_linear_triton._shared_memory = lambda device: SHARED_LIMIT[arch] * 2**10
+    empty = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
+    try:
+        for rows in (32, 64, 128):
+            x = empty(rows, 1536)
+            weights, biases = zip(*((empty(n, 1536), empty(n)) for n in (1536, 256, 256)), strict=True)
+            decode_linear_triton.linears(x, weights, biases)
+            decode_linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
+    finally:
+        decode_linear_triton._shared_memory = original
+
+
 def parts_on(arch, v: int, dtype: torch.dtype) -> int:
     """Programs per row that `split_columns` chooses on the GPU that stands for this target."""
     multiprocessors, megabytes = MULTIPROCESSORS[arch]
@@ -196,6 +214,8 @@ def decode_table(dtypes: list[str], targets: list[tuple] = TARGETS[:-1]) -> list
         for dtype in dtypes:
             with captured(backend, arch, warp_size) as compiled:
                 launch_decode(DTYPES[dtype])
+                if dtype != "fp32":  # whose linear layers are PyTorch's
+                    launch_decode_linear(DTYPES[dtype], arch)
             rows += _worst(compiled, backend, arch, {"dtype": dtype, "V": None, "parts": 1})
     return rows
 
@@ -213,7 +233,7 @@ def _worst(compiled: list[tuple], backend: str, arch, settings: dict) -> list[di
     return [
         {"target": label, **settings, "kernel": name, **row,
          "fits": row["spills"] == 0 and row["shared"] <= SHARED_LIMIT[arch]
-         and row["wide"] > 0 and row["short"] <= (NEW_TOKEN_ACCESSES if name == "attend" else TARGET_GATHERS)}
+         and row["wide"] > 0 and row["short"] <= SHORT_ACCESSES.get(name, TARGET_GATHERS)}
         for name, row in worst.items()
     ]  # fmt: skip
 

@@ -44,7 +44,7 @@ def refused(argv, message):
     with pytest.raises(UserError, match=message) as raised:
         run(argv)
     sentence = str(raised.value)
-    assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 600
+    assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 800
     return sentence
 
 

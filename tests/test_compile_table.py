@@ -27,6 +27,12 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(target):
     assert [row for row in rows if not row["fits"]] == []
 
 
+def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
+    rows = compile_table.decode_table(["bf16"], [("cuda", 86, 32)])  # others: python benchmarks/compile_table.py
+    assert {row["kernel"] for row in rows} == {"attend", "linears", "add_rms_norm", "silu_mul", "block_sums", "sample"}
+    assert [row for row in rows if not row["fits"]] == []
+
+
 def test_a_vocabulary_that_breaks_wide_accesses_is_told_apart():
     (row,) = [
         row for row in compile_table.table(["bf16"], [151_937], [("cuda", 86, 32)]) if row["kernel"] == "logprobs"

@@ -103,6 +103,8 @@ def measure(config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths) ->
         at_once = config.tokens_per_microbatch
         engine.generate([], config.num_generations, sampling, prompts=prompts, prefill_tokens=at_once)
 
+    if config.device == "cuda":  # work space of cuBLAS for the stream of captures
+        sample()
     phases = {
         "rollout": sample,
         "reference": lambda: [reference.logprobs(batch.to(policy.device), 1.0) for batch in batches],

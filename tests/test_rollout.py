@@ -110,6 +110,24 @@ def test_logprobs_are_those_of_training(settings, filters):
     assert len({tuple(ids) for ids in lists(rollout)}) > 9, "samples of a group must differ"
 
 
+@pytest.mark.parametrize("four_bit", [False, True], ids=["", "4bit"])
+def test_sixteen_and_four_bits_are_close_to_training(four_bit):
+    policy = tiny_policy(torch.bfloat16)
+    if four_bit:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        for layer in policy.model.model.language_model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in [*part.named_children()]:
+                    if isinstance(linear, torch.nn.Linear):
+                        sizes = linear.in_features, linear.out_features, linear.bias is not None
+                        small = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
+                        small.load_state_dict(linear.state_dict())
+                        setattr(part, name, small)
+    rollout = engine_of(policy).generate(mixed_examples(), 4, Sampling(12), seed=1)
+    gap = (torch.cat(rollout.logprobs) - training_logprobs(policy, rollout)).abs()
+    assert gap.mean() < 0.03 and gap.max() < 0.3
+
+
 def test_greedy_logprobs_are_at_temperature_1(policy, engine):
     rollout = engine.generate(mixed_examples(), 1, Sampling(6, temperature=0.0))
     torch.testing.assert_close(
@@ -143,7 +161,7 @@ def test_a_small_cache_makes_samples_wait_and_changes_none(engine):
         small = engine.generate(mixed_examples(), 5, Sampling(10), seed=3, cache_tokens=budget, prefill_tokens=64)
         assert engine._decoder.pool.keys.shape[1] <= budget
         assert lists(small) == lists(whole) and small.reasons == whole.reasons
-    with pytest.raises(UserError, match=rf"has {longest} tokens .* max_new_tokens = 10, but .* room for {longest + 10}"):
+    with pytest.raises(UserError, match=rf"has {longest} tokens .* max_new_tokens = 10, .* room for {longest + 10}"):
         engine.generate(mixed_examples(), 5, Sampling(10), cache_tokens=longest + 10)
 
 

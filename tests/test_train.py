@@ -24,14 +24,8 @@ from mr1_fast.train import load_policy, run
 
 KEYS = {"reward", "accuracy", "format", "letters", "zero_variance", "completion_length", "finished", "beta", "loss"}
 KEYS |= {"entropy", "kl", "clip_fraction", "kl_limited", "grad_norm", "learning_rate", "skipped", "step"}
-KEYS |= {
-    "rollout_gap_mean",
-    "rollout_gap_max",
-    "seconds_rollout",
-    "seconds_reward",
-    "seconds_reference",
-    "seconds_update",
-}
+KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
+KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
 if torch.cuda.is_available():
     KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}

@@ -6,12 +6,14 @@ lengths or ends.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..kernels.decode import add_rms_norm, attend, silu_mul
+from ..kernels.decode_linear import linears, swiglu
 from ..model.forward import base_model
 from .cache import Pool
 from .sampling import Sampling, draw
@@ -89,22 +91,45 @@ class Decoder:
         cos, sin = self.angles(residual, position)
         for layer, keys, values in zip(self.text.layers, self.pool.keys, self.pool.values, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
-            norm = layer.input_layernorm
-            residual, x = add_rms_norm(residual, update, norm.weight, norm.variance_epsilon)
-            heads = (len(x), -1, keys.shape[-1])
-            q, k, v = (project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            residual, x = normed(residual, update, layer.input_layernorm)
+            projected = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
+            q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in projected)
             update = attend(q, k, v, cos, sin, keys, values, spans, attention.scaling)
-            norm = layer.post_attention_layernorm
-            residual, x = add_rms_norm(
-                residual, attention.o_proj(update.flatten(1)), norm.weight, norm.variance_epsilon
-            )
-            update = mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
-        return add_rms_norm(residual, update, self.text.norm.weight, self.text.norm.variance_epsilon)[1]
+            update = attention.o_proj(update.flatten(1))
+            residual, x = normed(residual, update, layer.post_attention_layernorm)
+            update = mlp.down_proj(gated(x, mlp.gate_proj, mlp.up_proj))
+        return normed(residual, update, self.text.norm)[1]
 
     def angles(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (R, d) of a text position, which is the same in M-RoPE's three axes."""
         cos, sin = self.text.rotary_emb(x[None], position.expand(3, 1, -1))
         return tuple(part.flatten(0, -3)[0] for part in (cos, sin))  # older transformers: one for each axis
+
+
+def normed(residual: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """residual + update, and its norm: (R, D) each."""
+    return add_rms_norm(residual, update, norm.weight, norm.variance_epsilon)
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each layer makes of x (R, D), in one launch where they are neither adapters nor in 4 bits."""
+    if all(type(layer) is nn.Linear for layer in layers):
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        return linears(x, weights, biases)
+    return tuple(layer(x) for layer in layers)
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """silu(gate(x)) · up(x), likewise."""
+    if type(gate) is type(up) is nn.Linear and gate.bias is up.bias is None:
+        return swiglu(x, gate.weight, up.weight)
+    return silu_mul(gate(x), up(x))
+
+
+@lru_cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a work space for each stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -164,14 +189,13 @@ class Graphs:
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         self.table[:size] = self.idle.to(self.device)
-        stream = torch.cuda.Stream()
+        stream, previous = capture_stream(self.device), self.decoder.previous.clone()
         stream.wait_stream(torch.cuda.current_stream())
-        previous = self.decoder.previous.clone()
         with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before a capture
             self._step(size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
+        with torch.cuda.graph(graph, pool=self.memory, stream=stream):
             results = self._step(size)
         self.decoder.previous.copy_(previous)
         return graph, results

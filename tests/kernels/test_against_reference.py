@@ -201,5 +201,7 @@ def test_k3_of_small_log_ratios_keeps_its_digits(device):
     def worst(kl: torch.Tensor) -> float:
         return ((kl.double() - exact) / exact).abs().max().item()
 
-    assert worst(result.kl) <= 2 * worst(torch.expm1(d) - d) + 8 * EPSILON
+    # A GPU's compiler may fuse logp's last product into the difference: it is then off by a rounding of logp
+    fused = 2 * EPSILON * result.logp.abs().max().item() / 1e-3 if device == "cuda" else 0.0
+    assert worst(result.kl) <= 2 * worst(torch.expm1(d) - d) + 8 * EPSILON + fused
     assert worst(result.kl) < 0.1 * worst(torch.exp(d) - d - 1)
