@@ -1,64 +1,60 @@
 """The operations of one decode step, each beside the same in PyTorch and beside the memory's bandwidth.
 
-    python benchmarks/bench_decode_step.py [--models 2B 7B] [--rows 1 8 32 64 128] [--sweep [--in-gemm]]
+    python benchmarks/bench_decode_step.py [--models 2B 7B] [--rows 1 8 32 64 128] [--sweep]
 
-Widths are Qwen2-VL's, in bf16. Each operation is a CUDA graph of 20 launches, on weights, keys and logits that rotate
-and are together larger than L2; a row has 600 tokens in common with seven others, and 256 of its own. The limit is a
-copy's bandwidth in the same run, for what an operation must read and write: weights, activations, keys and values, a
-shared prefix once.
+Widths are Qwen2-VL's, in bf16. Each operation is a CUDA graph of 20 launches, on weights, keys and logits that rotate:
+as many sets, up to 20, as are larger than L2 together. A row has 600 tokens in common with seven others, and 256 of its
+own. The limit is a copy's bandwidth in the same run, for what an operation must read and write: weights, activations,
+keys and values, a shared prefix once.
 
-A whole step, from these: per layer norm_linear, attend, o_proj, norm_swiglu and down_proj, then head and draw. "update
-in GEMM" are the fused operations without an update, which o_proj and down_proj then add to the residual.
+A whole step is the sum of these: per layer add_rms_norm twice, linears, attend, o_proj, swiglu and down_proj, then the
+last norm, head and sample.
 
---sweep: other tiles (decode_linear_triton.TILES), and the best for each operation and R. Prints Markdown tables; the
-last line is one JSON document.
+--sweep: other tiles (decode_linear_triton.TILES) and other blocks, stages and splits of attend, and nothing else; R is
+32, 64 and 128 unless told. Prints Markdown tables; the last line is one JSON document.
 """
 
 import argparse
 import itertools
 import statistics
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from measure import finish, print_table, release
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, silu
+from triton.runtime.errors import OutOfResources
 
+from mr1_fast.kernels import decode_linear_triton, decode_triton
 from mr1_fast.kernels.decode import add_rms_norm, attend, sample, silu_mul
-from mr1_fast.kernels.decode_linear import norm_linear, norm_swiglu
+from mr1_fast.kernels.decode_linear import linears, swiglu
 
 LAUNCHES = 20
 REPLAYS = 7
 PREFIX, OWN, GROUP = 600, 256, 8
-EPS = 1e-6
-COPY_BYTES = 2**30
-
-
-@dataclass
-class Shape:
-    """Widths of a model: D, F, heads, kv heads, layers, V."""
-
-    d: int
-    f: int
-    heads: int
-    kv_heads: int
-    layers: int
-    v: int
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        return self.d, self.kv_heads * HEAD, self.kv_heads * HEAD
-
-
 HEAD = 128
-MODELS = {"2B": Shape(1536, 8960, 12, 2, 28, 151_936), "7B": Shape(3584, 18944, 28, 4, 28, 152_064)}
-STEP = {"norm_linear": True, "attend": True, "o_proj": True, "norm_swiglu": True, "down_proj": True, "head": False,
-        "sample": False}  # fmt: skip
-"""Operations of a step, and whether each layer has them."""
-IN_GEMM = " (update in GEMM)"
+COPY_BYTES = 2**30
+STEP = {"add_rms_norm": 2, "linears": 1, "attend": 1, "o_proj": 1, "swiglu": 1, "down_proj": 1}
+"""Operations of a layer, and how often it has them."""
+LAST = ("add_rms_norm", "head", "sample")
+SHARED_BYTES, ACCUMULATORS = 200 * 2**10, 128
+"""What a tile of the sweep takes at most, and registers of a thread for its product: with more it spills."""
+TILES = {
+    "linears": ((64,), (16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 5)),
+    "swiglu": ((128, 256), (32, 64, 128), (64, 128), (4, 8), (3, 4, 5)),
+}
+"""Columns, rows, depth, warps and stages of the sweep."""
+ATTEND = ((64, 128, 256), (2, 3, 4), (1, 2, 3, 4, 6, 8))
+"""BLOCK_BYTES, STAGES and splits of the sweep."""
+
+Ways = tuple[int, dict[str, list[partial]]]
+"""Bytes, and calls with different data for each way to compute something."""
+Shape = namedtuple("Shape", "d f q kv layers v")
+"""Widths of a model: hidden, MLP, queries, keys; layers, vocabulary."""
+MODELS = {"2B": Shape(1536, 8960, 1536, 256, 28, 151_936), "7B": Shape(3584, 18944, 3584, 512, 28, 152_064)}
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
@@ -72,292 +68,193 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for i in range(LAUNCHES):
             calls[i % len(calls)]()
-    times = []
-    for _ in range(REPLAYS + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 2)]
+    for event in events:
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / LAUNCHES)
-    return statistics.median(times[1:])
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1000 / LAUNCHES
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth() -> float:
     """Bytes a microsecond, read and written."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / microseconds([lambda: target.copy_(source)])
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    return 2 * COPY_BYTES / microseconds([partial(torch.empty_like(source).copy_, source)])
 
 
 # --- what is timed ------------------------------------------------------------------------------------------------
 
 
-class Data:
-    """Tensors of one model and R, as many sets of each kind as are larger than L2 together."""
-
-    def __init__(self, shape: Shape, rows: int, device: str, l2: int):
-        self.shape, self.rows, self.device, self.l2 = shape, rows, device, l2
-        self.residual, self.update, self.attended = (self.random(rows, shape.d) for _ in range(3))
-        self.gated = self.random(rows, shape.f)
-        self.norm = self.random(shape.d)
-
-    def random(self, *size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, device=self.device, dtype=torch.bfloat16).mul_(scale)
-
-    def sets(self, *sizes: tuple[int, ...]) -> list[tuple[Tensor, ...]]:
-        """Random weights of these sizes."""
-        total = sum(2 * torch.Size(size).numel() for size in sizes)
-        count = min(LAUNCHES, max(1, -(-3 * self.l2 // total)))
-        return [tuple(self.random(*size, scale=size[-1] ** -0.5) for size in sizes) for _ in range(count)]
-
-    def qkv(self) -> list[tuple[list[Tensor], list[Tensor]]]:
-        biases = [self.random(n) for n in self.shape.widths]
-        return [(list(weights), biases) for weights in self.sets(*((n, self.shape.d) for n in self.shape.widths))]
+def random(*size: int) -> Tensor:
+    """Rows of length 1, about."""
+    return torch.randn(*size, device="cuda", dtype=torch.bfloat16).mul_(size[-1] ** -0.5)
 
 
-def normed(data: Data) -> tuple[Tensor, Tensor]:
-    """PyTorch's own addition and norm."""
-    residual = data.residual + data.update
-    return residual, rms_norm(residual, residual.shape[1:], data.norm, EPS)
+def sets(*sizes: tuple[int, ...]) -> list[list[Tensor]]:
+    """Random tensors of these sizes, several times."""
+    l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
+    total = sum(2 * torch.Size(size).numel() for size in sizes)
+    return [[random(*size) for size in sizes] for _ in range(min(LAUNCHES, -(-3 * l2 // total)))]
 
 
-def projections(data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and ways to compute queries, keys and values."""
-    sets, d, r = data.qkv(), data.shape.d, data.rows
-    n = sum(data.shape.widths)
+def norms(shape: Shape, r: int) -> Ways:
+    d = shape.d
+    return 2 * (4 * r * d + d), {"add_rms_norm": [partial(add_rms_norm, random(r, d), random(r, d), random(d), 1e-6)]}
 
-    def ours(update, weights, biases):
-        return norm_linear(data.residual, update, data.norm, EPS, weights, biases)
 
-    def apart(norm, weights, biases):
-        x = norm()[1]
-        return [linear(x, *each) for each in zip(weights, biases, strict=True)]
-
-    return 2 * (n * d + r * (3 * d + n)), {
-        "norm_linear": [partial(ours, data.update, *each) for each in sets],
-        "norm_linear" + IN_GEMM: [partial(ours, None, *each) for each in sets],
-        "add_rms_norm, 3 linear": [partial(apart, partial(our_norm, data), *each) for each in sets],
-        "PyTorch: add, rms_norm, 3 linear": [partial(apart, partial(normed, data), *each) for each in sets],
+def projections(shape: Shape, r: int) -> Ways:
+    d, widths = shape.d, (shape.q, shape.kv, shape.kv)
+    n, x, biases = sum(widths), random(r, d), [random(n) for n in widths]
+    weights = sets(*((n, d) for n in widths))
+    return 2 * (n * d + n + r * (d + n)), {
+        "linears": [partial(linears, x, each, biases) for each in weights],
+        "3 F.linear": [partial(lambda *args: [*map(linear, *args)], [x] * 3, each, biases) for each in weights],
     }
 
 
-def our_norm(data: Data) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(data.residual, data.update, data.norm, EPS)
-
-
-def gatings(data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and ways to compute the gated layer."""
-    d, f, r = data.shape.d, data.shape.f, data.rows
-    sets = data.sets((f, d), (f, d))
-
-    def ours(update, gate, up):
-        return norm_swiglu(data.residual, update, data.norm, EPS, gate, up)
-
-    def apart(norm, gating, gate, up):
-        x = norm()[1]
-        return gating(linear(x, gate), linear(x, up))
-
-    return 2 * (2 * f * d + r * (3 * d + f)), {
-        "norm_swiglu": [partial(ours, data.update, *each) for each in sets],
-        "norm_swiglu" + IN_GEMM: [partial(ours, None, *each) for each in sets],
-        "add_rms_norm, 2 linear, silu_mul": [partial(apart, partial(our_norm, data), silu_mul, *each) for each in sets],
-        "PyTorch: add, rms_norm, 2 linear, silu, mul": [
-            partial(apart, partial(normed, data), lambda gate, up: silu(gate) * up, *each) for each in sets
-        ],
+def gatings(shape: Shape, r: int) -> Ways:
+    d, f = shape.d, shape.f
+    x, weights = random(r, d), sets((f, d), (f, d))
+    apart = lambda gating, gate, up: gating(linear(x, gate), linear(x, up))  # noqa: E731
+    return 2 * (2 * f * d + r * (d + f)), {
+        "swiglu": [partial(swiglu, x, *each) for each in weights],
+        "2 F.linear, silu_mul": [partial(apart, silu_mul, *each) for each in weights],
+        "PyTorch: 2 F.linear, silu, mul": [partial(apart, lambda a, b: silu(a) * b, *each) for each in weights],
     }
 
 
-def products(name: str, x: Tensor, data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and cuBLAS' products with o_proj or down_proj, also added to the residual."""
-    sets, d = data.sets((data.shape.d, x.shape[1])), data.shape.d
-    residual = data.residual.clone()
-    return 2 * (d * x.shape[1] + data.rows * (x.shape[1] + d)), {
-        name: [partial(linear, x, *each) for each in sets],
-        name + IN_GEMM: [partial(residual.addmm_, x, weight.T) for (weight,) in sets],
-    }
+def product(name: str, depth: str, columns: str, shape: Shape, r: int) -> Ways:
+    """cuBLAS'."""
+    k, n = getattr(shape, depth), getattr(shape, columns)
+    x = random(r, k)
+    return 2 * (n * k + r * (k + n)), {name: [partial(linear, x, *each) for each in sets((n, k))]}
 
 
-def heads(data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and cuBLAS' product with the head."""
-    d, v, r = data.shape.d, data.shape.v, data.rows
-    return 2 * (v * d + r * (d + v)), {"head": [partial(linear, data.residual, *each) for each in data.sets((v, d))]}
-
-
-def attentions(data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and attention over shared prefixes and rows' own tokens."""
-    shape, r = data.shape, data.rows
+def attentions(shape: Shape, r: int) -> Ways:
     groups = -(-r // GROUP)
     tokens = groups * PREFIX + r * OWN
-    pool = tokens, shape.kv_heads, HEAD
-    q, k, v = (data.random(r, n // HEAD, HEAD) for n in shape.widths)
-    angles = data.random(r, HEAD), data.random(r, HEAD)
-    row = torch.arange(r, dtype=torch.int32)
-    spans = [
-        row // GROUP * PREFIX,
-        torch.full_like(row, PREFIX),
-        groups * PREFIX + row * OWN,
-        torch.full_like(row, OWN),
-    ]
-    spans = torch.stack(spans, dim=1).to(data.device)
-    cost = 2 * (2 * tokens * shape.kv_heads * HEAD + 2 * r * shape.d)
-    return cost, {"attend": [partial(attend, q, k, v, *angles, *each, spans, HEAD**-0.5)
-                             for each in data.sets(pool, pool)]}  # fmt: skip
+    pool = tokens, shape.kv // HEAD, HEAD
+    row = torch.arange(r, dtype=torch.int32, device="cuda")
+    prefix_len, own_len = (torch.full_like(row, n) for n in (PREFIX, OWN))
+    spans = torch.stack([row // GROUP * PREFIX, prefix_len, groups * PREFIX + row * OWN, own_len], dim=1)
+    new = [random(r, n // HEAD, HEAD) for n in (shape.q, shape.kv, shape.kv)] + [random(r, HEAD), random(r, HEAD)]
+    calls = [partial(attend, *new, *each, spans, HEAD**-0.5) for each in sets(pool, pool)]
+    return 4 * (tokens * shape.kv + r * shape.q), {"attend": calls}
 
 
-def draws(data: Data) -> tuple[int, dict[str, list[Callable]]]:
-    """Bytes, and the draw from logits."""
-    shape, r = data.shape, data.rows
-    uniform = torch.rand(r, device=data.device)
-    return 2 * r * shape.v, {"sample": [partial(sample, each, uniform, 1.0, (151_655, 151_656))
-                                        for (each,) in data.sets((r, shape.v))]}  # fmt: skip
+def draws(shape: Shape, r: int) -> Ways:
+    uniform = torch.rand(r, device="cuda")
+    calls = [partial(sample, *each, uniform, 1.0, (151_655, 151_656)) for each in sets((r, shape.v))]
+    return 2 * r * shape.v, {"sample": calls}
 
 
-def measured(model: str, rows: int, device: str, l2: int, bandwidth: float) -> list[dict]:
-    """A line for each operation and way."""
-    data = Data(MODELS[model], rows, device, l2)
-    builders = (projections, attentions, partial(products, "o_proj", data.attended), gatings,
-                partial(products, "down_proj", data.gated), heads, draws)  # fmt: skip
-    lines = []
-    for build in builders:
-        cost, ways = build(data)
-        for name, calls in ways.items():
-            time = microseconds(calls)
-            figures = {"microseconds": time, "megabytes": cost / 1e6, "of_copy": cost / bandwidth / time}
-            lines.append({"model": model, "rows": rows, "operation": name, **figures})
-        ways = calls = None
-        release()
-    return lines + steps(MODELS[model], lines)
+BUILDERS = (norms, projections, attentions, partial(product, "o_proj", "d", "d"), gatings,
+            partial(product, "down_proj", "f", "d"), partial(product, "head", "d", "v"), draws)  # fmt: skip
 
 
-def steps(shape: Shape, lines: list[dict]) -> list[dict]:
-    """Whole steps, as the sum of their operations."""
-    of = {line["operation"]: line for line in lines}
-    found = []
-    for way in ("", IN_GEMM):
-        parts = [(shape.layers if each else 1, of.get(name + way, of[name])) for name, each in STEP.items()]
-        whole = {key: sum(n * part[key] for n, part in parts) for key in ("microseconds", "megabytes")}
-        of_copy = sum(n * part["microseconds"] * part["of_copy"] for n, part in parts) / whole["microseconds"]
-        found.append(lines[0] | whole | {"operation": "whole step" + way, "of_copy": of_copy})
-    return found
+def measured(model: str, rows: int, bandwidth: float) -> list[dict]:
+    """A line for each operation and way, and for the whole step."""
+    taken, shape = {}, MODELS[model]
+    for build in BUILDERS:
+        cost, ways = build(shape, rows)
+        taken |= {name: (microseconds(calls), cost) for name, calls in ways.items()}
+    parts = [(n * shape.layers, taken[name]) for name, n in STEP.items()] + [(1, taken[name]) for name in LAST]
+    taken["whole step"] = tuple(sum(n * part[i] for n, part in parts) for i in (0, 1))
+    release()
+    return [
+        {"model": model, "rows": rows, "operation": name, "microseconds": time, "megabytes": cost / 1e6,
+         "of_copy": cost / bandwidth / time} for name, (time, cost) in taken.items()
+    ]  # fmt: skip
+
+
+def print_measured(lines: list[dict], rows: list[int]) -> None:
+    table: dict[tuple, list] = {}
+    for line in lines:
+        case = line["model"], line["operation"]
+        table.setdefault(case, [*case]).append(f"{line['microseconds']:,.1f} ({line['of_copy']:.0%})")
+    columns = ["model", "operation", *(f"R = {r}" for r in rows)]
+    print_table("µs, and % of a copy's bandwidth", columns, list(table.values()))
 
 
 # --- sweep --------------------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    ("linear", 8): ((16,), (8,), (128, 256, 512), (4, 8), (4, 6)),
-    ("linear", 16): ((16, 32), (8, 16), (256,), (4, 8), (3, 4)),
-    ("linear", 32): ((16, 32, 64), (8, 16, 32), (256,), (4, 8), (4,)),
-    ("linear", 64): ((16, 32, 64), (16, 32, 64), (128, 256), (4, 8), (4,)),
-    ("linear", 128): ((32, 64), (16, 32, 64), (128, 256), (4, 8), (4,)),
-    ("swiglu", 8): ((64, 128), (8,), (128, 256), (4, 8), (3, 5)),
-    ("swiglu", 16): ((64, 128), (16,), (128, 256), (4, 8), (3, 5)),
-    ("swiglu", 32): ((64, 128), (32,), (128,), (4, 8), (3, 4, 5)),
-    ("swiglu", 64): ((64, 128, 256), (32, 64), (64, 128), (4, 8), (3, 4)),
-    ("swiglu", 128): ((128,), (64, 128), (64, 128), (8,), (3, 4, 5)),
-}
-"""Values of a tile's fields that are tried together."""
-
 
 def tiles(operation: str, rows: int) -> list:
-    """Those of OPTIONS that fit, and those in use."""
-    from mr1_fast.kernels.decode_linear_triton import TILES, Tile
-
-    case = operation, min(max(8, 1 << (rows - 1).bit_length()), 128)
-    tried = [Tile(*each) for each in itertools.product(*OPTIONS[case])]
-    fit = [t for t in tried if (t.columns + 2 * t.rows) * t.depth * (t.stages - 1) <= 160 * 2**10
-           and 1 <= t.columns * t.rows / t.warps / 32 <= 64]  # fmt: skip
-    return list(dict.fromkeys([*TILES[case], *fit]))
-
-
-def swept(models: list[str], rows: list[int], device: str, l2: int, update: bool) -> list[dict]:
-    """A line for each tile."""
-    lines = []
-    for r, model in itertools.product(rows, models):
-        data = Data(MODELS[model], r, device, l2)
-        for operation in ("linear", "swiglu"):
-            lines += [{"model": model, "rows": r, "operation": operation, "update": update, **line}
-                      for line in swept_case(data, operation, data.update if update else None)]  # fmt: skip
-            release()
-    return lines
+    """Of TILES those that may fit, and suit so many rows."""
+    least = rows / 2 if operation == "swiglu" else 0
+    return [
+        t for t in itertools.starmap(decode_linear_triton.Tile, itertools.product(*TILES[operation]))
+        if least <= t.rows <= max(32, rows) and t.columns * t.rows <= ACCUMULATORS * 32 * t.warps
+        and (t.columns + t.rows) * t.depth * 2 * (t.stages - 1) <= SHARED_BYTES
+    ]  # fmt: skip
 
 
-def swept_case(data: Data, operation: str, update: Tensor | None) -> list[dict]:
-    """Tiles and their times."""
-    from triton.runtime.errors import OutOfResources
-
-    from mr1_fast.kernels import decode_linear_triton as fused
-
-    function = fused.norm_linear if operation == "linear" else fused.norm_swiglu
-    sets = data.qkv() if operation == "linear" else data.sets(*[(data.shape.f, data.shape.d)] * 2)
-
-    def calls(tile) -> list[Callable]:
-        return [partial(function, data.residual, update, data.norm, EPS, *each, tile=tile) for each in sets]
-
-    def compiles(tile) -> bool:
-        try:
-            calls(tile)[0]()
-        except OutOfResources:
-            return False
-        return True
-
-    tried = tiles(operation, data.rows)
-    with ThreadPoolExecutor() as pool:  # Triton gives up Python's lock while it compiles
-        fit = [compiles(tried[0]), *pool.map(compiles, tried[1:])]
-    return [{"tile": list(tile), "microseconds": microseconds(calls(tile))}
-            for tile, fits in zip(tried, fit, strict=True) if fits]  # fmt: skip
+def if_fits(time: Callable, calls: list[Callable]) -> float | None:
+    """None where shared memory does not suffice."""
+    try:
+        return time(calls)
+    except OutOfResources:
+        return None
 
 
-def print_sweep(lines: list[dict]) -> None:
-    """The three best tiles of each case."""
-    key = lambda line: (line["model"], line["operation"], line["rows"], line["update"])  # noqa: E731
+def swept(model: str, rows: int) -> list[dict]:
+    """A line for each operation and setting that fits."""
+    times = {}
+    for operation, build in (("linears", projections), ("swiglu", gatings)):
+        function, calls = getattr(decode_linear_triton, operation), build(MODELS[model], rows)[1][operation]
+        cases = {(operation, *t): [partial(function, *c.args, tile=t) for c in calls] for t in tiles(operation, rows)}
+        calls[0]()  # Triton is set up
+        with ThreadPoolExecutor() as pool:  # Triton gives up Python's lock while it compiles
+            list(pool.map(partial(if_fits, lambda calls: calls[0]()), cases.values()))
+        times |= {key: if_fits(microseconds, calls) for key, calls in cases.items()}
+    calls = attentions(MODELS[model], rows)[1]["attend"]
+    before = decode_triton.BLOCK_BYTES, decode_triton.STAGES
+    for key in itertools.product(*ATTEND):
+        decode_triton.BLOCK_BYTES, decode_triton.STAGES, splits = key
+        tried = [partial(decode_triton.attend, *call.args, splits=splits) for call in calls]
+        times["attend", *key] = if_fits(microseconds, tried)
+    decode_triton.BLOCK_BYTES, decode_triton.STAGES = before
+    release()
+    return [
+        {"model": model, "rows": rows, "operation": operation, "setting": setting, "microseconds": time}
+        for (operation, *setting), time in times.items() if time
+    ]  # fmt: skip
+
+
+def print_swept(lines: list[dict]) -> None:
+    """The three best settings of each case."""
     table = []
-    for case, group in itertools.groupby(sorted(lines, key=key), key=key):
-        best = sorted(group, key=lambda line: line["microseconds"])[:3]
-        shown = [f"{tuple(line['tile'])} {line['microseconds']:.1f}" for line in best]
-        table.append([*case, *shown, *[None] * (3 - len(shown))])
-    title = "Best tiles (columns, rows, depth in bytes, warps, stages) and their µs"
-    print_table(title, ["model", "operation", "R", "update", "1st", "2nd", "3rd"], table)
+    for case in sorted({(line["operation"], line["model"], line["rows"]) for line in lines}):
+        ours = [line for line in lines if (line["operation"], line["model"], line["rows"]) == case]
+        best = sorted(ours, key=lambda line: line["microseconds"])[:3]
+        table.append([*case, *(f"{tuple(line['setting'])} {line['microseconds']:.1f}" for line in best)])
+    title = (
+        "Best tiles (columns, rows, depth, warps, stages), best (BLOCK_BYTES, STAGES, splits) of attend, and their µs"
+    )
+    print_table(title, ["operation", "model", "R", "1st", "2nd", "3rd"], table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64, 128])
+    parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--sweep", action="store_true", help="try other tiles, and nothing else")
-    parser.add_argument("--in-gemm", action="store_true", help="sweep without an update")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_decode_step needs a GPU")
         return
-    device = "cuda"
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    bandwidth = copy_bandwidth(device)
-    print(f"copy: {bandwidth / 1e3:,.0f} GB/s, read and written")
-    results = {"copy_bytes_per_microsecond": bandwidth}
+    rows = arguments.rows or ([32, 64, 128] if arguments.sweep else [1, 8, 32, 64, 128])
+    cases = list(itertools.product(arguments.models, rows))
     if arguments.sweep:
-        results["tiles"] = swept(arguments.models, arguments.rows, device, l2, not arguments.in_gemm)
-        print_sweep(results["tiles"])
+        results = {"settings": [line for case in cases for line in swept(*case)]}
+        print_swept(results["settings"])
     else:
-        lines = [
-            line for m in arguments.models for r in arguments.rows for line in measured(m, r, device, l2, bandwidth)
-        ]
-        for model in arguments.models:
-            ours = [line for line in lines if line["model"] == model]
-            cells = {(line["operation"], line["rows"]): line for line in ours}
-            table = [
-                [
-                    name,
-                    *(
-                        f"{cells[name, r]['microseconds']:,.1f} ({cells[name, r]['of_copy']:.0%})"
-                        for r in arguments.rows
-                    ),
-                ]
-                for name in dict.fromkeys(line["operation"] for line in ours)
-            ]
-            print_table(f"{model}: µs, and % of a copy's bandwidth", ["", *(f"R = {r}" for r in arguments.rows)], table)
-        results["operations"] = lines
-    finish("bench_decode_step", device, **results)
+        bandwidth = copy_bandwidth()
+        print(f"copy: {bandwidth / 1e3:,.0f} GB/s, read and written")
+        lines = [line for case in cases for line in measured(*case, bandwidth)]
+        print_measured(lines, rows)
+        results = {"copy_bytes_per_microsecond": bandwidth, "operations": lines}
+    finish("bench_decode_step", "cuda", **results)
 
 
 if __name__ == "__main__":

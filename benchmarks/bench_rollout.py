@@ -31,7 +31,6 @@ import measure
 import torch
 from measure import Case, excused, megabytes, peak_in_subprocess, pick_device, print_table, release, time_alternating
 from rollout_runners import GROUP, ContinuousBatching, Generate, Ours, WithoutGraphs, Work, long_work, tail_work
-
 from transformers.utils import is_flash_attn_2_available
 
 from mr1_fast.config import ModelConfig

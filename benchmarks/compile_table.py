@@ -39,6 +39,8 @@ NEW_TOKEN_ACCESSES = 7
 BIAS_ACCESSES = 12
 """Those of linear layers in decoding: biases, a column or two a thread, or the output of few rows."""
 SHORT_ACCESSES = {"attend": NEW_TOKEN_ACCESSES, "linears": BIAS_ACCESSES}
+MODELS = ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064))
+"""Heads, key heads, hidden width, MLP width and vocabulary of Qwen2-VL 2B and 7B."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -114,9 +116,9 @@ def launch_adamw(device: str = "meta", n: int = 151_936 * 1536) -> None:
         adamw_triton.add_stochastic_(torch.empty(n, dtype=torch.bfloat16, **like), weight, (1, 2))
 
 
-def launch_decode(dtype: torch.dtype, device: str = "meta", rows: int = 64) -> None:
-    """The kernels of a decode step of Qwen2-VL 2B and 7B."""
-    for heads, kv_heads, hidden, mlp, v in ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064)):
+def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows: int = 64) -> None:
+    """The kernels of a decode step."""
+    for heads, kv_heads, hidden, mlp, v in models:
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         q, new, angle = empty(rows, heads, 128), empty(rows, kv_heads, 128), empty(rows, 128)
         pool, spans = empty(2**16, kv_heads, 128), empty(rows, 4, dtype=torch.int32)
@@ -207,13 +209,13 @@ def adamw_table(targets: list[tuple] = TARGETS) -> list[dict]:
     return rows
 
 
-def decode_table(dtypes: list[str], targets: list[tuple] = TARGETS[:-1]) -> list[dict]:
-    """One row per NVIDIA target, dtype and kernel of a decode step, over both models."""
+def decode_table(dtypes: list[str], targets: list[tuple] = TARGETS[:-1], models=MODELS) -> list[dict]:
+    """One row per NVIDIA target, dtype and kernel of a decode step, over the models."""
     rows = []
     for backend, arch, warp_size in targets:
         for dtype in dtypes:
             with captured(backend, arch, warp_size) as compiled:
-                launch_decode(DTYPES[dtype])
+                launch_decode(DTYPES[dtype], models)
                 if dtype != "fp32":  # whose linear layers are PyTorch's
                     launch_decode_linear(DTYPES[dtype], arch)
             rows += _worst(compiled, backend, arch, {"dtype": dtype, "V": None, "parts": 1})

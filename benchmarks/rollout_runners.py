@@ -146,6 +146,8 @@ class Prescribed(Engine):
 class Launched:
     """In the place of a decoder's graphs: the same steps, their kernels launched one by one."""
 
+    ahead = 1
+
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
 
@@ -159,10 +161,9 @@ class Launched:
 class WithoutGraphs(Prescribed):
     """Ours, but for the graphs."""
 
-    def _decoder_for(self, *arguments) -> Decoder:
-        decoder = super()._decoder_for(*arguments)
-        decoder.graphs = Launched(decoder)
-        return decoder
+    def _prepare(self, *arguments) -> None:
+        super()._prepare(*arguments)
+        self._graphs = Launched(self._decoder)
 
 
 class Ours(Runner):

@@ -28,7 +28,8 @@ def test_every_kernel_compiles_without_spills_and_with_wide_accesses(target):
 
 
 def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
-    rows = compile_table.decode_table(["bf16"], [("cuda", 86, 32)])  # others: python benchmarks/compile_table.py
+    small = compile_table.MODELS[:1]
+    rows = compile_table.decode_table(["bf16"], [("cuda", 86, 32)], small)  # all: python benchmarks/compile_table.py
     assert {row["kernel"] for row in rows} == {"attend", "linears", "add_rms_norm", "silu_mul", "block_sums", "sample"}
     assert [row for row in rows if not row["fits"]] == []
 

@@ -1,6 +1,8 @@
 """The engine against transformers' own generate and against the training forward, on a GPU where there is one."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -278,6 +280,19 @@ def test_draws_follow_the_filtered_distribution(case):
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
     whole = torch.log_softmax(LOGITS.double() / sampling.temperature, 0)[tokens.cpu()]
     torch.testing.assert_close(logprobs.cpu(), whole.float(), atol=1e-5, rtol=0)
+
+
+def test_an_engines_memory_is_free_when_it_is_gone(policy):
+    """At once: what waits for the garbage collector would lie beside the update's."""
+    gc.disable()
+    try:
+        engine = engine_of(policy)
+        engine.generate(mixed_examples(), 2, Sampling(4))
+        pool = weakref.ref(engine._decoder.pool)
+        del engine
+        assert pool() is None
+    finally:
+        gc.enable()
 
 
 # --- in training --------------------------------------------------------------------------------------------------

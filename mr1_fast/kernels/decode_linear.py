@@ -3,8 +3,8 @@
     linears   x·Wᵀ + b of up to three W at once: for queries, keys, values
     swiglu    silu(x·gateᵀ) · (x·upᵀ), without storing either product
 
-Bytes: the weights once, where they are; x once for each tile of weights, from L2. dtype contract: fp16 or bf16, sums and
-gating in fp32; other dtypes, and a CPU, through PyTorch. In Triton: decode_linear_triton.py.
+Bytes: the weights once, where they are; x once for each tile of weights, from L2. dtype contract: fp16 or bf16, sums
+and gating in fp32; other dtypes, and a CPU, through PyTorch. In Triton: decode_linear_triton.py.
 """
 
 import torch

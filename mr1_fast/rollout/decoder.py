@@ -30,6 +30,9 @@ PENDING = 3
 class Decoder:
     """Decodes up to `rows` samples at once with a model's current weights and a pool of keys and values."""
 
+    ahead = 0
+    """Steps that the host may launch before it has looked at the results of the one before."""
+
     def __init__(self, model: nn.Module, pool: Pool, sampling: Sampling, rows: int):
         base = base_model(model)
         self.text, self.head = base.model.language_model, base.lm_head
@@ -42,15 +45,12 @@ class Decoder:
         if sampling.repetition_penalty != 1:
             shape = pool.layout.sample_spans + 1, self.head.weight.shape[0]
             self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.graphs = Graphs(self, rows) if device.type == "cuda" else None
 
     def launch(self, table: np.ndarray, uniform: np.ndarray):
         """Start a step for R rows: `table` (R, 8) int32 (COLUMNS), `uniform` (R,) fp32 in [0, 1).
 
         Returns a function that waits for (tokens, log-probabilities) as NumPy arrays (R,).
         """
-        if self.graphs is not None:
-            return self.graphs.launch(table, uniform)
         results = self.step(torch.from_numpy(table), torch.from_numpy(uniform))
         return lambda: tuple(x.numpy() for x in results)
 
@@ -145,8 +145,11 @@ class Slot:
 class Graphs:
     """A decoder's step captured for each of SIZES, when first needed. Weights are read where they are.
 
-    A row without a sample (of a graph with more rows than samples) goes on from token 0 in the pool's scratch row.
+    A row without a sample (of a graph with more rows than samples) goes on from token 0 in the pool's scratch row. The
+    host is a step behind, so that the device never waits for it.
     """
+
+    ahead = 1
 
     def __init__(self, decoder: Decoder, rows: int):
         self.decoder, self.device = decoder, decoder.previous.device

@@ -21,7 +21,7 @@ from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
 from .cache import Layout, Pool
-from .decoder import Decoder
+from .decoder import Decoder, Graphs
 from .prefill import prefill
 from .sampling import Sampling
 from .schedule import Ends, Schedule
@@ -36,7 +36,8 @@ PREFILL_TOKENS = 8192
 class Engine:
     """Samples from a `…ForConditionalGeneration` of the Qwen2-VL family, with the weights it has at the time.
 
-    The pool and the captured graphs are kept between calls; `release()` gives their memory back.
+    The pool and the captured graphs are kept between calls; `release()` gives their memory back. Call it, too, after
+    changing what the model computes by other means than its weights' values: a graph holds what it was captured with.
 
     >>> Engine(model, processor).generate(examples, 8, Sampling(max_new_tokens=256)).texts  # doctest: +SKIP
     """
@@ -45,6 +46,7 @@ class Engine:
         self.model, self.processor = model, processor
         self.encode = encode or PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
         self._decoder: Decoder | None = None
+        self._graphs: Graphs | None = None
         self._key: tuple = ()
         use_packed_attention(base_model(model))
 
@@ -78,7 +80,8 @@ class Engine:
             )
             schedule = self._schedule(prompts, num_generations, layout, sampling, seed)
             with torch.no_grad(), evaluating(self.model):
-                self._run(schedule, prompts, self._decoder_for(layout, sampling), prefill_tokens)
+                self._prepare(layout, sampling)
+                self._run(schedule, prompts, prefill_tokens)
             completions = [ids[:n] for ids, n in zip(schedule.tokens, schedule.counts, strict=True)]
             logprobs = [values[:n] for values, n in zip(schedule.logprobs, schedule.counts, strict=True)]
             reasons = schedule.reasons
@@ -94,7 +97,7 @@ class Engine:
 
     def release(self) -> None:
         """Free the keys, values and graphs."""
-        self._decoder, self._key = None, ()
+        self._decoder, self._graphs, self._key = None, None, ()
 
     def _schedule(self, prompts, num_generations, layout: Layout, sampling: Sampling, seed: int) -> Schedule:
         shape = len(prompts) * num_generations, sampling.max_new_tokens
@@ -110,7 +113,7 @@ class Engine:
 
         return ends
 
-    def _decoder_for(self, layout: Layout, sampling: Sampling) -> Decoder:
+    def _prepare(self, layout: Layout, sampling: Sampling) -> None:
         """A decoder with its pool; the last one again while nothing that a captured graph holds on to has changed."""
         pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
         key = (layout, str(vars(sampling)), pointers)
@@ -119,11 +122,12 @@ class Engine:
             text = base_model(self.model).model.language_model
             pool = Pool(text, layout, like=text.norm.weight)
             self._decoder, self._key = Decoder(self.model, pool, sampling, layout.sample_spans), key
-        return self._decoder
+            if pool.keys.device.type == "cuda":
+                self._graphs = Graphs(self._decoder, layout.sample_spans)
 
-    def _run(self, schedule: Schedule, prompts: list[Prompt], decoder: Decoder, prefill_tokens: int) -> None:
-        """Until every sample has ended. On CUDA the host is a step behind, so that the device never waits for it."""
-        ahead = 1 if decoder.graphs is not None else 0
+    def _run(self, schedule: Schedule, prompts: list[Prompt], prefill_tokens: int) -> None:
+        """Until every sample has ended."""
+        decoder, device = self._decoder, self._graphs or self._decoder
         pending: deque = deque()
         while True:
             if chosen := schedule.next_prompts(prefill_tokens):
@@ -133,10 +137,10 @@ class Engine:
             for sample in new if decoder.seen is not None else ():
                 decoder.forget(int(schedule.sample_spans[sample]), prompts[sample // schedule.group].input_ids)
             if len(samples):
-                pending.append((samples, decoder.launch(table, uniform)))
+                pending.append((samples, device.launch(table, uniform)))
             elif not pending:
                 return
-            if len(pending) > ahead or not len(samples):
+            if len(pending) > device.ahead or not len(samples):
                 samples, wait = pending.popleft()
                 schedule.record(samples, *wait())
 
