@@ -47,7 +47,7 @@ def solution_batches(policy: Policy, examples: list[Example], tokens_per_pack: i
         if policy.processor.image_token_id in ids or policy.processor.video_token_id in ids:
             raise UserError(f"the solution of example {example.key!r} contains an image placeholder: remove it.")
         targets.append(torch.tensor(ids))
-    batches = MicroBatches([policy.encode(example) for example in examples], targets, tokens_per_pack)
+    batches = MicroBatches(policy.encode.many(examples), targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(examples))
     return batches

@@ -65,8 +65,9 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(policy.model, config, config.seed)
     checkpoints = log.folder / "checkpoints"
     first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
-    for example in source.take(first, config.prompts_per_step):
-        policy.encode(example)  # too long a prompt or too large an image shows before anything is written
+    policy.encode.many(
+        source.take(first, config.prompts_per_step)
+    )  # what is too large shows before anything is written
     memory = RunMemory(policy, config)
     room = Room(log.say, memory.advise, {TOKENS: config.tokens_per_microbatch, CACHE: memory.cache_tokens})
     log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
@@ -103,7 +104,7 @@ def train(config: TrainConfig) -> Path:
 def grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room) -> dict[str, float]:
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
-    prompts = [policy.encode(example) for example in examples]
+    prompts = policy.encode.many(examples)
     rollout = room.attempt(CACHE, partial(sample, policy, examples, prompts, step, config))
     clock.lap("rollout")
 

@@ -15,6 +15,7 @@ from .models import (
     mixed_examples,
     own_attention,
     own_logprobs,
+    plain_inputs,
     tiny_policy,
 )
 
@@ -126,3 +127,23 @@ def test_chunked_head_equals_the_whole_one():
 
     for chunked, expected in zip(run(7 * 37 * 8), run(2**30), strict=True):
         torch.testing.assert_close(chunked, expected)
+
+
+@pytest.mark.parametrize("chosen", [[0], [0, 0], [3, 0, 1, 2], [2, 2]])
+def test_examples_encoded_together_are_each_by_itself(chosen):
+    policy = tiny_policy()
+    examples = [mixed_examples()[index] for index in chosen]
+    for prompt, example in zip(policy.encode.many(examples), examples, strict=True):
+        alone, inputs = policy.encode(example), plain_inputs(policy, example)
+        for name, value in vars(alone).items():
+            assert (
+                torch.equal(getattr(prompt, name), value)
+                if isinstance(value, torch.Tensor)
+                else (getattr(prompt, name) == value)
+            ), name
+        assert torch.equal(prompt.input_ids, inputs["input_ids"][0])
+        if example.images:
+            assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+            grid, kinds = inputs["image_grid_thw"], inputs["mm_token_type_ids"]
+            places, _ = policy.model.model.get_rope_index(inputs["input_ids"], kinds, image_grid_thw=grid)
+            assert torch.equal(prompt.position_ids, places[:, 0])

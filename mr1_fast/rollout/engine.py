@@ -67,7 +67,7 @@ class Engine:
         """
         sampling = sampling or Sampling()
         sampling.check_sampling()
-        prompts = [self.encode(example) for example in examples] if prompts is None else prompts
+        prompts = self.encode.many(examples) if prompts is None else prompts
         count = len(prompts) * num_generations
         completions, logprobs, reasons = [[]] * count, [[]] * count, ["length"] * count
         if count and sampling.max_new_tokens:
