@@ -74,7 +74,7 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
         own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
         own += ["--output", str(scratch / "run"), "--steps", "2", "--eval-samples", "0", "--save-every", "0"]
         config: TrainConfig = parse_train_config([*recipe, *own, *flags])
-        plan = make_plan(config, find_model_config(config.model))
+        plan = make_plan(config, find_model_config(config.model), usable=usable_bytes(vram))
         metrics = scratch / "run" / "metrics.jsonl"
         try:
             train(config)

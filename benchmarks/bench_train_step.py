@@ -39,6 +39,7 @@ from trl_step import trl_step_seconds
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer
+from mr1_fast.plan import RunMemory
 from mr1_fast.room import Room
 from mr1_fast.sft import tiny_start
 from mr1_fast.tasks.data import load_examples
@@ -199,7 +200,7 @@ def measure_step(arguments) -> dict:
     config.model = str(tiny_start(config, config.seed))
     policy = load_policy(config)
     reference, optimizer, schedule = Reference(policy), make_optimizer(policy.model, config), config.kl_schedule()
-    room = Room.of_run(config, print, lambda: "")
+    room = Room(print, lambda: "", RunMemory(policy, config).amounts())
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
     own = []

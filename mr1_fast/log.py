@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .atomic import write_atomically
@@ -66,7 +67,7 @@ class RunLog:
                     "text": rollout.texts[i],
                     "reward": float(rewards[row, i - row * size]),
                     **{name: values[i] for name, values in parts.items()},
-                    "finished": rollout.finished[i],
+                    "reason": rollout.reasons[i],
                 }
                 for i in range(row * size, (row + 1) * size)
             ]
@@ -162,3 +163,22 @@ def _keep_lines_before(path: Path, step: int) -> None:
     # A killed run may have left half a line at the end.
     whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     write_atomically(path, "".join(whole))
+
+
+class Stopwatch:
+    """Seconds of each stage of a step, and on CUDA its peak of allocated GiB, under metrics.jsonl's names."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap under `stage`; on CUDA, wait for what was queued."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        now = time.perf_counter()
+        self.laps[f"seconds_{stage}"], self.last = now - self.last, now

@@ -84,7 +84,7 @@ def update(
                 rows += len(batch.targets)
                 for name, value in per_row.items():
                     if name.endswith("_max"):
-                        peaks[name] = max(peaks.get(name, 0.0), value.max().item()) if len(value) else 0.0
+                        peaks.setdefault(name, []).append(value)
                     else:
                         sums[name] += value.float().sum().item()
     except torch.OutOfMemoryError:
@@ -101,7 +101,8 @@ def update(
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    return {"loss": loss, **means, **peaks, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
+    largest = {name: torch.cat(values).max().item() if rows else 0.0 for name, values in peaks.items()}
+    return {"loss": loss, **means, **largest, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
 
 
 @contextmanager

@@ -201,12 +201,18 @@ class Step:
         rows = layout.sample_spans
         # Of a row: residual, normed, queries and what attention and MLP make of them; gate, up and their product.
         step = rows * (6 * self.width + 3 * self.text.config.intermediate_size) * self.item
-        moments = [
+        decode = {"activations": step, "loss head": self.drawing(rows)}
+        prefill = [
             *self._images(self.vision, images, x, True),
             {"activations": x + angles + layers.infer + x},
-            {"activations": x, "loss head": count * self.vocabulary * self.item + self.drawing(count * group)},
-            {"activations": step, "loss head": self.drawing(rows)},
+            {
+                "activations": x,
+                "loss head": count * self.vocabulary * self.item + self.drawing(min(count * group, MOST_SAMPLES)),
+            },
         ]
+        if self.device == "cuda":  # a captured step keeps its memory while later prompts are encoded
+            prefill = [{name: m.get(name, 0) + part for name, part in decode.items()} for m in prefill]
+        moments = [*prefill, decode]
         return [{"KV cache": self.cache_bytes(layout.tokens), **moment} for moment in moments]
 
     def layout(self, work: Workload, cache_tokens: int | None) -> Layout:
@@ -238,7 +244,7 @@ class Step:
         return [{"activations": others + pixels + most}]
 
     def reference_pass(self, batch: PackedBatch) -> list[Moment]:
-        """A pass without gradients over one pack: the reference's, or for μ > 1 the policy's, which takes no more."""
+        """A pass without gradients over one pack: the reference's, or the policy's own, which takes no more."""
         model = self.frozen()
         text, vision = (getattr(base_model(model).model, name) for name in ("language_model", "visual"))
         tokens = batch.input_ids.numel() * self.width * self.item

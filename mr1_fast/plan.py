@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -20,6 +20,7 @@ from .model.forward import base_model, lm_head_weight
 from .model.known import find_model_config
 from .model.load import Policy
 from .phases import Moment, Step
+from .room import EVALUATED, SAMPLED, TOKENS
 from .workload import Workload, image_tokens, patches_of
 
 USABLE = 23.6 / 24
@@ -43,8 +44,8 @@ class Plan:
 
     phases: dict[str, Moment]
     """Bytes of each component, by phase: rollout, reference, update, and evaluation where the run has one."""
-    cache_tokens: int = 0
-    """Tokens that the KV cache of rollout and evaluation holds at most."""
+    cache_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens that the KV cache holds at most, by phase: rollout, evaluation."""
 
     def total(self, phase: str) -> int:
         """Bytes of a phase."""
@@ -107,11 +108,13 @@ class RunMemory:
         whole = torch.cuda.get_device_properties(self.device).total_memory
         return whole * torch.cuda.get_per_process_memory_fraction(self.device)
 
-    @property
-    def cache_tokens(self) -> int:
-        """The KV cache's budget; without a plan, what a step's samples need."""
+    def amounts(self) -> dict[str, int]:
+        """What the run does at once, for its Room; without a plan, the KV cache has what a step's samples need."""
         longest = self.config.max_prompt_tokens + self.config.num_generations * self.config.max_new_tokens
-        return self.plan.cache_tokens or self.config.prompts_per_step * longest
+        needed = 1 + self.config.prompts_per_step * longest
+        caches = {SAMPLED: "rollout", EVALUATED: "evaluation"}
+        tokens = {name: self.plan.cache_tokens.get(phase, needed) for name, phase in caches.items()}
+        return {TOKENS: self.config.tokens_per_microbatch, **tokens}
 
     def record(self, metrics: dict[str, float]) -> None:
         """Keep the largest of the peaks that a step has measured."""
@@ -164,15 +167,15 @@ def make_plan(
         sampled["rollout"] = work
     if config.eval_samples and workload is None:
         sampled["evaluation"] = Workload.largest(config, 1, min(BATCH_SIZE, config.eval_samples))
-    cache_tokens = max((_cache_tokens(step, resident, each, usable) for each in sampled.values()), default=0)
+    cache_tokens = {phase: _cache_tokens(step, resident, each, usable) for phase, each in sampled.items()}
     if "rollout" in sampled:
-        moments["rollout"] = step.rollout(work, cache_tokens)
-        if step.needs_reference or config.updates_per_batch > 1:
+        moments["rollout"] = step.rollout(work, cache_tokens["rollout"])
+        if step.needs_reference or config.importance_cap:
             moments["reference"] = [m for batch, _ in shapes.values() for m in step.reference_pass(batch)]
     moments["update"] = [m for batch, earlier in shapes.values() for m in step.update(batch, earlier)]
     moments["update"].append(step.optimizer_step())
     if "evaluation" in sampled:
-        moments["evaluation"] = step.rollout(sampled["evaluation"], cache_tokens)
+        moments["evaluation"] = step.rollout(sampled["evaluation"], cache_tokens["evaluation"])
     return Plan({phase: _largest(resident, each) for phase, each in moments.items()}, cache_tokens)
 
 

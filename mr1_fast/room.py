@@ -9,8 +9,8 @@ import torch
 from .errors import UserError
 
 Result = TypeVar("Result")
-TOKENS, CACHE = "tokens_per_microbatch", "tokens in the KV cache"
-"""Names of amounts: the setting, and what the memory plan leaves for the rollout."""
+TOKENS, SAMPLED, EVALUATED = "tokens_per_microbatch", "tokens in the rollout's KV cache", "… in the evaluation's"
+"""Names of amounts: the setting, and what the memory plan leaves for keys and values."""
 
 
 class Room:
@@ -22,12 +22,13 @@ class Room:
     def __init__(self, say: Callable[[str], None], advise: Callable[[], str], amounts: dict[str, int]):
         self.say, self.advise, self.amounts = say, advise, dict(amounts)
 
-    def attempt(self, name: str, work: Callable[[int], Result]) -> Result:
+    def attempt(self, name: str, work: Callable[[int], Result], most: int | None = None) -> Result:
         """work(amount of `name`); where it runs out of memory, once more from its beginning with half the amount.
 
-        `work` must leave nothing changed when it fails. UserError where half is too much, too.
+        `most`: more than that is of no use to it. `work` must leave nothing changed when it fails. UserError where half
+        is too much, too.
         """
-        amount = self.amounts[name]
+        amount = min(self.amounts[name], most or self.amounts[name])
         try:
             return work(amount)
         except torch.OutOfMemoryError as error:

@@ -20,7 +20,7 @@ from .config import TrainConfig, parse_train_config
 from .errors import UserError, exit_on_user_error
 from .evaluate import evaluate, summarise, write_json
 from .kernels.self_test import self_test
-from .log import RunLog
+from .log import RunLog, Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
 from .model.attention import backend
 from .model.forward import lm_head_weight
@@ -31,9 +31,9 @@ from .packing import MicroBatches
 from .plan import RunMemory
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
-from .rollout.engine import Engine
+from .rollout.engine import Engine, cache_tokens
 from .rollout.sampling import Sampling
-from .room import CACHE, TOKENS, Room
+from .room import EVALUATED, SAMPLED, TOKENS, Room
 from .sft import sft_loss, solution_batches, tiny_start
 from .tasks import get_task
 from .tasks.data import load_examples
@@ -65,11 +65,10 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(policy.model, config, config.seed)
     checkpoints = log.folder / "checkpoints"
     first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
-    policy.encode.many(
-        source.take(first, config.prompts_per_step)
-    )  # what is too large shows before anything is written
+    # What is too large shows before anything is written.
+    policy.encode.many(source.take(first, config.prompts_per_step))
     memory = RunMemory(policy, config)
-    room = Room(log.say, memory.advise, {TOKENS: config.tokens_per_microbatch, CACHE: memory.cache_tokens})
+    room = Room(log.say, memory.advise, memory.amounts())
     log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
     log.create()
     if not log.resuming:
@@ -105,7 +104,8 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
     prompts = policy.encode.many(examples)
-    rollout = room.attempt(CACHE, partial(sample, policy, examples, prompts, step, config))
+    needed = cache_tokens(prompts, config.num_generations, config)
+    rollout = room.attempt(SAMPLED, partial(sample, policy, examples, prompts, step, config), needed)
     clock.lap("rollout")
 
     weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
@@ -266,7 +266,7 @@ def record_evaluation(policy, config: TrainConfig, held_out: list[Example], log:
         work = partial(
             evaluate, policy, config.task, held_out, sampling, seed=seed, prefill=config.tokens_per_microbatch
         )
-        records = room.attempt(CACHE, lambda tokens, work=work: work(cache_tokens=tokens))
+        records = room.attempt(EVALUATED, lambda tokens, work=work: work(cache_tokens=tokens))
         result[when][mode] = summary = summarise(records)
         if mode == "greedy":
             _record_shown(result["examples"], records, held_out, when, log.folder)
@@ -302,25 +302,6 @@ def _held_out(config: TrainConfig) -> list[Example]:
         raise UserError(
             f"{error} This is about held-out data: name some with --eval-data, or pass --eval-samples 0."
         ) from error
-
-
-class Stopwatch:
-    """Seconds of each stage of a step, and on CUDA its peak of allocated GiB, under metrics.jsonl's names."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap under `stage`; on CUDA, wait for what was queued."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        now = time.perf_counter()
-        self.laps[f"seconds_{stage}"], self.last = now - self.last, now
 
 
 def run(argv: list[str]) -> None:

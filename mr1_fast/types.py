@@ -109,7 +109,7 @@ class PackedBatch:
     image_grid_thw: torch.Tensor | None = None
     """(I, 3) int64, or None."""
     row_data: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Per-row float32 tensors (N,) that the loss reads: advantages, token_weights, ref_logp, old_logp."""
+    """Per-row float32 tensors (N,): advantages, token_weights, rollout_logp, and ref_logp, old_logp, is_weights."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch with every tensor on `device`."""

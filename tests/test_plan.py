@@ -226,6 +226,27 @@ def test_a_run_shows_its_plan_and_what_was_measured_beside_it():
     assert measured.split() == ["measured", "–", "–", "512.00", "–"]
 
 
+def test_the_kv_cache_takes_what_is_left_and_no_more_than_is_of_use():
+    config, model_config = TrainConfig(model=QWEN_2B, device="cuda", prompts_per_step=32), find_model_config(QWEN_2B)
+    whole = make_plan(config, model_config)
+    rows = whole.cache_tokens
+    assert rows["rollout"] == 1 + 32 * 1024 + 256 * 512 and rows["evaluation"] == 1 + 64 * 1024 + 64 * 512
+    usable = whole.total("rollout") - whole.phases["rollout"]["KV cache"] / 2
+    tight = make_plan(config, model_config, usable=usable)
+    assert usable - 2**27 < tight.total("rollout") <= usable
+    assert tight.cache_tokens["rollout"] < 0.6 * rows["rollout"]
+    assert tight.cache_tokens["evaluation"] <= rows["evaluation"]
+    least = make_plan(config, model_config, usable=0.0)
+    assert least.cache_tokens["rollout"] == 1 + 1024 + 8 * 512 and least.excess(0.0) > 0
+
+
+def test_a_pass_before_the_update_is_planned_where_there_is_one():
+    settings = dict(model=QWEN_2B, device="cuda", algo="grpo", beta=0.0)
+    for change, phases in (({}, False), ({"updates_per_batch": 2}, False), ({"importance_cap": 2.0}, True)):
+        plan = make_plan(TrainConfig(**settings, **change), find_model_config(QWEN_2B))
+        assert ("reference" in plan.phases) == phases
+
+
 def test_after_memory_ran_out_there_is_advice_even_where_the_plan_fits():
     memory = RunMemory(tiny_policy(), TrainConfig(max_prompt_tokens=64, max_new_tokens=8, prompts_per_step=2))
     said = memory.advise()

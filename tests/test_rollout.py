@@ -199,6 +199,17 @@ def test_completions_end_at_eos_at_a_stop_text_or_at_the_limit():
         assert text.endswith("</answer>") == (reason == "stop")
 
 
+def test_every_id_that_the_model_ends_with_ends_a_completion():
+    policy = tiny_policy()
+    engine, other = engine_of(policy), policy.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    plain = lists(engine.generate(mixed_examples(), 4, Sampling(12), seed=1))
+    chosen = plain[0][3]
+    policy.model.generation_config.eos_token_id = [other, chosen]
+    cut = engine.generate(mixed_examples(), 4, Sampling(12), seed=1)
+    assert lists(cut) == [ids[: ids.index(chosen) + 1] if chosen in ids else ids for ids in plain]
+    assert cut.reasons == ["eos" if chosen in ids else "length" for ids in plain]
+
+
 def test_a_stop_text_may_span_tokens_and_end_within_one(engine, policy):
     plain = engine.generate(mixed_examples(), 1, Sampling(12, temperature=0.0))
     tokenizer = policy.processor.tokenizer
@@ -242,11 +253,13 @@ def test_nan_logits_end_the_rollout_with_the_way_out(layer):
         engine_of(policy).generate(mixed_examples(), 2, Sampling(4))
 
 
-BAD = {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "min_p": 1.0, "repetition_penalty": 0.0, "stop": [""]}
+BAD = {"temperature": math.inf, "top_p": 0.0, "top_k": -1, "min_p": 1.0, "repetition_penalty": 0.0, "stop": [""]}
 
 
 @pytest.mark.parametrize("name", [*BAD, "max_new_tokens"])
 def test_settings_that_mean_nothing(engine, name):
+    with pytest.raises(UserError, match="num_generations is -1"):
+        engine.generate([], -1)
     with pytest.raises(UserError, match=f"^{name} is .*, but must"):
         engine.generate([], 1, Sampling(**{name: BAD.get(name, -1)}))
 

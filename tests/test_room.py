@@ -7,7 +7,8 @@ from mr1_fast import train
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.room import Room
+from mr1_fast.rollout import engine
+from mr1_fast.room import SAMPLED, Room
 from mr1_fast.types import Rollout
 
 from .models import mixed_examples, tiny_policy
@@ -44,6 +45,44 @@ def test_a_second_failure_ends_with_advice(amount):
         UserError, match=r"Tried to allocate 2.00 GiB\). The last checkpoint is intact.*--resume. Change X."
     ):
         room_for(amount, []).attempt("tokens_per_microbatch", work)
+
+
+def test_half_of_what_is_of_use():
+    tried = []
+
+    def work(amount: int) -> None:
+        tried.append(amount)
+        if amount > 30:
+            raise torch.OutOfMemoryError(NO_ROOM)
+
+    room_for(1000, []).attempt("tokens_per_microbatch", work, most=60)
+    assert tried == [60, 30]
+
+
+def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(monkeypatch):
+    policy = tiny_policy(torch.float64)
+    prompts = policy.encode.many(mixed_examples())
+    config, layouts = train.TrainConfig(max_new_tokens=6, num_generations=3), []
+
+    def cramped(text_model, layout):
+        layouts.append(layout)
+        if len(layouts) == 2:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return pool(text_model, layout)
+
+    pool = engine.Pool
+    monkeypatch.setattr(engine, "Pool", cramped)
+    room = Room([].append, lambda: "", {SAMPLED: 10**6})
+    needed = engine.cache_tokens(prompts, 3, config)
+    for _ in range(2):
+        drawn = [
+            room.attempt(
+                SAMPLED, lambda tokens: train.sample(policy, mixed_examples(), prompts, 0, config, tokens), needed
+            )
+            for _ in range(2)
+        ]
+    assert [layout.tokens <= needed // 2 for layout in layouts] == [False, False, True, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0].completions, drawn[1].completions, strict=True))
 
 
 def test_a_budget_that_cannot_be_halved_says_so():

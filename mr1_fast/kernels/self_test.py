@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..loss import linear_grpo_loss
+from . import decode, decode_linear
 from .adamw import Scalars, State, adamw_, add_stochastic_, master_weight
 from .grpo_loss import (
     Objective,
@@ -81,6 +82,7 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "log-probabilities alone": (logp, expected.logp),
         "the gradient of log-probabilities": (by_logp, onehot - p),
         **_optimizer_pairs(device),
+        **_decode_pairs(device),
     }
     return {name: _relative_error(ours.cpu().float(), right.float()) for name, (ours, right) in pairs.items()}
 
@@ -125,6 +127,35 @@ def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torc
         "the optimizer's step": (moved, exact.detach() - weight),
         "accumulated gradients": (total, gradient.float() + other.float()),
     }
+
+
+def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a rollout's step computes: three rows, of which two share a prefix of five tokens."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v, keys, values = (
+        torch.randn(n, h, 32, generator=generator) for n, h in ((3, 4), (3, 2), (3, 2), (20, 2), (20, 2))
+    )
+    angles = torch.randn(3, 32, generator=generator)
+    spans = torch.tensor([[0, 5, 6, 2], [0, 5, 10, 1], [0, 0, 14, 4]], dtype=torch.int32)
+    x, gate, up = (torch.randn(n, 64, generator=generator) for n in (3, 48, 48))
+    logits, uniform = torch.randn(3, 10_000, generator=generator), torch.tensor([0.1, 0.5, 0.9])
+    attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
+    x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
+    right = (
+        decode.attend_ref(*[t.float() for t in attention], spans, 0.2),
+        decode.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
+        torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
+        decode.sample_ref(logits, uniform, 0.9, (7,))[1],
+    )
+    attention, (x, gate, up) = [t.to(device) for t in attention], (t.to(device) for t in (x, gate, up))
+    ours = (
+        decode.attend(*attention, spans.to(device), 0.2),
+        decode.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
+        decode_linear.swiglu(x, gate, up),
+        decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
+    )
+    names = ("a rollout's attention", "a rollout's norm", "a rollout's gating", "a rollout's draw")
+    return dict(zip(names, zip(ours, right, strict=True), strict=True))
 
 
 def _relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 `packed_attention` is called three ways:
 - packed text (training): one row of T tokens with `segments`, which share prefixes; causal, aligned at the end;
 - packed images (the vision tower): one row of P patches with `cu_seq_lens_q`; full attention within each image;
-- a padded batch with a KV cache (rollout): neither; transformers' own SDPA function with its mask.
+- a padded batch (transformers' own `generate` on such a model): neither; its SDPA function with its mask.
 
 Three back ends: flash-attn's varlen function where installed, torch's varlen_attn on CUDA, and otherwise SDPA over
 segments padded on the right.

@@ -44,7 +44,7 @@ class PromptEncoder:
         encoded = self.processor(
             text=[self._text(example) for example in examples],
             images=images or None,
-            padding=True,
+            padding=len(examples) > 1,
             return_tensors="pt",
         )
         present = encoded["attention_mask"].bool()

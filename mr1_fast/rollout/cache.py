@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import UserError
 
@@ -38,6 +39,15 @@ class Layout:
         """The first token of a sample's span."""
         return 1 + self.prompt_spans * self.prompt_tokens + span * self.sample_tokens
 
+    def covers(self, other: "Layout") -> bool:
+        """Whether what needs `other` can do with this one."""
+        return (
+            self.prompt_spans >= other.prompt_spans
+            and self.prompt_tokens >= other.prompt_tokens
+            and self.sample_spans >= other.sample_spans
+            and self.sample_tokens >= other.sample_tokens
+        )
+
     @classmethod
     def fitting(
         cls, lengths: list[int], num_generations: int, max_new_tokens: int, most_samples: int, budget: int | None
@@ -61,13 +71,25 @@ class Layout:
         )
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def token_bytes(text_model: nn.Module) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    config = text_model.config
+    return (
+        2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * text_model.norm.weight.itemsize
+    )
+
+
 class Pool:
     """Keys and values of all layers: `keys[layer]` and `values[layer]` are (tokens, Hkv, d)."""
 
-    def __init__(self, text_model: nn.Module, layout: Layout, like: Tensor):
-        config = text_model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, layout.tokens, config.num_key_value_heads, head_dim)
+    def __init__(self, text_model: nn.Module, layout: Layout):
+        config, like = text_model.config, text_model.norm.weight
+        shape = (config.num_hidden_layers, layout.tokens, config.num_key_value_heads, head_size(config))
         self.layout = layout
         self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         # What a row has not written it does not read, but 0 · NaN is NaN where a kernel masks by multiplying.

@@ -51,8 +51,9 @@ class Decoder:
 
         Returns a function that waits for (tokens, log-probabilities) as NumPy arrays (R,).
         """
-        results = self.step(torch.from_numpy(table), torch.from_numpy(uniform))
-        return lambda: tuple(x.numpy() for x in results)
+        device = self.previous.device
+        results = self.step(torch.from_numpy(table).to(device), torch.from_numpy(uniform).to(device))
+        return lambda: tuple(x.cpu().numpy() for x in results)
 
     def step(self, table: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (R,) int64 and log-probabilities (R,) fp32."""
@@ -76,9 +77,12 @@ class Decoder:
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
             for row, ids in zip(seen, prompts, strict=True):
                 row[ids.to(row.device)] = True
-        group = len(uniform) // len(hidden)
-        logits, seen = (x if x is None else x.repeat_interleave(group, dim=0) for x in (logits, seen))
-        return draw(logits, uniform.to(logits.device), self.sampling, self.banned, seen)
+        rows = torch.arange(len(uniform), device=logits.device) // (len(uniform) // len(hidden))
+        drawn = [
+            draw(logits[some], values, self.sampling, self.banned, seen if seen is None else seen[some])
+            for some, values in zip(rows.split(SIZES[-1]), uniform.to(logits.device).split(SIZES[-1]), strict=True)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
 
     def forget(self, span: int, prompt: Tensor) -> None:
         """A new sample takes a span: seen are the tokens of its prompt alone."""

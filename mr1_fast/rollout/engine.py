@@ -4,23 +4,26 @@ A prompt and its images are encoded once, into a span of the pool of keys and va
 (prefill.py, cache.py). Samples wait in order; one that ends gives its place to the next in the same step. Who runs, and
 when it ends, is decided on the host (schedule.py); the device sees tables (decoder.py).
 
-A sample's randomness is a row of numbers that belongs to it alone, so it does not depend on what runs beside it.
+A sample's randomness is a row of numbers that belongs to it alone, so what is drawn does not depend on what runs beside
+it.
 """
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..errors import UserError
+from ..kernels.grpo_loss import use_triton
 from ..model.attention import use_packed_attention
 from ..model.forward import base_model
 from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
-from .cache import Layout, Pool
+from .cache import Layout, Pool, token_bytes
 from .decoder import Decoder, Graphs
 from .prefill import prefill
 from .sampling import Sampling
@@ -29,6 +32,8 @@ from .stop import StopTexts
 
 MOST_SAMPLES = 256
 """Samples decoded at once, where memory allows."""
+FREE_SHARE = 0.7
+"""Of a GPU's free memory, what keys and values take unless told otherwise."""
 PREFILL_TOKENS = 8192
 """Prompt tokens encoded at once; a longer prompt goes alone."""
 
@@ -48,7 +53,6 @@ class Engine:
         self._decoder: Decoder | None = None
         self._graphs: Graphs | None = None
         self._key: tuple = ()
-        use_packed_attention(base_model(model))
 
     def generate(
         self,
@@ -62,24 +66,22 @@ class Engine:
     ) -> Rollout:
         """G = `num_generations` completions of each example; `prompts` are the examples as `encode` gives them.
 
-        At most `cache_tokens` tokens have keys and values at once (default: as many as are of use): samples wait for
-        room. UserError where a prompt with a completion is longer than that, and where logits are NaN.
+        At most `cache_tokens` tokens have keys and values at once, and samples wait for room (default: as many as are
+        of use, on a GPU as fit into FREE_SHARE of its free memory). UserError where a prompt with a completion is
+        longer than that, and where logits are NaN. The same seed gives the same samples; what runs beside one changes
+        its numbers by rounding alone.
         """
         sampling = sampling or Sampling()
         sampling.check_sampling()
         prompts = self.encode.many(examples) if prompts is None else prompts
+        if num_generations < 0:
+            raise UserError(f"num_generations is {num_generations}, but must not be negative.")
         count = len(prompts) * num_generations
         completions, logprobs, reasons = [[]] * count, [[]] * count, ["length"] * count
         if count and sampling.max_new_tokens:
-            layout = Layout.fitting(
-                [len(prompt.input_ids) for prompt in prompts],
-                num_generations,
-                sampling.max_new_tokens,
-                MOST_SAMPLES,
-                cache_tokens,
-            )
-            schedule = self._schedule(prompts, num_generations, layout, sampling, seed)
-            with torch.no_grad(), evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model), on_device(self._text.norm.weight.device):
+                layout = self._layout(prompts, num_generations, sampling, cache_tokens)
+                schedule = self._schedule(prompts, num_generations, layout, sampling, seed)
                 self._prepare(layout, sampling)
                 self._run(schedule, prompts, prefill_tokens)
             completions = [ids[:n] for ids, n in zip(schedule.tokens, schedule.counts, strict=True)]
@@ -106,23 +108,42 @@ class Engine:
         return Schedule(lengths, positions, num_generations, layout, uniform, self._ends(sampling))
 
     def _ends(self, sampling: Sampling) -> Ends:
-        eos, stop = self.processor.tokenizer.eos_token_id, StopTexts(self.processor.tokenizer, sampling.stop)
+        tokenizer, stop = self.processor.tokenizer, StopTexts(self.processor.tokenizer, sampling.stop)
+        # Qwen2-VL ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>.
+        configured = base_model(self.model).generation_config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
 
         def ends(sample: int, tokens: np.ndarray) -> str | None:
-            return "eos" if tokens[-1] == eos else "stop" if stop.ends(tokens) else None
+            return "eos" if int(tokens[-1]) in eos else "stop" if stop.ends(tokens) else None
 
         return ends
 
+    def _layout(self, prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None) -> Layout:
+        """How to cut the pool: the last one again where it will do, as graphs hold on to it."""
+        shape = [len(prompt.input_ids) for prompt in prompts], num_generations, sampling.max_new_tokens, MOST_SAMPLES
+        last = self._decoder.pool.layout if self._decoder else None
+        device = self._text.norm.weight.device
+        if budget is None and device.type == "cuda" and not (last and last.covers(Layout.fitting(*shape, None))):
+            self.release()
+            torch.cuda.empty_cache()
+            budget, last = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0] / token_bytes(self._text)), None
+        layout = Layout.fitting(*shape, budget)
+        return last if last and last.covers(layout) and (budget is None or last.tokens <= budget) else layout
+
+    @property
+    def _text(self) -> nn.Module:
+        return base_model(self.model).model.language_model
+
     def _prepare(self, layout: Layout, sampling: Sampling) -> None:
         """A decoder with its pool; the last one again while nothing that a captured graph holds on to has changed."""
+        use_packed_attention(base_model(self.model))  # another library may have set its own
         pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
         key = (layout, str(vars(sampling)), pointers)
         if self._key != key:
             self.release()
-            text = base_model(self.model).model.language_model
-            pool = Pool(text, layout, like=text.norm.weight)
+            pool = Pool(self._text, layout)
             self._decoder, self._key = Decoder(self.model, pool, sampling, layout.sample_spans), key
-            if pool.keys.device.type == "cuda":
+            if pool.keys.is_cuda and use_triton(pool.keys):  # PyTorch's own form of a step reads lengths on the host
                 self._graphs = Graphs(self._decoder, layout.sample_spans)
 
     def _run(self, schedule: Schedule, prompts: list[Prompt], prefill_tokens: int) -> None:
@@ -155,9 +176,22 @@ class Engine:
         schedule.begin(samples, tokens.cpu().numpy(), logprobs.cpu().numpy())
 
 
+def cache_tokens(prompts: list[Prompt], num_generations: int, sampling: Sampling) -> int | None:
+    """Tokens of keys and values that are of use for these prompts; None where there is nothing to sample."""
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    if not lengths or not num_generations or not sampling.max_new_tokens:
+        return None
+    return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, None).tokens
+
+
+def on_device(device: torch.device):
+    """Streams and events are those of a GPU that need not be the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and checkpointing; afterwards as before."""
+    """Without dropout and checkpointing; afterwards the whole model is in training, or not, as it was."""
     was_training = model.training
     model.eval()
     try:

@@ -1,5 +1,6 @@
 """Which token comes next: the settings of sampling, and the logits' filters."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -37,12 +38,12 @@ class Sampling:
         """Raise UserError for values that mean nothing."""
         for name, holds, must in (
             ("max_new_tokens", self.max_new_tokens >= 0, "must not be negative"),
-            ("temperature", self.temperature >= 0, "must not be negative"),
+            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature < math.inf, "must be 0 or from 0.001 on"),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "must not be negative (0: off)"),
             ("min_p", 0 <= self.min_p < 1, "must lie in [0, 1)"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be greater than 0 (1: off)"),
-            ("stop", "" not in self.stop, "must hold no empty text"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be greater than 0 (1: off)"),
+            ("stop", isinstance(self.stop, list) and all(self.stop), "must be a list of texts, none of them empty"),
         ):
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}, but {must}.")

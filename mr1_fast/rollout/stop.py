@@ -1,7 +1,15 @@
 """Texts that end a completion."""
 
+from functools import lru_cache
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+
+@lru_cache(maxsize=2)
+def pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token by itself, which takes a large vocabulary some tenths of a second."""
+    return tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
 
 
 class StopTexts:
@@ -12,8 +20,8 @@ class StopTexts:
         # Only a token in which a text may end needs a look at what stands before it. A token may hold a part of a
         # character's bytes, which decodes to "\ufffd".
         lasts = {text[-1] for text in texts}
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))]) if texts else []
-        self.endings = {i for i, piece in enumerate(pieces) if lasts & set(piece) or "\ufffd" in piece}
+        known = pieces(tokenizer) if texts else []
+        self.endings = {i for i, piece in enumerate(known) if lasts & set(piece) or "\ufffd" in piece}
         self.window = 4 * max((len(text.encode()) for text in texts), default=0)
         """Tokens that surely hold the longest text: one has a byte at least, but for a few that decode to nothing."""
 
