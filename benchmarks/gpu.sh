@@ -31,6 +31,7 @@ bench() { # name, command …: the benchmark's last line is its JSON result
 }
 
 bench rollout python benchmarks/bench_rollout.py
+bench decode_step python benchmarks/bench_decode_step.py
 bench memory_2b python benchmarks/bench_memory.py 2b_full
 bench grpo_loss python benchmarks/bench_grpo_loss.py
 bench train_step python benchmarks/bench_train_step.py

@@ -253,6 +253,19 @@ def test_nan_logits_end_the_rollout_with_the_way_out(layer):
         engine_of(policy).generate(mixed_examples(), 2, Sampling(4))
 
 
+def test_nan_on_the_way_ends_the_rollout_too():
+    policy = tiny_policy()
+    engine, head = engine_of(policy), base_model(policy.model).lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # not the embedding's
+    ids = lists(engine.generate(mixed_examples()[:1], 1, Sampling(8), seed=1))[0]
+    prompt = policy.encode(mixed_examples()[0]).input_ids.tolist()
+    chosen = next(n for n in range(1, 7) if ids[n] not in (*ids[:n], *prompt))
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[ids[chosen]] = math.nan
+    with pytest.raises(UserError, match=f"logits are NaN after {chosen + 1} tokens"):
+        engine.generate(mixed_examples()[:1], 1, Sampling(8), seed=1)
+
+
 BAD = {"temperature": math.inf, "top_p": 0.0, "top_k": -1, "min_p": 1.0, "repetition_penalty": 0.0, "stop": [""]}
 
 

@@ -66,7 +66,7 @@ class Decoder:
             self.seen.index_put_((spans, tokens.long()), torch.ones_like(spans, dtype=torch.bool))
             seen = self.seen[spans]
         tokens, logprobs = draw(self.head(hidden), uniform, self.sampling, self.banned, seen)
-        self.previous[: len(tokens)] = tokens
+        self.previous[: len(tokens)] = tokens.clamp(min=0)  # after NaN: the host may be a step from seeing it
         return tokens, logprobs
 
     def first(self, hidden: Tensor, prompts: list[Tensor], uniform: Tensor) -> tuple[Tensor, Tensor]:
