@@ -9,7 +9,8 @@ import torch
 from .errors import UserError
 
 Result = TypeVar("Result")
-TOKENS, SAMPLED, EVALUATED = "tokens_per_microbatch", "tokens in the rollout's KV cache", "… in the evaluation's"
+TOKENS = "tokens_per_microbatch"
+SAMPLED, EVALUATED = "tokens in the rollout's KV cache", "tokens in the evaluation's KV cache"
 """Names of amounts: the setting, and what the memory plan leaves for keys and values."""
 
 
