@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def compile_cpu(output: str, objects: Path) -> None:
     if compiler is None:
         raise CompileError("no C++ compiler was found (g++, clang++, or $CXX)")
     compile_one = [*shlex.split(compiler), *CPP]
-    compiled = {}
-    for name, flags in INSTRUCTION_SETS.get(platform.machine(), {"scalar": []}).items():
+
+    def compile_set(name: str, flags: list[str]) -> list[str]:
         targets = {source: str(objects / f"{source}_{name}.o") for source in PER_SET}
         try:
             for source, target in targets.items():
@@ -49,10 +50,15 @@ def compile_cpu(output: str, objects: Path) -> None:
             if name == "scalar":
                 raise
             print(f"{compiler} does not know {name}: left out")
-        else:
-            compiled[f"-DMR1_HAS_{name}"] = targets.values()
+            return []
+        return list(targets.values())
+
+    sets = INSTRUCTION_SETS.get(platform.machine(), {"scalar": []})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = dict(zip(sets, pool.map(compile_set, sets, sets.values()), strict=True))
+    known = [f"-DMR1_HAS_{name}" for name, targets in compiled.items() if targets]
     libraries = ["-shared", "-pthread", *chain(*compiled.values()), "-o", output]
-    run(*compile_one, *compiled, "csrc/fused_grpo_cpu.cpp", *libraries)
+    run(*compile_one, *known, "csrc/fused_grpo_cpu.cpp", *libraries)
 
 
 def compile_cuda(output: str, objects: Path) -> str:

@@ -139,7 +139,7 @@ WRONG = {
     "batch": ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
     "generations": ({"num_generations": 0}, "num_generations is 0, but must be at least 1"),
     "tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
-    "temperature": ({"temperature": -1.0}, "temperature is -1.0, but must not be negative"),
+    "temperature": ({"temperature": -1.0}, "temperature is -1.0, but must be 0 or"),
     "greedy": (
         {"num_generations": 4},
         "num_generations is above 1, but greedy samples are all alike: set --temperature",

@@ -115,7 +115,7 @@ def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
     assert "mr1_fast" not in stderr
 
     shutil.copytree(ROOT / "tests", tmp_path / "away" / "tests")  # away from the source, so that it cannot be imported
-    files = [f"tests/test_{name}.py" for name in ("loss", "linear_grpo_loss", "native_rows", "native_decode")]
+    files = [f"tests/test_{name}.py" for name in ("loss", "native_decode")]
     where = f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
     run = checked(python("-c", where, cwd=tmp_path / "away", PYTHONPATH=str(folder), OMP_NUM_THREADS="1"))
     assert run.stdout.startswith(str(folder)) and " passed" in run.stdout

@@ -101,7 +101,7 @@ def test_every_completion_is_recorded_with_its_rewards(finished):
         assert len(record["completions"]) == 3
         for sample in record["completions"]:
             letters = sum(map(str.isalpha, sample["text"])) / (1 + len(sample["text"]))
-            assert sample["letters"] == pytest.approx(letters) and isinstance(sample["finished"], bool)
+            assert sample["letters"] == pytest.approx(letters) and sample["reason"] in ("eos", "length")
             total = sample["accuracy"] + sample["format"] + sample["letters"]
             assert sample["reward"] == pytest.approx(total)
     for step, mean in enumerate(column(folder, "reward")):
@@ -346,10 +346,10 @@ def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_pa
 
 @pytest.mark.slow
 def test_the_default_run_learns_to_count_and_its_start_is_made_once(tmp_path):
-    run(["--output", str(tmp_path / "run")])
+    run(["--output", str(tmp_path / "run"), "--steps", "80", "--eval-samples", "200"])  # of 120 and 400
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     gain = {m: result["after"][m]["accuracy"] - result["before"][m]["accuracy"] for m in ("greedy", "sampled")}
-    assert result["after"]["sampled"]["count"] == 400
+    assert result["after"]["sampled"]["count"] == 200
     assert gain["sampled"] >= 0.15 and gain["greedy"] >= 0
     started = time.perf_counter()
     folder = tiny_start(parse_train_config([]), 0)
