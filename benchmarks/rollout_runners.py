@@ -28,7 +28,7 @@ from mr1_fast.model.known import find_model_config
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.model.prompt import PromptEncoder
 from mr1_fast.model.tiny import tiny_model, tiny_processor
-from mr1_fast.rollout.decoder import Decoder
+from mr1_fast.rollout.cache import token_bytes
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.tasks.data import load_examples
@@ -68,14 +68,12 @@ class Work:
     def least_bytes(self) -> int:
         """What steps that all unfinished samples take together must read, after the first tokens."""
         base = base_model(self.model)
-        text, config = base.model.language_model, base.config.get_text_config()
+        text = base.model.language_model
         weights = sum(x.nbytes for x in (*text.layers.parameters(), text.norm.weight, base.lm_head.weight))
-        head_dim = config.hidden_size // config.num_attention_heads
-        token = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * text.norm.weight.element_size()
         longest = np.array(self.lengths).reshape(-1, GROUP).max(axis=1)  # a prompt is read while its group runs
         prompts = sum(len(p.input_ids) * (int(n) - 1) for p, n in zip(self.prompts, longest, strict=True))
         own = sum(n * (n - 1) // 2 for n in self.lengths)
-        return (max(self.lengths) - 1) * weights + token * (prompts + own)
+        return (max(self.lengths) - 1) * weights + token_bytes(text) * (prompts + own)
 
 
 def tail_work(quick: bool, device: str) -> Work:
@@ -143,27 +141,12 @@ class Prescribed(Engine):
         return lambda sample, tokens: "length" if len(tokens) == self.lengths[sample] else None
 
 
-class Launched:
-    """In the place of a decoder's graphs: the same steps, their kernels launched one by one."""
-
-    ahead = 1
-
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
-
-    def launch(self, *arrays: np.ndarray):
-        """`Decoder.launch`."""
-        device = self.decoder.previous.device
-        results = self.decoder.step(*(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays))
-        return lambda: tuple(x.cpu().numpy() for x in results)
-
-
 class WithoutGraphs(Prescribed):
-    """Ours, but for the graphs."""
+    """Ours, but for the graphs: a step's kernels are launched one by one, and the host waits for each step."""
 
     def _prepare(self, *arguments) -> None:
         super()._prepare(*arguments)
-        self._graphs = Launched(self._decoder)
+        self._graphs = None
 
 
 class Ours(Runner):

@@ -65,12 +65,12 @@ def evaluate(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     cache_tokens: int | None = None,
-    prefill: int = PREFILL_TOKENS,
+    prefill_tokens: int = PREFILL_TOKENS,
     show_progress: bool = False,
 ) -> list[dict]:
     """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
 
-    `batch_size` prompts are held at once; `cache_tokens` and `prefill` are Engine.generate's.
+    `batch_size` prompts are held at once; `cache_tokens` and `prefill_tokens` are Engine.generate's.
     """
     is_correct = get_task(task).is_correct
     engine = Engine(policy.model, policy.processor, policy.encode)
@@ -84,7 +84,7 @@ def evaluate(
                 sampling,
                 seed=derive_seed(seed, "evaluate", start),
                 cache_tokens=cache_tokens,
-                prefill_tokens=prefill,
+                prefill_tokens=prefill_tokens,
             )
             for row, example in enumerate(chunk):
                 outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]

@@ -5,7 +5,6 @@ what lives in which order is written here.
 """
 
 import copy
-import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from .memory import Stack, meta_model, nbytes, trace
 from .model.forward import base_model, lm_head_weight
 from .model.reference import in_8_bits, layers
 from .optim import resolve_optimizer
-from .rollout.cache import Layout
+from .rollout.cache import Layout, token_bytes
 from .rollout.engine import MOST_SAMPLES
 from .rollout.sampling import Sampling
 from .segments import Segments
@@ -190,13 +189,14 @@ class Step:
         The pool of keys and values is as large as all samples need, or has `cache_tokens` at most.
         """
         layout = self.layout(work, cache_tokens)
-        bounds = [0, *itertools.accumulate(work.prompts[: layout.prompt_spans])]
-        count = max(1, sum(bound <= self.config.tokens_per_microbatch for bound in bounds[1:]))  # encoded at once
-        tokens = bounds[count]
-        segments = Segments.build([(torch.arange(a, b), b - a) for a, b in itertools.pairwise(bounds[: count + 1])])
-        images = torch.tensor([patches for patches in work.patches[:count] if patches], dtype=torch.int64)
-        x, angles = tokens * self.width * self.item, 2 * tokens * self.text.layers[0].self_attn.head_dim * self.item
-        layers = self.decoder(self.text, segments, trains=False)
+        most = layout.prompt_spans
+        batch, *_ = Workload(work.prompts[:most], work.patches[:most], [1] * most).packs(
+            self.config.tokens_per_microbatch
+        )
+        count, images = len(batch.targets), patches_of(batch)
+        x = batch.input_ids.numel() * self.width * self.item
+        inputs = self.inputs(batch) + (4 * PATCH * int(images.sum()) if self.device == "cpu" else 0)
+        layers = self.decoder(self.text, batch.segments, trains=False)
         group = len(work.completions) // len(work.prompts)
         rows = layout.sample_spans
         # Of a row: residual, normed, queries and what attention and MLP make of them; gate, up and their product.
@@ -204,7 +204,7 @@ class Step:
         decode = {"activations": step, "loss head": self.drawing(rows)}
         prefill = [
             *self._images(self.vision, images, x, True),
-            {"activations": x + angles + layers.infer + x},
+            {"activations": inputs + 2 * x + layers.infer},
             {
                 "activations": x,
                 "loss head": count * self.vocabulary * self.item + self.drawing(min(count * group, MOST_SAMPLES)),
@@ -227,9 +227,7 @@ class Step:
 
     def cache_bytes(self, tokens: int) -> int:
         """Keys and values of all layers."""
-        attention = self.text.layers[0].self_attn
-        per_layer = 2 * tokens * self.text.config.num_key_value_heads * attention.head_dim * self.item
-        return per_layer * len(self.text.layers)
+        return tokens * token_bytes(self.text)
 
     def _images(self, vision: nn.Module, images: Tensor, others: int, copied: bool) -> list[Moment]:
         """Encoding images without gradients."""

@@ -31,7 +31,7 @@ from .packing import MicroBatches
 from .plan import RunMemory
 from .report import write_report
 from .rewards import load_plugin, require_rewards, score
-from .rollout.engine import Engine, cache_tokens
+from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
 from .room import EVALUATED, SAMPLED, TOKENS, Room
 from .sft import sft_loss, solution_batches, tiny_start
@@ -104,7 +104,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
     prompts = policy.encode.many(examples)
-    needed = cache_tokens(prompts, config.num_generations, config)
+    needed = fitting(prompts, config.num_generations, config).tokens
     rollout = room.attempt(SAMPLED, partial(sample, policy, examples, prompts, step, config), needed)
     clock.lap("rollout")
 
@@ -264,7 +264,7 @@ def record_evaluation(policy, config: TrainConfig, held_out: list[Example], log:
     for mode, temperature in modes.items():
         sampling, seed = Sampling.of(config, temperature=temperature), derive_seed(config.seed, mode)
         work = partial(
-            evaluate, policy, config.task, held_out, sampling, seed=seed, prefill=config.tokens_per_microbatch
+            evaluate, policy, config.task, held_out, sampling, seed=seed, prefill_tokens=config.tokens_per_microbatch
         )
         records = room.attempt(EVALUATED, lambda tokens, work=work: work(cache_tokens=tokens))
         result[when][mode] = summary = summarise(records)

@@ -73,7 +73,7 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(mo
     pool = engine.Pool
     monkeypatch.setattr(engine, "Pool", cramped)
     room = Room([].append, lambda: "", {SAMPLED: 10**6})
-    needed = engine.cache_tokens(prompts, 3, config)
+    needed = engine.fitting(prompts, 3, config).tokens
     for _ in range(2):
         drawn = [
             room.attempt(

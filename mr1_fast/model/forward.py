@@ -39,14 +39,18 @@ def embed(
     return embeddings.masked_scatter(image_tokens, features.to(embeddings.dtype))
 
 
-def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Final hidden states (N, D) of the rows that carry loss, in the model's dtype."""
+def packed_hidden(model: nn.Module, batch: PackedBatch, past_key_values=None) -> torch.Tensor:
+    """Final hidden states (N, D) of the rows that carry loss, in the model's dtype.
+
+    `past_key_values` is transformers' cache argument, for who wants the keys and values of each layer.
+    """
     embeddings = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw)
     output = base_model(model).model.language_model(
         inputs_embeds=embeddings.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(1),
         attention_mask={"full_attention": None},  # completions are kept apart by `segments`, not by a mask
-        use_cache=False,
+        past_key_values=past_key_values,
+        use_cache=past_key_values is not None,
         segments=batch.segments,
     )
     return output.last_hidden_state[0].index_select(0, batch.loss_rows)

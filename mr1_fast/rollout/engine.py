@@ -24,13 +24,13 @@ from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
 from .cache import Layout, Pool, token_bytes
-from .decoder import Decoder, Graphs
+from .decoder import SIZES, Decoder, Graphs
 from .prefill import prefill
 from .sampling import Sampling
 from .schedule import Ends, Schedule
 from .stop import StopTexts
 
-MOST_SAMPLES = 256
+MOST_SAMPLES = SIZES[-1]
 """Samples decoded at once, where memory allows."""
 FREE_SHARE = 0.7
 """Of a GPU's free memory, what keys and values take unless told otherwise."""
@@ -120,15 +120,17 @@ class Engine:
 
     def _layout(self, prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None) -> Layout:
         """How to cut the pool: the last one again where it will do, as graphs hold on to it."""
-        shape = [len(prompt.input_ids) for prompt in prompts], num_generations, sampling.max_new_tokens, MOST_SAMPLES
+        wanted = fitting(prompts, num_generations, sampling, budget)
         last = self._decoder.pool.layout if self._decoder else None
+        if last and last.covers(wanted) and (budget is None or last.tokens <= budget):
+            return last
         device = self._text.norm.weight.device
-        if budget is None and device.type == "cuda" and not (last and last.covers(Layout.fitting(*shape, None))):
-            self.release()
-            torch.cuda.empty_cache()
-            budget, last = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0] / token_bytes(self._text)), None
-        layout = Layout.fitting(*shape, budget)
-        return last if last and last.covers(layout) and (budget is None or last.tokens <= budget) else layout
+        if budget is not None or device.type != "cuda":
+            return wanted
+        self.release()
+        torch.cuda.empty_cache()
+        free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return fitting(prompts, num_generations, sampling, int(free / token_bytes(self._text)))
 
     @property
     def _text(self) -> nn.Module:
@@ -176,12 +178,10 @@ class Engine:
         schedule.begin(samples, tokens.cpu().numpy(), logprobs.cpu().numpy())
 
 
-def cache_tokens(prompts: list[Prompt], num_generations: int, sampling: Sampling) -> int | None:
-    """Tokens of keys and values that are of use for these prompts; None where there is nothing to sample."""
+def fitting(prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None = None) -> Layout:
+    """Room for the prompts' samples, or for as many at once as `budget` tokens hold."""
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    if not lengths or not num_generations or not sampling.max_new_tokens:
-        return None
-    return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, None).tokens
+    return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, budget)
 
 
 def on_device(device: torch.device):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.decode import sample
+from ..kernels.grpo_loss import statistics_dtype
 
 
 @dataclass
@@ -65,7 +66,7 @@ def draw(
     """
     if not sampling.filters:
         return sample(logits, uniform, sampling.temperature, banned)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(statistics_dtype(logits))
     token, _ = sample(_filtered(logits, sampling, banned, seen), uniform, sampling.temperature, banned)
     scaled = logits / (sampling.temperature or 1.0)
     chosen = scaled.gather(-1, token.clamp(min=0)[:, None]).squeeze(-1)
