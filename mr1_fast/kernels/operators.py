@@ -66,6 +66,54 @@ def incoming(*gradients: Tensor | None, like: Tensor) -> list[Tensor]:
 
 token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs)
 
+
+@torch.library.custom_op("mr1_fast::token_logprobs_backward_", mutates_args=("logits",))
+def token_logprobs_backward_(
+    logits: Tensor, targets: Tensor, temperature: Tensor, entropy: Tensor, peak: Tensor, log_sum: Tensor,
+    grad_logp: Tensor, grad_entropy: Tensor,
+) -> None:  # fmt: skip
+    """The gradient by the logits takes their place."""
+    row_logprobs_backward(logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out=logits)
+
+
+@token_logprobs_backward_.register_fake
+def _(*_):
+    return None
+
+
+class InplaceTokenLogprobs(torch.autograd.Function):
+    """logp (B, R) of logits (B, R, V), whose backward, not the forward, puts the gradient in their place.
+
+    Rows of unit stride that do not overlap; a slice of a longer sequence is not copied. Autograd's version counter
+    refuses a second backward, and the backward of whoever else saved the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+        """`token_logprobs` of each matrix that the logits consist of."""
+        parts = [token_logprobs(*each, temperature) for each in zip(*_matrices(logits, targets), strict=True)]
+        logp, *kept = (torch.cat(part).view(targets.shape) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(logits, targets, temperature, *kept)
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad_logp: Tensor):
+        """The logits' own buffer."""
+        logits, targets, temperature, *kept = ctx.saved_tensors
+        buffer = logits.detach()
+        per_row = _matrices(buffer, targets, *kept, *incoming(grad_logp, None, like=grad_logp))
+        for matrix, matrix_targets, *rest in zip(*per_row, strict=True):
+            token_logprobs_backward_(matrix, matrix_targets, temperature, *rest)
+        return buffer, None, None
+
+
+def _matrices(logits: Tensor, *per_row: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views (N, V) of logits (B, R, V) and (N,) of values (B, R): one of each where the strides allow it, else B."""
+    if len(logits) == 1 or logits.stride(0) == logits.shape[1] * logits.stride(1):
+        return [(each.flatten(0, 1),) for each in (logits, *per_row)]
+    return [each.unbind() for each in (logits, *per_row)]
+
+
 # --- the fused loss -----------------------------------------------------------------------------------------------
 
 
