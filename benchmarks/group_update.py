@@ -177,11 +177,11 @@ def padded(group: Group) -> Case:
     return group.differentiated(objective, packed=False)
 
 
-def trl(group: Group) -> Case:
-    """Its reference log-probs, its loss on the same completions, backward."""
+def trl(group: Group, fused: bool = False) -> Case:
+    """Its reference log-probs, its loss on the same completions, backward; `fused`: with our loss in it."""
     objective = trl_update(
         group.model, group.reference_model, group.policy.processor, group.padded(), len(group.prompt.input_ids),
-        group.advantages, BETA,
+        group.advantages, BETA, fused,
     )  # fmt: skip
     return group.differentiated(objective, packed=False)
 
@@ -191,4 +191,5 @@ CASES = {
     "repeated, packed, our loss": partial(packed, repeated=True),
     "repeated, padded (R1-V)": padded,
     "TRL GRPOTrainer": trl,
+    "TRL GRPOTrainer with our loss": partial(trl, fused=True),
 }

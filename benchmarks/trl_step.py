@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 
-def make_trainer(model, processor, dataset, reward, **settings):
-    """A GRPOTrainer with the loss, KL and checkpointing of our runs; `settings` of GRPOConfig beside."""
+def make_trainer(model, processor, dataset, reward, fused: bool = False, **settings):
+    """A GRPOTrainer with the loss, KL and checkpointing of our runs; `settings` of GRPOConfig beside.
+
+    `fused`: the trainer is integrations.trl's.
+    """
     from trl import GRPOConfig, GRPOTrainer
+
+    from mr1_fast.integrations.trl import FusedGRPOTrainer
 
     config = GRPOConfig(
         report_to="none",
@@ -31,7 +36,8 @@ def make_trainer(model, processor, dataset, reward, **settings):
         shuffle_dataset=False,
         **settings,
     )
-    return GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
+    cls = FusedGRPOTrainer if fused else GRPOTrainer
+    return cls(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
 
 
 def trl_update(
@@ -42,6 +48,7 @@ def trl_update(
     prompt_length: int,
     advantages: Tensor,
     beta: float,
+    fused: bool = False,
 ) -> Callable[[], Tensor]:
     """A function that computes reference log-probs and the loss of the rows of `inputs`, on policy."""
     from datasets import Dataset
@@ -57,6 +64,7 @@ def trl_update(
             processor,
             Dataset.from_dict({"prompt": [[{"role": "user", "content": "?"}]]}),
             lambda completions, **kwargs: [0.0] * len(completions),
+            fused=fused,
             output_dir=folder,
             use_cpu=device.type == "cpu",
             beta=beta,

@@ -153,8 +153,8 @@ def token_weights(
     cu_seqlens: Tensor,
     loss_type: str = "grpo",
     *,
-    num_sequences: int | None = None,
-    num_tokens: int | Tensor | None = None,
+    num_sequences: float | None = None,
+    num_tokens: float | Tensor | None = None,
     max_completion_length: int | None = None,
     mask: Tensor | None = None,
     accumulation_steps: int = 1,
@@ -168,12 +168,14 @@ def token_weights(
 
     `cu_seqlens` (S+1,): rows cu_seqlens[i] … cu_seqlens[i+1] are sequence i, which may be empty. `mask` (N,): tokens
     that count (None: all). Losses of micro-batches add up when `num_sequences` (default: this batch's S) or
-    `num_tokens` count the whole optimizer step; else divide by `accumulation_steps`.
+    `num_tokens` count the whole optimizer step; else divide by `accumulation_steps`. DDP and FSDP average gradients
+    over processes: there these counts are those of all processes divided by the number of processes.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSS_TYPES)}")
     lengths = cu_seqlens.diff()
-    if mask is not None and (mask.ndim != 1 or (mask.device.type == "cpu" and len(mask) != cu_seqlens[-1])):
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere it would synchronise
+    if mask is not None and (mask.ndim != 1 or (readable and len(mask) != cu_seqlens[-1])):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}: expected (N,), a value for each of cu_seqlens[-1] tokens"
         )
@@ -192,8 +194,8 @@ def token_weights(
     else:
         if loss_type == "dapo" and (num_tokens is None or accumulation_steps != 1):
             raise ValueError("dapo divides by num_tokens, the tokens of the whole optimizer step: pass that alone")
-        total = torch.as_tensor(sizes.sum() if num_tokens is None else num_tokens, device=sizes.device)
-        per_sequence = (1 / (total.float().clamp(min=1) * accumulation_steps)).expand(len(sizes))
+        total = sizes.sum() if num_tokens is None else scalar("num_tokens", num_tokens, sizes)
+        per_sequence = (1 / (total.clamp(min=1) * accumulation_steps)).expand(len(sizes))
     return torch.where(mask != 0, spread(per_sequence, cu_seqlens, len(mask)), 0.0)
 
 

@@ -40,7 +40,9 @@ def arguments_after_logits(
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor")
         sequences = cu_seqlens is not None and per_sequence and value.ndim == 1 and len(value) == len(cu_seqlens) - 1
-        if value.shape != (len(rows),) and not sequences:
+        if not sequences:
+            _let_lengths_agree(value, rows)
+        if not sequences and value.shape != (len(rows),):
             alternative = f", or ({len(cu_seqlens) - 1},)" if cu_seqlens is not None and per_sequence else ""
             alternative += " (per-sequence values need cu_seqlens)" if cu_seqlens is None and per_sequence else ""
             raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},){alternative}")
@@ -67,6 +69,7 @@ def arguments_after_logits(
 
 def check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Tensor:
     """The logits with unit column stride."""
+    _check_plain("logits", logits)
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (N, V), flatten batch and length first")
     if logits.shape[1] == 0:
@@ -106,6 +109,8 @@ def _saved_by_producer(tensor: Tensor) -> bool:
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple:
     """hidden, weight and bias in the dtype that the products run in."""
+    for name, value in {"hidden": hidden, "weight": weight, "bias": bias}.items():
+        _check_plain(name, value)
     if hidden.ndim != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}: expected (N, D), the packed rows that carry loss")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
@@ -125,7 +130,14 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
     return hidden, weight, bias
 
 
+def _let_lengths_agree(value: Tensor, rows: Tensor) -> None:
+    """While compiling, state it: of rows that a mask picks, only the run knows the number, and comparing would fail."""
+    if torch.compiler.is_compiling() and value.ndim == 1:
+        torch._check(value.shape[0] == len(rows))
+
+
 def _check_targets(targets: Tensor, rows: Tensor, v: int) -> None:
+    _let_lengths_agree(targets, rows)
     if targets.shape != (len(rows),) or targets.dtype != torch.int64:
         raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}: expected torch.int64 ({len(rows)},)")
     _check_device("targets", targets, rows)
@@ -145,6 +157,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor) -> None:
             raise ValueError(f"cu_seqlens is {ends}: expected 0, then increasing ends, the last being {len(rows)}")
 
 
+def _check_plain(name: str, value: Tensor | None) -> None:
+    if hasattr(value, "device_mesh"):  # DTensor, without its import
+        raise ValueError(
+            f"{name} is a DTensor, of which this process holds a part: compute the loss inside the model's forward, "
+            "where FSDP2 has gathered the weights (mr1_fast.integrations.head.add_head does)"
+        )
+
+
 def _check_device(name: str, value: Tensor, rows: Tensor) -> None:
     if value.device != rows.device:
         raise ValueError(f"{name} is on {value.device}: expected {rows.device}, where the logits or hidden states are")
@@ -159,6 +179,9 @@ def scalar(name: str, value: float | Tensor, rows: Tensor) -> Tensor:
         return value.detach().reshape(()).to(rows.device, dtype)
     if name == "temperature" and not value > 0:
         raise ValueError(f"temperature is {value}: expected a number > 0")
+    if torch.compiler.is_compiling():
+        # The compiler makes a float that changes an input of the graph where it multiplies; in `full` it is a constant.
+        return torch.ones((), dtype=dtype, device=rows.device) * value
     return torch.full((), value, dtype=dtype, device=rows.device)
 
 

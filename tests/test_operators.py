@@ -1,9 +1,9 @@
-"""The operators of torch.ops.mr1_fast as torch.compile sees them."""
+"""The operators of torch.ops.mr1_fast as torch.compile sees them; what it makes of them: test_compile.py."""
 
 import pytest
 import torch
 
-from mr1_fast import grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs
+from mr1_fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1_fast.kernels import linear_grpo_loss as linear
 from mr1_fast.kernels import operators
 
@@ -72,59 +72,6 @@ CALLS = list(calls())
 def test_operators_keep_the_rules_of_torch_library(name):
     operator, arguments = calls()[name]
     torch.library.opcheck(operator, arguments)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_the_compiled_loss_equals_the_eager_one(inplace):
-    data = loss_rows(N, V)
-    arguments = objective_of(data, "old_logp", "ref_logp", "is_weights")
-
-    def loss(leaf, beta):
-        return grpo_loss(leaf * 1, **arguments, beta=beta, inplace=inplace)
-
-    def run(function):
-        leaf = data["logits"].detach().clone().requires_grad_()
-        result = function(leaf, torch.tensor(0.1))
-        (2 * result.loss).backward()
-        return *result, leaf.grad
-
-    for value, expected in zip(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss), strict=True):
-        torch.testing.assert_close(value.detach(), expected.detach())
-
-
-def test_the_compiled_linear_loss_equals_the_eager_one():
-    _, head, _, _ = inputs()
-    data = loss_rows(N, V, logits=torch.addmm(head[2], head[0], head[1].T))
-    arguments = objective_of(data, "old_logp", "ref_logp", "is_weights")
-
-    def loss(hidden, weight, bias, beta):
-        result = linear_grpo_loss(hidden, weight, **arguments, beta=beta, bias=bias, chunk_bytes=CHUNK_BYTES)
-        logp, entropy = linear_token_logprobs(hidden, weight, data["targets"], bias=bias, chunk_bytes=CHUNK_BYTES)
-        return result.loss + (logp * entropy).sum(), result
-
-    def run(function):
-        total, result = function(*head, torch.tensor(0.1))
-        return *result, *torch.autograd.grad(total, head)
-
-    for value, expected in zip(run(torch.compile(loss, fullgraph=True, backend="aot_eager")), run(loss), strict=True):
-        torch.testing.assert_close(value.detach(), expected.detach())
-
-
-def test_a_new_beta_or_number_of_rows_compiles_nothing_again():
-    frames = []
-
-    def backend(graph, _):
-        frames.append(graph)
-        return graph.forward
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
-    def loss(logits, arguments, beta):
-        return grpo_loss(logits, **arguments, beta=beta).loss
-
-    for n in range(5, 15):
-        data = loss_rows(n, V)
-        loss(data["logits"].requires_grad_(), objective_of(data, "ref_logp"), torch.tensor(n / 10))
-    assert len(frames) == 1
 
 
 def test_the_gradient_is_no_longer_part_of_a_graph():

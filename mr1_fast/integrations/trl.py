@@ -58,14 +58,6 @@ AVERAGES = {
     "luspo": "luspo",
 }
 """TRL's loss_type → the average of `token_weights` that it takes."""
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
-"""What a model's configuration may do to its logits after the LM head."""
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -83,9 +75,11 @@ class FusedGRPOTrainer(GRPOTrainer):
         self._checked: tuple | None = None
         self._disagrees: str | None = None
         self._no_head = self._why_no_head()
-        if self._no_head is None:
-            for model in filter(None, (self.model, self.ref_model)):
+        try:
+            for model in filter(None, (self.model, self.ref_model) if self._no_head is None else ()):
                 self._add_head(model)
+        except TypeError as error:
+            self._no_head = str(error)
 
     @property
     def fused(self) -> bool:
@@ -97,18 +91,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         _add_label_head(_unwrapped(model, self.accelerator), self.temperature, self.args.cast_lm_head_to_fp32)
 
     def _why_no_head(self) -> str | None:
-        """What keeps the model's LM head from being fused with anything of ours."""
-        model = _unwrapped(self.model, self.accelerator)
-        config = model.config.get_text_config()
-        transforms = [name for name in LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1.0)]
-        if transforms:
-            return f"the model's {transforms[0]} changes its logits"
-        if type(model.get_output_embeddings()) is not nn.Linear:
-            return f"the LM head is a {type(model.get_output_embeddings()).__name__}"
-        if (
-            getattr(self.model, "active_peft_config", None) is not None
-            and self.model.active_peft_config.is_prompt_learning
-        ):
+        """What keeps the model's LM head from being fused with anything of ours, beside what `add_head` refuses."""
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             return "prompt learning adds positions of its own"
         if self.aux_loss_enabled:
             return "the model has a router loss"
@@ -170,8 +154,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self._checked == case:
             return True
         self._checked = case
-        ours, theirs, scale = torch.stack([ours, theirs.to(ours.dtype), scale]).tolist()
-        same = abs(ours - theirs) <= 1e-3 * (scale + abs(theirs)) or not torch.tensor(theirs).isfinite()
+        # Where TRL's KL overflows, its value is inf and says nothing.
+        off = ((ours - theirs).abs() > 1e-3 * (scale + theirs.abs())) & theirs.isfinite()
+        same = self.accelerator.reduce(off.float(), "sum").item() == 0  # every process goes the same way
         if not same:
             self._disagrees = f"its loss is {theirs:.6g} where ours is {ours:.6g}, so this TRL computes something else"
             warn_once(f"FusedGRPOTrainer runs TRL's own loss: {self._disagrees}")
