@@ -96,7 +96,7 @@ def compare(cases: list[str], group: Group, arguments) -> tuple[list[dict], dict
 
 def measure_update(arguments) -> dict:
     """Part `update`."""
-    size, prompt_tokens, lengths = update_sizes(arguments.quick)
+    size, prompt_tokens, lengths = update_sizes(arguments)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     rows, skipped = compare(list(CASES), group, arguments)
     tokens = group.tokens
@@ -105,7 +105,7 @@ def measure_update(arguments) -> dict:
     else:
         del group  # room for the processes that measure
         release()
-        options = [f"--device={arguments.device}", *(["--quick"] if arguments.quick else [])]
+        options = [f"--device={arguments.device}", f"--layers={arguments.layers}", *["--quick"] * arguments.quick]
         measured = lambda name, frozen: peak_in_subprocess(__file__, name, options + ["--frozen"] * frozen)  # noqa: E731
     for row in rows:
         row["peak"] = row["peak_frozen"] = None
@@ -135,9 +135,11 @@ def share(ours: dict, other: dict, key: str) -> str | None:
     return f"{ours[key] / other[key]:.2f}" if ours[key] and other[key] else None
 
 
-def update_sizes(quick: bool) -> tuple[dict, int, list[int]]:
+def update_sizes(arguments) -> tuple[dict, int, list[int]]:
     """Model, prompt tokens and completion lengths."""
-    return (QUICK, 64, spread_lengths(4, 16, 4)) if quick else (FULL, 512, spread_lengths(32, 256, 8))
+    if arguments.quick:
+        return QUICK, 64, spread_lengths(4, 16, 4)
+    return FULL | {"layers": arguments.layers}, 512, spread_lengths(32, 256, 8)
 
 
 def peak_case(name: str, group: Group, frozen: bool) -> Case:
@@ -150,7 +152,7 @@ def peak_case(name: str, group: Group, frozen: bool) -> Case:
 
 def print_peak(name: str, arguments) -> None:
     """What `--peak` prints: one JSON line."""
-    size, prompt_tokens, lengths = update_sizes(arguments.quick)
+    size, prompt_tokens, lengths = update_sizes(arguments)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     peak_case(name, group.other(32, [4, 8]), arguments.frozen).call()
     case = peak_case(name, group, arguments.frozen)
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, help="calls of each update, in turn; default 10, on a CPU 2")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--layers", type=int, default=FULL["layers"], help="of text and of vision, in part update")
     parser.add_argument("--quick", action="store_true", help="sizes for trying the script out")
     parser.add_argument("--peak", help="print the peak memory of this case of part update and end")
     parser.add_argument("--frozen", action="store_true", help="with --peak: the tied embedding is not trained")

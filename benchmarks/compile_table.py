@@ -74,7 +74,7 @@ def captured(backend: str, arch, warp_size: int):
         compiled.append((self.fn.__name__.removeprefix("_").removesuffix("_kernel"), kernel))
         return kernel
 
-    functions = [each for each in gc.get_objects() if isinstance(each, JITFunction)]
+    functions = [each for each in gc.get_objects() if issubclass(type(each), JITFunction)]
     driver.set_active(TargetDriver(GPUTarget(backend, arch, warp_size)))
     JITFunction.run = compile_only
     try:

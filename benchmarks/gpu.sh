@@ -36,6 +36,8 @@ bench memory_2b python benchmarks/bench_memory.py 2b_full
 bench grpo_loss python benchmarks/bench_grpo_loss.py
 bench train_step python benchmarks/bench_train_step.py
 bench linear_grpo_loss python benchmarks/bench_linear_grpo_loss.py
+bench integrations python benchmarks/bench_integrations.py
+bench trl_2b python benchmarks/bench_train_step.py --parts update --layers 28
 bench memory_7b python benchmarks/bench_memory.py 7b_qlora
 bench adamw python benchmarks/bench_adamw.py --plot "$out/adamw.png"
 bench default_run python benchmarks/bench_default_run.py --seeds 0

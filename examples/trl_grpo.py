@@ -14,6 +14,7 @@ import time
 import torch
 from datasets import Dataset
 from transformers import Qwen2VLForConditionalGeneration
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from mr1_fast.model.tiny import tiny_config, tiny_processor
@@ -29,18 +30,17 @@ except ImportError as error:
 STEPS = 6
 
 
-class TimedLoss:
-    """Seconds of the loss, forward of the model included, and of its backward; everything else is TRL's rollout."""
+class Timed:
+    """Seconds of each update: from the loss, forward of the model included, to the end of its backward."""
 
-    def training_step(self, *arguments):
-        arguments = (arguments[0], self._prepare_inputs(arguments[1]), *arguments[2:])
-        self._prepare_inputs, prepare = (lambda inputs: inputs), self._prepare_inputs
-        start = time.perf_counter()
-        try:
-            return super().training_step(*arguments)
-        finally:
-            self._prepare_inputs = prepare
-            self.seconds = [*getattr(self, "seconds", []), time.perf_counter() - start]
+    def compute_loss(self, *args, **kwargs):
+        self.began = time.perf_counter()
+        return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.seconds = [*getattr(self, "seconds", []), time.perf_counter() - self.began]
+        return loss
 
 
 def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], float]:
@@ -71,7 +71,7 @@ def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], 
         max_steps=STEPS,
         learning_rate=1e-3,
     )
-    timed = type(trainer_class.__name__, (TimedLoss, trainer_class), {})
+    timed = type(trainer_class.__name__, (Timed, trainer_class), {})
     trainer = timed(
         model,
         reward_funcs=lambda completion_ids, **_: [sum(i % 7 for i in ids) / len(ids) for ids in completion_ids],
@@ -79,6 +79,7 @@ def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], 
         train_dataset=data,
         processing_class=processor,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.04, beta_max=0.1))
     trainer.train()
     steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]

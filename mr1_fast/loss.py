@@ -91,7 +91,7 @@ def grpo_loss(
     - beta, temperature: a float or a 0-d tensor; a new value costs nothing. β = 0 needs no `ref_logp`
     - old_logp (N,), None: on-policy, ρ = 1 with its gradient; ref_logp (N,)
     - clip_low, clip_high, delta: bounds of ρ; `surrogate` is clip, cispo (ρ capped at 1 + clip_high) or sapo
-    - ratio_level "sequence": GSPO; costs a second read of the logits when `old_logp` is given, as ρ needs all of them
+    - ratio_level "sequence": GSPO; costs a second read of the logits, as ρ needs all of them
     - inplace: the gradient overwrites the logits, so that no second tensor of their size exists; ignored where
       ρ is taken per sequence
 
@@ -133,8 +133,8 @@ def linear_grpo_loss(
 ) -> GRPOLoss:
     """`grpo_loss` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), without their tensor.
 
-    Three GEMMs for loss and all gradients; a frozen weight costs no gradient and no third GEMM. Off-policy ratios per
-    sequence cost a fourth. Under autocast the products run in its dtype. `chunk_bytes` bounds the logits that exist
+    Three GEMMs for loss and all gradients; a frozen weight costs no gradient and no third GEMM. Ratios per sequence
+    cost a fourth. Under autocast the products run in its dtype. `chunk_bytes` bounds the logits that exist
     at a time (default 512 MB on a GPU, 48 MB on a CPU). Backward runs once per call.
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
@@ -181,7 +181,9 @@ def token_weights(
         )
     if mask is None:
         mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
-    sizes = torch.segment_reduce(mask.float(), "sum", lengths=lengths.long()) if len(lengths) else lengths.float()
+    sizes = lengths.float()
+    if len(lengths):  # on a GPU, checking the lengths would synchronise
+        sizes = torch.segment_reduce(mask.float(), "sum", lengths=lengths.long(), unsafe=mask.is_cuda)
     sequences = (len(lengths) if num_sequences is None else num_sequences) * accumulation_steps
     if loss_type == "grpo":
         per_sequence = 1 / (sequences * sizes.clamp(min=1))

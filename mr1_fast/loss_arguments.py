@@ -23,9 +23,10 @@ def arguments_after_logits(
     if not min(sapo_temperatures) > 0:
         raise ValueError(f"sapo_temperatures is {sapo_temperatures}: expected two numbers > 0")
     # cispo's cap, 1 + clip_high, may be below 1: TRL and Liger give the cap itself, 0.2 unless it is set.
-    for name, bound in {"clip_low": clip_low, "clip_high": clip_high, "delta": delta}.items():
+    bounds = {"clip_low": clip_low, "clip_high": clip_high} | ({} if delta is None else {"delta": delta})
+    for name, bound in bounds.items():
         least = -1 if surrogate == "cispo" and name == "clip_high" else 0
-        if bound is not None and not bound >= least:
+        if bound is None or not bound >= least:
             raise ValueError(f"{name} is {bound}: expected a number ≥ {least}")
     if ref_logp is None and (isinstance(beta, Tensor) or beta != 0):
         raise ValueError(f"beta is {beta}, but ref_logp is None: pass the reference log-probs, or beta=0")

@@ -19,6 +19,10 @@ AFTER_HEAD = (
 """Settings by which models change their logits once more (Gemma, Cohere, Granite, Falcon-H1, …): f would not see it."""
 
 
+class HeadError(TypeError):
+    """The model's logits are not its hidden states times the weight of a linear layer."""
+
+
 def add_head(model: nn.Module) -> None:
     """Teach a transformers causal LM, text or vision, `model(..., head=f)`: it returns f(hidden, weight, bias).
 
@@ -28,21 +32,32 @@ def add_head(model: nn.Module) -> None:
     finds it. A process whose batch has no row with loss calls the model all the same, with 0 rows. Without `head` the
     model does as before, `generate` included.
 
-    Call this before PEFT, DDP or FSDP2 wrap the model. Raises TypeError where f's rows times the weight would not be
+    Call this before PEFT, DDP or FSDP2 wrap the model. Raises HeadError where f's rows times the weight would not be
     the logits: an LM head that is not a plain linear layer, one with an adapter (at the call), a model that scales or
     caps its logits, or one that adds a router's loss of its own.
     """
-    linear = model.get_output_embeddings()
-    if type(linear) is not nn.Linear:
-        raise TypeError(f"the LM head is a {type(linear).__name__}: add_head needs a torch.nn.Linear without adapters")
+    linears = _trained_copies(model.get_output_embeddings())
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise HeadError(
+                f"the LM head is a {type(linear).__name__}: add_head needs a torch.nn.Linear without adapters"
+            )
     config = model.config.get_text_config()
     changed = [name for name in AFTER_HEAD if getattr(config, name, None) not in (None, 1)]
     if getattr(config, "output_router_logits", False):
         changed.append("output_router_logits")
     if changed:
-        raise TypeError(f"{type(model).__name__} has {', '.join(changed)}, which a loss on its LM head would pass over")
-    linear.forward = MethodType(_linear_forward(_function(linear.forward)), linear)
+        raise HeadError(f"{type(model).__name__} has {', '.join(changed)}, which a loss on its LM head would pass over")
+    for linear in linears:
+        linear.forward = MethodType(_linear_forward(_function(linear.forward)), linear)
     model.forward = MethodType(_model_forward(_function(model.forward), type(model).forward), model)
+
+
+def _trained_copies(linear: nn.Module) -> list[nn.Module]:
+    """The LM head; or, where PEFT trains it whole (modules_to_save), the original and its copies."""
+    if hasattr(linear, "modules_to_save"):
+        return [linear.original_module, *linear.modules_to_save.values()]
+    return [linear]
 
 
 def _linear_forward(plain: Callable) -> Callable:
@@ -59,7 +74,7 @@ def _model_forward(plain: Callable, signature: Callable) -> Callable:
             return plain(self, *args, **kwargs)
         linear = self.get_output_embeddings()
         if not isinstance(linear, nn.Linear) and not hasattr(linear, "modules_to_save"):
-            raise TypeError(f"the LM head became a {type(linear)}: leave it out of the adapter's target_modules")
+            raise HeadError(f"the LM head became a {type(linear)}: leave it out of the adapter's target_modules")
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         return linear(hidden, head=head)
 

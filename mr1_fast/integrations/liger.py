@@ -115,7 +115,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             beta=0.0 if ref_logp is None else self.beta, ref_logp=ref_logp, temperature=self.temperature,
             bias=None if bias is None else bias.to(hidden.dtype), **objective,
         )  # fmt: skip
-        clipped = _clipped(result.logp, advantages, weights, objective)
+        clipped = result.clipped
+        if objective["delta"] is not None:
+            clipped = _clipped(result.logp, advantages, weights, objective)
         total = mask.sum().clamp(min=1)
         return result.loss, tuple(value.sum() / total for value in ([result.kl] if with_kl else []) + [clipped])
 
@@ -180,11 +182,13 @@ def triton_grpo_loss(
         cu_seqlens=length * torch.arange(len(mask) + 1, device=mask.device),
     )
     advantages, weights = flat("advantages", advantages), weights.flatten()
-    loss, kl, _, _ = policy_loss_ref(
+    loss, kl, is_clipped, _ = policy_loss_ref(
         logp.flatten(), advantages, weights, beta=beta, ref_logp=flat("ref_logp", ref_logp) if with_kl else None,
         **objective,
     )  # fmt: skip
-    is_clipped = _clipped(logp.detach().flatten(), advantages, weights, objective).float()
+    if objective["delta"] is not None:
+        is_clipped = _clipped(logp.detach().flatten(), advantages, weights, objective)
+    is_clipped = is_clipped.float()
     if not reduce:
         return loss.view_as(mask), kl.view_as(mask) if with_kl else None, is_clipped.view_as(mask)
     total = mask.sum().clamp(min=1)
@@ -214,9 +218,10 @@ def _logprobs(logits: Tensor, ids: Tensor, temperature: float | Tensor, inplace:
     targets = nn.functional.pad(ids.long(), (0, 1))  # any token for the last position, whose gradient is 0
     if not inplace or torch.compiler.is_compiling():
         return token_logprobs(logits.flatten(0, 1), targets.flatten(), temperature)[0].view_as(targets)[:, :-1]
-    if logits.stride(2) != 1 or min(logits.stride()[:2]) < logits.shape[2]:
+    near, far = sorted(((logits.stride(0), logits.shape[0]), (logits.stride(1), logits.shape[1])))
+    if logits.stride(2) != 1 or near[0] < logits.shape[2] or far[0] < near[0] * near[1]:  # rows overlap
         logits = logits.contiguous()
-    for sequence in zip(logits, targets, strict=True):
+    for sequence in zip(logits.detach(), targets, strict=True):
         check_logits(*sequence)
     return InplaceTokenLogprobs.apply(logits, targets, scalar("temperature", temperature, logits))[:, :-1]
 

@@ -17,7 +17,8 @@ def selective_log_softmax(
 ) -> Tensor:
     """Log-probabilities of `index` (...) or (..., K) under logits (..., V) / temperature, in the shape of `index`.
 
-    Rows where `row_mask` (...) is 0 give 0. Strided logits, such as a slice of positions, are read where they are.
+    Where `row_mask`, (...) or in the shape of `index`, is 0, so is the result. Strided logits, such as a slice of
+    positions, are read where they are.
     """
     several = index.ndim == logits.ndim
     targets = logits.detach().argmax(-1) if several else index
@@ -26,7 +27,7 @@ def selective_log_softmax(
         # log p_k − log p_top needs the two logits alone; the largest one is never −inf.
         chosen, top = (logits.gather(-1, each).float() for each in (index, targets.unsqueeze(-1)))
         logp = (chosen - top) / temperature + logp.unsqueeze(-1)
-        row_mask = None if row_mask is None else row_mask.unsqueeze(-1)
+        row_mask = row_mask.unsqueeze(-1) if row_mask is not None and row_mask.ndim < index.ndim else row_mask
     return logp if row_mask is None else torch.where(row_mask != 0, logp, 0.0)
 
 
@@ -81,7 +82,8 @@ class ChunkedLogProbFunction:
             return TRLFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
-        logp, entropy = linear_token_logprobs(hidden, weight, targets, temperature / logit_scale, bias)
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        logp, entropy = linear_token_logprobs(hidden, weight, targets.long(), temperature / logit_scale, bias)
         return logp, entropy if "entropy" in outputs else None, None, None, None
 
 
