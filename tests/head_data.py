@@ -2,25 +2,20 @@
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from mr1_fast import GRPOLoss, linear_grpo_loss, linear_token_logprobs, token_weights
 from mr1_fast.integrations.head import HeadFunction, add_head
 from mr1_fast.loss import policy_loss_ref
 
+from .models import small_text_model
+
 V = 97
 
 
 def text_model(tied: bool = False) -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers with seeded weights, large enough that distributions are uneven, and `head=`."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(vocab_size=V, num_key_value_heads=1, tie_word_embeddings=tied, **sizes)
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    """A small model with `head=`."""
+    model = small_text_model(V, tie_word_embeddings=tied)
     add_head(model)
     return model
 

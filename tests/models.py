@@ -5,7 +5,13 @@ from contextlib import contextmanager
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 from mr1_fast.config import ModelConfig
@@ -48,6 +54,19 @@ def tiny_qwen2_5(processor) -> torch.nn.Module:
     ids = {k: base[k] for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
+    """A Qwen2 of two layers with seeded weights, large enough to make every token's distribution uneven."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    defaults = {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **sizes, **defaults | settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
 
 
 def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:

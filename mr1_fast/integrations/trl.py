@@ -196,10 +196,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         is_weights = inputs["importance_sampling_ratio"] if corrected else None
         level, bias_corrected_kl = self.importance_sampling_level, self.beta != 0 and self.args.use_bias_correction_kl
         per_sequence = advantages.ndim == 1 and (is_weights is None or is_weights.shape[-1] == 1)
+        # On policy every ratio is 1, and the sum over a sequence has the same gradient either way: one pass will do.
         if old_logp is None and per_sequence and not bias_corrected_kl:
-            level = (
-                "token"  # on policy every ratio is 1, and the sum over a sequence has one gradient: one pass will do
-            )
+            level = "token"
         options = {
             "beta": self.beta,
             "old_logp": by_row(old_logp),
