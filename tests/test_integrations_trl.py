@@ -10,14 +10,14 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from mr1_fast import integrations
-from mr1_fast.integrations import trl as ours
+from mr1_fast.integrations.objective import AVERAGES
 from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
 from mr1_fast.model.tiny import tiny_processor
 
 from .models import small_text_model, tiny_policy
 from .trl_data import COMPLETION, PROMPT, B, assert_same, batch, make, pictures, run, settings_of
 
-LOSS_TYPES = list(ours.AVERAGES)
+LOSS_TYPES = list(AVERAGES)
 
 
 @pytest.fixture(scope="module")

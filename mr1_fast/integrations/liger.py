@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from ..kernels.grpo_loss import policy_loss_ref
 from ..kernels.operators import InplaceTokenLogprobs
-from ..loss import linear_grpo_loss, linear_token_logprobs, token_logprobs
+from ..loss import linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
 from ..loss_arguments import check_logits, scalar
 from . import check_version, warn_once
+from .objective import AVERAGES, objective_options
 
 __all__ = ["LigerFusedLinearGRPOLoss", "fused_selective_log_softmax", "triton_grpo_loss"]
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 
 check_version("liger-kernel")
 
@@ -228,21 +227,12 @@ def _logprobs(logits: Tensor, ids: Tensor, temperature: float | Tensor, inplace:
 
 def _objective(loss_type, level, low, high, delta, positive, negative, bias_corrected_kl) -> dict:
     """Our names for what Liger's settings say of a token's loss."""
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSS_TYPES)}, vespo")
+    if loss_type not in AVERAGES:
+        raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(AVERAGES)}, vespo")
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level is {level!r}: choose token or sequence")
     _check_positive(sapo_temperature_pos=positive, sapo_temperature_neg=negative)
-    surrogate = loss_type if loss_type in ("cispo", "sapo") else "clip"
-    return dict(
-        surrogate=surrogate,
-        clip_low=low,
-        clip_high=high - 1 if surrogate == "cispo" else high,
-        delta=(delta or None) if surrogate == "clip" else None,
-        sapo_temperatures=(positive, negative),
-        ratio_level=level,
-        bias_corrected_kl=bias_corrected_kl,
-    )
+    return objective_options(loss_type, level, low, high, delta or None, (positive, negative), bias_corrected_kl)
 
 
 def _check_positive(**settings: float) -> None:
@@ -256,18 +246,13 @@ def _weights(mask: Tensor, loss_type, max_completion_length, num_items_in_batch,
 
     `per_sequence`: the loss is (B, 1) in Liger, where luspo's mean over all entries is one over B instead of B·T.
     """
-    sizes = mask.sum(-1, keepdim=True)
-    if loss_type in ("grpo", "sapo"):
-        return mask / (sizes.clamp(min=1) * len(mask))
-    if loss_type == "bnpo":
-        return mask / sizes.sum().clamp(min=1)
-    if loss_type == "dr_grpo":
-        if max_completion_length is None:
-            raise ValueError("dr_grpo divides by max_completion_length: pass the limit of the rollout")
-        return mask / (len(mask) * max_completion_length)
-    if loss_type == "luspo":
-        return mask / len(mask) if per_sequence else mask * sizes / mask.numel()
-    return mask / _tokens_per_process(mask, num_items_in_batch)
+    if loss_type == "luspo" and not per_sequence:
+        return mask * mask.sum(-1, keepdim=True) / mask.numel()
+    average = AVERAGES[loss_type]
+    ends = mask.shape[1] * torch.arange(len(mask) + 1, device=mask.device)
+    num_tokens = _tokens_per_process(mask, num_items_in_batch) if average == "dapo" else None
+    options = {"num_tokens": num_tokens, "max_completion_length": max_completion_length, "mask": mask.flatten()}
+    return token_weights(ends, average, **options).view_as(mask)
 
 
 def _tokens_per_process(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:

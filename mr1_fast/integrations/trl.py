@@ -22,6 +22,7 @@ from mr1_fast.loss import GRPOLoss, linear_grpo_loss, linear_token_logprobs, pol
 
 from . import check_version, warn_once
 from .head import HeadError, add_head
+from .objective import AVERAGES, objective_options
 from .trl_functions import (
     ChunkedLogProbFunction,
     entropy_from_logits,
@@ -45,17 +46,6 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
 ]
-
-AVERAGES = {
-    "grpo": "grpo",
-    "sapo": "grpo",
-    "bnpo": "bnpo",
-    "dr_grpo": "dr_grpo",
-    "dapo": "dapo",
-    "cispo": "dapo",
-    "luspo": "luspo",
-}
-"""TRL's loss_type → the average of `token_weights` that it takes."""
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -190,7 +180,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         weights = token_weights(
             cu_seqlens, AVERAGES[self.loss_type], mask=torch.ones_like(rows, dtype=torch.bool), **average
         )
-        surrogate = self.loss_type if self.loss_type in ("cispo", "sapo") else "clip"
         advantages, old_logp = inputs["advantages"], inputs.get("old_per_token_logps")
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         is_weights = inputs["importance_sampling_ratio"] if corrected else None
@@ -203,16 +192,14 @@ class FusedGRPOTrainer(GRPOTrainer):
             "beta": self.beta,
             "old_logp": by_row(old_logp),
             "ref_logp": by_row(inputs["ref_per_token_logps"]) if self.beta != 0 else None,
-            "clip_low": self.epsilon_low,
-            "clip_high": self.epsilon_high - 1 if surrogate == "cispo" else self.epsilon_high,  # TRL's is the cap
-            "delta": self.args.delta if surrogate == "clip" else None,
-            "surrogate": surrogate,
-            "sapo_temperatures": (self.args.sapo_temperature_pos, self.args.sapo_temperature_neg),
-            "ratio_level": level,
-            "cu_seqlens": cu_seqlens,
             "is_weights": by_row(is_weights),
-            "bias_corrected_kl": bias_corrected_kl,
+            "cu_seqlens": cu_seqlens,
         }
+        sapo_temperatures = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
+        options |= objective_options(
+            self.loss_type, level, self.epsilon_low, self.epsilon_high, self.args.delta, sapo_temperatures,
+            bias_corrected_kl,
+        )  # fmt: skip
         return _Objective(rows, by_row(inputs["completion_ids"]), by_row(advantages), weights, options)
 
     def _loss(
