@@ -75,3 +75,10 @@ def test_further_outputs_are_trls_own():
         results = ours.ChunkedLogProbFunction.apply(*arguments)
     for mine, theirs in zip(results, TRLFunction.apply(*arguments), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_no_rows_and_double_precision():
+    assert ours.selective_log_softmax(torch.empty(0, 5, 131), torch.empty(0, 5, dtype=torch.int64)).shape == (0, 5)
+    logits, index = leaf(2, 3, 131).double(), torch.tensor([5, 130]).expand(2, 3, 2)
+    exact = logits.log_softmax(-1).gather(-1, index)
+    torch.testing.assert_close(ours.selective_log_softmax(logits, index), exact, rtol=1e-12, atol=1e-12)

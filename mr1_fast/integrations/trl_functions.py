@@ -25,7 +25,7 @@ def selective_log_softmax(
     logp, _ = _by_row(logits, targets, temperature)
     if several:
         # log p_k − log p_top needs the two logits alone; the largest one is never −inf.
-        chosen, top = (logits.gather(-1, each).float() for each in (index, targets.unsqueeze(-1)))
+        chosen, top = (logits.gather(-1, each).to(logp.dtype) for each in (index, targets.unsqueeze(-1)))
         logp = (chosen - top) / temperature + logp.unsqueeze(-1)
         row_mask = row_mask.unsqueeze(-1) if row_mask is not None and row_mask.ndim < index.ndim else row_mask
     return logp if row_mask is None else torch.where(row_mask != 0, logp, 0.0)
@@ -90,7 +90,7 @@ class ChunkedLogProbFunction:
 def _by_row(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of each row, in the shape of `targets`, without a copy of the logits."""
     try:
-        rows = logits.view(-1, logits.shape[-1])
+        rows = logits.view(targets.numel(), logits.shape[-1])
     except RuntimeError:  # a slice: one call for each part of the first dimension, whose gradients are stacked once
         parts = [_by_row(*each, temperature) for each in zip(logits.unbind(), targets.unbind(), strict=True)]
         return tuple(torch.stack(each) for each in zip(*parts, strict=True))
