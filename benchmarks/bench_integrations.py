@@ -4,8 +4,8 @@
 
 Completions of unequal lengths, padded as the library wants them; every case yields the loss and the gradients of hidden
 states and LM head (or of hidden states alone, where the head is frozen). Time is alternating, the median; peak memory
-is beside inputs and gradients, on a CPU of a process of its own. "Off by" is the relative difference of loss and
-gradient from the library's. The whole update of a GRPOTrainer with and without is in bench_train_step.py. verl's own
+is beside inputs and gradients, on a CPU of a process of its own. "Off by" is the relative difference of the library's
+loss and gradient from ours. The whole update of a GRPOTrainer with and without is in bench_train_step.py. verl's own
 kernels need CUDA and its package; its definition in PyTorch stands for it. Prints a Markdown table; the last line is
 one JSON document.
 """
@@ -16,7 +16,7 @@ import json
 import torch
 from measure import (
     Case,
-    excused,
+    differentiated,
     finish,
     gemm_case,
     megabytes,
@@ -26,16 +26,21 @@ from measure import (
     print_table,
     release,
     time_alternating,
+    warm_up,
 )
 from torch import Tensor
 
 from mr1_fast import linear_grpo_loss, linear_token_logprobs, token_weights
 from mr1_fast.integrations import liger as our_liger
 from mr1_fast.integrations import verl as our_verl
+from mr1_fast.integrations.objective import packed_rows
 from mr1_fast.loss import policy_loss_ref
 
 BETA, TEMPERATURE, CLIP = 0.04, 0.9, 0.2
 GEMMS = "three bare GEMMs over the rows that count"
+SIDES = ("theirs", "ours")
+SIZES = ("completions", "length", "hidden", "vocab", "dtype")
+"""Arguments that make a batch."""
 
 
 class PaddedBatch:
@@ -57,7 +62,7 @@ class PaddedBatch:
 
     def packed(self) -> dict:
         """What our own functions take beside hidden states and head."""
-        ends = torch.nn.functional.pad(self.mask.sum(1).cumsum(0), (1, 0))
+        _, ends = packed_rows(self.mask)
         rows = {"old_logp": self.old_logp[self.mask], "ref_logp": self.ref_logp[self.mask], "cu_seqlens": ends}
         weights = token_weights(ends, "grpo")
         advantages = self.advantages.repeat_interleave(ends.diff())
@@ -65,13 +70,7 @@ class PaddedBatch:
 
     def case(self, loss, frozen: bool = False) -> Case:
         """`loss(hidden, weight)` and its gradients."""
-
-        def call():
-            hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
-            value = loss(hidden, weight)
-            return value.detach(), list(torch.autograd.grad(value, [hidden] if frozen else [hidden, weight]))
-
-        return Case(call)
+        return differentiated(loss, self.hidden, self.weight, frozen)
 
 
 def liger(batch: PaddedBatch, module, **options):
@@ -109,15 +108,10 @@ def by_logprobs(batch: PaddedBatch, function):
     return batch.case(call)
 
 
-def verl_definition(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str):
-    """Log-probs and entropy as verl defines them."""
+def whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str):
+    """Log-probs and entropy as verl defines them, and as a plain loop has them that drops padding before the head."""
     logp = torch.log_softmax((hidden @ weight.T).float() / temperature, -1)
     return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-
-
-def plain_loop(batch: PaddedBatch):
-    """Logits of every position, the loss in PyTorch."""
-    return by_logprobs(batch, verl_definition)
 
 
 def our_loop(batch: PaddedBatch, chunk_bytes: int | None = None):
@@ -149,58 +143,45 @@ PAIRS = {
     ),
     "Liger triton_grpo_loss": (lambda b: on_logits(b, their_liger()), lambda b: on_logits(b, our_liger)),
     "verl linear_cross_entropy (its definition)": (
-        lambda b: by_logprobs(b, verl_definition),
+        lambda b: by_logprobs(b, whole_logits),
         lambda b: by_logprobs(b, our_verl.linear_cross_entropy),
     ),
-    "plain PyTorch loop": (plain_loop, our_loop),
-    "plain PyTorch loop, ours with chunks of 192 MiB": (plain_loop, lambda b: our_loop(b, 192 * 2**20)),
+    "plain PyTorch loop": (lambda b: by_logprobs(b, whole_logits), our_loop),
+    "plain PyTorch loop, ours with chunks of 192 MiB": (
+        lambda b: by_logprobs(b, whole_logits),
+        lambda b: our_loop(b, 192 * 2**20),
+    ),
 }
 """Name → (the library's case, ours), each from a batch."""
-
-
-def build(name: str, side: str, batch: PaddedBatch) -> Case:
-    return PAIRS[name][side == "ours"](batch)
+CASES = {f"{side}: {name}": build for name, pair in PAIRS.items() for side, build in zip(SIDES, pair, strict=True)}
 
 
 def measure(arguments) -> tuple[list[dict], dict]:
     """A row for each pair; what does not run here is a line."""
-    batch = PaddedBatch(arguments)
-    cases, results, skipped = {}, {}, {}
+    device, batch = arguments.device, PaddedBatch(arguments)
+    cases, far, skipped = {}, {}, {}
     for name in PAIRS:
-        for side in ("theirs", "ours"):
-            with excused(f"{side}: {name}", skipped):
-                case = build(name, side, batch)
-                loss, gradients = case.call()
-                results[f"{side}: {name}"] = loss.double(), gradients[0].double()
-                cases[f"{side}: {name}"] = case
-    rows = batch.hidden[batch.mask]
-    times = time_alternating(
-        {**cases, GEMMS: gemm_case(rows, batch.weight)}, arguments.rounds, arguments.device, skipped
-    )
-    memory = {}
-    if arguments.device == "cuda":
-        memory = {key: peak(case, "cuda") for key, case in cases.items()}
-    del cases, batch, loss, gradients, case
-    release()
-    if arguments.device == "cpu":
-        options = [
-            f"--{k}={getattr(arguments, k)}" for k in ("completions", "length", "hidden", "vocab", "dtype", "device")
-        ]
-        for key in results:
-            side, name = key.split(": ", 1)
-            memory[key] = peak_in_subprocess(__file__, name, [f"--side={side}", *options])
+        builders = {key: CASES[key] for key in (f"ours: {name}", f"theirs: {name}")}
+        for known, found in zip((cases, far, skipped), warm_up(builders, batch, device, f"ours: {name}"), strict=True):
+            known |= found
+    floor = gemm_case(batch.hidden[batch.mask], batch.weight)
+    times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
+    keys = list(cases)
+    if device == "cuda":
+        memory = {key: peak(cases[key], device) for key in keys}
+    else:
+        del cases, batch, floor  # room for the processes that measure
+        release()
+        options = [f"--{name}={getattr(arguments, name)}" for name in (*SIZES, "device")]
+        memory = {key: peak_in_subprocess(__file__, key, options) for key in keys}
     table = []
     for name in PAIRS:
         # A frozen head needs no weight gradient: two of the three.
         row = {"name": name, "gemms": times[GEMMS]["median"] * (2 / 3 if "frozen" in name else 1)}
-        for side in ("theirs", "ours"):
-            key = f"{side}: {name}"
-            if key in times:
+        for side in SIDES:
+            if (key := f"{side}: {name}") in times:
                 row[side] = times[key] | {"peak": memory[key]["peak"] - memory[key]["gradients"]}
-        if "theirs" in row:
-            pairs = zip(results[f"ours: {name}"], results[f"theirs: {name}"], strict=True)
-            row["off"] = [((a - b).norm() / b.norm()).item() for a, b in pairs]
-        table.append(row)
+        table.append(row | {"off": far.get(f"theirs: {name}")})
     return table, skipped
 
 
@@ -211,7 +192,7 @@ def show(rows: list[dict], arguments) -> None:
         line = [row["name"], f"{theirs['median'] * 1000:,.0f}" if theirs else None, f"{ours['median'] * 1000:,.0f}"]
         line += [f"{theirs['median'] / ours['median']:.2f}" if theirs else None, f"{row['gemms'] / ours['median']:.0%}"]
         line += [megabytes(theirs["peak"]) if theirs else None, megabytes(ours["peak"])]
-        table.append([*line, "{:.0e} / {:.0e}".format(*row["off"]) if theirs else None])
+        table.append([*line, "{loss:.0e} / {gradient:.0e}".format(**row["off"]) if theirs else None])
     columns = ["what", "theirs, ms", "ours, ms", "theirs / ours", "bare GEMMs / ours", "theirs, MiB", "ours, MiB"]
     sizes = f"B = {arguments.completions}, T = {arguments.length}, D = {arguments.hidden:,}, V = {arguments.vocab:,}"
     print_table(f"{sizes}, {arguments.dtype} on {arguments.device}", [*columns, "loss / gradient off by"], table)
@@ -226,8 +207,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--peak", choices=PAIRS, help="print the peak memory of one case and nothing else")
-    parser.add_argument("--side", choices=("theirs", "ours"))
+    parser.add_argument("--peak", choices=CASES, help="print the peak memory of one case and nothing else")
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
     gpu = arguments.device == "cuda"
@@ -236,12 +216,11 @@ def main() -> None:
     arguments.dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
     arguments.rounds = arguments.rounds or (10 if gpu else 3)
     if arguments.peak:
-        case = build(arguments.peak, arguments.side, PaddedBatch(arguments))
-        print(json.dumps(peak(case, arguments.device)))
+        print(json.dumps(peak(CASES[arguments.peak](PaddedBatch(arguments)), arguments.device)))
         return
     rows, skipped = measure(arguments)
     show(rows, arguments)
-    sizes = {name: getattr(arguments, name) for name in ("completions", "length", "hidden", "vocab", "dtype", "rounds")}
+    sizes = {name: getattr(arguments, name) for name in (*SIZES, "rounds")}
     finish("integrations", arguments.device, settings=sizes, rows=rows, skipped=skipped)
 
 

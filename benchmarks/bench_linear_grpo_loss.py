@@ -16,6 +16,7 @@ import torch
 from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, Batch, eager_loss
 from measure import (
     Case,
+    differentiated,
     excused,
     finish,
     gemm_case,
@@ -63,13 +64,7 @@ class LinearBatch:
 
     def differentiated(self, loss, frozen: bool = False) -> Case:
         """`loss(hidden, weight)` and its gradients."""
-
-        def call():
-            hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(not frozen)
-            value = loss(hidden, weight)
-            return value, list(torch.autograd.grad(value, [hidden] if frozen else [hidden, weight]))
-
-        return Case(call)
+        return differentiated(loss, self.hidden, self.weight, frozen)
 
     def differentiated_by_logprobs(self, logprobs) -> Case:
         """The same with log-probs from `logprobs(hidden, weight)` and the loss in plain PyTorch."""

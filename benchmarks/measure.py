@@ -45,6 +45,17 @@ class Case(NamedTuple):
 Builders = dict[str, Callable[..., Case]]
 
 
+def differentiated(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, frozen: bool) -> Case:
+    """`loss(hidden, weight)` and its gradients; none of a frozen weight."""
+
+    def call():
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+        value = loss(h, w)
+        return value, list(torch.autograd.grad(value, [h] if frozen else [h, w]))
+
+    return Case(call)
+
+
 @contextlib.contextmanager
 def excused(name: str, skipped: dict[str, str]):
     """What fails inside goes into `skipped` and onto one line, unless it is ours."""

@@ -23,7 +23,8 @@ def make_trainer(model, processor, dataset, reward, fused: bool = False, **setti
     """
     from trl import GRPOConfig, GRPOTrainer
 
-    from mr1_fast.integrations.trl import FusedGRPOTrainer
+    if fused:
+        from mr1_fast.integrations.trl import FusedGRPOTrainer as GRPOTrainer
 
     config = GRPOConfig(
         report_to="none",
@@ -36,8 +37,7 @@ def make_trainer(model, processor, dataset, reward, fused: bool = False, **setti
         shuffle_dataset=False,
         **settings,
     )
-    cls = FusedGRPOTrainer if fused else GRPOTrainer
-    return cls(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
+    return GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
 
 
 def trl_update(

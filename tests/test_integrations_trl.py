@@ -33,8 +33,9 @@ def trainers(tmp_path_factory):
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder)
         processing = processor.tokenizer if kind == "text" else processor
+        options = {"beta": 0.1, "temperature": 0.7}
         pair = [
-            make(cls, str(folder), processing, folder / "runs", beta=0.1) for cls in (GRPOTrainer, FusedGRPOTrainer)
+            make(cls, str(folder), processing, folder / "runs", **options) for cls in (GRPOTrainer, FusedGRPOTrainer)
         ]
         if kind == "text":
             mask = (torch.arange(PROMPT) >= torch.tensor([0, 2, 5, 0, 6, 1])[:, None]).long()
@@ -142,18 +143,23 @@ FALLBACKS = {
 }
 
 
+def assert_trls_own(plain, fused, inputs: dict, because: str, **settings) -> None:
+    """TRL's numbers, and one warning for two losses."""
+    integrations.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [run(fused, inputs, **settings) for _ in range(2)]
+        assert not fused.fused
+    said = [str(each.message) for each in caught if "TRL's own loss" in str(each.message)]
+    assert len(said) == 1 and because in said[0]
+    assert_same(results[1], run(plain, inputs, **settings))
+
+
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_what_is_not_ours_is_trls_with_one_warning(case, trainers):
     plain, fused, prompts = trainers("text")
     inputs = batch(9, prompts, off_policy=True, zero_variance=False)
-    integrations.warn_once.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        results = [run(fused, inputs, **FALLBACKS[case]) for _ in range(2)]
-        assert not fused.fused
-    said = [str(each.message) for each in caught if "TRL's own loss" in str(each.message)]
-    assert len(said) == 1 and case.split()[0] in said[0]
-    assert_same(results[1], run(plain, inputs, **FALLBACKS[case]))
+    assert_trls_own(plain, fused, inputs, case.split()[0], **FALLBACKS[case])
 
 
 def test_a_formula_of_trl_that_we_do_not_know_takes_over(trainers, monkeypatch):
@@ -182,10 +188,7 @@ def test_a_subclass_that_scores_tokens_itself_keeps_its_scores(trainers, monkeyp
     inputs = batch(13, prompts, off_policy=True)
     for trainer in (plain, fused):
         monkeypatch.setattr(trainer, "__class__", type("Own", (Halved, type(trainer)), {}))
-    integrations.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="a subclass scores tokens itself"):
-        results = run(fused, inputs)
-    assert_same(results, run(plain, inputs))
+    assert_trls_own(plain, fused, inputs, "a subclass scores tokens itself")
 
 
 def test_a_bf16_body_with_an_fp32_head(trainers):
@@ -219,10 +222,7 @@ def test_a_scaled_head_is_left_to_trl(tmp_path):
     )
     mask = torch.ones(B, PROMPT, dtype=torch.int64)
     inputs = batch(12, {"prompt_ids": mask * 5, "prompt_mask": mask}, off_policy=True)
-    integrations.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="has logit_scale"):
-        results = run(fused, inputs)
-    assert_same(results, run(plain, inputs))
+    assert_trls_own(plain, fused, inputs, "has logit_scale")
 
 
 def test_a_bad_schedule_is_refused_before_training(trainers):

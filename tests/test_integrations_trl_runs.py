@@ -18,20 +18,23 @@ from mr1_fast.model.tiny import tiny_processor
 from .models import small_text_model
 from .trl_data import make
 
-NOT_COMPARED = ("time", "runtime", "per_second")
+
+def logged(trainer) -> list[dict]:
+    """What the trainer logged, without times."""
+    entries = trainer.state.log_history
+    return [{k: v for k, v in entry.items() if "time" not in k and "per_second" not in k} for entry in entries]
 
 
-def steps(trainer) -> list[dict]:
-    """What was logged of each step, without times."""
-    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return [{k: v for k, v in entry.items() if not k.endswith(NOT_COMPARED)} for entry in logged]
+def steps(entries: list[dict]) -> list[dict]:
+    """Those of training steps."""
+    return [entry for entry in entries if "grad_norm" in entry]
 
 
-def assert_same_steps(ours: list[dict], theirs: list[dict]) -> None:
+def assert_same_logs(ours: list[dict], theirs: list[dict], rel: float = 1e-3, abs: float = 1e-5) -> None:
     for mine, right in zip(ours, theirs, strict=True):
         assert mine.keys() == right.keys()
         for name in mine:
-            assert mine[name] == pytest.approx(right[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+            assert mine[name] == pytest.approx(right[name], rel=rel, abs=abs, nan_ok=True), name
 
 
 RUNS = {
@@ -70,18 +73,12 @@ def test_steps_of_training_are_trls(case, tmp_path):
         trainer = make(cls, model, processor.tokenizer, tmp_path / "runs", **options | settings)
         assert getattr(trainer, "fused", True), trainer._why_not_fused()
         trainer.train()
-        runs.append((trainer.state.log_history, {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}))
-    (logged, weights), (right_logged, right_weights) = runs
+        runs.append((logged(trainer), {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}))
+    (ours, weights), (theirs, right_weights) = runs
+    _, second, _, last = steps(theirs)
+    assert abs(second["loss"]) > 1e-3 and last["grad_norm"] > 1e-3
     exact = dtype == torch.float32 and not settings.get("bf16")
-    tolerance = {"rel": 1e-3, "abs": 1e-5} if exact else {"rel": 0.03, "abs": 0.03}
-    steps = [entry for entry in right_logged if "grad_norm" in entry]
-    assert len(steps) == 4 and abs(steps[1]["loss"]) > 1e-3 and steps[-1]["grad_norm"] > 1e-3
-    for mine, theirs in zip(logged, right_logged, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in [
-            name for name in mine if "runtime" not in name and "per_second" not in name and "time" not in name
-        ]:
-            assert mine[name] == pytest.approx(theirs[name], nan_ok=True, **tolerance), name
+    assert_same_logs(ours, theirs, **{} if exact else {"rel": 0.03, "abs": 0.03})
     for name, right in right_weights.items():
         assert torch.allclose(weights[name], right, rtol=0.02, atol=5e-3), name
 
@@ -99,10 +96,10 @@ def test_the_schedule_reaches_a_trainer_that_began_at_beta_0(cls, lora, tmp_path
     assert trainer.beta == 0 and trainer.ref_model is None
     trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.0, beta_max=0.02))
     trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "beta" in entry]
+    entries = steps(logged(trainer))
     betas = [0.01, 0.01 * 2 / 3, 0.01 / 3, 0.0, *(0.02 * k / 7 for k in range(1, 7))]  # w = 3 of t = 10 steps
-    assert [entry["beta"] for entry in logged] == pytest.approx(betas, abs=1e-12)
-    assert all("kl" in entry for entry in logged) and logged[-1]["kl"] > 1e-3
+    assert [entry["beta"] for entry in entries] == pytest.approx(betas, abs=1e-12)
+    assert all("kl" in entry for entry in entries) and entries[-1]["kl"] > 1e-3
 
     # The reference is the model as it was.
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -130,7 +127,7 @@ def process(rank: int, folder: str) -> None:
         trainer.train()
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
         assert getattr(trainer, "fused", True)
-        runs.append(steps(trainer))
+        runs.append(steps(logged(trainer)))
     torch.save(runs, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -141,7 +138,7 @@ def test_two_processes_train_as_trl_does(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), 2)
     ours, theirs = torch.load(tmp_path / "0.pt")
     assert len(theirs) == 3 and theirs[-1]["grad_norm"] > 1e-3
-    assert_same_steps(ours, theirs)
+    assert_same_logs(ours, theirs)
 
 
 def test_a_resumed_run_goes_on_with_its_beta(tmp_path):
@@ -153,6 +150,6 @@ def test_a_resumed_run_goes_on_with_its_beta(tmp_path):
         trainer = make(FusedGRPOTrainer, model, processor.tokenizer, tmp_path, **options)
         trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.0, beta_max=0.1))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
-        runs.append(steps(trainer))
+        runs.append(steps(logged(trainer)))
     assert [entry["beta"] for entry in runs[1]] == pytest.approx([0.05, 1 / 120, 1 / 35, 9 / 140])
-    assert_same_steps(runs[1], runs[0])
+    assert_same_logs(runs[1], runs[0])

@@ -53,6 +53,11 @@ def add_head(model: nn.Module) -> None:
     model.forward = MethodType(_model_forward(_function(model.forward), type(model).forward), model)
 
 
+def in_dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """An LM head in the dtype of the hidden states, in which TRL and Liger project."""
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
 def _trained_copies(linear: nn.Module) -> list[nn.Module]:
     """The LM head; or, where PEFT trains it whole (modules_to_save), the original and its copies."""
     if hasattr(linear, "modules_to_save"):

@@ -26,7 +26,8 @@ from ..kernels.operators import InplaceTokenLogprobs
 from ..loss import linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
 from ..loss_arguments import check_logits, scalar
 from . import check_version, warn_once
-from .objective import AVERAGES, objective_options
+from .head import in_dtype_of
+from .objective import AVERAGES, objective_options, packed_rows, per_token
 
 __all__ = ["LigerFusedLinearGRPOLoss", "fused_selective_log_softmax", "triton_grpo_loss"]
 
@@ -88,10 +89,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             self.sapo_temperature_pos, self.sapo_temperature_neg, self.use_bias_correction_kl,
         )  # fmt: skip
         mask = attention_mask.float()
-        rows = mask.flatten().nonzero().squeeze(-1)
+        rows, cu_seqlens = packed_rows(mask)
 
         def packed(name: str, value: Tensor | None) -> Tensor | None:
-            return None if value is None else _per_token(name, value, mask).flatten()[rows]
+            return None if value is None else per_token(name, value, mask).flatten()[rows]
 
         with_kl = _is_on(self.beta)
         per_sequence = vllm_is_ratio is None or vllm_is_ratio.shape != mask.shape
@@ -105,20 +106,17 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         objective |= dict(
             old_logp=packed("old_per_token_logps", old_per_token_logps),
             is_weights=packed("vllm_is_ratio", vllm_is_ratio),
-            cu_seqlens=nn.functional.pad((mask != 0).sum(-1).cumsum(0), (1, 0)),
+            cu_seqlens=cu_seqlens,
         )
         hidden = _input.flatten(0, 1)[rows]
+        head, bias = in_dtype_of(hidden, lin_weight, bias)
         advantages, weights = packed("advantages", advantages), weights.flatten()[rows]
         result = linear_grpo_loss(
-            hidden, lin_weight.to(hidden.dtype), targets, advantages, weights,
-            beta=0.0 if ref_logp is None else self.beta, ref_logp=ref_logp, temperature=self.temperature,
-            bias=None if bias is None else bias.to(hidden.dtype), **objective,
+            hidden, head, targets, advantages, weights, beta=0.0 if ref_logp is None else self.beta, ref_logp=ref_logp,
+            temperature=self.temperature, bias=bias, **objective,
         )  # fmt: skip
-        clipped = result.clipped
-        if objective["delta"] is not None:
-            clipped = _clipped(result.logp, advantages, weights, objective)
-        total = mask.sum().clamp(min=1)
-        return result.loss, tuple(value.sum() / total for value in ([result.kl] if with_kl else []) + [clipped])
+        clipped = _clipped(result.clipped, result.logp, advantages, weights, objective)
+        return result.loss, tuple(_means(mask, result.kl if with_kl else None, clipped))
 
     def _reference(self, ref_input, ref_weight, ref_bias, rows: Tensor, targets: Tensor) -> Tensor:
         """(N,) log-probs of the reference model from its hidden states."""
@@ -128,9 +126,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 "ref_weight, or set use_ref_model=False"
             )
         hidden = ref_input.flatten(0, 1)[rows]
-        ref_bias = None if ref_bias is None else ref_bias.to(hidden.dtype)
+        head, bias = in_dtype_of(hidden, ref_weight, ref_bias)
         with torch.no_grad():
-            return linear_token_logprobs(hidden, ref_weight.to(hidden.dtype), targets, self.temperature, ref_bias)[0]
+            return linear_token_logprobs(hidden, head, targets, self.temperature, bias)[0]
 
 
 def triton_grpo_loss(
@@ -171,7 +169,7 @@ def triton_grpo_loss(
     logp = _logprobs(logits, completion_ids.masked_fill(mask == 0, 0), temperature, inplace)
 
     def flat(name: str, value: Tensor | None) -> Tensor | None:
-        return None if value is None else _per_token(name, value, mask).flatten().to(logp.dtype)
+        return None if value is None else per_token(name, value, mask).flatten().to(logp.dtype)
 
     length = mask.shape[1]
     weights = _weights(mask, loss_type, max_completion_length or length, num_items_in_batch) if reduce else mask
@@ -181,17 +179,15 @@ def triton_grpo_loss(
         cu_seqlens=length * torch.arange(len(mask) + 1, device=mask.device),
     )
     advantages, weights = flat("advantages", advantages), weights.flatten()
-    loss, kl, is_clipped, _ = policy_loss_ref(
+    loss, kl, clipped, _ = policy_loss_ref(
         logp.flatten(), advantages, weights, beta=beta, ref_logp=flat("ref_logp", ref_logp) if with_kl else None,
         **objective,
     )  # fmt: skip
-    if objective["delta"] is not None:
-        is_clipped = _clipped(logp.detach().flatten(), advantages, weights, objective)
-    is_clipped = is_clipped.float()
-    if not reduce:
-        return loss.view_as(mask), kl.view_as(mask) if with_kl else None, is_clipped.view_as(mask)
-    total = mask.sum().clamp(min=1)
-    return loss.sum(), [value.sum() / total for value in ([kl] if with_kl else []) + [is_clipped]]
+    kl = kl if with_kl else None
+    is_clipped = _clipped(clipped, logp.detach().flatten(), advantages, weights, objective).float()
+    if reduce:
+        return loss.sum(), _means(mask, kl, is_clipped)
+    return tuple(None if value is None else value.view_as(mask) for value in (loss, kl, is_clipped))
 
 
 @torch.no_grad()
@@ -267,17 +263,17 @@ def _tokens_per_process(mask: Tensor, num_items_in_batch: int | Tensor | None) -
     return (tokens / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)
 
 
-def _clipped(logp: Tensor, advantages: Tensor, weights: Tensor, objective: dict) -> Tensor:
-    """(N,) bool, as Liger counts: `delta` is no clip to it."""
+def _clipped(ours: Tensor, logp: Tensor, advantages: Tensor, weights: Tensor, objective: dict) -> Tensor:
+    """(N,) bool, as Liger counts: `delta` is no clip to it, which it is in `ours`."""
+    if objective["delta"] is None:
+        return ours
     return policy_loss_ref(logp, advantages, weights, beta=0.0, **objective | {"delta": None})[2]
 
 
-def _per_token(name: str, value: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) of values per sequence, (B,) or (B, 1), or per token."""
-    b, length = mask.shape
-    if value.shape not in ((b,), (b, 1), (b, length)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({b},), ({b}, 1) or ({b}, {length})")
-    return (value if value.ndim == 2 else value[:, None]).detach().expand(b, length)
+def _means(mask: Tensor, kl: Tensor | None, clipped: Tensor) -> list[Tensor]:
+    """Liger's metrics: the means over the tokens that count."""
+    total = mask.sum().clamp(min=1)
+    return [value.sum() / total for value in (kl, clipped) if value is not None]
 
 
 def _is_on(beta: float | Tensor) -> bool:

@@ -19,10 +19,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from mr1_fast.loss import GRPOLoss, linear_grpo_loss, linear_token_logprobs, policy_loss_ref, token_weights
+from mr1_fast.model.forward import base_model
 
 from . import check_version, warn_once
-from .head import HeadError, add_head
-from .objective import AVERAGES, objective_options
+from .head import HeadError, add_head, in_dtype_of
+from .objective import AVERAGES, objective_options, packed_rows, per_token
 from .trl_functions import (
     ChunkedLogProbFunction,
     entropy_from_logits,
@@ -164,13 +165,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"] != 0
         if "tool_mask" in inputs:
             mask = mask & (inputs["tool_mask"] != 0)
-        rows = mask.flatten().nonzero().squeeze(-1)  # the one place that waits for a GPU
-        cu_seqlens = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+        rows, cu_seqlens = packed_rows(mask)  # the one place that waits for a GPU
 
-        def by_row(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            return (value.unsqueeze(1) if value.ndim == 1 else value).expand(mask.shape).flatten()[rows]
+        def by_row(name: str, value: Tensor | None) -> Tensor | None:
+            return None if value is None else per_token(name, value, mask).flatten()[rows]
 
         steps = self.current_gradient_accumulation_steps if training else 1
         average = {"accumulation_steps": steps, "max_completion_length": self.max_completion_length}
@@ -190,9 +188,9 @@ class FusedGRPOTrainer(GRPOTrainer):
             level = "token"
         options = {
             "beta": self.beta,
-            "old_logp": by_row(old_logp),
-            "ref_logp": by_row(inputs["ref_per_token_logps"]) if self.beta != 0 else None,
-            "is_weights": by_row(is_weights),
+            "old_logp": by_row("old_per_token_logps", old_logp),
+            "ref_logp": by_row("ref_per_token_logps", inputs["ref_per_token_logps"]) if self.beta != 0 else None,
+            "is_weights": by_row("importance_sampling_ratio", is_weights),
             "cu_seqlens": cu_seqlens,
         }
         sapo_temperatures = self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
@@ -200,7 +198,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             self.loss_type, level, self.epsilon_low, self.epsilon_high, self.args.delta, sapo_temperatures,
             bias_corrected_kl,
         )  # fmt: skip
-        return _Objective(rows, by_row(inputs["completion_ids"]), by_row(advantages), weights, options)
+        targets, advantages = by_row("completion_ids", inputs["completion_ids"]), by_row("advantages", advantages)
+        return _Objective(rows, targets, advantages, weights, options)
 
     def _loss(
         self, objective: "_Objective", length: int, hidden: Tensor, weight: Tensor, bias: Tensor | None
@@ -234,8 +233,7 @@ class _Objective(NamedTuple):
 
 def _unwrapped(model: nn.Module, accelerator) -> nn.Module:
     """The transformers model without the wrappers of accelerate, torch.compile and PEFT."""
-    model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return base_model(accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
 @functools.cache
@@ -287,5 +285,5 @@ def _padded(values: Tensor, rows: Tensor, shape: torch.Size, others: Tensor | No
 def _aligned(hidden: Tensor, weight: Tensor, bias: Tensor | None, fp32: bool):
     """Hidden states and LM head in the dtype of one; in fp32, outside of autocast, where TRL has cast the head so."""
     with torch.autocast(hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext():
-        dtype = torch.float32 if fp32 else hidden.dtype
-        yield hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden = hidden.float() if fp32 else hidden
+        yield hidden, *in_dtype_of(hidden, weight, bias)

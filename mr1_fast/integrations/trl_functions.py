@@ -10,6 +10,7 @@ from torch import Tensor
 from mr1_fast.loss import linear_token_logprobs, token_logprobs
 
 from . import warn_once
+from .head import in_dtype_of
 
 
 def selective_log_softmax(
@@ -82,7 +83,7 @@ class ChunkedLogProbFunction:
             return TRLFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
-        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        weight, bias = in_dtype_of(hidden, weight, bias)
         logp, entropy = linear_token_logprobs(hidden, weight, targets.long(), temperature / logit_scale, bias)
         return logp, entropy if "entropy" in outputs else None, None, None, None
 
