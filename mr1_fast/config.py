@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from .errors import UserError
-from .kl_schedule import DynamicKL
+from .kl_schedule import BetaShape, DynamicKL
 from .rollout.sampling import Sampling
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -25,7 +25,11 @@ PRESETS = {
     "counting": dict(beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta=0.04, format_weight=1.0),
     "geometry": dict(beta_min=0.0, beta_max=0.02, explore_fraction=0.3, beta=0.01, format_weight=1.0),
 }
+PRESETS["figures"] = PRESETS["geometry"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
+
+BUILT_IN = ("tiny", "small")
+"""Names of the models that are made without downloads (model/tiny.py)."""
 
 TINY = dict(
     max_new_tokens=24,
@@ -38,7 +42,7 @@ TINY = dict(
     save_every=25,
     eval_samples=400,
 )
-"""Profile of the built-in tiny model, which learns in two minutes on a CPU."""
+"""Profile of the built-in models; the tiny one learns in two minutes on a CPU."""
 
 SFT = dict(learning_rate=2e-5, lr_schedule="cosine", warmup_fraction=0.1)
 """R1-V's settings for supervised fine-tuning."""
@@ -49,7 +53,7 @@ class ModelConfig:
     """Which model, and how it is held in memory."""
 
     model: str = "tiny"
-    """`tiny` (built in), a local folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    """`tiny` or `small` (built in), a local folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
     lora: bool = False
     """Train LoRA adapters on every linear layer of the language model instead of all weights (needs peft)."""
     lora_rank: int = 32
@@ -77,11 +81,11 @@ class TaskConfig:
     """What is asked."""
 
     task: str = "counting"
-    """counting or geometry: how outputs are judged, and what is drawn."""
+    """counting, geometry or figures (area and perimeter): how outputs are judged, and what is drawn."""
     data: str = "drawn"
     """`drawn`, or a hub name, folder, parquet or jsonl file with columns image, problem, solution (SFT: thinking)."""
     image_root: str | None = None
-    """Folder that relative image paths in the data start from."""
+    """Folder that relative image paths start from; for superclevr200 and geoqa: with R1-V's list and the images."""
     difficulty: int = 1
     """Difficulty of drawn items: 1 (easiest) and up."""
 
@@ -106,6 +110,8 @@ class AlgorithmConfig:
     """GRPO with the β schedule, GRPO with constant β, or supervised fine-tuning."""
     preset: Literal["auto", "counting", "geometry"] = "auto"
     """The paper's β_min, β_max, w/t, β and α for a task; auto is the task's own."""
+    sft_target: Literal["solution", "answer"] = "solution"
+    """sft: imitate reasoning and answer, or the answer alone, for data that has no `thinking`."""
     num_generations: int = 8
     """G, completions sampled per prompt."""
     beta_min: float = 0.04
@@ -114,6 +120,8 @@ class AlgorithmConfig:
     """grpo-d: KL weight at the end; training starts at the mean of both."""
     explore_fraction: float = 0.3
     """grpo-d: w/t, the share of the steps in which β falls."""
+    beta_shape: BetaShape = "grpo-d"
+    """grpo-d: β's path: the paper's mean → min → max; min → max; max → min; or the paper's backwards in time."""
     beta: float = 0.04
     """grpo: the constant KL weight."""
     clip_low: float = 0.2
@@ -172,7 +180,7 @@ class RunConfig:
     eval_samples: int = 200
     """Held-out items evaluated before and after training; 0 skips evaluation."""
     eval_data: str | None = None
-    """Held-out data; default: the test split of --data."""
+    """Held-out data, also superclevr200 or geoqa (needs --image-root); default: the test split of --data."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers to write besides metrics.jsonl, for example '[tensorboard]'."""
 
@@ -188,7 +196,7 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
     def kl_schedule(self) -> DynamicKL:
         """β as a function of the optimizer step; constant for `grpo`."""
         low, high = (self.beta_min, self.beta_max) if self.algo == "grpo-d" else (self.beta, self.beta)
-        return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction)
+        return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction, self.beta_shape)
 
     def check(self) -> None:
         """Raise UserError for values that no run could mean."""
@@ -273,7 +281,7 @@ def profile_defaults(parsed) -> dict:
     defaults = dict(PRESETS.get(preset, {}))
     if parsed.algo == "sft":
         defaults |= SFT
-    if parsed.model == "tiny":
+    if parsed.model in BUILT_IN:
         defaults |= TINY
     return defaults
 

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal, get_args
+
+BetaShape = Literal["grpo-d", "linear-up", "linear-down", "reversed"]
+"""GRPO-D's path of β, and three others to compare it with."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +18,16 @@ class DynamicKL:
         β(s) = β_min + (β_max − β_min)·(s − w)/(t − w)   for w < s ≤ t
 
     The paper uses w/t = 0.3, with (β_min, β_max) = (0.04, 0.1) for counting and (0, 0.02) for geometry.
-    Steps beyond t keep β_max. With β_min = β_max the weight is constant: plain GRPO.
+    Steps beyond t keep β(t), which is β_max. With β_min = β_max the weight is constant: plain GRPO.
 
-    Raises ValueError for a negative or non-finite β, β_min > β_max, total_steps < 1, or a fraction outside [0, 1].
+    That is the `shape` "grpo-d". The others tell, in ablations, what its turn and its direction are worth:
+
+        linear-up      β(s) = β_min + (β_max − β_min)·s/t     GRPO-D with w = 0, whatever explore_fraction is
+        linear-down    β(s) = β_max − (β_max − β_min)·s/t     linear-up read backwards, t − s for s
+        reversed       β(s) = β_grpo-d(t − s)                 β_max, β_min at t − w, β_mid at t and beyond
+
+    Raises ValueError for a negative or non-finite β, β_min > β_max, total_steps < 1, a fraction outside [0, 1], or an
+    unknown shape.
 
     >>> schedule = DynamicKL(beta_min=0.04, beta_max=0.1, total_steps=100)
     >>> [round(schedule(step), 3) for step in (0, 15, 30, 65, 100)]
@@ -27,6 +38,7 @@ class DynamicKL:
     beta_max: float
     total_steps: int
     explore_fraction: float = 0.3
+    shape: BetaShape = "grpo-d"
 
     def __post_init__(self):
         if not (isfinite(self.beta_min) and isfinite(self.beta_max) and 0 <= self.beta_min <= self.beta_max):
@@ -35,17 +47,21 @@ class DynamicKL:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if not 0 <= self.explore_fraction <= 1:
             raise ValueError(f"explore_fraction must lie in [0, 1], got {self.explore_fraction}")
+        if self.shape not in get_args(BetaShape):
+            raise ValueError(f"shape must be one of {', '.join(get_args(BetaShape))}, got {self.shape!r}")
 
     def __call__(self, step: int) -> float:
         """β at optimizer step `step` ≥ 0 (steps completed so far)."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        explore_steps = self.explore_fraction * self.total_steps
+        explore_steps = 0 if self.shape.startswith("linear") else self.explore_fraction * self.total_steps
         step = min(step, self.total_steps)
+        if self.shape in ("linear-down", "reversed"):
+            step = self.total_steps - step
         if step <= explore_steps and explore_steps > 0:
             beta_mid = (self.beta_min + self.beta_max) / 2
             return beta_mid - (beta_mid - self.beta_min) * step / explore_steps
-        if step == explore_steps:  # explore_fraction = 0: training starts at β_min
+        if step == explore_steps:  # no exploration: the path starts at β_min
             return self.beta_min
         return self.beta_min + (self.beta_max - self.beta_min) * (step - explore_steps) / (
             self.total_steps - explore_steps

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -24,6 +25,7 @@ from mr1_fast.config import (
 )
 from mr1_fast.errors import UserError
 from mr1_fast.evaluate import EvaluateConfig
+from mr1_fast.kl_schedule import BetaShape, DynamicKL
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 HUB = "Qwen/Qwen2-VL-2B-Instruct"
@@ -95,6 +97,13 @@ def test_presets_carry_the_numbers_of_the_paper(argv, low, high, constant):
 def test_the_schedule_counts_optimizer_steps():
     config = parse_train_config(["--steps=10", "--updates-per-batch=3"])
     assert config.optimizer_steps() == config.kl_schedule().total_steps == 30
+
+
+@pytest.mark.parametrize("shape", get_args(BetaShape))
+def test_the_schedule_has_the_shape_that_is_set(shape):
+    config = parse_train_config([f"--beta-shape={shape}", "--steps=10"])
+    assert config.kl_schedule() == DynamicKL(0.04, 0.1, 10, 0.3, shape)
+    assert parse_train_config(["--steps=10"]).kl_schedule().shape == "grpo-d"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +213,7 @@ IMPOSSIBLE = {
     "--load_in_4bit": "load_in_4bit is true.*add --lora",
     "--offload-checkpoints": "offload_checkpoints is true, but.*add --gradient-checkpointing true",
     "--beta_min=0.5": "KL schedule is impossible.*beta_min=0.5, beta_max=0.1",
+    "--beta-shape=cosine": "beta_shape is cosine, but must be one of grpo-d, linear-up, linear-down, reversed",
     "--explore_fraction=1.5": "KL schedule is impossible.*explore_fraction",
     "--algo=ppo": "algo is ppo, but must be one of grpo-d, grpo, sft",
     "--preset=chess": "preset is chess, but must be one of auto, counting, geometry",
