@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from ..config import ModelConfig
 from ..errors import UserError
 from ..loss import linear_token_logprobs
+from ..tasks.hub import HUB_TIMEOUT
 from ..types import PackedBatch
 from .attention import use_packed_attention
 from .forward import base_model, lm_head_weight, packed_hidden
@@ -27,8 +28,6 @@ from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-HUB_TIMEOUT = 5.0
-"""Seconds that the Hugging Face Hub has to answer before it counts as out of reach."""
 
 
 @dataclass

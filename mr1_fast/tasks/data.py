@@ -19,10 +19,16 @@ from PIL import Image, ImageOps
 from ..errors import UserError
 from ..types import Example
 from . import get_task
+from .hub import hub_splits, load_splits
 from .split import SPLITS
 
 TEST_SETS = {"superclevr200": "superclevr_test200_counting_problems.jsonl", "geoqa": "geoqa_test_prompts.jsonl"}
-"""The paper's two test sets, by name: the file that lists them."""
+"""The paper's two test sets, by name: R1-V's file that lists them."""
+LISTS = "https://github.com/StarsfieldAI/R1-V, src/eval/prompts"
+"""Where those files are. They are small, but not ours to hand on."""
+ARCHIVES = {"superclevr_test200_counting_problems.jsonl": "images", "geoqa_test_prompts.jsonl": "Geo170K"}
+"""The first folder of each list's image paths: what SuperCLEVR's images.zip unpacks to, and the one in which R1-V
+unpacks Geo170K's. image_root may hold that folder, or be it under any name."""
 COLUMNS = {
     "images": ("image", "images", "image_path"),
     "problem": ("problem", "question"),
@@ -31,8 +37,6 @@ COLUMNS = {
 """Field of an example: the columns that may hold it, R1-V's training data first, then its test sets."""
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".csv": "csv"}
 """Suffix: the name that `datasets` has for the format. Lines of JSON (`.jsonl`) are read here."""
-HUB_TIMEOUT = 5.0
-"""Seconds that the Hugging Face Hub has to answer before it counts as out of reach."""
 
 
 class DrawnExamples:
@@ -75,16 +79,25 @@ class LoadedExamples:
     """
 
     def __init__(
-        self, rows: Sequence, source: str, seed: int, limit: int | None = None, image_root: str | Path = "."
+        self,
+        rows: Sequence,
+        source: str,
+        seed: int,
+        limit: int | None = None,
+        image_root: str | Path = ".",
+        archive: str | None = None,
     ) -> None:
-        """`source` names the data in messages; relative image paths start at the folder `image_root`."""
+        """`source` names the data in messages; relative image paths start at the folder `image_root`.
+
+        A first folder `archive` of a path is `image_root` itself, unless `image_root` has a folder of that name.
+        """
         _check_limit(limit)
         if not len(rows):
             raise UserError(f"{source} is empty: give data with at least one row.")
         self.rows, self.source, self.seed = rows, source, seed
         if not isinstance(rows, list):
             self.rows = rows.with_format("arrow")  # leaves images encoded, so that a broken one is reported by its row
-        self.image_root = Path(image_root).expanduser()
+        self.image_root, self.archive = Path(image_root).expanduser(), archive
         self.columns = _find_columns(_column_names(rows), source)
         self.size = len(rows) if limit is None else min(limit, len(rows))
 
@@ -105,7 +118,7 @@ class LoadedExamples:
         if "thinking" not in names:
             raise UserError(
                 f"{self.source} has no column 'thinking' (found: {', '.join(names)}): add it, for supervised training "
-                "imitates it, or use this data for reinforcement learning only."
+                "imitates it, or imitate the answers alone with --sft-target answer."
             )
         if isinstance(self.rows, list):
             texts = [row.get("thinking") for row in self.rows]
@@ -124,7 +137,7 @@ class LoadedExamples:
         return Example(
             # Some data marks the image's place in the text; here images always come first.
             problem=self._text(row, "problem", name).replace("<image>", "").strip(),
-            images=tuple(_decode(cell, self.image_root, name) for cell in cells),
+            images=tuple(_decode(cell, self.image_root, self.archive, name) for cell in cells),
             solution=_inside("answer", self._text(row, "solution", name)),
             thinking=_inside("think", str(row.get("thinking") or "")),
             key=" ".join(path for path in paths if isinstance(path, str)) or f"row {index + 1}",
@@ -150,37 +163,47 @@ def load_examples(
 ) -> DrawnExamples | LoadedExamples:
     """The examples of one split ("train", "validation" or "test").
 
-    `data` is `drawn`, or a test set of the paper (`superclevr200`, `geoqa`: `image_root` is then the folder with the
-    list and the images), or a .jsonl, .json, .csv, .parquet or .arrow file, a folder, or a name on the Hugging Face
-    Hub. `difficulty` is for drawn data only. A single file belongs to the split that its name mentions, or else to
-    train (to test, if it has the columns of R1-V's test sets). Raises UserError with the way out.
+    `data` is `drawn`, or a test set of the paper (`superclevr200`, `geoqa`: `image_root` is then the folder with R1-V's
+    list and the images, see ARCHIVES), or a .jsonl, .json, .csv, .parquet or .arrow file, a folder, or a name on the
+    Hugging Face Hub. `difficulty` is for drawn data only. A single file belongs to the split that its name mentions, or
+    else to train (to test, if it has the columns of R1-V's test sets). Raises UserError with the way out.
     """
     module = get_task(task)
     _check_split(split)
     if data == "drawn":
         return DrawnExamples(module, split, seed, difficulty, limit)
     if data in TEST_SETS:
-        if image_root is None:
-            raise UserError(f"data {data} needs image_root: the folder with {TEST_SETS[data]} and the images it names.")
-        data = str(Path(image_root) / TEST_SETS[data])
+        data = _find_list(data, image_root)
     path = Path(data).expanduser()
     if path.is_file():
         rows = _file_rows(path, split)
     elif path.is_dir():
         rows = _folder_rows(path, split)
     elif path.suffix in (".jsonl", *FILE_FORMATS) or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise UserError(f"{data} is missing: check the path of the data (and image_root, if you named a test set).")
+        raise UserError(f"{data} is missing: check the path of the data.")
     else:
-        rows = _hub_rows(data, split)
+        rows = _pick(hub_splits(data), split, data)
     folder = path.parent if path.is_file() else path
-    return LoadedExamples(rows, data, seed, limit, image_root or folder)
+    return LoadedExamples(rows, data, seed, limit, image_root or folder, ARCHIVES.get(path.name))
+
+
+def _find_list(name: str, image_root: str | None) -> str:
+    """Path of a test set's list: in `image_root`, or in the folder prompts there, as in a clone of R1-V."""
+    listed = TEST_SETS[name]
+    if image_root is None:
+        raise UserError(f"data {name} needs image_root: the folder with {listed} and the images it names.")
+    root = Path(image_root).expanduser()
+    path = next((path for path in (root / listed, root / "prompts" / listed) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{root / listed} is missing: put R1-V's list of {name} there (from {LISTS}).")
+    return str(path)
 
 
 def _file_rows(path: Path, split: str) -> Sequence:
     if path.suffix == ".jsonl":
         rows = _read_json_lines(path)
     elif path.suffix in FILE_FORMATS:
-        rows = _load_dataset(str(path), FILE_FORMATS[path.suffix], data_files=str(path))["train"]
+        rows = load_splits(str(path), FILE_FORMATS[path.suffix], data_files=str(path))["train"]
     else:
         raise UserError(f"{path} has an unknown format: give one of {', '.join(('.jsonl', *FILE_FORMATS))}.")
     is_test_set = len(rows) and "ground_truth" in _column_names(rows)
@@ -204,49 +227,7 @@ def _folder_rows(folder: Path, split: str) -> Sequence:
 
         loaded = datasets.load_from_disk(str(folder))
         return _pick(loaded if isinstance(loaded, dict) else {"train": loaded}, split, str(folder))
-    return _pick(_load_dataset(str(folder), str(folder.resolve())), split, str(folder))
-
-
-def _hub_rows(name: str, split: str) -> Sequence:
-    """Rows of a data set on the Hub, or of its copy in the local cache while the Hub is out of reach."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name} is neither a local path nor a data set that the Hugging Face Hub shows to you: pass a local file "
-            "or folder as data, correct the name, or log in with `hf auth login`."
-        ) from error
-    except Exception:  # no network, no answer in time, a failing server, or offline mode
-        # The cache is still worth a look. Online, `datasets` would retry each request for half a minute or more.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return _pick(_load_dataset(name, name), split, name)
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def _load_dataset(source: str, *args: str, **kwargs: str) -> dict[str, Sequence]:
-    """`datasets.load_dataset` of every split, with its many kinds of failure told in one sentence."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(*args, **kwargs)
-    except ConnectionError as error:
-        raise UserError(
-            f"{source} is neither a local path nor in the local cache, and the Hugging Face Hub could not be reached: "
-            f"pass a local folder as data (made elsewhere by `hf download {source} --repo-type dataset --local-dir …`)."
-        ) from error
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(error, datasets.data_files.EmptyDatasetError) or "corresponds to no data" in str(error):
-            raise UserError(f"{source} is empty: give a folder or file that holds rows of data.") from error
-        reason = " ".join(str(cause).split())[:300]
-        raise UserError(f"{source} could not be loaded ({type(cause).__name__}: {reason}): check the data.") from error
+    return _pick(load_splits(str(folder), str(folder.resolve())), split, str(folder))
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -295,7 +276,7 @@ def _find_columns(names: list[str], source: str) -> dict[str, str]:
     return columns
 
 
-def _decode(cell: Any, root: Path, row: str) -> Image.Image:
+def _decode(cell: Any, root: Path, archive: str | None, row: str) -> Image.Image:
     """One cell (a path, encoded bytes, `{"bytes", "path"}` or a PIL image) as an upright RGB image, on white."""
     if not isinstance(cell, dict):
         cell = {"path" if isinstance(cell, str) else "bytes": cell}
@@ -303,7 +284,10 @@ def _decode(cell: Any, root: Path, row: str) -> Image.Image:
     if content is None:
         if not isinstance(path, str):
             raise UserError(f"{name} is neither a path nor encoded bytes: give one of them.")
-        content, name = root / path, f"image file {root / path} ({row})"
+        within = Path(path)
+        if within.parts[:1] == (archive,) and not (root / archive).is_dir():
+            within = within.relative_to(archive)
+        content, name = root / within, f"image file {root / within} ({row})"
         if not content.is_file():
             raise UserError(f"{name} is missing: put it there, or set image_root to the folder that holds {path}.")
     try:
