@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 from .atomic import write_atomically
 from .checkpoint import derive_seed
-from .config import TINY, ModelConfig, TaskConfig, parse_config
+from .config import BUILT_IN, TINY, ModelConfig, TaskConfig, parse_config
 from .errors import UserError, exit_on_user_error
 from .model.load import Policy, load_pretrained, make_policy
+from .r1v import write_r1v_results
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .tasks import get_task
@@ -43,6 +44,8 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     """Seed of drawn items and of sampling."""
     output: str = "evaluation.json"
     """Where the figures and the record of each item go."""
+    r1v_output: str | None = None
+    """A second file, in the layout of R1-V's evaluation scripts, for whatever reads those."""
 
     def check(self) -> None:
         """Raise UserError for values that no evaluation could mean."""
@@ -136,10 +139,10 @@ def main() -> None:
     examples = load_examples(
         config.task, config.data, config.split, config.seed, config.difficulty, image_root=config.image_root
     ).all(config.samples)
-    if config.model == "tiny":
-        from .sft import tiny_start
+    if config.model in BUILT_IN:
+        from .sft import supervised_start
 
-        config.model = str(tiny_start(config, config.seed))
+        config.model = str(supervised_start(config.model, [config], config.seed))
     policy = make_policy(*load_pretrained(config), config)
     generations, size = config.num_generations, config.batch_size
     records = evaluate(
@@ -148,6 +151,8 @@ def main() -> None:
     summary = summarise(records)
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
     write_json(Path(config.output), {**summary, "pass_at": passes, "config": vars(config), "results": records})
+    if config.r1v_output:
+        write_r1v_results(Path(config.r1v_output), records, config.task)
     low, high = summary["interval"]
     print(f"accuracy {summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%}, {summary['count']} items)")
     for k, value in passes.items():
@@ -156,7 +161,7 @@ def main() -> None:
 
 
 def _profile(parsed) -> dict:
-    return {"max_new_tokens": TINY["max_new_tokens"]} if parsed.model == "tiny" else {}
+    return {"max_new_tokens": TINY["max_new_tokens"]} if parsed.model in BUILT_IN else {}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is a model's answer mathematically equal to the solution? math-verify, in bounded time and memory.
+"""What is a model's answer, and does it equal the solution? math-verify, in bounded time and memory.
 
 Model output is hostile input: `9^{9^{9^{9}}}` alone keeps sympy busy for ever. It is therefore read by a separate
 process (math_worker), started at the first question and ended with this one.
@@ -32,8 +32,16 @@ def math_equal(output: str, solution: str, seconds: float = 1.0) -> bool:
     (wall time), needs more than 2 GiB or brings the parser down is not equal. Safe to call from any thread.
     Raises UserError if math-verify cannot be imported, and for nothing that the strings contain.
     """
-    request = json.dumps([output[-MAX_CHARS:], solution[-MAX_CHARS:], seconds]).encode() + b"\n"
-    return _client.ask(request, seconds)
+    return _client.ask(output, solution[-MAX_CHARS:], seconds) is True
+
+
+def math_answer(output: str, seconds: float = 1.0) -> str | None:
+    """R1-V's `extracted_answer`: the text of the first expression that math-verify finds in the output, or None.
+
+    An expression is not evaluated: `9^{9^{9}}` reads `9**(9**9)`. What math-verify takes for an answer but cannot parse
+    comes as plain text. None as well for what is longer than 8,192 characters. Limits and errors as in `math_equal`.
+    """
+    return _client.ask(output, None, seconds)
 
 
 class _WorkerDied(Exception):
@@ -64,7 +72,7 @@ class _Worker:
             self.stop()
             raise UserError(f"math-verify cannot be imported ({greeting}): run `pip install math-verify`.")
 
-    def ask(self, request: bytes, seconds: float) -> bool:
+    def ask(self, request: bytes, seconds: float) -> bool | str | None:
         """Send one request line and read its reply; raises _WorkerDied."""
         try:
             view = memoryview(request)
@@ -72,9 +80,9 @@ class _Worker:
                 view = view[self.process.stdin.write(view) :]
         except OSError as error:
             raise _WorkerDied from error
-        return self.read_line(2 * seconds + GRACE_SECONDS) is True  # the worker may try twice
+        return self.read_line(2 * seconds + GRACE_SECONDS)  # the worker may try twice
 
-    def read_line(self, seconds: float) -> object:
+    def read_line(self, seconds: float) -> bool | str | None:
         """Read one line of JSON; raises _WorkerDied on end of file or if `seconds` pass."""
         line, deadline = b"", time.monotonic() + seconds
         while not line.endswith(b"\n"):
@@ -105,8 +113,9 @@ class _Client:
         self.lock = threading.Lock()
         self.worker: _Worker | None = None
 
-    def ask(self, request: bytes, seconds: float) -> bool:
-        """The verdict on one request. A worker that died is restarted once; if that dies too, the answer is False."""
+    def ask(self, output: str, solution: str | None, seconds: float) -> bool | str | None:
+        """The worker's reply to one request. A worker that died is restarted once; if that dies too, it is None."""
+        request = json.dumps([output[-MAX_CHARS:], solution, seconds]).encode() + b"\n"
         with self.lock:
             for _ in range(2):
                 try:
@@ -114,7 +123,7 @@ class _Client:
                     return self.worker.ask(request, seconds)
                 except _WorkerDied:
                     self.stop()
-            return False
+            return None
 
     def stop(self) -> None:
         """End the worker; the next question starts another."""

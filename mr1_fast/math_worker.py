@@ -3,10 +3,11 @@
     trainer ──request line──▶ zygote (imports math-verify once) ──the same line──▶ child (forked; parses, may die)
             ◀──reply line────                                   ◀──reply line────
 
-A request is one line of JSON, [output, solution, seconds]; a reply is the line `true` or `false`. sympy can spend
-hours inside one C call (a power of big integers) where no Python signal handler runs, so the child arms a timer whose
-default action ends the process in the kernel. Whatever a child dies of (timer, memory limit, stack overflow), the
-zygote answers false in its place and forks the next one, which takes milliseconds.
+A request is one line of JSON, [output, solution, seconds]; the reply is one too: `true` or `false`, or for a solution
+of null what math-verify reads in the output, a string or `null`. sympy can spend hours inside one C call (a power of
+big integers) where no Python signal handler runs, so the child arms a timer whose default action ends the process in
+the kernel. Whatever a child dies of (timer, memory limit, stack overflow), the zygote answers `null` in its place, to
+either kind of request, and forks the next one, which takes milliseconds.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ import sys
 from typing import BinaryIO
 
 MEMORY_BYTES = 2 << 30
-"""Address space of a child. A larger intermediate result raises MemoryError there, and the verdict is false."""
+"""Address space of a child. A larger intermediate result raises MemoryError there, and the reply is `null`."""
 REQUESTS_PER_CHILD = 1000
 """A child is replaced after so many requests, so that sympy's caches cannot grow without end."""
 PEAK_KIB = 512 << 10
 """A child is also replaced once its resident memory has peaked above this, in KiB."""
-LAST = b" last"
+MAX_ANSWER_CHARS = 8192
+"""An expression whose text is longer is no answer: cut short, it would be another one."""
+LAST = b"last "
+"""Before a reply (no JSON begins so): this child asks to be replaced."""
 BLOCKED_EVENTS = frozenset(
     (
         *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"),
@@ -59,6 +63,7 @@ def _warm_up() -> None:
     """Import math-verify and build its regular expressions and grammar tables, so that no child has to."""
     for text in (r"The answer is $\frac{1}{2}+\sqrt{3}$", "<answer> 12.5 </answer>", "so 3*(4+5) = 27"):
         equal(text, "1/2")
+        read_answer(text)
 
 
 def equal(output: str, solution: str) -> bool:
@@ -69,6 +74,15 @@ def equal(output: str, solution: str) -> bool:
     return bool(verify(answer, gold, timeout_seconds=None))
 
 
+def read_answer(output: str) -> str | None:
+    """The text of the first expression that math-verify reads in the output, as in R1-V's `extracted_answer`."""
+    from math_verify import parse
+
+    found = parse(output, parsing_timeout=None)
+    text = str(found[0]) if found else None
+    return text if text is None or len(text) <= MAX_ANSWER_CHARS else None
+
+
 def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
     """The zygote: pass requests and replies on, and answer for a child that dies."""
     child = _Child(requests, replies)
@@ -77,12 +91,12 @@ def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
             reply = child.ask(line)
             if reply.endswith(b"\n"):
                 break
-            cause, reply = child.end(), b"false\n"
+            cause, reply = child.end(), b"null\n"
             child = _Child(requests, replies)
             if cause == signal.SIGALRM:
                 break  # it took too long; of anything else (the out-of-memory killer, say) it may not be the cause
-        _write(replies, reply.replace(LAST, b""))
-        if LAST in reply or child.served == REQUESTS_PER_CHILD:
+        _write(replies, reply.removeprefix(LAST))
+        if reply.startswith(LAST) or child.served == REQUESTS_PER_CHILD:
             child.end()
             child = _Child(requests, replies)
     child.end()
@@ -130,7 +144,7 @@ class _Child:
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """The child: limit what it may use and do, then answer until the pipe closes.
 
-    A reply that ends with LAST asks to be replaced. Leaving by itself could lose a request already on its way.
+    With LAST it asks to be replaced. Leaving by itself could lose a request already on its way.
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -142,12 +156,12 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         output, solution, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would mean: never
         try:
-            verdict = equal(output, solution)
+            reply = read_answer(output) if solution is None else equal(output, solution)
         except Exception:  # MemoryError, RecursionError, …: what cannot be read is not right
-            verdict = False
+            reply = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > PEAK_KIB
-        _write(replies, (b"true" if verdict else b"false") + (LAST if grown else b"") + b"\n")
+        _write(replies, (LAST if grown else b"") + json.dumps(reply).encode() + b"\n")
 
 
 def _refuse(event: str, arguments: tuple) -> None:

@@ -105,6 +105,14 @@ def test_pass_at_k_of_samples(command, capsys):
     assert len({tuple(texts) for texts in outputs}) == 10
 
 
+def test_results_go_into_a_file_for_r1vs_scripts_too(command, tmp_path):
+    records = command("--r1v-output", tmp_path / "r1v.json")["results"]
+    found = json.loads((tmp_path / "r1v.json").read_text())["results"]
+    assert [(r["question"]["image_path"], r["model_output"]) for r in found] == [
+        (record["key"], record["outputs"][0]) for record in records
+    ]
+
+
 def test_each_split_has_its_own_items(command):
     keys = {
         split: {r["key"] for r in command(f"--split={split}")["results"]} for split in ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""Rewards: right verdicts, hostile strings, the worker process behind math_equal, and the registry."""
+"""Rewards: right verdicts, hostile strings, the worker process behind math_check, and the registry."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 
 from mr1_fast import math_check, rewards
 from mr1_fast.errors import UserError
-from mr1_fast.math_check import math_equal
+from mr1_fast.math_check import math_answer, math_equal
 from mr1_fast.rewards import accuracy_reward, format_reward, load_plugin, reward, score
 from mr1_fast.tasks import counting
 from mr1_fast.types import Example
@@ -166,6 +166,7 @@ def test_ten_thousand_hostile_strings(tmp_path):
         "accuracy": lambda text: accuracy_reward(text, item),
         "counting": lambda text: counting.is_correct(text, "3"),
         "math_equal": lambda text: math_equal(text, "3", seconds=0.3),
+        "math_answer": lambda text: len(math_answer(text, seconds=0.3) or "") <= 8192 or "too long",
     }
     for text in strings:
         for name, call in calls.items():
@@ -199,22 +200,31 @@ def test_a_killed_child_or_zygote_is_replaced():
     assert math_equal("1/2", "0.5")
     assert math_check._client.worker.process.pid == zygote
     assert children(zygote) not in ([], [child])
+    os.kill(*children(zygote), signal.SIGSEGV)
+    assert math_answer("1/2") == "1/2"
+    assert math_check._client.worker.process.pid == zygote
     os.kill(zygote, signal.SIGKILL)
     assert math_equal("1/2", "0.5")
     assert math_check._client.worker.process.pid != zygote
+    os.kill(math_check._client.worker.process.pid, signal.SIGKILL)
+    assert math_answer("1/2") == "1/2"
 
 
 def test_threads_share_the_worker():
-    verdicts = {}
+    verdicts, answers = {}, {}
 
     def ask(k: int) -> None:
         verdicts[k] = score([f"<answer> {n}/1 </answer>" for n in range(8)], [example(str(k))], {"accuracy": 1.0})[0]
 
-    threads = [threading.Thread(target=ask, args=(k,)) for k in range(8)]
+    def read(k: int) -> None:
+        answers[k] = [math_answer(f"<answer> {n} </answer>") for n in range(k, k + 8)]
+
+    threads = [threading.Thread(target=act, args=(k,)) for k in range(8) for act in (ask, read)]
     for act in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             act(thread)
     assert {k: v[0].tolist() for k, v in verdicts.items()} == {k: [float(n == k) for n in range(8)] for k in range(8)}
+    assert answers == {k: [str(n) for n in range(k, k + 8)] for k in range(8)}
 
 
 def run_script(path: Path, text: str, **environment: str) -> subprocess.CompletedProcess:
