@@ -41,7 +41,7 @@ from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer
 from mr1_fast.plan import RunMemory
 from mr1_fast.room import Room
-from mr1_fast.sft import tiny_start
+from mr1_fast.sft import supervised_start
 from mr1_fast.tasks.data import load_examples
 from mr1_fast.train import grpo_step, load_policy
 
@@ -199,7 +199,7 @@ def measure_step(arguments) -> dict:
         max_new_tokens=24, prompts_per_step=prompts, num_generations=count, learning_rate=2e-4, lr_schedule="constant",
         steps=steps + 1, tokens_per_microbatch=WHOLE,
     )  # fmt: skip
-    config.model = str(tiny_start(config, config.seed))
+    config.model = str(supervised_start(config.model, [config], config.seed))
     policy = load_policy(config)
     reference, optimizer, schedule = Reference(policy), make_optimizer(policy.model, config), config.kl_schedule()
     room = Room(print, lambda: "", RunMemory(policy, config).amounts())

@@ -44,12 +44,12 @@ class RunLog:
     def start(self, step: int) -> None:
         """Begin, or go on, after `step` finished steps."""
         for name in ("metrics.jsonl", "completions.jsonl"):
-            _keep_lines_before(self.folder / name, step)
+            keep_lines_before(self.folder / name, step)
         self.bar = tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of finished step `step` (from 0)."""
-        _append(self.folder / "metrics.jsonl", {"step": step, **metrics})
+        append_line(self.folder / "metrics.jsonl", {"step": step, **metrics})
         for logger in self.loggers:
             logger.log(metrics, step)
         live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics] or [
@@ -72,7 +72,7 @@ class RunLog:
                 for i in range(row * size, (row + 1) * size)
             ]
             record = {"step": step, "key": example.key, "problem": example.problem, "solution": example.solution}
-            _append(self.folder / "completions.jsonl", {**record, "completions": samples})
+            append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -146,7 +146,8 @@ class WandbLogger:
 _LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
 
-def _append(path: Path, record: dict) -> None:
+def append_line(path: Path, record: dict) -> None:
+    """Append a line to a file of JSON lines; UserError where that cannot be done."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -156,7 +157,8 @@ def _append(path: Path, record: dict) -> None:
         ) from error
 
 
-def _keep_lines_before(path: Path, step: int) -> None:
+def keep_lines_before(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later from a file of JSON lines, and half a line at its end."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -6,9 +6,9 @@ completions without padding → reference log-probs → loss → update. β(s) c
 """
 
 import dataclasses
-import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import torch
 
 from .advantages import group_advantages
 from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint, save_checkpoint, seed_step
-from .config import TrainConfig, parse_train_config
-from .errors import UserError, exit_on_user_error
-from .evaluate import evaluate, summarise, write_json
+from .config import BUILT_IN, TrainConfig, parse_train_config
+from .errors import exit_on_user_error
+from .held_out import configured_examples, held_out_items, print_table, record_evaluation
 from .kernels.self_test import self_test
 from .log import RunLog, Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
@@ -33,29 +33,30 @@ from .report import write_report
 from .rewards import load_plugin, require_rewards, score
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
-from .room import EVALUATED, SAMPLED, TOKENS, Room
-from .sft import sft_loss, solution_batches, tiny_start
+from .room import SAMPLED, TOKENS, Room
+from .sft import sft_loss, solution_batches, supervised_start
 from .tasks import get_task
-from .tasks.data import load_examples
 from .types import Example, PackedBatch, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """|log π − log π_rollout| of the sampled tokens, as training and rollout compute them with the same weights."""
-SHOWN = 12
-"""Held-out items whose images and answers the report shows."""
 
 
-def train(config: TrainConfig) -> Path:
-    """Train as configured; returns the run folder, which holds the final model and report.html."""
+def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = None) -> Path:
+    """Train as configured; returns the run folder, which holds the final model and report.html.
+
+    `watch(policy, steps done)` is called before the first step and after each one; a resumed run goes on calling it
+    after the steps that it does.
+    """
     get_task(config.task)
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
     self_test(resolve_device(config))
-    source = _examples(config, "train", limit=config.train_samples)
-    if config.algo == "sft":
+    source = configured_examples(config, "train", limit=config.train_samples)
+    if config.algo == "sft" and config.sft_target == "solution":
         source.require_thinking()
-    held_out = _held_out(config)
+    held_out = held_out_items(config)
     log = RunLog(config)
     policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
@@ -75,6 +76,8 @@ def train(config: TrainConfig) -> Path:
         record_evaluation(policy, config, held_out, log, room, "before")
 
     log.start(first)
+    if watch and not log.resuming:
+        watch(policy, 0)
     try:
         for step in range(first, config.steps):
             seed_step(config.seed, step)
@@ -86,6 +89,8 @@ def train(config: TrainConfig) -> Path:
             log.step(step, metrics)
             memory.record(metrics)
             done = step + 1
+            if watch:
+                watch(policy, done)
             if config.save_every and (done % config.save_every == 0 or done == config.steps):
                 save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
     finally:
@@ -132,7 +137,7 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
 def sft_step(policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room) -> dict[str, float]:
     """Learn one batch of worked solutions, μ times; returns the step's metrics."""
     clock = Stopwatch()
-    batches = solution_batches(policy, examples, room.amounts[TOKENS])
+    batches = solution_batches(policy, examples, room.amounts[TOKENS], config.sft_target)
     for inner in range(config.updates_per_batch):
         optimizer_step = step * config.updates_per_batch + inner
         metrics = learn(policy, optimizer, batches, sft_loss, optimizer_step, config, room)
@@ -244,64 +249,11 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, li
 
 
 def load_policy(config: TrainConfig) -> Policy:
-    """The starting policy; `tiny` is loaded from its cached supervised start."""
-    if config.model == "tiny":
-        config = dataclasses.replace(config, model=str(tiny_start(config, config.seed)))
+    """The starting policy; a built-in one is loaded from its cached supervised start."""
+    if config.model in BUILT_IN:
+        config = dataclasses.replace(config, model=str(supervised_start(config.model, [config], config.seed)))
     torch.manual_seed(derive_seed(config.seed, "adapters"))
     return make_policy(*load_pretrained(config), config)
-
-
-def record_evaluation(policy, config: TrainConfig, held_out: list[Example], log: RunLog, room: Room, when: str) -> None:
-    """Evaluate greedily and by sampling, print it, and put it into evaluation.json under `when`."""
-    if not held_out:
-        return
-    path = log.folder / "evaluation.json"
-    result = {"task": config.task, "split": "test", "examples": []}
-    if when == "after" and path.exists():  # a run resumed with other --eval-samples may have no "before"
-        result = json.loads(path.read_text())
-    modes = {"greedy": 0.0, "sampled": config.temperature}
-    result[when] = {}
-    for mode, temperature in modes.items():
-        sampling, seed = Sampling.of(config, temperature=temperature), derive_seed(config.seed, mode)
-        work = partial(
-            evaluate, policy, config.task, held_out, sampling, seed=seed, prefill_tokens=config.tokens_per_microbatch
-        )
-        records = room.attempt(EVALUATED, lambda tokens, work=work: work(cache_tokens=tokens))
-        result[when][mode] = summary = summarise(records)
-        if mode == "greedy":
-            _record_shown(result["examples"], records, held_out, when, log.folder)
-        low, high = summary["interval"]
-        log.say(f"{when:>6}: {mode} accuracy {summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%})")
-    write_json(path, result)
-
-
-def _record_shown(shown: list[dict], records: list[dict], held_out: list[Example], when: str, folder: Path) -> None:
-    """Keep question, images and answer of the first SHOWN items for the report."""
-    for index, (record, example) in enumerate(zip(records[:SHOWN], held_out, strict=False)):
-        if index == len(shown):
-            paths = [f"images/test-{index}-{number}.png" for number in range(len(example.images))]
-            (folder / "images").mkdir(exist_ok=True)
-            for path, image in zip(paths, example.images, strict=True):
-                image.save(folder / path)
-            shown.append({"problem": example.problem, "solution": example.solution, "images": paths})
-        shown[index][when] = {"text": record["outputs"][0], "correct": record["correct"][0]}
-
-
-def _examples(config: TrainConfig, split: str, data: str | None = None, limit: int | None = None):
-    return load_examples(
-        config.task, data or config.data, split, config.seed, config.difficulty, limit, config.image_root
-    )
-
-
-def _held_out(config: TrainConfig) -> list[Example]:
-    if not config.eval_samples:
-        return []
-    try:
-        return _examples(config, "test", config.eval_data).all(config.eval_samples)
-    except UserError as error:
-        raise UserError(
-            f"{error} This is about held-out data: name some with --eval-data, or pass --eval-samples 0."
-        ) from error
 
 
 def run(argv: list[str]) -> None:
@@ -310,20 +262,6 @@ def run(argv: list[str]) -> None:
     folder = train(parse_train_config(argv))
     print_table(folder)
     print(f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all")
-
-
-def print_table(folder: Path) -> None:
-    """Print the before/after table of a finished run."""
-    path = folder / "evaluation.json"
-    if not path.exists():
-        return
-    result = json.loads(path.read_text())
-    if not {"before", "after"} <= result.keys():
-        return
-    print(f"\n{'accuracy on held-out ' + result['task']:<34}{'before':>8}{'after':>8}{'points':>8}")
-    for mode in ("greedy", "sampled"):
-        before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))
-        print(f"{mode:<34}{before:>8.1%}{after:>8.1%}{(after - before) * 100:>+8.1f}")
 
 
 def main() -> None:

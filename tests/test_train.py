@@ -17,10 +17,12 @@ from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.optim import make_optimizer
-from mr1_fast.sft import tiny_start
+from mr1_fast.sft import solution_batches, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
 from mr1_fast.train import load_policy, run
+
+from .models import tiny_policy
 
 KEYS = {"reward", "accuracy", "format", "letters", "zero_variance", "completion_length", "finished", "beta", "loss"}
 KEYS |= {"entropy", "kl", "clip_fraction", "kl_limited", "grad_norm", "learning_rate", "skipped", "step"}
@@ -263,8 +265,8 @@ def test_eight_bit_states_learn(run_args, tmp_path):
     assert column(tmp_path / "run", "kl")[1] == pytest.approx(column(tmp_path / "plain", "kl")[1], rel=0.3)
 
 
-@pytest.mark.parametrize("algo", ["grpo-d", "sft"])
-def test_training_data_from_parquet_in_the_columns_of_r1v(algo, run_args, tmp_path, monkeypatch):
+@pytest.mark.parametrize("algo, sft_target", [("grpo-d", "solution"), ("sft", "solution"), ("sft", "answer")])
+def test_training_data_from_parquet_in_the_columns_of_r1v(algo, sft_target, run_args, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     drawn = load_examples("geometry", "drawn", "train", 0).all(5)
     for split in ("train", "test"):
@@ -274,10 +276,12 @@ def test_training_data_from_parquet_in_the_columns_of_r1v(algo, run_args, tmp_pa
             "solution": [f"<answer> {item.solution} </answer>" for item in drawn],
             "thinking": [f"<think> {item.thinking} </think>" for item in drawn],
         }
+        if sft_target == "answer":
+            del rows["thinking"]
         table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         (tmp_path / "data").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    run(run_args(tmp_path / "run", task="geometry", data=str(tmp_path / "data"), algo=algo))
+    run(run_args(tmp_path / "run", task="geometry", data=str(tmp_path / "data"), algo=algo, sft_target=sft_target))
     shown = json.loads((tmp_path / "run" / "evaluation.json").read_text())["examples"]
     assert [item["problem"] for item in shown] == [f"test {item.problem}" for item in drawn[:4]]
     if algo == "sft":
@@ -285,6 +289,14 @@ def test_training_data_from_parquet_in_the_columns_of_r1v(algo, run_args, tmp_pa
     else:
         seen = {(r["problem"], r["solution"]) for r in lines(tmp_path / "run" / "completions.jsonl")}
         assert seen == {(f"train {item.problem}", item.solution) for item in drawn}
+
+
+def test_sft_imitates_reasoning_and_answer_or_the_answer_alone(processor):
+    policy, example = tiny_policy(), load_examples("counting", "drawn", "train", 0).all(1)[0]
+    for target, text in (("solution", f"<think>{example.thinking}</think>"), ("answer", "")):
+        (batch,) = solution_batches(policy, [example], 4096, target)
+        written = processor.tokenizer.decode(batch.targets)
+        assert written == f"{text}<answer> {example.solution} </answer><|im_end|>"
 
 
 def silent_model(folder, target):
@@ -352,5 +364,5 @@ def test_the_default_run_learns_to_count_and_its_start_is_made_once(tmp_path):
     assert result["after"]["sampled"]["count"] == 200
     assert gain["sampled"] >= 0.15 and gain["greedy"] >= 0
     started = time.perf_counter()
-    folder = tiny_start(parse_train_config([]), 0)
+    folder = supervised_start("tiny", [parse_train_config([])], 0)
     assert time.perf_counter() - started < 5 and (folder / "model.safetensors").exists()

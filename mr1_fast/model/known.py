@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
+from ..config import BUILT_IN
 from ..errors import UserError
 from .load import adapter_base, cache_only_without_hub, check_family
 
@@ -28,10 +29,10 @@ SIZES = {
 
 def find_model_config(name: str) -> PretrainedConfig:
     """The configuration behind `--model`: built in, of a local folder, or from the hub; UserError where it is none."""
-    if name == "tiny":
+    if name in BUILT_IN:
         from .tiny import tiny_config, tiny_processor
 
-        return tiny_config(tiny_processor())
+        return tiny_config(tiny_processor(), name)
     size = name.removeprefix("Qwen/Qwen2-VL-").removesuffix("-Instruct")
     if name.startswith("Qwen/") and size in SIZES:
         return qwen2_vl(**SIZES[size])
@@ -41,9 +42,10 @@ def find_model_config(name: str) -> PretrainedConfig:
         with cache_only_without_hub(name):
             config = AutoConfig.from_pretrained(name)
     except Exception as error:  # no network, no such name, or a folder without a readable config.json
+        hub = (f"Qwen/Qwen2-VL-{size}" for size in SIZES)
         raise UserError(
             f"model {name} has no configuration that can be read here: check the name and the network, pass a local "
-            f"folder, or plan for one that is built in (tiny, {', '.join(f'Qwen/Qwen2-VL-{size}' for size in SIZES)})."
+            f"folder, or plan for one that is built in ({', '.join((*BUILT_IN, *hub))})."
         ) from error
     check_family(name, config.model_type)
     return config

@@ -1,4 +1,4 @@
-"""The built-in `tiny` model: a real Qwen2-VL of about 0.9M parameters, made without downloads."""
+"""The built-in models, `tiny` and `small`: real Qwen2-VLs of 0.9M and 16.8M parameters, made without downloads."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -18,6 +18,8 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SIZES = {"tiny": (128, 3, 4, [4, 6, 6], 64, 2), "small": (384, 8, 6, [8, 12, 12], 192, 4)}
+"""Hidden size, layers, heads (of text and of vision), M-RoPE section; the vision tower's width and depth."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -62,30 +64,31 @@ def tiny_processor() -> ImageTextProcessor:
     )
 
 
-def tiny_config(processor: ImageTextProcessor) -> Qwen2VLConfig:
-    """A Qwen2-VL with hidden size 128, 3 layers, and a vision tower of width 64 and depth 2."""
+def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLConfig:
+    """The configuration of a built-in size: tiny has hidden size 128 and 3 layers, small has 384 and 8."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
+    hidden_size, layers, heads, mrope_section, vision_width, vision_depth = SIZES[size]
     return Qwen2VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             num_key_value_heads=2,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": mrope_section},
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=True,
         ),
         vision_config=dict(
-            depth=2,
-            embed_dim=64,
-            hidden_size=128,
-            num_heads=4,
+            depth=vision_depth,
+            embed_dim=vision_width,
+            hidden_size=hidden_size,
+            num_heads=heads,
             mlp_ratio=4,
             patch_size=14,
             spatial_merge_size=2,
@@ -100,9 +103,9 @@ def tiny_config(processor: ImageTextProcessor) -> Qwen2VLConfig:
     )
 
 
-def tiny_model(processor: ImageTextProcessor) -> Qwen2VLForConditionalGeneration:
+def tiny_model(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLForConditionalGeneration:
     """The model with fresh weights from torch's global generator; seed that first."""
-    return Qwen2VLForConditionalGeneration(tiny_config(processor))
+    return Qwen2VLForConditionalGeneration(tiny_config(processor, size))
 
 
 def _sentences(per_task: int = 200) -> list[str]:

@@ -4,9 +4,9 @@ from types import ModuleType
 
 from ..errors import UserError
 from ..types import Example
-from . import counting, geometry
+from . import counting, figures, geometry
 
-TASKS: dict[str, ModuleType] = {"counting": counting, "geometry": geometry}
+TASKS: dict[str, ModuleType] = {"counting": counting, "geometry": geometry, "figures": figures}
 """Each task module has `draw(split, seed, index, difficulty) -> Example` and `is_correct(output, solution) -> bool`."""
 
 PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
@@ -26,8 +26,13 @@ def format_problem(example: Example) -> str:
 
 
 def format_solution(example: Example) -> str:
-    """The completion that supervised training imitates: `<think>5 items</think><answer> 5 </answer>`.
+    """The completion that supervised training imitates: `<think>5 items</think><answer> 5 </answer>`."""
+    return f"<think>{example.thinking}</think>{format_answer(example)}"
 
-    The answer stands between spaces, as in R1-V's data: math-verify overlooks the number in `<answer>5</answer>`.
+
+def format_answer(example: Example) -> str:
+    """The answer alone, as R1-V's data has it: `<answer> 5 </answer>`.
+
+    It stands between spaces: math-verify overlooks the number in `<answer>5</answer>`.
     """
-    return f"<think>{example.thinking}</think><answer> {example.solution} </answer>"
+    return f"<answer> {example.solution} </answer>"
