@@ -1,0 +1,250 @@
+"""The paper's comparison in one command: `python -m mr1_fast.experiment --preset tiny`.
+
+Base model, SFT, GRPO and GRPO-D, trained on counting or on geometry, tested on both; ablations are further presets.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..config import parse_config
+from ..errors import UserError, exit_on_user_error
+from ..evaluate import write_json
+from ..model.known import find_model_config
+from ..plan import make_plan
+from ..version import __version__
+from .cells import BASE, Cell, Experiment
+from .presets import ROLES, find_preset
+from .report import write_report
+
+IDENTITY = ("preset", "settings", "test_items")
+"""What must not change in an output folder: finished cells stay."""
+
+
+@dataclass
+class ExperimentConfig:
+    """All settings of `python -m mr1_fast.experiment`."""
+
+    preset: str = "tiny"
+    """tiny (a CPU), small (any GPU) or qwen2vl_2b (24 GB) compare the methods. With an ending: _alpha, _beta,
+    _generations, _schedules vary one thing; tiny_search and small_search the learning rate of every method."""
+    output: str | None = None
+    """Folder of the experiment; what is finished there is kept and never run again. Default: experiments/<preset>."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds to run, for example '[0, 1]'; default: the preset's. More can be added later."""
+    test_items: int | None = None
+    """Test items of each task; default: the preset's."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of mr1_fast.train for every cell, over the preset's, for example '{"steps": 50}'."""
+    counting_images: str | None = None
+    """Folder with SuperCLEVR's images, for presets that test on them."""
+    geometry_images: str | None = None
+    """Folder with Geo170K's test images, for presets that test on them."""
+    dry_run: bool = False
+    """Print the cells with an estimate of their time and memory, and run nothing."""
+
+    def check(self) -> None:
+        """Raise UserError for values that no experiment could mean."""
+        if self.test_items is not None and self.test_items < 1:
+            raise UserError(f"test_items is {self.test_items}, but must be at least 1.")
+        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise UserError(f"seeds is {self.seeds}, but must be different numbers, none negative.")
+        fixed = {"model", "seed", "output", "task", "data", "algo", "resume", "eval_samples"} & self.settings.keys()
+        if fixed:
+            raise UserError(f"settings has {', '.join(sorted(fixed))}, which the preset's cells decide: leave it out.")
+
+
+def make_experiment(config: ExperimentConfig) -> Experiment:
+    """The experiment that the settings mean; UserError for settings that no cell could have."""
+    config.check()
+    scale, study = find_preset(config.preset)
+    experiment = Experiment(
+        scale,
+        study,
+        Path(config.output or f"experiments/{config.preset}"),
+        tuple(config.seeds or study.seeds or scale.seeds),
+        config.settings,
+        {"counting": config.counting_images, "geometry": config.geometry_images},
+        config.test_items,
+    )
+    for cell in experiment.cells():
+        experiment.settings(cell)
+    return experiment
+
+
+def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) -> dict:
+    """What experiment.json holds: all that the report says beside the cells' numbers."""
+    scale, study = experiment.scale, experiment.study
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    variants = [BASE, *study.variants]
+    settings = {**scale.settings, **{role: dict(scale.tasks[role].train) for role in ROLES}, **config.settings}
+    return {
+        "preset": config.preset,
+        "command": shlex.join(["python", "-m", "mr1_fast.experiment", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": device,
+        "versions": {"mr1_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "model": scale.model,
+        "paper": scale.paper,
+        "tasks": {
+            role: {"about": task.about, "items": experiment.items or task.items, "split": study.split}
+            for role, task in scale.tasks.items()
+        },
+        "axis": {"name": study.name, "label": study.label, "numeric": study.numeric},
+        "variants": [
+            {"name": v.name, "label": v.label, **({} if v.value is None else {"value": v.value})} for v in variants
+        ],
+        "trained": list(study.trained),
+        "seeds": list(experiment.seeds),
+        "test_items": experiment.items,
+        "settings": {**settings, "start_accuracy": scale.start_accuracy},
+        "notes": notes(experiment),
+    }
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """What a reader of the report must know to trust it."""
+    scale = experiment.scale
+    lines = [
+        "All methods of a seed start from the same model and see the same training samples in the same order; GRPO and "
+        "GRPO-D sample with the same seeds. Test items are the same for every cell.",
+    ]
+    if scale.start_accuracy:
+        lines.append(
+            f"The base model is {scale.model} after a supervised start on both tasks together, which ends where it "
+            f"answers {scale.start_accuracy:.0%} of the validation items of each right when sampled."
+        )
+        lines.append("Test items share neither parameters nor images with training or validation items.")
+    return lines
+
+
+def remember(description: dict, output: Path) -> dict:
+    """Write experiment.json, with the seeds of earlier calls; UserError where the folder holds another experiment."""
+    path = output / "experiment.json"
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in IDENTITY if earlier[name] != json.loads(json.dumps(description[name]))]
+            seeds = {*earlier["seeds"], *description["seeds"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, or choose another --output.") from error
+        if changed:
+            raise UserError(f"{output} holds an experiment with other {', '.join(changed)}: choose another --output.")
+        description = {**description, "seeds": sorted(seeds)}
+    write_json(path, description)
+    return description
+
+
+def dry_run(experiment: Experiment) -> str:
+    """A line a cell: its state, and an estimate of its time and peak memory."""
+    scale, plans = experiment.scale, {}
+    lines, total = [f"{'cell':<52}{'state':<10}{'steps':>6}{'minutes':>9}{'GiB':>8}"], 0.0
+    for cell in experiment.cells():
+        config = experiment.settings(cell)
+        finished = (cell.folder(experiment.output) / "cell.json").exists()
+        failed = (cell.folder(experiment.output) / "failed.json").exists()
+        seconds = 0.0 if finished else estimated_seconds(experiment, cell)
+        key = (config.algo, config.num_generations, cell.trained)
+        if key not in plans:
+            plans[key] = make_plan(config, find_model_config(scale.model)).peak / 2**30
+        state = "finished" if finished else "failed" if failed else "to do"
+        steps = config.steps if cell.trained else 0
+        lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{seconds / 60:>9.1f}{plans[key]:>8.2f}")
+        total += seconds
+    lines.append(f"about {total / 60:.0f} minutes as measured on {scale.measured_on}; memory is the plan's peak")
+    return "\n".join(lines)
+
+
+def estimated_seconds(experiment: Experiment, cell: Cell) -> float:
+    """From the measured seconds of a step and of an item's evaluation at this scale."""
+    scale, config = experiment.scale, experiment.settings(cell)
+    items = sum(experiment.items or task.items for task in scale.tasks.values())
+    evaluation = 2 * items * scale.measured["evaluation"]  # greedy and sampled
+    if not cell.trained:
+        return evaluation + scale.measured["start"]
+    if config.algo == "sft":
+        return evaluation + config.steps * scale.measured["sft"]
+    return evaluation + config.steps * scale.measured["grpo"] * config.num_generations / 8
+
+
+def run(argv: list[str]) -> Path:
+    """Run what is missing of the experiment and write its report; UserError at the end if cells failed."""
+    config = parse_config(ExperimentConfig, argv, prog="python -m mr1_fast.experiment")
+    experiment = make_experiment(config)
+    output = experiment.output
+    if config.dry_run:
+        print(dry_run(experiment))
+        return output
+    started = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()  # a cell loads its models four times
+    experiment.test_items  # noqa: B018  missing images show before anything is trained or written
+    remember(describe(config, experiment, argv), output)
+    cells, failed = experiment.cells(), []
+    for number, cell in enumerate(cells, start=1):
+        record = experiment.run(cell)
+        if "error" in record:
+            failed.append(f"{cell}: {record['error']}")
+        print(f"[{number}/{len(cells)}] {cell}: {_result(record)}", flush=True)
+    if experiment.study.name == "search":
+        print(search_result(experiment))
+    page = write_report(output)
+    print(f"report {page} · {page.with_suffix('.md')} · {(time.perf_counter() - started) / 60:.1f} minutes")
+    if failed:
+        count = "1 cell" if len(failed) == 1 else f"{len(failed)} cells"
+        raise UserError(f"{count} failed ({'; '.join(failed)}): run the command again to try them again.")
+    return output
+
+
+def _result(record: dict) -> str:
+    if "error" in record:
+        return f"FAILED: {record['error']}"
+    shares = (f"{role} {_share(bits['greedy']):.1%}" for role, bits in record["correct"].items())
+    return f"{', '.join(shares)} (greedy; {sum(record['seconds'].values()):.0f} s)"
+
+
+def _share(bits: str) -> float:
+    return bits.count("1") / len(bits)
+
+
+def search_result(experiment: Experiment) -> str:
+    """A line a learning rate: greedy accuracy on the task that was trained, over methods and tasks; the best is named.
+
+    One learning rate for all methods, chosen for their mean: none gets one of its own.
+    """
+    found: dict[float, list[float]] = {}
+    for cell in experiment.cells():
+        path = cell.folder(experiment.output) / "cell.json"
+        if cell.trained and path.exists():
+            rate = cell.variant.settings["learning_rate"]
+            bits = json.loads(path.read_text())["correct"][cell.trained]["greedy"]
+            found.setdefault(rate, []).append(_share(bits))
+    means = {rate: sum(shares) / len(shares) for rate, shares in found.items()}
+    lines = [f"learning rate {rate:g}: {mean:.1%} ({len(found[rate])} cells)" for rate, mean in means.items()]
+    return "\n".join([*lines, f"chosen: {max(means, key=means.get):g}"]) if means else "no cell finished"
+
+
+def _processor() -> str:
+    """The processor's name, as Linux knows it, and the threads that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """`python -m mr1_fast.experiment`."""
+    run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

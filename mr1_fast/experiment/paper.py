@@ -1,0 +1,28 @@
+"""The results that OThink-MR1 (arXiv 2503.16081) publishes, for the same table beside ours."""
+
+NAMES = {"counting": "VC", "geometry": "GR"}
+"""What the paper calls the two tasks."""
+ORDER = ("base", "grpo", "sft", "grpo-d")
+"""The rows of its tables."""
+ACCURACY = {
+    "2B": {
+        "base": {"counting": 42.50, "geometry": 15.52},
+        "grpo": {"counting": 64.50, "geometry": 30.24},
+        "sft": {"counting": 68.50, "geometry": 32.49},
+        "grpo-d": {"counting": 76.50, "geometry": 34.35},
+    },
+    "7B": {
+        "base": {"counting": 76.00, "geometry": 33.16},
+        "grpo": {"counting": 76.50, "geometry": 42.04},
+        "sft": {"counting": 74.50, "geometry": 43.50},
+        "grpo-d": {"counting": 78.00, "geometry": 45.49},
+    },
+}
+"""Qwen2-VL-Instruct's size → method → task: greedy accuracy in %, trained and tested on the same task."""
+CROSS_TASK = {
+    "2B": {
+        ("geometry", "counting"): {"grpo-d": {"base": 63.53, "sft": 61.63}},
+        ("counting", "geometry"): {"grpo-d": {"base": 4.25, "sft": 368.99}, "sft": {"base": -77.77}},
+    },
+}
+"""Size → (trained on, tested on) → method → compared with: relative change of greedy accuracy in %."""

@@ -1,0 +1,240 @@
+"""The tables of an experiment as plain data: what the page, its Markdown and the README show."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+
+from . import paper
+from .results import BASE, Results, common
+from .statistics import Comparison, Estimate, accuracy, compare, holm
+
+COMPARED = (("grpo-d", "grpo"), ("grpo-d", "sft"), ("grpo", "sft"))
+"""Which methods are tested against each other."""
+MISSING = "—"
+
+
+@dataclass
+class Value:
+    """A number with what belongs to it, and a bar where it is an accuracy."""
+
+    main: str
+    detail: str = ""
+    bar: Estimate | None = None
+
+
+@dataclass
+class Table:
+    """Rows of plain text and values below their heads."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str | Value]] = field(default_factory=list)
+    note: str = ""
+
+
+def percent(share: float) -> str:
+    """A share with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def signed(number: float, unit: str = "") -> str:
+    """A number with its sign and one decimal."""
+    return f"{number:+.1f}{unit}".replace("-", "−")
+
+
+def main_tables(results: Results, mode: str) -> list[Table]:
+    """The paper's tables and the paired tests; of another study than the methods', accuracies by variant."""
+    if results.about["axis"]["name"] == "method":
+        tables = [same_task(results, mode), cross_task(results, mode), paired(results, mode)]
+    else:
+        tables = [by_variant(results, trained, mode) for trained in results.about["trained"]]
+    return [table for table in tables if table.rows and len(table.head) > 1]
+
+
+def same_task(results: Results, mode: str) -> Table:
+    """Trained and tested on the same task, in the paper's layout and beside its numbers."""
+    published = paper.ACCURACY.get(results.about.get("paper"), {}) if mode == "greedy" else {}
+    table = Table(f"Same task, {mode}", ["Model"])
+    pairs = results.pairs(same=True)
+    for task, _ in pairs:
+        table.head += [_role(task), *(["the paper's"] if published else [])]
+    for variant in _in_papers_order(results):
+        row: list[str | Value] = [_row_name(results, variant)]
+        for task, other in pairs:
+            row.append(_accuracy(results, variant, (task, other), mode))
+            if published:
+                row.append(_published(published.get(variant, {}).get(task)))
+        table.rows.append(row)
+    return table
+
+
+def cross_task(results: Results, mode: str) -> Table:
+    """Trained on one task and tested on the other, with relative changes as the paper reports them."""
+    published = paper.CROSS_TASK.get(results.about.get("paper"), {}) if mode == "greedy" else {}
+    table = Table(f"Other task, {mode}", ["Model"], note="Changes are relative, of mean accuracies of the same seeds.")
+    pairs = results.pairs(same=False)
+    for trained, tested in pairs:
+        table.head += [f"{_role(trained)} → {_role(tested)}", "to base", "to SFT"]
+    for variant in _in_papers_order(results):
+        row: list[str | Value] = [_row_name(results, variant)]
+        for pair in pairs:
+            row.append(_accuracy(results, variant, pair, mode))
+            for other in (BASE, "sft"):
+                reported = published.get(pair, {}).get(variant, {}).get(other)
+                row.append(
+                    MISSING if variant in (BASE, other) else _change(results, variant, other, pair, mode, reported)
+                )
+        table.rows.append(row)
+    return table
+
+
+def paired(results: Results, mode: str) -> Table:
+    """Each method against the others: difference, and p over seeds and over items."""
+    pairs = results.pairs(same=True) + results.pairs(same=False)
+    names, found = [], []
+    for pair in pairs:
+        for first, second in COMPARED:
+            ours, theirs = common(results.runs(first, pair, mode), results.runs(second, pair, mode))
+            if ours:
+                names.append([" → ".join(pair), f"{results.label(first)} − {results.label(second)}"])
+                found.append(compare(ours, theirs))
+    over_seeds = [comparison.p_seeds for comparison in found]
+    over_items = [comparison.p_items for comparison in found]
+    cells = zip(map(_difference, found), _p_values(over_seeds), _p_values(over_items), strict=True)
+    return Table(
+        f"Paired tests, {mode}",
+        ["Trained → tested", "Methods", "Points", "p over seeds", "p over items"],
+        [[*name, *row] for name, row in zip(names, cells, strict=True)],
+        note=f"{len(found)} comparisons: p values are uncorrected, and Holm's correction for their number is beside "
+        "each. Over seeds, a paired t-test asks about the method: would new training runs say the same? Over items, "
+        "McNemar's exact test asks about these trained models only. Intervals are over seeds; over items with one "
+        "seed.",
+    )
+
+
+def by_variant(results: Results, trained: str, mode: str) -> Table:
+    """Accuracies of each variant on each task after training on one."""
+    table = Table(f"Trained on {trained}, {mode}", [results.about["axis"]["label"], *map(_role, results.tasks)])
+    for variant in [BASE, *results.methods]:
+        values = [_accuracy(results, variant, (trained, tested), mode) for tested in results.tasks]
+        table.rows.append([results.label(variant), *values])
+    return table
+
+
+def cells(results: Results) -> Table:
+    """Which cells are finished, what they answered greedily, and what they took."""
+    head = ["Cell", "State", *map(_role, results.tasks), "Training", "Evaluation", "Peak memory"]
+    table = Table("Greedy accuracy, time and memory", head)
+    for cell in results.cells:
+        name = " · ".join(filter(None, [results.label(cell.variant), cell.trained, f"seed {cell.seed}"]))
+        row: list[str | Value] = [name, Value(cell.state, cell.error)] + [MISSING] * (len(head) - 2)
+        if cell.correct:
+            row[2:] = [percent(cell.correct[task]["greedy"].mean()) for task in results.tasks]
+            row += [f"{cell.seconds['train']:.0f} s" if cell.trained else MISSING, f"{cell.seconds['evaluate']:.0f} s"]
+            row += [f"{cell.peak_memory / 2**30:.2f} GiB" if cell.peak_memory else MISSING]
+        table.rows.append(row)
+    return table
+
+
+def headline(results: Results) -> tuple[str, list[str]]:
+    """The result in one line, and the numbers behind it; how far the experiment is before there is one."""
+    findings = [("Same task", results.pairs(same=True)), ("Other task", results.pairs(same=False))]
+    said = [(title, *standing) for title, pairs in findings if pairs and (standing := _standing(results, pairs))]
+    finished = sum(cell.state == "finished" for cell in results.cells)
+    progress = f"{finished} of {len(results.cells)} cells finished"
+    if not said:
+        return progress.capitalize(), []
+    details = [f"{title}, {numbers}" for title, _, numbers in said]
+    return " ".join(f"{title}: {verdict}." for title, verdict, _ in said), [*details, f"{progress}."]
+
+
+def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
+    """Who leads at greedy accuracy over all pairs, and by how much; None while there are not two to compare."""
+    runs = {variant: _joined(results, variant, pairs) for variant in (BASE, *results.methods)}
+    runs = {variant: found for variant, found in runs.items() if found}
+    shared = dict(zip(runs, common(*runs.values()), strict=True)) if runs else {}
+    if len(shared) < 2 or not all(shared.values()):
+        return None
+    means = {variant: float(np.mean(found)) for variant, found in shared.items()}
+    leader, *others = sorted(means, key=means.get, reverse=True)
+    found = [compare(shared[leader], shared[other]) for other in others]
+    p_values = [_p(comparison) for comparison in found]
+    near = [other for other, p in zip(others, holm(p_values), strict=True) if p >= 0.05]
+    if len(near) == len(others):
+        verdict = "no difference beyond noise"
+    else:
+        within = f"{len(near)} others" if len(near) > 2 else " and ".join(map(results.label, near))
+        verdict = f"{results.label(leader)} leads{within and f', within noise of {within}'}"
+    seeds = len(shared[leader])
+    verdict += " (one seed)" if seeds == 1 else ""
+    scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
+    ranks = ", ".join(f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others))
+    gap = _difference(found[0])
+    where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
+    lead = f"{results.label(leader)} − {results.label(others[0])}: {gap.main} points {gap.detail}"
+    return verdict, f"{where}: {ranks}. {lead}, p = {_shown_p(p_values[0])} {scope}."
+
+
+def _joined(results: Results, variant: str, pairs: list[tuple[str, str]]) -> dict[int, np.ndarray]:
+    """The runs of all pairs as one, for the seeds that have them all."""
+    runs = [results.runs(variant, pair, "greedy") for pair in pairs]
+    seeds = set.intersection(*(set(each) for each in runs))
+    return {seed: np.concatenate([each[seed] for each in runs]) for seed in seeds}
+
+
+def _accuracy(results: Results, variant: str, pair: tuple[str, str], mode: str) -> str | Value:
+    runs, seeds = results.runs(variant, pair, mode), len(results.about["seeds"])
+    if not runs:
+        return MISSING
+    estimate = accuracy(list(runs.values()))
+    partly = f", {len(runs)} of {seeds} seeds" if len(runs) < seeds else ""
+    return Value(percent(estimate.value), _interval(estimate) + partly, estimate)
+
+
+def _change(results: Results, variant: str, other: str, pair: tuple[str, str], mode: str, reported: float | None):
+    ours, theirs = common(results.runs(variant, pair, mode), results.runs(other, pair, mode))
+    reported = f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−") if reported is not None else ""
+    if not ours or not np.any(theirs):  # nothing to relate to
+        return Value(MISSING, reported)
+    return Value(signed(100 * (np.mean(ours) / np.mean(theirs) - 1), "%"), reported)
+
+
+def _difference(comparison: Comparison) -> Value:
+    difference = comparison.difference
+    return Value(signed(100 * difference.value), _interval(difference))
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]".replace("-", "−")
+
+
+def _p(comparison: Comparison) -> float:
+    return comparison.p_items if comparison.p_seeds is None else comparison.p_seeds
+
+
+def _p_values(values: list[float | None]) -> Iterable[str | Value]:
+    corrected = iter(holm([p for p in values if p is not None]))
+    return [MISSING if p is None else Value(_shown_p(p), f"Holm {_shown_p(next(corrected))}") for p in values]
+
+
+def _shown_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _published(accuracy: float | None) -> str:
+    return MISSING if accuracy is None else f"{accuracy:.2f}%"
+
+
+def _in_papers_order(results: Results) -> list[str]:
+    known = [variant for variant in paper.ORDER if variant in (BASE, *results.methods)]
+    return list(dict.fromkeys(chain(known, results.methods)))
+
+
+def _row_name(results: Results, variant: str) -> str:
+    return results.label(variant) if variant == BASE else f"+ {results.label(variant)}"
+
+
+def _role(task: str) -> str:
+    return f"{task} ({paper.NAMES[task]})" if task in paper.NAMES else task
