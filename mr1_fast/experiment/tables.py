@@ -174,7 +174,8 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
     gap = _difference(found[0])
     where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
     lead = f"{results.label(leader)} − {results.label(others[0])}: {gap.main} points {gap.detail}"
-    return verdict, f"{where}: {ranks}. {lead}, p = {_shown_p(p_values[0])} {scope}."
+    p = _shown_p(p_values[0])
+    return verdict, f"{where}: {ranks}. {lead}, p {p if p.startswith('<') else f'= {p}'} {scope}."
 
 
 def _joined(results: Results, variant: str, pairs: list[tuple[str, str]]) -> dict[int, np.ndarray]:
