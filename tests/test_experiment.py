@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
@@ -17,7 +18,9 @@ from mr1_fast.experiment.__main__ import ExperimentConfig, make_experiment, run
 from mr1_fast.experiment.cells import Experiment
 from mr1_fast.experiment.presets import GRPO_D, SCALES, SFT, Study, Variant, find_preset, known_presets
 from mr1_fast.kl_schedule import DynamicKL
-from mr1_fast.tasks.data import load_examples
+from mr1_fast.tasks.data import TEST_SETS, load_examples
+
+from .picture_data import encoded, picture, write_lines
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FAULT = """
@@ -208,7 +211,7 @@ def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tm
     capsys.readouterr()
     quick(tmp_path / "out", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
-    assert all("finished" in line for line in lines[1:3]) and lines[-1].startswith("about 0 minutes")
+    assert all("finished" in line for line in lines[1:3]) and lines[-2].startswith("about 0 minutes")
 
 
 def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tmp_path):
@@ -240,7 +243,7 @@ def test_what_no_experiment_could_mean_is_told_in_one_sentence(settings, message
 
 
 def test_missing_test_images_show_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="superclevr200 needs image_root"):
+    with pytest.raises(UserError, match=r"superclevr200 needs image_root.*--counting-images is the image_root"):
         run(["--preset", "qwen2vl_2b", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -277,6 +280,43 @@ def test_the_real_scale_trains_as_the_recipes_do(role, tmp_path):
     recipe = yaml.safe_load((RECIPES / f"qwen2vl_2b_{role}_24gb.yaml").read_text())
     different = {name for name, value in recipe.items() if getattr(experiment.settings(cell), name) != value}
     assert different <= {"preset", "data"}  # auto is the task's; counting's samples have R1's reasoning, for SFT
+
+
+def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkeypatch, tmp_path):
+    """All of the preset but its size: the model is tiny, the sets hold a few pictures."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {
+        "counting": {"thinking": ["<think> three items </think>"] * 4, "solution": ["<answer> 3 </answer>"] * 4},
+        "geometry": {"solution": ["<answer> 145° </answer>"] * 4},  # no reasoning
+    }
+    lists = {"counting": ("images/superCLEVR_new_{}.png", 3), "geometry": ("Geo170K/images/test/{}.png", "145°")}
+    scale = presets.SCALES["qwen2vl_2b"]
+    tasks, images = {}, {}
+    for role, columns in rows.items():
+        pictures = [{"bytes": encoded(picture(index)), "path": f"{index}.png"} for index in range(4)]
+        table = datasets.Dataset.from_dict({"image": pictures, "problem": ["How many?"] * 4, **columns})
+        (tmp_path / role / "data").mkdir(parents=True)
+        table.cast_column("image", datasets.Image()).to_parquet(tmp_path / role / "data/train-00000-of-00001.parquet")
+        images[role], (path, answer) = tmp_path / f"{role}-images", lists[role]
+        (images[role] / path).parent.mkdir(parents=True)
+        for index in range(2):
+            picture(index).save(images[role] / path.format(index))
+        items = [{"image_path": f"./{path.format(i)}", "question": "How many?", "ground_truth": answer} for i in (0, 1)]
+        write_lines(images[role] / TEST_SETS[scale.tasks[role].test["data"]], items)
+        train = {**scale.tasks[role].train, "data": str(tmp_path / role), "steps": 2}
+        tasks[role] = replace(scale.tasks[role], train=train, items=2)
+    monkeypatch.setitem(presets.SCALES, "qwen2vl_2b", replace(scale, model=str(tiny_folder), tasks=tasks))
+    settings = {"optimizer": "adamw", "prompts_per_step": 2, "num_generations": 2, "max_new_tokens": 6}
+    roots = ["--counting-images", str(images["counting"]), "--geometry-images", str(images["geometry"])]
+    output = tmp_path / "out"
+    run(["--preset", "qwen2vl_2b", "--output", str(output), "--settings", json.dumps(settings), *roots])
+    assert len(list(output.rglob("cell.json"))) == 7 and not list(output.rglob("failed.json"))
+    for role, (path, answer) in lists.items():
+        results = json.loads((output / f"cells/grpo-d/{role}/seed0/{role}-greedy.json").read_text())["results"]
+        paths = [f"./{path.format(index)}" for index in range(2)]
+        assert [result["question"]["image_path"] for result in results] == paths
+        assert [result["ground_truth"] for result in results] == [answer] * 2
+    assert "64.50%" in (output / "report.md").read_text()  # the paper's GRPO on counting
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def remember(description: dict, output: Path) -> dict:
 def dry_run(experiment: Experiment) -> str:
     """A line a cell: its state, and an estimate of its time and peak memory."""
     scale, plans = experiment.scale, {}
+    items = experiment.items or max(task.items for task in scale.tasks.values())
     lines, total = [f"{'cell':<52}{'state':<10}{'steps':>6}{'minutes':>9}{'GiB':>8}"], 0.0
     for cell in experiment.cells():
         config = experiment.settings(cell)
@@ -154,12 +155,14 @@ def dry_run(experiment: Experiment) -> str:
         seconds = 0.0 if finished else estimated_seconds(experiment, cell)
         key = (config.algo, config.num_generations, cell.trained)
         if key not in plans:
-            plans[key] = make_plan(config, find_model_config(scale.model)).peak / 2**30
+            plan = make_plan(replace(config, eval_samples=items), find_model_config(scale.model))
+            plans[key] = (plan.peak if cell.trained else plan.total("evaluation")) / 2**30
         state = "finished" if finished else "failed" if failed else "to do"
         steps = config.steps if cell.trained else 0
         lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{seconds / 60:>9.1f}{plans[key]:>8.2f}")
         total += seconds
-    lines.append(f"about {total / 60:.0f} minutes as measured on {scale.measured_on}; memory is the plan's peak")
+    lines.append(f"about {total / 60:.0f} minutes; memory is the plan's peak")
+    lines.append(f"times are of {scale.measured_on}")
     return "\n".join(lines)
 
 

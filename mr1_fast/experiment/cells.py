@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
+from ..errors import UserError
 from ..evaluate import evaluate, summarise, write_json
 from ..held_out import MODES, answers
 from ..log import append_line, keep_lines_before
@@ -112,7 +113,10 @@ class Experiment:
         found = {}
         for role, task in self.scale.tasks.items():
             arguments = {"seed": 0, "split": self.study.split, "image_root": self.image_roots.get(role), **task.test}
-            found[role] = load_examples(**arguments).all(self.items or task.items)
+            try:
+                found[role] = load_examples(**arguments).all(self.items or task.items)
+            except UserError as error:
+                raise UserError(f"{error} In an experiment, --{role}-images is the image_root of that data.") from error
         return found
 
     def run(self, cell: Cell) -> dict:

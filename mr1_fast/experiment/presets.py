@@ -210,7 +210,7 @@ SCALES = {
         seeds=(0,),
         # GRPO by benchmarks/bench_memory.py, evaluation by bench_rollout.py; SFT has three tenths of GRPO's tokens.
         measured={"sft": 2.7, "grpo": 13.4, "evaluation": 0.021, "start": 0},
-        measured_on="an H100 capped at 24 GB, all completions 512 tokens long; a 4090 has a sixth of its bf16 rate",
+        measured_on="an H100 with completions of 512 tokens; a 4090 has a sixth of its bf16 rate",
         paper="2B",
     ),
 }
