@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..held_out import MODES
 from ..page import json_object, read_metrics
 from .statistics import Runs
 
 BASE = "base"
-MODES = ("greedy", "sampled")
 _BITS = re.compile(r"[01]+")
 
 
