@@ -106,7 +106,8 @@ def _supervised_start(
     policy: Policy, tasks: Sequence[TaskConfig], seed: int, settings: OptimizerConfig, enough: float
 ) -> None:
     """Train on equal shares of the tasks until the least sampled accuracy of any is `enough`, or the steps are over."""
-    sources = [load_examples(task.task, "drawn", "train", seed, task.difficulty) for task in tasks]
+    stream = derive_seed(seed, "start")  # of its own: what a run trains on must be new to it
+    sources = [load_examples(task.task, "drawn", "train", stream, task.difficulty) for task in tasks]
     held_out = [load_examples(task.task, "drawn", "validation", seed, task.difficulty).all(128) for task in tasks]
     optimizer = make_optimizer(policy.model, settings)
     with tqdm(desc="supervised start", unit="step") as bar:

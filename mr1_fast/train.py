@@ -221,11 +221,11 @@ def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: Trai
     gap = (result.logp - rows["rollout_logp"]).abs()
     statistics = {
         "entropy": result.entropy,
-        "kl": result.kl,
         "clip_fraction": result.clipped,
-        "kl_limited": result.kl_limited,
         **dict.fromkeys(GAP, gap),
     }
+    if "ref_logp" in rows:  # without a reference nothing is known of the KL, and 0 would be a claim
+        statistics |= {"kl": result.kl, "kl_limited": result.kl_limited}
     return result.loss, statistics
 
 

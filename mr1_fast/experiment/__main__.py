@@ -3,11 +3,14 @@
 Base model, SFT, GRPO and GRPO-D, trained on counting or on geometry, tested on both; ablations are further presets.
 """
 
+import fcntl
 import json
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from .report import write_report
 
 IDENTITY = ("preset", "settings", "test_items")
 """What must not change in an output folder: finished cells stay."""
+REPORT_SECONDS = 60.0
+"""The report is written anew where the last one is older."""
 
 
 @dataclass
@@ -75,8 +80,13 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
         {"counting": config.counting_images, "geometry": config.geometry_images},
         config.test_items,
     )
+    varied = {name for v in study.variants for name in (*v.settings, *(n for s in v.by_role.values() for n in s))}
+    if varied & config.settings.keys():
+        names = ", ".join(sorted(varied & config.settings.keys()))
+        raise UserError(f"settings has {names}, which preset {config.preset} varies: leave it out.")
     for cell in experiment.cells():
-        experiment.settings(cell)
+        if cell.seed == experiment.seeds[0]:
+            experiment.settings(cell)
     return experiment
 
 
@@ -85,6 +95,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
     scale, study = experiment.scale, experiment.study
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     variants = [BASE, *study.variants]
+    varied = {v.name: {**v.settings, **v.by_role} for v in study.variants}
     settings = {**scale.settings, **{role: dict(scale.tasks[role].train) for role in ROLES}, **config.settings}
     return {
         "preset": config.preset,
@@ -95,7 +106,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
         "model": scale.model,
         "paper": scale.paper,
         "tasks": {
-            role: {"about": task.about, "items": experiment.items or task.items, "split": study.split}
+            role: {"about": task.about, "items": len(experiment.test_items[role]), "split": study.split}
             for role, task in scale.tasks.items()
         },
         "axis": {"name": study.name, "label": study.label, "numeric": study.numeric},
@@ -105,7 +116,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
         "trained": list(study.trained),
         "seeds": list(experiment.seeds),
         "test_items": experiment.items,
-        "settings": {**settings, "start_accuracy": scale.start_accuracy},
+        "settings": {**settings, "start_accuracy": scale.start_accuracy, "variants": varied},
         "notes": notes(experiment),
     }
 
@@ -119,8 +130,9 @@ def notes(experiment: Experiment) -> list[str]:
     ]
     if scale.start_accuracy:
         lines.append(
-            f"The base model is {scale.model} after a supervised start on both tasks together, which ends where it "
-            f"answers {scale.start_accuracy:.0%} of the validation items of each right when sampled."
+            f"The base model is {scale.model} after a supervised start on both tasks together, on items of their own, "
+            f"which ends once at least {scale.start_accuracy:.0%} of its sampled answers are right on validation items "
+            "of each task."
         )
         lines.append("Test items share neither parameters nor images with training or validation items.")
     return lines
@@ -133,12 +145,13 @@ def remember(description: dict, output: Path) -> dict:
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in IDENTITY if earlier[name] != json.loads(json.dumps(description[name]))]
-            seeds = {*earlier["seeds"], *description["seeds"]}
+            seeds = sorted({*earlier["seeds"], *description["seeds"]})
+            machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or choose another --output.") from error
         if changed:
             raise UserError(f"{output} holds an experiment with other {', '.join(changed)}: choose another --output.")
-        description = {**description, "seeds": sorted(seeds)}
+        description = {**description, "seeds": seeds, "hardware": "; ".join(machines)}
     write_json(path, description)
     return description
 
@@ -173,6 +186,9 @@ def estimated_seconds(experiment: Experiment, cell: Cell) -> float:
     evaluation = 2 * items * scale.measured["evaluation"]  # greedy and sampled
     if not cell.trained:
         return evaluation + scale.measured["start"]
+    if scale.curve_every:
+        points = 1 + -(-config.steps // scale.curve_every)
+        evaluation += points * len(scale.tasks) * scale.curve_items * scale.measured["evaluation"]
     if config.algo == "sft":
         return evaluation + config.steps * scale.measured["sft"]
     return evaluation + config.steps * scale.measured["grpo"] * config.num_generations / 8
@@ -189,13 +205,9 @@ def run(argv: list[str]) -> Path:
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # a cell loads its models four times
     experiment.test_items  # noqa: B018  missing images show before anything is trained or written
-    remember(describe(config, experiment, argv), output)
-    cells, failed = experiment.cells(), []
-    for number, cell in enumerate(cells, start=1):
-        record = experiment.run(cell)
-        if "error" in record:
-            failed.append(f"{cell}: {record['error']}")
-        print(f"[{number}/{len(cells)}] {cell}: {_result(record)}", flush=True)
+    with alone(output):
+        remember(describe(config, experiment, argv), output)
+        failed = run_cells(experiment)
     if experiment.study.name == "search":
         print(search_result(experiment))
     page = write_report(output)
@@ -204,6 +216,40 @@ def run(argv: list[str]) -> Path:
         count = "1 cell" if len(failed) == 1 else f"{len(failed)} cells"
         raise UserError(f"{count} failed ({'; '.join(failed)}): run the command again to try them again.")
     return output
+
+
+def run_cells(experiment: Experiment) -> list[str]:
+    """Run what is missing, a line each, with a report on the way; what failed."""
+    cells, failed, reported = experiment.cells(), [], time.monotonic()
+    try:
+        for number, cell in enumerate(cells, start=1):
+            record = experiment.run(cell)
+            if "error" in record:
+                failed.append(f"{cell}: {record['error']}")
+            print(f"[{number}/{len(cells)}] {cell}: {_result(record)}", flush=True)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                write_report(experiment.output)
+                reported = time.monotonic()
+    except KeyboardInterrupt:
+        write_report(experiment.output)
+        raise
+    return failed
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; UserError where another process has it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror}): choose another.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process runs the experiment in {output}: wait for it, or end it.") from error
+        yield
 
 
 def _result(record: dict) -> str:

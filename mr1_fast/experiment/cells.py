@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..checkpoint import atomic_folder
 from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
 from ..errors import UserError
 from ..evaluate import evaluate, summarise, write_json
@@ -34,8 +35,10 @@ from ..tasks.data import load_examples
 from ..train import load_policy, train
 from ..types import Example
 from .presets import GRPO, ROLES, Scale, Study, Variant
+from .results import BASE as BASE_NAME
+from .results import cell_folder
 
-BASE = Variant("base", "base model", {})
+BASE = Variant(BASE_NAME, "base model", {})
 SHOWN = 4
 """Test items of each task whose answers the report shows."""
 
@@ -53,7 +56,7 @@ class Cell:
 
     def folder(self, output: Path) -> Path:
         """Where it writes."""
-        return output.joinpath("cells", self.variant.name, *filter(None, [self.trained]), f"seed{self.seed}")
+        return cell_folder(output, self.variant.name, self.trained, self.seed)
 
     def identity(self) -> dict[str, Any]:
         """What names it in its files."""
@@ -100,12 +103,20 @@ class Experiment:
         return cell.folder(self.output) / "run"
 
     def base(self, seed: int) -> str:
-        """The model that the cells of a seed start from: a built-in one after its supervised start on both tasks."""
+        """The model that the cells of a seed start from: a built-in one after its supervised start on both tasks.
+
+        The start is kept with the cells: the user's cache may be emptied, or another torch make another start.
+        """
         if self.scale.model not in BUILT_IN:
             return self.scale.model
-        trained = (self.scale.tasks[role].train for role in ROLES)
-        tasks = [TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained]
-        return str(supervised_start(self.scale.model, tasks, seed, self.scale.start_accuracy))
+        kept = self.output / "starts" / f"seed{seed}"
+        if not kept.exists():
+            trained = (self.scale.tasks[role].train for role in ROLES)
+            tasks = [TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained]
+            start = supervised_start(self.scale.model, tasks, seed, self.scale.start_accuracy)
+            with atomic_folder(kept) as folder:
+                shutil.copytree(start, folder, dirs_exist_ok=True)
+        return str(kept)
 
     @cached_property
     def test_items(self) -> dict[str, list[Example]]:
@@ -124,7 +135,8 @@ class Experiment:
         folder = cell.folder(self.output)
         finished, failed = folder / "cell.json", folder / "failed.json"
         if finished.exists():
-            return json.loads(finished.read_text())
+            shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # killed between the two
+            return read_record(finished)
         folder.mkdir(parents=True, exist_ok=True)
         failed.unlink(missing_ok=True)
         try:
@@ -132,7 +144,8 @@ class Experiment:
                 record = self._run(cell, folder)
             write_json(finished, record)
         except Exception as error:  # whatever it is: the other cells go on, and the report shows it
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split())
+            reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
             record = {**cell.identity(), "error": reason}
             write_json(failed, {**record, "traceback": traceback.format_exc()})
         if finished.exists():
@@ -143,7 +156,8 @@ class Experiment:
         return record
 
     def _run(self, cell: Cell, folder: Path) -> dict:
-        base, run, started = self.base(cell.seed), self.run_folder(cell), time.perf_counter()
+        started, run = time.perf_counter(), self.run_folder(cell)
+        base = self.base(cell.seed)
         config = self.settings(cell, base)
         if cell.trained and not (run / "final").exists():
             self._train(config, run, folder / "curve.jsonl")
@@ -215,6 +229,18 @@ def _shown(role: str, items: list[Example], records: list[dict], images: Path | 
     return shown
 
 
+def read_record(path: Path) -> dict:
+    """A finished cell's record; UserError for a damaged one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(bits["greedy"] for bits in record["correct"].values()) and record["seconds"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path} is damaged: remove it, and the cell will run again.")
+    return record
+
+
 def _measured(run: Path) -> dict[str, int | None]:
     """The largest peak of allocated memory that the steps of a run have recorded, in bytes; None on a CPU."""
     metrics = run / "metrics.jsonl"
@@ -225,6 +251,4 @@ def _measured(run: Path) -> dict[str, int | None]:
 
 def _argument(value: Any) -> str:
     """A setting's value as a command line has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)

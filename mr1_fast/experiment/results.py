@@ -94,6 +94,11 @@ class Results:
         return {cell.seed: cell.correct[tested][mode] for cell in self.of(variant, trained) if cell.correct}
 
 
+def cell_folder(output: Path, variant: str, trained: str | None, seed: int) -> Path:
+    """Where a cell writes."""
+    return output.joinpath("cells", variant, *filter(None, [trained]), f"seed{seed}")
+
+
 def common(*runs: dict[int, np.ndarray]) -> list[Runs]:
     """Each of several variants' runs for the seeds that all of them have."""
     seeds = sorted(set.intersection(*(set(each) for each in runs)))
@@ -119,9 +124,7 @@ def read_results(output: Path) -> Results:
 
 
 def _read_cell(output: Path, variant: str, trained: str | None, seed: int, items: dict[str, int]) -> CellResult:
-    cell = CellResult(
-        output.joinpath("cells", variant, *filter(None, [trained]), f"seed{seed}"), variant, trained, seed
-    )
+    cell = CellResult(cell_folder(output, variant, trained, seed), variant, trained, seed)
     finished, failed = cell.folder / "cell.json", cell.folder / "failed.json"
     if finished.exists():
         try:

@@ -1,15 +1,18 @@
 """Area and perimeter of a figure made of unit squares: geometry that a small model can see.
 
-Difficulty d draws connected figures on a grid of (d+3)×(d+3) squares: up to 9 of 16 at difficulty 1, 14 of 25 at 2. The
-area is a count of squares, as in visual counting; the perimeter is not, so one skill carries over and the other does
-not. Which squares are filled decides the split, whatever is asked: thousands of figures, unlike the few hundred pairs
-of angles that `geometry` has at difficulty 1.
+Difficulty d draws connected figures on a grid of (d+3)×(d+3) squares: 3–11 of 16 at difficulty 1, 3–17 of 25 at 2. The
+area is a count of squares, as in visual counting; the perimeter is not, so one skill carries over and the other
+does not. Which squares are filled decides the split, whatever is asked: thousands of figures, unlike the few hundred
+pairs of angles that `geometry` has at difficulty 1. Held-out items do not repeat: the same question about the same
+figure twice would be one item.
 """
 
 import random
+from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
+from ..errors import UserError
 from ..types import Example
 from .counting import CELL, is_correct
 from .split import draw_for_split
@@ -20,20 +23,15 @@ __all__ = ["draw", "is_correct"]
 def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the same item.
 
-    The image is (28·(d+3))² pixels. A figure (its filled squares) belongs to exactly one split.
+    The image is (28·(d+3))² pixels. A figure (its filled squares) belongs to exactly one split. Raises UserError for
+    more held-out items than there are.
     """
+    if split != "train":
+        index = _new_entry(split, seed, index, difficulty)
     side = difficulty + 3
-
-    def filled(rng: random.Random) -> tuple[int, ...]:
-        squares = {rng.randrange(side * side)}
-        for _ in range(rng.randrange(side * side * 9 // 16)):
-            edge = {beside for square in squares for beside in _neighbours(square, side)} - squares
-            squares.add(rng.choice(sorted(edge)))
-        return tuple(sorted(squares))
-
-    squares, rng = draw_for_split(filled, split, ("figures", seed, index, difficulty))
+    asked, squares, rng = _parameters(split, seed, index, difficulty)
     perimeter = sum(4 - sum(beside in squares for beside in _neighbours(square, side)) for square in squares)
-    asked, size, unit = rng.choice((("area", len(squares), "squares"), ("perimeter", perimeter, "sides")))
+    size, unit = (len(squares), "squares") if asked == "area" else (perimeter, "sides")
     return Example(
         problem=f"The figure is made of unit squares. What is its {asked}?",
         images=(_paint(squares, side, rng),),
@@ -41,6 +39,45 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
         thinking=f"{size} {unit}",
         key=f"{asked} {' '.join(map(str, squares))}",
     )
+
+
+def _parameters(split: str, seed: int, entry: int, difficulty: int) -> tuple[str, tuple[int, ...], random.Random]:
+    """What is asked and which squares are filled in entry `entry` of the stream, and the generator for the looks."""
+    side = difficulty + 3
+
+    def filled(rng: random.Random) -> tuple[int, ...]:
+        squares = {rng.randrange(side * side)}
+        for _ in range(rng.randint(2, side * side * 11 // 16 - 1)):
+            edge = {beside for square in squares for beside in _neighbours(square, side)} - squares
+            squares.add(rng.choice(sorted(edge)))
+        return tuple(sorted(squares))
+
+    squares, rng = draw_for_split(filled, split, ("figures", seed, entry, difficulty))
+    return rng.choice(("area", "perimeter")), squares, rng
+
+
+def _new_entry(split: str, seed: int, index: int, difficulty: int) -> int:
+    """The entry of the stream that is the `index`-th to bring a new question about a figure."""
+    entries, seen = _first_entries(split, seed, difficulty)
+    entry = entries[-1] + 1 if entries else 0
+    while len(entries) <= index:
+        parameters = _parameters(split, seed, entry, difficulty)[:2]
+        if parameters not in seen:
+            seen.add(parameters)
+            entries.append(entry)
+        elif entry - entries[-1] > 1000:
+            raise UserError(
+                f"figures of difficulty {difficulty} have no {index + 1} different {split} items: ask for fewer, or "
+                "raise the difficulty."
+            )
+        entry += 1
+    return entries[index]
+
+
+@lru_cache(maxsize=16)
+def _first_entries(split: str, seed: int, difficulty: int) -> tuple[list[int], set]:
+    """Entries that brought something new, and what they brought, as far as anyone has asked."""
+    return [], set()
 
 
 def _neighbours(square: int, side: int) -> list[int]:
