@@ -56,13 +56,19 @@ def tiny_folder(processor, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_args(tiny_folder, tmp_path_factory):
+def plugin(tmp_path_factory):
+    """File of a reward for letters, which gives a fresh model a signal to learn from."""
+    path = tmp_path_factory.mktemp("plugin") / "letters.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_args(tiny_folder, plugin):
     """`run_args(folder, **settings)`: arguments of a run of three steps, with a reward for letters as its signal.
 
     Settings replace the small ones given here.
     """
-    plugin = tmp_path_factory.mktemp("plugin") / "letters.py"
-    plugin.write_text(PLUGIN)
     small = dict(
         model=tiny_folder,
         device="cpu",

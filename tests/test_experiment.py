@@ -1,7 +1,9 @@
 """`python -m mr1_fast.experiment`: every cell once, equal budgets, interruptions, failures, and what presets hold."""
 
+import fcntl
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +39,11 @@ def fragile(completion, example):
 
 
 @pytest.fixture
-def quick(tiny_folder, monkeypatch):
-    """`quick(output, *flags)`: run the preset `quick`, of three methods on a fresh model with three steps."""
+def quick(tiny_folder, plugin, monkeypatch):
+    """`quick(output, *flags)`: run the preset `quick`: three steps of a fresh model, with a reward for letters."""
     tiny = SCALES["tiny"]
     shared = {"steps": 3, "prompts_per_step": 2, "num_generations": 3, "max_new_tokens": 6, "save_every": 1}
+    shared |= {"plugin": str(plugin), "extra_rewards": {"letters": 1.0}, "learning_rate": 1e-3}
     scale = replace(
         tiny,
         model=str(tiny_folder),
@@ -144,41 +147,36 @@ def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
         assert tuple(found["grpo-d"][name] for name in ("beta_min", "beta_max", "beta")) == beta
 
 
-@pytest.mark.parametrize("when", ["between steps", "while it is evaluated"])
+@pytest.mark.parametrize("when", ["between steps", "before its evaluation"])
 def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(when, quick, monkeypatch, tmp_path):
     use_methods(monkeypatch, GRPO_D)
     whole = quick(tmp_path / "whole") / "cells/grpo-d/counting/seed0"
-    calls = []
-    name, which = ("save_checkpoint", 2) if when == "between steps" else ("save_pretrained", 1)
-    original = getattr(train_module, name)
+    saved = []
 
-    def interrupted(*arguments, **named):
-        calls.append(1)
-        result = original(*arguments, **named)
-        if len(calls) == which and when == "between steps":
+    def save_and_interrupt(*arguments):
+        saved.append(save_checkpoint(*arguments))
+        if len(saved) == 2:
             raise KeyboardInterrupt
-        return result
 
-    def no_evaluation(*arguments):
-        raise KeyboardInterrupt
+    def interrupt_or_evaluate(experiment, config, cell, folder):
+        if cell.trained:
+            raise KeyboardInterrupt
+        return evaluate(experiment, config, cell, folder)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, name, interrupted)
-        if when != "between steps":
-            evaluate = Experiment._evaluate
-            patch.setattr(
-                Experiment,
-                "_evaluate",
-                lambda s, c, cell, f: (no_evaluation if cell.trained else evaluate)(s, c, cell, f),
-            )
-        with pytest.raises(KeyboardInterrupt):
-            quick(tmp_path / "out")
+    save_checkpoint, evaluate = train_module.save_checkpoint, Experiment._evaluate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "between steps":
+            patch.setattr(train_module, "save_checkpoint", save_and_interrupt)
+        else:
+            patch.setattr(Experiment, "_evaluate", interrupt_or_evaluate)
+        quick(tmp_path / "out")
     cell = tmp_path / "out/cells/grpo-d/counting/seed0"
     assert not (cell / "cell.json").exists() and not (cell / "failed.json").exists()
+    assert "GRPO-D" in (tmp_path / "out/report.html").read_text()
     quick(tmp_path / "out")
-    correct = [json.loads((folder / "cell.json").read_text())["correct"] for folder in (cell, whole)]
-    assert correct[0] == correct[1] and metrics(cell) == metrics(whole)
-    assert (cell / "curve.jsonl").read_text() == (whole / "curve.jsonl").read_text()
+    assert min(line["grad_norm"] for line in metrics(whole)) > 0 and metrics(cell) == metrics(whole)
+    for name in ("run/final/model.safetensors", "curve.jsonl", "counting-sampled.json"):
+        assert (cell / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_failed_cell_is_told_and_tried_again(quick, monkeypatch, tmp_path, capsys):
@@ -221,9 +219,33 @@ def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tm
     with pytest.raises(UserError, match="holds an experiment with other settings: choose another --output"):
         quick(output, "--settings", '{"steps": 4}')
     assert stamps(output) == before
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another process runs the experiment in .*: wait for it, or end it"):
+            quick(output)
+    (output / "cells/base/seed0/cell.json").write_text('{"correct": 1}')
+    with pytest.raises(UserError, match=r"cell\.json is damaged: remove it, and the cell will run again"):
+        quick(output)
     (output / "experiment.json").write_text("{")
     with pytest.raises(UserError, match=r"experiment\.json is damaged"):
         quick(output)
+
+
+def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_path):
+    """A list of two items on disk, and five are asked for."""
+    for index in range(2):
+        picture(index).save(tmp_path / f"{index}.png")
+    rows = [{"image_path": f"{index}.png", "question": "?", "ground_truth": 3} for index in range(2)]
+    listed = write_lines(tmp_path / "test.jsonl", rows)
+    scale = presets.SCALES["quick"]
+    counting = replace(scale.tasks["counting"], test={"task": "counting", "data": listed})
+    tasks = {**scale.tasks, "counting": counting}
+    monkeypatch.setitem(presets.SCALES, "quick", replace(scale, tasks=tasks, curve_every=0))
+    use_methods(monkeypatch, SFT)
+    output = quick(tmp_path / "out")
+    tasks = json.loads((output / "experiment.json").read_text())["tasks"]
+    assert [tasks[role]["items"] for role in ("counting", "geometry")] == [2, 5]
+    assert "SFT" in (output / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +256,8 @@ def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tm
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but must be different"),
         ({"settings": {"algo": "grpo"}}, "settings has algo, which the preset's cells decide"),
         ({"settings": {"stepz": 1}}, "stepz"),
+        ({"preset": "tiny_beta", "settings": {"beta": 0.02}}, "settings has beta, which preset tiny_beta varies"),
+        ({"preset": "tiny_schedules", "settings": {"beta": 0.02}}, "settings has beta, which preset tiny_schedules"),
         ({"settings": {"steps": -1}}, "steps is -1, but must be greater than 0"),
     ],
 )
@@ -332,7 +356,7 @@ def test_a_thousand_test_items_share_nothing_with_training(scale, role):
     }
     images = {split: {hashlib.sha256(e.images[0].tobytes()).digest() for e in drawn[split]} for split in drawn}
     assert not parameters["train"] & parameters["test"] and not images["train"] & images["test"]
-    assert len(images["test"]) == count and len(parameters["test"]) > 0.3 * count
+    assert len(images["test"]) == count and len({e.key for e in drawn["test"]}) > 0.97 * count
 
 
 def test_a_start_on_two_tasks_is_made_once_and_depends_on_them(monkeypatch):
@@ -349,3 +373,25 @@ def test_a_start_on_two_tasks_is_made_once_and_depends_on_them(monkeypatch):
     assert sft.supervised_start("tiny", tasks, seed=0, enough=0.0) == folder and stamps(folder) == before
     assert len(seen) == 5
     assert sft.supervised_start("tiny", tasks[:1], seed=0, enough=0.0) != folder
+
+
+def test_an_experiment_keeps_its_start_and_trains_on_items_that_are_new_to_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sft.START, "tiny", replace(sft.START["tiny"], steps=5, prompts_per_step=4))
+    monkeypatch.setenv("MR1_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(presets.SCALES, "tiny", replace(SCALES["tiny"], start_accuracy=0.0))
+    seen = []
+    original = sft.solution_batches
+    monkeypatch.setattr(
+        sft, "solution_batches", lambda p, examples, n: seen.extend(examples) or original(p, examples, n)
+    )
+    experiment = make_experiment(ExperimentConfig(output=str(tmp_path / "out")))
+    start = Path(experiment.base(0))
+    before = stamps(start)
+    assert start.is_relative_to(tmp_path / "out") and (start / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "cache")
+    assert experiment.base(0) == str(start) and stamps(start) == before and len(seen) == 20
+    images = {e.images[0].tobytes() for e in seen}
+    for cell in experiment.cells()[1:]:
+        config = experiment.settings(cell)
+        trained = load_examples(config.task, config.data, "train", config.seed, config.difficulty).take(0, 16)
+        assert not images & {e.images[0].tobytes() for e in trained}

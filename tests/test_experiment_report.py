@@ -173,7 +173,7 @@ def test_paired_tests_say_both_questions_and_how_many(tmp_path):
 
 def test_headline_names_a_leader_only_beyond_noise(tmp_path):
     first, details = headline(small(tmp_path / "plain", PLAIN))
-    assert first == "Same task: GRPO-D leads. Other task: GRPO-D leads, within noise of GRPO."
+    assert first == "Same task: GRPO-D leads. Other task: GRPO-D leads, but within noise of GRPO."
     assert "GRPO-D 54.5%, SFT 47.5%, GRPO 46.5%, base model 30.0%" in details[0]
     assert "GRPO-D − SFT: +7.0 points" in details[0] and "over 3 seeds" in details[0]
     assert details[-1] == "21 of 21 cells finished."
@@ -184,7 +184,7 @@ def test_headline_names_a_leader_only_beyond_noise(tmp_path):
             PLAIN, ((0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1), (2, 1, 0), (1, 0, 2), (0, 1, 2)), strict=True
         )
     }
-    assert headline(small(tmp_path / "level", level))[0].count("no difference beyond noise") == 2
+    assert headline(small(tmp_path / "level", level))[0].count("no lead beyond noise") == 2
 
     worse = PLAIN | {cell: [(20, 3), (22, 5), (21, 4)] for cell in PLAIN if cell[1]}
     assert headline(small(tmp_path / "worse", worse))[0].startswith("Same task: base model leads.")
@@ -234,7 +234,7 @@ def test_cells_table_has_accuracies_times_and_memory(finished):
     cells = {
         line[0]: line[1:] for line in cells_of((finished / "report.md").read_text(), "Greedy accuracy, time and memory")
     }
-    assert cells["base model · seed 0"][-3:] == ["—", "10 s", "0.75 GiB"]
+    assert cells["base model · seed 0"][-3:] == ["31 s", "10 s", "0.75 GiB"]
     assert cells["GRPO-D · geometry · seed 2"][0] == "finished"
     assert cells["GRPO-D · geometry · seed 2"][-3:] == ["31 s", "10 s", "0.75 GiB"]
     results = read_results(finished)

@@ -241,7 +241,7 @@ def alone(output: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process; UserError where another process has it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = (output / ".lock").open("a")
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): choose another.") from error
     with lock:

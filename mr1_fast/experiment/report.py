@@ -82,7 +82,7 @@ def _sections(results: Results) -> list[Section]:
     plots = [] if about["axis"]["name"] == "method" else by_value(results)
     bars = "Means over seeds with 95% intervals: Student's over seeds; Wilson's over items where seeds do not differ."
     bars += " Noise, in the headline, is what paired tests with Holm's correction leave at p ≥ 0.05."
-    if about.get("paper"):
+    if about.get("paper") and not plots:
         bars += f" The paper's numbers are those of Qwen2-VL-{about['paper']}-Instruct."
     dots = "Up is better on the other task, right on the trained one. A dot a seed, a large one their mean; greedy."
     seeds = "Thick: mean of the seeds. Thin: each seed."

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 
@@ -107,10 +107,10 @@ def paired(results: Results, mode: str) -> Table:
         f"Paired tests, {mode}",
         ["Trained → tested", "Methods", "Points", "p over seeds", "p over items"],
         [[*name, *row] for name, row in zip(names, cells, strict=True)],
-        note=f"{len(found)} comparisons: p values are uncorrected, and Holm's correction for their number is beside "
-        "each. Over seeds, a paired t-test asks about the method: would new training runs say the same? Over items, "
-        "McNemar's exact test asks about these trained models only. Intervals are over seeds; over items with one "
-        "seed.",
+        note=f"{len(found)} comparisons: p values are uncorrected, and Holm's correction for the number of a column is "
+        "beside each. Over seeds, a paired t-test asks about the method: would new training runs say the same? Over "
+        "items, an exact sign test (McNemar's, where there is one seed) asks about these trained models only. "
+        "Intervals are over seeds; over the items of the first seed where the difference is the same in all.",
     )
 
 
@@ -132,9 +132,11 @@ def cells(results: Results) -> Table:
         row: list[str | Value] = [name, Value(cell.state, cell.error)] + [MISSING] * (len(head) - 2)
         if cell.correct:
             row[2:] = [percent(cell.correct[task]["greedy"].mean()) for task in results.tasks]
-            row += [f"{cell.seconds['train']:.0f} s" if cell.trained else MISSING, f"{cell.seconds['evaluate']:.0f} s"]
+            row += [f"{cell.seconds[part]:.0f} s" for part in ("train", "evaluate")]
             row += [f"{cell.peak_memory / 2**30:.2f} GiB" if cell.peak_memory else MISSING]
         table.rows.append(row)
+    minutes = sum(sum(cell.seconds.values()) for cell in results.cells) / 60
+    table.note = f"{minutes:.1f} minutes together. The training of a base model is its supervised start, if it has one."
     return table
 
 
@@ -151,7 +153,10 @@ def headline(results: Results) -> tuple[str, list[str]]:
 
 
 def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
-    """Who leads at greedy accuracy over all pairs, and by how much; None while there are not two to compare."""
+    """Who leads at greedy accuracy over all pairs, and by how much; None while there are not two to compare.
+
+    p values are corrected for all the comparisons that could have been made: the leader was not known beforehand.
+    """
     runs = {variant: _joined(results, variant, pairs) for variant in (BASE, *results.methods)}
     runs = {variant: found for variant, found in runs.items() if found}
     shared = dict(zip(runs, common(*runs.values()), strict=True)) if runs else {}
@@ -159,18 +164,19 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
         return None
     means = {variant: float(np.mean(found)) for variant, found in shared.items()}
     leader, *others = sorted(means, key=means.get, reverse=True)
-    found = [compare(shared[leader], shared[other]) for other in others]
-    p_values = [_p(comparison) for comparison in found]
-    near = [other for other, p in zip(others, holm(p_values), strict=True) if p >= 0.05]
+    found = [compare(shared[first], shared[second]) for first, second in combinations((leader, *others), 2)]
+    p_values = holm([_p(comparison) for comparison in found])[: len(others)]
+    near = [other for other, p in zip(others, p_values, strict=True) if p >= 0.05]
     if len(near) == len(others):
-        verdict = "no difference beyond noise"
+        verdict = "no lead beyond noise"
     else:
         within = f"{len(near)} others" if len(near) > 2 else " and ".join(map(results.label, near))
-        verdict = f"{results.label(leader)} leads{within and f', within noise of {within}'}"
+        verdict = f"{results.label(leader)} leads{within and f', but within noise of {within}'}"
     seeds = len(shared[leader])
     verdict += " (one seed)" if seeds == 1 else ""
     scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
     ranks = ", ".join(f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others))
+    scope += f" (Holm, {len(found)} comparisons)"
     gap = _difference(found[0])
     where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
     lead = f"{results.label(leader)} − {results.label(others[0])}: {gap.main} points {gap.detail}"
