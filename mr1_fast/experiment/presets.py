@@ -141,7 +141,7 @@ STUDIES = {
 }
 
 
-DRAWN = {**TINY, "steps": 100, "learning_rate": 1e-4, "lr_schedule": "linear"}
+DRAWN = {**TINY, "steps": 100, "learning_rate": 2e-4, "lr_schedule": "linear"}
 """Settings for drawn tasks. The learning rate is what tiny_search chose; its decay is R1-V's, and greedy accuracy jumps
 from step to step without it."""
 
