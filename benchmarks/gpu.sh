@@ -43,7 +43,7 @@ bench adamw python benchmarks/bench_adamw.py --plot "$out/adamw.png"
 bench default_run python benchmarks/bench_default_run.py --seeds 0
 bench grpo_loss_sweep python benchmarks/bench_grpo_loss.py --sweep
 
-# The paper's comparison with 17M parameters and five seeds: resumable, so what a time limit cuts off goes on next time.
+# The paper's comparison with 17M parameters and five seeds. What a time limit cuts off goes on where $OUT is kept.
 if [[ $chosen == *" experiment "* ]] || { [ $# -eq 0 ] && ! [ -e "$kept/experiment_small/report.md" ]; }; then
     timeout "${EXPERIMENT_SECONDS:-3600}" python -m mr1_fast.experiment --preset small --output "$out/experiment_small" \
         > "$out/experiment_small.txt" 2>&1

@@ -12,12 +12,12 @@ The layout is that of src/eval/test_qwen2vl_counting_superclevr.py and test_qwen
 """
 
 import json
-import re
 from pathlib import Path
 
 from .atomic import write_atomically
 from .errors import UserError
 from .math_check import math_answer
+from .tasks.counting import tagged_integer
 
 
 def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
@@ -29,7 +29,7 @@ def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
     """
     geometry = task == "geometry"
     outputs = [record["outputs"][0] for record in records]
-    answers = map(math_answer if geometry else _tagged_integer, outputs)
+    answers = map(math_answer if geometry else tagged_integer, outputs)
     results = []
     for record, output, answer in zip(records, outputs, answers, strict=True):
         truth = record["ground_truth"]
@@ -46,9 +46,3 @@ def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another path.") from error
-
-
-def _tagged_integer(output: str) -> int | None:
-    # Nine digits at most, as in counting.is_correct: Python refuses to read endless ones.
-    found = re.search(r"<answer>\s*(\d{1,9})\s*</answer>", output)
-    return int(found[1]) if found else None

@@ -51,8 +51,13 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
 
 def is_correct(output: str, solution: str) -> bool:
     """The published verdict of R1-V's counting evaluation: the integer in the first answer tag equals the solution."""
+    return solution.strip().isdecimal() and tagged_integer(output) == int(solution)
+
+
+def tagged_integer(output: str) -> int | None:
+    """The integer in the first answer tag that holds one; of at most nine digits, for Python refuses endless ones."""
     found = re.search(r"<answer>\s*(\d{1,9})\s*</answer>", output)
-    return found is not None and solution.strip().isdecimal() and int(found[1]) == int(solution)
+    return int(found[1]) if found else None
 
 
 def _paint(items: tuple, side: int, rng: random.Random) -> Image.Image:
