@@ -83,7 +83,8 @@ def _sections(results: Results) -> list[Section]:
     bars = "Means over seeds with 95% intervals: Student's over seeds; Wilson's over items where seeds do not differ."
     bars += " Noise, in the headline, is what paired tests with Holm's correction leave at p ≥ 0.05."
     if about.get("paper") and not plots:
-        bars += f" The paper's numbers are those of Qwen2-VL-{about['paper']}-Instruct."
+        bars += f" The paper's numbers are those of Qwen2-VL-{about['paper']}-Instruct on SuperCLEVR-200 and GeoQA:"
+        bars += " where model or data are others here, compare the pattern, not the values."
     dots = "Up is better on the other task, right on the trained one. A dot a seed, a large one their mean; greedy."
     seeds = "Thick: mean of the seeds. Thin: each seed."
     facts = [[name.capitalize(), _fact(about[name])] for name in FACTS if about.get(name)]
