@@ -101,7 +101,7 @@ class atomic_folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.temporary = path.with_name(f".{path.name}.partial")
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.temporary, ignore_errors=True)

@@ -10,10 +10,8 @@ from dataclasses import replace
 import pytest
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks import TASKS, counting, format_problem, format_solution, geometry, get_task
+from mr1_fast.tasks import TASKS, counting, figures, format_problem, format_solution, geometry, get_task
 from mr1_fast.tasks.split import SPLITS, split_of
-
-ITEMS = 2000
 
 
 def image_hash(example):
@@ -22,9 +20,9 @@ def image_hash(example):
 
 @pytest.fixture(scope="module", params=TASKS)
 def drawn(request):
-    """Split -> its first 2,000 items at difficulty 1, for each task."""
-    task = get_task(request.param)
-    return {split: [task.draw(split, 0, index) for index in range(ITEMS)] for split in SPLITS}
+    """Split -> its first items at difficulty 1, for each task; of figures there are fewer that do not repeat."""
+    task, count = get_task(request.param), 1000 if request.param == "figures" else 2000
+    return {split: [task.draw(split, 0, index) for index in range(count)] for split in SPLITS}
 
 
 def test_splits_share_no_parameters_and_no_images(drawn):
@@ -35,7 +33,7 @@ def test_splits_share_no_parameters_and_no_images(drawn):
 
 def test_no_image_is_fixed_by_its_parameters(drawn):
     for examples in drawn.values():
-        assert len({image_hash(example) for example in examples}) == ITEMS
+        assert len({image_hash(example) for example in examples}) == len(examples)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -107,6 +105,31 @@ def test_geometry_has_enough_problems_at_difficulty_1_and_draws_all(drawn):
 def test_geometry_asks_no_pair_of_training_in_another_order(drawn):
     pairs = [{frozenset(re.findall(r"\d+", example.problem)) for example in drawn[split]} for split in SPLITS]
     assert not pairs[0] & pairs[1] and not pairs[0] & pairs[2] and not pairs[1] & pairs[2]
+
+
+def test_figures_are_connected_true_and_new_where_held_out():
+    for difficulty in (1, 2):
+        side = difficulty + 3
+        for split in SPLITS:
+            examples = [figures.draw(split, 3, index, difficulty) for index in range(200)]
+            for example in examples:
+                asked, *squares = example.key.split(" ")
+                filled = set(map(int, squares))
+                reached, around = set(), [min(filled)]
+                while around:
+                    square = around.pop()
+                    reached.add(square)
+                    row, column = divmod(square, side)
+                    steps = [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+                    beside = {y * side + x for y, x in steps if 0 <= x < side}
+                    around += (beside & filled) - reached
+                assert reached == filled and len(filled) >= 3
+                edges = sum(len({s - side, s + side, s - 1, s + 1} - filled) for s in filled)  # but for row ends
+                wraps = sum(1 for s in filled if s % side == side - 1 and s + 1 in filled)
+                assert example.solution == str({"area": len(filled), "perimeter": edges + 2 * wraps}[asked])
+            assert split == "train" or len({example.key for example in examples}) == len(examples)
+    with pytest.raises(UserError, match="no 9999 different test items: ask for fewer"):
+        figures.draw("test", 3, 9998, 1)
 
 
 def expected_answer(key):

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import transformers
 
-from ..config import parse_config
+from ..config import BUILT_IN, parse_config
 from ..errors import UserError, exit_on_user_error
 from ..evaluate import write_json
 from ..model.known import find_model_config
 from ..plan import make_plan
 from ..version import __version__
-from .cells import BASE, Cell, Experiment
+from .cells import BASE, Cell, Experiment, read_record
 from .presets import ROLES, find_preset
 from .report import write_report
 
@@ -48,7 +48,7 @@ class ExperimentConfig:
     test_items: int | None = None
     """Test items of each task; default: the preset's."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of mr1_fast.train for every cell, over the preset's, for example '{"steps": 50}'."""
+    """Settings of mr1_fast.train for every cell, over the preset's, for example '{"steps": 50}' or another model."""
     counting_images: str | None = None
     """Folder with SuperCLEVR's images, for presets that test on them."""
     geometry_images: str | None = None
@@ -62,7 +62,7 @@ class ExperimentConfig:
             raise UserError(f"test_items is {self.test_items}, but must be at least 1.")
         if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
             raise UserError(f"seeds is {self.seeds}, but must be different numbers, none negative.")
-        fixed = {"model", "seed", "output", "task", "data", "algo", "resume", "eval_samples"} & self.settings.keys()
+        fixed = {"seed", "output", "task", "data", "algo", "resume", "eval_samples"} & self.settings.keys()
         if fixed:
             raise UserError(f"settings has {', '.join(sorted(fixed))}, which the preset's cells decide: leave it out.")
 
@@ -103,7 +103,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
         "date": time.strftime("%Y-%m-%d"),
         "hardware": device,
         "versions": {"mr1_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "model": scale.model,
+        "model": experiment.model,
         "paper": scale.paper,
         "tasks": {
             role: {"about": task.about, "items": len(experiment.test_items[role]), "split": study.split}
@@ -128,13 +128,16 @@ def notes(experiment: Experiment) -> list[str]:
         "All methods of a seed start from the same model and see the same training samples in the same order; GRPO and "
         "GRPO-D sample with the same seeds. Test items are the same for every cell.",
     ]
-    if scale.start_accuracy:
+    if experiment.model in BUILT_IN and scale.start_accuracy:
         lines.append(
-            f"The base model is {scale.model} after a supervised start on both tasks together, on items of their own, "
-            f"which ends once at least {scale.start_accuracy:.0%} of its sampled answers are right on validation items "
-            "of each task."
+            f"The base model is {experiment.model} after a supervised start on both tasks together, on items of their "
+            f"own, which ends once at least {scale.start_accuracy:.0%} of its sampled answers are right on validation "
+            "items of each task."
         )
-        lines.append("Test items share neither parameters nor images with training or validation items.")
+        if experiment.study.split == "test":
+            lines.append("Test items share neither parameters nor images with training or validation items.")
+        else:
+            lines.append(f"Tested on {experiment.study.split} items, to choose by; test items are kept for the report.")
     return lines
 
 
@@ -168,7 +171,7 @@ def dry_run(experiment: Experiment) -> str:
         seconds = 0.0 if finished else estimated_seconds(experiment, cell)
         key = (config.algo, config.num_generations, cell.trained)
         if key not in plans:
-            plan = make_plan(replace(config, eval_samples=items), find_model_config(scale.model))
+            plan = make_plan(replace(config, eval_samples=items), find_model_config(experiment.model))
             plans[key] = (plan.peak if cell.trained else plan.total("evaluation")) / 2**30
         state = "finished" if finished else "failed" if failed else "to do"
         steps = config.steps if cell.trained else 0
@@ -273,7 +276,7 @@ def search_result(experiment: Experiment) -> str:
         path = cell.folder(experiment.output) / "cell.json"
         if cell.trained and path.exists():
             rate = cell.variant.settings["learning_rate"]
-            bits = json.loads(path.read_text())["correct"][cell.trained]["greedy"]
+            bits = read_record(path)["correct"][cell.trained]["greedy"]
             found.setdefault(rate, []).append(_share(bits))
     means = {rate: sum(shares) / len(shares) for rate, shares in found.items()}
     lines = [f"learning rate {rate:g}: {mean:.1%} ({len(found[rate])} cells)" for rate, mean in means.items()]

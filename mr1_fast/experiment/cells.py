@@ -78,6 +78,11 @@ class Experiment:
     items: int | None = None
     """Test items of each task; None: the preset's."""
 
+    @property
+    def model(self) -> str:
+        """The model that everything starts from, before its supervised start if it is built in."""
+        return self.overrides.get("model", self.scale.model)
+
     def cells(self) -> list[Cell]:
         """The base model of each seed first, then what is trained from it."""
         cells = []
@@ -94,7 +99,7 @@ class Experiment:
         role, variant = cell.trained or ROLES[0], cell.variant if cell.trained else GRPO
         of_variant = {**variant.settings, **variant.by_role.get(role, {})}
         values = {**self.scale.settings, **self.scale.tasks[role].train, **of_variant, **self.overrides}
-        values |= {"model": model or self.scale.model, "seed": cell.seed, "eval_samples": 0}
+        values |= {"model": model or self.model, "seed": cell.seed, "eval_samples": 0}
         values["output"] = self.run_folder(cell)
         return parse_train_config([f"--{name}={_argument(value)}" for name, value in values.items()])
 
@@ -107,13 +112,13 @@ class Experiment:
 
         The start is kept with the cells: the user's cache may be emptied, or another torch make another start.
         """
-        if self.scale.model not in BUILT_IN:
-            return self.scale.model
+        if self.model not in BUILT_IN or not self.scale.start_accuracy:
+            return self.model
         kept = self.output / "starts" / f"seed{seed}"
         if not kept.exists():
             trained = (self.scale.tasks[role].train for role in ROLES)
             tasks = [TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained]
-            start = supervised_start(self.scale.model, tasks, seed, self.scale.start_accuracy)
+            start = supervised_start(self.model, tasks, seed, self.scale.start_accuracy)
             with atomic_folder(kept) as folder:
                 shutil.copytree(start, folder, dirs_exist_ok=True)
         return str(kept)
