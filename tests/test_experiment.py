@@ -212,6 +212,13 @@ def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tm
     assert all("finished" in line for line in lines[1:3]) and lines[-2].startswith("about 0 minutes")
 
 
+def test_a_dry_run_claims_no_time_that_nobody_measured(tmp_path, capsys):
+    run(["--preset", "small", "--seeds", "[0]", "--output", str(tmp_path / "out"), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "GRPO-D · geometry · seed 0" in shown and "nobody has measured the time" in shown
+    assert all(line.split()[-2] == "?" for line in shown.splitlines()[1:-1])
+
+
 def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tmp_path):
     use_methods(monkeypatch, SFT)
     output = quick(tmp_path / "out")

@@ -141,7 +141,7 @@ def notes(experiment: Experiment) -> list[str]:
     return lines
 
 
-def remember(description: dict, output: Path) -> dict:
+def remember(description: dict, output: Path) -> None:
     """Write experiment.json, with the seeds of earlier calls; UserError where the folder holds another experiment."""
     path = output / "experiment.json"
     if path.exists():
@@ -156,7 +156,6 @@ def remember(description: dict, output: Path) -> dict:
             raise UserError(f"{output} holds an experiment with other {', '.join(changed)}: choose another --output.")
         description = {**description, "seeds": seeds, "hardware": "; ".join(machines)}
     write_json(path, description)
-    return description
 
 
 def dry_run(experiment: Experiment) -> str:
@@ -168,17 +167,21 @@ def dry_run(experiment: Experiment) -> str:
         config = experiment.settings(cell)
         finished = (cell.folder(experiment.output) / "cell.json").exists()
         failed = (cell.folder(experiment.output) / "failed.json").exists()
-        seconds = 0.0 if finished else estimated_seconds(experiment, cell)
+        seconds = estimated_seconds(experiment, cell) if scale.measured and not finished else 0.0
+        minutes = f"{seconds / 60:.1f}" if scale.measured else "?"
         key = (config.algo, config.num_generations, cell.trained)
         if key not in plans:
             plan = make_plan(replace(config, eval_samples=items), find_model_config(experiment.model))
             plans[key] = (plan.peak if cell.trained else plan.total("evaluation")) / 2**30
         state = "finished" if finished else "failed" if failed else "to do"
         steps = config.steps if cell.trained else 0
-        lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{seconds / 60:>9.1f}{plans[key]:>8.2f}")
+        lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{minutes:>9}{plans[key]:>8.2f}")
         total += seconds
-    lines.append(f"about {total / 60:.0f} minutes; memory is the plan's peak")
-    lines.append(f"times are of {scale.measured_on}")
+    if scale.measured:
+        lines.append(f"about {total / 60:.0f} minutes; memory is the plan's peak")
+        lines.append(f"times are of {scale.measured_on}")
+    else:
+        lines.append("memory is the plan's peak; nobody has measured the time at this scale")
     return "\n".join(lines)
 
 
