@@ -23,7 +23,12 @@ from setuptools.errors import CompileError
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 INSTRUCTION_SETS = {
-    "x86_64": {"avx512bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2, "scalar": []},
+    "x86_64": {
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "avx512": AVX512,
+        "avx2": AVX2,
+        "scalar": [],
+    },
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
@@ -71,7 +76,14 @@ def compile_cuda(output: str, objects: Path) -> str:
     architectures = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     targets.append("-gencode=arch=compute_90,code=compute_90")
-    flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t0"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-shared",
+        "-cudart=static",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        "-t0",
+    ]
     return run(nvcc, *flags, "-Xptxas=-v", *targets, "csrc/fused_grpo_cuda.cu", "-o", output)
 
 
@@ -98,10 +110,14 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         """One library, objects in a folder of their own."""
         output = self.get_ext_fullpath(ext.name)
-        Path(output).unlink(missing_ok=True)  # one left by an earlier build must not get into this one
+        Path(output).unlink(
+            missing_ok=True
+        )  # one left by an earlier build must not get into this one
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as objects:
-            {"mr1_fast._cpu": compile_cpu, "mr1_fast._cuda": compile_cuda}[ext.name](output, Path(objects))
+            {"mr1_fast._cpu": compile_cpu, "mr1_fast._cuda": compile_cuda}[ext.name](
+                output, Path(objects)
+            )
 
     def get_ext_filename(self, fullname):
         """Without the name of a Python version."""
@@ -119,6 +135,8 @@ class AnyPython(bdist_wheel):
 if __name__ == "__main__":  # a test imports this file
     sources = {"mr1_fast._cpu": "fused_grpo_cpu.cpp", "mr1_fast._cuda": "fused_grpo_cuda.cu"}
     setup(
-        ext_modules=[Extension(name, [f"csrc/{source}"], optional=True) for name, source in sources.items()],
+        ext_modules=[
+            Extension(name, [f"csrc/{source}"], optional=True) for name, source in sources.items()
+        ],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
     )

@@ -19,7 +19,8 @@ import torch
 from measure import Case, excused, finish, pick_device, print_table, time_alternating
 from torch import Tensor, nn
 
-from mr1_fast.kernels.adamw import LowMemoryAdamW, master_weight
+from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
+from mr1_fast.kernels.adamw.reference import master_weight
 
 LEARNING_RATE = 1e-6
 SETTINGS = dict(lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -47,14 +48,20 @@ def bitsandbytes_adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 REFERENCE = "torch AdamW, fp32"
 METHODS = {
-    "ours exact (bf16 + remainder)": Method(torch.bfloat16, partial(LowMemoryAdamW, **SETTINGS), 14, "#0072b2"),
+    "ours exact (bf16 + remainder)": Method(
+        torch.bfloat16, partial(LowMemoryAdamW, **SETTINGS), 14, "#0072b2"
+    ),
     "ours stochastic (bf16)": Method(
         torch.bfloat16, partial(LowMemoryAdamW, **SETTINGS, remainder=False), 10, "#56b4e9"
     ),
     "bitsandbytes 8-bit, fp32 weights": Method(torch.float32, bitsandbytes_adamw, 16, "#009e73"),
     "bitsandbytes 8-bit, bf16 weights": Method(torch.bfloat16, bitsandbytes_adamw, 10, "#d55e00"),
-    "torch AdamW, bf16": Method(torch.bfloat16, partial(torch.optim.AdamW, **SETTINGS, fused=True), 14, "#cc79a7"),
-    REFERENCE: Method(torch.float32, partial(torch.optim.AdamW, **SETTINGS, fused=True), 28, "black"),
+    "torch AdamW, bf16": Method(
+        torch.bfloat16, partial(torch.optim.AdamW, **SETTINGS, fused=True), 14, "#cc79a7"
+    ),
+    REFERENCE: Method(
+        torch.float32, partial(torch.optim.AdamW, **SETTINGS, fused=True), 28, "black"
+    ),
 }
 
 
@@ -80,7 +87,9 @@ class Gradients:
         return (self.scale * (self.mean + self.normal())).bfloat16()
 
 
-def trajectories(steps: int, device: str, skipped: dict[str, str]) -> dict[str, dict[str, list[float]]]:
+def trajectories(
+    steps: int, device: str, skipped: dict[str, str]
+) -> dict[str, dict[str, list[float]]]:
     """Distance of each update from fp32's, and the share of it that arrived, every hundredth of the steps."""
     gradients = Gradients(TRAJECTORY_ELEMENTS, device)
     start = (0.02 * gradients.normal()).bfloat16()
@@ -89,7 +98,9 @@ def trajectories(steps: int, device: str, skipped: dict[str, str]) -> dict[str, 
         with excused(name, skipped):
             parameter = nn.Parameter(start.to(method.dtype, copy=True))
             running[name] = parameter, method.make([parameter])
-    results = {name: {"step": [], "distance": [], "arrived": []} for name in running if name != REFERENCE}
+    results = {
+        name: {"step": [], "distance": [], "arrived": []} for name in running if name != REFERENCE
+    }
     for step in range(1, steps + 1):
         gradient = gradients.next()
         for parameter, optimizer in running.values():
@@ -145,20 +156,36 @@ def draw(results: dict[str, dict[str, list[float]]], path: str) -> None:
             last = f"{result[key][-1]:.2f}" if key == "distance" else f"{result[key][-1]:.0%}"
             style = dict(color=METHODS[name].colour, label=f"{last}  {name}")
             # Both bf16 lines lie on each other: the first is wide, the second dashed
-            style |= dict(linewidth=5, alpha=0.5) if name.endswith("8-bit, bf16 weights") else dict(linewidth=1.8)
-            panel.plot(result["step"], result[key], **style, linestyle="--" if name.startswith("torch") else "-")
+            style |= (
+                dict(linewidth=5, alpha=0.5)
+                if name.endswith("8-bit, bf16 weights")
+                else dict(linewidth=1.8)
+            )
+            panel.plot(
+                result["step"],
+                result[key],
+                **style,
+                linestyle="--" if name.startswith("torch") else "-",
+            )
         panel.set(title=title, xlabel="step", xlim=(0, result["step"][-1]))
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[1].set(ylim=(-0.05, 1.2))
     panels[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     for panel in panels:
-        panel.legend(title="after the last step", loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+        panel.legend(
+            title="after the last step",
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+            frameon=False,
+        )
     figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--elements", type=int, help="timed; default 2**22, on a GPU 2**28")
     parser.add_argument("--rounds", type=int, default=10)
@@ -170,8 +197,14 @@ def main() -> None:
 
     results = trajectories(arguments.steps, device, skipped)
     columns = ["optimizer", "distance from fp32's update", "share that arrived"]
-    rows = [[name, f"{r['distance'][-1]:.3g}", f"{r['arrived'][-1]:.1%}"] for name, r in results.items()]
-    print_table(f"After {arguments.steps:,} steps at {LEARNING_RATE:g}, {TRAJECTORY_ELEMENTS:,} weights", columns, rows)
+    rows = [
+        [name, f"{r['distance'][-1]:.3g}", f"{r['arrived'][-1]:.1%}"] for name, r in results.items()
+    ]
+    print_table(
+        f"After {arguments.steps:,} steps at {LEARNING_RATE:g}, {TRAJECTORY_ELEMENTS:,} weights",
+        columns,
+        rows,
+    )
     if arguments.plot:
         draw(results, arguments.plot)
 
@@ -182,7 +215,12 @@ def main() -> None:
         [[name, f"{t['bytes_per_parameter']:.2f}", f"{t['nanoseconds_per_element']:.3g}", f"{t['of_copy']:.2f}"]
          for name, t in times.items()],
     )  # fmt: skip
-    settings = {"steps": arguments.steps, "elements": n, "rounds": arguments.rounds, "lr": LEARNING_RATE}
+    settings = {
+        "steps": arguments.steps,
+        "elements": n,
+        "rounds": arguments.rounds,
+        "lr": LEARNING_RATE,
+    }
     finish("adamw", device, settings=settings, trajectories=results, times=times, skipped=skipped)
 
 

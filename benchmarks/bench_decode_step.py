@@ -10,7 +10,7 @@ keys and values, a shared prefix once.
 A whole step is the sum of these: per layer add_rms_norm twice, linears, attend, o_proj, swiglu and down_proj, then the
 last norm, head and sample.
 
---sweep: other tiles (decode_linear_triton.TILES) and other blocks, stages and splits of attend, and nothing else; R is
+--sweep: other tiles (linear_triton.TILES) and other blocks, stages and splits of attend, and nothing else; R is
 32, 64 and 128 unless told. Prints Markdown tables; the last line is one JSON document.
 """
 
@@ -28,9 +28,14 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.runtime.errors import OutOfResources
 
-from mr1_fast.kernels import decode_linear_triton, decode_triton
-from mr1_fast.kernels.decode import add_rms_norm, attend, sample, silu_mul
-from mr1_fast.kernels.decode_linear import linears, swiglu
+from mr1_fast.kernels.decode import (
+    linear_triton as linear_triton,
+)
+from mr1_fast.kernels.decode import (
+    operations_triton as operations_triton,
+)
+from mr1_fast.kernels.decode.linear import linears, swiglu
+from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample, silu_mul
 
 LAUNCHES = 20
 REPLAYS = 7
@@ -54,7 +59,10 @@ Ways = tuple[int, dict[str, list[partial]]]
 """Bytes, and calls with different data for each way to compute something."""
 Shape = namedtuple("Shape", "d f q kv layers v")
 """Widths of a model: hidden, MLP, queries, keys; layers, vocabulary."""
-MODELS = {"2B": Shape(1536, 8960, 1536, 256, 28, 151_936), "7B": Shape(3584, 18944, 3584, 512, 28, 152_064)}
+MODELS = {
+    "2B": Shape(1536, 8960, 1536, 256, 28, 151_936),
+    "7B": Shape(3584, 18944, 3584, 512, 28, 152_064),
+}
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
@@ -73,7 +81,11 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1000 / LAUNCHES
+    return (
+        statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+        * 1000
+        / LAUNCHES
+    )
 
 
 def copy_bandwidth() -> float:
@@ -99,7 +111,9 @@ def sets(*sizes: tuple[int, ...]) -> list[list[Tensor]]:
 
 def norms(shape: Shape, r: int) -> Ways:
     d = shape.d
-    return 2 * (4 * r * d + d), {"add_rms_norm": [partial(add_rms_norm, random(r, d), random(r, d), random(d), 1e-6)]}
+    return 2 * (4 * r * d + d), {
+        "add_rms_norm": [partial(add_rms_norm, random(r, d), random(r, d), random(d), 1e-6)]
+    }
 
 
 def projections(shape: Shape, r: int) -> Ways:
@@ -108,7 +122,9 @@ def projections(shape: Shape, r: int) -> Ways:
     weights = sets(*((n, d) for n in widths))
     return 2 * (n * d + n + r * (d + n)), {
         "linears": [partial(linears, x, each, biases) for each in weights],
-        "3 F.linear": [partial(lambda *args: [*map(linear, *args)], [x] * 3, each, biases) for each in weights],
+        "3 F.linear": [
+            partial(lambda *args: [*map(linear, *args)], [x] * 3, each, biases) for each in weights
+        ],
     }
 
 
@@ -119,7 +135,9 @@ def gatings(shape: Shape, r: int) -> Ways:
     return 2 * (2 * f * d + r * (d + f)), {
         "swiglu": [partial(swiglu, x, *each) for each in weights],
         "2 F.linear, silu_mul": [partial(apart, silu_mul, *each) for each in weights],
-        "PyTorch: 2 F.linear, silu, mul": [partial(apart, lambda a, b: silu(a) * b, *each) for each in weights],
+        "PyTorch: 2 F.linear, silu, mul": [
+            partial(apart, lambda a, b: silu(a) * b, *each) for each in weights
+        ],
     }
 
 
@@ -136,15 +154,22 @@ def attentions(shape: Shape, r: int) -> Ways:
     pool = tokens, shape.kv // HEAD, HEAD
     row = torch.arange(r, dtype=torch.int32, device="cuda")
     prefix_len, own_len = (torch.full_like(row, n) for n in (PREFIX, OWN))
-    spans = torch.stack([row // GROUP * PREFIX, prefix_len, groups * PREFIX + row * OWN, own_len], dim=1)
-    new = [random(r, n // HEAD, HEAD) for n in (shape.q, shape.kv, shape.kv)] + [random(r, HEAD), random(r, HEAD)]
+    spans = torch.stack(
+        [row // GROUP * PREFIX, prefix_len, groups * PREFIX + row * OWN, own_len], dim=1
+    )
+    new = [random(r, n // HEAD, HEAD) for n in (shape.q, shape.kv, shape.kv)] + [
+        random(r, HEAD),
+        random(r, HEAD),
+    ]
     calls = [partial(attend, *new, *each, spans, HEAD**-0.5) for each in sets(pool, pool)]
     return 4 * (tokens * shape.kv + r * shape.q), {"attend": calls}
 
 
 def draws(shape: Shape, r: int) -> Ways:
     uniform = torch.rand(r, device="cuda")
-    calls = [partial(sample, *each, uniform, 1.0, (151_655, 151_656)) for each in sets((r, shape.v))]
+    calls = [
+        partial(sample, *each, uniform, 1.0, (151_655, 151_656)) for each in sets((r, shape.v))
+    ]
     return 2 * r * shape.v, {"sample": calls}
 
 
@@ -158,7 +183,9 @@ def measured(model: str, rows: int, bandwidth: float) -> list[dict]:
     for build in BUILDERS:
         cost, ways = build(shape, rows)
         taken |= {name: (microseconds(calls), cost) for name, calls in ways.items()}
-    parts = [(n * shape.layers, taken[name]) for name, n in STEP.items()] + [(1, taken[name]) for name in LAST]
+    parts = [(n * shape.layers, taken[name]) for name, n in STEP.items()] + [
+        (1, taken[name]) for name in LAST
+    ]
     taken["whole step"] = tuple(sum(n * part[i] for n, part in parts) for i in (0, 1))
     release()
     return [
@@ -171,7 +198,9 @@ def print_measured(lines: list[dict], rows: list[int]) -> None:
     table: dict[tuple, list] = {}
     for line in lines:
         case = line["model"], line["operation"]
-        table.setdefault(case, [*case]).append(f"{line['microseconds']:,.1f} ({line['of_copy']:.0%})")
+        table.setdefault(case, [*case]).append(
+            f"{line['microseconds']:,.1f} ({line['of_copy']:.0%})"
+        )
     columns = ["model", "operation", *(f"R = {r}" for r in rows)]
     print_table("µs, and % of a copy's bandwidth", columns, list(table.values()))
 
@@ -183,7 +212,7 @@ def tiles(operation: str, rows: int) -> list:
     """Of TILES those that may fit, and suit so many rows."""
     least = rows / 2 if operation == "swiglu" else 0
     return [
-        t for t in itertools.starmap(decode_linear_triton.Tile, itertools.product(*TILES[operation]))
+        t for t in itertools.starmap(linear_triton.Tile, itertools.product(*TILES[operation]))
         if least <= t.rows <= max(32, rows) and t.columns * t.rows <= ACCUMULATORS * 32 * t.warps
         and (t.columns + t.rows) * t.depth * 2 * (t.stages - 1) <= SHARED_BYTES
     ]  # fmt: skip
@@ -201,19 +230,25 @@ def swept(model: str, rows: int) -> list[dict]:
     """A line for each operation and setting that fits."""
     times = {}
     for operation, build in (("linears", projections), ("swiglu", gatings)):
-        function, calls = getattr(decode_linear_triton, operation), build(MODELS[model], rows)[1][operation]
-        cases = {(operation, *t): [partial(function, *c.args, tile=t) for c in calls] for t in tiles(operation, rows)}
+        function, calls = (
+            getattr(linear_triton, operation),
+            build(MODELS[model], rows)[1][operation],
+        )
+        cases = {
+            (operation, *t): [partial(function, *c.args, tile=t) for c in calls]
+            for t in tiles(operation, rows)
+        }
         calls[0]()  # Triton is set up
         with ThreadPoolExecutor() as pool:  # Triton gives up Python's lock while it compiles
             list(pool.map(partial(if_fits, lambda calls: calls[0]()), cases.values()))
         times |= {key: if_fits(microseconds, calls) for key, calls in cases.items()}
     calls = attentions(MODELS[model], rows)[1]["attend"]
-    before = decode_triton.BLOCK_BYTES, decode_triton.STAGES
+    before = operations_triton.BLOCK_BYTES, operations_triton.STAGES
     for key in itertools.product(*ATTEND):
-        decode_triton.BLOCK_BYTES, decode_triton.STAGES, splits = key
-        tried = [partial(decode_triton.attend, *call.args, splits=splits) for call in calls]
+        operations_triton.BLOCK_BYTES, operations_triton.STAGES, splits = key
+        tried = [partial(operations_triton.attend, *call.args, splits=splits) for call in calls]
         times["attend", *key] = if_fits(microseconds, tried)
-    decode_triton.BLOCK_BYTES, decode_triton.STAGES = before
+    operations_triton.BLOCK_BYTES, operations_triton.STAGES = before
     release()
     return [
         {"model": model, "rows": rows, "operation": operation, "setting": setting, "microseconds": time}
@@ -227,15 +262,17 @@ def print_swept(lines: list[dict]) -> None:
     for case in sorted({(line["operation"], line["model"], line["rows"]) for line in lines}):
         ours = [line for line in lines if (line["operation"], line["model"], line["rows"]) == case]
         best = sorted(ours, key=lambda line: line["microseconds"])[:3]
-        table.append([*case, *(f"{tuple(line['setting'])} {line['microseconds']:.1f}" for line in best)])
-    title = (
-        "Best tiles (columns, rows, depth, warps, stages), best (BLOCK_BYTES, STAGES, splits) of attend, and their µs"
-    )
+        table.append(
+            [*case, *(f"{tuple(line['setting'])} {line['microseconds']:.1f}" for line in best)]
+        )
+    title = "Best tiles (columns, rows, depth, warps, stages), best (BLOCK_BYTES, STAGES, splits) of attend, and their µs"
     print_table(title, ["operation", "model", "R", "1st", "2nd", "3rd"], table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--sweep", action="store_true", help="try other tiles, and nothing else")

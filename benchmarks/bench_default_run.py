@@ -26,22 +26,35 @@ def measure(seed: int, flags: list[str]) -> dict:
     """One run of the default job (plus `flags`)."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        folder = train(parse_train_config([*flags, "--seed", str(seed), "--output", str(Path(scratch) / "run")]))
+        folder = train(
+            parse_train_config(
+                [*flags, "--seed", str(seed), "--output", str(Path(scratch) / "run")]
+            )
+        )
         seconds = time.perf_counter() - started
         evaluation = json.loads((folder / "evaluation.json").read_text())
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     accuracy = {
-        mode: [evaluation[when][mode]["accuracy"] for when in ("before", "after")] for mode in ("sampled", "greedy")
+        mode: [evaluation[when][mode]["accuracy"] for when in ("before", "after")]
+        for mode in ("sampled", "greedy")
     }
     medians = {}
     for stage in STAGES:
         values = [step[f"seconds_{stage}"] for step in steps if f"seconds_{stage}" in step]
         medians[stage] = statistics.median(values) if values else 0.0
-    return {"seed": seed, "items": evaluation["after"]["greedy"]["count"], **accuracy, "seconds": seconds, **medians}
+    return {
+        "seed": seed,
+        "items": evaluation["after"]["greedy"]["count"],
+        **accuracy,
+        "seconds": seconds,
+        **medians,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments, flags = parser.parse_known_args()
     runs = [measure(seed, flags) for seed in arguments.seeds]
@@ -52,12 +65,16 @@ def main() -> None:
         cells += [f"{run['seconds']:.0f} s", *(f"{run[stage] * 1000:.0f} ms" for stage in STAGES)]
         print(f"| {run['seed']} | {' | '.join(cells)} |")
     machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    print(json.dumps({"benchmark": "default_run", "flags": flags, "machine": machine, "runs": runs}))
+    print(
+        json.dumps({"benchmark": "default_run", "flags": flags, "machine": machine, "runs": runs})
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from measure import (
 )  # fmt: skip
 from torch import Tensor
 
-from mr1_fast.kernels import grpo_loss_cuda, grpo_loss_triton
+from mr1_fast.kernels.grpo import rows_cuda, rows_triton
 from mr1_fast.loss import grpo_loss, grpo_loss_ref, token_logprobs
 
 BETA, CLIP, SEQUENCES = 0.04, 0.2, 4
@@ -88,7 +88,9 @@ def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
     the logits, gather), k3, the masked mean per sequence; with PPO's clip, as old log-probs are given here.
     """
     rows = []
-    for sequence, ids in zip(batch.per_sequence(logits), batch.per_sequence(batch.targets), strict=True):
+    for sequence, ids in zip(
+        batch.per_sequence(logits), batch.per_sequence(batch.targets), strict=True
+    ):
         rows.append(torch.gather(sequence.log_softmax(dim=-1), 1, ids.unsqueeze(1)).squeeze(1))
     logp = torch.stack(rows)
     old, ref = batch.per_sequence(batch.old_logp), batch.per_sequence(batch.ref_logp)
@@ -118,18 +120,20 @@ def ours(batch: Batch, inplace: bool) -> Case:
     objective = batch.objective
     restore = partial(logits.copy_, batch.logits) if inplace else None
     return differentiated(
-        logits, lambda x: grpo_loss(x, batch.targets, **objective, inplace=inplace).loss, restore=restore
+        logits,
+        lambda x: grpo_loss(x, batch.targets, **objective, inplace=inplace).loss,
+        restore=restore,
     )
 
 
 def native_cuda(batch: Batch) -> Case:
     """csrc/'s kernel in the place of Triton's."""
-    library, status = grpo_loss_cuda.status()
+    library, status = rows_cuda.status()
     if library is None or not batch.logits.is_cuda:
         raise RuntimeError(f"csrc/'s CUDA kernel is {status}")
     case = ours(batch, inplace=True)
     os.environ["MR1_FAST_CUDA"] = "1"
-    if not grpo_loss_cuda.takes(batch.logits):
+    if not rows_cuda.takes(batch.logits):
         raise RuntimeError(f"csrc/'s CUDA kernel does not take {tuple(batch.logits.shape)}")
 
     def call():
@@ -161,16 +165,22 @@ def liger(batch: Batch, inplace: bool) -> Case:
     _needs_gpu(batch)
     logits = padded_logits(batch)
     old, ref, ids = (batch.per_sequence(x) for x in (batch.old_logp, batch.ref_logp, batch.targets))
-    settings = dict(temperature=1.0, beta=BETA, eps_low=CLIP, eps_high=CLIP, loss_type="grpo", reduce=True)
+    settings = dict(
+        temperature=1.0, beta=BETA, eps_low=CLIP, eps_high=CLIP, loss_type="grpo", reduce=True
+    )
     return differentiated(
         logits,
-        lambda x: triton_grpo_loss(x, old, ref, ids, batch.advantages, inplace=inplace, **settings)[0],
-        restore=(lambda: logits[:, :-1].copy_(batch.per_sequence(batch.logits))) if inplace else None,
+        lambda x: triton_grpo_loss(x, old, ref, ids, batch.advantages, inplace=inplace, **settings)[
+            0
+        ],
+        restore=(lambda: logits[:, :-1].copy_(batch.per_sequence(batch.logits)))
+        if inplace
+        else None,
     )
 
 
 def _needs_gpu(batch: Batch) -> None:
-    if not batch.logits.is_cuda and not grpo_loss_triton.INTERPRETED:
+    if not batch.logits.is_cuda and not rows_triton.INTERPRETED:
         raise RuntimeError("its Triton kernels need a GPU")
 
 
@@ -191,13 +201,17 @@ LOSS = {
     "ours, in place": partial(ours, inplace=True),
     "csrc/ on CUDA, in place": native_cuda,
     "eager (R1-V)": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x, batch)),
-    "eager (R1-V), logits to fp32": lambda batch: differentiated(batch.logits, lambda x: eager_loss(x.float(), batch)),
+    "eager (R1-V), logits to fp32": lambda batch: differentiated(
+        batch.logits, lambda x: eager_loss(x.float(), batch)
+    ),
     "torch.compile": compiled,
     "Liger triton_grpo_loss": partial(liger, inplace=False),
     "Liger triton_grpo_loss, in place": partial(liger, inplace=True),
 }
 LOGPROBS = {
-    "ours, token_logprobs": lambda b: without_gradient(lambda: token_logprobs(b.logits, b.targets)[0]),
+    "ours, token_logprobs": lambda b: without_gradient(
+        lambda: token_logprobs(b.logits, b.targets)[0]
+    ),
     "log_softmax + gather": lambda b: without_gradient(
         lambda: torch.log_softmax(b.logits, -1).gather(1, b.targets[:, None]).squeeze(1)
     ),
@@ -210,23 +224,46 @@ LOGPROBS = {
 def compare(builders: dict, first: str, passes: int, batch: Batch, arguments, device: str) -> dict:
     """Time and peak memory of every case; `passes` over the logits count as bytes."""
     cases, far, skipped = warm_up(builders, batch, device, against=first)
-    times = time_alternating({**cases, COPY: copy_case(batch.logits)}, arguments.rounds, device, skipped)
+    times = time_alternating(
+        {**cases, COPY: copy_case(batch.logits)}, arguments.rounds, device, skipped
+    )
     size = batch.logits.numel() * batch.logits.element_size()
     copied = 2 * size / times[COPY]["least"]
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("tokens", "vocab", "dtype", "device")]
+    options = [
+        f"--{key}={getattr(arguments, key)}" for key in ("tokens", "vocab", "dtype", "device")
+    ]
     rows = []
     for name in [name for name in cases if name in times]:
         memory = None
         with excused(name, skipped):
-            memory = peak(cases[name], device) if device == "cuda" else peak_in_subprocess(__file__, name, options)
-        row = {"name": name, **times[name], "bytes_per_second": passes * size / times[name]["median"]}
-        row |= {"of_copy": row["bytes_per_second"] / copied, "ratio": row["median"] / times[first]["median"]}
+            memory = (
+                peak(cases[name], device)
+                if device == "cuda"
+                else peak_in_subprocess(__file__, name, options)
+            )
+        row = {
+            "name": name,
+            **times[name],
+            "bytes_per_second": passes * size / times[name]["median"],
+        }
+        row |= {
+            "of_copy": row["bytes_per_second"] / copied,
+            "ratio": row["median"] / times[first]["median"],
+        }
         rows.append({**row, "peak": memory and memory["peak"], "from_ours": far[name]})
     return {"rows": rows, "copy_bytes_per_second": copied, "skipped": skipped}
 
 
 def show(title: str, result: dict) -> None:
-    columns = ["what", "ms", "GB/s", "of a copy", "peak beside inputs, MiB", "time / ours", "loss / gradient off by"]
+    columns = [
+        "what",
+        "ms",
+        "GB/s",
+        "of a copy",
+        "peak beside inputs, MiB",
+        "time / ours",
+        "loss / gradient off by",
+    ]
     off = "{loss:.0e} / {gradient:.0e}"
     print_table(
         f"{title}; a copy: {result['copy_bytes_per_second'] / 1e9:,.1f} GB/s",
@@ -243,14 +280,14 @@ def show(title: str, result: dict) -> None:
 def launched_with(block: int, warps: int, programs: int):
     """The settings of the Triton launchers, for a while."""
     names = ("BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM")
-    before = [getattr(grpo_loss_triton, name) for name in names]
+    before = [getattr(rows_triton, name) for name in names]
     try:
         for name, value in zip(names, (block, warps, programs), strict=True):
-            setattr(grpo_loss_triton, name, value)
+            setattr(rows_triton, name, value)
         yield
     finally:
         for name, value in zip(names, before, strict=True):
-            setattr(grpo_loss_triton, name, value)
+            setattr(rows_triton, name, value)
 
 
 def sweep(batch: Batch, rounds: int) -> dict:
@@ -262,7 +299,7 @@ def sweep(batch: Batch, rounds: int) -> dict:
     rows = {}
     for block, warps, programs in itertools.product(BLOCKS, WARPS, PROGRAMS):
         with launched_with(block, warps, programs):
-            columns = grpo_loss_triton.split_columns(batch.logits)
+            columns = rows_triton.split_columns(batch.logits)
             if (block, warps, columns) in rows:
                 rows[block, warps, columns]["programs_per_sm"].append(programs)
                 continue
@@ -272,7 +309,12 @@ def sweep(batch: Batch, rounds: int) -> dict:
             except OutOfResources as error:
                 print(f"skipped: block {block}, {warps} warps, {columns} columns: {error}")
                 continue
-        row = {"block": block, "warps": warps, "parts": -(-v // columns), "programs_per_sm": [programs]}
+        row = {
+            "block": block,
+            "warps": warps,
+            "parts": -(-v // columns),
+            "programs_per_sm": [programs],
+        }
         rows[block, warps, columns] = {**row, **taken, "of_copy": copied / taken["median"]}
     ordered = sorted(rows.values(), key=lambda row: row["median"])
     print_table(
@@ -285,11 +327,15 @@ def sweep(batch: Batch, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default bfloat16, on a CPU float32",
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")
@@ -313,7 +359,11 @@ def main() -> None:
             raise SystemExit("--sweep needs a CUDA device")
         finish("grpo_loss_sweep", device, settings=settings, **sweep(batch, arguments.rounds))
         return
-    loss_cases = {name: build for name, build in LOSS.items() if arguments.dtype != "float32" or "fp32" not in name}
+    loss_cases = {
+        name: build
+        for name, build in LOSS.items()
+        if arguments.dtype != "float32" or "fp32" not in name
+    }
     loss = compare(loss_cases, "ours", 2, batch, arguments, device)
     logprobs = compare(LOGPROBS, "ours, token_logprobs", 1, batch, arguments, device)
     show(f"Loss and gradient, {shape}", loss)

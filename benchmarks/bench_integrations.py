@@ -56,14 +56,23 @@ class PaddedBatch:
         self.weight = torch.randn(arguments.vocab, width, **like) * (2 / width**0.5)
         self.ids = torch.randint(arguments.vocab, self.mask.shape, device=arguments.device)
         self.advantages = torch.randn(count, device=arguments.device)
-        logp, _ = linear_token_logprobs(self.hidden.flatten(0, 1), self.weight, self.ids.flatten(), TEMPERATURE)
-        near = [logp.view_as(self.ids) + 0.1 * torch.randn_like(logp).view_as(self.ids) for _ in range(2)]
+        logp, _ = linear_token_logprobs(
+            self.hidden.flatten(0, 1), self.weight, self.ids.flatten(), TEMPERATURE
+        )
+        near = [
+            logp.view_as(self.ids) + 0.1 * torch.randn_like(logp).view_as(self.ids)
+            for _ in range(2)
+        ]
         self.old_logp, self.ref_logp = (torch.where(self.mask, each, 0.0) for each in near)
 
     def packed(self) -> dict:
         """What our own functions take beside hidden states and head."""
         _, ends = packed_rows(self.mask)
-        rows = {"old_logp": self.old_logp[self.mask], "ref_logp": self.ref_logp[self.mask], "cu_seqlens": ends}
+        rows = {
+            "old_logp": self.old_logp[self.mask],
+            "ref_logp": self.ref_logp[self.mask],
+            "cu_seqlens": ends,
+        }
         weights = token_weights(ends, "grpo")
         advantages = self.advantages.repeat_interleave(ends.diff())
         return {"advantages": advantages, "token_weights": weights, "beta": BETA, **rows}
@@ -75,12 +84,19 @@ class PaddedBatch:
 
 def liger(batch: PaddedBatch, module, **options):
     """LigerFusedLinearGRPOLoss of `module`."""
-    settings = {"beta": BETA, "loss_type": "grpo", "temperature": TEMPERATURE, "compiled": batch.hidden.is_cuda}
+    settings = {
+        "beta": BETA,
+        "loss_type": "grpo",
+        "temperature": TEMPERATURE,
+        "compiled": batch.hidden.is_cuda,
+    }
     loss = module.LigerFusedLinearGRPOLoss(**settings)
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
         inputs = (hidden, weight, batch.ids, batch.mask, batch.advantages)
-        return loss(*inputs, ref_per_token_logps=batch.ref_logp, old_per_token_logps=batch.old_logp)[0]
+        return loss(
+            *inputs, ref_per_token_logps=batch.ref_logp, old_per_token_logps=batch.old_logp
+        )[0]
 
     return batch.case(call, **options)
 
@@ -89,8 +105,16 @@ def on_logits(batch: PaddedBatch, module):
     """triton_grpo_loss of `module`, whose logits are made by the model's own head."""
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T  # it wants one position more
-        settings = {"temperature": TEMPERATURE, "beta": BETA, "eps_high": CLIP, "loss_type": "grpo", "reduce": True}
+        logits = (
+            torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T
+        )  # it wants one position more
+        settings = {
+            "temperature": TEMPERATURE,
+            "beta": BETA,
+            "eps_high": CLIP,
+            "loss_type": "grpo",
+            "reduce": True,
+        }
         given = (batch.old_logp, batch.ref_logp, batch.ids, batch.advantages, batch.mask)
         return module.triton_grpo_loss(logits, *given, **settings)[0]
 
@@ -108,7 +132,9 @@ def by_logprobs(batch: PaddedBatch, function):
     return batch.case(call)
 
 
-def whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str):
+def whole_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str
+):
     """Log-probs and entropy as verl defines them, and as a plain loop has them that drops padding before the head."""
     logp = torch.log_softmax((hidden @ weight.T).float() / temperature, -1)
     return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -132,16 +158,24 @@ def their_liger():
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    return SimpleNamespace(LigerFusedLinearGRPOLoss=LigerFusedLinearGRPOLoss, triton_grpo_loss=triton_grpo_loss)
+    return SimpleNamespace(
+        LigerFusedLinearGRPOLoss=LigerFusedLinearGRPOLoss, triton_grpo_loss=triton_grpo_loss
+    )
 
 
 PAIRS = {
-    "Liger LigerFusedLinearGRPOLoss": (lambda b: liger(b, their_liger()), lambda b: liger(b, our_liger)),
+    "Liger LigerFusedLinearGRPOLoss": (
+        lambda b: liger(b, their_liger()),
+        lambda b: liger(b, our_liger),
+    ),
     "Liger LigerFusedLinearGRPOLoss, frozen head": (
         lambda b: liger(b, their_liger(), frozen=True),
         lambda b: liger(b, our_liger, frozen=True),
     ),
-    "Liger triton_grpo_loss": (lambda b: on_logits(b, their_liger()), lambda b: on_logits(b, our_liger)),
+    "Liger triton_grpo_loss": (
+        lambda b: on_logits(b, their_liger()),
+        lambda b: on_logits(b, our_liger),
+    ),
     "verl linear_cross_entropy (its definition)": (
         lambda b: by_logprobs(b, whole_logits),
         lambda b: by_logprobs(b, our_verl.linear_cross_entropy),
@@ -153,7 +187,11 @@ PAIRS = {
     ),
 }
 """Name → (the library's case, ours), each from a batch."""
-CASES = {f"{side}: {name}": build for name, pair in PAIRS.items() for side, build in zip(SIDES, pair, strict=True)}
+CASES = {
+    f"{side}: {name}": build
+    for name, pair in PAIRS.items()
+    for side, build in zip(SIDES, pair, strict=True)
+}
 
 
 def measure(arguments) -> tuple[list[dict], dict]:
@@ -162,7 +200,9 @@ def measure(arguments) -> tuple[list[dict], dict]:
     cases, far, skipped = {}, {}, {}
     for name in PAIRS:
         builders = {key: CASES[key] for key in (f"ours: {name}", f"theirs: {name}")}
-        for known, found in zip((cases, far, skipped), warm_up(builders, batch, device, f"ours: {name}"), strict=True):
+        for known, found in zip(
+            (cases, far, skipped), warm_up(builders, batch, device, f"ours: {name}"), strict=True
+        ):
             known |= found
     floor = gemm_case(batch.hidden[batch.mask], batch.weight)
     times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
@@ -189,13 +229,34 @@ def show(rows: list[dict], arguments) -> None:
     table = []
     for row in rows:
         ours, theirs = row["ours"], row.get("theirs")
-        line = [row["name"], f"{theirs['median'] * 1000:,.0f}" if theirs else None, f"{ours['median'] * 1000:,.0f}"]
-        line += [f"{theirs['median'] / ours['median']:.2f}" if theirs else None, f"{row['gemms'] / ours['median']:.0%}"]
+        line = [
+            row["name"],
+            f"{theirs['median'] * 1000:,.0f}" if theirs else None,
+            f"{ours['median'] * 1000:,.0f}",
+        ]
+        line += [
+            f"{theirs['median'] / ours['median']:.2f}" if theirs else None,
+            f"{row['gemms'] / ours['median']:.0%}",
+        ]
         line += [megabytes(theirs["peak"]) if theirs else None, megabytes(ours["peak"])]
-        table.append([*line, "{loss:.0e} / {gradient:.0e}".format(**row["off"]) if theirs else None])
-    columns = ["what", "theirs, ms", "ours, ms", "theirs / ours", "bare GEMMs / ours", "theirs, MiB", "ours, MiB"]
+        table.append(
+            [*line, "{loss:.0e} / {gradient:.0e}".format(**row["off"]) if theirs else None]
+        )
+    columns = [
+        "what",
+        "theirs, ms",
+        "ours, ms",
+        "theirs / ours",
+        "bare GEMMs / ours",
+        "theirs, MiB",
+        "ours, MiB",
+    ]
     sizes = f"B = {arguments.completions}, T = {arguments.length}, D = {arguments.hidden:,}, V = {arguments.vocab:,}"
-    print_table(f"{sizes}, {arguments.dtype} on {arguments.device}", [*columns, "loss / gradient off by"], table)
+    print_table(
+        f"{sizes}, {arguments.dtype} on {arguments.device}",
+        [*columns, "loss / gradient off by"],
+        table,
+    )
 
 
 def main() -> None:
@@ -207,7 +268,9 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--peak", choices=CASES, help="print the peak memory of one case and nothing else")
+    parser.add_argument(
+        "--peak", choices=CASES, help="print the peak memory of one case and nothing else"
+    )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
     gpu = arguments.device == "cuda"

@@ -47,7 +47,9 @@ class LinearBatch:
         self.hidden, self.weight, self.batch = hidden, weight, batch
 
     @classmethod
-    def random(cls, tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str) -> "LinearBatch":
+    def random(
+        cls, tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str
+    ) -> "LinearBatch":
         """Logits of standard deviation 2."""
         torch.manual_seed(0)
         hidden = torch.empty(tokens, width, dtype=dtype, device=device).normal_()
@@ -59,7 +61,9 @@ class LinearBatch:
     def first(self, tokens: int) -> "LinearBatch":
         """The same head and a few tokens."""
         b = self.batch
-        few = Batch(b.logits, b.targets[:tokens], b.advantages, b.old_logp[:tokens], b.ref_logp[:tokens])
+        few = Batch(
+            b.logits, b.targets[:tokens], b.advantages, b.old_logp[:tokens], b.ref_logp[:tokens]
+        )
         return LinearBatch(self.hidden[:tokens], self.weight, few)
 
     def differentiated(self, loss, frozen: bool = False) -> Case:
@@ -79,7 +83,9 @@ class LinearBatch:
 
 def ours(batch: LinearBatch, frozen: bool) -> Case:
     targets, objective = batch.batch.targets, batch.batch.objective
-    return batch.differentiated(lambda h, w: linear_grpo_loss(h, w, targets, **objective).loss, frozen)
+    return batch.differentiated(
+        lambda h, w: linear_grpo_loss(h, w, targets, **objective).loss, frozen
+    )
 
 
 def eager(batch: LinearBatch, frozen: bool = False) -> Case:
@@ -88,7 +94,9 @@ def eager(batch: LinearBatch, frozen: bool = False) -> Case:
 
 
 def compiled(batch: LinearBatch) -> Case:
-    return batch.differentiated(torch.compile(lambda h, w: eager_loss(h @ w.T, batch.batch), dynamic=False))
+    return batch.differentiated(
+        torch.compile(lambda h, w: eager_loss(h @ w.T, batch.batch), dynamic=False)
+    )
 
 
 def liger(batch: LinearBatch) -> Case:
@@ -96,7 +104,12 @@ def liger(batch: LinearBatch) -> Case:
 
     b = batch.batch
     loss = LigerFusedLinearGRPOLoss(
-        beta=BETA, compiled=batch.hidden.is_cuda, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo", temperature=1.0
+        beta=BETA,
+        compiled=batch.hidden.is_cuda,
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        loss_type="grpo",
+        temperature=1.0,
     )
     ids, old, ref = (b.per_sequence(x) for x in (b.targets, b.old_logp, b.ref_logp))
     mask = torch.ones_like(old)
@@ -115,7 +128,9 @@ def trl(batch: LinearBatch) -> Case:
 
     targets, outputs = batch.batch.targets, ("entropy",)
     return batch.differentiated_by_logprobs(
-        lambda h, w: ChunkedLogProbFunction.apply(h, w, None, targets, 1.0, CHUNK, None, 1.0, outputs)[0]
+        lambda h, w: ChunkedLogProbFunction.apply(
+            h, w, None, targets, 1.0, CHUNK, None, 1.0, outputs
+        )[0]
     )
 
 
@@ -148,7 +163,9 @@ COMPILED = ("torch.compile", "cut-cross-entropy")
 def compare(width: int, arguments) -> dict:
     """Time and peak memory of every case at one width."""
     device, tokens = arguments.device, arguments.tokens
-    batch = LinearBatch.random(tokens, width, arguments.vocab, getattr(torch, arguments.dtype), device)
+    batch = LinearBatch.random(
+        tokens, width, arguments.vocab, getattr(torch, arguments.dtype), device
+    )
     cases, far, skipped = warm_up(CASES, batch, device, against="ours")
     floor = gemm_case(batch.hidden, batch.weight)
     floor.call()
@@ -174,7 +191,12 @@ def compare(width: int, arguments) -> dict:
         row |= {"ratio": row["median"] / own, "from_ours": far[name]}
         rows.append({**row, "peak": m and m["peak"], "beside": m and m["peak"] - m["gradients"]})
     rate = 6 * tokens * width * arguments.vocab / floor_seconds
-    return {"width": width, "rows": rows, "gemms": {**times[GEMMS], "flop_per_second": rate}, "skipped": skipped}
+    return {
+        "width": width,
+        "rows": rows,
+        "gemms": {**times[GEMMS], "flop_per_second": rate},
+        "skipped": skipped,
+    }
 
 
 def show(result: dict, arguments) -> None:
@@ -187,7 +209,17 @@ def show(result: dict, arguments) -> None:
         for r in result["rows"]
     ]  # fmt: skip
     own = result["rows"][0]["median"]
-    table.append([GEMMS, f"{gemms['median'] * 1000:,.1f}", "1.00", f"{gemms['median'] / own:.2f}", None, None, None])
+    table.append(
+        [
+            GEMMS,
+            f"{gemms['median'] * 1000:,.1f}",
+            "1.00",
+            f"{gemms['median'] / own:.2f}",
+            None,
+            None,
+            None,
+        ]
+    )
     title = (
         f"N = {arguments.tokens:,} (memory: {arguments.peak_tokens:,}), D = {result['width']:,}, V = "
         f"{arguments.vocab:,}, {arguments.dtype} on {arguments.device}; "
@@ -199,20 +231,28 @@ def show(result: dict, arguments) -> None:
 def print_peak(name: str, arguments) -> None:
     """What `--peak` prints: one JSON line."""
     dtype, device = getattr(torch, arguments.dtype), arguments.device
-    batch = LinearBatch.random(arguments.peak_tokens, arguments.hidden[0], arguments.vocab, dtype, device)
+    batch = LinearBatch.random(
+        arguments.peak_tokens, arguments.hidden[0], arguments.vocab, dtype, device
+    )
     case = CASES[name](batch)
     (case if name in COMPILED else CASES[name](batch.first(WARM_UP_TOKENS))).call()
     print(json.dumps(peak(case, device)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
-    parser.add_argument("--peak-tokens", type=int, help="tokens where a CPU measures memory, default 1024")
+    parser.add_argument(
+        "--peak-tokens", type=int, help="tokens where a CPU measures memory, default 1024"
+    )
     parser.add_argument("--hidden", type=int, nargs="+", help="default 4096 1536, on a CPU 1536")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default bfloat16, on a CPU float32",
     )
     parser.add_argument("--rounds", type=int, help="default 10, on a CPU 2")
     parser.add_argument("--device", default="auto")
@@ -230,7 +270,10 @@ def main() -> None:
     results = [compare(width, arguments) for width in arguments.hidden]
     for result in results:
         show(result, arguments)
-    settings = {key: getattr(arguments, key) for key in ("tokens", "peak_tokens", "vocab", "dtype", "rounds")}
+    settings = {
+        key: getattr(arguments, key)
+        for key in ("tokens", "peak_tokens", "vocab", "dtype", "rounds")
+    }
     finish("linear_grpo_loss", device, settings=settings, results=results)
 
 

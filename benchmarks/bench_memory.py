@@ -23,12 +23,15 @@ from mr1_fast.config import TrainConfig, parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.tiny import tiny_processor
-from mr1_fast.plan import make_plan, usable_bytes
+from mr1_fast.plan.plan import make_plan, usable_bytes
 from mr1_fast.train import train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CASES = {
-    "2b_full": ("Qwen/Qwen2-VL-2B-Instruct", ["--config", f"{RECIPES}/qwen2vl_2b_counting_24gb.yaml"]),
+    "2b_full": (
+        "Qwen/Qwen2-VL-2B-Instruct",
+        ["--config", f"{RECIPES}/qwen2vl_2b_counting_24gb.yaml"],
+    ),
     "7b_qlora": ("Qwen/Qwen2-VL-7B-Instruct", ["--config", f"{RECIPES}/qwen2vl_7b_lora_24gb.yaml"]),
     "tiny": ("tiny", ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]),
 }
@@ -54,10 +57,16 @@ def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     lines = []
     for index in range(count):
-        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8
+        )
         Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
         problem = "How many different items are there in the image?"
-        lines.append(json.dumps({"image": f"{index}.png", "problem": problem, "solution": "<answer> 3 </answer>"}))
+        lines.append(
+            json.dumps(
+                {"image": f"{index}.png", "problem": problem, "solution": "<answer> 3 </answer>"}
+            )
+        )
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines))
     return path
@@ -72,7 +81,16 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
         measure.release()
         data = make_data(scratch, SIZES.get(case, IMAGE_SIZE), count=16)
         own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
-        own += ["--output", str(scratch / "run"), "--steps", "2", "--eval-samples", "0", "--save-every", "0"]
+        own += [
+            "--output",
+            str(scratch / "run"),
+            "--steps",
+            "2",
+            "--eval-samples",
+            "0",
+            "--save-every",
+            "0",
+        ]
         config: TrainConfig = parse_train_config([*recipe, *own, *flags])
         plan = make_plan(config, find_model_config(config.model), usable=usable_bytes(vram))
         metrics = scratch / "run" / "metrics.jsonl"
@@ -83,7 +101,10 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
                 print(metrics.read_text(), flush=True)
         steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     # Of tensors, as PyTorch's allocator counts them: without CUDA's own.
-    planned = {name: (plan.total(name) - moment.get("workspace", 0)) / 2**30 for name, moment in plan.phases.items()}
+    planned = {
+        name: (plan.total(name) - moment.get("workspace", 0)) / 2**30
+        for name, moment in plan.phases.items()
+    }
     measured = {}
     for phase in planned:
         peaks = [step[f"peak_gib_{phase}"] for step in steps if f"peak_gib_{phase}" in step]
@@ -100,14 +121,18 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
     parser.add_argument("--vram", type=float, default=24.0, help="GB of the card to mimic")
     arguments, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not at once: see measure_case
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1.0, usable_bytes(arguments.vram) / 2**30 / whole))
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, usable_bytes(arguments.vram) / 2**30 / whole)
+        )
     results, failed = {}, {}
     for case in arguments.cases:
         try:
@@ -119,10 +144,14 @@ def main() -> None:
     rows = [
         [case, phase, f"{planned:.2f}", None if peak is None else f"{peak:.2f}", result["target"]]
         for case, result in results.items()
-        for (phase, planned), peak in zip(result["planned"].items(), result["measured"].values(), strict=True)
+        for (phase, planned), peak in zip(
+            result["planned"].items(), result["measured"].values(), strict=True
+        )
     ]
     measure.print_table("GiB of tensors", ["case", "phase", "planned", "measured", "target"], rows)
-    measure.finish("memory", "cuda" if torch.cuda.is_available() else "cpu", cases=results, failed=failed)
+    measure.finish(
+        "memory", "cuda" if torch.cuda.is_available() else "cpu", cases=results, failed=failed
+    )
 
 
 if __name__ == "__main__":

@@ -14,27 +14,35 @@ import torch
 from bench_grpo_loss import COPY, Batch, compiled, copy_case, differentiated, eager_loss, ours
 from measure import Case, finish, print_table, time_alternating, warm_up
 
-from mr1_fast.kernels import grpo_loss_native
-from mr1_fast.kernels.grpo_loss import Objective, RowResults
+from mr1_fast.kernels import native
+from mr1_fast.kernels.grpo import rows_native
+from mr1_fast.kernels.grpo.objective import Objective, RowResults
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon", "scalar")
-TARGETS = {("float32", "avx512"): 1.2, ("bfloat16", "avx512"): 1.5, ("float32", "avx2"): 2, ("bfloat16", "avx2"): 4.5}
+TARGETS = {
+    ("float32", "avx512"): 1.2,
+    ("bfloat16", "avx512"): 1.5,
+    ("float32", "avx2"): 2,
+    ("bfloat16", "avx2"): 4.5,
+}
 """Times a copy, at most (issue 4); for AVX-512 with bf16 instructions too."""
 
 
 def row_operation(name: str, batch: Batch) -> Case:
     """The native kernel on one instruction set, in place."""
-    library, logits, settings = grpo_loss_native.status()[0], batch.logits.clone(), batch.objective
+    library, logits, settings = native.status()[0], batch.logits.clone(), batch.objective
     scalars = torch.tensor(settings["beta"]), torch.tensor(1.0)
     per_row = settings["advantages"], settings["token_weights"]
     bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
-    objective = Objective(*per_row, *scalars, batch.old_logp, batch.ref_logp, None, "clip", bounds, False)
+    objective = Objective(
+        *per_row, *scalars, batch.old_logp, batch.ref_logp, None, "clip", bounds, False
+    )
     results = RowResults.empty(logits)
 
     def call():
         if library.mr1_use_instruction_set(name.encode()):
             raise RuntimeError("this machine or build does not have it")
-        grpo_loss_native.row_grpo(logits, batch.targets, objective, results, logits)
+        rows_native.row_grpo(logits, batch.targets, objective, results, logits)
         return results.loss.sum(), [logits]
 
     return Case(call, lambda: logits.copy_(batch.logits))
@@ -45,7 +53,7 @@ def public_function(name: str, batch: Batch) -> Case:
     case = ours(batch, inplace=True)
 
     def restore():
-        grpo_loss_native.status()[0].mr1_use_instruction_set(name.encode())
+        native.status()[0].mr1_use_instruction_set(name.encode())
         case.restore()
 
     return Case(case.call, restore)
@@ -54,11 +62,13 @@ def public_function(name: str, batch: Batch) -> Case:
 def measure(batch: Batch, rounds: int) -> dict:
     """Seconds of every case."""
     builders = {}
-    best = grpo_loss_native.status()[0].mr1_instruction_set().decode()
+    best = native.status()[0].mr1_instruction_set().decode()
     for name in INSTRUCTION_SETS:
         builders[name] = partial(row_operation, name)
     builders[f"grpo_loss and backward, {best}"] = partial(public_function, best)
-    builders["eager (R1-V)"] = lambda batch: differentiated(batch.logits, lambda x: eager_loss(x, batch))
+    builders["eager (R1-V)"] = lambda batch: differentiated(
+        batch.logits, lambda x: eager_loss(x, batch)
+    )
     builders["torch.compile"] = compiled
     cases, _, skipped = warm_up(builders, batch, "cpu")
     cases = {COPY: copy_case(batch.logits), **cases}
@@ -66,12 +76,14 @@ def measure(batch: Batch, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    library, status = grpo_loss_native.status()
+    library, status = native.status()
     if library is None:
         raise SystemExit(f"the native kernels are {status}")
     results = {}
@@ -85,7 +97,9 @@ def main() -> None:
             target = TARGETS.get((dtype, name.removesuffix("bf16")))
             milliseconds = f"{times['least'] * 1e3:.2f}", f"{times['median'] * 1e3:.2f}"
             rows.append([name, *milliseconds, f"{times['of_copy']:.2f}", target and f"{target}"])
-        title = f"{arguments.tokens} × {arguments.vocab:,} {dtype}, {torch.get_num_threads()} threads"
+        title = (
+            f"{arguments.tokens} × {arguments.vocab:,} {dtype}, {torch.get_num_threads()} threads"
+        )
         print_table(title, ["what", "least ms", "median ms", "× a copy", "target"], rows)
     finish("native", "cpu", settings=vars(arguments), active=status, results=results)
 

@@ -29,8 +29,26 @@ from functools import partial
 
 import measure
 import torch
-from measure import Case, excused, megabytes, peak_in_subprocess, pick_device, print_table, release, time_alternating
-from rollout_runners import GROUP, ContinuousBatching, Generate, Ours, WithoutGraphs, Work, long_work, tail_work
+from measure import (
+    Case,
+    excused,
+    megabytes,
+    peak_in_subprocess,
+    pick_device,
+    print_table,
+    release,
+    time_alternating,
+)
+from rollout_runners import (
+    GROUP,
+    ContinuousBatching,
+    Generate,
+    Ours,
+    WithoutGraphs,
+    Work,
+    long_work,
+    tail_work,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from mr1_fast.config import ModelConfig
@@ -98,13 +116,17 @@ class Turns:
             torch.cuda.reset_peak_memory_stats()
         checked(self.runners[name], lengths)
         if self.device == "cuda":
-            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated() - before)
+            self.peaks[name] = max(
+                self.peaks.get(name, 0), torch.cuda.max_memory_allocated() - before
+            )
 
     def cases(self) -> dict[str, Case]:
         """All tokens, and the first ones, of each."""
         first, cases = [1] * len(self.work.lengths), {}
         for name, runner in self.runners.items():
-            cases[name] = Case(partial(self.whole, name, self.work.lengths), partial(self.prepare, name))
+            cases[name] = Case(
+                partial(self.whole, name, self.work.lengths), partial(self.prepare, name)
+            )
             cases[name + FIRST] = Case(partial(checked, runner, first), partial(self.prepare, name))
         return cases
 
@@ -115,9 +137,13 @@ def compare(part: str, arguments) -> dict:
     work = WORKS[part](arguments.quick, device)
     names = [name for name in RUNNERS if device == "cuda" or name != WITHOUT_GRAPHS]
     if device == "cuda" and not is_flash_attn_2_available():
-        skipped[names.pop()] = "flash-attn is not installed; on an H100 without it, none of 64 samples ended in 40 s"
+        skipped[names.pop()] = (
+            "flash-attn is not installed; on an H100 without it, none of 64 samples ended in 40 s"
+        )
     turns = Turns(names, work, device, skipped)
-    source = torch.ones(1024, 2**20 if device == "cuda" else 2**17, dtype=torch.uint8, device=device)
+    source = torch.ones(
+        1024, 2**20 if device == "cuda" else 2**17, dtype=torch.uint8, device=device
+    )
     cases = {COPY: Case(measure.copy_case(source).call, turns.rest), **turns.cases()}
     times = time_alternating(cases, arguments.rounds, device, skipped)
     turns.rest()
@@ -130,7 +156,13 @@ def compare(part: str, arguments) -> dict:
     names = [name for name in turns.runners if {name, name + FIRST} <= set(times)]
     rows = [row(name, times, work, least / bandwidth, turns.peaks.get(name)) for name in names]
     print_rows(part, rows, work, bandwidth, least / bandwidth)
-    found = {"copy": times[COPY], "bandwidth": bandwidth, "least_bytes": least, "rows": rows, "skipped": skipped}
+    found = {
+        "copy": times[COPY],
+        "bandwidth": bandwidth,
+        "least_bytes": least,
+        "rows": rows,
+        "skipped": skipped,
+    }
     return {"settings": settings(work), "targets": TARGETS[part], **found}
 
 
@@ -172,7 +204,15 @@ def print_rows(part: str, rows: list[dict], work: Work, bandwidth: float, limit:
     ]  # fmt: skip
     step = limit / (max(work.lengths) - 1)
     table.append(["limit", None, None, None, None, f"{step * 1000:.3f}", "100%", None])
-    columns = ["what", "s", "tokens/s", "time / ours", "s to first tokens", "ms per step", "of the limit"]
+    columns = [
+        "what",
+        "s",
+        "tokens/s",
+        "time / ours",
+        "s to first tokens",
+        "ms per step",
+        "of the limit",
+    ]
     s = settings(work)
     title = (
         f"{part}: {s['prompts']} prompts of {s['prompt_tokens']} tokens × {s['group']} samples, {s['tokens']:,} tokens "
@@ -210,7 +250,9 @@ def measure_lora(arguments) -> dict:
             model.merge_adapter() if wanted else model.unmerge_adapter()
 
     cases = {
-        f"ours, adapters {word}": Case(partial(checked, Ours(work), work.lengths), partial(merge, wanted))
+        f"ours, adapters {word}": Case(
+            partial(checked, Ours(work), work.lengths), partial(merge, wanted)
+        )
         for word, wanted in (("applied", False), ("merged", True))
     }
     cases |= {f"ours, {word}": Case(partial(merge, word == "merge"), partial(merge, word != "merge"))
@@ -220,7 +262,9 @@ def measure_lora(arguments) -> dict:
         case.call()
     times = time_alternating(cases, arguments.rounds, arguments.device, {})
     applied = times["ours, adapters applied"]["median"]
-    rows = [{"name": name, **taken, "ratio": taken["median"] / applied} for name, taken in times.items()]
+    rows = [
+        {"name": name, **taken, "ratio": taken["median"] / applied} for name, taken in times.items()
+    ]
     tokens = [sum(work.lengths) if "adapters" in r["name"] else None for r in rows]
     table = [
         [r["name"], f"{r['median']:.3f}", n and f"{n / r['median']:,.0f}", f"{r['ratio']:.3f}"]
@@ -235,15 +279,27 @@ PARTS = {"tail": partial(compare, "tail"), "long": partial(compare, "long"), "lo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: tail on a CPU, long and lora on a GPU")
-    parser.add_argument("--rounds", type=int, default=3, help="calls of each, in turn; one of what is slow")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="default: tail on a CPU, long and lora on a GPU"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="calls of each, in turn; one of what is slow"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="sizes for trying the script out")
-    parser.add_argument("--peak", choices=RUNNERS, help="print the peak memory of this one in the first part and end")
+    parser.add_argument(
+        "--peak",
+        choices=RUNNERS,
+        help="print the peak memory of this one in the first part and end",
+    )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
-    arguments.parts = arguments.parts or (["long", "lora"] if arguments.device == "cuda" else ["tail"])
+    arguments.parts = arguments.parts or (
+        ["long", "lora"] if arguments.device == "cuda" else ["tail"]
+    )
     if arguments.peak:
         print_peak(arguments.peak, arguments)
         return
@@ -252,7 +308,9 @@ def main() -> None:
         results[part] = PARTS[part](arguments)
         sys.stdout.flush()
         release()
-    measure.finish("rollout", arguments.device, rounds=arguments.rounds, quick=arguments.quick, **results)
+    measure.finish(
+        "rollout", arguments.device, rounds=arguments.rounds, quick=arguments.quick, **results
+    )
 
 
 if __name__ == "__main__":

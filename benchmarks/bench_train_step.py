@@ -39,11 +39,11 @@ from trl_step import trl_step_seconds
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer
-from mr1_fast.plan import RunMemory
-from mr1_fast.room import Room
-from mr1_fast.sft import supervised_start
+from mr1_fast.plan.out_of_memory import Room
+from mr1_fast.plan.run_memory import RunMemory
+from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import grpo_step, load_policy
+from mr1_fast.train import grpo_step
 
 FULL = dict(width=1536, layers=2, vocabulary=151_936)
 SMALL = dict(width=512, layers=1, vocabulary=16_384)
@@ -88,7 +88,10 @@ def compare(cases: list[str], group: Group, arguments) -> tuple[list[dict], dict
     times = time_alternating(built, arguments.rounds, arguments.device, skipped)
     rows = []
     for name, taken in times.items():
-        off = [((a - b).norm() / b.norm()).item() for a, b in zip(results[name], results["ours"], strict=True)]
+        off = [
+            ((a - b).norm() / b.norm()).item()
+            for a, b in zip(results[name], results["ours"], strict=True)
+        ]
         rate, ratio = group.tokens / taken["median"], taken["median"] / times["ours"]["median"]
         rows.append({"name": name, **taken, "tokens_per_second": rate, "ratio": ratio, "off": off})
     return rows, skipped
@@ -105,8 +108,14 @@ def measure_update(arguments) -> dict:
     else:
         del group  # room for the processes that measure
         release()
-        options = [f"--device={arguments.device}", f"--layers={arguments.layers}", *["--quick"] * arguments.quick]
-        measured = lambda name, frozen: peak_in_subprocess(__file__, name, options + ["--frozen"] * frozen)  # noqa: E731
+        options = [
+            f"--device={arguments.device}",
+            f"--layers={arguments.layers}",
+            *["--quick"] * arguments.quick,
+        ]
+        measured = lambda name, frozen: peak_in_subprocess(
+            __file__, name, options + ["--frozen"] * frozen
+        )  # noqa: E731
     for row in rows:
         row["peak"] = row["peak_frozen"] = None
         for key, frozen in (("peak", False), ("peak_frozen", True)):
@@ -119,7 +128,14 @@ def measure_update(arguments) -> dict:
          "{:.0e} / {:.0e}".format(*r["off"])]
         for r in rows
     ]  # fmt: skip
-    columns = ["what", "s", "tokens/s", "time / ours", "peak beside weights and gradients, MiB", "ours / its peak"]
+    columns = [
+        "what",
+        "s",
+        "tokens/s",
+        "time / ours",
+        "peak beside weights and gradients, MiB",
+        "ours / its peak",
+    ]
     columns += ["with a frozen embedding, MiB", "ours / its peak"]
     title = (
         f"Reference, forward and backward of G = {len(lengths)} completions of {lengths[0]}–{lengths[-1]} tokens, "
@@ -201,7 +217,11 @@ def measure_step(arguments) -> dict:
     )  # fmt: skip
     config.model = str(supervised_start(config.model, [config], config.seed))
     policy = load_policy(config)
-    reference, optimizer, schedule = Reference(policy), make_optimizer(policy.model, config), config.kl_schedule()
+    reference, optimizer, schedule = (
+        Reference(policy),
+        make_optimizer(policy.model, config),
+        config.kl_schedule(),
+    )
     room = Room(print, lambda: "", RunMemory(policy, config).amounts())
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
@@ -210,7 +230,9 @@ def measure_step(arguments) -> dict:
     def our_step(step: int) -> None:
         some = examples[step * prompts : (step + 1) * prompts]
         start = time.process_time()
-        metrics = grpo_step(policy, reference, optimizer, some, step, schedule, config, SilentLog(), room)
+        metrics = grpo_step(
+            policy, reference, optimizer, some, step, schedule, config, SilentLog(), room
+        )
         own.append({**metrics, "cpu_seconds": time.process_time() - start})
 
     theirs, skipped = None, {}
@@ -226,30 +248,58 @@ def measure_step(arguments) -> dict:
     ours = {"seconds": seconds, "cpu_seconds": cpu_seconds, "completion_length": length, **laps}
     rows = [{"name": "ours", **ours}, *([{"name": "TRL GRPOTrainer", **theirs}] if theirs else [])]
     for row in rows:
-        row["ratio"], row["cpu_ratio"] = (row[key] / ours[key] for key in ("seconds", "cpu_seconds"))
+        row["ratio"], row["cpu_ratio"] = (
+            row[key] / ours[key] for key in ("seconds", "cpu_seconds")
+        )
     table = [
         [r["name"], f"{r['seconds'] * 1000:,.0f}", f"{r['ratio']:.2f}", f"{r['cpu_seconds'] * 1000:,.0f}",
          f"{r['cpu_ratio']:.2f}", f"{r['completion_length']:.1f}"]
         + [f"{r[stage] * 1000:,.0f}" if stage in r else None for stage in stages]
         for r in rows
     ]  # fmt: skip
-    columns = ["what", "ms", "time / ours", "CPU ms", "CPU time / ours", "tokens per completion", *stages]
-    print_table(f"A step of the tiny model: {prompts} × {count} completions, median of {steps}", columns, table)
-    return {"prompts": prompts, "num_generations": count, "steps": steps, "rows": rows, "skipped": skipped}
+    columns = [
+        "what",
+        "ms",
+        "time / ours",
+        "CPU ms",
+        "CPU time / ours",
+        "tokens per completion",
+        *stages,
+    ]
+    print_table(
+        f"A step of the tiny model: {prompts} × {count} completions, median of {steps}",
+        columns,
+        table,
+    )
+    return {
+        "prompts": prompts,
+        "num_generations": count,
+        "steps": steps,
+        "rows": rows,
+        "skipped": skipped,
+    }
 
 
 PARTS = {"update": measure_update, "curve": measure_curve, "step": measure_step}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, help="calls of each update, in turn; default 10, on a CPU 2")
+    parser.add_argument(
+        "--rounds", type=int, help="calls of each update, in turn; default 10, on a CPU 2"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--layers", type=int, default=FULL["layers"], help="of text and of vision, in part update")
+    parser.add_argument(
+        "--layers", type=int, default=FULL["layers"], help="of text and of vision, in part update"
+    )
     parser.add_argument("--quick", action="store_true", help="sizes for trying the script out")
     parser.add_argument("--peak", help="print the peak memory of this case of part update and end")
-    parser.add_argument("--frozen", action="store_true", help="with --peak: the tied embedding is not trained")
+    parser.add_argument(
+        "--frozen", action="store_true", help="with --peak: the tied embedding is not trained"
+    )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
     arguments.rounds = arguments.rounds or (10 if arguments.device == "cuda" else 2)
@@ -257,7 +307,9 @@ def main() -> None:
         print_peak(arguments.peak, arguments)
         return
     results = {part: PARTS[part](arguments) for part in arguments.parts}
-    finish("train_step", arguments.device, rounds=arguments.rounds, quick=arguments.quick, **results)
+    finish(
+        "train_step", arguments.device, rounds=arguments.rounds, quick=arguments.quick, **results
+    )
 
 
 if __name__ == "__main__":

@@ -23,14 +23,28 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mr1_fast.kernels import adamw_triton, decode_linear_triton, decode_triton, grpo_loss_triton
-from mr1_fast.kernels.adamw import Scalars, State
-from mr1_fast.kernels.grpo_loss import Objective, RowResults
+from mr1_fast.kernels.adamw import step_triton
+from mr1_fast.kernels.adamw.state import Scalars, State
+from mr1_fast.kernels.decode import (
+    linear_triton as linear_triton,
+)
+from mr1_fast.kernels.decode import (
+    operations_triton as operations_triton,
+)
+from mr1_fast.kernels.grpo import rows_triton
+from mr1_fast.kernels.grpo.objective import Objective, RowResults
 
 TARGETS = [("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)] + [("hip", "gfx942", 64)]
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99, "gfx942": 64}
 """KB of shared memory that one program may use."""
-MULTIPROCESSORS = {80: (108, 40), 86: (82, 6), 89: (128, 72), 90: (132, 50), 120: (170, 96), "gfx942": (304, 4)}
+MULTIPROCESSORS = {
+    80: (108, 40),
+    86: (82, 6),
+    89: (128, 72),
+    90: (132, 50),
+    120: (170, 96),
+    "gfx942": (304, 4),
+}
 """Multiprocessors and MB of L2 of A100, RTX 3090, RTX 4090, H100, RTX 5090, MI300X (L2 of one die)."""
 TARGET_GATHERS = 2
 """16-bit accesses that a kernel may have: it reads one logit alone, the target's."""
@@ -87,7 +101,9 @@ def captured(backend: str, arch, warp_size: int):
             function.device_caches.clear()
 
 
-def launch_everything(dtype: torch.dtype, v: int, parts: int, device: str = "meta", n: int = 65_536) -> None:
+def launch_everything(
+    dtype: torch.dtype, v: int, parts: int, device: str = "meta", n: int = 65_536
+) -> None:
     """Every kernel in every variant that compiles differently, on tensors without memory."""
     like = dict(device=device)
     logits = torch.empty(n, v, dtype=dtype, **like)
@@ -97,23 +113,33 @@ def launch_everything(dtype: torch.dtype, v: int, parts: int, device: str = "met
     bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
     for surrogate in ("clip", "cispo", "sapo"):
         for split in {1, parts}:
-            objective = Objective(*rows[:2], scalar, scalar, *rows[2:], surrogate, bounds, surrogate == "clip")
-            grpo_loss_triton.row_grpo(logits, targets, objective, RowResults.empty(logits), logits, split)
+            objective = Objective(
+                *rows[:2], scalar, scalar, *rows[2:], surrogate, bounds, surrogate == "clip"
+            )
+            rows_triton.row_grpo(
+                logits, targets, objective, RowResults.empty(logits), logits, split
+            )
     plain = Objective(*rows[:2], scalar, scalar, None, None, None, "clip", bounds, False)
-    grpo_loss_triton.row_grpo(logits, targets, plain, RowResults.empty(logits), None, 1)
-    statistics = grpo_loss_triton.row_logprobs(logits, targets, scalar)
-    grpo_loss_triton.row_logprobs_backward(logits, targets, scalar, *statistics[1:], *rows[:2], logits)
-    grpo_loss_triton.scale_(logits, scalar)
+    rows_triton.row_grpo(logits, targets, plain, RowResults.empty(logits), None, 1)
+    statistics = rows_triton.row_logprobs(logits, targets, scalar)
+    rows_triton.row_logprobs_backward(logits, targets, scalar, *statistics[1:], *rows[:2], logits)
+    rows_triton.scale_(logits, scalar)
 
 
 def launch_adamw(device: str = "meta", n: int = 151_936 * 1536) -> None:
     """The optimizer's kernels for each kind of weight, on tensors without memory; gradients have the weight's dtype."""
     like = dict(device=device)
     scalars = Scalars.at(1, 1e-6, (0.9, 0.98), 1e-8, 0.01)
-    for dtype, remainder in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+    for dtype, remainder in (
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+        (torch.float32, False),
+    ):
         weight = torch.empty(n, dtype=dtype, **like)
-        adamw_triton.adamw_(weight, weight, State.zeros(weight, remainder), scalars, (1, 2), torch.empty((), **like))
-        adamw_triton.add_stochastic_(torch.empty(n, dtype=torch.bfloat16, **like), weight, (1, 2))
+        step_triton.adamw_(
+            weight, weight, State.zeros(weight, remainder), scalars, (1, 2), torch.empty((), **like)
+        )
+        step_triton.add_stochastic_(torch.empty(n, dtype=torch.bfloat16, **like), weight, (1, 2))
 
 
 def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows: int = 64) -> None:
@@ -122,40 +148,44 @@ def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows:
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         q, new, angle = empty(rows, heads, 128), empty(rows, kv_heads, 128), empty(rows, 128)
         pool, spans = empty(2**16, kv_heads, 128), empty(rows, 4, dtype=torch.int32)
-        decode_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
+        operations_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
         x = empty(rows, hidden)
         for delta in (x, None):
-            decode_triton.add_rms_norm(x, delta, empty(hidden), 1e-6)
-        decode_triton.silu_mul(empty(rows, mlp), empty(rows, mlp))
+            operations_triton.add_rms_norm(x, delta, empty(hidden), 1e-6)
+        operations_triton.silu_mul(empty(rows, mlp), empty(rows, mlp))
         for temperature in (1.0, 0.0):
             uniform = empty(rows, dtype=torch.float32)
-            decode_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
+            operations_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
 
 
 def launch_decode_linear(dtype: torch.dtype, arch, device: str = "meta") -> None:
     """The fused linear layers of Qwen2-VL 2B, with every tile for the GPU that stands for this target."""
-    original = decode_linear_triton._shared_memory
-    decode_linear_triton._shared_memory = lambda device: SHARED_LIMIT[arch] * 2**10
+    original = linear_triton._shared_memory
+    linear_triton._shared_memory = lambda device: SHARED_LIMIT[arch] * 2**10
     empty = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     try:
         for rows in (32, 64, 128):
             x = empty(rows, 1536)
-            weights, biases = zip(*((empty(n, 1536), empty(n)) for n in (1536, 256, 256)), strict=True)
-            decode_linear_triton.linears(x, weights, biases)
-            decode_linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
+            weights, biases = zip(
+                *((empty(n, 1536), empty(n)) for n in (1536, 256, 256)), strict=True
+            )
+            linear_triton.linears(x, weights, biases)
+            linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
     finally:
-        decode_linear_triton._shared_memory = original
+        linear_triton._shared_memory = original
 
 
 def parts_on(arch, v: int, dtype: torch.dtype) -> int:
     """Programs per row that `split_columns` chooses on the GPU that stands for this target."""
     multiprocessors, megabytes = MULTIPROCESSORS[arch]
-    original = grpo_loss_triton._device_limits
-    grpo_loss_triton._device_limits = lambda device: (multiprocessors, megabytes * 2**20)
+    original = rows_triton._device_limits
+    rows_triton._device_limits = lambda device: (multiprocessors, megabytes * 2**20)
     try:
-        return triton.cdiv(v, grpo_loss_triton.split_columns(torch.empty(65_536, v, dtype=dtype, device="meta")))
+        return triton.cdiv(
+            v, rows_triton.split_columns(torch.empty(65_536, v, dtype=dtype, device="meta"))
+        )
     finally:
-        grpo_loss_triton._device_limits = original
+        rows_triton._device_limits = original
 
 
 def examine(kernel, backend: str) -> dict:
@@ -168,7 +198,11 @@ def examine(kernel, backend: str) -> dict:
             "spills": number("vgpr_spill_count"),
             "shared": number("group_segment_fixed_size") / 1024,
             "wide": len(re.findall(r"(?:global|buffer)_(?:load|store)_(?:dwordx4|b128)", text)),
-            "short": len(re.findall(r"(?:global|buffer)_(?:load|store)_(?:\w+_)?(?:ushort|short|u16|b16)", text)),
+            "short": len(
+                re.findall(
+                    r"(?:global|buffer)_(?:load|store)_(?:\w+_)?(?:ushort|short|u16|b16)", text
+                )
+            ),
         }
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -177,13 +211,20 @@ def examine(kernel, backend: str) -> dict:
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         code = _output(tools / "nvdisasm", "-c", file.name)
     registers, stack, shared, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "SHARED", "LOCAL")
+        int(re.search(rf"\b{name}:(\d+)", usage).group(1))
+        for name in ("REG", "STACK", "SHARED", "LOCAL")
     )
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + stack + local
     wide = len(re.findall(r"\b(?:LDG|LDGSTS|STG)\.E(?:\.\w+)*\.128\b", code))
     short = len(re.findall(r"\b(?:LDG|LDGSTS|STG)\.E(?:\.\w+)*\.[US]16\b", code))
     shared = max(shared, kernel.metadata.shared) / 1024
-    return {"registers": registers, "spills": spills, "shared": shared, "wide": wide, "short": short}
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "wide": wide,
+        "short": short,
+    }
 
 
 def table(dtypes: list[str], vocabularies: list[int], targets: list[tuple] = TARGETS) -> list[dict]:
@@ -209,7 +250,9 @@ def adamw_table(targets: list[tuple] = TARGETS) -> list[dict]:
     return rows
 
 
-def decode_table(dtypes: list[str], targets: list[tuple] = TARGETS[:-1], models=MODELS) -> list[dict]:
+def decode_table(
+    dtypes: list[str], targets: list[tuple] = TARGETS[:-1], models=MODELS
+) -> list[dict]:
     """One row per NVIDIA target, dtype and kernel of a decode step, over the models."""
     rows = []
     for backend, arch, warp_size in targets:
@@ -246,7 +289,9 @@ def _output(*command) -> str:
 
 def main() -> None:
     rows = table(list(DTYPES), [151_936]) + adamw_table() + decode_table(list(DTYPES))
-    print("| target | dtype | parts | kernel | variants | registers | spills | shared KB | 128/16-bit access | fits |")
+    print(
+        "| target | dtype | parts | kernel | variants | registers | spills | shared KB | 128/16-bit access | fits |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(

@@ -44,7 +44,9 @@ def make_model(width: int, layers: int, vocabulary: int) -> Qwen2VLForConditiona
         eos_token_id=None,
     )
     heads = max(1, width * 16 // 1536)
-    vision = dict(depth=layers, embed_dim=80 * heads, hidden_size=width, num_heads=heads, mlp_ratio=4)
+    vision = dict(
+        depth=layers, embed_dim=80 * heads, hidden_size=width, num_heads=heads, mlp_ratio=4
+    )
     ids = {name: vocabulary - 1 - i for i, name in enumerate(token_ids)}
     return Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
@@ -54,7 +56,9 @@ def make_model(width: int, layers: int, vocabulary: int) -> Qwen2VLForConditiona
 class Group:
     """A policy that has moved away from its reference, a prompt with an image, and G scored completions."""
 
-    def __init__(self, policy: Policy, reference: Reference, prompt_tokens: int, lengths: list[int]):
+    def __init__(
+        self, policy: Policy, reference: Reference, prompt_tokens: int, lengths: list[int]
+    ):
         self.policy, self.reference, self.device = policy, reference, policy.device
         self.model, self.reference_model = policy.model, reference.policy.model
         generator = torch.Generator().manual_seed(0)
@@ -64,10 +68,14 @@ class Group:
         self.advantages = torch.randn(len(lengths), generator=generator)
 
     @classmethod
-    def random(cls, model_size: dict, device: str, prompt_tokens: int, lengths: list[int]) -> "Group":
+    def random(
+        cls, model_size: dict, device: str, prompt_tokens: int, lengths: list[int]
+    ) -> "Group":
         torch.manual_seed(0)
         model = make_model(**model_size).to(torch.bfloat16 if device == "cuda" else torch.float32)
-        policy = make_policy(model, tiny_processor(), ModelConfig(device=device, gradient_checkpointing=True))
+        policy = make_policy(
+            model, tiny_processor(), ModelConfig(device=device, gradient_checkpointing=True)
+        )
         reference = Reference(policy)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -87,7 +95,10 @@ class Group:
         ids = torch.randint(0, 1000, (tokens,), generator=generator)
         start = (tokens - image) // 2
         ids[start : start + image] = config.image_token_id
-        ids[start - 1], ids[start + image] = config.vision_start_token_id, config.vision_end_token_id
+        ids[start - 1], ids[start + image] = (
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        )
         kinds = (ids == config.image_token_id).long()
         positions, _ = self.model.model.get_rope_index(
             input_ids=ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid
@@ -104,7 +115,9 @@ class Group:
         """transformers' inputs of one row per completion, as R1-V and TRL make them."""
         count, start = len(self.completions), len(self.prompt.input_ids)
         completions = nn.utils.rnn.pad_sequence(self.completions, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in self.completions], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones_like(ids) for ids in self.completions], batch_first=True
+        )
         input_ids = torch.cat([self.prompt.input_ids.expand(count, -1), completions], dim=1)
         inputs = {
             "input_ids": input_ids,
@@ -162,8 +175,13 @@ def padded(group: Group) -> Case:
     advantages = group.advantages.to(group.device)[:, None]
 
     def logprobs(model) -> Tensor:
-        logits = model(**inputs, logits_to_keep=targets.shape[1] + 1, use_cache=False).logits[:, :-1]
-        rows = [row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, targets, strict=True)]
+        logits = model(**inputs, logits_to_keep=targets.shape[1] + 1, use_cache=False).logits[
+            :, :-1
+        ]
+        rows = [
+            row.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            for row, ids in zip(logits, targets, strict=True)
+        ]
         return torch.stack(rows)
 
     def objective():

@@ -45,7 +45,9 @@ class Case(NamedTuple):
 Builders = dict[str, Callable[..., Case]]
 
 
-def differentiated(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, frozen: bool) -> Case:
+def differentiated(
+    loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, frozen: bool
+) -> Case:
     """`loss(hidden, weight)` and its gradients; none of a frozen weight."""
 
     def call():
@@ -64,7 +66,9 @@ def excused(name: str, skipped: dict[str, str]):
     except Exception as error:
         if name.startswith("ours"):
             raise
-        skipped[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
+        skipped[name] = (
+            f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
+        )
         print(f"skipped: {name}: {skipped[name]}")
 
 
@@ -90,7 +94,9 @@ def seconds(case: Case, device: str) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def warm_up(builders: Builders, batch, device: str, against: str | None = None) -> tuple[dict, dict, dict]:
+def warm_up(
+    builders: Builders, batch, device: str, against: str | None = None
+) -> tuple[dict, dict, dict]:
     """Build and call everything once: the cases that work, how far each is from `against`, why others do not work."""
     cases, first, skipped = {}, {}, {}
     for name, build in builders.items():
@@ -101,17 +107,28 @@ def warm_up(builders: Builders, batch, device: str, against: str | None = None) 
             if device != "cpu":
                 torch.cuda.synchronize()
             gradient = gradients[0].detach() if gradients else loss
-            first[name] = loss.detach().double(), (gradient[0] if gradient.ndim == 3 else gradient)[:SAMPLE].double()
+            first[name] = (
+                loss.detach().double(),
+                (gradient[0] if gradient.ndim == 3 else gradient)[:SAMPLE].double(),
+            )
             cases[name] = case
         loss = gradients = gradient = case = None
         release()
     if against is None:
         return cases, {}, skipped
-    far = {n: [_distance(a, b) for a, b in zip(first[n], first[against], strict=True)] for n in cases}
-    return cases, {n: {"loss": loss, "gradient": gradient} for n, (loss, gradient) in far.items()}, skipped
+    far = {
+        n: [_distance(a, b) for a, b in zip(first[n], first[against], strict=True)] for n in cases
+    }
+    return (
+        cases,
+        {n: {"loss": loss, "gradient": gradient} for n, (loss, gradient) in far.items()},
+        skipped,
+    )
 
 
-def time_alternating(cases: dict[str, Case], rounds: int, device: str, skipped: dict[str, str]) -> dict[str, dict]:
+def time_alternating(
+    cases: dict[str, Case], rounds: int, device: str, skipped: dict[str, str]
+) -> dict[str, dict]:
     """Median and least seconds of each case; all are called in turn, `rounds` times. Leaves out what fails."""
     taken = {name: [] for name in cases}
     for _ in range(rounds):
@@ -120,7 +137,10 @@ def time_alternating(cases: dict[str, Case], rounds: int, device: str, skipped: 
                 with excused(name, skipped):
                     taken[name].append(seconds(case, device))
     done = {name: times for name, times in taken.items() if name not in skipped}
-    return {n: {"median": statistics.median(t), "least": min(t), "calls": len(t)} for n, t in done.items()}
+    return {
+        n: {"median": statistics.median(t), "least": min(t), "calls": len(t)}
+        for n, t in done.items()
+    }
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -188,14 +208,19 @@ def peak(case: Case, device: str) -> dict[str, int]:
 
 def peak_in_subprocess(script: str, name: str, arguments: Iterable) -> dict[str, int]:
     """What `script --peak name …` prints last."""
-    run = subprocess.run([sys.executable, script, "--peak", name, *arguments], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, script, "--peak", name, *arguments], capture_output=True, text=True
+    )
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1])
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+    return (
+        int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+        * 1024
+    )
 
 
 # --- output -------------------------------------------------------------------------------------------------------
@@ -215,8 +240,19 @@ def machine(device: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu.group(1) if cpu else platform.processor()
-    return {"device": name, "threads": torch.get_num_threads(), "cuda": torch.version.cuda, **versions}
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else cpu.group(1)
+        if cpu
+        else platform.processor()
+    )
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        **versions,
+    }
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:

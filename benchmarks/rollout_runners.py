@@ -57,9 +57,18 @@ class Work:
     """Tokens of the baselines' first samples."""
 
     @classmethod
-    def of(cls, model: nn.Module, processor, examples: list[Example], lengths: list[int], most_warm: int) -> "Work":
+    def of(
+        cls,
+        model: nn.Module,
+        processor,
+        examples: list[Example],
+        lengths: list[int],
+        most_warm: int,
+    ) -> "Work":
         encode = PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
-        return cls(model.eval(), processor, examples, [encode(e) for e in examples], lengths, most_warm)
+        return cls(
+            model.eval(), processor, examples, [encode(e) for e in examples], lengths, most_warm
+        )
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +78,15 @@ class Work:
         """What steps that all unfinished samples take together must read, after the first tokens."""
         base = base_model(self.model)
         text = base.model.language_model
-        weights = sum(x.nbytes for x in (*text.layers.parameters(), text.norm.weight, base.lm_head.weight))
-        longest = np.array(self.lengths).reshape(-1, GROUP).max(axis=1)  # a prompt is read while its group runs
-        prompts = sum(len(p.input_ids) * (int(n) - 1) for p, n in zip(self.prompts, longest, strict=True))
+        weights = sum(
+            x.nbytes for x in (*text.layers.parameters(), text.norm.weight, base.lm_head.weight)
+        )
+        longest = (
+            np.array(self.lengths).reshape(-1, GROUP).max(axis=1)
+        )  # a prompt is read while its group runs
+        prompts = sum(
+            len(p.input_ids) * (int(n) - 1) for p, n in zip(self.prompts, longest, strict=True)
+        )
         own = sum(n * (n - 1) // 2 for n in self.lengths)
         return (max(self.lengths) - 1) * weights + token_bytes(text) * (prompts + own)
 
@@ -84,7 +99,9 @@ def tail_work(quick: bool, device: str) -> Work:
     model = tiny_model(processor).to(device)
     examples = load_examples("counting", "drawn", "train", 0, 1).all(prompts)
     drawn = np.random.default_rng(0).lognormal(math.log(median), SIGMA, prompts * GROUP)
-    return Work.of(model, processor, examples, drawn.round().clip(1, most).astype(int).tolist(), most)
+    return Work.of(
+        model, processor, examples, drawn.round().clip(1, most).astype(int).tolist(), most
+    )
 
 
 def long_work(quick: bool, device: str) -> Work:
@@ -93,7 +110,9 @@ def long_work(quick: bool, device: str) -> Work:
     processor = tiny_processor()
     torch.manual_seed(0)
     model = tiny_model(processor).to(device) if quick else random_2b(processor, device)
-    noise = np.random.default_rng(0).integers(0, 256, (prompts, size[1], size[0], 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (prompts, size[1], size[0], 3), dtype=np.uint8
+    )
     problem = "How many different items are there in the image?"
     examples = [Example(problem, (Image.fromarray(pixels),), "3") for pixels in noise]
     return Work.of(model, processor, examples, [tokens] * prompts * GROUP, most_warm=8)
@@ -102,9 +121,16 @@ def long_work(quick: bool, device: str) -> Work:
 def random_2b(processor: ImageTextProcessor, device: str) -> nn.Module:
     """A model of Qwen2-VL-2B's shape in bf16 for the tiny model's processor."""
     config = find_model_config("Qwen/Qwen2-VL-2B-Instruct")
-    tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    tokens = {
+        "image": "image_pad",
+        "video": "video_pad",
+        "vision_start": "vision_start",
+        "vision_end": "vision_end",
+    }
     for name, token in tokens.items():
-        setattr(config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+        setattr(
+            config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        )
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
@@ -154,14 +180,19 @@ class Ours(Runner):
 
     def __init__(self, work: Work, kind: type[Prescribed] = Prescribed):
         super().__init__(work)
-        self.engine, self.sampling = kind(work.model, work.processor), Sampling(max_new_tokens=max(work.lengths))
+        self.engine, self.sampling = (
+            kind(work.model, work.processor),
+            Sampling(max_new_tokens=max(work.lengths)),
+        )
 
     def prepare(self) -> None:
         use_packed_attention(base_model(self.work.model))
 
     def __call__(self, lengths: list[int]) -> list[int]:
         self.engine.lengths = lengths
-        rollout = self.engine.generate(self.work.examples, GROUP, self.sampling, prompts=self.work.prompts)
+        rollout = self.engine.generate(
+            self.work.examples, GROUP, self.sampling, prompts=self.work.prompts
+        )
         return [len(ids) for ids in rollout.completions]
 
     def release(self) -> None:
@@ -171,7 +202,9 @@ class Ours(Runner):
 def plain_sampling(work: Work, **settings) -> GenerationConfig:
     """Temperature 1, no filters, no EOS."""
     pad = work.processor.tokenizer.pad_token_id
-    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, **settings)
+    return GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, **settings
+    )
 
 
 class RowsEnd(StoppingCriteria):
@@ -191,12 +224,18 @@ class Generate(Runner):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        work.model.generation_config = plain_sampling(work)  # fills in what a call leaves open, an EOS too
+        work.model.generation_config = plain_sampling(
+            work
+        )  # fills in what a call leaves open, an EOS too
         self.pad = work.processor.tokenizer.pad_token_id
         ids = [prompt.input_ids for prompt in work.prompts]
         inputs = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad, padding_side="left"),
-            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left"),
+            "input_ids": pad_sequence(
+                ids, batch_first=True, padding_value=self.pad, padding_side="left"
+            ),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(x) for x in ids], batch_first=True, padding_side="left"
+            ),
             "pixel_values": torch.cat([prompt.pixel_values for prompt in work.prompts]),
             "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in work.prompts]),
         }
@@ -209,11 +248,17 @@ class Generate(Runner):
     def __call__(self, lengths: list[int]) -> list[int]:
         start = self.inputs["input_ids"].shape[1]
         ends = start + torch.tensor(lengths, device=self.work.device)
-        sampling = plain_sampling(self.work, num_return_sequences=GROUP, max_new_tokens=max(lengths))
+        sampling = plain_sampling(
+            self.work, num_return_sequences=GROUP, max_new_tokens=max(lengths)
+        )
         criteria = StoppingCriteriaList([RowsEnd(ends)])
-        ids = self.work.model.generate(**self.inputs, generation_config=sampling, stopping_criteria=criteria)
+        ids = self.work.model.generate(
+            **self.inputs, generation_config=sampling, stopping_criteria=criteria
+        )
         inside = torch.arange(ids.shape[1], device=ids.device) < ends[:, None]
-        return ((inside | (ids != self.pad)).sum(1) - start).tolist()  # behind the end is nothing but padding
+        return (
+            (inside | (ids != self.pad)).sum(1) - start
+        ).tolist()  # behind the end is nothing but padding
 
 
 class ContinuousBatching(Runner):
@@ -223,9 +268,13 @@ class ContinuousBatching(Runner):
         super().__init__(work)
         self.ids = [prompt.input_ids.tolist() for prompt in work.prompts for _ in range(GROUP)]
         pages = sum(-(-(len(x) + n) // PAGE) for x, n in zip(self.ids, work.lengths, strict=True))
-        settings = dict(num_blocks=pages + pages // 2, max_batch_tokens=max(512, sum(map(len, self.ids)) // 16))
+        settings = dict(
+            num_blocks=pages + pages // 2, max_batch_tokens=max(512, sum(map(len, self.ids)) // 16)
+        )
         self.attention = "flash_attention_2" if is_flash_attn_2_available() else "paged|sdpa"
-        if "auto_switch_to_flash" in {field.name for field in fields(ContinuousBatchingConfig)}:  # after 5.17
+        if "auto_switch_to_flash" in {
+            field.name for field in fields(ContinuousBatchingConfig)
+        }:  # after 5.17
             settings["auto_switch_to_flash"] = False  # it would ask the hub for kernels
             self.attention = self.attention.removeprefix("paged|")
         self.settings, self.open = ContinuousBatchingConfig(**settings), ExitStack()
@@ -233,20 +282,28 @@ class ContinuousBatching(Runner):
     def prepare(self) -> None:
         self.work.model.set_attn_implementation(self.attention)
         manager = self.work.model.continuous_batching_context_manager(
-            plain_sampling(self.work), timeout=10, continuous_batching_config=self.settings, persistent_manager=True
+            plain_sampling(self.work),
+            timeout=10,
+            continuous_batching_config=self.settings,
+            persistent_manager=True,
         )
         self.manager = self.open.enter_context(manager)
 
     def __call__(self, lengths: list[int]) -> list[int]:
         start, found = time.perf_counter(), {}
-        names = [self.manager.add_request(x, max_new_tokens=n) for x, n in zip(self.ids, lengths, strict=True)]
+        names = [
+            self.manager.add_request(x, max_new_tokens=n)
+            for x, n in zip(self.ids, lengths, strict=True)
+        ]
         while len(found) < len(names):
             result = self.manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 found[result.request_id] = result
             if result is not None and result.error:
                 raise RuntimeError(result.error)
-            if (result is None and not self.manager.is_running()) or time.perf_counter() > start + PATIENCE:
+            if (
+                result is None and not self.manager.is_running()
+            ) or time.perf_counter() > start + PATIENCE:
                 raise RuntimeError(f"{len(found)} of {len(names)} samples ended")
         return [len(found[name].generated_tokens) for name in names]
 

@@ -37,7 +37,9 @@ def make_trainer(model, processor, dataset, reward, fused: bool = False, **setti
         shuffle_dataset=False,
         **settings,
     )
-    return GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor)
+    return GRPOTrainer(
+        model, reward_funcs=reward, args=config, train_dataset=dataset, processing_class=processor
+    )
 
 
 def trl_update(
@@ -58,7 +60,9 @@ def trl_update(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         # It would load the reference from the model's folder.
-        stack.enter_context(mock.patch("trl.trainer.grpo_trainer.create_model_from_path", return_value=reference))
+        stack.enter_context(
+            mock.patch("trl.trainer.grpo_trainer.create_model_from_path", return_value=reference)
+        )
         trainer = make_trainer(
             model,
             processor,
@@ -79,11 +83,16 @@ def trl_update(
         if forward is not None:
             each.forward = forward
     parts = {}
-    for name, part in (("prompt", slice(None, prompt_length)), ("completion", slice(prompt_length, None))):
+    for name, part in (
+        ("prompt", slice(None, prompt_length)),
+        ("completion", slice(prompt_length, None)),
+    ):
         parts[f"{name}_ids"], parts[f"{name}_mask"] = (
             inputs[key][:, part].contiguous() for key in ("input_ids", "attention_mask")
         )
-    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    pictures = {
+        name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    }
     pictures["num_images"] = [1] * count
     rows, length = (inputs["input_ids"], inputs["attention_mask"]), parts["completion_ids"].shape[1]
 
@@ -95,13 +104,20 @@ def trl_update(
                 ref_logp, *_ = trainer._get_per_token_logps_and_entropies(
                     trainer.ref_model, *rows, length, batch_size=count, **pictures
                 )
-            batch = {**parts, **pictures, "advantages": advantages.to(device), "ref_per_token_logps": ref_logp}
+            batch = {
+                **parts,
+                **pictures,
+                "advantages": advantages.to(device),
+                "ref_per_token_logps": ref_logp,
+            }
             return trainer._compute_loss(model, batch)
 
     return objective
 
 
-def trl_step_seconds(config, processor, examples: list, beta: float, between: Callable[[int], None]) -> dict:
+def trl_step_seconds(
+    config, processor, examples: list, beta: float, between: Callable[[int], None]
+) -> dict:
     """Median seconds of a training step from `config.model`, and tokens per completion; the first step is not counted.
 
     `between(step)` is called after each step, and not timed.
@@ -109,7 +125,7 @@ def trl_step_seconds(config, processor, examples: list, beta: float, between: Ca
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from mr1_fast.rewards import score
+    from mr1_fast.rewards.registry import score
     from mr1_fast.tasks import format_problem
 
     def reward(completions, index, **kwargs):
@@ -159,4 +175,8 @@ def trl_step_seconds(config, processor, examples: list, beta: float, between: Ca
         trainer.add_callback(Clock())
         trainer.train()
     seconds, cpu_seconds = (statistics.median(each[1:]) for each in (taken, cpu))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "completion_length": statistics.mean(lengths[1:])}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "completion_length": statistics.mean(lengths[1:]),
+    }

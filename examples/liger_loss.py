@@ -27,7 +27,11 @@ def make_inputs() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     trained = {"_input": torch.randn(B, T, D), "lin_weight": torch.randn(V, D) / D**0.5}
     ids = torch.randint(0, V, (B, T))
-    logp = (trained["_input"] @ trained["lin_weight"].T).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    logp = (
+        (trained["_input"] @ trained["lin_weight"].T)
+        .log_softmax(-1)
+        .gather(-1, ids[..., None])[..., 0]
+    )
     constant = {
         "selected_token_ids": ids,
         "attention_mask": (torch.arange(T) < torch.tensor([64, 40, 55, 25])[:, None]).long(),
@@ -38,7 +42,9 @@ def make_inputs() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return {name: value.requires_grad_() for name, value in trained.items()}, constant
 
 
-def step(loss_function: torch.nn.Module, trained: dict, constant: dict) -> tuple[float, float, list[torch.Tensor]]:
+def step(
+    loss_function: torch.nn.Module, trained: dict, constant: dict
+) -> tuple[float, float, list[torch.Tensor]]:
     """Seconds, loss and gradients of one forward and backward."""
     start = time.perf_counter()
     loss, _ = loss_function(**trained, **constant)
@@ -48,21 +54,30 @@ def step(loss_function: torch.nn.Module, trained: dict, constant: dict) -> tuple
 
 def main() -> None:
     """Alternate the two, and compare."""
-    torch.set_num_threads(1)  # threads that wait for a core which others use would time the machine, not the losses
+    torch.set_num_threads(
+        1
+    )  # threads that wait for a core which others use would time the machine, not the losses
     inputs = make_inputs()
     # Liger compiles only its arithmetic on (B, T) values, which takes longer here than it saves: both go without.
-    losses = {"Liger": LigerLoss(beta=0.04, compiled=False), "ours": OurLoss(beta=0.04, compiled=False)}
+    losses = {
+        "Liger": LigerLoss(beta=0.04, compiled=False),
+        "ours": OurLoss(beta=0.04, compiled=False),
+    }
     results, seconds = {}, {name: [] for name in losses}
     for _ in range(1 + ROUNDS):
         for name, loss in losses.items():
             results[name] = step(loss, *inputs)
             seconds[name].append(results[name][0])
-    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    median = {
+        name: statistics.median(values[1:]) for name, values in seconds.items()
+    }  # the first round warms up
     for name, (_, loss, _) in results.items():
         print(f"{name:5}  loss {loss:.7f}  {1000 * median[name]:7.1f} ms")
     pairs = zip(*(gradients for _, _, gradients in results.values()), strict=True)
     differences = [((liger - our).abs().max() / liger.abs().max()).item() for liger, our in pairs]
-    print(f"largest difference of gradients, relative to the largest gradient: {max(differences):.1e}")
+    print(
+        f"largest difference of gradients, relative to the largest gradient: {max(differences):.1e}"
+    )
     print(f"Liger's time / ours: {median['Liger'] / median['ours']:.2f}")
 
 

@@ -53,7 +53,9 @@ def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], 
     examples = [TASKS["counting"].draw("train", 0, index, 1) for index in range(STEPS)]
     data = Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": format_problem(example)}] for example in examples],
+            "prompt": [
+                [{"role": "user", "content": format_problem(example)}] for example in examples
+            ],
             "images": [list(example.images) for example in examples],
         }
     )
@@ -74,7 +76,9 @@ def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], 
     timed = type(trainer_class.__name__, (Timed, trainer_class), {})
     trainer = timed(
         model,
-        reward_funcs=lambda completion_ids, **_: [sum(i % 7 for i in ids) / len(ids) for ids in completion_ids],
+        reward_funcs=lambda completion_ids, **_: [
+            sum(i % 7 for i in ids) / len(ids) for ids in completion_ids
+        ],
         args=settings,
         train_dataset=data,
         processing_class=processor,
@@ -82,7 +86,11 @@ def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.04, beta_max=0.1))
     trainer.train()
-    steps = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    steps = [
+        (entry["loss"], entry["grad_norm"])
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     return steps, min(trainer.seconds)
 
 
@@ -94,4 +102,6 @@ if __name__ == "__main__":
     print("step | GRPOTrainer: loss, gradient norm | FusedGRPOTrainer: loss, gradient norm")
     for step, (theirs, ours) in enumerate(zip(steps, our_steps, strict=True)):
         print("{:4d} | {:18.3e} {:12.6f} | {:23.3e} {:12.6f}".format(step, *theirs, *ours))
-    print(f"update: {1000 * seconds:.0f} ms, {1000 * our_seconds:.0f} ms: {seconds / our_seconds:.1f} times as fast")
+    print(
+        f"update: {1000 * seconds:.0f} ms, {1000 * our_seconds:.0f} ms: {seconds / our_seconds:.1f} times as fast"
+    )

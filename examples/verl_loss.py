@@ -25,24 +25,37 @@ def definition(hidden, weight, labels, temperature):
 
 def main() -> None:
     """Alternate the two, and compare."""
-    torch.set_num_threads(1)  # threads that wait for a core which others use would time the machine, not the functions
+    torch.set_num_threads(
+        1
+    )  # threads that wait for a core which others use would time the machine, not the functions
     torch.manual_seed(0)
-    hidden, weight = torch.randn(T, D, requires_grad=True), torch.randn(V, D).mul(4 / D**0.5).requires_grad_()
+    hidden, weight = (
+        torch.randn(T, D, requires_grad=True),
+        torch.randn(V, D).mul(4 / D**0.5).requires_grad_(),
+    )
     labels, advantages = torch.randint(0, V, (T,)), torch.randn(T)
     functions, seconds, results = {"definition": definition, "ours": linear_cross_entropy}, {}, {}
     for _ in range(1 + ROUNDS):
         for name, function in functions.items():
             start = time.perf_counter()
             logp, entropy = function(hidden, weight, labels, TEMPERATURE)
-            gradients = torch.autograd.grad(-(advantages * logp + 0.01 * entropy).mean(), (hidden, weight))
+            gradients = torch.autograd.grad(
+                -(advantages * logp + 0.01 * entropy).mean(), (hidden, weight)
+            )
             seconds.setdefault(name, []).append(time.perf_counter() - start)
             results[name] = logp.detach(), entropy.detach(), *gradients
-    median = {name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
+    median = {
+        name: 1000 * statistics.median(values[1:]) for name, values in seconds.items()
+    }  # the first warms up
     for name, (logp, entropy, *_) in results.items():
-        print(f"{name:10}  mean log-prob {logp.mean():.6f}, mean entropy {entropy.mean():.6f}, {median[name]:6.0f} ms")
+        print(
+            f"{name:10}  mean log-prob {logp.mean():.6f}, mean entropy {entropy.mean():.6f}, {median[name]:6.0f} ms"
+        )
     names = ("log-prob", "entropy", "gradient of hidden", "gradient of weight")
     for name, theirs, ours in zip(names, *results.values(), strict=True):
-        print(f"{name}: largest difference {(theirs - ours).abs().max() / theirs.abs().max():.1e} of the largest value")
+        print(
+            f"{name}: largest difference {(theirs - ours).abs().max() / theirs.abs().max():.1e} of the largest value"
+        )
     print(f"the definition's time / ours: {median['definition'] / median['ours']:.2f}")
 
 

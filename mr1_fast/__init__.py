@@ -13,7 +13,14 @@ from .kl_schedule import DynamicKL
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .loss import GRPOLoss, grpo_loss, linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
+    from .loss import (
+        GRPOLoss,
+        grpo_loss,
+        linear_grpo_loss,
+        linear_token_logprobs,
+        token_logprobs,
+        token_weights,
+    )
 
 __all__ = [
     "DynamicKL",

@@ -14,5 +14,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if rewards.shape[1] < 2:
         return torch.zeros_like(rewards)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # not std == 0: a rounded mean leaves a residue
+    equal = (rewards == rewards[:, :1]).all(
+        dim=1, keepdim=True
+    )  # not std == 0: a rounded mean leaves a residue
     return torch.where(equal, 0.0, centred / (rewards.std(dim=1, keepdim=True) + EPSILON))

@@ -6,8 +6,6 @@ none to keep: data order, sampling and dropout of step s are seeded from (seed, 
 
 import hashlib
 import json
-import os
-import random
 import shutil
 from pathlib import Path
 
@@ -17,20 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import UserError
+from .files import atomic_folder
 
 KEEP = 2
 """How many of the newest checkpoints stay; the older one is the way back should the newest be damaged."""
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts, for example (seed, "rollout", step)."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's and Python's global generators for one step (dropout, if any, draws from them)."""
-    torch.manual_seed(derive_seed(seed, "step", step))
-    random.seed(derive_seed(seed, "step", step))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -43,17 +31,28 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start_fingerprint: str,
 ) -> Path:
     """Write checkpoint `folder/step-000050` of the state after `step` steps; a failed save leaves nothing behind."""
     path = folder / f"step-{step:06d}"
     state = _flatten(optimizer.state_dict()["state"])
     # Copies, for safetensors refuses tensors that share memory, as the tables of bitsandbytes' optimizers do.
-    tensors = {name: value.to("cpu", copy=True) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value.to("cpu", copy=True)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
     numbers = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
     with atomic_folder(path) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "optimizer.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary / "optimizer.safetensors",
+        )
         record = {"step": step, "start": start_fingerprint, "optimizer": type(optimizer).__name__}
         record["optimizer_numbers"] = numbers
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
@@ -62,14 +61,18 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str) -> int:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str
+) -> int:
     """Restore the newest checkpoint in `folder` and return its step.
 
     UserError where there is none, where a file is damaged, or where it was made from another starting model.
     """
     paths = sorted(folder.glob("step-*"))
     if not paths:
-        raise UserError(f"there is no checkpoint in {folder}: start the run anew, with a new --output.")
+        raise UserError(
+            f"there is no checkpoint in {folder}: start the run anew, with a new --output."
+        )
     path = paths[-1]
     try:
         record = json.loads((path / "state.json").read_text())
@@ -78,60 +81,36 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         weights = load_file(path / "weights.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}): delete it to resume from the one before.") from error
+        raise UserError(
+            f"checkpoint {path} is damaged ({error}): delete it to resume from the one before."
+        ) from error
     if start != start_fingerprint or weights.keys() != _trained(model).keys():
         raise UserError(
             f"checkpoint {path} was made from another model: resume with the --model, --lora and --seed of that run."
         )
     if kind != type(optimizer).__name__:
-        raise UserError(f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of that run.")
+        raise UserError(
+            f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of that run."
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": _unflatten({**tensors, **numbers})})
+    optimizer.load_state_dict(
+        {**optimizer.state_dict(), "state": _unflatten({**tensors, **numbers})}
+    )
     return step
-
-
-class atomic_folder:
-    """Context manager: fill a temporary sibling, which then takes the final name; on any error it is removed.
-
-    Running out of disk space (or of permission) becomes a UserError that names the folder.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        try:
-            self.temporary.mkdir(parents=True)
-        except OSError as error:
-            raise _save_error(self.path, error) from error
-        return self.temporary
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if error is None:
-                for file in self.temporary.rglob("*"):
-                    _sync(file)
-                if self.path.exists():
-                    shutil.rmtree(self.path)
-                self.temporary.rename(self.path)
-        except OSError as failure:
-            error = failure
-        if error is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise _save_error(self.path, error) from error
 
 
 def _flatten(state: dict, prefix: str = "") -> dict[str, object]:
     """{0: {"step": 1, "inner": {"max": 2}}} as {"0.step": 1, "0.inner.max": 2}."""
     flat: dict[str, object] = {}
     for name, value in state.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
@@ -144,19 +123,6 @@ def _unflatten(flat: dict[str, object]) -> dict[int, dict]:
             inner = inner.setdefault(part, {})
         inner[name] = value
     return state
-
-
-def _save_error(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} could not be saved ({error}): nothing of it was kept; make room or permission there, then go on "
-        "from the last checkpoint with --resume."
-    )
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,8 +22,12 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 Config = TypeVar("Config")
 
 PRESETS = {
-    "counting": dict(beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta=0.04, format_weight=1.0),
-    "geometry": dict(beta_min=0.0, beta_max=0.02, explore_fraction=0.3, beta=0.01, format_weight=1.0),
+    "counting": dict(
+        beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta=0.04, format_weight=1.0
+    ),
+    "geometry": dict(
+        beta_min=0.0, beta_max=0.02, explore_fraction=0.3, beta=0.01, format_weight=1.0
+    ),
 }
 PRESETS["figures"] = PRESETS["geometry"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
@@ -186,7 +190,9 @@ class RunConfig:
 
 
 @dataclass
-class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig):
+class TrainConfig(
+    RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig
+):
     """All settings of `python -m mr1_fast.train`."""
 
     def optimizer_steps(self) -> int:
@@ -195,30 +201,61 @@ class TrainConfig(RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sam
 
     def kl_schedule(self) -> DynamicKL:
         """β as a function of the optimizer step; constant for `grpo`."""
-        low, high = (self.beta_min, self.beta_max) if self.algo == "grpo-d" else (self.beta, self.beta)
+        low, high = (
+            (self.beta_min, self.beta_max) if self.algo == "grpo-d" else (self.beta, self.beta)
+        )
         return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction, self.beta_shape)
 
     def check(self) -> None:
         """Raise UserError for values that no run could mean."""
-        positive = ["steps", "prompts_per_step", "tokens_per_microbatch", "max_new_tokens", "updates_per_batch"]
-        positive += ["max_pixels", "max_prompt_tokens", "lora_rank", "learning_rate", "max_grad_norm", "temperature"]
-        not_negative = ["seed", "save_every", "eval_samples", "weight_decay", "clip_low", "clip_high", "importance_cap"]
+        positive = [
+            "steps",
+            "prompts_per_step",
+            "tokens_per_microbatch",
+            "max_new_tokens",
+            "updates_per_batch",
+        ]
+        positive += [
+            "max_pixels",
+            "max_prompt_tokens",
+            "lora_rank",
+            "learning_rate",
+            "max_grad_norm",
+            "temperature",
+        ]
+        not_negative = [
+            "seed",
+            "save_every",
+            "eval_samples",
+            "weight_decay",
+            "clip_low",
+            "clip_high",
+            "importance_cap",
+        ]
         for name, value in vars(self).items():
             if name in positive and value <= 0:
                 raise UserError(f"{name} is {value}, but must be greater than 0.")
             if name in not_negative and value < 0:
                 raise UserError(f"{name} is {value}, but must not be negative.")
         if self.algo != "sft" and self.num_generations < 2:
-            raise UserError(f"num_generations is {self.num_generations}, but a group needs at least 2 completions.")
+            raise UserError(
+                f"num_generations is {self.num_generations}, but a group needs at least 2 completions."
+            )
         self.check_sampling()
         if 0 < self.importance_cap < 1:
-            raise UserError(f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1.")
+            raise UserError(
+                f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
+            )
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
         if self.load_in_4bit and not self.lora:
-            raise UserError("load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora.")
+            raise UserError(
+                "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
+            )
         if self.offload_checkpoints and not self.gradient_checkpointing:
-            raise UserError("offload_checkpoints is true, but there are none: add --gradient-checkpointing true.")
+            raise UserError(
+                "offload_checkpoints is true, but there are none: add --gradient-checkpointing true."
+            )
         longest = self.max_prompt_tokens + self.max_new_tokens
         if longest > self.tokens_per_microbatch:
             raise UserError(
@@ -237,24 +274,36 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     if resume is not None:
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
-            raise UserError(f"resume is {resume}, but there is no {saved}: name the folder of an earlier run.")
+            raise UserError(
+                f"resume is {resume}, but there is no {saved}: name the folder of an earlier run."
+            )
         argv = ["--config", str(saved), *argv, "--output", resume]
-    config = parse_config(TrainConfig, argv, prog="python -m mr1_fast.train", profile=profile_defaults)
+    config = parse_config(
+        TrainConfig, argv, prog="python -m mr1_fast.train", profile=profile_defaults
+    )
     config.check()
     return config
 
 
 def parse_config(cls: type[Config], argv: list[str], prog: str, profile=None) -> Config:
     """An instance of the dataclass `cls` from flags and `--config` files; `profile(parsed)` gives further defaults."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=cls.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, description=cls.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below"
+    )
     parser.add_class_arguments(cls)
     files, flags = _take_config_files(_normalised(argv, cls))
     for path in files:
         _check_yaml(path, cls, prog)
-    argv = [f"--config={path}" for path in files] + flags  # the parser lets the last value win: flags come last
+    argv = [
+        f"--config={path}" for path in files
+    ] + flags  # the parser lets the last value win: flags come last
     try:
-        if profile is not None:  # first, so that --help shows the defaults that hold for these arguments
+        if (
+            profile is not None
+        ):  # first, so that --help shows the defaults that hold for these arguments
             known = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
             parser.set_defaults(profile(known))
         parsed = parser.parse_args(argv)
@@ -319,14 +368,18 @@ def _check_yaml(path: str, cls: type, prog: str) -> None:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"config {path} cannot be read ({error.strerror}): check the path.") from error
+        raise UserError(
+            f"config {path} cannot be read ({error.strerror}): check the path."
+        ) from error
     except ValueError as error:
         raise UserError(f"config {path} is not a text file ({error}): choose another.") from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise UserError(f"config {path} is not YAML ({reason}): correct it.") from error
     if not isinstance(values, dict):
-        raise UserError(f"config {path} holds no settings: write a line such as `steps: 100` for each.")
+        raise UserError(
+            f"config {path} holds no settings: write a line such as `steps: 100` for each."
+        )
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
         if name not in known:
@@ -337,7 +390,8 @@ def _in_plain_words(error: Exception) -> str:
     """`algo is ppo, but must be one of grpo-d, grpo, sft` out of the parser's message about a value."""
     text = " ".join(str(error).split()).rstrip(".")
     found = re.search(
-        r"Parser key \"(\w+)\": .*?Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>).* value: (.*)", text
+        r"Parser key \"(\w+)\": .*?Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>).* value: (.*)",
+        text,
     )
     if not found:
         return text

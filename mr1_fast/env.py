@@ -5,7 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .kernels import grpo_loss_cuda, grpo_loss_native
+from .kernels import native
+from .kernels.grpo import rows_cuda
 from .model.attention import backend
 from .version import __version__
 
@@ -33,9 +34,12 @@ def lines() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("GPU", gpu),
         ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
-        ("native CPU kernels", grpo_loss_native.status()[1]),
-        ("native CUDA kernels", grpo_loss_cuda.status()[1]),
-        ("packed attention", backend("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)),
+        ("native CPU kernels", native.status()[1]),
+        ("native CUDA kernels", rows_cuda.status()[1]),
+        (
+            "packed attention",
+            backend("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
+        ),
         *((name, _version(name)) for name in PACKAGES),
     ]
 

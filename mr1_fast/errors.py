@@ -16,7 +16,10 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error.filename or 'the disk'} is full: make room, then go on with --resume.", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'the disk'} is full: make room, then go on with --resume.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,20 +41,30 @@ class DynamicKL:
     shape: BetaShape = "grpo-d"
 
     def __post_init__(self):
-        if not (isfinite(self.beta_min) and isfinite(self.beta_max) and 0 <= self.beta_min <= self.beta_max):
-            raise ValueError(f"need 0 <= beta_min <= beta_max, got beta_min={self.beta_min}, beta_max={self.beta_max}")
+        if not (
+            isfinite(self.beta_min)
+            and isfinite(self.beta_max)
+            and 0 <= self.beta_min <= self.beta_max
+        ):
+            raise ValueError(
+                f"need 0 <= beta_min <= beta_max, got beta_min={self.beta_min}, beta_max={self.beta_max}"
+            )
         if self.total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if not 0 <= self.explore_fraction <= 1:
             raise ValueError(f"explore_fraction must lie in [0, 1], got {self.explore_fraction}")
         if self.shape not in get_args(BetaShape):
-            raise ValueError(f"shape must be one of {', '.join(get_args(BetaShape))}, got {self.shape!r}")
+            raise ValueError(
+                f"shape must be one of {', '.join(get_args(BetaShape))}, got {self.shape!r}"
+            )
 
     def __call__(self, step: int) -> float:
         """β at optimizer step `step` ≥ 0 (steps completed so far)."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        explore_steps = 0 if self.shape.startswith("linear") else self.explore_fraction * self.total_steps
+        explore_steps = (
+            0 if self.shape.startswith("linear") else self.explore_fraction * self.total_steps
+        )
         step = min(step, self.total_steps)
         if self.shape in ("linear-down", "reversed"):
             step = self.total_steps - step

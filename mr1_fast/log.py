@@ -1,15 +1,14 @@
 """What a run writes and shows: its folder, metrics.jsonl, completions.jsonl, the live line, and optional loggers."""
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .atomic import write_atomically
 from .config import TrainConfig, write_config
 from .errors import UserError
+from .files import append_line, keep_lines_before
 from .types import Rollout
 
 
@@ -27,7 +26,9 @@ class RunLog:
         self.folder = run_folder(config)
         self.resuming = config.resume is not None
         if not self.resuming and _holds_a_run(self.folder):
-            raise UserError(f"output {self.folder} is not empty: choose a new folder, or continue it with --resume.")
+            raise UserError(
+                f"output {self.folder} is not empty: choose a new folder, or continue it with --resume."
+            )
         self.total = config.steps
         self.loggers: list = []
         self.bar: tqdm | None = None
@@ -38,14 +39,18 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / "config.yaml")
         except OSError as error:
-            raise UserError(f"output {self.folder} cannot be written ({error.strerror}): choose another.") from error
+            raise UserError(
+                f"output {self.folder} cannot be written ({error.strerror}): choose another."
+            ) from error
         self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
 
     def start(self, step: int) -> None:
         """Begin, or go on, after `step` finished steps."""
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_lines_before(self.folder / name, step)
-        self.bar = tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(
+            total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
+        )
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of finished step `step` (from 0)."""
@@ -58,7 +63,9 @@ class RunLog:
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
         self.bar.update()
 
-    def completions(self, step: int, rollout: Rollout, parts: dict[str, list[float]], rewards) -> None:
+    def completions(
+        self, step: int, rollout: Rollout, parts: dict[str, list[float]], rewards
+    ) -> None:
         """Record every sampled completion of the step with its rewards, one line a prompt."""
         size = rollout.num_generations
         for row, example in enumerate(rollout.examples):
@@ -71,7 +78,12 @@ class RunLog:
                 }
                 for i in range(row * size, (row + 1) * size)
             ]
-            record = {"step": step, "key": example.key, "problem": example.problem, "solution": example.solution}
+            record = {
+                "step": step,
+                "key": example.key,
+                "problem": example.problem,
+                "solution": example.solution,
+            }
             append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
 
     def say(self, text: str) -> None:
@@ -91,7 +103,9 @@ def _holds_a_run(folder: Path) -> bool:
     if not folder.exists():
         return False
     before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
-    return not folder.is_dir() or any(path.name not in before_the_first for path in folder.iterdir())
+    return not folder.is_dir() or any(
+        path.name not in before_the_first for path in folder.iterdir()
+    )
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -109,7 +123,9 @@ class TensorBoardLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError("loggers has tensorboard, which is not installed: pip install tensorboard.") from error
+            raise UserError(
+                "loggers has tensorboard, which is not installed: pip install tensorboard."
+            ) from error
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -129,9 +145,15 @@ class WandbLogger:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("loggers has wandb, which is not installed: pip install wandb.") from error
+            raise UserError(
+                "loggers has wandb, which is not installed: pip install wandb."
+            ) from error
         self.run = wandb.init(
-            project="mr1_fast", name=folder.name, dir=str(folder), config=vars(config), resume="allow"
+            project="mr1_fast",
+            name=folder.name,
+            dir=str(folder),
+            config=vars(config),
+            resume="allow",
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -144,27 +166,6 @@ class WandbLogger:
 
 
 _LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
-
-
-def append_line(path: Path, record: dict) -> None:
-    """Append a line to a file of JSON lines; UserError where that cannot be done."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): make room there, then go on with --resume."
-        ) from error
-
-
-def keep_lines_before(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later from a file of JSON lines, and half a line at its end."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed run may have left half a line at the end.
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    write_atomically(path, "".join(whole))
 
 
 class Stopwatch:

@@ -9,17 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .checkpoint import derive_seed
 from .config import OptimizerConfig
 from .errors import UserError
-from .kernels.adamw import LowMemoryAdamW, add_stochastic_
+from .kernels.adamw.optimizer import LowMemoryAdamW
+from .kernels.adamw.step import add_stochastic_
 from .model.load import Policy
+from .seeds import derive_seed
 from .types import PackedBatch
 
 Objective = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, seed: int = 0
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; UserError where bitsandbytes is asked for and missing.
 
     `seed` is that of stochastic rounding.
@@ -34,7 +37,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> 
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("optimizer adamw8bit needs bitsandbytes: pip install 'mr1_fast[gpu]'.") from error
+        raise UserError(
+            "optimizer adamw8bit needs bitsandbytes: pip install 'mr1_fast[gpu]'."
+        ) from error
     return AdamW8bit(parameters, **settings)
 
 
@@ -51,7 +56,11 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
     return config.learning_rate * decay[config.lr_schedule]
 
 
@@ -101,8 +110,17 @@ def update(
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     means = {name: total / max(1, rows) for name, total in sums.items()}
-    largest = {name: torch.cat(values).max().item() if rows else 0.0 for name, values in peaks.items()}
-    return {"loss": loss, **means, **largest, "grad_norm": grad_norm, "learning_rate": lr, "skipped": float(not finite)}
+    largest = {
+        name: torch.cat(values).max().item() if rows else 0.0 for name, values in peaks.items()
+    }
+    return {
+        "loss": loss,
+        **means,
+        **largest,
+        "grad_norm": grad_norm,
+        "learning_rate": lr,
+        "skipped": float(not finite),
+    }
 
 
 @contextmanager
@@ -121,7 +139,9 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
         else:
             sums[parameter] = gradient
 
-    handles = [p.register_post_accumulate_grad_hook(add) for p in parameters if p.dtype == torch.bfloat16]
+    handles = [
+        p.register_post_accumulate_grad_hook(add) for p in parameters if p.dtype == torch.bfloat16
+    ]
     try:
         yield
         for parameter, total in sums.items():
@@ -133,11 +153,20 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients, fp32, 0-d; torch's get_total_norm would be in the gradients' own 16 bits."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        for p in parameters
+        if p.grad is not None
+    ]
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
-def _step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float):
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    norm: torch.Tensor,
+    max_norm: float,
+):
     """Clip and step; ours clips within its one pass."""
     try:
         if isinstance(optimizer, LowMemoryAdamW):

@@ -15,7 +15,9 @@ from .types import PackedBatch, Prompt
 class MicroBatches(list[PackedBatch]):
     """The packs of a step's completions, in order; the same completions can be packed anew under another budget."""
 
-    def __init__(self, prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int):
+    def __init__(
+        self, prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int
+    ):
         self.prompts, self.completions, self.tokens_per_pack = prompts, completions, tokens_per_pack
         super().__init__(packs(prompts, completions, tokens_per_pack))
 
@@ -32,7 +34,9 @@ class MicroBatches(list[PackedBatch]):
         self[:], self.tokens_per_pack = anew, tokens_per_pack
 
 
-def packs(prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int) -> Iterator[PackedBatch]:
+def packs(
+    prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pack: int
+) -> Iterator[PackedBatch]:
     """Pack B prompts and their B·G completions, in order, into batches of at most `tokens_per_pack` tokens.
 
     Completion i belongs to prompt i // G. Every completion lands in exactly one pack. A group that fits into a pack of
@@ -65,7 +69,9 @@ def packs(prompts: list[Prompt], completions: list[torch.Tensor], tokens_per_pac
         yield pack(prompts, completions, chosen)
 
 
-def pack(prompts: list[Prompt], completions: list[torch.Tensor], sequence_ids: list[int]) -> PackedBatch:
+def pack(
+    prompts: list[Prompt], completions: list[torch.Tensor], sequence_ids: list[int]
+) -> PackedBatch:
     """One PackedBatch of the named completions, in ascending order, each group behind its prompt."""
     owners = [_owner(index, prompts, completions) for index in sequence_ids]
     input_ids, position_ids, loss_rows, segments = [], [], [], []
@@ -86,7 +92,9 @@ def pack(prompts: list[Prompt], completions: list[torch.Tensor], sequence_ids: l
             start += len(own)
         # The prompt's last token predicts the first of each completion.
         loss_rows.append(torch.cat([prefix[-1:], own])[: len(completion)])
-    pictured = [prompts[owner] for owner in dict.fromkeys(owners) if prompts[owner].num_image_tokens]
+    pictured = [
+        prompts[owner] for owner in dict.fromkeys(owners) if prompts[owner].num_image_tokens
+    ]
     return PackedBatch(
         input_ids=torch.cat(input_ids),
         position_ids=torch.cat(position_ids, dim=1),
@@ -96,7 +104,9 @@ def pack(prompts: list[Prompt], completions: list[torch.Tensor], sequence_ids: l
         loss_cu_seqlens=cumulative([len(completions[index]) for index in sequence_ids]),
         sequence_ids=list(sequence_ids),
         pixel_values=torch.cat([prompt.pixel_values for prompt in pictured]) if pictured else None,
-        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in pictured]) if pictured else None,
+        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in pictured])
+        if pictured
+        else None,
     )
 
 

@@ -30,7 +30,9 @@ class Gather:
     def by_source(self) -> tuple[Tensor, Tensor]:
         """Positions in `rows` ordered by what they take, and where each source row's positions start, (R+1,)."""
         ordered, order = self.rows.sort(stable=True)
-        return order, torch.searchsorted(ordered, torch.arange(self.num_rows + 1, device=ordered.device))
+        return order, torch.searchsorted(
+            ordered, torch.arange(self.num_rows + 1, device=ordered.device)
+        )
 
 
 class _Gather(torch.autograd.Function):
@@ -45,7 +47,9 @@ class _Gather(torch.autograd.Function):
             return gradient.new_zeros(ctx.gather.num_rows, *gradient.shape[1:]), None
         order, starts = ctx.gather.by_source
         flat = gradient.reshape(len(gradient), -1)
-        total = torch.nn.functional.embedding_bag(order, flat, starts, mode="sum", include_last_offset=True)
+        total = torch.nn.functional.embedding_bag(
+            order, flat, starts, mode="sum", include_last_offset=True
+        )
         return total.reshape(-1, *gradient.shape[1:]), None
 
 
@@ -75,11 +79,16 @@ class Segments:
         """From (key rows, number of queries) of each segment, in packed order."""
         keys, queries = [len(keys) for keys, _ in rows], [count for _, count in rows]
         bounds = cumulative(queries), cumulative(keys)
-        return cls(*bounds, torch.cat([keys for keys, _ in rows]), max(queries), max(keys), sum(queries))
+        return cls(
+            *bounds, torch.cat([keys for keys, _ in rows]), max(queries), max(keys), sum(queries)
+        )
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on `device`."""
-        tensors = (x.to(device, non_blocking=True) for x in (self.cu_seqlens_q, self.cu_seqlens_k, self.key_rows))
+        tensors = (
+            x.to(device, non_blocking=True)
+            for x in (self.cu_seqlens_q, self.cu_seqlens_k, self.key_rows)
+        )
         return Segments(*tensors, self.max_q, self.max_k, self.num_tokens)
 
     @cached_property
@@ -110,9 +119,9 @@ class Rectangle:
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """`visible` as what is added to scores; every layer uses the same."""
         if self.visible is not None and dtype not in self.masks:
-            self.masks[dtype] = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device).masked_fill_(
-                ~self.visible, -torch.inf
-            )
+            self.masks[dtype] = torch.zeros(
+                self.visible.shape, dtype=dtype, device=self.visible.device
+            ).masked_fill_(~self.visible, -torch.inf)
         return self.masks.get(dtype)
 
 
@@ -121,7 +130,10 @@ class Padded:
 
     def __init__(self, segments: Segments):
         starts_q, starts_k = segments.cu_seqlens_q[:-1].long(), segments.cu_seqlens_k[:-1].long()
-        lengths_q, lengths_k = segments.cu_seqlens_q.diff().long(), segments.cu_seqlens_k.diff().long()
+        lengths_q, lengths_k = (
+            segments.cu_seqlens_q.diff().long(),
+            segments.cu_seqlens_k.diff().long(),
+        )
         alone = lengths_q == lengths_k
         num_tokens = segments.num_tokens
         position = torch.zeros(num_tokens, dtype=torch.int64, device=segments.key_rows.device)
@@ -135,7 +147,9 @@ class Padded:
             rows_q = starts_q[chosen, None] + torch.where(q < lq, q, 0)
             rows_k = segments.key_rows[starts_k[chosen, None] + torch.where(k < lk, k, 0)]
             visible = None
-            if chosen is not alone:  # the i-th query is key lk − lq + i; keys behind it are its future, or padding
+            if (
+                chosen is not alone
+            ):  # the i-th query is key lk − lq + i; keys behind it are its future, or padding
                 visible = (k <= (lk - lq + torch.minimum(q, lq - 1))[:, :, None])[:, None]
             gathers = (Gather(rows.flatten(), num_tokens) for rows in (rows_q, rows_k))
             self.rectangles.append(Rectangle(*gathers, (len(lq), len(q), len(k)), visible))

@@ -5,7 +5,6 @@ completions without padding → reference log-probs → loss → update. β(s) c
 `--algo grpo` differs by a constant β, `--algo sft` by worked solutions in the place of samples.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -15,27 +14,31 @@ from pathlib import Path
 import torch
 
 from .advantages import group_advantages
-from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint, save_checkpoint, seed_step
-from .config import BUILT_IN, TrainConfig, parse_train_config
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .config import TrainConfig, parse_train_config
 from .errors import exit_on_user_error
-from .held_out import configured_examples, held_out_items, print_table, record_evaluation
+from .evaluate.held_out import held_out_items, print_table, record_evaluation
+from .files import atomic_folder
 from .kernels.self_test import self_test
 from .log import RunLog, Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
 from .model.attention import backend
 from .model.forward import lm_head_weight
-from .model.load import Policy, load_pretrained, make_policy, resolve_device, save_pretrained
+from .model.load import Policy, resolve_device, save_pretrained
 from .model.reference import Reference
 from .optim import make_optimizer, update
 from .packing import MicroBatches
-from .plan import RunMemory
-from .report import write_report
-from .rewards import load_plugin, require_rewards, score
+from .plan.out_of_memory import SAMPLED, TOKENS, Room
+from .plan.run_memory import RunMemory
+from .report.run_report import write_report
+from .rewards.registry import load_plugin, require_rewards, score
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
-from .room import SAMPLED, TOKENS, Room
-from .sft import sft_loss, solution_batches, supervised_start
+from .seeds import derive_seed, seed_step
+from .sft import sft_loss, solution_batches
+from .start import load_policy
 from .tasks import get_task
+from .tasks.data import configured_examples
 from .types import Example, PackedBatch, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
@@ -65,7 +68,11 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     reference = Reference(policy, config.reference) if needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
     checkpoints = log.folder / "checkpoints"
-    first = load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint) if log.resuming else 0
+    first = (
+        load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint)
+        if log.resuming
+        else 0
+    )
     # What is too large shows before anything is written.
     policy.encode.many(source.take(first, config.prompts_per_step))
     memory = RunMemory(policy, config)
@@ -85,7 +92,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             if config.algo == "sft":
                 metrics = sft_step(policy, optimizer, examples, step, config, room)
             else:
-                metrics = grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room)
+                metrics = grpo_step(
+                    policy, reference, optimizer, examples, step, schedule, config, log, room
+                )
             log.step(step, metrics)
             memory.record(metrics)
             done = step + 1
@@ -105,12 +114,16 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     return log.folder
 
 
-def grpo_step(policy, reference, optimizer, examples, step, schedule, config, log, room) -> dict[str, float]:
+def grpo_step(
+    policy, reference, optimizer, examples, step, schedule, config, log, room
+) -> dict[str, float]:
     """Sample, score and learn from one batch of prompts; returns the step's metrics."""
     clock = Stopwatch()
     prompts = policy.encode.many(examples)
     needed = fitting(prompts, config.num_generations, config).tokens
-    rollout = room.attempt(SAMPLED, partial(sample, policy, examples, prompts, step, config), needed)
+    rollout = room.attempt(
+        SAMPLED, partial(sample, policy, examples, prompts, step, config), needed
+    )
     clock.lap("rollout")
 
     weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
@@ -131,10 +144,18 @@ def grpo_step(policy, reference, optimizer, examples, step, schedule, config, lo
         if inner == 0:  # later, the weights are no longer those of the rollout
             gap = {name: metrics.pop(name) for name in GAP}
     clock.lap("update")
-    return {**rollout_metrics(rollout, rewards, parts), "beta": beta, **metrics, **gap, **clock.laps}
+    return {
+        **rollout_metrics(rollout, rewards, parts),
+        "beta": beta,
+        **metrics,
+        **gap,
+        **clock.laps,
+    }
 
 
-def sft_step(policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room) -> dict[str, float]:
+def sft_step(
+    policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room
+) -> dict[str, float]:
     """Learn one batch of worked solutions, μ times; returns the step's metrics."""
     clock = Stopwatch()
     batches = solution_batches(policy, examples, room.amounts[TOKENS], config.sft_target)
@@ -145,12 +166,21 @@ def sft_step(policy, optimizer, examples: list[Example], step: int, config: Trai
     return {**metrics, **clock.laps}
 
 
-def sample(policy: Policy, examples: list[Example], prompts: list, step: int, config: TrainConfig, cache_tokens: int):
+def sample(
+    policy: Policy,
+    examples: list[Example],
+    prompts: list,
+    step: int,
+    config: TrainConfig,
+    cache_tokens: int,
+):
     """The rollout of a step with at most so many tokens in the KV cache; the same again if called again."""
     engine = Engine(policy.model, policy.processor, policy.encode)
     seed, prefill = derive_seed(config.seed, "rollout", step), config.tokens_per_microbatch
     sampling, size = Sampling.of(config), config.num_generations
-    return engine.generate(examples, size, sampling, seed, prompts, cache_tokens=cache_tokens, prefill_tokens=prefill)
+    return engine.generate(
+        examples, size, sampling, seed, prompts, cache_tokens=cache_tokens, prefill_tokens=prefill
+    )
 
 
 def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
@@ -159,14 +189,22 @@ def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
     for batch in batches:
         per_sequence = advantages.flatten()[batch.sequence_ids]
         batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
-        batch.row_data["token_weights"] = token_weights(batch.loss_cu_seqlens, num_sequences=len(rollout.completions))
-        batch.row_data["rollout_logp"] = torch.cat([rollout.logprobs[index] for index in batch.sequence_ids])
+        batch.row_data["token_weights"] = token_weights(
+            batch.loss_cu_seqlens, num_sequences=len(rollout.completions)
+        )
+        batch.row_data["rollout_logp"] = torch.cat(
+            [rollout.logprobs[index] for index in batch.sequence_ids]
+        )
     return batches
 
 
 @torch.no_grad()
 def add_logprobs(
-    batches: MicroBatches, policy: Policy, reference: Reference | None, config: TrainConfig, tokens_per_pack: int
+    batches: MicroBatches,
+    policy: Policy,
+    reference: Reference | None,
+    config: TrainConfig,
+    tokens_per_pack: int,
 ) -> None:
     """Put reference log-probs on the rows, and the policy's own for importance weights.
 
@@ -185,7 +223,9 @@ def add_logprobs(
             ratio = (own - on_device.row_data["rollout_logp"]).exp()
             values |= {"old_logp": own, "is_weights": ratio.clamp(max=config.importance_cap)}
         found.append(values)
-    for batch, values in zip(batches, found, strict=True):  # all or none, should memory run out on the way
+    for batch, values in zip(
+        batches, found, strict=True
+    ):  # all or none, should memory run out on the way
         batch.row_data |= values
 
 
@@ -231,12 +271,20 @@ def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: Trai
 
 def described(policy: Policy, reference: Reference | None, optimizer, config: TrainConfig) -> str:
     """What was chosen where the settings leave a choice."""
-    kept = "none" if reference is None else "the policy without adapters" if config.lora else config.reference
+    kept = (
+        "none"
+        if reference is None
+        else "the policy without adapters"
+        if config.lora
+        else config.reference
+    )
     attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
     return f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}"
 
 
-def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]
+) -> dict[str, float]:
     """Means over the completions of a step; `zero_variance` is the share of groups without a learning signal."""
     count = len(rollout.completions)
     return {
@@ -248,20 +296,14 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, parts: dict[str, li
     }
 
 
-def load_policy(config: TrainConfig) -> Policy:
-    """The starting policy; a built-in one is loaded from its cached supervised start."""
-    if config.model in BUILT_IN:
-        config = dataclasses.replace(config, model=str(supervised_start(config.model, [config], config.seed)))
-    torch.manual_seed(derive_seed(config.seed, "adapters"))
-    return make_policy(*load_pretrained(config), config)
-
-
 def run(argv: list[str]) -> None:
     """Parse the arguments, train, and say where the results are."""
     started = time.perf_counter()
     folder = train(parse_train_config(argv))
     print_table(folder)
-    print(f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all")
+    print(
+        f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all"
+    )
 
 
 def main() -> None:

@@ -118,5 +118,7 @@ class PackedBatch:
             for name, value in vars(self).items()
         }
         moved["segments"] = self.segments.to(device)
-        moved["row_data"] = {name: value.to(device, non_blocking=True) for name, value in self.row_data.items()}
+        moved["row_data"] = {
+            name: value.to(device, non_blocking=True) for name, value in self.row_data.items()
+        }
         return PackedBatch(**moved)

@@ -11,19 +11,13 @@ import time
 import pytest
 import torch
 
-from mr1_fast.checkpoint import (
-    KEEP,
-    atomic_folder,
-    derive_seed,
-    fingerprint,
-    load_checkpoint,
-    save_checkpoint,
-    seed_step,
-)
+from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpoint
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
+from mr1_fast.files import atomic_folder
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
+from mr1_fast.seeds import derive_seed, seed_step
 from mr1_fast.train import run
 
 START = "0123456789abcdef"
@@ -36,7 +30,11 @@ def metrics(folder):
 
 def content(folder):
     """Every file below the folder, as bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_same_run(folder, expected):
@@ -57,7 +55,11 @@ def flat(state):
     """Tensors and numbers of an optimizer's state, by their path."""
     if not isinstance(state, dict):
         return {"": state}
-    return {f"{name}/{rest}": value for name, inner in state.items() for rest, value in flat(inner).items()}
+    return {
+        f"{name}/{rest}": value
+        for name, inner in state.items()
+        for rest, value in flat(inner).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,10 @@ def finished(run_args, tmp_path_factory):
     """A finished run of 8 steps, whose second to last checkpoint is that of step 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run(run_args(folder, steps=8, save_every=3, num_generations=2))
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-000006", "step-000008"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-000006",
+        "step-000008",
+    }
     return folder
 
 
@@ -92,7 +97,11 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processo
     optimizer = make_optimizer(model, config := OptimizerConfig(optimizer=name, learning_rate=1e-3))
     a_step(model, optimizer, 1), a_step(model, optimizer, 2)
     path = save_checkpoint(tmp_path / "checkpoints", 7, model, optimizer, START)
-    assert {file.name for file in path.iterdir()} == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+    assert {file.name for file in path.iterdir()} == {
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
 
     other = tiny_model(processor)
     loaded = make_optimizer(other, config)
@@ -103,16 +112,25 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processo
         left, right = flat(optimizer.state_dict()["state"]), flat(loaded.state_dict()["state"])
         assert left.keys() == right.keys() and len(left) > 200
         for key, value in left.items():
-            assert torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key], key
+            assert (
+                torch.equal(value, right[key])
+                if isinstance(value, torch.Tensor)
+                else value == right[key]
+            ), key
         a_step(model, optimizer, step), a_step(other, loaded, step)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(updates_per_batch=2, lr_schedule="cosine", warmup_fraction=0.3), dict(lora=True, optimizer="adamw8bit")],
+    [
+        dict(updates_per_batch=2, lr_schedule="cosine", warmup_fraction=0.3),
+        dict(lora=True, optimizer="adamw8bit"),
+    ],
     ids=["two updates, cosine", "lora, 8 bits"],
 )
-def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(settings, run_args, tmp_path):
+def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
+    settings, run_args, tmp_path
+):
     settings = dict(steps=16, save_every=2, **settings)
     run(run_args(tmp_path / "whole", **settings))
     folder = tmp_path / "killed"
@@ -157,14 +175,20 @@ def test_more_steps_can_be_asked_for(samples, interrupted):
     run(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
     assert ("after" in json.loads((interrupted / "evaluation.json").read_text())) == bool(samples)
     assert [record["step"] for record in metrics(interrupted)] == list(range(9))
-    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {"step-000006", "step-000009"}
+    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {
+        "step-000006",
+        "step-000009",
+    }
 
 
 def test_the_newest_are_kept(model, tmp_path):
     optimizer = make_optimizer(model, OptimizerConfig())
     for step in (8, 9, 10, 100):
         save_checkpoint(tmp_path, step, model, optimizer, START)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"] and KEEP == 2
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"]
+        and KEEP == 2
+    )
 
 
 def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_path):
@@ -173,7 +197,9 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_pa
     processor.save_pretrained(tmp_path / "other")
     before = content(interrupted)
     for wrong in (["--model", str(tmp_path / "other")], ["--lora"]):
-        with pytest.raises(UserError, match="step-000006 was made from another model: resume with the --model") as told:
+        with pytest.raises(
+            UserError, match="step-000006 was made from another model: resume with the --model"
+        ) as told:
             run(["--resume", str(interrupted), *wrong])
         assert "\n" not in str(told.value)
         assert content(interrupted) == before  # above all, config.yaml still names the right model
@@ -181,7 +207,9 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_pa
 
 def test_an_optimizer_of_another_kind_is_refused(interrupted):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"):
+    with pytest.raises(
+        UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"
+    ):
         run(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
 
 
@@ -205,7 +233,9 @@ def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
     newest = save_checkpoint(tmp_path, 2, model, optimizer, START)
     data = (newest / name).read_bytes()
     (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
-    with pytest.raises(UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before") as told:
+    with pytest.raises(
+        UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before"
+    ) as told:
         load_checkpoint(tmp_path, model, optimizer, START)
     assert "\n" not in str(told.value)
     shutil.rmtree(newest)
@@ -215,7 +245,9 @@ def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
 def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
     shutil.rmtree(interrupted / "checkpoints")
     before = content(interrupted)
-    with pytest.raises(UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"):
+    with pytest.raises(
+        UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"
+    ):
         run(["--resume", str(interrupted)])
     assert content(interrupted) == before
 
@@ -224,7 +256,14 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
 def test_a_disk_that_fills_up_while_saving(limit, interrupted, finished):
     """The operating system refuses to make a file larger than the limit, at the first save of the resumed run."""
     before = content(interrupted / "checkpoints")
-    command = [sys.executable, "-m", "mr1_fast.train", "--resume", str(interrupted), "--eval-samples=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "mr1_fast.train",
+        "--resume",
+        str(interrupted),
+        "--eval-samples=0",
+    ]
     limits = (limit, resource.RLIM_INFINITY)
     process = subprocess.Popen(
         command,
@@ -248,7 +287,10 @@ def test_a_small_disk_is_full(run_args, tmp_path):
     """Here the log itself finds no room, or the first checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]).returncode
+    ):
         pytest.skip("needs the right to mount a small file system")
     try:
         with pytest.raises(UserError, match=r"step-000001 could not be saved .*make room") as told:
@@ -256,7 +298,9 @@ def test_a_small_disk_is_full(run_args, tmp_path):
         assert "\n" not in str(told.value) and not list((disk / "run" / "checkpoints").iterdir())
         shutil.rmtree(disk / "run")
         (disk / "rest").write_bytes(b"0" * (shutil.disk_usage(disk).free - 5 * 4096))
-        with pytest.raises(UserError, match=r"jsonl cannot be written \(No space left on device\): make room there"):
+        with pytest.raises(
+            UserError, match=r"jsonl cannot be written \(No space left on device\): make room there"
+        ):
             run(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -271,7 +315,10 @@ def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path):
         (folder / "a").write_text("new")
         raise ZeroDivisionError
     assert content(tmp_path / "deep") == {"folder/a": b"old"}
-    with pytest.raises(UserError, match=r"folder could not be saved \(no room\)"), atomic_folder(path) as folder:
+    with (
+        pytest.raises(UserError, match=r"folder could not be saved \(no room\)"),
+        atomic_folder(path) as folder,
+    ):
         (folder / "a").write_text("new")
         raise OSError("no room")
     assert content(tmp_path / "deep") == {"folder/a": b"old"}
@@ -279,12 +326,18 @@ def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path):
         (folder / "b").write_text("new")
     assert content(tmp_path / "deep") == {"folder/b": b"new"}
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="could not be saved"), atomic_folder(tmp_path / "file" / "folder"):
+    with (
+        pytest.raises(UserError, match="could not be saved"),
+        atomic_folder(tmp_path / "file" / "folder"),
+    ):
         pass
 
 
 def test_seeds_depend_on_every_part():
-    seeds = {derive_seed(*parts) for parts in [(0, "step", 1), (1, "step", 1), (0, "step", 2), (0, "rollout", 1), (0,)]}
+    seeds = {
+        derive_seed(*parts)
+        for parts in [(0, "step", 1), (1, "step", 1), (0, "step", 2), (0, "rollout", 1), (0,)]
+    }
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "step", 1) == derive_seed(0, "step", 1)
     seed_step(0, 5)

@@ -24,7 +24,7 @@ from mr1_fast.config import (
     write_config,
 )
 from mr1_fast.errors import UserError
-from mr1_fast.evaluate import EvaluateConfig
+from mr1_fast.evaluate.settings import EvaluateConfig
 from mr1_fast.kl_schedule import BetaShape, DynamicKL
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -39,7 +39,12 @@ def yaml_file(folder, **values):
 
 def test_without_arguments_the_tiny_model_counts():
     config = parse_train_config([])
-    assert (config.model, config.task, config.data, config.algo) == ("tiny", "counting", "drawn", "grpo-d")
+    assert (config.model, config.task, config.data, config.algo) == (
+        "tiny",
+        "counting",
+        "drawn",
+        "grpo-d",
+    )
     assert {name: getattr(config, name) for name in TINY} == TINY
 
 
@@ -48,10 +53,17 @@ def test_a_flag_beats_yaml_beats_preset_beats_profile_beats_default(tmp_path):
     assert (default.steps, default.beta_max, default.learning_rate) == (500, 0.1, 1e-6)
     # the profile of the tiny model beats that of SFT and the default; a preset the default
     config = parse_train_config(["--task", "geometry"])
-    assert (config.steps, config.beta_max, config.learning_rate) == (TINY["steps"], 0.02, TINY["learning_rate"])
+    assert (config.steps, config.beta_max, config.learning_rate) == (
+        TINY["steps"],
+        0.02,
+        TINY["learning_rate"],
+    )
     assert config.steps != default.steps and config.learning_rate != default.learning_rate
     config = parse_train_config(["--algo=sft"])
-    assert (config.learning_rate, config.lr_schedule) == (TINY["learning_rate"], TINY["lr_schedule"])
+    assert (config.learning_rate, config.lr_schedule) == (
+        TINY["learning_rate"],
+        TINY["lr_schedule"],
+    )
     config = parse_train_config(["--algo=sft", "--model", HUB])
     assert {name: getattr(config, name) for name in SFT} == SFT and config.steps == 500
     # YAML beats them, a flag beats YAML, wherever it stands
@@ -127,7 +139,15 @@ def test_a_switch_may_be_turned_off():
 
 
 def test_values_of_every_kind():
-    argv = ["--extra-rewards", '{"brief": 0.5}', "--loggers", "[tensorboard]", "--train-samples=9", "--top-p", "0.5"]
+    argv = [
+        "--extra-rewards",
+        '{"brief": 0.5}',
+        "--loggers",
+        "[tensorboard]",
+        "--train-samples=9",
+        "--top-p",
+        "0.5",
+    ]
     config = parse_train_config([*argv, "--image-root", "a-b/c-d", "--learning-rate", "1e-5"])
     assert (config.extra_rewards, config.loggers) == ({"brief": 0.5}, ["tensorboard"])
     assert (config.train_samples, config.top_p, config.learning_rate) == (9, 0.5, 1e-5)
@@ -135,7 +155,12 @@ def test_values_of_every_kind():
 
 
 def test_there_are_recipes_for_both_tasks_and_both_sizes():
-    expected = {"tiny_counting", "tiny_geometry", "qwen2vl_2b_counting_24gb", "qwen2vl_2b_geometry_24gb"}
+    expected = {
+        "tiny_counting",
+        "tiny_geometry",
+        "qwen2vl_2b_counting_24gb",
+        "qwen2vl_2b_geometry_24gb",
+    }
     assert {path.stem for path in RECIPES} >= {*expected, "qwen2vl_7b_lora_24gb"}
 
 
@@ -147,7 +172,9 @@ def test_every_value_of_a_recipe_arrives(path):
     if config.preset != "auto":
         assert config.preset == config.task
     longest = config.max_prompt_tokens + config.max_new_tokens
-    assert config.tokens_per_microbatch >= longest, "a prompt with its completion must fit into a micro-batch"
+    assert config.tokens_per_microbatch >= longest, (
+        "a prompt with its completion must fit into a micro-batch"
+    )
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, EvaluateConfig])
@@ -162,12 +189,23 @@ def test_every_setting_is_explained_in_help(cls, capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split("options:")[1].split())
     for setting in dataclasses.fields(cls):
         explained = re.search(rf" --{setting.name} (\S+) (.*?) \(type: ", text)
-        assert explained and len(explained[2].split()) >= 3 and explained[2].endswith("."), setting.name
+        assert explained and len(explained[2].split()) >= 3 and explained[2].endswith("."), (
+            setting.name
+        )
 
 
 def test_written_settings_are_read_back(tmp_path):
-    argv = ["--task=geometry", "--lora", "--extra-rewards", '{"brief": 0.5}', "--loggers=[tensorboard]", "--seed=4"]
-    config = parse_train_config([*argv, "--learning-rate=1.5e-7", "--output", "a folder: with, signs", "--algo=grpo"])
+    argv = [
+        "--task=geometry",
+        "--lora",
+        "--extra-rewards",
+        '{"brief": 0.5}',
+        "--loggers=[tensorboard]",
+        "--seed=4",
+    ]
+    config = parse_train_config(
+        [*argv, "--learning-rate=1.5e-7", "--output", "a folder: with, signs", "--algo=grpo"]
+    )
     write_config(config, tmp_path / "config.yaml")
     assert parse_train_config(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -192,19 +230,48 @@ def test_cache_folder(variable, monkeypatch, tmp_path):
 
 
 def test_every_setting_belongs_to_one_group():
-    groups = [RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig]
+    groups = [
+        RunConfig,
+        OptimizerConfig,
+        AlgorithmConfig,
+        RewardConfig,
+        Sampling,
+        TaskConfig,
+        ModelConfig,
+    ]
     names = [setting.name for group in groups for setting in dataclasses.fields(group)]
     assert sorted(names) == sorted(setting.name for setting in dataclasses.fields(TrainConfig))
 
 
 IMPOSSIBLE = {
-    **{f"--{name}=0": f"{name} is 0, but must be greater than 0" for name in ("steps", "prompts_per_step")},
-    **{f"--{name}=-1": f"{name} is -1, but must be greater" for name in ("max_new_tokens", "updates_per_batch")},
-    **{f"--{name}=0": f"{name} is 0.*, but must be greater" for name in ("tokens_per_microbatch", "lora_rank")},
-    **{f"--{name}=0": f"{name} is 0.*, but must be greater" for name in ("max_pixels", "max_prompt_tokens")},
-    **{f"--{name}=0": f"{name} is 0.0, but must be greater" for name in ("learning_rate", "temperature")},
-    **{f"--{name}=-1": f"{name} is -1, but must not be negative" for name in ("seed", "save_every", "eval_samples")},
-    **{f"--{name}=-0.5": f"{name} is -0.5, but must not be" for name in ("weight_decay", "clip_low", "clip_high")},
+    **{
+        f"--{name}=0": f"{name} is 0, but must be greater than 0"
+        for name in ("steps", "prompts_per_step")
+    },
+    **{
+        f"--{name}=-1": f"{name} is -1, but must be greater"
+        for name in ("max_new_tokens", "updates_per_batch")
+    },
+    **{
+        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        for name in ("tokens_per_microbatch", "lora_rank")
+    },
+    **{
+        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        for name in ("max_pixels", "max_prompt_tokens")
+    },
+    **{
+        f"--{name}=0": f"{name} is 0.0, but must be greater"
+        for name in ("learning_rate", "temperature")
+    },
+    **{
+        f"--{name}=-1": f"{name} is -1, but must not be negative"
+        for name in ("seed", "save_every", "eval_samples")
+    },
+    **{
+        f"--{name}=-0.5": f"{name} is -0.5, but must not be"
+        for name in ("weight_decay", "clip_low", "clip_high")
+    },
     "--max_grad_norm=0": "max_grad_norm is 0.0, but must be greater",
     "--num_generations=1": "num_generations is 1, but a group needs at least 2",
     "--top_p=0": r"top_p is 0.0, but must lie in \(0, 1\]",

@@ -9,15 +9,21 @@ import pytest
 import torch
 
 from mr1_fast import env
-from mr1_fast.kernels import grpo_loss_cuda, grpo_loss_native
+from mr1_fast.kernels import native
+from mr1_fast.kernels.grpo import rows_cuda, rows_native
 from mr1_fast.version import __version__
 
 
 def report(**environment: str) -> dict[str, str]:
     """Name and value of each printed line."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MR1_FAST_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MR1_FAST_")
+    }
     run = subprocess.run(
-        [sys.executable, "-m", "mr1_fast.env"], env=inherited | environment, capture_output=True, text=True
+        [sys.executable, "-m", "mr1_fast.env"],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return {line[:20].strip(): line[20:].strip() for line in run.stdout.splitlines()}
@@ -30,8 +36,8 @@ def test_prints_versions_and_what_is_active():
     assert lines["torch"].startswith(torch.__version__) and lines["torch"].endswith("threads")
     assert (lines["GPU"] == "none") == (not torch.cuda.is_available())
     assert lines["Triton kernels"].startswith("triton ")
-    assert lines["native CPU kernels"] == grpo_loss_native.status()[1]
-    assert lines["native CUDA kernels"] == grpo_loss_cuda.status()[1]
+    assert lines["native CPU kernels"] == native.status()[1]
+    assert lines["native CUDA kernels"] == rows_cuda.status()[1]
     assert lines["packed attention"] in ("sdpa", "torch_varlen", "flash_attn")
     for package in ("transformers", "safetensors", "datasets", "flash-attn"):
         assert lines[package] == "not installed" or lines[package][0].isdigit()
@@ -48,7 +54,7 @@ def test_a_package_that_is_missing_is_said_to_be(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:mr1_fast's native CPU kernels")
 def test_libraries_that_were_not_built_are_said_to_be(monkeypatch, tmp_path):
-    for module in (grpo_loss_native, grpo_loss_cuda):
+    for module in (rows_native, rows_cuda):
         monkeypatch.setattr(module, "LIBRARY", tmp_path / "missing.so")
         module.status.cache_clear()
     try:
@@ -57,5 +63,5 @@ def test_libraries_that_were_not_built_are_said_to_be(monkeypatch, tmp_path):
         assert lines["native CUDA kernels"].startswith("not built: no missing.so, as nvcc")
     finally:
         monkeypatch.undo()
-        grpo_loss_native.status.cache_clear()
-        grpo_loss_cuda.status.cache_clear()
+        native.status.cache_clear()
+        rows_cuda.status.cache_clear()

@@ -37,7 +37,9 @@ def test_falls_then_rises():
     assert betas[turn:] == sorted(betas[turn:])
 
 
-@pytest.mark.parametrize(("fraction", "expected"), [(0.0, (0.1, 0.2, 0.3)), (1.0, (0.2, 0.15, 0.1))])
+@pytest.mark.parametrize(
+    ("fraction", "expected"), [(0.0, (0.1, 0.2, 0.3)), (1.0, (0.2, 0.15, 0.1))]
+)
 def test_all_or_no_exploration(fraction, expected):
     schedule = DynamicKL(0.1, 0.3, 10, explore_fraction=fraction)
     assert [schedule(step) for step in (0, 5, 10)] == pytest.approx(expected)
@@ -59,7 +61,9 @@ def test_refuses_impossible_schedules(arguments):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 def test_the_papers_path_is_the_default(fraction):
-    assert path("grpo-d", explore_fraction=fraction) == [DynamicKL(LOW, HIGH, T, fraction)(s) for s in range(T + 1)]
+    assert path("grpo-d", explore_fraction=fraction) == [
+        DynamicKL(LOW, HIGH, T, fraction)(s) for s in range(T + 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,9 @@ def test_a_straight_line_explores_nothing(fraction):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mean_of_each_shape(shape):
     # Over time: 0.3 of it at (β_mid + β_min)/2 and 0.7 at β_mid, or all of it at β_mid.
-    expected = 0.3 * (MIDDLE + LOW) / 2 + 0.7 * MIDDLE if shape in ("grpo-d", "reversed") else MIDDLE
+    expected = (
+        0.3 * (MIDDLE + LOW) / 2 + 0.7 * MIDDLE if shape in ("grpo-d", "reversed") else MIDDLE
+    )
     betas = path(shape)
     assert (sum(betas) - (betas[0] + betas[T]) / 2) / T == pytest.approx(expected)
 
@@ -108,5 +114,7 @@ def test_every_shape_of_one_value_is_constant(shape):
 
 
 def test_an_unknown_shape_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="one of grpo-d, linear-up, linear-down, reversed, got 'cosine'"):
+    with pytest.raises(
+        ValueError, match="one of grpo-d, linear-up, linear-down, reversed, got 'cosine'"
+    ):
         DynamicKL(0.0, 0.1, 10, shape="cosine")

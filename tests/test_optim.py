@@ -5,17 +5,27 @@ import torch
 
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
-from mr1_fast.kernels.adamw import LowMemoryAdamW
-from mr1_fast.optim import gradient_norm, learning_rate, make_optimizer, unbiased_accumulation, update
+from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
+from mr1_fast.optim import (
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    unbiased_accumulation,
+    update,
+)
 from mr1_fast.packing import packs
 from mr1_fast.sft import sft_loss
 
-from .models import mixed_examples, tiny_policy
+from .data.models import mixed_examples, tiny_policy
 
 
 @pytest.mark.parametrize(
     ("schedule", "middle", "last"),
-    [("constant", 1.0, 1.0), ("linear", 0.5, 1 / 90), ("cosine", 0.5, (1 + math.cos(math.pi * 89 / 90)) / 2)],
+    [
+        ("constant", 1.0, 1.0),
+        ("linear", 0.5, 1 / 90),
+        ("cosine", 0.5, (1 + math.cos(math.pi * 89 / 90)) / 2),
+    ],
 )
 def test_learning_rate_warms_up_then_follows_its_schedule(schedule, middle, last):
     config = OptimizerConfig(learning_rate=2.0, lr_schedule=schedule, warmup_fraction=0.1)
@@ -41,10 +51,14 @@ def test_updates_raise_the_objective_the_same_for_one_pack_as_for_many(optimizer
     histories = []
     for budget in (10**6, 100):
         policy = tiny_policy()
-        config = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant", optimizer=optimizer, max_grad_norm=0.5)
+        config = OptimizerConfig(
+            learning_rate=1e-3, lr_schedule="constant", optimizer=optimizer, max_grad_norm=0.5
+        )
         stepper = make_optimizer(policy.model, config)
         batches = batches_of(policy, budget)
-        histories.append([update(policy, stepper, batches, likelihood, s, 4, config) for s in range(4)])
+        histories.append(
+            [update(policy, stepper, batches, likelihood, s, 4, config) for s in range(4)]
+        )
     for one, many in zip(*histories, strict=True):
         assert many == pytest.approx(one, rel=2e-3)
     losses = [metrics["loss"] for metrics in histories[0]]
@@ -74,7 +88,9 @@ def test_auto_keeps_bf16_weights_exact_and_leaves_fp32_to_torch():
     assert type(make_optimizer(tiny_policy().model, config)) is torch.optim.AdamW
     exact = make_optimizer(tiny_policy(torch.bfloat16).model, config)
     assert type(exact) is LowMemoryAdamW and exact.remainder
-    stochastic = make_optimizer(tiny_policy(torch.bfloat16).model, OptimizerConfig(optimizer="adamw_stochastic"))
+    stochastic = make_optimizer(
+        tiny_policy(torch.bfloat16).model, OptimizerConfig(optimizer="adamw_stochastic")
+    )
     assert not stochastic.remainder
 
 
@@ -93,7 +109,9 @@ def test_bf16_weights_learn_at_a_small_rate():
     weight = policy.model.model.language_model.layers[0].mlp.up_proj.weight
     moved = optimizer.state[weight]["remainder"] != 0
     assert moved.float().mean() > 0.99
-    assert (before[name_of(policy, weight)] != weight).float().mean() < 0.05, "rounded to bf16, hardly one has"
+    assert (before[name_of(policy, weight)] != weight).float().mean() < 0.05, (
+        "rounded to bf16, hardly one has"
+    )
 
 
 def accumulated(gradients: list[torch.Tensor], exact: bool) -> torch.Tensor:
@@ -109,9 +127,13 @@ def accumulated(gradients: list[torch.Tensor], exact: bool) -> torch.Tensor:
 
 
 def test_small_terms_of_bf16_gradients_add_up():
-    gradients = [torch.ones(4096, dtype=torch.bfloat16)] + [torch.full((4096,), 1e-3, dtype=torch.bfloat16)] * 500
+    gradients = [torch.ones(4096, dtype=torch.bfloat16)] + [
+        torch.full((4096,), 1e-3, dtype=torch.bfloat16)
+    ] * 500
     expected = torch.stack(gradients).double().sum(0)
-    assert (accumulated(gradients, exact=False) == 1).all(), "plain accumulation loses every one of them"
+    assert (accumulated(gradients, exact=False) == 1).all(), (
+        "plain accumulation loses every one of them"
+    )
     total = accumulated(gradients, exact=True)
     assert (total / expected - 1).mean().abs() < 3e-3  # five standard deviations; and of one, six
     assert (total / expected - 1).abs().max() < 0.25
@@ -148,7 +170,9 @@ def test_no_memory_for_the_optimizers_step_is_no_second_attempt(monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(optimizer, "step", fail)
-    with pytest.raises(UserError, match=r"within the optimizer's step.*new run with --optimizer adamw_exact"):
+    with pytest.raises(
+        UserError, match=r"within the optimizer's step.*new run with --optimizer adamw_exact"
+    ):
         update(policy, optimizer, batches_of(policy, 10**6), likelihood, 0, 1, config)
 
 

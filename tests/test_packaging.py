@@ -14,35 +14,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from mr1_fast.kernels import grpo_loss_cuda
+from mr1_fast.kernels.grpo import rows_cuda
 from mr1_fast.version import __version__
 
-pytest.importorskip("setuptools", minversion="77")  # --no-build-isolation builds with what is installed
+pytest.importorskip(
+    "setuptools", minversion="77"
+)  # --no-build-isolation builds with what is installed
 pytest.importorskip("pip")
 
 ROOT = Path(__file__).parent.parent
-COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if os.environ.get("CUDA_HOME") else None)
+COMPILER = os.environ.get("CXX") or next(
+    filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None
+)
+NVCC = shutil.which(
+    "nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if os.environ.get("CUDA_HOME") else None
+)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 PLATFORM = sysconfig.get_platform().replace("-", "_").replace(".", "_")
 LOSS = """
 import torch
 from mr1_fast import grpo_loss
-from mr1_fast.kernels import grpo_loss_native
+from mr1_fast.kernels import native
+from mr1_fast.kernels.grpo import rows_native
 logits = torch.randn(3, 37, requires_grad=True)
 for _ in range(2):
     loss = grpo_loss(logits, torch.arange(3), torch.ones(3), torch.ones(3), beta=0.0).loss
     loss.backward()
-print(grpo_loss_native.__file__, grpo_loss_native.status()[1], loss.item(), sep="\\n")
+print(rows_native.__file__, native.status()[1], loss.item(), sep="\\n")
 """
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     removed = ("CXX", "PYTHONPATH") if "PATH" in environment else ("PYTHONPATH",)
-    inherited = {k: v for k, v in os.environ.items() if k not in removed and not k.startswith("MR1_FAST_")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in removed and not k.startswith("MR1_FAST_")
+    }
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def checked(run: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -65,7 +76,14 @@ def copy_of_the_source(folder: Path) -> Path:
 
 def build_wheel(source: Path, output: Path, **environment: str) -> Path:
     """The wheel that pip builds without nvcc."""
-    command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    command = (
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    )
     checked(python(*command, "-w", str(output), ".", cwd=source, MR1_FAST_CUDA="0", **environment))
     (wheel,) = output.glob("*.whl")
     return wheel
@@ -114,10 +132,16 @@ def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
     assert re.match(r"(avx512bf16|avx512|avx2|neon|scalar)\b", status)
     assert "mr1_fast" not in stderr
 
-    shutil.copytree(ROOT / "tests", tmp_path / "away" / "tests")  # away from the source, so that it cannot be imported
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "away" / "tests"
+    )  # away from the source, so that it cannot be imported
     files = [f"tests/test_{name}.py" for name in ("loss", "native_decode")]
-    where = f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
-    run = checked(python("-c", where, cwd=tmp_path / "away", PYTHONPATH=str(folder), OMP_NUM_THREADS="1"))
+    where = (
+        f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
+    )
+    run = checked(
+        python("-c", where, cwd=tmp_path / "away", PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
+    )
     assert run.stdout.startswith(str(folder)) and " passed" in run.stdout
 
 
@@ -151,11 +175,20 @@ def test_what_an_earlier_build_left_does_not_get_into_a_wheel(tmp_path, no_compi
 
 def test_an_inplace_build_leaves_no_library_of_an_earlier_one(tmp_path, no_compiler):
     source = copy_of_the_source(tmp_path / "source")
-    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "mr1_fast"
+    stale = (
+        source
+        / "build"
+        / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        / "mr1_fast"
+    )
     stale.mkdir(parents=True)
     for folder in (stale, source / "mr1_fast"):
         (folder / "_cuda.so").write_bytes(b"stale")
-    checked(python("setup.py", "build_ext", "--inplace", cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler))
+    checked(
+        python(
+            "setup.py", "build_ext", "--inplace", cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler
+        )
+    )
     assert libraries(source / "mr1_fast") == set()
 
 
@@ -163,14 +196,21 @@ def test_an_inplace_build_leaves_no_library_of_an_earlier_one(tmp_path, no_compi
 @pytest.mark.slow
 def test_a_wheel_builds_from_the_sdist(tmp_path):
     source = copy_of_the_source(tmp_path / "source")
-    build = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    build = (
+        "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    )
     (tmp_path / "sdist").mkdir()
     checked(python("-c", build, str(tmp_path / "sdist"), cwd=source))
     (sdist,) = (tmp_path / "sdist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "from sdist", filter="data")
     (folder,) = (tmp_path / "from sdist").iterdir()
-    for path in (*source.glob("csrc/*"), source / "setup.py", source / "LICENSE", source / "README.md"):
+    for path in (
+        *source.glob("csrc/*"),
+        source / "setup.py",
+        source / "LICENSE",
+        source / "README.md",
+    ):
         assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
     assert modules(folder) == modules(source) and libraries(folder) == set()
     wheel = build_wheel(folder, tmp_path / "wheels")
@@ -196,7 +236,9 @@ def setup_module_of(source: Path):
 
 @needs_nvcc
 @pytest.mark.slow
-def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_driver(tmp_path, monkeypatch):
+def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_driver(
+    tmp_path, monkeypatch
+):
     monkeypatch.delenv("MR1_FAST_CUDA", raising=False)
     monkeypatch.chdir(ROOT)
     setup = setup_module_of(ROOT)
@@ -215,7 +257,9 @@ def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_dri
     assert set(by_architecture) == set(setup.CUDA_ARCHITECTURES)
     kernels = ("cluster_kernel", "statistics_kernel", "gradient_kernel")
     for functions in by_architecture.values():
-        assert {name: sum(name in function for function in functions) for name in kernels} == dict.fromkeys(kernels, 3)
+        assert {
+            name: sum(name in function for function in functions) for name in kernels
+        } == dict.fromkeys(kernels, 3)
     load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).mr1_cuda_device_count(ctypes.byref(ctypes.c_int())))"
     error = int(checked(python("-c", load, str(output), cwd=tmp_path)).stdout)
     assert (error == 0) == torch.cuda.is_available()
@@ -223,30 +267,32 @@ def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_dri
 
 LAUNCH = """
 import math
-from mr1_fast.kernels import grpo_loss_cuda
-from mr1_fast.kernels.grpo_loss import RowResults
-from tests.loss_data import loss_rows
-from tests.native_data import objective
+from mr1_fast.kernels.grpo import rows_cuda
+from mr1_fast.kernels.grpo.objective import RowResults
+from tests.data.loss import loss_rows
+from tests.data.native import objective
 data = loss_rows(4, 64)
 results = RowResults.empty(data["logits"])
 try:
-    grpo_loss_cuda.row_grpo(data["logits"], data["targets"], objective(data), results, None)
+    rows_cuda.row_grpo(data["logits"], data["targets"], objective(data), results, None)
 except RuntimeError as error:
     print(error)
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.skipif(not grpo_loss_cuda.LIBRARY.exists(), reason=grpo_loss_cuda.status()[1])
+@pytest.mark.skipif(not rows_cuda.LIBRARY.exists(), reason=rows_cuda.status()[1])
 def test_a_launch_without_a_gpu_gives_one_clear_error():
     try:
-        path = os.pathsep.join([str(Path(grpo_loss_cuda.__file__).parents[2]), str(ROOT)])
+        path = os.pathsep.join([str(Path(rows_cuda.__file__).parents[2]), str(ROOT)])
         inherited = os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-c", LAUNCH]
-        run = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        run = subprocess.run(
+            command, env=inherited, cwd=ROOT, capture_output=True, text=True, timeout=20
+        )
     except subprocess.TimeoutExpired:
         pytest.fail("the launch does not return")
-    status = grpo_loss_cuda.status()[1]
+    status = rows_cuda.status()[1]
     words = re.search(r"no GPU \((.*)\)", status)[1]
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 1, run.stderr
     assert words in run.stdout

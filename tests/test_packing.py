@@ -20,13 +20,17 @@ def prompt(ids: list[int], images: int = 0) -> Prompt:
 
 
 def test_the_documented_example():
-    batch = pack([prompt([1, 2, 3], images=1)], [torch.tensor([7, 8, 9]), torch.tensor([10])], [0, 1])
+    batch = pack(
+        [prompt([1, 2, 3], images=1)], [torch.tensor([7, 8, 9]), torch.tensor([10])], [0, 1]
+    )
     assert batch.input_ids.tolist() == [1, 2, 3, 7, 8], "the prompt once; last tokens are no inputs"
     assert batch.loss_rows.tolist() == [2, 3, 4, 2]
     assert batch.targets.tolist() == [7, 8, 9, 10]
     assert batch.loss_cu_seqlens.tolist() == [0, 3, 4]
     assert len(batch.image_grid_thw) == 1, "the image is stored once for both completions"
-    assert batch.position_ids[:, 3:].tolist() == [[100, 101]] * 3, "completions continue after the prompt"
+    assert batch.position_ids[:, 3:].tolist() == [[100, 101]] * 3, (
+        "completions continue after the prompt"
+    )
 
 
 def test_completions_see_their_prompt_and_themselves():
@@ -40,7 +44,9 @@ def test_completions_see_their_prompt_and_themselves():
 
 def test_two_prompts_of_two_images_and_none_and_an_empty_completion():
     prompts = [prompt([1, 2, 3], images=2), prompt([4]), prompt([5, 6], images=1)]
-    completions = [torch.tensor(ids, dtype=torch.int64) for ids in ([7], [], [8], [9, 9], [], [7, 6, 5])]
+    completions = [
+        torch.tensor(ids, dtype=torch.int64) for ids in ([7], [], [8], [9, 9], [], [7, 6, 5])
+    ]
     batch = pack(prompts, completions, [1, 2, 4, 5])
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 6]
     assert batch.loss_cu_seqlens.tolist() == [0, 0, 1, 1, 4]
@@ -61,12 +67,18 @@ def test_every_completion_lands_in_one_pack_within_the_budget(budget):
 
 def test_a_group_is_split_only_where_no_pack_holds_it():
     prompts = [prompt([i, i, i]) for i in (1, 2, 3)]
-    completions = [torch.full((3,), 9)] * 6 + [torch.full((7,), 9)] * 3  # groups of 9, 9 and 21 tokens
+    completions = [torch.full((3,), 9)] * 6 + [
+        torch.full((7,), 9)
+    ] * 3  # groups of 9, 9 and 21 tokens
     batches = list(packs(prompts, completions, 17))
     assert [batch.sequence_ids for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 7], [8]]
-    assert batches[2].input_ids.tolist().count(3) == batches[3].input_ids.tolist().count(3) == 3, "its prompt again"
+    assert batches[2].input_ids.tolist().count(3) == batches[3].input_ids.tolist().count(3) == 3, (
+        "its prompt again"
+    )
 
 
 def test_a_sequence_beyond_the_budget_is_an_error_that_names_the_flag():
-    with pytest.raises(UserError, match="tokens_per_microbatch = 3: raise --tokens-per-microbatch to at least 4"):
+    with pytest.raises(
+        UserError, match="tokens_per_microbatch = 3: raise --tokens-per-microbatch to at least 4"
+    ):
         list(packs([prompt([1, 2, 3])], [torch.tensor([4, 5])], 3))

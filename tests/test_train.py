@@ -17,15 +17,35 @@ from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.optim import make_optimizer
-from mr1_fast.sft import solution_batches, supervised_start
+from mr1_fast.sft import solution_batches
+from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import load_policy, run
+from mr1_fast.train import run
 
-from .models import tiny_policy
+from .data.models import tiny_policy
 
-KEYS = {"reward", "accuracy", "format", "letters", "zero_variance", "completion_length", "finished", "beta", "loss"}
-KEYS |= {"entropy", "kl", "clip_fraction", "kl_limited", "grad_norm", "learning_rate", "skipped", "step"}
+KEYS = {
+    "reward",
+    "accuracy",
+    "format",
+    "letters",
+    "zero_variance",
+    "completion_length",
+    "finished",
+    "beta",
+    "loss",
+}
+KEYS |= {
+    "entropy",
+    "kl",
+    "clip_fraction",
+    "kl_limited",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+    "step",
+}
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
 KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
@@ -42,7 +62,8 @@ def metrics(folder):
     """What a run measured, but for times and memory."""
     measured = ("seconds", "peak")
     return [
-        {k: v for k, v in record.items() if not k.startswith(measured)} for record in lines(folder / "metrics.jsonl")
+        {k: v for k, v in record.items() if not k.startswith(measured)}
+        for record in lines(folder / "metrics.jsonl")
     ]
 
 
@@ -55,7 +76,10 @@ def trained_policy(argv, folder):
     config = parse_train_config(argv)
     policy = load_policy(config)
     optimizer = make_optimizer(policy.model, config)
-    assert load_checkpoint(folder / "checkpoints", policy.model, optimizer, fingerprint(policy.model)) == config.steps
+    assert (
+        load_checkpoint(folder / "checkpoints", policy.model, optimizer, fingerprint(policy.model))
+        == config.steps
+    )
     return policy
 
 
@@ -64,7 +88,9 @@ def logits(model, processor):
     """Logits of a prompt with an image, by transformers' own forward."""
     example = load_examples("counting", "drawn", "test", 0).all(1)[0]
     content = [{"type": "image"}, {"type": "text", "text": format_problem(example)}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
     inputs = processor(text=[text], images=list(example.images), return_tensors="pt")
     return model.eval()(**inputs).logits
 
@@ -80,14 +106,27 @@ def finished(run_args, tmp_path_factory):
 
 def test_a_run_leaves_a_complete_folder(finished):
     argv, folder = finished
-    names = {"config.yaml", "metrics.jsonl", "completions.jsonl", "evaluation.json", "images", "checkpoints", "final"}
+    names = {
+        "config.yaml",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "evaluation.json",
+        "images",
+        "checkpoints",
+        "final",
+    }
     assert {path.name for path in folder.iterdir()} == {*names, "report.html"}
     assert parse_train_config(["--config", str(folder / "config.yaml")]) == parse_train_config(argv)
     assert [record["step"] for record in lines(folder / "metrics.jsonl")] == [0, 1, 2]
     for record in lines(folder / "metrics.jsonl"):
         assert record.keys() == KEYS and all(math.isfinite(value) for value in record.values())
-        assert record["skipped"] == 0 and all(record[key] > 0 for key in KEYS if key.startswith("seconds"))
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-000002", "step-000003"}
+        assert record["skipped"] == 0 and all(
+            record[key] > 0 for key in KEYS if key.startswith("seconds")
+        )
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-000002",
+        "step-000003",
+    }
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -103,7 +142,10 @@ def test_every_completion_is_recorded_with_its_rewards(finished):
         assert len(record["completions"]) == 3
         for sample in record["completions"]:
             letters = sum(map(str.isalpha, sample["text"])) / (1 + len(sample["text"]))
-            assert sample["letters"] == pytest.approx(letters) and sample["reason"] in ("eos", "length")
+            assert sample["letters"] == pytest.approx(letters) and sample["reason"] in (
+                "eos",
+                "length",
+            )
             total = sample["accuracy"] + sample["format"] + sample["letters"]
             assert sample["reward"] == pytest.approx(total)
     for step, mean in enumerate(column(folder, "reward")):
@@ -121,10 +163,14 @@ def test_both_evaluations_are_recorded(finished):
             assert summary["count"] == 14 and summary["accuracy"] == summary["correct"] / 14
             assert 0 <= summary["interval"][0] <= summary["accuracy"] <= summary["interval"][1] <= 1
     assert len(result["examples"]) == 12
-    for shown, example in zip(result["examples"], load_examples("counting", "drawn", "test", 0).all(12), strict=True):
+    for shown, example in zip(
+        result["examples"], load_examples("counting", "drawn", "test", 0).all(12), strict=True
+    ):
         assert (shown["problem"], shown["solution"]) == (example.problem, example.solution)
         assert Image.open(folder / shown["images"][0]).tobytes() == example.images[0].tobytes()
-        assert isinstance(shown["before"]["text"], str) and isinstance(shown["after"]["correct"], bool)
+        assert isinstance(shown["before"]["text"], str) and isinstance(
+            shown["after"]["correct"], bool
+        )
 
 
 @pytest.mark.parametrize(
@@ -146,28 +192,46 @@ def test_beta_of_every_step_is_that_of_the_schedule(settings, low, high, run_arg
 def test_with_two_updates_the_schedule_counts_both(finished):
     _, folder = finished
     schedule = DynamicKL(0.04, 0.1, total_steps=6, explore_fraction=0.3)
-    assert column(folder, "beta") == [schedule(1), schedule(3), schedule(5)]  # that of a step's second update
+    assert column(folder, "beta") == [
+        schedule(1),
+        schedule(3),
+        schedule(5),
+    ]  # that of a step's second update
     assert min(column(folder, "kl")) > 0  # the first update has moved the policy
 
 
 def test_without_kl_there_is_no_reference(run_args, tmp_path):
     run(run_args(tmp_path / "run", eval_samples=0, beta_min=0, beta_max=0))
     assert column(tmp_path / "run", "beta") == [0, 0, 0]
-    assert all("kl" not in line for line in lines(tmp_path / "run" / "metrics.jsonl"))  # unknown, not 0
+    assert all(
+        "kl" not in line for line in lines(tmp_path / "run" / "metrics.jsonl")
+    )  # unknown, not 0
     assert min(column(tmp_path / "run", "grad_norm")) > 0
 
 
 def test_the_reward_that_is_trained_rises(run_args, tmp_path):
-    settings = dict(steps=25, prompts_per_step=4, num_generations=8, lr_schedule="constant", learning_rate=3e-3)
-    run(run_args(tmp_path / "run", eval_samples=0, save_every=0, beta_min=0, beta_max=0, **settings))
+    settings = dict(
+        steps=25, prompts_per_step=4, num_generations=8, lr_schedule="constant", learning_rate=3e-3
+    )
+    run(
+        run_args(tmp_path / "run", eval_samples=0, save_every=0, beta_min=0, beta_max=0, **settings)
+    )
     reward = column(tmp_path / "run", "letters")
     assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.15
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "evaluation.json").exists()
+    assert (
+        not (tmp_path / "run" / "checkpoints").exists()
+        and not (tmp_path / "run" / "evaluation.json").exists()
+    )
 
 
 def test_sft_learns_its_solutions(run_args, tmp_path):
     settings = dict(
-        algo="sft", num_generations=1, train_samples=4, prompts_per_step=4, steps=20, lr_schedule="constant"
+        algo="sft",
+        num_generations=1,
+        train_samples=4,
+        prompts_per_step=4,
+        steps=20,
+        lr_schedule="constant",
     )
     run(run_args(tmp_path / "run", eval_samples=0, save_every=0, max_new_tokens=24, **settings))
     assert all(record.keys() == SFT_KEYS for record in lines(tmp_path / "run" / "metrics.jsonl"))
@@ -183,7 +247,9 @@ def test_train_samples_limits_what_is_seen(run_args, tmp_path):
     assert len(keys) == 6 and sorted(keys[:3]) == sorted(keys[3:]) == sorted(expected)
 
 
-@pytest.mark.parametrize("settings", [{"updates_per_batch": 2, "eval_samples": 14, "save_every": 2}, {"lora": True}])
+@pytest.mark.parametrize(
+    "settings", [{"updates_per_batch": 2, "eval_samples": 14, "save_every": 2}, {"lora": True}]
+)
 def test_the_same_seed_gives_the_same_numbers(settings, finished, run_args, tmp_path):
     first = finished[1]
     if "lora" in settings:  # adapters start at random values, which must come from the seed
@@ -201,7 +267,11 @@ def test_the_same_seed_gives_the_same_numbers(settings, finished, run_args, tmp_
 def test_micro_batches_do_not_change_the_update(run_args, tmp_path):
     settings = dict(steps=2, num_generations=4, updates_per_batch=2, eval_samples=0, beta_max=0.5)
     for name, tokens in (("one", 16_384), ("many", 80)):
-        run(run_args(tmp_path / name, tokens_per_microbatch=tokens, max_prompt_tokens=74, **settings))
+        run(
+            run_args(
+                tmp_path / name, tokens_per_microbatch=tokens, max_prompt_tokens=74, **settings
+            )
+        )
     one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
     for left, right in zip(one, many, strict=True):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-6)
@@ -215,47 +285,79 @@ def test_micro_batches_do_not_change_the_update(run_args, tmp_path):
 def test_gradient_checkpointing_does_not_change_the_update(settings, run_args, tmp_path):
     pytest.importorskip("bitsandbytes")
     for name, value in (("on", True), ("off", False)):
-        run(run_args(tmp_path / name, gradient_checkpointing=value, eval_samples=0, steps=2, **settings))
+        run(
+            run_args(
+                tmp_path / name, gradient_checkpointing=value, eval_samples=0, steps=2, **settings
+            )
+        )
     for left, right in zip(metrics(tmp_path / "on"), metrics(tmp_path / "off"), strict=True):
         assert left == pytest.approx(right, rel=1e-6, abs=1e-9)
     assert min(column(tmp_path / "on", "grad_norm")) > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"]
+)
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
     run(argv)
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
-    torch.testing.assert_close(logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5
+    )
     assert processor.tokenizer.get_vocab() == policy.processor.tokenizer.get_vocab()
 
     start = Qwen2VLForConditionalGeneration.from_pretrained(tiny_folder)
     assert (logits(start, processor) - logits(final, processor)).abs().max() > 0.01
-    moved = {name for name, value in final.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    moved = {
+        name
+        for name, value in final.state_dict().items()
+        if not torch.equal(value, start.state_dict()[name])
+    }
     if "lora" in settings:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         expected = {f"model.language_model.layers.{i}" for i in range(3)}
-        assert {name.rsplit(".", 3)[0] for name in moved} == expected and len(moved) == 3 * len(names)
-        assert {name.split(".")[-2] for name in moved} == set(names) and all("weight" in name for name in moved)
+        assert {name.rsplit(".", 3)[0] for name in moved} == expected and len(moved) == 3 * len(
+            names
+        )
+        assert {name.split(".")[-2] for name in moved} == set(names) and all(
+            "weight" in name for name in moved
+        )
     else:
-        assert any("visual" in name for name in moved) and "model.language_model.embed_tokens.weight" in moved
+        assert (
+            any("visual" in name for name in moved)
+            and "model.language_model.embed_tokens.weight" in moved
+        )
 
 
 def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path):
     bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
-    folder, settings = tmp_path / "run", dict(lora=True, load_in_4bit=True, optimizer="adamw8bit", updates_per_batch=2)
+    folder, settings = (
+        tmp_path / "run",
+        dict(lora=True, load_in_4bit=True, optimizer="adamw8bit", updates_per_batch=2),
+    )
     run(argv := run_args(folder, **settings))
     assert all(record.keys() == KEYS for record in lines(folder / "metrics.jsonl"))
     assert min(column(folder, "kl")) > 0
     policy = trained_policy(argv, folder)
-    small = {name for name, layer in policy.model.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+    small = {
+        name
+        for name, layer in policy.model.named_modules()
+        if isinstance(layer, bitsandbytes.nn.Linear4bit)
+    }
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
-    adapted = peft.PeftModel.from_pretrained(load_pretrained(parse_train_config(argv))[0], folder / "final")
-    torch.testing.assert_close(logits(adapted, policy.processor), logits(policy.model, policy.processor))
+    adapted = peft.PeftModel.from_pretrained(
+        load_pretrained(parse_train_config(argv))[0], folder / "final"
+    )
+    torch.testing.assert_close(
+        logits(adapted, policy.processor), logits(policy.model, policy.processor)
+    )
     saved = load_pretrained(parse_train_config([*argv, "--model", str(folder / "final")]))[0]
-    torch.testing.assert_close(logits(saved, policy.processor), logits(policy.model, policy.processor))
+    torch.testing.assert_close(
+        logits(saved, policy.processor), logits(policy.model, policy.processor)
+    )
 
 
 def test_eight_bit_states_learn(run_args, tmp_path):
@@ -263,11 +365,17 @@ def test_eight_bit_states_learn(run_args, tmp_path):
     run(run_args(tmp_path / "run", eval_samples=0, optimizer="adamw8bit"))
     run(run_args(tmp_path / "plain", eval_samples=0))
     assert column(tmp_path / "run", "loss")[0] == column(tmp_path / "plain", "loss")[0]
-    assert column(tmp_path / "run", "kl")[1] == pytest.approx(column(tmp_path / "plain", "kl")[1], rel=0.3)
+    assert column(tmp_path / "run", "kl")[1] == pytest.approx(
+        column(tmp_path / "plain", "kl")[1], rel=0.3
+    )
 
 
-@pytest.mark.parametrize("algo, sft_target", [("grpo-d", "solution"), ("sft", "solution"), ("sft", "answer")])
-def test_training_data_from_parquet_in_the_columns_of_r1v(algo, sft_target, run_args, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "algo, sft_target", [("grpo-d", "solution"), ("sft", "solution"), ("sft", "answer")]
+)
+def test_training_data_from_parquet_in_the_columns_of_r1v(
+    algo, sft_target, run_args, tmp_path, monkeypatch
+):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     drawn = load_examples("geometry", "drawn", "train", 0).all(5)
     for split in ("train", "test"):
@@ -282,13 +390,23 @@ def test_training_data_from_parquet_in_the_columns_of_r1v(algo, sft_target, run_
         table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         (tmp_path / "data").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    run(run_args(tmp_path / "run", task="geometry", data=str(tmp_path / "data"), algo=algo, sft_target=sft_target))
+    run(
+        run_args(
+            tmp_path / "run",
+            task="geometry",
+            data=str(tmp_path / "data"),
+            algo=algo,
+            sft_target=sft_target,
+        )
+    )
     shown = json.loads((tmp_path / "run" / "evaluation.json").read_text())["examples"]
     assert [item["problem"] for item in shown] == [f"test {item.problem}" for item in drawn[:4]]
     if algo == "sft":
         assert column(tmp_path / "run", "loss")[-1] < column(tmp_path / "run", "loss")[0] - 0.2
     else:
-        seen = {(r["problem"], r["solution"]) for r in lines(tmp_path / "run" / "completions.jsonl")}
+        seen = {
+            (r["problem"], r["solution"]) for r in lines(tmp_path / "run" / "completions.jsonl")
+        }
         assert seen == {(f"train {item.problem}", item.solution) for item in drawn}
 
 
@@ -319,17 +437,31 @@ def silent_model(folder, target):
 def test_completions_that_say_nothing(tiny_folder, run_args, tmp_path):
     model = silent_model(tiny_folder, tmp_path / "silent")
     run(run_args(tmp_path / "run", model=str(model), updates_per_batch=2))
-    texts = [s["text"] for r in lines(tmp_path / "run" / "completions.jsonl") for s in r["completions"]]
+    texts = [
+        s["text"] for r in lines(tmp_path / "run" / "completions.jsonl") for s in r["completions"]
+    ]
     assert texts == [""] * 18
     for record in metrics(tmp_path / "run"):
-        assert (record["completion_length"], record["finished"], record["zero_variance"]) == (1, 1, 1)
-        assert record["reward"] == 0 and record["skipped"] == 0 and all(map(math.isfinite, record.values()))
+        assert (record["completion_length"], record["finished"], record["zero_variance"]) == (
+            1,
+            1,
+            1,
+        )
+        assert (
+            record["reward"] == 0
+            and record["skipped"] == 0
+            and all(map(math.isfinite, record.values()))
+        )
 
 
 def test_completions_that_are_cut(run_args, tmp_path):
     run(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
     for record in metrics(tmp_path / "run"):
-        assert record["completion_length"] == 1 and record["finished"] <= 0.2 and record["skipped"] == 0
+        assert (
+            record["completion_length"] == 1
+            and record["finished"] <= 0.2
+            and record["skipped"] == 0
+        )
         assert all(map(math.isfinite, record.values()))
 
 
@@ -339,13 +471,17 @@ def test_tensorboard_gets_every_number(run_args, tmp_path):
     events = event.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     for name in KEYS - {"step"}:
         logged = [(item.step, item.value) for item in events.Scalars(name)]
-        assert logged == [(r["step"], pytest.approx(r[name])) for r in lines(tmp_path / "run" / "metrics.jsonl")]
+        assert logged == [
+            (r["step"], pytest.approx(r[name])) for r in lines(tmp_path / "run" / "metrics.jsonl")
+        ]
 
 
 def test_the_terminal_shows_both_accuracies_and_where_the_results_are(run_args, tmp_path, capsys):
     run(run_args(tmp_path / "run"))
     shown = capsys.readouterr().out.splitlines()
-    table = shown.index(f"{'accuracy on held-out counting':<34}{'before':>8}{'after':>8}{'points':>8}")
+    table = shown.index(
+        f"{'accuracy on held-out counting':<34}{'before':>8}{'after':>8}{'points':>8}"
+    )
     assert [line.split()[0] for line in shown[table + 1 :]] == ["greedy", "sampled", "run"]
     assert str(tmp_path / "run" / "report.html") in shown[-1]
 
@@ -359,9 +495,14 @@ def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_pa
 
 @pytest.mark.slow
 def test_the_default_run_learns_to_count_and_its_start_is_made_once(tmp_path):
-    run(["--output", str(tmp_path / "run"), "--steps", "80", "--eval-samples", "200"])  # of 120 and 400
+    run(
+        ["--output", str(tmp_path / "run"), "--steps", "80", "--eval-samples", "200"]
+    )  # of 120 and 400
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    gain = {m: result["after"][m]["accuracy"] - result["before"][m]["accuracy"] for m in ("greedy", "sampled")}
+    gain = {
+        m: result["after"][m]["accuracy"] - result["before"][m]["accuracy"]
+        for m in ("greedy", "sampled")
+    }
     assert result["after"]["sampled"]["count"] == 200
     assert gain["sampled"] >= 0.15 and gain["greedy"] >= 0
     started = time.perf_counter()

@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import atomic_folder
+from ..accuracy import evaluate, summarise
 from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
 from ..errors import UserError
-from ..evaluate import evaluate, summarise, write_json
-from ..held_out import MODES, answers
-from ..log import append_line, keep_lines_before
+from ..evaluate.held_out import MODES, answers
+from ..evaluate.r1v import write_r1v_results
+from ..files import append_line, atomic_folder, keep_lines_before, write_json
 from ..model.load import Policy
-from ..plan import RunMemory
-from ..r1v import write_r1v_results
+from ..plan.out_of_memory import Room
+from ..plan.run_memory import RunMemory
 from ..rollout.sampling import Sampling
-from ..room import Room
-from ..sft import supervised_start
+from ..start import load_policy, supervised_start
 from ..tasks.data import load_examples
-from ..train import load_policy, train
+from ..train import train
 from ..types import Example
 from .presets import GRPO, ROLES, Scale, Study, Variant
 from .results import BASE as BASE_NAME
@@ -88,7 +87,9 @@ class Experiment:
         cells = []
         for seed in self.seeds:
             cells.append(Cell(BASE, None, seed))
-            cells += [Cell(v, role, seed) for role in self.study.trained for v in self.study.variants]
+            cells += [
+                Cell(v, role, seed) for role in self.study.trained for v in self.study.variants
+            ]
         return cells
 
     def settings(self, cell: Cell, model: str | None = None) -> TrainConfig:
@@ -98,10 +99,17 @@ class Experiment:
         """
         role, variant = cell.trained or ROLES[0], cell.variant if cell.trained else GRPO
         of_variant = {**variant.settings, **variant.by_role.get(role, {})}
-        values = {**self.scale.settings, **self.scale.tasks[role].train, **of_variant, **self.overrides}
+        values = {
+            **self.scale.settings,
+            **self.scale.tasks[role].train,
+            **of_variant,
+            **self.overrides,
+        }
         values |= {"model": model or self.model, "seed": cell.seed, "eval_samples": 0}
         values["output"] = self.run_folder(cell)
-        return parse_train_config([f"--{name}={_argument(value)}" for name, value in values.items()])
+        return parse_train_config(
+            [f"--{name}={_argument(value)}" for name, value in values.items()]
+        )
 
     def run_folder(self, cell: Cell) -> Path:
         """The run folder of a cell's training."""
@@ -117,7 +125,9 @@ class Experiment:
         kept = self.output / "starts" / f"seed{seed}"
         if not kept.exists():
             trained = (self.scale.tasks[role].train for role in ROLES)
-            tasks = [TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained]
+            tasks = [
+                TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained
+            ]
             start = supervised_start(self.model, tasks, seed, self.scale.start_accuracy)
             with atomic_folder(kept) as folder:
                 shutil.copytree(start, folder, dirs_exist_ok=True)
@@ -128,11 +138,18 @@ class Experiment:
         """The test items of both tasks: the same for every cell, so that cells can be compared in pairs."""
         found = {}
         for role, task in self.scale.tasks.items():
-            arguments = {"seed": 0, "split": self.study.split, "image_root": self.image_roots.get(role), **task.test}
+            arguments = {
+                "seed": 0,
+                "split": self.study.split,
+                "image_root": self.image_roots.get(role),
+                **task.test,
+            }
             try:
                 found[role] = load_examples(**arguments).all(self.items or task.items)
             except UserError as error:
-                raise UserError(f"{error} In an experiment, --{role}-images is the image_root of that data.") from error
+                raise UserError(
+                    f"{error} In an experiment, --{role}-images is the image_root of that data."
+                ) from error
         return found
 
     def run(self, cell: Cell) -> dict:
@@ -140,7 +157,9 @@ class Experiment:
         folder = cell.folder(self.output)
         finished, failed = folder / "cell.json", folder / "failed.json"
         if finished.exists():
-            shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)  # killed between the two
+            shutil.rmtree(
+                folder / "run" / "checkpoints", ignore_errors=True
+            )  # killed between the two
             return read_record(finished)
         folder.mkdir(parents=True, exist_ok=True)
         failed.unlink(missing_ok=True)
@@ -172,7 +191,13 @@ class Experiment:
         correct = self._evaluate(config, cell, folder)
         seconds = {"train": between - started, "evaluate": time.perf_counter() - between}
         steps = config.steps if cell.trained else 0
-        return {**cell.identity(), "seconds": seconds, "steps": steps, **_measured(run), "correct": correct}
+        return {
+            **cell.identity(),
+            "seconds": seconds,
+            "steps": steps,
+            **_measured(run),
+            "correct": correct,
+        }
 
     def _train(self, config: TrainConfig, run: Path, curve: Path) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))
@@ -188,7 +213,11 @@ class Experiment:
         """Writes the greedy accuracy on validation items of both tasks every so many steps."""
         items = {}
         for role, task in self.scale.tasks.items():
-            arguments = {"seed": 1, "split": "validation", **task.test}  # seed 0 is what a search tests on
+            arguments = {
+                "seed": 1,
+                "split": "validation",
+                **task.test,
+            }  # seed 0 is what a search tests on
             items[role] = load_examples(**arguments).all(self.scale.curve_items)
         sampling = Sampling.of(config, temperature=0.0)
 
@@ -197,7 +226,9 @@ class Experiment:
                 return
             point = {"step": done}
             for role, task in self.scale.tasks.items():
-                point[role] = summarise(evaluate(policy, task.test["task"], items[role], sampling))["accuracy"]
+                point[role] = summarise(evaluate(policy, task.test["task"], items[role], sampling))[
+                    "accuracy"
+                ]
             append_line(curve, point)
 
         return watch
@@ -216,7 +247,9 @@ class Experiment:
                 write_r1v_results(folder / f"{role}-{mode}.json", records, task)
                 correct[role][mode] = "".join(str(int(record["correct"][0])) for record in records)
                 if mode == "greedy":
-                    shown += _shown(role, items, records, None if cell.trained else folder / "images")
+                    shown += _shown(
+                        role, items, records, None if cell.trained else folder / "images"
+                    )
         write_json(folder / "samples.json", shown)
         return correct
 
@@ -250,10 +283,17 @@ def _measured(run: Path) -> dict[str, int | None]:
     """The largest peak of allocated memory that the steps of a run have recorded, in bytes; None on a CPU."""
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    peaks = [value for line in lines for name, value in json.loads(line).items() if name.startswith("peak_gib_")]
+    peaks = [
+        value
+        for line in lines
+        for name, value in json.loads(line).items()
+        if name.startswith("peak_gib_")
+    ]
     return {"peak_memory": int(max(peaks) * 2**30) if peaks else None}
 
 
 def _argument(value: Any) -> str:
     """A setting's value as a command line has it."""
-    return json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)
+    return (
+        json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)
+    )

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..page import LINES, SOFT, printable, svg
+from ..report.page import LINES, SOFT, printable, svg
 from .plots import Plot, Series
 
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
@@ -19,7 +19,10 @@ def draw(plot: Plot) -> str:
 
     def onto(axes: Axes) -> None:
         names = plot.kind == "names"
-        axes.set(xlabel=printable(plot.y if names else plot.x)[0], ylabel="" if names else printable(plot.y)[0])
+        axes.set(
+            xlabel=printable(plot.y if names else plot.x)[0],
+            ylabel="" if names else printable(plot.y)[0],
+        )
         _KINDS[plot.kind](axes, plot)
         if plot.percent:
             _in_percent(axes.xaxis if names else axes.yaxis)
@@ -32,10 +35,21 @@ def _curves(axes: Axes, plot: Plot) -> None:
     for series in plot.series:
         colour, marker, dashes = _look(series)
         for seed in series.seeds:
-            axes.plot(list(seed), list(seed.values()), dashes, color=colour, linewidth=0.8, alpha=0.45)
+            axes.plot(
+                list(seed), list(seed.values()), dashes, color=colour, linewidth=0.8, alpha=0.45
+            )
         marker = marker if len(series.points) <= FEW else ""
         x, y = list(series.points), list(series.points.values())
-        axes.plot(x, y, dashes, color=colour, linewidth=2, marker=marker, markersize=5, label=_label(series))
+        axes.plot(
+            x,
+            y,
+            dashes,
+            color=colour,
+            linewidth=2,
+            marker=marker,
+            markersize=5,
+            label=_label(series),
+        )
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _from_zero(axes)
 
@@ -45,7 +59,9 @@ def _dots(axes: Axes, plot: Plot) -> None:
     for series in plot.series:
         colour, marker, _ = _look(series)
         for seed in series.seeds:
-            axes.plot(list(seed), list(seed.values()), marker, color=colour, markersize=4, alpha=0.45)
+            axes.plot(
+                list(seed), list(seed.values()), marker, color=colour, markersize=4, alpha=0.45
+            )
         x, y = list(series.points), list(series.points.values())
         axes.plot(x, y, marker, color=colour, markersize=9, label=_label(series))
     axes.margins(0.12)
@@ -59,7 +75,14 @@ def _values(axes: Axes, plot: Plot) -> None:
         colour, marker, dashes = _look(series)
         x, y = np.array(list(series.points)) + (number - 0.5) * step, list(series.points.values())
         axes.errorbar(
-            x, y, yerr=_reach(series), color=colour, linestyle=dashes, marker=marker, **_BARS, label=_label(series)
+            x,
+            y,
+            yerr=_reach(series),
+            color=colour,
+            linestyle=dashes,
+            marker=marker,
+            **_BARS,
+            label=_label(series),
         )
         if series.base is not None:
             axes.axhline(series.base, color=colour, linestyle=":", label=f"base, {_label(series)}")
@@ -72,7 +95,14 @@ def _names(axes: Axes, plot: Plot) -> None:
         colour, marker, _ = _look(series)
         y, x = np.array(list(series.points)) + (number - 0.5) * 0.24, list(series.points.values())
         axes.errorbar(
-            x, y, xerr=_reach(series), color=colour, linestyle="", marker=marker, **_BARS, label=_label(series)
+            x,
+            y,
+            xerr=_reach(series),
+            color=colour,
+            linestyle="",
+            marker=marker,
+            **_BARS,
+            label=_label(series),
         )
         if series.base is not None:
             axes.axvline(series.base, color=colour, linestyle=":", label=f"base, {_label(series)}")
@@ -97,7 +127,9 @@ def _label(series: Series) -> str:
 
 def _reach(series: Series) -> np.ndarray:
     """How far the intervals reach below and above the points."""
-    return np.transpose([(each.value - each.low, each.high - each.value) for each in series.intervals])
+    return np.transpose(
+        [(each.value - each.low, each.high - each.value) for each in series.intervals]
+    )
 
 
 def _from_zero(axes: Axes) -> None:

@@ -2,7 +2,7 @@
 
 import re
 
-from ..page import printable
+from ..report.page import printable
 from .tables import Table, Value
 
 # Kept as they are, for the raw text to be readable: [1.2, 3.4] that no link follows, and "< 0.001", which is no tag.
@@ -12,7 +12,9 @@ _MARKUP = re.compile(r"(\[[−\d., ]+\](?![(\[:])|< (?=\d))|[!\"#$&*<>@\[\\\]^_`
 def inline(value: object) -> str:
     """Text within a line or a table's cell: what could be markup becomes a character reference, which never is."""
     shown, note = printable(value)
-    return _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[0])};", " ".join(shown.split())) + note
+    return (
+        _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[0])};", " ".join(shown.split())) + note
+    )
 
 
 def fence(value: object) -> str:

@@ -22,7 +22,10 @@ ACCURACY = {
 CROSS_TASK = {
     "2B": {
         ("geometry", "counting"): {"grpo-d": {"base": 63.53, "sft": 61.63}},
-        ("counting", "geometry"): {"grpo-d": {"base": 4.25, "sft": 368.99}, "sft": {"base": -77.77}},
+        ("counting", "geometry"): {
+            "grpo-d": {"base": 4.25, "sft": 368.99},
+            "sft": {"base": -77.77},
+        },
     },
 }
 """Size → (trained on, tested on) → method → compared with: relative change of greedy accuracy in %."""

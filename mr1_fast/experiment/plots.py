@@ -53,7 +53,14 @@ class Plot:
 def learning_curves(results: Results) -> list[Plot]:
     """Held-out accuracy over training steps, for each task trained and each tested."""
     plots = [
-        _over_steps(results, trained, tested, CellResult.curve, f"Trained on {trained}, tested on {tested}", "accuracy")
+        _over_steps(
+            results,
+            trained,
+            tested,
+            CellResult.curve,
+            f"Trained on {trained}, tested on {tested}",
+            "accuracy",
+        )
         for trained in results.about["trained"]
         for tested in results.tasks
     ]
@@ -62,9 +69,16 @@ def learning_curves(results: Results) -> list[Plot]:
 
 def training_curves(results: Results) -> list[Plot]:
     """Reward, accuracy, KL weight and KL over training steps, for each task trained."""
-    shown = {"reward": "reward", "accuracy": "accuracy", "beta": "KL weight β(s)", "kl": "KL to the reference"}
+    shown = {
+        "reward": "reward",
+        "accuracy": "accuracy",
+        "beta": "KL weight β(s)",
+        "kl": "KL to the reference",
+    }
     plots = [
-        _over_steps(results, trained, column, CellResult.metrics, f"Training on {trained}: {title}", title)
+        _over_steps(
+            results, trained, column, CellResult.metrics, f"Training on {trained}: {title}", title
+        )
         for column, title in shown.items()
         for trained in results.about["trained"]
     ]
@@ -72,20 +86,35 @@ def training_curves(results: Results) -> list[Plot]:
 
 
 def _over_steps(
-    results: Results, trained: str, column: str, read: Callable[[CellResult], dict], title: str, y: str
+    results: Results,
+    trained: str,
+    column: str,
+    read: Callable[[CellResult], dict],
+    title: str,
+    y: str,
 ) -> Plot:
     """A line a method: the mean over its seeds as far as all of them have come, and each seed."""
-    plot = Plot("curves", f"{read.__name__}-{trained}-{column}", title, "step", y, percent=y == "accuracy")
-    runs = {method: [read(cell) for cell in results.of(method, trained)] for method in results.methods}
+    plot = Plot(
+        "curves", f"{read.__name__}-{trained}-{column}", title, "step", y, percent=y == "accuracy"
+    )
+    runs = {
+        method: [read(cell) for cell in results.of(method, trained)] for method in results.methods
+    }
     longest = max((len(columns["step"]) for seeds in runs.values() for columns in seeds), default=0)
     width = -(-longest // MOST_POINTS)
     for style, (method, seeds) in enumerate(runs.items()):
-        curves = [_blocks(columns["step"], columns[column], width) for columns in seeds if column in columns]
+        curves = [
+            _blocks(columns["step"], columns[column], width)
+            for columns in seeds
+            if column in columns
+        ]
         curves = [curve for curve in curves if curve]
         if curves:
             shared = sorted(set.intersection(*map(set, curves)))
             mean = {x: float(np.mean([curve[x] for curve in curves])) for x in shared}
-            plot.series.append(Series(results.label(method), style, mean, curves if len(curves) > 1 else []))
+            plot.series.append(
+                Series(results.label(method), style, mean, curves if len(curves) > 1 else [])
+            )
     plot.note = f"Each point is the mean of {width} steps." if width > 1 else ""
     return plot
 
@@ -102,15 +131,22 @@ def gain_and_transfer(results: Results) -> list[Plot]:
     """Accuracy on the task trained against that on the other task, by variant."""
     plots = []
     for trained, tested in results.pairs(same=False):
-        name, axes = f"transfer-{trained}-{tested}", (f"accuracy on {trained}", f"accuracy on {tested}")
+        name, axes = (
+            f"transfer-{trained}-{tested}",
+            (f"accuracy on {trained}", f"accuracy on {tested}"),
+        )
         plot = Plot("dots", name, f"Trained on {trained}", *axes, percent=True)
-        for style, variant in zip([None, *range(len(results.methods))], [BASE, *results.methods], strict=True):
+        for style, variant in zip(
+            [None, *range(len(results.methods))], [BASE, *results.methods], strict=True
+        ):
             own = results.runs(variant, (trained, trained), "greedy")
             other = results.runs(variant, (trained, tested), "greedy")
             dots = [(float(own[seed].mean()), float(other[seed].mean())) for seed in own]
             if dots:
                 x, y = np.mean(dots, axis=0).tolist()
-                plot.series.append(Series(results.label(variant), style, {x: y}, [{x: y} for x, y in dots]))
+                plot.series.append(
+                    Series(results.label(variant), style, {x: y}, [{x: y} for x, y in dots])
+                )
         if plot.series:
             plots.append(plot)
     return plots
@@ -120,18 +156,28 @@ def by_value(results: Results) -> list[Plot]:
     """Accuracy with its interval by the value that an ablation varies, for each task trained and each tested."""
     axis, plots = results.about["axis"], []
     value = {variant["name"]: variant.get("value") for variant in results.about["variants"]}
-    places = {method: value[method] if axis["numeric"] else at for at, method in enumerate(results.methods)}
+    places = {
+        method: value[method] if axis["numeric"] else at
+        for at, method in enumerate(results.methods)
+    }
     for pair in results.pairs(same=True) + results.pairs(same=False):
         title = f"Trained on {pair[0]}, tested on {pair[1]}"
-        plot = Plot("values", f"value-{pair[0]}-{pair[1]}", title, axis["label"], "accuracy", percent=True)
+        plot = Plot(
+            "values", f"value-{pair[0]}-{pair[1]}", title, axis["label"], "accuracy", percent=True
+        )
         if not axis["numeric"]:
             plot.kind, plot.names = "names", [results.label(method) for method in places]
         for style, mode in enumerate(MODES):
-            runs = {at: list(results.runs(method, pair, mode).values()) for method, at in places.items()}
+            runs = {
+                at: list(results.runs(method, pair, mode).values()) for method, at in places.items()
+            }
             found = {at: accuracy(seeds) for at, seeds in sorted(runs.items()) if seeds}
             base = list(results.runs(BASE, pair, mode).values())
             series = Series(mode, style, {at: estimate.value for at, estimate in found.items()})
-            series.intervals, series.base = list(found.values()), accuracy(base).value if base else None
+            series.intervals, series.base = (
+                list(found.values()),
+                accuracy(base).value if base else None,
+            )
             plot.series += [series] if found else []
         if plot.series:
             plots.append(plot)
@@ -142,12 +188,26 @@ def numbers(plot: Plot) -> Table:
     """Curves as a table of some of their steps, dots as a row each."""
     show = percent if plot.percent else lambda value: f"{value:.3g}"
     if plot.kind == "dots":
-        rows = [[series.label, *map(show, point)] for series in plot.series for point in series.points.items()]
+        rows = [
+            [series.label, *map(show, point)]
+            for series in plot.series
+            for point in series.points.items()
+        ]
         return Table(plot.title, ["", plot.x, plot.y], rows, plot.note)
     steps = sorted(set().union(*(series.points for series in plot.series)))
-    chosen = sorted({steps[round(at)] for at in np.linspace(0, len(steps) - 1, MOST_ROWS)} if steps else ())
+    chosen = sorted(
+        {steps[round(at)] for at in np.linspace(0, len(steps) - 1, MOST_ROWS)} if steps else ()
+    )
     rows = [
-        [f"{step:g}", *(show(each.points[step]) if step in each.points else MISSING for each in plot.series)]
+        [
+            f"{step:g}",
+            *(show(each.points[step]) if step in each.points else MISSING for each in plot.series),
+        ]
         for step in chosen
     ]
-    return Table(f"{plot.title} ({plot.y})", [plot.x, *(series.label for series in plot.series)], rows, plot.note)
+    return Table(
+        f"{plot.title} ({plot.y})",
+        [plot.x, *(series.label for series in plot.series)],
+        rows,
+        plot.note,
+    )

@@ -90,7 +90,12 @@ def mean_beta(role: str) -> float:
 
 def _numeric(name: str, label: str, sign: str, setting: str, values: tuple, **shared: Any) -> Study:
     variants = tuple(
-        Variant(f"{name}-{value:g}", f"{sign} = {value:g}", {"algo": "grpo", setting: value, **shared}, value=value)
+        Variant(
+            f"{name}-{value:g}",
+            f"{sign} = {value:g}",
+            {"algo": "grpo", setting: value, **shared},
+            value=value,
+        )
         for value in values
     )
     return Study(name, label, variants, trained=("geometry",))  # as in the paper's ablations
@@ -104,8 +109,12 @@ LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 STUDIES = {
     "method": Study("method", "Method", METHODS),
     "alpha": _numeric("alpha", "Format weight α", "α", "format_weight", (0, 0.25, 0.5, 0.75, 1)),
-    "beta": _numeric("beta", "Constant KL weight β", "β", "beta", (0, 0.01, 0.02, 0.03, 0.04, 0.05)),
-    "generations": _numeric("generations", "Completions per prompt G", "G", "num_generations", (4, 8, 16)),
+    "beta": _numeric(
+        "beta", "Constant KL weight β", "β", "beta", (0, 0.01, 0.02, 0.03, 0.04, 0.05)
+    ),
+    "generations": _numeric(
+        "generations", "Completions per prompt G", "G", "num_generations", (4, 8, 16)
+    ),
     "schedules": Study(
         "schedule",
         "KL schedule",
@@ -132,7 +141,11 @@ STUDIES = {
         "search",
         "Method and learning rate",
         tuple(
-            Variant(f"{m.name}-lr{rate:g}", f"{m.label}, {rate:g}", {**m.settings, "learning_rate": rate})
+            Variant(
+                f"{m.name}-lr{rate:g}",
+                f"{m.label}, {rate:g}",
+                {**m.settings, "learning_rate": rate},
+            )
             for rate in LEARNING_RATES
             for m in METHODS
         ),
@@ -157,7 +170,9 @@ SCALES = {
         model="tiny",
         tasks={
             "counting": _drawn("counting", 2, "how many shapes stand in a 4×4 grid", "counting"),
-            "geometry": _drawn("figures", 1, "area or perimeter of a figure on a 4×4 grid", "geometry"),
+            "geometry": _drawn(
+                "figures", 1, "area or perimeter of a figure on a 4×4 grid", "geometry"
+            ),
         },
         settings=DRAWN,
         seeds=(0, 1, 2),
@@ -170,7 +185,9 @@ SCALES = {
         model="small",
         tasks={
             "counting": _drawn("counting", 3, "how many shapes stand in a 5×5 grid", "counting"),
-            "geometry": _drawn("figures", 2, "area or perimeter of a figure on a 5×5 grid", "geometry"),
+            "geometry": _drawn(
+                "figures", 2, "area or perimeter of a figure on a 5×5 grid", "geometry"
+            ),
         },
         settings=DRAWN,
         seeds=(0, 1, 2, 3, 4),
@@ -223,7 +240,9 @@ def find_preset(name: str) -> tuple[Scale, Study]:
     """The scale and the study of a preset; UserError lists the known ones."""
     presets = known_presets()
     if name not in presets:
-        raise UserError(f"preset is {name!r}, but the presets are {', '.join(presets)}: choose one of them.")
+        raise UserError(
+            f"preset is {name!r}, but the presets are {', '.join(presets)}: choose one of them."
+        )
     return presets[name]
 
 
@@ -233,5 +252,6 @@ def known_presets() -> dict[str, tuple[Scale, Study]]:
         scale_name if study_name == "method" else f"{scale_name}_{study_name}": (scale, study)
         for scale_name, scale in SCALES.items()
         for study_name, study in STUDIES.items()
-        if study.split == "test" or scale.model in BUILT_IN  # the paper's data has no validation split
+        if study.split == "test"
+        or scale.model in BUILT_IN  # the paper's data has no validation split
     }

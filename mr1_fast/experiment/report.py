@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from .. import page
-from ..page import text
+from ..report import page
+from ..report.page import text
 from . import markdown
 from .draw import draw
 from .plots import Plot, by_value, gain_and_transfer, learning_curves, numbers, training_curves
@@ -53,9 +53,14 @@ def write_report(output: Path) -> Path:
     """
     results = read_results(output)
     first, details = headline(results)
-    model, about = results.about["model"], f"experiment {results.about['preset']} · {results.about['axis']['label']}"
+    model, about = (
+        results.about["model"],
+        f"experiment {results.about['preset']} · {results.about['axis']['label']}",
+    )
     sections = [section for section in _sections(results) if section.blocks]
-    images = next((cell.folder / "images" for cell in results.cells if cell.variant == BASE), output)
+    images = next(
+        (cell.folder / "images" for cell in results.cells if cell.variant == BASE), output
+    )
     parts = [
         f"# {markdown.inline(f'{model} · {about}')}",
         f"**{markdown.inline(first)}**",
@@ -81,7 +86,9 @@ def _sections(results: Results) -> list[Section]:
     about = results.about
     plots = [] if about["axis"]["name"] == "method" else by_value(results)
     bars = "Means over seeds with 95% intervals: Student's over seeds; Wilson's over items where seeds do not differ."
-    bars += " Noise, in the headline, is what paired tests with Holm's correction leave at p ≥ 0.05."
+    bars += (
+        " Noise, in the headline, is what paired tests with Holm's correction leave at p ≥ 0.05."
+    )
     if about.get("paper") and not plots:
         bars += f" The paper's numbers are those of Qwen2-VL-{about['paper']}-Instruct on SuperCLEVR-200 and GeoQA:"
         bars += " where model or data are others here, compare the pattern, not the values."
@@ -95,10 +102,16 @@ def _sections(results: Results) -> list[Section]:
     return [
         Section("Accuracy", [*main_tables(results, MODES[0]), *plots], [bars]),
         Section("Gain and transfer", gain_and_transfer(results), [dots]),
-        Section("Held-out accuracy during training", learning_curves(results), [f"Greedy, validation items. {seeds}"]),
+        Section(
+            "Held-out accuracy during training",
+            learning_curves(results),
+            [f"Greedy, validation items. {seeds}"],
+        ),
         Section("Training", training_curves(results), [seeds]),
         Section("Test items and greedy answers", _samples(results)),
-        Section("Accuracy of sampled answers", main_tables(results, MODES[1]), ["One answer an item."]),
+        Section(
+            "Accuracy of sampled answers", main_tables(results, MODES[1]), ["One answer an item."]
+        ),
         Section("Cells", [cells(results)]),
         Section(
             "How this was measured",
@@ -113,7 +126,11 @@ def _sections(results: Results) -> list[Section]:
 
 
 def _fact(value: object) -> str:
-    return ", ".join(f"{name} {version}" for name, version in value.items()) if isinstance(value, dict) else str(value)
+    return (
+        ", ".join(f"{name} {version}" for name, version in value.items())
+        if isinstance(value, dict)
+        else str(value)
+    )
 
 
 def _samples(results: Results) -> list[Sample]:
@@ -123,10 +140,17 @@ def _samples(results: Results) -> list[Sample]:
     for cell in first:
         for number, each in enumerate(cell.samples()):
             if cell.trained in (None, each.get("task")):
-                key = (str(each.get("task")), number, str(each.get("problem")), str(each.get("solution")))
+                key = (
+                    str(each.get("task")),
+                    number,
+                    str(each.get("problem")),
+                    str(each.get("solution")),
+                )
                 image = each.get("image")
                 sample = items.setdefault(key, Sample(key[0], key[2], key[3], image and str(image)))
-                sample.answers.append((_whose(results, cell), each.get("text", ""), each.get("correct") is True))
+                sample.answers.append(
+                    (_whose(results, cell), each.get("text", ""), each.get("correct") is True)
+                )
     return list(items.values())
 
 
@@ -140,7 +164,9 @@ def _html(section: Section, images: Path) -> str:
         for kind, blocks in groupby(section.blocks, key=type)
     )
     return page.section(
-        text(section.title), f'<div class="stack">{groups}</div>', "<br>".join(map(text, section.lines))
+        text(section.title),
+        f'<div class="stack">{groups}</div>',
+        "<br>".join(map(text, section.lines)),
     )
 
 
@@ -153,7 +179,9 @@ def _html_block(block: Table | Plot | Sample | dict, images: Path) -> str:
         note = f'<p class="soft">{text(block.note)}</p>' if block.note else ""
         return f'<figure class="card"><figcaption>{text(block.title)}</figcaption>{draw(block)}{note}</figure>'
     image = page.image(images, block.image) if block.image else ""
-    answers = "".join(page.answer(text(label), output, correct) for label, output, correct in block.answers)
+    answers = "".join(
+        page.answer(text(label), output, correct) for label, output, correct in block.answers
+    )
     return page.sample_card(image, block.problem, block.solution, answers)
 
 
@@ -183,9 +211,14 @@ def _markdown_block(block: Table | Plot | Sample | dict) -> str:
     if isinstance(block, dict):
         return markdown.fence(json.dumps(block, indent=1, ensure_ascii=False, default=str))
     if isinstance(block, Plot):
-        return markdown.table(numbers(block)) if block.kind in ("curves", "dots") else ""  # the others are a table's
+        return (
+            markdown.table(numbers(block)) if block.kind in ("curves", "dots") else ""
+        )  # the others are a table's
     lines = [f"**{markdown.inline(block.task)}**", markdown.fence(block.problem)]
     lines += ["Right answer:", markdown.fence(block.solution)]
     for label, output, correct in block.answers:
-        lines += [f"{markdown.inline(label)} {'✓ right' if correct else '✗ wrong'}", markdown.fence(output)]
+        lines += [
+            f"{markdown.inline(label)} {'✓ right' if correct else '✗ wrong'}",
+            markdown.fence(output),
+        ]
     return "\n\n".join(lines)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..held_out import MODES
-from ..page import json_object, read_metrics
+from ..evaluate.held_out import MODES
+from ..report.page import json_object, read_metrics
 from .statistics import Runs
 
 BASE = "base"
@@ -82,16 +82,29 @@ class Results:
 
     def pairs(self, same: bool) -> list[tuple[str, str]]:
         """(trained on, tested on) of the same task, or of two tasks."""
-        return [(task, other) for task in self.about["trained"] for other in self.tasks if (task == other) == same]
+        return [
+            (task, other)
+            for task in self.about["trained"]
+            for other in self.tasks
+            if (task == other) == same
+        ]
 
     def of(self, variant: str, trained: str) -> list[CellResult]:
         """The cells of a variant, one a seed; of the base model whatever task is named."""
-        return [cell for cell in self.cells if cell.variant == variant and cell.trained in (None, trained)]
+        return [
+            cell
+            for cell in self.cells
+            if cell.variant == variant and cell.trained in (None, trained)
+        ]
 
     def runs(self, variant: str, pair: tuple[str, str], mode: str) -> dict[int, np.ndarray]:
         """Right or wrong of each test item by seed, of the finished cells of a (trained on, tested on) pair."""
         trained, tested = pair
-        return {cell.seed: cell.correct[tested][mode] for cell in self.of(variant, trained) if cell.correct}
+        return {
+            cell.seed: cell.correct[tested][mode]
+            for cell in self.of(variant, trained)
+            if cell.correct
+        }
 
 
 def cell_folder(output: Path, variant: str, trained: str | None, seed: int) -> Path:
@@ -114,16 +127,23 @@ def read_results(output: Path) -> Results:
     results, seeds = Results(output, about, []), about.get("seeds")
     try:
         items = {task: about["tasks"][task]["items"] for task in results.tasks}
-        names = [(BASE, None), *((method, task) for task in about["trained"] for method in results.methods)]
+        names = [
+            (BASE, None),
+            *((method, task) for task in about["trained"] for method in results.methods),
+        ]
         if not all(about[name] for name in ("preset", "model", "axis", "seeds")):
             raise ValueError("a value is empty")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it.") from error
-    results.cells = [_read_cell(output, variant, task, seed, items) for variant, task in names for seed in seeds]
+    results.cells = [
+        _read_cell(output, variant, task, seed, items) for variant, task in names for seed in seeds
+    ]
     return results
 
 
-def _read_cell(output: Path, variant: str, trained: str | None, seed: int, items: dict[str, int]) -> CellResult:
+def _read_cell(
+    output: Path, variant: str, trained: str | None, seed: int, items: dict[str, int]
+) -> CellResult:
     cell = CellResult(cell_folder(output, variant, trained, seed), variant, trained, seed)
     finished, failed = cell.folder / "cell.json", cell.folder / "failed.json"
     if finished.exists():
@@ -131,11 +151,19 @@ def _read_cell(output: Path, variant: str, trained: str | None, seed: int, items
             record = _read(finished)
             cell.seconds = {name: float(record["seconds"][name]) for name in ("train", "evaluate")}
             cell.peak_memory = record["peak_memory"] and float(record["peak_memory"])
-            cell.correct = {task: _modes(record["correct"][task], count) for task, count in items.items()}
+            cell.correct = {
+                task: _modes(record["correct"][task], count) for task, count in items.items()
+            }
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{finished} is damaged ({error}): remove it, and run the cell again.") from error
+            raise UserError(
+                f"{finished} is damaged ({error}): remove it, and run the cell again."
+            ) from error
     elif failed.exists():
-        cell.error = str(json_object(failed.read_text(encoding="utf-8", errors="replace"), failed).get("error", "?"))
+        cell.error = str(
+            json_object(failed.read_text(encoding="utf-8", errors="replace"), failed).get(
+                "error", "?"
+            )
+        )
     return cell
 
 

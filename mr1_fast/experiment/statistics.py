@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ..evaluate import wilson_interval
+from ..accuracy import wilson_interval
 
 Runs = Sequence[np.ndarray]
 """A run per seed, bools of shape (items,)."""
@@ -56,7 +56,9 @@ def compare(first: Runs, second: Runs) -> Comparison:
     """
     ours, theirs = np.array(first, dtype=int), np.array(second, dtype=int)
     p_items = mcnemar((ours - theirs).sum(axis=0))
-    differences = (ours - theirs).sum(axis=1)  # exact: whether seeds differ does not hang on rounding
+    differences = (ours - theirs).sum(
+        axis=1
+    )  # exact: whether seeds differ does not hang on rounding
     if len(set(differences.tolist())) == 1:
         low, high = newcombe_interval(first[0], second[0])
         return Comparison(Estimate(differences[0] / ours.shape[1], low, high), None, p_items)

@@ -73,7 +73,11 @@ def same_task(results: Results, mode: str) -> Table:
 def cross_task(results: Results, mode: str) -> Table:
     """Trained on one task and tested on the other, with relative changes as the paper reports them."""
     published = paper.CROSS_TASK.get(results.about.get("paper"), {}) if mode == "greedy" else {}
-    table = Table(f"Other task, {mode}", ["Model"], note="Changes are relative, of mean accuracies of the same seeds.")
+    table = Table(
+        f"Other task, {mode}",
+        ["Model"],
+        note="Changes are relative, of mean accuracies of the same seeds.",
+    )
     pairs = results.pairs(same=False)
     for trained, tested in pairs:
         table.head += [f"{_role(trained)} → {_role(tested)}", "to base", "to SFT"]
@@ -84,7 +88,9 @@ def cross_task(results: Results, mode: str) -> Table:
             for other in (BASE, "sft"):
                 reported = published.get(pair, {}).get(variant, {}).get(other)
                 row.append(
-                    MISSING if variant in (BASE, other) else _change(results, variant, other, pair, mode, reported)
+                    MISSING
+                    if variant in (BASE, other)
+                    else _change(results, variant, other, pair, mode, reported)
                 )
         table.rows.append(row)
     return table
@@ -98,7 +104,9 @@ def paired(results: Results, mode: str) -> Table:
         for first, second in COMPARED:
             ours, theirs = common(results.runs(first, pair, mode), results.runs(second, pair, mode))
             if ours:
-                names.append([" → ".join(pair), f"{results.label(first)} − {results.label(second)}"])
+                names.append(
+                    [" → ".join(pair), f"{results.label(first)} − {results.label(second)}"]
+                )
                 found.append(compare(ours, theirs))
     over_seeds = [comparison.p_seeds for comparison in found]
     over_items = [comparison.p_items for comparison in found]
@@ -116,7 +124,10 @@ def paired(results: Results, mode: str) -> Table:
 
 def by_variant(results: Results, trained: str, mode: str) -> Table:
     """Accuracies of each variant on each task after training on one."""
-    table = Table(f"Trained on {trained}, {mode}", [results.about["axis"]["label"], *map(_role, results.tasks)])
+    table = Table(
+        f"Trained on {trained}, {mode}",
+        [results.about["axis"]["label"], *map(_role, results.tasks)],
+    )
     for variant in [BASE, *results.methods]:
         values = [_accuracy(results, variant, (trained, tested), mode) for tested in results.tasks]
         table.rows.append([results.label(variant), *values])
@@ -128,7 +139,9 @@ def cells(results: Results) -> Table:
     head = ["Cell", "State", *map(_role, results.tasks), "Training", "Evaluation", "Peak memory"]
     table = Table("Greedy accuracy, time and memory", head)
     for cell in results.cells:
-        name = " · ".join(filter(None, [results.label(cell.variant), cell.trained, f"seed {cell.seed}"]))
+        name = " · ".join(
+            filter(None, [results.label(cell.variant), cell.trained, f"seed {cell.seed}"])
+        )
         row: list[str | Value] = [name, Value(cell.state, cell.error)] + [MISSING] * (len(head) - 2)
         if cell.correct:
             row[2:] = [percent(cell.correct[task]["greedy"].mean()) for task in results.tasks]
@@ -143,13 +156,20 @@ def cells(results: Results) -> Table:
 def headline(results: Results) -> tuple[str, list[str]]:
     """The result in one line, and the numbers behind it; how far the experiment is before there is one."""
     findings = [("Same task", results.pairs(same=True)), ("Other task", results.pairs(same=False))]
-    said = [(title, *standing) for title, pairs in findings if pairs and (standing := _standing(results, pairs))]
+    said = [
+        (title, *standing)
+        for title, pairs in findings
+        if pairs and (standing := _standing(results, pairs))
+    ]
     finished = sum(cell.state == "finished" for cell in results.cells)
     progress = f"{finished} of {len(results.cells)} cells finished"
     if not said:
         return progress.capitalize(), []
     details = [f"{title}, {numbers}" for title, _, numbers in said]
-    return " ".join(f"{title}: {verdict}." for title, verdict, _ in said), [*details, f"{progress}."]
+    return " ".join(f"{title}: {verdict}." for title, verdict, _ in said), [
+        *details,
+        f"{progress}.",
+    ]
 
 
 def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
@@ -164,7 +184,10 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
         return None
     means = {variant: float(np.mean(found)) for variant, found in shared.items()}
     leader, *others = sorted(means, key=means.get, reverse=True)
-    found = [compare(shared[first], shared[second]) for first, second in combinations((leader, *others), 2)]
+    found = [
+        compare(shared[first], shared[second])
+        for first, second in combinations((leader, *others), 2)
+    ]
     p_values = holm([_p(comparison) for comparison in found])[: len(others)]
     near = [other for other, p in zip(others, p_values, strict=True) if p >= 0.05]
     if len(near) == len(others):
@@ -175,7 +198,9 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
     seeds = len(shared[leader])
     verdict += " (one seed)" if seeds == 1 else ""
     scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
-    ranks = ", ".join(f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others))
+    ranks = ", ".join(
+        f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others)
+    )
     scope += f" (Holm, {len(found)} comparisons)"
     gap = _difference(found[0])
     where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
@@ -200,9 +225,18 @@ def _accuracy(results: Results, variant: str, pair: tuple[str, str], mode: str) 
     return Value(percent(estimate.value), _interval(estimate) + partly, estimate)
 
 
-def _change(results: Results, variant: str, other: str, pair: tuple[str, str], mode: str, reported: float | None):
+def _change(
+    results: Results,
+    variant: str,
+    other: str,
+    pair: tuple[str, str],
+    mode: str,
+    reported: float | None,
+):
     ours, theirs = common(results.runs(variant, pair, mode), results.runs(other, pair, mode))
-    reported = f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−") if reported is not None else ""
+    reported = (
+        f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−") if reported is not None else ""
+    )
     if not ours or not np.any(theirs):  # nothing to relate to
         return Value(MISSING, reported)
     return Value(signed(100 * (np.mean(ours) / np.mean(theirs) - 1), "%"), reported)
@@ -223,7 +257,10 @@ def _p(comparison: Comparison) -> float:
 
 def _p_values(values: list[float | None]) -> Iterable[str | Value]:
     corrected = iter(holm([p for p in values if p is not None]))
-    return [MISSING if p is None else Value(_shown_p(p), f"Holm {_shown_p(next(corrected))}") for p in values]
+    return [
+        MISSING if p is None else Value(_shown_p(p), f"Holm {_shown_p(next(corrected))}")
+        for p in values
+    ]
 
 
 def _shown_p(p: float) -> str:

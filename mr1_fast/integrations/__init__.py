@@ -23,4 +23,6 @@ def check_version(package: str) -> None:
     except PackageNotFoundError:
         return
     if installed not in SpecifierSet(TESTED[package], prereleases=True):
-        warn_once(f"{package} {installed} is installed, mr1_fast was tested with {package}{TESTED[package]}")
+        warn_once(
+            f"{package} {installed} is installed, mr1_fast was tested with {package}{TESTED[package]}"
+        )

@@ -47,13 +47,17 @@ def add_head(model: nn.Module) -> None:
     if getattr(config, "output_router_logits", False):
         changed.append("output_router_logits")
     if changed:
-        raise HeadError(f"{type(model).__name__} has {', '.join(changed)}, which a loss on its LM head would pass over")
+        raise HeadError(
+            f"{type(model).__name__} has {', '.join(changed)}, which a loss on its LM head would pass over"
+        )
     for linear in linears:
         linear.forward = MethodType(_linear_forward(_function(linear.forward)), linear)
     model.forward = MethodType(_model_forward(_function(model.forward), type(model).forward), model)
 
 
-def in_dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def in_dtype_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """An LM head in the dtype of the hidden states, in which TRL and Liger project."""
     return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
@@ -79,7 +83,9 @@ def _model_forward(plain: Callable, signature: Callable) -> Callable:
             return plain(self, *args, **kwargs)
         linear = self.get_output_embeddings()
         if not isinstance(linear, nn.Linear) and not hasattr(linear, "modules_to_save"):
-            raise HeadError(f"the LM head became a {type(linear)}: leave it out of the adapter's target_modules")
+            raise HeadError(
+                f"the LM head became a {type(linear)}: leave it out of the adapter's target_modules"
+            )
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         return linear(hidden, head=head)
 
@@ -88,4 +94,6 @@ def _model_forward(plain: Callable, signature: Callable) -> Callable:
 
 def _function(method: Callable) -> Callable:
     """The method with `self` as an argument, so that a deep copy of the model calls its own."""
-    return getattr(method, "__func__", None) or (lambda self, *args, **kwargs: method(*args, **kwargs))
+    return getattr(method, "__func__", None) or (
+        lambda self, *args, **kwargs: method(*args, **kwargs)
+    )

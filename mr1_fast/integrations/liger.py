@@ -21,10 +21,10 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from ..kernels.grpo_loss import policy_loss_ref
-from ..kernels.operators import InplaceTokenLogprobs
+from ..kernels.grpo.operators import InplaceTokenLogprobs
+from ..kernels.grpo.reference import policy_loss_ref
 from ..loss import linear_grpo_loss, linear_token_logprobs, token_logprobs, token_weights
-from ..loss_arguments import check_logits, scalar
+from ..loss.arguments import check_logits, scalar
 from . import check_version, warn_once
 from .head import in_dtype_of
 from .objective import AVERAGES, objective_options, packed_rows, per_token
@@ -49,14 +49,19 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
     ):  # fmt: skip
         super().__init__()
-        positive = dict(sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg)
+        positive = dict(
+            sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg
+        )
         _check_positive(**positive, delta=1 if delta is None else delta)
         self.beta, self.temperature, self.use_ref_model = beta, temperature, use_ref_model
         self.compiled, self.chunk_size = compiled, chunk_size
         self.loss_type, self.max_completion_length = loss_type, max_completion_length
         self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
         self.importance_sampling_level = importance_sampling_level
-        self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
+        self.sapo_temperature_pos, self.sapo_temperature_neg = (
+            sapo_temperature_pos,
+            sapo_temperature_neg,
+        )
         self.use_bias_correction_kl = use_bias_correction_kl
         self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
         self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
@@ -77,9 +82,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         """
         if self.loss_type == "vespo":
             inputs = {name: value for name, value in locals().items() if name != "self"}
-            settings = {name: getattr(self, name) for name in signature(LigerFusedLinearGRPOLoss).parameters}
+            settings = {
+                name: getattr(self, name) for name in signature(LigerFusedLinearGRPOLoss).parameters
+            }
             return _liger("chunked_loss", "LigerFusedLinearGRPOLoss")(**settings)(**inputs)
-        if _input.shape[:-1] != attention_mask.shape or selected_token_ids.shape != attention_mask.shape:
+        if (
+            _input.shape[:-1] != attention_mask.shape
+            or selected_token_ids.shape != attention_mask.shape
+        ):
             raise ValueError(
                 f"_input, selected_token_ids and attention_mask have shapes {tuple(_input.shape)}, "
                 f"{tuple(selected_token_ids.shape)} and {tuple(attention_mask.shape)}: expected (B, T, D) and (B, T)"
@@ -97,12 +107,18 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         with_kl = _is_on(self.beta)
         per_sequence = vllm_is_ratio is None or vllm_is_ratio.shape != mask.shape
         per_sequence = per_sequence and not with_kl and self.importance_sampling_level == "sequence"
-        weights = _weights(mask, self.loss_type, self.max_completion_length, num_items_in_batch, per_sequence)
+        weights = _weights(
+            mask, self.loss_type, self.max_completion_length, num_items_in_batch, per_sequence
+        )
         targets = selected_token_ids.flatten()[rows].long()
         ref_logp = None
         if with_kl and self.use_ref_model:
             ref_logp = packed("ref_per_token_logps", ref_per_token_logps)
-            ref_logp = self._reference(ref_input, ref_weight, ref_bias, rows, targets) if ref_logp is None else ref_logp
+            ref_logp = (
+                self._reference(ref_input, ref_weight, ref_bias, rows, targets)
+                if ref_logp is None
+                else ref_logp
+            )
         objective |= dict(
             old_logp=packed("old_per_token_logps", old_per_token_logps),
             is_weights=packed("vllm_is_ratio", vllm_is_ratio),
@@ -164,7 +180,9 @@ def triton_grpo_loss(
     )  # fmt: skip
     with_kl = _is_on(beta)
     if with_kl and ref_logp is None:
-        raise ValueError(f"beta is {beta}, but ref_logp is None: pass the reference log-probs, or beta=0")
+        raise ValueError(
+            f"beta is {beta}, but ref_logp is None: pass the reference log-probs, or beta=0"
+        )
     mask = (torch.ones_like(completion_ids) if completion_mask is None else completion_mask).float()
     logp = _logprobs(logits, completion_ids.masked_fill(mask == 0, 0), temperature, inplace)
 
@@ -172,7 +190,11 @@ def triton_grpo_loss(
         return None if value is None else per_token(name, value, mask).flatten().to(logp.dtype)
 
     length = mask.shape[1]
-    weights = _weights(mask, loss_type, max_completion_length or length, num_items_in_batch) if reduce else mask
+    weights = (
+        _weights(mask, loss_type, max_completion_length or length, num_items_in_batch)
+        if reduce
+        else mask
+    )
     objective |= dict(
         old_logp=flat("old_logp", old_logp),
         is_weights=flat("vllm_is_ratio", vllm_is_ratio),
@@ -200,7 +222,9 @@ def fused_selective_log_softmax(logits, input_ids, temperature=0.9, mask=None) -
     length = logits.shape[1] - 1
     ids = input_ids[:, input_ids.shape[1] - length :]
     masked = torch.zeros_like(ids) != 0 if mask is None else mask[:, mask.shape[1] - length :] == 0
-    return _logprobs(logits, ids.masked_fill(masked, 0), temperature, inplace=True).masked_fill(masked, 0.0)
+    return _logprobs(logits, ids.masked_fill(masked, 0), temperature, inplace=True).masked_fill(
+        masked, 0.0
+    )
 
 
 def _logprobs(logits: Tensor, ids: Tensor, temperature: float | Tensor, inplace: bool) -> Tensor:
@@ -210,15 +234,23 @@ def _logprobs(logits: Tensor, ids: Tensor, temperature: float | Tensor, inplace:
             f"logits and completion ids have shapes {tuple(logits.shape)} and {tuple(ids.shape)}: expected (B, L+1, V) "
             "and (B, L)"
         )
-    targets = nn.functional.pad(ids.long(), (0, 1))  # any token for the last position, whose gradient is 0
+    targets = nn.functional.pad(
+        ids.long(), (0, 1)
+    )  # any token for the last position, whose gradient is 0
     if not inplace or torch.compiler.is_compiling():
-        return token_logprobs(logits.flatten(0, 1), targets.flatten(), temperature)[0].view_as(targets)[:, :-1]
+        return token_logprobs(logits.flatten(0, 1), targets.flatten(), temperature)[0].view_as(
+            targets
+        )[:, :-1]
     near, far = sorted(((logits.stride(0), logits.shape[0]), (logits.stride(1), logits.shape[1])))
-    if logits.stride(2) != 1 or near[0] < logits.shape[2] or far[0] < near[0] * near[1]:  # rows overlap
+    if (
+        logits.stride(2) != 1 or near[0] < logits.shape[2] or far[0] < near[0] * near[1]
+    ):  # rows overlap
         logits = logits.contiguous()
     for sequence in zip(logits.detach(), targets, strict=True):
         check_logits(*sequence)
-    return InplaceTokenLogprobs.apply(logits, targets, scalar("temperature", temperature, logits))[:, :-1]
+    return InplaceTokenLogprobs.apply(logits, targets, scalar("temperature", temperature, logits))[
+        :, :-1
+    ]
 
 
 def _objective(loss_type, level, low, high, delta, positive, negative, bias_corrected_kl) -> dict:
@@ -228,7 +260,9 @@ def _objective(loss_type, level, low, high, delta, positive, negative, bias_corr
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level is {level!r}: choose token or sequence")
     _check_positive(sapo_temperature_pos=positive, sapo_temperature_neg=negative)
-    return objective_options(loss_type, level, low, high, delta or None, (positive, negative), bias_corrected_kl)
+    return objective_options(
+        loss_type, level, low, high, delta or None, (positive, negative), bias_corrected_kl
+    )
 
 
 def _check_positive(**settings: float) -> None:
@@ -237,7 +271,9 @@ def _check_positive(**settings: float) -> None:
             raise ValueError(f"{name} is {value}: expected a number > 0")
 
 
-def _weights(mask: Tensor, loss_type, max_completion_length, num_items_in_batch, per_sequence: bool = False) -> Tensor:
+def _weights(
+    mask: Tensor, loss_type, max_completion_length, num_items_in_batch, per_sequence: bool = False
+) -> Tensor:
     """(B, T): what a token's loss is multiplied by, so that the sum is the average that `loss_type` names.
 
     `per_sequence`: the loss is (B, 1) in Liger, where luspo's mean over all entries is one over B instead of B·T.
@@ -247,7 +283,11 @@ def _weights(mask: Tensor, loss_type, max_completion_length, num_items_in_batch,
     average = AVERAGES[loss_type]
     ends = mask.shape[1] * torch.arange(len(mask) + 1, device=mask.device)
     num_tokens = _tokens_per_process(mask, num_items_in_batch) if average == "dapo" else None
-    options = {"num_tokens": num_tokens, "max_completion_length": max_completion_length, "mask": mask.flatten()}
+    options = {
+        "num_tokens": num_tokens,
+        "max_completion_length": max_completion_length,
+        "mask": mask.flatten(),
+    }
     return token_weights(ends, average, **options).view_as(mask)
 
 
@@ -263,7 +303,9 @@ def _tokens_per_process(mask: Tensor, num_items_in_batch: int | Tensor | None) -
     return (tokens / (torch.distributed.get_world_size() if distributed else 1)).clamp(min=1)
 
 
-def _clipped(ours: Tensor, logp: Tensor, advantages: Tensor, weights: Tensor, objective: dict) -> Tensor:
+def _clipped(
+    ours: Tensor, logp: Tensor, advantages: Tensor, weights: Tensor, objective: dict
+) -> Tensor:
     """(N,) bool, as Liger counts: `delta` is no clip to it, which it is in `ours`."""
     if objective["delta"] is None:
         return ours

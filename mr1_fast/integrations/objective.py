@@ -39,12 +39,16 @@ def objective_options(
 def packed_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Places (N,) of mask (B, T) that carry loss, counted row by row, and their cu_seqlens (B+1,). Waits for a GPU."""
     counts = mask != 0
-    return counts.flatten().nonzero().squeeze(-1), nn.functional.pad(counts.sum(-1).cumsum(0), (1, 0))
+    return counts.flatten().nonzero().squeeze(-1), nn.functional.pad(
+        counts.sum(-1).cumsum(0), (1, 0)
+    )
 
 
 def per_token(name: str, value: Tensor, mask: Tensor) -> Tensor:
     """(B, T), as mask is, of values per sequence, (B,) or (B, 1), or per token. Raises ValueError."""
     b, length = mask.shape
     if value.shape not in ((b,), (b, 1), (b, length)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({b},), ({b}, 1) or ({b}, {length})")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: expected ({b},), ({b}, 1) or ({b}, {length})"
+        )
     return (value if value.ndim == 2 else value[:, None]).detach().expand(b, length)

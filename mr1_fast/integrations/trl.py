@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from mr1_fast.loss import GRPOLoss, linear_grpo_loss, linear_token_logprobs, policy_loss_ref, token_weights
+from mr1_fast.loss import (
+    GRPOLoss,
+    linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss_ref,
+    token_weights,
+)
 from mr1_fast.model.forward import base_model
 
 from . import check_version, warn_once
@@ -37,7 +43,9 @@ try:
 
     from .trl_kl import DynamicKLCallback
 except ImportError as error:
-    raise ImportError("mr1_fast.integrations.trl needs TRL 1.16 or later: pip install 'trl>=1.16'") from error
+    raise ImportError(
+        "mr1_fast.integrations.trl needs TRL 1.16 or later: pip install 'trl>=1.16'"
+    ) from error
 
 __all__ = [
     "ChunkedLogProbFunction",
@@ -76,7 +84,11 @@ class FusedGRPOTrainer(GRPOTrainer):
         """Give `model`, the policy or a reference, our log-probs, and the policy the way in for our loss."""
         if self._no_head is None:
             try:
-                _add_label_head(_unwrapped(model, self.accelerator), self.temperature, self.args.cast_lm_head_to_fp32)
+                _add_label_head(
+                    _unwrapped(model, self.accelerator),
+                    self.temperature,
+                    self.args.cast_lm_head_to_fp32,
+                )
             except HeadError as error:
                 self._no_head = str(error)
 
@@ -96,7 +108,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             return self._no_head or self._disagrees
         scoring = type(self)._get_per_token_logps_and_entropies
         reasons = {
-            f"loss_type {self.loss_type!r} is not among {', '.join(AVERAGES)}": self.loss_type not in AVERAGES,
+            f"loss_type {self.loss_type!r} is not among {', '.join(AVERAGES)}": self.loss_type
+            not in AVERAGES,
             f"importance_sampling_level is {self.importance_sampling_level!r}": (
                 self.importance_sampling_level not in ("token", "sequence")
             ),
@@ -105,7 +118,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             "off_policy_mask_threshold is set": self.off_policy_mask_threshold is not None,
             # Our gradients exist before the loss is scaled, and would underflow.
             "fp16 scales the loss before its backward": self.accelerator.scaler is not None,
-            "a subclass scores tokens itself": scoring is not FusedGRPOTrainer._get_per_token_logps_and_entropies,
+            "a subclass scores tokens itself": scoring
+            is not FusedGRPOTrainer._get_per_token_logps_and_entropies,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -120,15 +134,20 @@ class FusedGRPOTrainer(GRPOTrainer):
         results: list[GRPOLoss] = []
 
         def score(labels, fused_lm_head, **model_inputs):
-            results.append(model(**model_inputs, head=functools.partial(self._loss, objective, shape[1])))
+            results.append(
+                model(**model_inputs, head=functools.partial(self._loss, objective, shape[1]))
+            )
             # A tool's tokens have no log-prob here: with the old one, their ratio is 1.
             old = inputs.get("old_per_token_logps")
             log_probs = _padded(results[0].logp, objective.rows, shape, old)
-            return SimpleNamespace(log_probs=log_probs, entropy=_padded(results[0].entropy, objective.rows, shape))
+            return SimpleNamespace(
+                log_probs=log_probs, entropy=_padded(results[0].entropy, objective.rows, shape)
+            )
 
         # TRL's own method prepares the inputs of the model, with its images.
         ids, attended = (
-            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask")
+            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1)
+            for name in ("ids", "mask")
         )
         images = {name: inputs[name] for name in _image_arguments() if name in inputs}
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
@@ -153,9 +172,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         known = theirs.isfinite() & ~limited
         ours, theirs = (torch.where(known, gradient, 0.0) for gradient in (ours, theirs))
         off = (ours - theirs).norm() > 1e-3 * theirs.norm()
-        same = self.accelerator.reduce(off.float(), "sum").item() == 0  # every process goes the same way
+        same = (
+            self.accelerator.reduce(off.float(), "sum").item() == 0
+        )  # every process goes the same way
         if not same:
-            self._disagrees = f"this TRL computes something else than ours for loss_type {self.loss_type!r}"
+            self._disagrees = (
+                f"this TRL computes something else than ours for loss_type {self.loss_type!r}"
+            )
             warn_once(f"FusedGRPOTrainer runs TRL's own loss: {self._disagrees}")
         return same
 
@@ -174,14 +197,24 @@ class FusedGRPOTrainer(GRPOTrainer):
         average = {"accumulation_steps": steps, "max_completion_length": self.max_completion_length}
         if AVERAGES[self.loss_type] == "dapo":
             tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-            average = {"num_tokens": tokens * steps / self.args.steps_per_generation if training else tokens}
+            average = {
+                "num_tokens": tokens * steps / self.args.steps_per_generation
+                if training
+                else tokens
+            }
         weights = token_weights(
-            cu_seqlens, AVERAGES[self.loss_type], mask=torch.ones_like(rows, dtype=torch.bool), **average
+            cu_seqlens,
+            AVERAGES[self.loss_type],
+            mask=torch.ones_like(rows, dtype=torch.bool),
+            **average,
         )
         advantages, old_logp = inputs["advantages"], inputs.get("old_per_token_logps")
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         is_weights = inputs["importance_sampling_ratio"] if corrected else None
-        level, bias_corrected_kl = self.importance_sampling_level, self.beta != 0 and self.args.use_bias_correction_kl
+        level, bias_corrected_kl = (
+            self.importance_sampling_level,
+            self.beta != 0 and self.args.use_bias_correction_kl,
+        )
         per_sequence = advantages.ndim == 1 and (is_weights is None or is_weights.shape[-1] == 1)
         # On policy every ratio is 1, and the sum over a sequence has the same gradient either way: one pass will do.
         if old_logp is None and per_sequence and not bias_corrected_kl:
@@ -189,7 +222,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         options = {
             "beta": self.beta,
             "old_logp": by_row("old_per_token_logps", old_logp),
-            "ref_logp": by_row("ref_per_token_logps", inputs["ref_per_token_logps"]) if self.beta != 0 else None,
+            "ref_logp": by_row("ref_per_token_logps", inputs["ref_per_token_logps"])
+            if self.beta != 0
+            else None,
             "is_weights": by_row("importance_sampling_ratio", is_weights),
             "cu_seqlens": cu_seqlens,
         }
@@ -198,15 +233,27 @@ class FusedGRPOTrainer(GRPOTrainer):
             self.loss_type, level, self.epsilon_low, self.epsilon_high, self.args.delta, sapo_temperatures,
             bias_corrected_kl,
         )  # fmt: skip
-        targets, advantages = by_row("completion_ids", inputs["completion_ids"]), by_row("advantages", advantages)
+        targets, advantages = (
+            by_row("completion_ids", inputs["completion_ids"]),
+            by_row("advantages", advantages),
+        )
         return _Objective(rows, targets, advantages, weights, options)
 
     def _loss(
-        self, objective: "_Objective", length: int, hidden: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        objective: "_Objective",
+        length: int,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> GRPOLoss:
         """The loss of a batch from the hidden states of its prompts and completions; what the model returns."""
         hidden = _predicting(hidden, objective.rows, length)
-        with _aligned(hidden, weight, bias, self.args.cast_lm_head_to_fp32) as (hidden, weight, bias):
+        with _aligned(hidden, weight, bias, self.args.cast_lm_head_to_fp32) as (
+            hidden,
+            weight,
+            bias,
+        ):
             return linear_grpo_loss(
                 hidden, weight, objective.targets, objective.advantages, objective.token_weights,
                 bias=bias, temperature=self.temperature, **objective.options,
@@ -226,7 +273,9 @@ class _Objective(NamedTuple):
     def gradient(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """By logp (B, T): the gradient of the loss, and where the KL is at its bound."""
         packed = logp.flatten()[self.rows].requires_grad_()
-        loss, _, _, limited = policy_loss_ref(packed, self.advantages, self.token_weights, **self.options)
+        loss, _, _, limited = policy_loss_ref(
+            packed, self.advantages, self.token_weights, **self.options
+        )
         (gradient,) = torch.autograd.grad(loss.sum(), packed)
         return tuple(_padded(each, self.rows, logp.shape) for each in (gradient, limited))
 
@@ -249,7 +298,9 @@ def _add_label_head(model: nn.Module, temperature: float, fp32: bool) -> None:
     with_head = model.forward
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, head=None, **kwargs):
+    def forward(
+        self, *args, fused_lm_head: bool = False, labels: Tensor | None = None, head=None, **kwargs
+    ):
         if head is not None:
             return with_head(*args, head=head, **kwargs)
         if not fused_lm_head:
@@ -257,10 +308,14 @@ def _add_label_head(model: nn.Module, temperature: float, fp32: bool) -> None:
         targets = labels[:, 1:]
         rows = (targets != -100).flatten().nonzero().squeeze(-1)
 
-        def label_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedCausalLMOutput:
+        def label_logprobs(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ) -> FusedCausalLMOutput:
             hidden = _predicting(hidden, rows, targets.shape[1])
             with _aligned(hidden, weight, bias, fp32) as (hidden, weight, bias):
-                logp, entropy = linear_token_logprobs(hidden, weight, targets.flatten()[rows], temperature, bias)
+                logp, entropy = linear_token_logprobs(
+                    hidden, weight, targets.flatten()[rows], temperature, bias
+                )
             logp, entropy = (_padded(each, rows, targets.shape) for each in (logp, entropy))
             return FusedCausalLMOutput(log_probs=logp, entropy=entropy, label_mask=targets != -100)
 
@@ -275,7 +330,9 @@ def _predicting(hidden: Tensor, rows: Tensor, length: int) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, rows + rows // length * before + before - 1)
 
 
-def _padded(values: Tensor, rows: Tensor, shape: torch.Size, others: Tensor | None = None) -> Tensor:
+def _padded(
+    values: Tensor, rows: Tensor, shape: torch.Size, others: Tensor | None = None
+) -> Tensor:
     """Values (N,) at the places `rows` of (B, T), elsewhere `others` (B, T) or 0."""
     base = values.new_zeros(shape) if others is None else others.detach().to(values.dtype)
     return base.flatten().index_copy(0, rows, values).view(shape)

@@ -26,9 +26,15 @@ def selective_log_softmax(
     logp, _ = _by_row(logits, targets, temperature)
     if several:
         # log p_k − log p_top needs the two logits alone; the largest one is never −inf.
-        chosen, top = (logits.gather(-1, each).to(logp.dtype) for each in (index, targets.unsqueeze(-1)))
+        chosen, top = (
+            logits.gather(-1, each).to(logp.dtype) for each in (index, targets.unsqueeze(-1))
+        )
         logp = (chosen - top) / temperature + logp.unsqueeze(-1)
-        row_mask = row_mask.unsqueeze(-1) if row_mask is not None and row_mask.ndim < index.ndim else row_mask
+        row_mask = (
+            row_mask.unsqueeze(-1)
+            if row_mask is not None and row_mask.ndim < index.ndim
+            else row_mask
+        )
     return logp if row_mask is None else torch.where(row_mask != 0, logp, 0.0)
 
 
@@ -81,10 +87,20 @@ class ChunkedLogProbFunction:
                 + (", ".join(sorted(beyond)) or "soft-capped or unscaled logits")
             )
             return TRLFunction.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
             )
         weight, bias = in_dtype_of(hidden, weight, bias)
-        logp, entropy = linear_token_logprobs(hidden, weight, targets.long(), temperature / logit_scale, bias)
+        logp, entropy = linear_token_logprobs(
+            hidden, weight, targets.long(), temperature / logit_scale, bias
+        )
         return logp, entropy if "entropy" in outputs else None, None, None, None
 
 
@@ -92,7 +108,14 @@ def _by_row(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
     """Log-prob and entropy of each row, in the shape of `targets`, without a copy of the logits."""
     try:
         rows = logits.view(targets.numel(), logits.shape[-1])
-    except RuntimeError:  # a slice: one call for each part of the first dimension, whose gradients are stacked once
-        parts = [_by_row(*each, temperature) for each in zip(logits.unbind(), targets.unbind(), strict=True)]
+    except (
+        RuntimeError
+    ):  # a slice: one call for each part of the first dimension, whose gradients are stacked once
+        parts = [
+            _by_row(*each, temperature)
+            for each in zip(logits.unbind(), targets.unbind(), strict=True)
+        ]
         return tuple(torch.stack(each) for each in zip(*parts, strict=True))
-    return tuple(each.view(targets.shape) for each in token_logprobs(rows, targets.reshape(-1), temperature))
+    return tuple(
+        each.view(targets.shape) for each in token_logprobs(rows, targets.reshape(-1), temperature)
+    )

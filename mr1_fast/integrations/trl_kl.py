@@ -22,7 +22,9 @@ class DynamicKLCallback(TrainerCallback):
     Raises ValueError where that is impossible (FSDP, DeepSpeed, a model spread by device_map).
     """
 
-    def __init__(self, trainer: GRPOTrainer, beta_min: float, beta_max: float, explore_fraction: float = 0.3):
+    def __init__(
+        self, trainer: GRPOTrainer, beta_min: float, beta_max: float, explore_fraction: float = 0.3
+    ):
         self.trainer, self.settings = trainer, (beta_min, beta_max)
         self.explore_fraction = explore_fraction
         self._schedule(1)  # refuses bad numbers now

@@ -47,7 +47,9 @@ def linear_cross_entropy(
         )
     if reduction.lower() not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-    logp, entropy = linear_token_logprobs(hidden.reshape(-1, hidden.shape[-1]), weight, labels.flatten(), temperature)
+    logp, entropy = linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.flatten(), temperature
+    )
     return logp if reduction.lower() == "none" else getattr(logp, reduction.lower())(), entropy
 
 
@@ -59,11 +61,17 @@ class FusedLinearForPPO(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+        self,
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """(log_probs, entropy), fp32."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         budget = self.chunk_size * vocab_weights.shape[0] * hidden_states.element_size()
-        both = linear_token_logprobs(rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=budget)
+        both = linear_token_logprobs(
+            rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=budget
+        )
         logp, entropy = (each.view(input_ids.shape) for each in both)
         return logp, entropy

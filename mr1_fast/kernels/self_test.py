@@ -8,18 +8,15 @@ import torch
 
 from ..errors import UserError
 from ..loss import linear_grpo_loss
-from . import decode, decode_linear
-from .adamw import Scalars, State, adamw_, add_stochastic_, master_weight
-from .grpo_loss import (
-    Objective,
-    RowResults,
-    grpo_loss_ref,
-    row_grpo,
-    row_logprobs,
-    row_logprobs_backward,
-    scale_,
-    use_triton,
-)
+from . import decode
+from .adamw.reference import master_weight
+from .adamw.state import Scalars, State
+from .adamw.step import adamw_, add_stochastic_
+from .decode import linear as decode_linear
+from .dispatch import use_triton
+from .grpo.objective import Objective, RowResults
+from .grpo.reference import grpo_loss_ref
+from .grpo.rows import row_grpo, row_logprobs, row_logprobs_backward, scale_
 
 
 def self_test(device: torch.device) -> None:
@@ -29,7 +26,9 @@ def self_test(device: torch.device) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"device {device} cannot run the kernels ({error}): use another, or --device cpu.") from error
+        raise UserError(
+            f"device {device} cannot run the kernels ({error}): use another, or --device cpu."
+        ) from error
     for name, error in worst.items():
         if not error < 1e-2:
             raise UserError(
@@ -48,7 +47,9 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     old_logp, ref_logp, weights = -10 + shift, -9.5 - shift, weights.abs()
 
     exact = logits.float().requires_grad_()
-    settings = dict(beta=torch.tensor(0.1), temperature=torch.tensor(0.9), old_logp=old_logp, ref_logp=ref_logp)
+    settings = dict(
+        beta=torch.tensor(0.1), temperature=torch.tensor(0.9), old_logp=old_logp, ref_logp=ref_logp
+    )
     expected = grpo_loss_ref(exact, targets, advantages, weights, **settings)
     expected.loss.backward()
 
@@ -58,7 +59,10 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     on_device, targets = logits.to(device), targets.to(device)
     results, gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
     row_grpo(on_device, targets, objective, results, gradient)
-    split_results, split_gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
+    split_results, split_gradient = (
+        RowResults.empty(on_device),
+        torch.full_like(on_device, torch.nan),
+    )
     _row_grpo_split(on_device, targets, objective, split_results, split_gradient)
 
     temperature = there[3]
@@ -84,15 +88,18 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         **_optimizer_pairs(device),
         **_decode_pairs(device),
     }
-    return {name: _relative_error(ours.cpu().float(), right.float()) for name, (ours, right) in pairs.items()}
+    return {
+        name: _relative_error(ours.cpu().float(), right.float())
+        for name, (ours, right) in pairs.items()
+    }
 
 
 def _row_grpo_split(logits, targets, objective: Objective, results: RowResults, out) -> None:
     """As on a GPU whose L2 cannot hold the rows in flight: its programs wait for each other."""
     if use_triton(logits):
-        from . import grpo_loss_triton
+        from .grpo import rows_triton
 
-        grpo_loss_triton.row_grpo(logits, targets, objective, results, out, parts=3)
+        rows_triton.row_grpo(logits, targets, objective, results, out, parts=3)
     else:
         row_grpo(logits, targets, objective, results, out)
 
@@ -120,7 +127,14 @@ def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torc
     torch.optim.AdamW([exact], lr=0.1, weight_decay=0.0).step()
     there, total = weight.to(device, copy=True), gradient.to(device, copy=True)
     state = State.zeros(there, remainder=True)
-    adamw_(there, gradient.to(device), state, Scalars.at(1, 0.1, (0.9, 0.999), 1e-8, 0.0), (1, 2), half.to(device))
+    adamw_(
+        there,
+        gradient.to(device),
+        state,
+        Scalars.at(1, 0.1, (0.9, 0.999), 1e-8, 0.0),
+        (1, 2),
+        half.to(device),
+    )
     add_stochastic_(total, other.to(device), seed=3)
     moved = master_weight(there, state.remainder).cpu() - weight
     return {
@@ -133,7 +147,8 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     """What a rollout's step computes: three rows, of which two share a prefix of five tokens."""
     generator = torch.Generator().manual_seed(4)
     q, k, v, keys, values = (
-        torch.randn(n, h, 32, generator=generator) for n, h in ((3, 4), (3, 2), (3, 2), (20, 2), (20, 2))
+        torch.randn(n, h, 32, generator=generator)
+        for n, h in ((3, 4), (3, 2), (3, 2), (20, 2), (20, 2))
     )
     angles = torch.randn(3, 32, generator=generator)
     spans = torch.tensor([[0, 5, 6, 2], [0, 5, 10, 1], [0, 0, 14, 4]], dtype=torch.int32)
@@ -147,7 +162,10 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
         torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
         decode.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
-    attention, (x, gate, up) = [t.to(device) for t in attention], (t.to(device) for t in (x, gate, up))
+    attention, (x, gate, up) = (
+        [t.to(device) for t in attention],
+        (t.to(device) for t in (x, gate, up)),
+    )
     ours = (
         decode.attend(*attention, spans.to(device), 0.2),
         decode.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],

@@ -49,9 +49,18 @@ def packed_attention(
     """
     if segments is None and cu_seq_lens_q is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d), dense in memory
+    query, key, value = (
+        x[0].transpose(0, 1) for x in (query, key, value)
+    )  # (T, heads, d), dense in memory
     varlen = _varlen(backend(query.device.type, query.dtype))
     if segments is not None:
         if varlen is None:
@@ -79,7 +88,11 @@ def backend(device: str, dtype: torch.dtype) -> str:
 
     FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on; torch's own, NVIDIA's alone.
     """
-    if device != "cuda" or dtype not in VARLEN_DTYPES or torch.cuda.get_device_capability() < (8, 0):
+    if (
+        device != "cuda"
+        or dtype not in VARLEN_DTYPES
+        or torch.cuda.get_device_capability() < (8, 0)
+    ):
         return "sdpa"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -96,7 +109,9 @@ def _varlen(name: str):
     if name == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return lambda *arguments, causal, scale: flash_attn_varlen_func(*arguments, causal=causal, softmax_scale=scale)
+        return lambda *arguments, causal, scale: flash_attn_varlen_func(
+            *arguments, causal=causal, softmax_scale=scale
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -115,7 +130,9 @@ def _varlen(name: str):
 # --- SDPA ---------------------------------------------------------------------------------------------------------
 
 
-def _padded_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
+) -> Tensor:
     """One SDPA call for the prompts and one for the completions; (T, H, d)."""
     outputs = []
     for rectangle in segments.padded.rectangles:
@@ -126,7 +143,8 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segme
             rectangle.keys(value).unflatten(0, (count, length_k)).transpose(1, 2),
             attn_mask=rectangle.mask(query.dtype),
             scale=scale,
-            is_causal=rectangle.visible is None,  # a causal query never reaches the padding behind it
+            is_causal=rectangle.visible
+            is None,  # a causal query never reaches the padding behind it
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -150,7 +168,9 @@ def _full_attention(
         x = x if rows is None else x.index_select(0, rows)
         return x.unflatten(0, (count, longest)).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(
+        pad(query), pad(key), pad(value), attn_mask=mask, scale=scale
+    )
     out = out.transpose(1, 2)  # (S, longest, H, d)
     return out.flatten(0, 1) if rows is None else out[(offsets < lengths[:, None])]
 

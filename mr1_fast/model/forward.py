@@ -34,7 +34,9 @@ def embed(
     embeddings = inner.get_input_embeddings()(input_ids)
     if pixel_values is None:
         return embeddings
-    features = torch.cat(inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+    features = torch.cat(
+        inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+    )
     image_tokens = (input_ids == inner.config.image_token_id).unsqueeze(-1)
     return embeddings.masked_scatter(image_tokens, features.to(embeddings.dtype))
 
@@ -48,7 +50,9 @@ def packed_hidden(model: nn.Module, batch: PackedBatch, past_key_values=None) ->
     output = base_model(model).model.language_model(
         inputs_embeds=embeddings.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(1),
-        attention_mask={"full_attention": None},  # completions are kept apart by `segments`, not by a mask
+        attention_mask={
+            "full_attention": None
+        },  # completions are kept apart by `segments`, not by a mask
         past_key_values=past_key_values,
         use_cache=past_key_values is not None,
         segments=batch.segments,

@@ -4,7 +4,8 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
 from ..config import BUILT_IN
 from ..errors import UserError
-from .load import adapter_base, cache_only_without_hub, check_family
+from ..hub import cache_only_without_hub
+from .load import adapter_base, check_family
 
 SIZES = {
     "2B": dict(
@@ -41,7 +42,9 @@ def find_model_config(name: str) -> PretrainedConfig:
     try:
         with cache_only_without_hub(name):
             config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # no network, no such name, or a folder without a readable config.json
+    except (
+        Exception
+    ) as error:  # no network, no such name, or a folder without a readable config.json
         hub = (f"Qwen/Qwen2-VL-{size}" for size in SIZES)
         raise UserError(
             f"model {name} has no configuration that can be read here: check the name and the network, pass a local "
@@ -62,6 +65,8 @@ def qwen2_vl(hidden_size: int, tie_word_embeddings: bool, **text) -> Qwen2VLConf
             tie_word_embeddings=tie_word_embeddings,
             **text,
         ),
-        vision_config=dict(depth=32, embed_dim=1280, hidden_size=hidden_size, num_heads=16, mlp_ratio=4),
+        vision_config=dict(
+            depth=32, embed_dim=1280, hidden_size=hidden_size, num_heads=16, mlp_ratio=4
+        ),
         tie_word_embeddings=tie_word_embeddings,
     )

@@ -4,22 +4,18 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub.constants
 import torch
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..hub import cache_only_without_hub
 from ..loss import linear_token_logprobs
-from ..tasks.hub import HUB_TIMEOUT
 from ..types import PackedBatch
 from .attention import use_packed_attention
 from .forward import base_model, lm_head_weight, packed_hidden
@@ -49,7 +45,9 @@ class Policy:
 
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy, fp32 (N,), of each target of the batch."""
-        return linear_token_logprobs(self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature)
+        return linear_token_logprobs(
+            self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature
+        )
 
 
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
@@ -58,11 +56,15 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
     use_patch_projection(model)
     if config.gradient_checkpointing:
         _enable_checkpointing(model, config.offload_checkpoints)
-    if not config.load_in_4bit:  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
+    if (
+        not config.load_in_4bit
+    ):  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
         model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
         model = with_lora(model, config)
-    encode = PromptEncoder(model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images)
+    encode = PromptEncoder(
+        model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images
+    )
     return Policy(model.train(), processor, encode)
 
 
@@ -76,15 +78,24 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
     try:
         with cache_only_without_hub(name):
             check_family(name, AutoConfig.from_pretrained(name).model_type)
-            options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
+            options = dict(
+                dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config)
+            )
             model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
             if info["missing_keys"]:
                 raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
             processor = ImageTextProcessor.load(name)
-            if processor.image_token_id != model.config.image_token_id or not processor.chat_template:
-                raise ValueError("its tokenizer is not there, or not the model's, or has no chat template")
+            if (
+                processor.image_token_id != model.config.image_token_id
+                or not processor.chat_template
+            ):
+                raise ValueError(
+                    "its tokenizer is not there, or not the model's, or has no chat template"
+                )
         for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' fast CPU product has no backward
+            if hasattr(
+                module, "support_avx512bf16_for_cpu"
+            ):  # bitsandbytes' fast CPU product has no backward
                 module.support_avx512bf16_for_cpu = False
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -101,7 +112,9 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
 def save_pretrained(policy: Policy, folder: Path) -> None:
     """Save model and processor in Hugging Face format; LoRA is merged first, or saved as an adapter over 4 bits."""
     model = policy.model
-    if hasattr(model, "merge_and_unload") and not getattr(base_model(model), "is_loaded_in_4bit", False):
+    if hasattr(model, "merge_and_unload") and not getattr(
+        base_model(model), "is_loaded_in_4bit", False
+    ):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
@@ -109,7 +122,11 @@ def save_pretrained(policy: Policy, folder: Path) -> None:
 
 def resolve_device(config: ModelConfig) -> torch.device:
     """The device that `auto` means here; UserError for one that does not exist."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    name = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if config.device == "auto"
+        else config.device
+    )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -135,25 +152,9 @@ def adapter_base(name: str) -> str | None:
 def check_family(name: str, family: str) -> None:
     """UserError unless models of `family`, transformers' model_type, can be trained."""
     if family not in FAMILIES:
-        raise UserError(f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one.")
-
-
-@contextmanager
-def cache_only_without_hub(name: str) -> Iterator[None]:
-    """Read only the local cache while the hub does not answer: transformers would retry each file for half a minute."""
-    constants = huggingface_hub.constants
-    was_offline = constants.HF_HUB_OFFLINE
-    try:
-        if not os.path.isdir(name):
-            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, HFValidationError):
-        pass  # transformers says it in its own words
-    except Exception:  # no network, no answer in time, a failing server, or offline mode
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
+        raise UserError(
+            f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one."
+        )
 
 
 def _four_bit(config: ModelConfig) -> dict:
@@ -163,13 +164,18 @@ def _four_bit(config: ModelConfig) -> dict:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
     except ImportError as error:
-        raise UserError("load_in_4bit needs the package bitsandbytes: pip install 'mr1_fast[gpu]'.") from error
+        raise UserError(
+            "load_in_4bit needs the package bitsandbytes: pip install 'mr1_fast[gpu]'."
+        ) from error
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=resolve_dtype(config),
-        llm_int8_skip_modules=["model.visual", "lm_head"],  # the vision tower is small and its errors reach every token
+        llm_int8_skip_modules=[
+            "model.visual",
+            "lm_head",
+        ],  # the vision tower is small and its errors reach every token
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
 
@@ -177,7 +183,10 @@ def _four_bit(config: ModelConfig) -> dict:
 def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
     """Recompute every layer in the backward pass from its input, which is kept on the device or in host memory."""
     # The name changed between the transformers versions that we support.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
     if not offload:
         return
@@ -188,7 +197,9 @@ def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
 
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = partial(offloaded, module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = partial(
+                offloaded, module._gradient_checkpointing_func
+            )
 
 
 def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:

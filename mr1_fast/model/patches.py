@@ -10,7 +10,9 @@ class PatchProjection(nn.Conv3d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(P, C, T, H, W) -> (P, D, 1, 1, 1)."""
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[
+            :, :, None, None, None
+        ]
 
 
 def use_patch_projection(model: nn.Module) -> None:

@@ -82,14 +82,20 @@ class PromptEncoder:
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
         return self.inner.get_rope_index(**{name: encoded[name] for name in names})[0]
 
-    def _split(self, examples, encoded, present: torch.Tensor, positions: torch.Tensor) -> list[Prompt]:
+    def _split(
+        self, examples, encoded, present: torch.Tensor, positions: torch.Tensor
+    ) -> list[Prompt]:
         """A Prompt of each row, without padding, and with its own images."""
         grids = encoded.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.int64))
         patches = encoded.get("pixel_values", torch.zeros(0, 0)).split(grids.prod(1).tolist())
         prompts, first = [], 0
         for row, (example, inside) in enumerate(zip(examples, present, strict=True)):
             own = slice(first, first + len(example.images))
-            first, ids, places = own.stop, encoded["input_ids"][row, inside], positions[:, row, inside]
+            first, ids, places = (
+                own.stop,
+                encoded["input_ids"][row, inside],
+                positions[:, row, inside],
+            )
             prompts.append(
                 Prompt(
                     input_ids=ids,

@@ -37,7 +37,11 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
         """Reference log-probabilities (N,), fp32."""
-        with self.policy.model.disable_adapter() if self.has_adapter else self.stream or nullcontext():
+        with (
+            self.policy.model.disable_adapter()
+            if self.has_adapter
+            else self.stream or nullcontext()
+        ):
             return self.policy.logprobs(batch, temperature)[0]
 
 
@@ -89,7 +93,9 @@ class LayerStream:
             raise
 
     def __exit__(self, *_) -> None:
-        if self.copies is not None:  # a slot that was filled ahead must not be used again before the copy has ended
+        if (
+            self.copies is not None
+        ):  # a slot that was filled ahead must not be used again before the copy has ended
             torch.cuda.current_stream(self.device).wait_stream(self.copies)
         self.slots.clear()
         for parameter, host in self.others:
@@ -115,7 +121,9 @@ class LayerStream:
             self.ready[index] = None
             return
         # Nothing in this slot was computed on yet: its memory may still be in use by what the allocator gave it to.
-        self.copies.wait_event(self.free.get(key) or torch.cuda.current_stream(self.device).record_event())
+        self.copies.wait_event(
+            self.free.get(key) or torch.cuda.current_stream(self.device).record_event()
+        )
         with torch.cuda.stream(self.copies):
             for target, host in zip(self.slots[key], hosts, strict=True):
                 target.copy_(host, non_blocking=True)
@@ -125,7 +133,9 @@ class LayerStream:
         self._load(index)
         if self.copies is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready[index])
-        for parameter, target in zip(self.layers[index], self.slots[self._slot(index)], strict=True):
+        for parameter, target in zip(
+            self.layers[index], self.slots[self._slot(index)], strict=True
+        ):
             parameter.data = target
         self._load(index + 1)
 
@@ -139,7 +149,9 @@ class LayerStream:
 
 def in_8_bits(model: nn.Module) -> dict[int, nn.Module]:
     """An Int8Linear for every linear layer of the layers, by the linear layer's id."""
-    linears = (module for layer in layers(model) for module in layer.modules() if type(module) is nn.Linear)
+    linears = (
+        module for layer in layers(model) for module in layer.modules() if type(module) is nn.Linear
+    )
     return {id(linear): Int8Linear(linear) for linear in linears}
 
 

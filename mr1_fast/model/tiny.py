@@ -28,9 +28,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Qwen2's pre-tokenisation: words with their leading space, every digit on its own.
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def tiny_processor() -> ImageTextProcessor:
@@ -60,7 +58,9 @@ def tiny_processor() -> ImageTextProcessor:
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return ImageTextProcessor(
-        Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=401_408), tokenizer, chat_template=CHAT_TEMPLATE
+        Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=401_408),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -78,7 +78,11 @@ def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLCon
             num_attention_heads=heads,
             num_key_value_heads=2,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": mrope_section},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": mrope_section,
+            },
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -103,7 +107,9 @@ def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLCon
     )
 
 
-def tiny_model(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLForConditionalGeneration:
+def tiny_model(
+    processor: ImageTextProcessor, size: str = "tiny"
+) -> Qwen2VLForConditionalGeneration:
     """The model with fresh weights from torch's global generator; seed that first."""
     return Qwen2VLForConditionalGeneration(tiny_config(processor, size))
 
@@ -115,5 +121,8 @@ def _sentences(per_task: int = 200) -> list[str]:
         for difficulty in (1, 3):
             for index in range(per_task):
                 example = task.draw("train", 0, index, difficulty)
-                sentences += [f"user\n{format_problem(example)}", f"assistant\n{format_solution(example)}"]
+                sentences += [
+                    f"user\n{format_problem(example)}",
+                    f"assistant\n{format_solution(example)}",
+                ]
     return sentences

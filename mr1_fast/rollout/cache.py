@@ -50,7 +50,12 @@ class Layout:
 
     @classmethod
     def fitting(
-        cls, lengths: list[int], num_generations: int, max_new_tokens: int, most_samples: int, budget: int | None
+        cls,
+        lengths: list[int],
+        num_generations: int,
+        max_new_tokens: int,
+        most_samples: int,
+        budget: int | None,
     ) -> "Layout":
         """Room for as many samples at once as `most_samples` and `budget` (tokens; None: no limit) allow.
 
@@ -63,7 +68,12 @@ class Layout:
             smallest = cls(min(count, needed), longest, samples, max_new_tokens)
             if budget is None or smallest.tokens <= budget:
                 spare = count if budget is None else (budget - smallest.tokens) // longest
-                return cls(min(count, 2 * needed, smallest.prompt_spans + spare), longest, samples, max_new_tokens)
+                return cls(
+                    min(count, 2 * needed, smallest.prompt_spans + spare),
+                    longest,
+                    samples,
+                    max_new_tokens,
+                )
         raise UserError(
             f"the longest prompt has {longest} tokens and a completion may have max_new_tokens = {max_new_tokens}, but "
             f"the KV cache has room for {budget}: shorten the prompts (--max-pixels with --shrink-images true), or "
@@ -80,7 +90,11 @@ def token_bytes(text_model: nn.Module) -> int:
     """Bytes of a token's keys and values in all layers."""
     config = text_model.config
     return (
-        2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * text_model.norm.weight.itemsize
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * head_size(config)
+        * text_model.norm.weight.itemsize
     )
 
 
@@ -89,9 +103,16 @@ class Pool:
 
     def __init__(self, text_model: nn.Module, layout: Layout):
         config, like = text_model.config, text_model.norm.weight
-        shape = (config.num_hidden_layers, layout.tokens, config.num_key_value_heads, head_size(config))
+        shape = (
+            config.num_hidden_layers,
+            layout.tokens,
+            config.num_key_value_heads,
+            head_size(config),
+        )
         self.layout = layout
-        self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.keys, self.values = (
+            torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)
+        )
         # What a row has not written it does not read, but 0 · NaN is NaN where a kernel masks by multiplying.
         self.keys.zero_(), self.values.zero_()
 
@@ -102,7 +123,9 @@ class PromptKeys:
     def __init__(self, pool: Pool, rows: Tensor):
         self.pool, self.rows = pool, rows
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Store keys and values (1, Hkv, T, d); returns them, as nothing came before."""
         self.pool.keys[layer].index_copy_(0, self.rows, keys[0].transpose(0, 1))
         self.pool.values[layer].index_copy_(0, self.rows, values[0].transpose(0, 1))

@@ -12,13 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels.decode import add_rms_norm, attend, silu_mul
-from ..kernels.decode_linear import linears, swiglu
+from ..kernels.decode.linear import linears, swiglu
+from ..kernels.decode.operations import add_rms_norm, attend, silu_mul
 from ..model.forward import base_model
 from .cache import Pool
 from .sampling import Sampling, draw
 
-COLUMNS = ("token", "source", "position", "prefix_start", "prefix_len", "own_start", "own_len", "span")
+COLUMNS = (
+    "token",
+    "source",
+    "position",
+    "prefix_start",
+    "prefix_len",
+    "own_start",
+    "own_len",
+    "span",
+)
 """Of a row: the token to go on from, or −1 for that of row `source` of the step before; its position in all three axes;
 where its prompt's and its own tokens are in the pool, the new one counted; which span is its own (the last: none)."""
 SIZES = (1, 8, 32, 64, 128, 256)
@@ -52,7 +61,9 @@ class Decoder:
         Returns a function that waits for (tokens, log-probabilities) as NumPy arrays (R,).
         """
         device = self.previous.device
-        results = self.step(torch.from_numpy(table).to(device), torch.from_numpy(uniform).to(device))
+        results = self.step(
+            torch.from_numpy(table).to(device), torch.from_numpy(uniform).to(device)
+        )
         return lambda: tuple(x.cpu().numpy() for x in results)
 
     def step(self, table: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +77,14 @@ class Decoder:
             self.seen.index_put_((spans, tokens.long()), torch.ones_like(spans, dtype=torch.bool))
             seen = self.seen[spans]
         tokens, logprobs = draw(self.head(hidden), uniform, self.sampling, self.banned, seen)
-        self.previous[: len(tokens)] = tokens.clamp(min=0)  # after NaN: the host may be a step from seeing it
+        self.previous[: len(tokens)] = tokens.clamp(
+            min=0
+        )  # after NaN: the host may be a step from seeing it
         return tokens, logprobs
 
-    def first(self, hidden: Tensor, prompts: list[Tensor], uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def first(
+        self, hidden: Tensor, prompts: list[Tensor], uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The first tokens (P·G,) of P prompts, from their last hidden states (P, D), and the log-probabilities."""
         logits = self.head(hidden)
         seen = None
@@ -79,8 +94,16 @@ class Decoder:
                 row[ids.to(row.device)] = True
         rows = torch.arange(len(uniform), device=logits.device) // (len(uniform) // len(hidden))
         drawn = [
-            draw(logits[some], values, self.sampling, self.banned, seen if seen is None else seen[some])
-            for some, values in zip(rows.split(SIZES[-1]), uniform.to(logits.device).split(SIZES[-1]), strict=True)
+            draw(
+                logits[some],
+                values,
+                self.sampling,
+                self.banned,
+                seen if seen is None else seen[some],
+            )
+            for some, values in zip(
+                rows.split(SIZES[-1]), uniform.to(logits.device).split(SIZES[-1]), strict=True
+            )
         ]
         return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
 
@@ -93,7 +116,9 @@ class Decoder:
         """Final hidden states (R, D) of one new token a row, whose keys and values are added to the pool."""
         residual, update = self.text.embed_tokens(tokens), None
         cos, sin = self.angles(residual, position)
-        for layer, keys, values in zip(self.text.layers, self.pool.keys, self.pool.values, strict=True):
+        for layer, keys, values in zip(
+            self.text.layers, self.pool.keys, self.pool.values, strict=True
+        ):
             attention, mlp = layer.self_attn, layer.mlp
             residual, x = normed(residual, update, layer.input_layernorm)
             projected = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -107,7 +132,9 @@ class Decoder:
     def angles(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (R, d) of a text position, which is the same in M-RoPE's three axes."""
         cos, sin = self.text.rotary_emb(x[None], position.expand(3, 1, -1))
-        return tuple(part.flatten(0, -3)[0] for part in (cos, sin))  # older transformers: one for each axis
+        return tuple(
+            part.flatten(0, -3)[0] for part in (cos, sin)
+        )  # older transformers: one for each axis
 
 
 def normed(residual: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -160,14 +187,18 @@ class Graphs:
         self.sizes = sorted({min(size, rows) for size in (*SIZES, rows)})
         self.table = torch.zeros(rows, len(COLUMNS), dtype=torch.int32, device=self.device)
         self.uniform = torch.zeros(rows, device=self.device)
-        self.idle = torch.tensor([0, 0, 0, 0, 0, 0, 1, decoder.pool.layout.sample_spans], dtype=torch.int32)
+        self.idle = torch.tensor(
+            [0, 0, 0, 0, 0, 0, 1, decoder.pool.layout.sample_spans], dtype=torch.int32
+        )
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.memory = torch.cuda.graph_pool_handle()
         self.slots = [self._slot(rows) for _ in range(PENDING)]
         self.launched = 0
 
     def _slot(self, rows: int) -> Slot:
-        table, results = (torch.zeros(rows, n, dtype=torch.int32, pin_memory=True) for n in (len(COLUMNS), 2))
+        table, results = (
+            torch.zeros(rows, n, dtype=torch.int32, pin_memory=True) for n in (len(COLUMNS), 2)
+        )
         return Slot(table, torch.zeros(rows, pin_memory=True), results, torch.cuda.Event())
 
     def launch(self, table: np.ndarray, uniform: np.ndarray):
@@ -198,7 +229,9 @@ class Graphs:
         self.table[:size] = self.idle.to(self.device)
         stream, previous = capture_stream(self.device), self.decoder.previous.clone()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before a capture
+        with torch.cuda.stream(
+            stream
+        ):  # kernels are compiled and libraries set up before a capture
             self._step(size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..kernels.grpo_loss import use_triton
+from ..kernels.dispatch import use_triton
 from ..model.attention import use_packed_attention
 from ..model.forward import base_model
 from ..model.processor import ImageTextProcessor
@@ -47,9 +47,13 @@ class Engine:
     >>> Engine(model, processor).generate(examples, 8, Sampling(max_new_tokens=256)).texts  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, processor: ImageTextProcessor, encode: PromptEncoder | None = None):
+    def __init__(
+        self, model: nn.Module, processor: ImageTextProcessor, encode: PromptEncoder | None = None
+    ):
         self.model, self.processor = model, processor
-        self.encode = encode or PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
+        self.encode = encode or PromptEncoder(
+            model, processor, max_prompt_tokens=2**31, max_pixels=2**31
+        )
         self._decoder: Decoder | None = None
         self._graphs: Graphs | None = None
         self._key: tuple = ()
@@ -85,7 +89,9 @@ class Engine:
                 self._prepare(layout, sampling)
                 self._run(schedule, prompts, prefill_tokens)
             completions = [ids[:n] for ids, n in zip(schedule.tokens, schedule.counts, strict=True)]
-            logprobs = [values[:n] for values, n in zip(schedule.logprobs, schedule.counts, strict=True)]
+            logprobs = [
+                values[:n] for values, n in zip(schedule.logprobs, schedule.counts, strict=True)
+            ]
             reasons = schedule.reasons
         return Rollout(
             examples=examples,
@@ -101,24 +107,34 @@ class Engine:
         """Free the keys, values and graphs."""
         self._decoder, self._graphs, self._key = None, None, ()
 
-    def _schedule(self, prompts, num_generations, layout: Layout, sampling: Sampling, seed: int) -> Schedule:
+    def _schedule(
+        self, prompts, num_generations, layout: Layout, sampling: Sampling, seed: int
+    ) -> Schedule:
         shape = len(prompts) * num_generations, sampling.max_new_tokens
         uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).numpy()
         lengths, positions = [len(p.input_ids) for p in prompts], [p.next_position for p in prompts]
         return Schedule(lengths, positions, num_generations, layout, uniform, self._ends(sampling))
 
     def _ends(self, sampling: Sampling) -> Ends:
-        tokenizer, stop = self.processor.tokenizer, StopTexts(self.processor.tokenizer, sampling.stop)
+        tokenizer, stop = (
+            self.processor.tokenizer,
+            StopTexts(self.processor.tokenizer, sampling.stop),
+        )
         # Qwen2-VL ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>.
         configured = base_model(self.model).generation_config.eos_token_id
-        eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        eos = {
+            tokenizer.eos_token_id,
+            *(configured if isinstance(configured, list) else [configured]),
+        }
 
         def ends(sample: int, tokens: np.ndarray) -> str | None:
             return "eos" if int(tokens[-1]) in eos else "stop" if stop.ends(tokens) else None
 
         return ends
 
-    def _layout(self, prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None) -> Layout:
+    def _layout(
+        self, prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None
+    ) -> Layout:
         """How to cut the pool: the last one again where it will do, as graphs hold on to it."""
         wanted = fitting(prompts, num_generations, sampling, budget)
         last = self._decoder.pool.layout if self._decoder else None
@@ -145,7 +161,9 @@ class Engine:
             self.release()
             pool = Pool(self._text, layout)
             self._decoder, self._key = Decoder(self.model, pool, sampling, layout.sample_spans), key
-            if pool.keys.is_cuda and use_triton(pool.keys):  # PyTorch's own form of a step reads lengths on the host
+            if pool.keys.is_cuda and use_triton(
+                pool.keys
+            ):  # PyTorch's own form of a step reads lengths on the host
                 self._graphs = Graphs(self._decoder, layout.sample_spans)
 
     def _run(self, schedule: Schedule, prompts: list[Prompt], prefill_tokens: int) -> None:
@@ -158,7 +176,9 @@ class Engine:
                 continue
             samples, new, table, uniform = schedule.next_step()
             for sample in new if decoder.seen is not None else ():
-                decoder.forget(int(schedule.sample_spans[sample]), prompts[sample // schedule.group].input_ids)
+                decoder.forget(
+                    int(schedule.sample_spans[sample]), prompts[sample // schedule.group].input_ids
+                )
             if len(samples):
                 pending.append((samples, device.launch(table, uniform)))
             elif not pending:
@@ -167,18 +187,24 @@ class Engine:
                 samples, wait = pending.popleft()
                 schedule.record(samples, *wait())
 
-    def _begin(self, schedule: Schedule, chosen: list[int], prompts: list[Prompt], decoder: Decoder) -> None:
+    def _begin(
+        self, schedule: Schedule, chosen: list[int], prompts: list[Prompt], decoder: Decoder
+    ) -> None:
         """Encode prompts and draw their samples' first tokens."""
         starts = schedule.layout.prompt_start(schedule.prompt_spans[chosen]).tolist()
         hidden = prefill(self.model, [prompts[i] for i in chosen], decoder.pool, starts)
         samples = schedule.samples_of(chosen)
         tokens, logprobs = decoder.first(
-            hidden, [prompts[i].input_ids for i in chosen], torch.from_numpy(schedule.uniform[samples, 0])
+            hidden,
+            [prompts[i].input_ids for i in chosen],
+            torch.from_numpy(schedule.uniform[samples, 0]),
         )
         schedule.begin(samples, tokens.cpu().numpy(), logprobs.cpu().numpy())
 
 
-def fitting(prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None = None) -> Layout:
+def fitting(
+    prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None = None
+) -> Layout:
     """Room for the prompts' samples, or for as many at once as `budget` tokens hold."""
     lengths = [len(prompt.input_ids) for prompt in prompts]
     return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, budget)

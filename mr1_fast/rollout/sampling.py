@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.decode import sample
-from ..kernels.grpo_loss import statistics_dtype
+from ..kernels.decode.operations import sample
+from ..kernels.dispatch import statistics_dtype
 
 
 @dataclass
@@ -39,12 +39,24 @@ class Sampling:
         """Raise UserError for values that mean nothing."""
         for name, holds, must in (
             ("max_new_tokens", self.max_new_tokens >= 0, "must not be negative"),
-            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature < math.inf, "must be 0 or from 0.001 on"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < math.inf,
+                "must be 0 or from 0.001 on",
+            ),
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("top_k", self.top_k >= 0, "must not be negative (0: off)"),
             ("min_p", 0 <= self.min_p < 1, "must lie in [0, 1)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "must be greater than 0 (1: off)"),
-            ("stop", isinstance(self.stop, list) and all(self.stop), "must be a list of texts, none of them empty"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty < math.inf,
+                "must be greater than 0 (1: off)",
+            ),
+            (
+                "stop",
+                isinstance(self.stop, list) and all(self.stop),
+                "must be a list of texts, none of them empty",
+            ),
         ):
             if not holds:
                 raise UserError(f"{name} is {getattr(self, name)}, but {must}.")
@@ -56,7 +68,11 @@ class Sampling:
 
 
 def draw(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, banned: tuple[int, ...], seen: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    sampling: Sampling,
+    banned: tuple[int, ...],
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token (R,) int64 and its log-probability (R,) fp32 for each row of `logits` (R, V).
 
@@ -67,20 +83,26 @@ def draw(
     if not sampling.filters:
         return sample(logits, uniform, sampling.temperature, banned)
     logits = logits.to(statistics_dtype(logits))
-    token, _ = sample(_filtered(logits, sampling, banned, seen), uniform, sampling.temperature, banned)
+    token, _ = sample(
+        _filtered(logits, sampling, banned, seen), uniform, sampling.temperature, banned
+    )
     scaled = logits / (sampling.temperature or 1.0)
     chosen = scaled.gather(-1, token.clamp(min=0)[:, None]).squeeze(-1)
     return token, (chosen - scaled.logsumexp(-1)).float()
 
 
-def _filtered(logits: Tensor, sampling: Sampling, banned: tuple[int, ...], seen: Tensor | None) -> Tensor:
+def _filtered(
+    logits: Tensor, sampling: Sampling, banned: tuple[int, ...], seen: Tensor | None
+) -> Tensor:
     """Logits before the temperature, −inf where a filter takes a token out; in the order of transformers' warpers."""
     logits = logits.clone()
     for token in banned:  # a graph cannot hold an index from the host
         logits[:, token].fill_(-torch.inf)
     if seen is not None:
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+        )
     if sampling.temperature == 0:
         return logits
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -88,8 +110,12 @@ def _filtered(logits: Tensor, sampling: Sampling, banned: tuple[int, ...], seen:
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p stays
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+        outside = (
+            ordered.cumsum(-1) - ordered >= sampling.top_p
+        )  # the token that crosses top_p stays
+        logits = logits.masked_fill(
+            torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf
+        )
     if sampling.min_p > 0:
         probabilities = (logits / sampling.temperature).softmax(-1)
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)

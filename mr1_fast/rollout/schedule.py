@@ -25,7 +25,13 @@ class Schedule:
     """
 
     def __init__(
-        self, lengths: list[int], positions: list[int], num_generations: int, layout: Layout, uniform, ends: Ends
+        self,
+        lengths: list[int],
+        positions: list[int],
+        num_generations: int,
+        layout: Layout,
+        uniform,
+        ends: Ends,
     ):
         count, self.most = uniform.shape
         self.group, self.layout, self.uniform, self.ends = num_generations, layout, uniform, ends
@@ -40,7 +46,10 @@ class Schedule:
         self.waiting: deque[int] = deque()  # samples of encoded prompts, with their first token
         self.running = np.zeros(0, dtype=np.int64)
         self.rows = np.zeros(count, dtype=np.int64)  # where each was in the step before
-        self.prompt_spans, self.sample_spans = np.zeros(len(lengths), dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self.prompt_spans, self.sample_spans = (
+            np.zeros(len(lengths), dtype=np.int64),
+            np.zeros(count, dtype=np.int64),
+        )
         self.free_prompts = deque(range(layout.prompt_spans))
         self.free_samples = deque(range(layout.sample_spans))
         self.unfinished = np.full(len(lengths), num_generations)
@@ -79,7 +88,9 @@ class Schedule:
         while self.waiting and self.free_samples:
             new.append(self.waiting.popleft())
             self.sample_spans[new[-1]] = self.free_samples.popleft()
-        samples = np.sort(np.concatenate([going, np.array(new, dtype=np.int64)]))  # a prompt's are side by side
+        samples = np.sort(
+            np.concatenate([going, np.array(new, dtype=np.int64)])
+        )  # a prompt's are side by side
         table, uniform = self._table(samples), self.uniform[samples, self.launched[samples]]
         self.rows[samples] = np.arange(len(samples))
         self.launched[samples] += 1
@@ -114,7 +125,9 @@ class Schedule:
         self.tokens[samples, counts], self.logprobs[samples, counts] = tokens, logprobs
         self.counts[samples] = counts + 1
         for sample, count in zip(samples.tolist(), (counts + 1).tolist(), strict=True):
-            reason = self.ends(sample, self.tokens[sample, :count]) or ("length" if count == self.most else None)
+            reason = self.ends(sample, self.tokens[sample, :count]) or (
+                "length" if count == self.most else None
+            )
             if reason:
                 self._end(sample, reason)
 

@@ -21,7 +21,9 @@ class StopTexts:
         # character's bytes, which decodes to "\ufffd".
         lasts = {text[-1] for text in texts}
         known = pieces(tokenizer) if texts else []
-        self.endings = {i for i, piece in enumerate(known) if lasts & set(piece) or "\ufffd" in piece}
+        self.endings = {
+            i for i, piece in enumerate(known) if lasts & set(piece) or "\ufffd" in piece
+        }
         self.window = 4 * max((len(text.encode()) for text in texts), default=0)
         """Tokens that surely hold the longest text: one has a byte at least, but for a few that decode to nothing."""
 

@@ -16,7 +16,9 @@ PROMPT_SUFFIX = "Output the thinking process in <think> </think> and final answe
 def get_task(name: str) -> ModuleType:
     """The task module of that name; UserError lists the known ones."""
     if name not in TASKS:
-        raise UserError(f"task is {name!r}, but the known tasks are {', '.join(TASKS)}: choose one of them.")
+        raise UserError(
+            f"task is {name!r}, but the known tasks are {', '.join(TASKS)}: choose one of them."
+        )
     return TASKS[name]
 
 

@@ -71,12 +71,21 @@ def _paint(items: tuple, side: int, rng: random.Random) -> Image.Image:
         room = CELL / 2 - radius - 0.5
         x = (cell % side + 0.5) * CELL + rng.uniform(-room, room)
         y = (cell // side + 0.5) * CELL + rng.uniform(-room, room)
-        fill = tuple(max(0, min(255, channel + rng.randint(-25, 25))) for channel in COLOURS[colour])
-        box = [(x - radius) * scale, (y - radius) * scale, (x + radius) * scale, (y + radius) * scale]
+        fill = tuple(
+            max(0, min(255, channel + rng.randint(-25, 25))) for channel in COLOURS[colour]
+        )
+        box = [
+            (x - radius) * scale,
+            (y - radius) * scale,
+            (x + radius) * scale,
+            (y + radius) * scale,
+        ]
         if shape == "circle":
             pen.ellipse(box, fill=fill)
         elif shape == "square":
-            pen.rectangle([box[0] + scale, box[1] + scale, box[2] - scale, box[3] - scale], fill=fill)
+            pen.rectangle(
+                [box[0] + scale, box[1] + scale, box[2] - scale, box[3] - scale], fill=fill
+            )
         else:
             turn = rng.uniform(0, 2 * math.pi)
             corners = [

@@ -16,17 +16,24 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from ..config import TrainConfig
 from ..errors import UserError
+from ..hub import hub_splits, load_splits
 from ..types import Example
 from . import get_task
-from .hub import hub_splits, load_splits
 from .split import SPLITS
 
-TEST_SETS = {"superclevr200": "superclevr_test200_counting_problems.jsonl", "geoqa": "geoqa_test_prompts.jsonl"}
+TEST_SETS = {
+    "superclevr200": "superclevr_test200_counting_problems.jsonl",
+    "geoqa": "geoqa_test_prompts.jsonl",
+}
 """The paper's two test sets, by name: R1-V's file that lists them."""
 LISTS = "https://github.com/StarsfieldAI/R1-V, src/eval/prompts"
 """Where those files are. They are small, but not ours to hand on."""
-ARCHIVES = {"superclevr_test200_counting_problems.jsonl": "images", "geoqa_test_prompts.jsonl": "Geo170K"}
+ARCHIVES = {
+    "superclevr_test200_counting_problems.jsonl": "images",
+    "geoqa_test_prompts.jsonl": "Geo170K",
+}
 """The first folder of each list's image paths: what SuperCLEVR's images.zip unpacks to, and the one in which R1-V
 unpacks Geo170K's. image_root may hold that folder, or be it under any name."""
 COLUMNS = {
@@ -42,12 +49,22 @@ FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".csv
 class DrawnExamples:
     """Examples drawn by a task module: endlessly many, or the first `limit` over and over (then `len()` works)."""
 
-    def __init__(self, task: ModuleType, split: str, seed: int, difficulty: int = 1, limit: int | None = None) -> None:
+    def __init__(
+        self, task: ModuleType, split: str, seed: int, difficulty: int = 1, limit: int | None = None
+    ) -> None:
         _check_split(split)
         _check_limit(limit)
         if difficulty < 1:
-            raise UserError(f"difficulty is {difficulty}, but the easiest is 1: set it to 1 or more.")
-        self.task, self.split, self.seed, self.difficulty, self.limit = task, split, seed, difficulty, limit
+            raise UserError(
+                f"difficulty is {difficulty}, but the easiest is 1: set it to 1 or more."
+            )
+        self.task, self.split, self.seed, self.difficulty, self.limit = (
+            task,
+            split,
+            seed,
+            difficulty,
+            limit,
+        )
 
     def __len__(self) -> int:
         if self.limit is None:
@@ -58,11 +75,16 @@ class DrawnExamples:
         """The `count` examples of training step `step` (from 0); with a limit, reshuffled every epoch."""
         if self.limit is None:
             return [self._draw(index) for index in range(step * count, (step + 1) * count)]
-        return [self._draw(index) for index in _shuffled(self.limit, self.seed, step * count, count)]
+        return [
+            self._draw(index) for index in _shuffled(self.limit, self.seed, step * count, count)
+        ]
 
     def all(self, count: int) -> list[Example]:
         """The first `count` examples (no more than the limit), for evaluation."""
-        return [self._draw(index) for index in range(count if self.limit is None else min(count, self.limit))]
+        return [
+            self._draw(index)
+            for index in range(count if self.limit is None else min(count, self.limit))
+        ]
 
     def require_thinking(self) -> None:
         """Nothing to check: drawn examples always have a worked solution."""
@@ -96,7 +118,9 @@ class LoadedExamples:
             raise UserError(f"{source} is empty: give data with at least one row.")
         self.rows, self.source, self.seed = rows, source, seed
         if not isinstance(rows, list):
-            self.rows = rows.with_format("arrow")  # leaves images encoded, so that a broken one is reported by its row
+            self.rows = rows.with_format(
+                "arrow"
+            )  # leaves images encoded, so that a broken one is reported by its row
         self.image_root, self.archive = Path(image_root).expanduser(), archive
         self.columns = _find_columns(_column_names(rows), source)
         self.size = len(rows) if limit is None else min(limit, len(rows))
@@ -126,7 +150,9 @@ class LoadedExamples:
             texts = self.rows.select_columns("thinking")[:]["thinking"].to_pylist()
         for index, text in enumerate(texts[: self.size]):
             if not str(text or "").strip():
-                raise UserError(f"row {index + 1} of {self.source} has no 'thinking': fill it in or leave the row out.")
+                raise UserError(
+                    f"row {index + 1} of {self.source} has no 'thinking': fill it in or leave the row out."
+                )
 
     def _read(self, index: int) -> Example:
         row = self.rows[index] if isinstance(self.rows, list) else self.rows[index].to_pylist()[0]
@@ -145,10 +171,14 @@ class LoadedExamples:
 
     def _text(self, row: dict, field: str, name: str) -> str:
         value = row.get(self.columns[field])
-        if isinstance(value, float) and value.is_integer():  # a column of whole numbers with a gap in it
+        if (
+            isinstance(value, float) and value.is_integer()
+        ):  # a column of whole numbers with a gap in it
             value = int(value)
         if value is None or not str(value).strip():
-            raise UserError(f"{name} has no {self.columns[field]!r}: fill it in or leave the row out.")
+            raise UserError(
+                f"{name} has no {self.columns[field]!r}: fill it in or leave the row out."
+            )
         return str(value).strip()
 
 
@@ -179,7 +209,11 @@ def load_examples(
         rows = _file_rows(path, split)
     elif path.is_dir():
         rows = _folder_rows(path, split)
-    elif path.suffix in (".jsonl", *FILE_FORMATS) or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    elif (
+        path.suffix in (".jsonl", *FILE_FORMATS)
+        or data.startswith((".", "/", "~"))
+        or data.count("/") > 1
+    ):
         raise UserError(f"{data} is missing: check the path of the data.")
     else:
         rows = _pick(hub_splits(data), split, data)
@@ -191,11 +225,17 @@ def _find_list(name: str, image_root: str | None) -> str:
     """Path of a test set's list: in `image_root`, or in the folder prompts there, as in a clone of R1-V."""
     listed = TEST_SETS[name]
     if image_root is None:
-        raise UserError(f"data {name} needs image_root: the folder with {listed} and the images it names.")
+        raise UserError(
+            f"data {name} needs image_root: the folder with {listed} and the images it names."
+        )
     root = Path(image_root).expanduser()
-    path = next((path for path in (root / listed, root / "prompts" / listed) if path.is_file()), None)
+    path = next(
+        (path for path in (root / listed, root / "prompts" / listed) if path.is_file()), None
+    )
     if path is None:
-        raise UserError(f"{root / listed} is missing: put R1-V's list of {name} there (from {LISTS}).")
+        raise UserError(
+            f"{root / listed} is missing: put R1-V's list of {name} there (from {LISTS})."
+        )
     return str(path)
 
 
@@ -205,7 +245,9 @@ def _file_rows(path: Path, split: str) -> Sequence:
     elif path.suffix in FILE_FORMATS:
         rows = load_splits(str(path), FILE_FORMATS[path.suffix], data_files=str(path))["train"]
     else:
-        raise UserError(f"{path} has an unknown format: give one of {', '.join(('.jsonl', *FILE_FORMATS))}.")
+        raise UserError(
+            f"{path} has an unknown format: give one of {', '.join(('.jsonl', *FILE_FORMATS))}."
+        )
     is_test_set = len(rows) and "ground_truth" in _column_names(rows)
     found = _split_in_name(path) or ("test" if is_test_set else "train")
     return _pick({found: rows}, split, str(path))
@@ -220,9 +262,13 @@ def _folder_rows(folder: Path, split: str) -> Sequence:
         named = [path for path in lists if (_split_in_name(path) or "train") == split]
         if len(named) != 1:
             names = ", ".join(path.name for path in lists)
-            raise UserError(f"{folder} holds {names}, not exactly one for {split}: pass the file itself as data.")
+            raise UserError(
+                f"{folder} holds {names}, not exactly one for {split}: pass the file itself as data."
+            )
         return _file_rows(named[0], split)
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # written by save_to_disk
+    if (folder / "dataset_dict.json").exists() or (
+        folder / "state.json"
+    ).exists():  # written by save_to_disk
         import datasets
 
         loaded = datasets.load_from_disk(str(folder))
@@ -237,24 +283,33 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:
-            raise UserError(f"line {number} of {path} is not JSON ({error}): correct or remove it.") from error
+            raise UserError(
+                f"line {number} of {path} is not JSON ({error}): correct or remove it."
+            ) from error
         if isinstance(row, dict):
             rows.append(row)
         elif line.strip():
-            raise UserError(f"line {number} of {path} is not a JSON object: write one object with columns a line.")
+            raise UserError(
+                f"line {number} of {path} is not a JSON object: write one object with columns a line."
+            )
     return rows
 
 
 def _pick(splits: dict[str, Sequence], split: str, source: str) -> Sequence:
     if split not in splits:
         found = ", ".join(splits)
-        raise UserError(f"{source} has only the split {found}: for {split}, pass other data or a file named after it.")
+        raise UserError(
+            f"{source} has only the split {found}: for {split}, pass other data or a file named after it."
+        )
     return splits[split]
 
 
 def _split_in_name(path: Path) -> str | None:
     """The split whose name stands as a word in the file's name, as in `geoqa_test_prompts.jsonl`."""
-    return next((split for split in SPLITS if re.search(rf"(?<![a-z]){split}(?![a-z])", path.stem.lower())), None)
+    return next(
+        (split for split in SPLITS if re.search(rf"(?<![a-z]){split}(?![a-z])", path.stem.lower())),
+        None,
+    )
 
 
 def _column_names(rows: Sequence) -> list[str]:
@@ -289,13 +344,17 @@ def _decode(cell: Any, root: Path, archive: str | None, row: str) -> Image.Image
             within = within.relative_to(archive)
         content, name = root / within, f"image file {root / within} ({row})"
         if not content.is_file():
-            raise UserError(f"{name} is missing: put it there, or set image_root to the folder that holds {path}.")
+            raise UserError(
+                f"{name} is missing: put it there, or set image_root to the folder that holds {path}."
+            )
     try:
         content = io.BytesIO(content) if isinstance(content, bytes) else content
         image = content if isinstance(content, Image.Image) else Image.open(content)
         image.load()
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{name} cannot be decoded ({error}): replace it or leave its row out.") from error
+        raise UserError(
+            f"{name} cannot be decoded ({error}): replace it or leave its row out."
+        ) from error
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -311,7 +370,10 @@ def _inside(tag: str, text: str) -> str:
 
 def _shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
     """Entries start … start+count−1 of an endless list: every epoch, all of 0 … size−1 in an order of its own."""
-    return [_epoch_order(size, seed, entry // size)[entry % size] for entry in range(start, start + count)]
+    return [
+        _epoch_order(size, seed, entry // size)[entry % size]
+        for entry in range(start, start + count)
+    ]
 
 
 @lru_cache(maxsize=4)
@@ -323,9 +385,28 @@ def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise UserError(f"split is {split!r}, but the splits are {', '.join(SPLITS)}: choose one of them.")
+        raise UserError(
+            f"split is {split!r}, but the splits are {', '.join(SPLITS)}: choose one of them."
+        )
 
 
 def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: set it to 1 or more examples, or leave it out to use all.")
+        raise UserError(
+            f"limit is {limit}: set it to 1 or more examples, or leave it out to use all."
+        )
+
+
+def configured_examples(
+    config: TrainConfig, split: str, data: str | None = None, limit: int | None = None
+) -> DrawnExamples | LoadedExamples:
+    """The examples of a split that the settings name, or those of other `data`."""
+    return load_examples(
+        config.task,
+        data or config.data,
+        split,
+        config.seed,
+        config.difficulty,
+        limit,
+        config.image_root,
+    )

@@ -30,7 +30,9 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
         index = _new_entry(split, seed, index, difficulty)
     side = difficulty + 3
     asked, squares, rng = _parameters(split, seed, index, difficulty)
-    perimeter = sum(4 - sum(beside in squares for beside in _neighbours(square, side)) for square in squares)
+    perimeter = sum(
+        4 - sum(beside in squares for beside in _neighbours(square, side)) for square in squares
+    )
     size, unit = (len(squares), "squares") if asked == "area" else (perimeter, "sides")
     return Example(
         problem=f"The figure is made of unit squares. What is its {asked}?",
@@ -41,7 +43,9 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     )
 
 
-def _parameters(split: str, seed: int, entry: int, difficulty: int) -> tuple[str, tuple[int, ...], random.Random]:
+def _parameters(
+    split: str, seed: int, entry: int, difficulty: int
+) -> tuple[str, tuple[int, ...], random.Random]:
     """What is asked and which squares are filled in entry `entry` of the stream, and the generator for the looks."""
     side = difficulty + 3
 
@@ -90,12 +94,17 @@ def _neighbours(square: int, side: int) -> list[int]:
 def _paint(squares: tuple[int, ...], side: int, rng: random.Random) -> Image.Image:
     """Paint the figure with jittered place, scale and colours, every square outlined."""
     scale = 4  # drawn larger and shrunk, for smooth edges
-    image = Image.new("RGB", (side * CELL * scale,) * 2, tuple(rng.randint(225, 255) for _ in range(3)))
+    image = Image.new(
+        "RGB", (side * CELL * scale,) * 2, tuple(rng.randint(225, 255) for _ in range(3))
+    )
     pen = ImageDraw.Draw(image)
     width = rng.uniform(0.79, 0.93) * CELL
     margin = side * (CELL - width) / 2
     left, top = (margin + rng.uniform(-4, 4) for _ in range(2))
-    ink, fill = tuple(rng.randint(0, 130) for _ in range(3)), tuple(rng.randint(60, 200) for _ in range(3))
+    ink, fill = (
+        tuple(rng.randint(0, 130) for _ in range(3)),
+        tuple(rng.randint(60, 200) for _ in range(3)),
+    )
     for square in squares:
         x, y = left + square % side * width, top + square // side * width
         box = [x * scale, y * scale, (x + width) * scale, (y + width) * scale]

@@ -67,7 +67,9 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     difficulty outside 1–4.
     """
     if difficulty not in SIDES:
-        raise UserError(f"difficulty is {difficulty}, but geometry has difficulties 1 to {max(SIDES)}: choose one.")
+        raise UserError(
+            f"difficulty is {difficulty}, but geometry has difficulties 1 to {max(SIDES)}: choose one."
+        )
     families = [name for name, (first, _, _) in FAMILIES.items() if first <= difficulty]
 
     def parameters(rng: random.Random) -> tuple:
@@ -88,7 +90,7 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
 
 def is_correct(output: str, solution: str) -> bool:
     """The published verdict of R1-V's geometry evaluation: the output is mathematically equal to the solution."""
-    from ..math_check import math_equal
+    from ..rewards.math_check import math_equal
 
     return math_equal(output, solution)
 
@@ -110,7 +112,9 @@ def _ordered_angles(rng: random.Random, step: int) -> tuple[int, int, str]:
     return (*rng.sample(_two_angles(rng, step), 2), rng.choice(("outside", "remote")))
 
 
-def _one_angle(low: int, high: int, *variants: str) -> Callable[[random.Random, int], tuple[int, str]]:
+def _one_angle(
+    low: int, high: int, *variants: str
+) -> Callable[[random.Random, int], tuple[int, str]]:
     """A sampler of one angle from low to high degrees and one of the variants."""
     return lambda rng, step: (rng.randrange(low, high + 1, step), rng.choice(variants))
 
@@ -138,7 +142,9 @@ def _exterior(parameters: tuple, rng: random.Random) -> Figure:
     outside = Angle("ACD", a + b, ("A", "C", "D"))
     given, asked = ([at_a, at_b], outside) if variant == "outside" else ([outside, at_a], at_b)
     thinking = f"{a}+{b}" if variant == "outside" else f"{a + b}-{a}"
-    return Figure("BC extends to D", points, [*_ring("ABC"), ("C", "D")], "ABCD", given, asked, thinking)
+    return Figure(
+        "BC extends to D", points, [*_ring("ABC"), ("C", "D")], "ABCD", given, asked, thinking
+    )
 
 
 def _isosceles(parameters: tuple, rng: random.Random) -> Figure:
@@ -146,7 +152,9 @@ def _isosceles(parameters: tuple, rng: random.Random) -> Figure:
     points = dict(zip("BCA", _triangle(base, base), strict=True))
     apex, foot = Angle("A", 180 - 2 * base, ("B", "A", "C")), Angle("B", base, ("A", "B", "C"))
     given, asked = (apex, foot) if variant == "base" else (foot, apex)
-    thinking = f"180-{apex.degrees}={2 * base}" if variant == "base" else f"{base}+{base}={2 * base}"
+    thinking = (
+        f"180-{apex.degrees}={2 * base}" if variant == "base" else f"{base}+{base}={2 * base}"
+    )
     return Figure("AB = AC", points, _ring("ABC"), "ABC", [given], asked, thinking)
 
 
@@ -164,7 +172,15 @@ def _parallel(parameters: tuple, rng: random.Random) -> Figure:
         "alternate": Angle("2", size, ("b'", "Q", "P")),
         "co-interior": Angle("2", 180 - size, ("b", "Q", "P")),
     }[variant]
-    segments = [("a'", "P"), ("P", "a"), ("b'", "Q"), ("Q", "b"), ("c'", "P"), ("P", "Q"), ("Q", "c")]
+    segments = [
+        ("a'", "P"),
+        ("P", "a"),
+        ("b'", "Q"),
+        ("Q", "b"),
+        ("c'", "P"),
+        ("P", "Q"),
+        ("Q", "c"),
+    ]
     thinking = f"{variant}: " + (f"180-{size}" if variant == "co-interior" else str(size))
     return Figure("a parallel b", points, segments, "ab", [first], second, thinking)
 
@@ -172,17 +188,33 @@ def _parallel(parameters: tuple, rng: random.Random) -> Figure:
 def _bisector(parameters: tuple, rng: random.Random) -> Figure:
     half, variant = parameters
     turns = {"A": 0, "C": half, "B": 2 * half}
-    points = {"O": 0j} | {name: rng.uniform(0.85, 1.25) * _direction(turn) for name, turn in turns.items()}
+    points = {"O": 0j} | {
+        name: rng.uniform(0.85, 1.25) * _direction(turn) for name, turn in turns.items()
+    }
     low, high = Angle("1", half, ("A", "O", "C")), Angle("2", half, ("C", "O", "B"))
     # The whole angle's text keeps off the bisector and off the other half's mark.
     if variant == "half from half":
         given, asked, thinking = low, high, f"halves: {half}"
     elif variant == "half from whole":
-        given, asked, thinking = Angle("1", 2 * half, ("A", "O", "B"), place=0.25), high, f"{2 * half}/2"
+        given, asked, thinking = (
+            Angle("1", 2 * half, ("A", "O", "B"), place=0.25),
+            high,
+            f"{2 * half}/2",
+        )
     else:
-        given, asked, thinking = low, Angle("2", 2 * half, ("A", "O", "B"), place=0.75), f"{half}+{half}"
+        given, asked, thinking = (
+            low,
+            Angle("2", 2 * half, ("A", "O", "B"), place=0.75),
+            f"{half}+{half}",
+        )
     return Figure(
-        "OC bisects angle AOB", points, [("O", "A"), ("O", "B"), ("O", "C")], "ABCO", [given], asked, thinking
+        "OC bisects angle AOB",
+        points,
+        [("O", "A"), ("O", "B"), ("O", "C")],
+        "ABCO",
+        [given],
+        asked,
+        thinking,
     )
 
 
@@ -195,11 +227,15 @@ def _inscribed(parameters: tuple, rng: random.Random) -> Figure:
     central = Angle("AOB", 2 * half, ("A", "O", "B"))
     inscribed = Angle("ACB", 180 - half if variant == "minor" else half, ("A", "C", "B"))
     given, asked = (inscribed, central) if variant == "central" else (central, inscribed)
-    thinking = {"major": f"{2 * half}/2", "minor": f"{2 * half}/2={half},180-{half}", "central": f"{half}+{half}"}[
-        variant
-    ]
+    thinking = {
+        "major": f"{2 * half}/2",
+        "minor": f"{2 * half}/2={half},180-{half}",
+        "central": f"{half}+{half}",
+    }[variant]
     segments = [("O", "A"), ("O", "B"), ("C", "A"), ("C", "B")]
-    return Figure("A, B, C are on circle O", points, segments, "ABCO", [given], asked, thinking, circle=True)
+    return Figure(
+        "A, B, C are on circle O", points, segments, "ABCO", [given], asked, thinking, circle=True
+    )
 
 
 def _tangent(parameters: tuple, rng: random.Random) -> Figure:
@@ -225,7 +261,11 @@ FAMILIES: dict[str, tuple[int, Callable, Callable]] = {
 
 def _triangle(first: float, second: float) -> tuple[complex, complex, complex]:
     """Corners of a triangle whose angles at the first two are given, in degrees (law of sines)."""
-    return 0j, math.sin(math.radians(first + second)) + 0j, math.sin(math.radians(second)) * _direction(first)
+    return (
+        0j,
+        math.sin(math.radians(first + second)) + 0j,
+        math.sin(math.radians(second)) * _direction(first),
+    )
 
 
 def _direction(degrees: float) -> complex:
@@ -259,17 +299,24 @@ def _paint(figure: Figure, side: int, write_sizes: bool, rng: random.Random) -> 
         sides = [points[name] for name in angle.corners]
         # The mark of a whole angle goes outside the marks of its halves.
         arc = side * scale * (0.09 if angle.place == 0.5 else 0.13)
-        spot = _mark(pen, sides, arc, angle.place, font.getlength(label), mark_ink, max(scale, width // 2))
+        spot = _mark(
+            pen, sides, arc, angle.place, font.getlength(label), mark_ink, max(scale, width // 2)
+        )
         _write(pen, spot, label, font, text_ink, paper)
     for letter in figure.letters:
-        _write(pen, _beside(letter, figure, points, 0.75 * font.size), letter, font, text_ink, paper)
+        _write(
+            pen, _beside(letter, figure, points, 0.75 * font.size), letter, font, text_ink, paper
+        )
     return image.resize((side, side), Image.Resampling.BOX)
 
 
 def _place(figure: Figure, side: int, rng: random.Random) -> tuple[dict[str, complex], float]:
     """The points in pixels, and the circle's radius, after a random turn, mirror image, scaling and shift."""
     turn, mirror = _direction(rng.uniform(0, 360)), rng.random() < 0.5
-    points = {name: turn * (point.conjugate() if mirror else point) for name, point in figure.points.items()}
+    points = {
+        name: turn * (point.conjugate() if mirror else point)
+        for name, point in figure.points.items()
+    }
     extent = list(points.values())
     if figure.circle:
         extent += [points["O"] + step for step in (1, -1, 1j, -1j)]
@@ -277,12 +324,23 @@ def _place(figure: Figure, side: int, rng: random.Random) -> tuple[dict[str, com
     size = complex(max(z.real for z in extent), max(z.imag for z in extent)) - low
     margin = 0.11 * side  # room for the letters
     scale = rng.uniform(0.85, 1.0) * (side - 2 * margin) / max(size.real, size.imag)
-    shift = complex(*(margin + rng.random() * (side - 2 * margin - scale * part) for part in (size.real, size.imag)))
+    shift = complex(
+        *(
+            margin + rng.random() * (side - 2 * margin - scale * part)
+            for part in (size.real, size.imag)
+        )
+    )
     return {name: shift + scale * (point - low) for name, point in points.items()}, scale
 
 
 def _mark(
-    pen: ImageDraw.ImageDraw, sides: list[complex], arc: float, place: float, room: float, ink: tuple, width: int
+    pen: ImageDraw.ImageDraw,
+    sides: list[complex],
+    arc: float,
+    place: float,
+    room: float,
+    ink: tuple,
+    width: int,
 ) -> complex:
     """Draw the arc of the angle with corners `sides` (its vertex second); return where a text `room` wide fits."""
     start, vertex, end = sides
@@ -301,20 +359,37 @@ def _mark(
 def _beside(letter: str, figure: Figure, points: dict[str, complex], distance: float) -> complex:
     """Where a point's letter stands: away from the segments that meet there."""
     here = points[letter]
-    others = [points[end if start == letter else start] for start, end in figure.segments if letter in (start, end)]
+    others = [
+        points[end if start == letter else start]
+        for start, end in figure.segments
+        if letter in (start, end)
+    ]
     away = -sum((other - here) / abs(other - here) for other in others)
     return here + distance * away / abs(away)
 
 
 def _write(
-    pen: ImageDraw.ImageDraw, spot: complex, label: str, font: ImageFont.FreeTypeFont, ink: tuple, paper: tuple
+    pen: ImageDraw.ImageDraw,
+    spot: complex,
+    label: str,
+    font: ImageFont.FreeTypeFont,
+    ink: tuple,
+    paper: tuple,
 ) -> None:
     """Write a label centred on `spot`, moved inwards where it would leave the image, on a thin rim of paper."""
     left, top, right, bottom = font.getbbox(label, anchor="mm")
     width, height = pen.im.size
     x = min(max(spot.real, -left), width - right)
     y = min(max(spot.imag, -top), height - bottom)
-    pen.text((x, y), label, font=font, fill=ink, anchor="mm", stroke_width=round(font.size / 10), stroke_fill=paper)
+    pen.text(
+        (x, y),
+        label,
+        font=font,
+        fill=ink,
+        anchor="mm",
+        stroke_width=round(font.size / 10),
+        stroke_fill=paper,
+    )
 
 
 def _xy(point: complex) -> tuple[float, float]:

@@ -1,0 +1,82 @@
+"""Answering items with a policy, and how many of the answers are right."""
+
+import math
+
+from tqdm import tqdm
+
+from .model.load import Policy
+from .rollout.engine import PREFILL_TOKENS, Engine
+from .rollout.sampling import Sampling
+from .seeds import derive_seed
+from .tasks import get_task
+from .types import Example
+
+BATCH_SIZE = 64
+"""Items whose prompts are held at once unless told otherwise."""
+
+
+def evaluate(
+    policy: Policy,
+    task: str,
+    examples: list[Example],
+    sampling: Sampling,
+    num_generations: int = 1,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    cache_tokens: int | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
+    show_progress: bool = False,
+) -> list[dict]:
+    """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
+
+    `batch_size` prompts are held at once; `cache_tokens` and `prefill_tokens` are Engine.generate's.
+    """
+    is_correct = get_task(task).is_correct
+    engine = Engine(policy.model, policy.processor, policy.encode)
+    records = []
+    with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            rollout = engine.generate(
+                chunk,
+                num_generations,
+                sampling,
+                seed=derive_seed(seed, "evaluate", start),
+                cache_tokens=cache_tokens,
+                prefill_tokens=prefill_tokens,
+            )
+            for row, example in enumerate(chunk):
+                outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
+                verdicts = [is_correct(output, example.solution) for output in outputs]
+                record = {
+                    "key": example.key,
+                    "question": example.problem,
+                    "ground_truth": example.solution,
+                }
+                records.append({**record, "outputs": outputs, "correct": verdicts})
+            bar.update(len(chunk))
+    return records
+
+
+def summarise(records: list[dict]) -> dict:
+    """Accuracy of the first output of each record, with Wilson's 95% interval."""
+    count, correct = len(records), sum(record["correct"][0] for record in records)
+    interval = list(wilson_interval(correct, count))
+    return {"accuracy": correct / count, "interval": interval, "correct": correct, "count": count}
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (E. B. Wilson, 1927); z = 1.96 gives 95%."""
+    share, denominator = correct / count, 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / denominator
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / denominator
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(records: list[dict], k: int) -> float:
+    """The unbiased estimate 1 − C(n−c, k)/C(n, k) of n outputs with c right, averaged (Chen et al., 2021)."""
+    chances = []
+    for record in records:
+        n, c = len(record["correct"]), sum(record["correct"])
+        chances.append(1 - math.comb(n - c, k) / math.comb(n, k))
+    return sum(chances) / len(chances)

@@ -1,0 +1,63 @@
+"""Results files in the layout of R1-V's evaluation scripts, for whatever already reads those.
+
+    {"accuracy": 48.0, "results": [{"question": {"image_path": …, "question": …, "ground_truth": 4}, "ground_truth": 4,
+                                    "model_output": …, "extracted_answer": 4}, …]}
+
+The layout is that of src/eval/test_qwen2vl_counting_superclevr.py and test_qwen2vl_geoqa.py in R1-V's repository:
+
+| task | ground_truth | extracted_answer | is_correct | text |
+|---|---|---|---|---|
+| counting | an integer | the integer in the first answer tag, or null | left out | ASCII |
+| geometry | text | `str` of the first expression that math-verify finds in the output, or null | there | UTF-8 |
+"""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import write_atomically
+from ..rewards.math_check import math_answer
+from ..tasks.counting import tagged_integer
+
+
+def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
+    """Write the first output of each record as R1-V's script for `task` would: all of the file or nothing.
+
+    `records` (at least one) are those of `evaluate`; a record's `key` becomes the image_path. A task other than
+    geometry gets the layout of counting. Raises UserError where the file cannot be written, or where geometry finds no
+    math-verify.
+    """
+    geometry = task == "geometry"
+    outputs = [record["outputs"][0] for record in records]
+    answers = map(math_answer if geometry else tagged_integer, outputs)
+    results = []
+    for record, output, answer in zip(records, outputs, answers, strict=True):
+        truth = record["ground_truth"]
+        if not geometry and truth.isdecimal():
+            truth = int(truth)
+        question = {
+            "image_path": record["key"],
+            "question": record["question"],
+            "ground_truth": truth,
+        }
+        result = {
+            "question": question,
+            "ground_truth": truth,
+            "model_output": output,
+            "extracted_answer": answer,
+        }
+        results.append(result | ({"is_correct": record["correct"][0]} if geometry else {}))
+    accuracy = sum(record["correct"][0] for record in records) / len(records) * 100
+    text = json.dumps(
+        {"accuracy": accuracy, "results": results}, indent=2, ensure_ascii=not geometry
+    )
+    text = text.encode(
+        errors="replace"
+    ).decode()  # half a surrogate pair, which data may hold, is not UTF-8
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): choose another path."
+        ) from error

@@ -1,0 +1,1 @@
+"""AdamW with 8-bit states whose updates are not lost in bf16 weights."""

@@ -1,0 +1,1 @@
+"""The GRPO loss on logits and on hidden states: equations, row operations, operators."""

@@ -1,0 +1,449 @@
+"""The row operations of grpo_loss.py in Triton: device functions, kernels, launchers.
+
+A program owns a row of logits, or a part of one. Sweep 1 reads its columns once and keeps max, Σ exp and Σ exp·x;
+then everything about the token's loss is known; sweep 2 reads the columns again, from L2, and writes the gradient.
+Device memory sees one read and one write as long as the rows in flight fit in L2. Where they would not (6 MB on a
+3090), a row is split over programs, which wait for each other between the sweeps.
+
+β, temperature and the clip bounds are run-time data, and so is the number of rows: nothing is compiled again when
+they change. Only what a model or a run fixes (V, dtype, surrogate, which inputs exist) selects a kernel.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import statistics_dtype
+from .objective import BANNED, KL_LOG_RATIO_LIMIT, Objective, RowResults
+
+BLOCK = 4096
+"""Columns of 16-bit logits that a program handles at a time."""
+NUM_WARPS = 8
+PROGRAMS_PER_SM = 2
+"""How many programs on 16-bit logits an SM holds at the registers that they need (benchmarks/compile_table.py); twice
+as many on fp32, whose blocks have half the columns."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_KL_LIMIT = tl.constexpr(KL_LOG_RATIO_LIMIT)
+_BANNED = tl.constexpr(BANNED)
+_SPIN_LIMIT = tl.constexpr(1 << 20)
+
+# --- device functions ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, clip_low, clip_high, delta,
+                tau_positive, tau_negative,
+                SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr):  # fmt: skip
+    """Loss of one token, its derivative by logp, k3, clipped, kl_limited: the equations of `policy_loss_ref`."""
+    ratio = tl.exp(logp - old_logp)
+    low = 1 - clip_low
+    high = 1 + clip_high
+    clipped = False
+    if SURROGATE == "clip":
+        bounded = tl.minimum(ratio, delta)
+        inside = tl.minimum(tl.maximum(ratio, low), high)
+        policy = -tl.minimum(bounded * advantage, inside * advantage)
+        policy = tl.where(
+            bounded * advantage == bounded * advantage, policy, float("nan")
+        )  # ∞·0, which it drops
+        below = (ratio < low) & (advantage < 0)
+        above = (ratio > tl.minimum(delta, high)) & (advantage > 0)
+        beyond = (ratio > tl.maximum(delta, high)) & (advantage < 0)
+        clipped = below | above | beyond
+        derivative = tl.where(clipped, 0.0, -ratio * advantage)
+    elif SURROGATE == "cispo":
+        capped = tl.minimum(ratio, high)
+        policy = -capped * advantage * logp
+        derivative = -capped * advantage
+        clipped = (ratio > high) & (advantage > 0)
+    else:
+        tau = tl.where(advantage > 0, tau_positive, tau_negative)
+        gate = tl.sigmoid(tau * (ratio - 1))
+        policy = -(4 / tau) * gate * advantage
+        derivative = -4 * gate * (1 - gate) * ratio * advantage
+    policy = (
+        tl.where(ratio == ratio, policy, ratio) * is_weight
+    )  # tl.minimum and tl.maximum drop NaN
+    derivative = tl.where(ratio == ratio, derivative, ratio) * is_weight
+
+    kl = 0.0
+    kl_limited = False
+    if HAS_REF:
+        difference = ref_logp - logp
+        kl_limited = tl.abs(difference) > _KL_LIMIT
+        d = tl.minimum(tl.maximum(difference, -_KL_LIMIT), _KL_LIMIT)
+        # Near 0, exp(d) − d − 1 cancels to nothing in fp32: its series there
+        series = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
+        kl = tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - d - 1)
+        kl_derivative = tl.where(kl_limited, 0.0, -(kl + d))
+        kl = tl.where(difference == difference, kl, difference)
+        kl_derivative = tl.where(difference == difference, kl_derivative, difference)
+        if BIAS_CORRECTED:
+            kl_derivative = ratio * (kl_derivative + kl)
+            kl *= ratio
+        derivative += beta * kl_derivative
+        policy += beta * kl
+    counts = weight != 0
+    loss = tl.where(counts, weight * policy, 0.0)
+    derivative = tl.where(counts, weight * derivative, 0.0)
+    return loss, derivative, tl.where(counts, kl, 0.0), clipped & counts, kl_limited & counts
+
+
+@triton.jit
+def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
+    """m = max x, s = Σ 2^y, u = Σ 2^y·y over columns start … stop, where y = (x − m)·scale, scale = log2(e)/T.
+
+    Sums stay vectors until the end; only the maximum is reduced at every block.
+    """
+    m = -float("inf")
+    s = tl.zeros((BLOCK,), tl.float32)
+    u = tl.zeros((BLOCK,), tl.float32)
+    for begin in tl.range(start, stop, BLOCK, num_stages=3):
+        columns = begin + tl.arange(0, BLOCK)
+        x = tl.load(
+            row + columns, mask=columns < stop, other=-float("inf"), eviction_policy="evict_last"
+        )
+        x = x.to(tl.float32)
+        new_m = tl.maximum(m, tl.max(x, 0))
+        origin = tl.where(new_m == -float("inf"), 0.0, new_m)  # a block of banned tokens alone
+        y = (x - origin) * scale
+        p = tl.exp2(y)
+        shift = tl.where(
+            m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, _BANNED)
+        )  # 0·−inf would be NaN
+        alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
+        u = alpha * (u + s * shift) + tl.where(p > 0, p * y, 0.0)
+        s = alpha * s + p
+        m = new_m
+    return m, tl.sum(s, 0), tl.sum(u, 0)
+
+
+@triton.jit
+def _logprob_entropy(x_target, m, s, u, scale):
+    """logp, entropy (nats) and log2(s)."""
+    log2_s = tl.log2(s)
+    return ((x_target - m) * scale - log2_s) * _LN2, (log2_s - u / s) * _LN2, log2_s
+
+
+@triton.jit
+def _load_target(row, target, V):
+    """Logit of the target; NaN for a target outside [0, V), which a launch cannot refuse without synchronising."""
+    inside = (target >= 0) & (target < V)
+    x = tl.load(row + tl.where(inside, target, 0)).to(tl.float32)
+    return tl.where(inside, x, float("nan"))
+
+
+@triton.jit
+def _write_gradient(
+    row, out, target, start, stop, scale, m, log2_s, coefficient, BLOCK: tl.constexpr
+):
+    """out = coefficient·(onehot − p) over columns start … stop; a coefficient of 0 needs no second read."""
+    if coefficient == 0:
+        for begin in tl.range(start, stop, BLOCK):
+            columns = begin + tl.arange(0, BLOCK)
+            tl.store(
+                out + columns,
+                tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty),
+                mask=columns < stop,
+            )
+    else:
+        for begin in tl.range(start, stop, BLOCK, num_stages=3):
+            columns = begin + tl.arange(0, BLOCK)
+            mask = columns < stop
+            x = tl.load(
+                row + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first"
+            )
+            p = tl.exp2((x.to(tl.float32) - m) * scale - log2_s)
+            gradient = tl.where(columns == target, coefficient, 0.0) - coefficient * p
+            tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.constexpr,
+                  PADDED: tl.constexpr, PHASE: tl.constexpr):  # fmt: skip
+    """Share (m, s, u) of this part, wait for the others; returns (x_target, m, s, u) of the row and whether all came.
+
+    Programs start in the order of their number, so the lowest row that is not finished always has all its parts
+    running, and waiting ends. PHASE 2 runs after a launch of PHASE 1, where programs cannot wait for each other.
+    """
+    if PHASE != 2:
+        tl.store(parts + part * 4, m)
+        tl.store(parts + part * 4 + 1, s)
+        tl.store(parts + part * 4 + 2, u)
+        tl.store(parts + part * 4 + 3, x_target)
+    complete = True
+    if PHASE == 0:
+        tl.debug_barrier()
+        seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") + 1
+        tries = 0
+        while (seen < PARTS) & (tries < _SPIN_LIMIT):
+            seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
+            tries += 1
+        tl.debug_barrier()
+        complete = seen >= PARTS
+    index = tl.arange(0, PADDED)
+    mask = index < PARTS
+    ms = tl.load(parts + index * 4, mask=mask, other=-float("inf"), cache_modifier=".cg")
+    ss = tl.load(parts + index * 4 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+    us = tl.load(parts + index * 4 + 2, mask=mask, other=0.0, cache_modifier=".cg")
+    x_target = tl.load(
+        parts + 3, cache_modifier=".cg"
+    )  # the logit itself may hold its gradient by now
+    m = tl.max(ms, 0)
+    shift = tl.where(ms == -float("inf"), 0.0, tl.maximum((ms - m) * scale, _BANNED))
+    alpha = tl.where(ms == -float("inf"), 0.0, tl.exp2(shift))
+    s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))  # never a silent wrong sum
+    return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0), complete
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+# Slices of these start anywhere: where, must not select a kernel.
+_ANY_ALIGNMENT = [
+    "TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED",
+    "KL_LIMITED", "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY", "PARTIALS", "ARRIVED",
+    "BETA", "TEMPERATURE", "FACTOR",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, BETA, TEMPERATURE,
+                 clip_low, clip_high, delta, tau_positive, tau_negative,
+                 LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, PARTIALS, ARRIVED, V,
+                 SURROGATE: tl.constexpr, BIAS_CORRECTED: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+                 PART_COLUMNS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) // PARTS
+    part = tl.program_id(0) % PARTS
+    start = part * PART_COLUMNS
+    stop = tl.minimum(start + PART_COLUMNS, V)
+    row = X + n * x_stride
+    target = tl.load(TARGET + n)
+    temperature = tl.load(TEMPERATURE)
+    scale = _LOG2E / temperature
+    x_target = 0.0
+    m = 0.0
+    s = 0.0
+    u = 0.0
+    if PHASE != 2:
+        x_target = _load_target(row, target, V)
+        m, s, u = _statistics(row, start, stop, scale, BLOCK)
+    complete = True
+    if PARTS > 1:
+        x_target, m, s, u, complete = _gather_parts(
+            PARTIALS + n * PARTS * 4,
+            x_target,
+            part,
+            ARRIVED + n,
+            m,
+            s,
+            u,
+            scale,
+            PARTS,
+            PADDED,
+            PHASE,
+        )
+    if PHASE != 1:
+        logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
+        old_logp = logp
+        if OLD is not None:
+            old_logp = tl.load(OLD + n)
+        ref_logp = 0.0
+        if REF is not None:
+            ref_logp = tl.load(REF + n)
+        is_weight = 1.0
+        if IS_WEIGHT is not None:
+            is_weight = tl.load(IS_WEIGHT + n)
+        loss, derivative, kl, clipped, kl_limited = _token_loss(
+            logp, tl.load(ADVANTAGE + n), tl.load(WEIGHT + n), old_logp, ref_logp, is_weight, tl.load(BETA),
+            clip_low, clip_high, delta, tau_positive, tau_negative, SURROGATE, REF is not None, BIAS_CORRECTED
+        )  # fmt: skip
+        if part == 0:
+            tl.store(LOSS + n, loss)
+            tl.store(LOGP + n, logp)
+            tl.store(ENTROPY + n, entropy)
+            tl.store(KL + n, kl)
+            tl.store(CLIPPED + n, clipped.to(tl.uint8))
+            tl.store(KL_LIMITED + n, kl_limited.to(tl.uint8))
+        if OUT is not None:
+            coefficient = derivative / temperature
+            coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
+            coefficient = tl.where(
+                complete, coefficient, float("nan")
+            )  # other parts may have written finite ones
+            column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow
+            _write_gradient(
+                row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK
+            )
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _logprobs_kernel(
+    X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_SUM, V, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64)
+    row = X + n * x_stride
+    scale = _LOG2E / tl.load(TEMPERATURE)
+    x_target = _load_target(row, tl.load(TARGET + n), V)
+    m, s, u = _statistics(row, 0, V, scale, BLOCK)
+    logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
+    tl.store(LOGP + n, logp)
+    tl.store(ENTROPY + n, entropy)
+    tl.store(PEAK + n, m)
+    tl.store(LOG_SUM + n, log2_s * _LN2)
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE, ENTROPY, PEAK, LOG_SUM,
+                              GRAD_LOGP, GRAD_ENTROPY, V, BLOCK: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(V, BLOCK)
+    n = tl.program_id(0).to(tl.int64) // blocks
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < V
+    out = OUT + n * out_stride + columns
+    log_sum = tl.load(LOG_SUM + n)
+    grad_logp = tl.load(GRAD_LOGP + n)
+    grad_entropy = tl.load(GRAD_ENTROPY + n)
+    target = tl.load(TARGET + n)
+    dead = (
+        ((grad_logp == 0) & (grad_entropy == 0))
+        | ~(tl.abs(log_sum) < float("inf"))
+        | (target < 0)
+        | (target >= V)
+    )
+    if dead:
+        tl.store(out, tl.zeros((BLOCK,), tl.float32).to(OUT.dtype.element_ty), mask=mask)
+    else:
+        temperature = tl.load(TEMPERATURE)
+        x = tl.load(X + n * x_stride + columns, mask=mask, other=-float("inf"))
+        logp = (x.to(tl.float32) - tl.load(PEAK + n)) / temperature - log_sum
+        p = tl.exp(logp)
+        entropy_part = grad_entropy * (tl.maximum(logp, _BANNED) + tl.load(ENTROPY + n))
+        gradient = tl.where(columns == target.to(tl.int32), grad_logp, 0.0) - p * (
+            grad_logp + entropy_part
+        )
+        tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
+    factor = tl.load(FACTOR)
+    if factor != 1:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < size:
+            offsets = start + tl.arange(0, BLOCK)
+            x = tl.load(X + offsets, mask=offsets < size).to(tl.float32)
+            tl.store(X + offsets, (x * factor).to(X.dtype.element_ty), mask=offsets < size)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+# --- launchers ----------------------------------------------------------------------------------------------------
+
+
+def row_grpo(
+    logits, targets, objective: Objective, results: RowResults, out, parts: int | None = None
+) -> None:
+    """`grpo_loss.row_grpo` for logits (N, V) with unit column stride. `parts`: programs per row (None: by L2)."""
+    n, v = logits.shape
+    part_columns = split_columns(logits, parts)
+    parts = triton.cdiv(v, part_columns)
+    partials = arrived = None
+    if parts > 1:
+        partials = logits.new_empty(n, parts, 4, dtype=torch.float32)
+        arrived = logits.new_zeros(n, dtype=torch.int32)
+    # The interpreter runs one program after the other: there they cannot wait, and the sweeps are two launches.
+    phases = (1, 2) if parts > 1 and INTERPRETED else (0,)
+    for phase in phases:
+        _launch(_grpo_kernel, n * parts, logits,
+            logits, logits.stride(0), out, 0 if out is None else out.stride(0), targets,
+            objective.advantages, objective.token_weights, objective.old_logp, objective.ref_logp,
+            objective.is_weights, objective.beta, objective.temperature, *objective.bounds,
+            *results[:4], results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8),
+            partials, arrived, v,
+            SURROGATE=objective.surrogate, BIAS_CORRECTED=objective.bias_corrected_kl, PARTS=parts,
+            PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns, PHASE=phase, BLOCK=block_size(logits),
+        )  # fmt: skip
+
+
+def row_logprobs(logits, targets, temperature) -> tuple[torch.Tensor, ...]:
+    """`grpo_loss.row_logprobs`: one program per row, one read."""
+    n, v = logits.shape
+    outputs = tuple(logits.new_empty(n, dtype=statistics_dtype(logits)) for _ in range(4))
+    _launch(_logprobs_kernel, n, logits,
+        logits, logits.stride(0), targets, temperature, *outputs, v, BLOCK=block_size(logits),
+    )  # fmt: skip
+    return outputs
+
+
+def row_logprobs_backward(
+    logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out
+) -> None:
+    """`grpo_loss.row_logprobs_backward`: a program per block of a row."""
+    n, v = logits.shape
+    _launch(_logprobs_backward_kernel, n * triton.cdiv(v, block_size(logits)), logits,
+        logits, logits.stride(0), out, out.stride(0), targets, temperature, entropy, peak, log_sum, grad_logp,
+        grad_entropy, v, BLOCK=block_size(logits),
+    )  # fmt: skip
+
+
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """`grpo_loss.scale_` of a contiguous tensor: a few programs that leave at once where the factor is 1."""
+    size = gradient.numel()
+    _launch(
+        _scale_kernel,
+        min(triton.cdiv(size, BLOCK), 2048),
+        gradient,
+        gradient,
+        factor,
+        size,
+        BLOCK=BLOCK,
+    )
+
+
+def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
+    """Columns per program, a multiple of the block: few enough that the rows in flight fit in L2.
+
+    It does not depend on the number of rows, since every choice is a compilation of its own.
+    """
+    block = block_size(logits)
+    if parts is None:
+        multiprocessors, l2_bytes = _device_limits(logits.device)
+        row_bytes = logits.shape[1] * logits.element_size()
+        programs = multiprocessors * PROGRAMS_PER_SM * logits.element_size() // 2
+        # Half of a row is alive on average: a margin of 2. All parts of a row must run at once.
+        parts = min(round(programs * row_bytes / l2_bytes), multiprocessors)
+    return triton.cdiv(triton.cdiv(logits.shape[1], block), max(1, parts)) * block
+
+
+def block_size(logits: torch.Tensor) -> int:
+    """Columns that a program handles at a time: as many bytes whatever the dtype, as registers are the limit."""
+    v = logits.shape[1]
+    if INTERPRETED:  # costs a millisecond a block, whatever its size; still several blocks, so that the loop is run
+        return min(65536, triton.next_power_of_2(triton.cdiv(v, 3)))
+    return min(BLOCK * 2 // logits.element_size(), triton.next_power_of_2(v))
+
+
+@lru_cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors and bytes of L2."""
+    if device.type != "cuda":
+        return 1, 2**40
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def _launch(kernel, programs: int, logits: torch.Tensor, *args, **constants) -> None:
+    if programs == 0:
+        return
+    if programs >= 2**31:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} need {programs} programs, more than a grid holds"
+        )
+    if logits.is_cuda:
+        with torch.cuda.device(logits.device):
+            kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
+    else:
+        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)

@@ -1,0 +1,263 @@
+"""One page about a run: `python -m mr1_fast.report RUN` writes RUN/report.html from what the run has recorded so far.
+
+What the page must keep to is in `page.py`.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..errors import UserError
+from .page import (
+    LINES,
+    PAGE,
+    answer,
+    bar,
+    image,
+    json_object,
+    read_metrics,
+    sample_card,
+    section,
+    settings_table,
+    svg,
+    text,
+    write,
+)
+
+STAGES = ("rollout", "reward", "reference", "update")
+"""The parts of a step, timed as seconds_rollout and so on."""
+
+
+@dataclass
+class Plot:
+    """A plot over steps; it appears once the first of its columns exists."""
+
+    title: str
+    unit: str
+    columns: tuple[str, ...]
+    percent: bool = False
+    smooth: bool = True
+    from_zero: bool = True
+
+
+PLOTS = [
+    Plot("Loss", "nats per token", ("loss",), from_zero=False),
+    Plot("Reward", "mean per completion", ("reward", "accuracy", "format")),
+    Plot("Accuracy", "% of completions right", ("accuracy",), percent=True),
+    Plot("KL to the reference", "nats per token", ("kl",)),
+    Plot("KL weight β(s)", "weight", ("beta",), smooth=False),
+    Plot("Completion length", "tokens", ("completion_length",), from_zero=False),
+    Plot("Entropy", "nats per token", ("entropy",)),
+]
+
+
+def write_report(run: Path) -> Path:
+    """Write `run`/report.html from the run's config.yaml, metrics.jsonl and evaluation.json; returns its path.
+
+    Only config.yaml must exist, so a run can be looked at while it goes on. UserError for a folder that is no run.
+    """
+    config = _read_config(run / "config.yaml")
+    columns = read_metrics(run / "metrics.jsonl")
+    path = run / "evaluation.json"
+    evaluation = (
+        json_object(path.read_text(encoding="utf-8", errors="replace"), path)
+        if path.exists()
+        else {}
+    )
+    steps, total = len(columns["step"]), text(config.get("steps", "?"))
+    sections = (
+        _accuracy_section(evaluation),
+        _plots_section(columns, config),
+        _timing_section(columns),
+        _samples_section(evaluation.get("examples") or [], run),
+        section("Configuration", settings_table(config)),
+    )
+    page = PAGE.substitute(
+        model=text(config.get("model")),
+        about=text(
+            f"{config.get('task')} · {str(config.get('algo')).upper()} · seed {config.get('seed')}"
+        ),
+        headline=_headline(evaluation) or (f"Step {steps} of {total}" if steps else "No steps yet"),
+        progress=f"{steps} of {total} training steps recorded",
+        sections="\n".join(filter(None, sections)),
+    )
+    return write(run / "report.html", page)
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the folder of a run.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split())}): restore it."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no settings: name the folder of a run.")
+    return config
+
+
+def _headline(evaluation: dict) -> str:
+    """The result in words; empty before the first evaluation."""
+    scores = [
+        f"{evaluation[when]['greedy']['accuracy']:.1%}"
+        for when in ("before", "after")
+        if evaluation.get(when)
+    ]
+    return (
+        f"Greedy accuracy {' → '.join(scores)}{' before training' if len(scores) == 1 else ''}"
+        if scores
+        else ""
+    )
+
+
+def _accuracy_section(evaluation: dict) -> str:
+    before, after = evaluation.get("before"), evaluation.get("after")
+    if not before:
+        return ""
+    rows = []
+    for mode, result in before.items():
+        cells = f"<th>{text(mode).capitalize()}</th>{_accuracy_cell(result)}"
+        if after:
+            points = 100 * (after[mode]["accuracy"] - result["accuracy"])
+            cells += f"{_accuracy_cell(after[mode])}<td><b>{points:+.1f}</b> points</td>".replace(
+                "<b>-", "<b>−"
+            )
+        rows.append(f"<tr>{cells}</tr>")
+    heads = "<th></th><th>Before</th>" + ("<th>After</th><th>Difference</th>" if after else "")
+    table = (
+        f'<table class="card"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+    items = f"{text(evaluation.get('task', ''))}, {text(evaluation.get('split', ''))} items"
+    waiting = "" if after else " Not yet evaluated after training."
+    return section(
+        "Accuracy on held-out items", table, f"{items}, ranges are 95% intervals.{waiting}"
+    )
+
+
+def _accuracy_cell(result: dict) -> str:
+    accuracy, (low, high) = result["accuracy"], result["interval"]
+    count = f"{text(result['correct'])} of {text(result['count'])}"
+    return f"""<td><b>{accuracy:.1%}</b>{bar(accuracy, low, high)}
+<span class="soft">{100 * low:.1f}–{high:.1%}<br>{count}</span></td>"""
+
+
+def _plots_section(columns: dict[str, np.ndarray], config: dict) -> str:
+    plots = (
+        PLOTS if config.get("algo") == "sft" else PLOTS[1:]
+    )  # the loss of GRPO says nothing about progress
+    figures = "".join(_figure(plot, columns) for plot in plots if plot.columns[0] in columns)
+    window = _window(len(columns["step"]))
+    note = f"Thin: each step. Thick: mean of the last {window} steps." if window else ""
+    return figures and section("Training", f'<div class="grid">{figures}</div>', note)
+
+
+def _figure(plot: Plot, columns: dict[str, np.ndarray]) -> str:
+    total = len(columns["step"])
+    finite = {name: np.isfinite(columns[name]).sum() for name in plot.columns if name in columns}
+    holes = [
+        f"{name}: no value in {total - count} of {total} steps"
+        for name, count in finite.items()
+        if count < total
+    ]
+    drawn = {name: columns[name] for name, count in finite.items() if count}
+    svg = _draw(plot, columns["step"], drawn) if drawn else ""
+    note = f'<p class="soft">{"; ".join(holes)}</p>' if holes else ""
+    return f'<figure class="card"><figcaption>{plot.title}</figcaption>{svg}{note}</figure>'
+
+
+def _draw(plot: Plot, steps: np.ndarray, shown: dict[str, np.ndarray]) -> str:
+    window = _window(len(steps))
+
+    def draw(axes: Axes) -> None:
+        for (name, values), colour, dashes in zip(
+            shown.items(), LINES, ("-", "--", ":"), strict=False
+        ):
+            if window and plot.smooth:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.5)
+                values = _moving_average(values, window)
+            marker = "" if window else "o"  # a line alone would not show a single step
+            axes.plot(
+                steps,
+                values,
+                dashes,
+                color=colour,
+                linewidth=2,
+                marker=marker,
+                markersize=4,
+                label=name,
+            )
+        axes.set(xlabel="step", ylabel=plot.unit)
+        if plot.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        if plot.from_zero and axes.dataLim.y0 >= 0 and axes.dataLim.y1 > 0:
+            axes.set_ylim(0, 1.05 * axes.dataLim.y1)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="y", linewidth=0.8)
+
+    return svg(plot.columns[0], f"{plot.title} over steps", draw)
+
+
+def _window(steps: int) -> int:
+    return (
+        min(100, max(5, steps // 20)) if steps > 20 else 0
+    )  # a short run shows without an average
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values among the last `window`; NaN where there is none."""
+    finite = np.isfinite(values)
+    sums = np.convolve(np.where(finite, values, 0), np.ones(window))[: len(values)]
+    counts = np.convolve(finite, np.ones(window, dtype=int))[: len(values)]
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _timing_section(columns: dict[str, np.ndarray]) -> str:
+    seconds = {stage: columns.get(f"seconds_{stage}", np.array([])) for stage in STAGES}
+    medians = {
+        stage: np.nanmedian(values)
+        for stage, values in seconds.items()
+        if np.isfinite(values).any()
+    }
+    total = sum(medians.values())
+    rows = [
+        f"""<tr><th>{stage.capitalize()}</th><td>{median:.3g} s</td>
+<td class="wide"><span class="bar"><i style="left:0;width:{median / total:.1%}"></i></span></td></tr>"""
+        for stage, median in medians.items()
+    ]
+    table = f'<table class="card"><tbody>{"".join(rows)}</tbody></table>'
+    return medians and section(
+        "Time per step", table, f"Medians of the steps; together {total:.3g} s."
+    )
+
+
+def _samples_section(examples: list[dict], run: Path) -> str:
+    cards = "".join(_sample(example, run) for example in examples)
+    return cards and section(
+        "Held-out items and greedy answers", f'<div class="grid">{cards}</div>'
+    )
+
+
+def _sample(example: dict, run: Path) -> str:
+    images = "".join(image(run, name) for name in example["images"])
+    moments = {when: example[when] for when in ("before", "after") if example.get(when)}
+    answers = (
+        answer(f"{when.capitalize()} training", a["text"], a["correct"])
+        for when, a in moments.items()
+    )
+    return sample_card(images, example["problem"], example["solution"], "".join(answers))
+
+
+def main() -> None:
+    """`python -m mr1_fast.report RUN`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mr1_fast.report", description="Write RUN/report.html again."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    print(f"wrote {write_report(parser.parse_args().run)}")

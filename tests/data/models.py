@@ -1,0 +1,233 @@
+"""Small models and prompts that several test files share."""
+
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.initialization import no_init_weights
+
+from mr1_fast.config import ModelConfig
+from mr1_fast.model import attention
+from mr1_fast.model.forward import base_model
+from mr1_fast.model.load import Policy, make_policy
+from mr1_fast.model.tiny import tiny_config, tiny_model, tiny_processor
+from mr1_fast.types import Example
+
+
+def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **settings) -> Policy:
+    """A fresh tiny policy with seeded weights, large enough to make every token's distribution uneven."""
+    processor = tiny_processor()
+    torch.manual_seed(0)
+    model = tiny_model(processor) if family == "qwen2_vl" else tiny_qwen2_5(processor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    config = ModelConfig(device="cpu", **{"gradient_checkpointing": False, **settings})
+    return make_policy(model.to(dtype), processor, config)
+
+
+def tiny_qwen2_5(processor) -> torch.nn.Module:
+    """A Qwen2.5-VL of the tiny model's sizes, whose vision tower attends within windows in its first layer."""
+    base = tiny_config(processor).to_dict()
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        out_hidden_size=128,
+        intermediate_size=128,
+        num_heads=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=56,
+        fullatt_block_indexes=[1],
+    )
+    text = {k: v for k, v in base["text_config"].items() if k != "model_type"}
+    ids = {
+        k: base[k]
+        for k in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
+    """A Qwen2 of two layers with seeded weights, large enough to make every token's distribution uneven."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    defaults = {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **sizes, **defaults | settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
+def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:
+    """Two layers of Qwen2-VL-2B's widths in text and vision, with a tied head over a small vocabulary."""
+    processor = tiny_processor()
+    config = tiny_config(processor)
+    text = dict(
+        hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2
+    )
+    vision = dict(embed_dim=1280, hidden_size=1536, num_heads=16, depth=2)
+    for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    config.text_config.vocab_size, config.text_config.num_hidden_layers = vocabulary, 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    config.text_config.rope_parameters = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [16, 24, 24],
+    }
+    with no_init_weights():
+        model = Qwen2VLForConditionalGeneration(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(
+        1_000_003, generator=generator, dtype=dtype
+    )  # drawing every weight anew takes seconds
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(
+                pool.repeat(parameter.numel() // len(pool) + 1)[: parameter.numel()].view_as(
+                    parameter
+                )
+            )
+            parameter.mul_(scale).add_(1.0 if is_scale else 0.0)
+    return make_policy(model, processor, ModelConfig(device="cpu", gradient_checkpointing=False))
+
+
+def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:
+    """LoRA in `dtype`, with a lora_B that is not zero, which would hide every gradient of lora_A."""
+    for name, parameter in policy.model.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def mixed_examples() -> list[Example]:
+    """No image, one square image, one wide image, and two images of different sizes; prompts of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+
+    def image(width: int, height: int) -> Image.Image:
+        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        return Image.fromarray(pixels.numpy())
+
+    return [
+        Example("How many?", (), "3", key="text"),
+        Example("How many items are there in the image?", (image(84, 84),), "4", key="square"),
+        Example("What is the angle?", (image(140, 56),), "70°", key="wide"),
+        Example(
+            "How many items are there in the first image, and in the second?",
+            (image(56, 84), image(112, 84)),
+            "5",
+        ),
+    ]
+
+
+def plain_inputs(policy: Policy, example: Example) -> dict[str, torch.Tensor]:
+    """What transformers' own processor call gives for one example."""
+    from mr1_fast.tasks import format_problem
+
+    content = [{"type": "image"} for _ in example.images] + [
+        {"type": "text", "text": format_problem(example)}
+    ]
+    text = policy.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return dict(
+        policy.processor(text=[text], images=list(example.images) or None, return_tensors="pt")
+    )
+
+
+# --- transformers' own forward ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_attention(policy: Policy):
+    """transformers' SDPA and its loop over images, also while a checkpointed backward recomputes."""
+    model = base_model(policy.model)
+    model.set_attn_implementation("sdpa")  # eager would round its softmax to fp32
+    try:
+        yield
+    finally:
+        attention.use_packed_attention(model)
+
+
+def own_logprobs(
+    policy: Policy, examples: list[Example], completions: list[Tensor], temperature: float
+) -> Tensor:
+    """(N,) log-probs by the model's own forward over padded rows: an example, its images and a completion in each.
+
+    The model computes its own positions. Prompts are padded on the left, completions on the right.
+    """
+    model = base_model(policy.model)
+    rows = [plain_inputs(policy, example) for example in examples]
+    start, length = max(row["input_ids"].shape[1] for row in rows), max(map(len, completions))
+    inputs = {
+        name: torch.zeros(len(rows), start + length, dtype=torch.int64)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        for name, values in inputs.items():
+            values[index, start - row[name].shape[1] : start] = row[name][0]
+        inputs["input_ids"][index, start : start + len(completion)] = completion
+        inputs["attention_mask"][index, start : start + len(completion)] = 1
+    for name in ("pixel_values", "image_grid_thw"):
+        parts = [row[name] for row in rows if name in row]
+        if parts:
+            inputs[name] = torch.cat(parts)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    logits = model(**inputs, use_cache=False).logits[:, start - 1 : -1] if length else None
+    logp = [
+        torch.log_softmax(logits[i, : len(ids)] / temperature, dim=-1).gather(1, ids[:, None])[:, 0]
+        for i, ids in enumerate(completions)
+        if len(ids)
+    ]
+    return torch.cat(logp)
+
+
+def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
+    """Of every trained parameter that the loss reaches, by name."""
+    policy.model.zero_grad()
+    loss.backward()
+    return {
+        name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None
+    }
+
+
+def assert_same_gradients(
+    ours: dict[str, Tensor], expected: dict[str, Tensor], relative: float
+) -> None:
+    """Each within `relative` of the largest entry expected, which must not be zero."""
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        assert scale > 0, f"{name} has no gradient: nothing is compared"
+        difference = (ours[name] - gradient).abs().max()
+        assert difference <= relative * scale, f"{name}: {difference} of {scale}"

@@ -1,0 +1,572 @@
+"""`python -m mr1_fast.experiment`: every cell once, equal budgets, interruptions, failures, and what presets hold."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from mr1_fast import sft
+from mr1_fast import train as train_module
+from mr1_fast.config import BUILT_IN, TaskConfig
+from mr1_fast.errors import UserError
+from mr1_fast.experiment import presets
+from mr1_fast.experiment.cells import Experiment
+from mr1_fast.experiment.command import make_experiment, run
+from mr1_fast.experiment.presets import (
+    GRPO_D,
+    SCALES,
+    SFT,
+    Study,
+    Variant,
+    find_preset,
+    known_presets,
+)
+from mr1_fast.experiment.settings import ExperimentConfig
+from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.tasks.data import TEST_SETS, load_examples
+
+from ..data.pictures import encoded, picture, write_lines
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FAULT = """
+from pathlib import Path
+from mr1_fast.rewards import reward
+
+
+@reward("fragile")
+def fragile(completion, example):
+    if not Path(__file__).with_name("mended").exists():
+        raise RuntimeError("the reward\\nbroke")
+    return 0.0
+"""
+
+
+@pytest.fixture
+def quick(tiny_folder, plugin, monkeypatch):
+    """`quick(output, *flags)`: run the preset `quick`: three steps of a fresh model, with a reward for letters."""
+    tiny = SCALES["tiny"]
+    shared = {
+        "steps": 3,
+        "prompts_per_step": 2,
+        "num_generations": 3,
+        "max_new_tokens": 6,
+        "save_every": 1,
+    }
+    shared |= {"plugin": str(plugin), "extra_rewards": {"letters": 1.0}, "learning_rate": 1e-3}
+    scale = replace(
+        tiny,
+        model=str(tiny_folder),
+        settings={**tiny.settings, **shared, "device": "cpu"},
+        seeds=(0,),
+        curve_every=2,
+        curve_items=3,
+    )
+    monkeypatch.setitem(presets.SCALES, "quick", scale)
+
+    def run_quick(output: Path, *flags: str) -> Path:
+        run(["--preset", "quick", "--output", str(output), "--test-items", "5", *flags])
+        return output
+
+    return run_quick
+
+
+def use_methods(monkeypatch, *variants: Variant, trained=("counting",)) -> None:
+    monkeypatch.setitem(presets.STUDIES, "method", Study("method", "Method", variants, trained))
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def metrics(cell: Path) -> list[dict]:
+    """What training recorded, without what differs from run to run."""
+    lines = [json.loads(line) for line in (cell / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("seconds_")}
+        for line in lines
+    ]
+
+
+def test_every_cell_is_trained_tested_on_both_tasks_and_run_once(quick, tmp_path, capsys):
+    output = quick(tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert [line.split("]")[0] for line in shown.splitlines()[:-1]] == [
+        f"[{n}/7" for n in range(1, 8)
+    ]
+    names = {
+        "base/seed0",
+        *(f"{m}/{r}/seed0" for m in ("sft", "grpo", "grpo-d") for r in ("counting", "geometry")),
+    }
+    cells = {
+        str(path.parent.relative_to(output / "cells")): path.parent
+        for path in output.rglob("cell.json")
+    }
+    assert set(cells) == names
+    for name, cell in cells.items():
+        record = json.loads((cell / "cell.json").read_text())
+        parts = name.split("/")
+        assert (record["variant"], record["trained"]) == (
+            parts[0],
+            parts[1] if len(parts) == 3 else None,
+        )
+        assert record["steps"] == (3 if record["trained"] else 0)
+        for role in ("counting", "geometry"):
+            for mode in ("greedy", "sampled"):
+                results = json.loads((cell / f"{role}-{mode}.json").read_text())
+                right = [
+                    result["extracted_answer"] == result["ground_truth"]
+                    for result in results["results"]
+                ]
+                assert (
+                    record["correct"][role][mode] == "".join(str(int(each)) for each in right)
+                    and len(right) == 5
+                )
+                assert results["accuracy"] == pytest.approx(100 * sum(right) / 5)
+        assert (cell / "run" / "final" / "model.safetensors").exists() == bool(record["trained"])
+        assert not (cell / "run" / "checkpoints").exists()
+        if record["trained"]:
+            points = [json.loads(line) for line in (cell / "curve.jsonl").read_text().splitlines()]
+            assert [point["step"] for point in points] == [0, 2, 3]
+            assert all(point.keys() == {"step", "counting", "geometry"} for point in points)
+    assert len(list((output / "cells/base/seed0/images").iterdir())) == 8
+    assert (
+        "GRPO-D" in (output / "report.html").read_text()
+        and "GRPO-D" in (output / "report.md").read_text()
+    )
+
+    before = stamps(output / "cells")
+    quick(output)
+    assert stamps(output / "cells") == before
+
+
+def test_more_seeds_join_an_experiment(quick, monkeypatch, tmp_path):
+    use_methods(monkeypatch, SFT)
+    output = quick(tmp_path / "out")
+    before = stamps(output / "cells")
+    quick(output, "--seeds", "[1]")
+    assert json.loads((output / "experiment.json").read_text())["seeds"] == [0, 1]
+    assert {
+        path: stamp for path, stamp in stamps(output / "cells").items() if path in before
+    } == before
+    assert len(list(output.rglob("cell.json"))) == 4
+
+
+def test_grpo_and_grpo_d_see_the_same_prompts_and_begin_with_the_same_samples(
+    quick, monkeypatch, tmp_path
+):
+    use_methods(monkeypatch, presets.GRPO, GRPO_D)
+    output = quick(tmp_path / "out")
+    seen = []
+    for method in ("grpo", "grpo-d"):
+        lines = (
+            (output / f"cells/{method}/counting/seed0/run/completions.jsonl")
+            .read_text()
+            .splitlines()
+        )
+        seen.append([json.loads(line) for line in lines])
+    assert [(line["step"], line["key"]) for line in seen[0]] == [
+        (line["step"], line["key"]) for line in seen[1]
+    ]
+    first = [[line["completions"] for line in lines if line["step"] == 0] for lines in seen]
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in known_presets() if "_" not in name.replace("2vl_2b", "")]
+)
+def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
+    experiment = make_experiment(ExperimentConfig(preset=name, output=str(tmp_path)))
+    for role in ("counting", "geometry"):
+        found = {}
+        for cell in experiment.cells():
+            if cell.trained == role and cell.seed == 0:
+                found[cell.variant.name] = vars(experiment.settings(cell))
+        assert found.keys() == {"sft", "grpo", "grpo-d"}
+        different = {
+            name for name, value in found["grpo"].items() if found["grpo-d"][name] != value
+        }
+        assert different == {"algo", "output"}
+        different = {name for name, value in found["grpo"].items() if found["sft"][name] != value}
+        of_sft = (
+            set()
+            if experiment.scale.model in BUILT_IN
+            else {"learning_rate", "lr_schedule", "warmup_fraction"}
+        )
+        assert different == {"algo", "output"} | of_sft  # R1-V's own settings at the real scale
+        beta = {"counting": (0.04, 0.1, 0.04), "geometry": (0.0, 0.02, 0.01)}[role]
+        assert tuple(found["grpo-d"][name] for name in ("beta_min", "beta_max", "beta")) == beta
+
+
+@pytest.mark.parametrize("when", ["between steps", "before its evaluation"])
+def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
+    when, quick, monkeypatch, tmp_path
+):
+    use_methods(monkeypatch, GRPO_D)
+    whole = quick(tmp_path / "whole") / "cells/grpo-d/counting/seed0"
+    saved = []
+
+    def save_and_interrupt(*arguments):
+        saved.append(save_checkpoint(*arguments))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    def interrupt_or_evaluate(experiment, config, cell, folder):
+        if cell.trained:
+            raise KeyboardInterrupt
+        return evaluate(experiment, config, cell, folder)
+
+    save_checkpoint, evaluate = train_module.save_checkpoint, Experiment._evaluate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "between steps":
+            patch.setattr(train_module, "save_checkpoint", save_and_interrupt)
+        else:
+            patch.setattr(Experiment, "_evaluate", interrupt_or_evaluate)
+        quick(tmp_path / "out")
+    cell = tmp_path / "out/cells/grpo-d/counting/seed0"
+    assert not (cell / "cell.json").exists() and not (cell / "failed.json").exists()
+    assert "GRPO-D" in (tmp_path / "out/report.html").read_text()
+    quick(tmp_path / "out")
+    assert min(line["grad_norm"] for line in metrics(whole)) > 0 and metrics(cell) == metrics(whole)
+    for name in ("run/final/model.safetensors", "curve.jsonl", "counting-sampled.json"):
+        assert (cell / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_failed_cell_is_told_and_tried_again(quick, monkeypatch, tmp_path, capsys):
+    plugin = tmp_path / "fault.py"
+    plugin.write_text(FAULT)
+    fragile = Variant(
+        "fragile", "fragile", {"plugin": str(plugin), "extra_rewards": {"fragile": 0.1}}
+    )
+    use_methods(monkeypatch, fragile, SFT)
+    output = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"1 cell failed .fragile · counting · seed 0: .*the reward broke.* again"
+    ):
+        quick(output)
+    assert "fragile · counting · seed 0: FAILED: The reward 'fragile'" in capsys.readouterr().out
+    failed = json.loads((output / "cells/fragile/counting/seed0/failed.json").read_text())
+    assert "\n" not in failed["error"] and "RuntimeError" in failed["traceback"]
+    assert (output / "cells/sft/counting/seed0/cell.json").exists()
+    assert "the reward broke" in (output / "report.html").read_text()
+    (tmp_path / "mended").touch()
+    before = stamps(output / "cells/sft")
+    quick(output)
+    assert not list(output.rglob("failed.json")) and stamps(output / "cells/sft") == before
+
+
+def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tmp_path, capsys):
+    use_methods(monkeypatch, SFT)
+    quick(tmp_path / "out", "--dry-run")
+    assert not (tmp_path / "out").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == [
+        "base model · seed 0",
+        "SFT · counting · seed 0",
+    ]
+    assert all("to do" in line for line in lines[1:3])
+    quick(tmp_path / "out")
+    capsys.readouterr()
+    quick(tmp_path / "out", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert all("finished" in line for line in lines[1:3]) and lines[-2].startswith(
+        "about 0 minutes"
+    )
+
+
+def test_a_dry_run_claims_no_time_that_nobody_measured(tmp_path, capsys):
+    run(["--preset", "small", "--seeds", "[0]", "--output", str(tmp_path / "out"), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "GRPO-D · geometry · seed 0" in shown and "nobody has measured the time" in shown
+    assert all(line.split()[-2] == "?" for line in shown.splitlines()[1:-1])
+
+
+def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tmp_path):
+    use_methods(monkeypatch, SFT)
+    output = quick(tmp_path / "out")
+    before = stamps(output)
+    with pytest.raises(
+        UserError, match="holds an experiment with other settings: choose another --output"
+    ):
+        quick(output, "--settings", '{"steps": 4}')
+    assert stamps(output) == before
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(
+            UserError, match=r"another process runs the experiment in .*: wait for it, or end it"
+        ):
+            quick(output)
+    (output / "cells/base/seed0/cell.json").write_text('{"correct": 1}')
+    with pytest.raises(
+        UserError, match=r"cell\.json is damaged: remove it, and the cell will run again"
+    ):
+        quick(output)
+    (output / "experiment.json").write_text("{")
+    with pytest.raises(UserError, match=r"experiment\.json is damaged"):
+        quick(output)
+
+
+def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_path):
+    """A list of two items on disk, and five are asked for."""
+    for index in range(2):
+        picture(index).save(tmp_path / f"{index}.png")
+    rows = [
+        {"image_path": f"{index}.png", "question": "?", "ground_truth": 3} for index in range(2)
+    ]
+    listed = write_lines(tmp_path / "test.jsonl", rows)
+    scale = presets.SCALES["quick"]
+    counting = replace(scale.tasks["counting"], test={"task": "counting", "data": listed})
+    tasks = {**scale.tasks, "counting": counting}
+    monkeypatch.setitem(presets.SCALES, "quick", replace(scale, tasks=tasks, curve_every=0))
+    use_methods(monkeypatch, SFT)
+    output = quick(tmp_path / "out")
+    tasks = json.loads((output / "experiment.json").read_text())["tasks"]
+    assert [tasks[role]["items"] for role in ("counting", "geometry")] == [2, 5]
+    assert "SFT" in (output / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"preset": "huge"}, "preset is 'huge', but the presets are tiny, tiny_alpha"),
+        ({"test_items": 0}, "test_items is 0, but must be at least 1"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but must be different"),
+        ({"settings": {"algo": "grpo"}}, "settings has algo, which the preset's cells decide"),
+        ({"settings": {"stepz": 1}}, "stepz"),
+        (
+            {"preset": "tiny_beta", "settings": {"beta": 0.02}},
+            "settings has beta, which preset tiny_beta varies",
+        ),
+        (
+            {"preset": "tiny_schedules", "settings": {"beta": 0.02}},
+            "settings has beta, which preset tiny_schedules",
+        ),
+        ({"settings": {"steps": -1}}, "steps is -1, but must be greater than 0"),
+    ],
+)
+def test_what_no_experiment_could_mean_is_told_in_one_sentence(settings, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        make_experiment(ExperimentConfig(output=str(tmp_path), **settings))
+
+
+def test_another_model_may_take_the_presets_place(tiny_folder, tmp_path):
+    settings = {"model": str(tiny_folder)}
+    experiment = make_experiment(
+        ExperimentConfig(preset="qwen2vl_2b", output=str(tmp_path), settings=settings)
+    )
+    assert experiment.base(0) == str(tiny_folder)
+    assert {experiment.settings(cell).model for cell in experiment.cells()} == {str(tiny_folder)}
+
+
+def test_missing_test_images_show_before_anything_is_written(tmp_path):
+    with pytest.raises(
+        UserError, match=r"superclevr200 needs image_root.*--counting-images is the image_root"
+    ):
+        run(["--preset", "qwen2vl_2b", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", known_presets())
+def test_every_preset_plans_cells_that_can_be_trained(name, tmp_path):
+    experiment = make_experiment(ExperimentConfig(preset=name, output=str(tmp_path), seeds=[0]))
+    cells = experiment.cells()
+    assert (
+        len({cell.folder(tmp_path) for cell in cells})
+        == len(cells)
+        > len(experiment.study.variants)
+    )
+    assert all(not experiment.settings(cell).eval_samples for cell in cells)
+
+
+def test_ablations_vary_what_the_paper_varies(tmp_path):
+    def values(preset: str, setting: str, role: str = "geometry") -> list:
+        experiment = make_experiment(
+            ExperimentConfig(preset=preset, output=str(tmp_path), seeds=[0])
+        )
+        cells = [cell for cell in experiment.cells() if cell.trained == role]
+        return [getattr(experiment.settings(cell), setting) for cell in cells]
+
+    assert values("tiny_alpha", "format_weight") == [0, 0.25, 0.5, 0.75, 1]
+    assert values("tiny_beta", "beta") == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
+    assert values("tiny_generations", "num_generations") == [4, 8, 16]
+    assert values("tiny_schedules", "algo") == ["grpo"] * 2 + ["grpo-d"] * 4
+    assert values("tiny_schedules", "beta_shape")[2:] == [
+        "grpo-d",
+        "linear-up",
+        "linear-down",
+        "reversed",
+    ]
+    for role, low, high in (("counting", 0.04, 0.1), ("geometry", 0.0, 0.02)):
+        schedule = DynamicKL(low, high, total_steps=10_000)
+        mean = sum(map(schedule, range(10_000))) / 10_000
+        assert values("tiny_schedules", "beta", role)[1] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("role", ["counting", "geometry"])
+def test_the_real_scale_trains_as_the_recipes_do(role, tmp_path):
+    experiment = make_experiment(ExperimentConfig(preset="qwen2vl_2b", output=str(tmp_path)))
+    cell = next(c for c in experiment.cells() if c.trained == role and c.variant is GRPO_D)
+    recipe = yaml.safe_load((RECIPES / f"qwen2vl_2b_{role}_24gb.yaml").read_text())
+    different = {
+        name for name, value in recipe.items() if getattr(experiment.settings(cell), name) != value
+    }
+    assert different <= {
+        "preset",
+        "data",
+    }  # auto is the task's; counting's samples have R1's reasoning, for SFT
+
+
+def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkeypatch, tmp_path):
+    """All of the preset but its size: the model is tiny, the sets hold a few pictures."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {
+        "counting": {
+            "thinking": ["<think> three items </think>"] * 4,
+            "solution": ["<answer> 3 </answer>"] * 4,
+        },
+        "geometry": {"solution": ["<answer> 145° </answer>"] * 4},  # no reasoning
+    }
+    lists = {
+        "counting": ("images/superCLEVR_new_{}.png", 3),
+        "geometry": ("Geo170K/images/test/{}.png", "145°"),
+    }
+    use_methods(monkeypatch, SFT, presets.GRPO, trained=("counting", "geometry"))
+    scale = presets.SCALES["qwen2vl_2b"]
+    tasks, images = {}, {}
+    for role, columns in rows.items():
+        pictures = [
+            {"bytes": encoded(picture(index)), "path": f"{index}.png"} for index in range(4)
+        ]
+        table = datasets.Dataset.from_dict(
+            {"image": pictures, "problem": ["How many?"] * 4, **columns}
+        )
+        (tmp_path / role / "data").mkdir(parents=True)
+        table.cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / role / "data/train-00000-of-00001.parquet"
+        )
+        images[role], (path, answer) = tmp_path / f"{role}-images", lists[role]
+        (images[role] / path).parent.mkdir(parents=True)
+        for index in range(2):
+            picture(index).save(images[role] / path.format(index))
+        items = [
+            {"image_path": f"./{path.format(i)}", "question": "How many?", "ground_truth": answer}
+            for i in (0, 1)
+        ]
+        write_lines(images[role] / TEST_SETS[scale.tasks[role].test["data"]], items)
+        train = {**scale.tasks[role].train, "data": str(tmp_path / role), "steps": 2}
+        tasks[role] = replace(scale.tasks[role], train=train, items=2)
+    monkeypatch.setitem(
+        presets.SCALES, "qwen2vl_2b", replace(scale, model=str(tiny_folder), tasks=tasks)
+    )
+    settings = {
+        "optimizer": "adamw",
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_new_tokens": 6,
+    }
+    roots = [
+        "--counting-images",
+        str(images["counting"]),
+        "--geometry-images",
+        str(images["geometry"]),
+    ]
+    output = tmp_path / "out"
+    run(
+        [
+            "--preset",
+            "qwen2vl_2b",
+            "--output",
+            str(output),
+            "--settings",
+            json.dumps(settings),
+            *roots,
+        ]
+    )
+    assert len(list(output.rglob("cell.json"))) == 5 and not list(output.rglob("failed.json"))
+    for role, (path, answer) in lists.items():
+        results = json.loads((output / f"cells/grpo/{role}/seed0/{role}-greedy.json").read_text())[
+            "results"
+        ]
+        paths = [f"./{path.format(index)}" for index in range(2)]
+        assert [result["question"]["image_path"] for result in results] == paths
+        assert [result["ground_truth"] for result in results] == [answer] * 2
+    assert "64.50%" in (output / "report.md").read_text()  # the paper's GRPO on counting
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+@pytest.mark.parametrize("role", ["counting", "geometry"])
+def test_a_thousand_test_items_share_nothing_with_training(scale, role):
+    task = find_preset(scale)[0].tasks[role]
+    count = 1000 if scale == "tiny" else 300
+    drawn = {
+        split: load_examples(split=split, seed=0, **task.test).all(count)
+        for split in ("train", "test")
+    }
+    assert task.items >= 1000
+    # What is asked of a figure does not count: no figure is in both, whatever the question.
+    parameters = {
+        split: {e.key.removeprefix("area ").removeprefix("perimeter ") for e in drawn[split]}
+        for split in drawn
+    }
+    images = {
+        split: {hashlib.sha256(e.images[0].tobytes()).digest() for e in drawn[split]}
+        for split in drawn
+    }
+    assert not parameters["train"] & parameters["test"] and not images["train"] & images["test"]
+    assert len(images["test"]) == count and len({e.key for e in drawn["test"]}) > 0.97 * count
+
+
+def test_a_start_on_two_tasks_is_made_once_and_depends_on_them(monkeypatch):
+    monkeypatch.setitem(sft.START, "tiny", replace(sft.START["tiny"], steps=5, prompts_per_step=4))
+    seen = []
+    original = sft.solution_batches
+    monkeypatch.setattr(
+        sft,
+        "solution_batches",
+        lambda p, examples, n: seen.append(examples) or original(p, examples, n),
+    )
+    tasks = [TaskConfig(task="counting", difficulty=2), TaskConfig(task="figures", difficulty=1)]
+    folder = sft.supervised_start("tiny", tasks, seed=0, enough=0.0)
+    assert len(seen) == 5 and all(
+        ["items" in e.problem for e in step] == [True, True, False, False] for step in seen
+    )
+    before = stamps(folder)
+    assert (
+        sft.supervised_start("tiny", tasks, seed=0, enough=0.0) == folder
+        and stamps(folder) == before
+    )
+    assert len(seen) == 5
+    assert sft.supervised_start("tiny", tasks[:1], seed=0, enough=0.0) != folder
+
+
+def test_an_experiment_keeps_its_start_and_trains_on_items_that_are_new_to_it(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sft.START, "tiny", replace(sft.START["tiny"], steps=5, prompts_per_step=4))
+    monkeypatch.setenv("MR1_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(presets.SCALES, "tiny", replace(SCALES["tiny"], start_accuracy=1e-9))
+    seen = []
+    original = sft.solution_batches
+    monkeypatch.setattr(
+        sft,
+        "solution_batches",
+        lambda p, examples, n: seen.extend(examples) or original(p, examples, n),
+    )
+    experiment = make_experiment(ExperimentConfig(output=str(tmp_path / "out")))
+    start = Path(experiment.base(0))
+    before = stamps(start)
+    assert start.is_relative_to(tmp_path / "out") and (start / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "cache")
+    assert experiment.base(0) == str(start) and stamps(start) == before and len(seen) == 20
+    images = {e.images[0].tobytes() for e in seen}
+    for cell in experiment.cells()[1:]:
+        config = experiment.settings(cell)
+        trained = load_examples(
+            config.task, config.data, "train", config.seed, config.difficulty
+        ).take(0, 16)
+        assert not images & {e.images[0].tobytes() for e in trained}

@@ -1,0 +1,138 @@
+"""Hostile and damaged files of an experiment: text stays text in the page and in Markdown, and damage is named."""
+
+import json
+import re
+
+import pytest
+
+from mr1_fast.errors import UserError
+from mr1_fast.experiment import markdown
+from mr1_fast.experiment.report import write_report
+
+from ..data.experiment import METHODS, cell_folder, describe, write_experiment, write_samples
+from ..report.test_run_report import HOSTILE, Page
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def outside_of_code(source):
+    """What of Markdown is not within a fenced block, by CommonMark's rule for the end of one; and the blocks."""
+    rest, blocks, fence = [], [], None
+    for line in source.split("\n"):
+        if fence is None and (opening := re.match(r" {0,3}(`{3,})[^`]*$", line)):
+            fence = opening[1]
+            blocks.append("")
+        elif fence is None:
+            rest.append(line)
+        elif re.fullmatch(rf" {{0,3}}{fence}`*\s*", line):
+            fence = None
+        else:
+            blocks[-1] += line + "\n"
+    assert fence is None
+    return "\n".join(rest), blocks
+
+
+def test_hostile_text_is_shown_as_text(tmp_path):
+    fence_breakers = "```\n# heading\n<script>alert(2)</script>\n``````\n~~~\n[a](http://evil.example)\n\x1b\u202e"
+    folder = write_experiment(
+        tmp_path, seeds=[0], notes=[HOSTILE + " 1", "| a | b |\n# c"], hardware=HOSTILE + " 2"
+    )
+    changed = {
+        "problem": HOSTILE + " 3",
+        "solution": HOSTILE + " 4",
+        "text": HOSTILE + fence_breakers,
+    }
+    for variant in METHODS:
+        write_samples(
+            folder,
+            variant,
+            None if variant == "base" else "counting",
+            0,
+            **changed,
+            image="../../../x.png",
+        )
+    cell_folder(folder, "sft", "geometry", 0).joinpath("cell.json").unlink()
+    failed = json.dumps({"error": HOSTILE + " 5 `|` [a](http://evil.example) ![b](c) *d*"})
+    cell_folder(folder, "sft", "geometry", 0).joinpath("failed.json").write_text(failed)
+    page, source = Page(write_report(folder)), (folder / "report.md").read_text()
+    for digit in "12345":
+        assert f"{HOSTILE} {digit}" in page.text
+    assert "script" not in {tag for tag, _ in page.tags} and not page.attributes("onerror")
+    assert all(source.startswith("data:image/png;base64,") for source in page.attributes("src"))
+    assert "image ../../../x.png cannot be shown" in page.text
+    rest, blocks = outside_of_code(source)
+    assert any(
+        block.startswith(HOSTILE + "```\n# heading\n<script>alert(2)</script>\n``````\n~~~\n")
+        for block in blocks
+    )
+    assert all(piece in source for piece in ("␛", "\ufffd")) and "\x1b" not in source
+    assert (
+        "<" not in rest.replace("< 0.001", "")
+        and "[a]" not in rest
+        and "![" not in rest
+        and "`" not in rest
+    )
+    lines = [line for line in rest.splitlines() if line.startswith("|")]
+    assert all(re.fullmatch(r"(\| [^|]* )+\|", line) for line in lines)
+    assert "# c" not in rest.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("61.2% [58.1, 64.0]", "61.2% [58.1, 64.0]"),
+        ("< 0.001", "< 0.001"),
+        ("[1](x)", "&#91;1&#93;(x)"),
+        ("a|b\\|c", "a&#124;b&#92;&#124;c"),
+        ("two\n\nlines", "two lines"),
+        ("GRPO-D → α = 0.25", "GRPO-D → α = 0.25"),
+    ],
+)
+def test_inline_markdown(text, result):
+    assert markdown.inline(text) == result
+
+
+def test_long_answers_are_cut_with_a_note():
+    source = markdown.fence("`" * 5000)
+    assert source.split("\n")[0] == "`" * 2001 + "text"
+    assert "cut: 2,000 of 5,000 characters shown" in source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("cell.json", "{", "cell.json is no JSON"),
+        ("cell.json", "[" * 100_000, "cell.json is no JSON"),
+        ("cell.json", "[1]", "cell.json is damaged"),
+        ("cell.json", '{"seconds": {"train": 1}}', "cell.json is damaged"),
+        ("cell.json", "bits", "counting.* is damaged .*not 200 times 0 or 1"),
+        ("cell.json", "short", "cell.json is damaged .*not 200 times 0 or 1"),
+        ("samples.json", '{"a": 1}', "samples.json holds no list"),
+        ("samples.json", "[1]", "samples.json holds no list"),
+        ("curve.jsonl", "{\n", "curve.jsonl line 1 is no JSON object"),
+        ("run/metrics.jsonl", '{"step": 0}\n7\n', "metrics.jsonl line 2 is no JSON object"),
+        ("../../../../experiment.json", "{}", "experiment.json is damaged"),
+        ("../../../../experiment.json", '{"tasks": []}', "experiment.json is damaged"),
+        ("../../../../experiment.json", "hello", "experiment.json is no JSON object"),
+    ],
+)
+def test_damaged_file_is_named(tmp_path, name, content, says):
+    folder = write_experiment(tmp_path, seeds=[0])
+    path = cell_folder(folder, "grpo", "counting", 0) / name
+    if content in ("bits", "short"):
+        record = json.loads(path.read_text())
+        record["correct"]["geometry"]["sampled"] = "2" * 200 if content == "bits" else "01"
+        content = json.dumps(record)
+    path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_folder_without_experiment_and_page_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"experiment\.json does not exist"):
+        write_report(tmp_path)
+    describe(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html cannot be written"):
+        write_report(tmp_path)

@@ -1,0 +1,260 @@
+"""TRL's GRPOTrainer with our loss against TRL's own, on one model, text and vision."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trl import GRPOTrainer
+
+from mr1_fast import integrations
+from mr1_fast.integrations.objective import AVERAGES
+from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
+from mr1_fast.model.tiny import tiny_processor
+
+from ..data.models import small_text_model, tiny_policy
+from ..data.trl import COMPLETION, PROMPT, B, assert_same, batch, make, pictures, run, settings_of
+
+LOSS_TYPES = list(AVERAGES)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """kind → (TRL's trainer, ours, the prompts): the same weights, the reference's differing from them."""
+    processor = tiny_processor()
+    made = {}
+
+    def get(kind: str):
+        if kind in made:
+            return made[kind]
+        model = (
+            small_text_model(len(processor.tokenizer)) if kind == "text" else tiny_policy().model
+        )
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        processing = processor.tokenizer if kind == "text" else processor
+        options = {"beta": 0.1, "temperature": 0.7}
+        pair = [
+            make(cls, str(folder), processing, folder / "runs", **options)
+            for cls in (GRPOTrainer, FusedGRPOTrainer)
+        ]
+        if kind == "text":
+            mask = (torch.arange(PROMPT) >= torch.tensor([0, 2, 5, 0, 6, 1])[:, None]).long()
+            ids = torch.randint(3, 300, (B, PROMPT), generator=torch.Generator().manual_seed(1))
+            prompts = {"prompt_ids": torch.where(mask == 1, ids, 0), "prompt_mask": mask}
+        else:
+            prompts = pictures(processor)
+        made[kind] = (*pair, prompts)
+        return made[kind]
+
+    return get
+
+
+CASES = {
+    "on policy": ({}, {}),
+    "on policy, beta 0": ({"token_advantages": True}, {"beta": 0.0}),
+    "off policy": (
+        {"off_policy": True, "zero_variance": False},
+        {"epsilon_low": 0.3, "epsilon_high": 0.5},
+    ),
+    "tools, accumulation, bias-corrected KL": (
+        {"off_policy": True, "tools": True},
+        {"current_gradient_accumulation_steps": 3, "args.use_bias_correction_kl": True},
+    ),
+    "importance weights per token": (
+        {"off_policy": True, "is_width": COMPLETION},
+        {"use_vllm": True},
+    ),
+    "importance weights per sequence": (
+        {"is_width": 1, "token_advantages": True},
+        {"use_vllm": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_gradients_and_metrics_are_trls(loss_type, level, case, trainers):
+    plain, fused, prompts = trainers("text")
+    switches, settings = CASES[case]
+    inputs = batch(3, prompts, **switches)
+    if loss_type == "cispo" and "epsilon_high" in settings:
+        settings = settings | {"epsilon_high": 5.0}
+    settings = settings | {"loss_type": loss_type, "importance_sampling_level": level}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        results = run(fused, inputs, **settings)
+    assert fused.fused
+    assert_same(results, run(plain, inputs, **settings))
+
+
+@pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t not in ("cispo", "sapo")])
+def test_two_sided_clip(loss_type, trainers):
+    plain, fused, prompts = trainers("text")
+    inputs = batch(4, prompts, off_policy=True, zero_variance=False)
+    settings = {"loss_type": loss_type, "args.delta": 1.4}
+    assert_same(run(fused, inputs, **settings), run(plain, inputs, **settings))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_with_images(loss_type, trainers):
+    plain, fused, prompts = trainers("vision")
+    inputs = batch(5, prompts, off_policy=True, zero_variance=False)
+    assert_same(run(fused, inputs, loss_type=loss_type), run(plain, inputs, loss_type=loss_type))
+
+
+def test_in_evaluation(trainers):
+    plain, fused, prompts = trainers("text")
+    inputs = batch(6, prompts)
+    values = []
+    for trainer in (fused, plain):
+        settings_of(trainer, current_gradient_accumulation_steps=4)
+        trainer.model.eval()
+        with torch.no_grad():
+            values.append(trainer._compute_loss(trainer.model, inputs).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_nothing_to_learn_from(trainers):
+    _, fused, prompts = trainers("text")
+    loss, gradients, _ = run(fused, batch(7, prompts, lengths=(0,) * B))
+    assert loss == 0 and gradients
+    assert all((g == 0).all() for g in gradients.values())
+
+
+def test_only_rows_with_loss_reach_the_lm_head(trainers):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    _, fused, prompts = trainers("text")
+    inputs = batch(8, prompts)
+    v = fused.model.config.vocab_size
+    projected, others = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            output = function(*arguments, **keywords or {})
+            if "linear_grpo_loss" in str(function):
+                projected.append(arguments[0].shape[0])
+            elif isinstance(output, torch.Tensor) and output.ndim > 1 and output.shape[-1] == v:
+                others.append(function)
+            return output
+
+    with Watch():
+        run(fused, inputs)
+    assert projected == [inputs["completion_mask"].sum()] and not others
+
+
+FALLBACKS = {
+    "vespo": {"loss_type": "vespo"},
+    "entropy bonus": {
+        "_entropy_bonus_enabled": True,
+        "entropy_coef": 0.3,
+        "use_adaptive_entropy": False,
+    },
+    "top_entropy_quantile": {"top_entropy_quantile": 0.5},
+    "off_policy_mask_threshold": {"off_policy_mask_threshold": 0.1},
+}
+
+
+def assert_trls_own(plain, fused, inputs: dict, because: str, **settings) -> None:
+    """TRL's numbers, and one warning for two losses."""
+    integrations.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [run(fused, inputs, **settings) for _ in range(2)]
+        assert not fused.fused
+    said = [str(each.message) for each in caught if "TRL's own loss" in str(each.message)]
+    assert len(said) == 1 and because in said[0]
+    assert_same(results[1], run(plain, inputs, **settings))
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_what_is_not_ours_is_trls_with_one_warning(case, trainers):
+    plain, fused, prompts = trainers("text")
+    inputs = batch(9, prompts, off_policy=True, zero_variance=False)
+    assert_trls_own(plain, fused, inputs, case.split()[0], **FALLBACKS[case])
+
+
+def test_a_formula_of_trl_that_we_do_not_know_takes_over(trainers, monkeypatch):
+    plain, fused, prompts = trainers("text")
+    inputs = batch(10, prompts)  # on policy: the value of the loss is hardly anything
+    known = GRPOTrainer._compute_loss
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *arguments: 3 * known(*arguments))
+    with pytest.warns(UserWarning, match="this TRL computes something else"):
+        results = run(fused, inputs)
+    assert not fused.fused
+    fused._disagrees = None
+    loss, gradients, _ = run(plain, inputs)
+    torch.testing.assert_close(results[0], loss)
+    torch.testing.assert_close(results[1], gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_subclass_that_scores_tokens_itself_keeps_its_scores(trainers, monkeypatch):
+    """On TRL's trainer the same mixin gives the same numbers."""
+    plain, fused, prompts = trainers("text")
+
+    class Halved:
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            logp, entropy, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return logp / 2, entropy, aux_loss
+
+    inputs = batch(13, prompts, off_policy=True)
+    for trainer in (plain, fused):
+        monkeypatch.setattr(trainer, "__class__", type("Own", (Halved, type(trainer)), {}))
+    assert_trls_own(plain, fused, inputs, "a subclass scores tokens itself")
+
+
+def test_a_bf16_body_with_an_fp32_head(trainers):
+    """TRL projects in the dtype of the hidden states."""
+    plain, fused, prompts = trainers("text")
+    inputs = batch(14, prompts)
+    with torch.autocast("cpu", torch.bfloat16):  # hidden states in bf16
+        losses = [run(trainer, inputs)[0] for trainer in (fused, plain)]
+    assert fused.fused
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-4)
+
+
+def test_where_trls_kl_overflows_ours_is_bounded(trainers):
+    """TRL: exp(ref − logp) of a log-ratio of 100 is inf, its loss with it. Here the log-ratio is held at ±20."""
+    plain, fused, prompts = trainers("text")
+    inputs = batch(11, prompts)
+    inputs["ref_per_token_logps"] = (
+        inputs["ref_per_token_logps"] + 100.0 * inputs["completion_mask"]
+    )
+    loss, gradients, _ = run(fused, inputs)
+    assert fused.fused
+    theirs = run(plain, inputs)
+    assert not theirs[0].isfinite() and not all(g.isfinite().all() for g in theirs[1].values())
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
+
+
+def test_a_scaled_head_is_left_to_trl(tmp_path):
+    processor = tiny_processor()
+    small_text_model(len(processor.tokenizer), logit_scale=0.5).save_pretrained(tmp_path)
+    plain, fused = (
+        make(cls, str(tmp_path), processor.tokenizer, tmp_path / "runs", beta=0.1)
+        for cls in (GRPOTrainer, FusedGRPOTrainer)
+    )
+    mask = torch.ones(B, PROMPT, dtype=torch.int64)
+    inputs = batch(12, {"prompt_ids": mask * 5, "prompt_mask": mask}, off_policy=True)
+    assert_trls_own(plain, fused, inputs, "has logit_scale")
+
+
+def test_a_bad_schedule_is_refused_before_training(trainers):
+    _, fused, _ = trainers("text")
+    with pytest.raises(ValueError, match="beta_min"):
+        DynamicKLCallback(fused, beta_min=0.2, beta_max=0.1)
+
+
+def test_an_untested_version_gives_one_warning(monkeypatch):
+    integrations.warn_once.cache_clear()
+    monkeypatch.setattr(integrations, "version", lambda package: "9.1")
+    with pytest.warns(
+        UserWarning, match=r"trl 9\.1 is installed, mr1_fast was tested with trl>=1\.16,<1\.17"
+    ) as said:
+        for _ in range(2):
+            integrations.check_version("trl")
+    assert len(said) == 1

@@ -1,0 +1,100 @@
+"""Rounding at random: the mean is right, the random numbers are uniform, 8-bit codes are neighbours of their values.
+
+Statistical bounds are 6 standard deviations of the mean; seeds are fixed.
+"""
+
+import math
+
+import pytest
+import torch
+
+from mr1_fast.kernels.adamw import rounding
+
+SIX_SIGMA = 6.0
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 0.02, 1.9999, 3e-39, 0.0])
+def test_rounding_to_bf16_is_unbiased_and_goes_to_a_neighbour(value):
+    n = 2**18
+    x = torch.full((n,), value)
+    rounded = rounding.round_stochastically(
+        x, rounding.more_bits(rounding.random_bits(0, n, (1, 2), x.device))
+    ).double()
+    low, high = rounded.min().item(), rounded.max().item()
+    exact = x[0].double().item()
+    assert low <= exact <= high and high - low <= max(abs(exact) * 2**-7, 1e-40)
+    assert abs(rounded.mean().item() - exact) <= SIX_SIGMA * (high - low) / 2 / math.sqrt(n)
+
+
+def test_infinity_and_nan_survive_rounding():
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, -0x800000], dtype=torch.int32).view(
+        torch.float32
+    )
+    rounded = rounding.round_stochastically(x, torch.full((5,), 0xFFFF, dtype=torch.int32))
+    assert rounded[:3].isnan().all() and rounded[3:].tolist() == [math.inf, -math.inf]
+
+
+def test_random_bits_are_uniform_and_differ_between_keys_and_elements():
+    n = 2**16
+    streams = [
+        rounding.random_bits(0, n, rounding.random_keys(0, p, s), "cpu")
+        for p in range(2)
+        for s in range(2)
+    ]
+    bits = torch.stack(streams)[:, :, None] >> torch.arange(32) & 1
+    sigma = 0.5 / math.sqrt(n)
+    assert (bits.float().mean(1) - 0.5).abs().max() < SIX_SIGMA * sigma
+    signs = (
+        (bits * 2.0 - 1).transpose(1, 2).flatten(0, 1)
+    )  # every bit of every stream, with every other
+    correlation = signs @ signs.T / n - torch.eye(len(signs))
+    assert correlation.abs().max() < SIX_SIGMA / math.sqrt(n)
+    neighbours = (signs[:, 1:] * signs[:, :-1]).mean(1)
+    assert neighbours.abs().max() < SIX_SIGMA / math.sqrt(n)
+    assert torch.equal(
+        rounding.random_bits(1000, 50, (3, 4), "cpu"),
+        rounding.random_bits(0, 1050, (3, 4), "cpu")[1000:],
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-20, 1.0, 1e30])
+def test_a_code_is_a_neighbour_of_its_value(scale):
+    generator = torch.Generator().manual_seed(0)
+    values = scale * 10 ** (-12 * torch.rand(64, 256, generator=generator))
+    values[0], values[1, 1:] = 0, 0
+    uniform = torch.rand(64, 256, generator=generator)
+    scales = rounding.block_scale(values)
+    for encode, decode, largest, power in (
+        (rounding.encode_m, rounding.decode_m, 127, 4),
+        (rounding.encode_v, rounding.decode_v, 255, 8),
+    ):
+        codes = encode(values, scales, uniform)
+        exact = largest * (values.double() / scales).pow(1 / power)
+        assert ((codes - exact).abs() <= 1.001).all() and (codes[values == 0] == 0).all()
+        assert codes.min() >= 0 and codes.max() <= largest
+        decoded = decode(codes, scales)
+        assert decoded.isfinite().all() and (decoded[values == 0] == 0).all()
+        if scale >= rounding.SMALLEST_SCALE:
+            largest_ones = values == scales
+            torch.testing.assert_close(
+                decoded[largest_ones], values[largest_ones], rtol=1e-6, atol=0
+            )
+    assert torch.equal(
+        rounding.encode_m(-values, scales, uniform), -rounding.encode_m(values, scales, uniform)
+    )
+
+
+@pytest.mark.parametrize(("encode", "decode"), [("encode_m", "decode_m"), ("encode_v", "decode_v")])
+def test_codes_keep_the_mean(encode, decode):
+    n = 2**12
+    values = (10 ** (-8 * torch.rand(256, generator=torch.Generator().manual_seed(0)))).expand(
+        n, 256
+    )
+    scales = torch.ones(n, 1)
+    uniform = rounding.uniforms(rounding.random_bits(0, n * 256, (5, 6), "cpu"))[0].view(n, 256)
+    decoded = getattr(rounding, decode)(
+        getattr(rounding, encode)(values, scales, uniform), scales
+    ).double()
+    error = (decoded.mean(0) - values[0]).abs()
+    gap = decoded.amax(0) - decoded.amin(0)
+    assert (error <= SIX_SIGMA * gap / 2 / math.sqrt(n) + 1e-6 * values[0]).all()

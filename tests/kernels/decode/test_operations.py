@@ -1,0 +1,218 @@
+"""One decode step's operations on a CPU, against plain formulations in fp64, transformers, and the statistics."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
+
+from mr1_fast.kernels.decode import attention_native, operations, reference
+from mr1_fast.kernels.decode.operations import attend, silu_mul
+from mr1_fast.kernels.decode.reference import add_rms_norm_ref, attend_ref, sample_ref
+
+SIX_SIGMA = 6.0
+LARGEST_UNIFORM = 1 - 2**-24
+
+
+def check_error(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """The error is at most twice that of PyTorch in the same dtype, and some roundings of fp32."""
+    error, allowed = ((x.cpu().double() - exact).abs().max().item() for x in (ours, theirs))
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def attention_case(heads: int, kv_heads: int, d: int, spans: list, dtype: torch.dtype) -> list:
+    """Arguments of `attend` but the scale. q, k, v share a tensor, keys and values another; NaN is in unused rows."""
+    generator = torch.Generator().manual_seed(heads)
+    spans = torch.tensor(spans, dtype=torch.int32)
+    rows, tokens = len(spans), int(spans[:, [0, 2]].max() + spans[:, [1, 3]].max()) + 3
+    projected = torch.randn(rows, heads + 2 * kv_heads, d, generator=generator)
+    angles = 6 * torch.rand(rows, d // 2, generator=generator).repeat(1, 2)
+    pool = torch.full((tokens, 2, kv_heads, d), torch.nan)
+    for prefix_start, prefix_len, own_start, own_len in spans.tolist():
+        for start, length in ((prefix_start, prefix_len), (own_start, own_len - 1)):
+            pool[start : start + length] = torch.randn(length, 2, kv_heads, d, generator=generator)
+    q, k, v = projected.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
+    return [
+        q,
+        k,
+        v,
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+        *pool.to(dtype).unbind(1),
+        spans,
+    ]
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding by definition: channels i and i + d/2 are a complex number."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half], x[..., half:]) * torch.complex(
+        cos[:, :half], sin[:, :half]
+    ).unsqueeze(1)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def plain_attention(q, k, v, cos, sin, keys, values, spans, scale: float) -> torch.Tensor:
+    """Row by row: gather the row's tokens, repeat kv heads, full softmax. Rotation as in transformers, but in fp64."""
+    rotate = (
+        turned
+        if q.dtype == torch.float64
+        else lambda x, *angles: apply_rotary_pos_emb(x, x, *angles)[0]
+    )
+    q, k = (rotate(x, cos, sin) for x in (q, k))
+    out = []
+    for row, (prefix_start, prefix_len, own_start, own_len) in enumerate(spans.tolist()):
+        past = [
+            *range(prefix_start, prefix_start + prefix_len),
+            *range(own_start, own_start + own_len - 1),
+        ]
+        parts = [torch.cat([pool[past], new[row][None]]) for pool, new in ((keys, k), (values, v))]
+        repeated = [
+            x.transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], dim=0) for x in parts
+        ]
+        out.append(
+            F.scaled_dot_product_attention(q[row].unsqueeze(1), *repeated, scale=scale).squeeze(1)
+        )
+    return torch.stack(out)
+
+
+def check_draws(logits, uniform, temperature: float, banned: tuple, token, logp) -> None:
+    """Every token is the one of the inverse distribution function in fp64, up to rounding of fp32; and so is logp."""
+    z = logits.double().cpu() / (temperature or 1.0)
+    token, logp = token.cpu(), logp.cpu()
+    assert token.dtype == torch.int64 and logp.dtype == torch.float32
+    exact = z.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+    torch.testing.assert_close(logp.double(), exact, rtol=2e-6, atol=2e-6)
+    z[:, list(banned)] = -torch.inf
+    p = z.softmax(-1)
+    chosen = p.gather(1, token[:, None]).squeeze(1)
+    if temperature == 0:
+        assert torch.equal(token, z.argmax(-1))
+    else:
+        assert (chosen > 0).all()
+        end = p.cumsum(-1).gather(1, token[:, None]).squeeze(1)
+        uniform, slack = uniform.double().cpu(), 2e-6
+        assert (uniform < end + slack).all() and (uniform > end - chosen - slack).all()
+
+
+def logits_case(rows: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of rows that are flat, peaked, filtered at the start and at the end, and both ends of uniform."""
+    generator = torch.Generator().manual_seed(v)
+    logits = (
+        torch.randn(rows, v, generator=generator)
+        * torch.tensor([0.1, 1, 4, 30])[torch.arange(rows) % 4, None]
+    )
+    logits[1::3, : v // 2] = -torch.inf
+    logits[2::3, v // 2 :] = -torch.inf
+    uniform = torch.rand(rows, generator=generator)
+    uniform[::4], uniform[1::4] = 0.0, LARGEST_UNIFORM
+    return logits.to(dtype), uniform
+
+
+def unsound_rows(v: int) -> torch.Tensor:
+    """Rows that have no token when 3 and 5 are banned, and a last one that has."""
+    rows = torch.zeros(6, v)
+    rows[0, v - 1], rows[1, 1], rows[2], rows[3], rows[4, 5] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        -torch.inf,
+        torch.nan,
+    )
+    rows[3, [3, 5]] = 1.0
+    rows[5, 3] = 300.0
+    return rows
+
+
+SPANS = [[0, 70, 80, 1], [0, 70, 120, 66], [7, 0, 200, 1], [7, 0, 210, 20]]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(12, 2, 128), (7, 1, 16), (4, 4, 32)])
+def test_attention_is_that_of_a_full_softmax(heads, kv_heads, d):
+    _, k, v, cos, sin, keys, values, spans = case = attention_case(
+        heads, kv_heads, d, SPANS, torch.float64
+    )
+    exact = plain_attention(*case, d**-0.5)
+    before = keys.clone(), values.clone()
+    torch.testing.assert_close(attend_ref(*case, d**-0.5), exact, rtol=1e-12, atol=1e-12)
+
+    new = (spans[:, 2] + spans[:, 3] - 1).long()
+    torch.testing.assert_close(keys[new], reference.rotate(k, cos, sin), rtol=0, atol=0)
+    torch.testing.assert_close(values[new], v, rtol=0, atol=0)
+    for pool, old in zip((keys, values), before, strict=True):
+        pool[new] = old[new]
+        torch.testing.assert_close(pool, old, rtol=0, atol=0, equal_nan=True)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        case = attention_case(heads, kv_heads, d, SPANS, dtype)
+        exact = plain_attention(*[x.double() for x in case[:7]], spans, d**-0.5)
+        theirs = plain_attention(*case, d**-0.5)
+        check_error(attend_ref(*case, d**-0.5), theirs, exact)
+
+
+def test_attention_is_the_native_kernels_where_they_take_the_rows(monkeypatch):
+    case = attention_case(2, 1, 16, SPANS[:1], torch.float32)
+    monkeypatch.setattr(attention_native, "attend", lambda *arguments: arguments)
+    for takes in (True, False):
+        monkeypatch.setattr(attention_native, "takes", lambda q, takes=takes: takes)
+        assert isinstance(attend(*case, 0.25), tuple) == takes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_that_of_transformers_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, delta, weight = (torch.randn(5, 96, generator=generator).to(dtype) for _ in range(3))
+    norm = Qwen2RMSNorm(96, eps=1e-6).to(dtype)
+    norm.weight.data = weight[0]
+    for update in (delta, None):
+        residual, normed = add_rms_norm_ref(x, update, norm.weight, norm.variance_epsilon)
+        assert torch.equal(residual, x if update is None else x + delta)
+        assert torch.equal(normed, norm(residual))
+    assert torch.equal(silu_mul(x, delta), F.silu(x) * delta)
+
+
+@pytest.mark.parametrize("v", [1, 300, reference.WHOLE_ROW, reference.WHOLE_ROW + 1, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_draws_follow_the_inverse_distribution_function(v, dtype):
+    logits, uniform = logits_case(24, v, dtype)
+    for temperature, banned in ((1.0, ()), (0.7, ()), (1.5, (v // 2 - 1, v // 2)), (0.0, (v - 2,))):
+        if v == 1:
+            logits, banned = torch.zeros_like(logits), ()
+        check_draws(
+            logits, uniform, temperature, banned, *sample_ref(logits, uniform, temperature, banned)
+        )
+
+
+def test_draws_have_their_probabilities():
+    n, banned, temperature = 20_000, (2, 7), 0.8
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, generator=generator)
+    token, _ = sample_ref(
+        logits.expand(n, -1), torch.rand(n, generator=generator), temperature, banned
+    )
+    p = (logits / temperature).index_fill(0, torch.tensor(banned), -torch.inf).softmax(-1)
+    counts = token.bincount(minlength=40)
+    assert counts[list(banned)].sum() == 0
+    chi_square = ((counts - n * p).square() / (n * p)).nansum().item()
+    freedom = 40 - len(banned) - 1
+    assert chi_square < freedom + SIX_SIGMA * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("v", [50, 10_000])
+def test_rows_without_a_sound_distribution_give_no_token(v):
+    for temperature in (1.0, 0.0):
+        token, logp = sample_ref(unsound_rows(v), torch.rand(6), temperature, (3, 5))
+        assert (token[:5] == -1).all() and logp[:5].isnan().all()
+        assert token[5] not in (-1, 3, 5) and logp[5].item() == pytest.approx(
+            -300
+        )  # a banned one has nearly all
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = torch.zeros(2, 9000)
+    logits[0, [5, 70, 8000]] = logits[1, [8000, 8500]] = 3.0
+    token, _ = sample_ref(logits, torch.rand(2), 0.0, (5,))
+    assert token.tolist() == [70, 8000]
+    with pytest.raises(ValueError, match=r"temperature -1"):
+        operations.sample(logits, torch.rand(2), -1.0)

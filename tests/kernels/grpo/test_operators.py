@@ -1,0 +1,96 @@
+"""The operators of torch.ops.mr1_fast as torch.compile sees them; what it makes of them: test_compile.py."""
+
+import pytest
+import torch
+
+from mr1_fast import grpo_loss, linear_grpo_loss, token_logprobs
+from mr1_fast.kernels.grpo import linear, operators
+
+from ...data.loss import loss_rows, objective_of
+
+N, D, V = 6, 8, 37
+CHUNK_BYTES = 4 * V * 4
+
+
+def inputs(*, gradient: bool = True):
+    generator = torch.Generator().manual_seed(0)
+    data = loss_rows(N, V)
+    shapes = (N, D), (V, D), (V,)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).requires_grad_(gradient) for shape in shapes
+    )
+    scalars = torch.tensor(0.1), torch.tensor(0.9)
+    per_row = (data[name] for name in ("old_logp", "ref_logp", "is_weights"))
+    objective = (
+        data["targets"], data["advantages"], data["token_weights"], *scalars, *per_row, "clip",
+        [0.2, 0.2, 1.5, 1.0, 1.05], False,
+    )  # fmt: skip
+    return data["logits"].requires_grad_(gradient), (hidden, weight, bias), objective, scalars[1]
+
+
+def calls() -> dict[str, tuple]:
+    logits, head, objective, temperature = inputs()
+    targets, incoming = objective[0], (torch.randn(N), torch.randn(N))
+    constant = logits.detach()
+    _, *kept = operators.token_logprobs(constant, targets, temperature)
+    needs = [True, True, True]
+    with torch.no_grad():
+        hidden, weight, bias = (t.detach() for t in head)
+        _, *linear_kept = linear.linear_token_logprobs(
+            hidden, weight, bias, targets, temperature, CHUNK_BYTES
+        )
+    backward = (hidden, weight, bias, targets, temperature, *linear_kept, *incoming, CHUNK_BYTES)
+    return {
+        "token_logprobs": (operators.token_logprobs, (logits, targets, temperature)),
+        "token_logprobs_backward": (
+            operators.token_logprobs_backward,
+            (constant, targets, temperature, *kept, *incoming),
+        ),
+        "grpo_loss": (operators.grpo_loss, (logits, *objective, True)),
+        "grpo_loss without gradient": (operators.grpo_loss, (constant, *objective, False)),
+        "grpo_loss_": (operators.grpo_loss_, (constant.clone(), *objective)),
+        "scale_": (operators.scale, (constant.clone(), torch.tensor(3.0))),
+        "linear_token_logprobs": (
+            linear.linear_token_logprobs,
+            (*head, targets, temperature, CHUNK_BYTES),
+        ),
+        "linear_token_logprobs_backward": (
+            linear.linear_token_logprobs_backward,
+            (*backward, needs),
+        ),
+        "linear_token_logprobs_backward, frozen head": (
+            linear.linear_token_logprobs_backward,
+            (*backward, [True, False, False]),
+        ),
+        "linear_grpo_loss": (linear.linear_grpo_loss, (*head, *objective, CHUNK_BYTES, needs)),
+        "linear_grpo_loss, no bias, frozen head": (
+            linear.linear_grpo_loss,
+            (head[0], weight, None, *objective, CHUNK_BYTES, [True, False, False]),
+        ),
+        "linear_grpo_loss without gradient": (
+            linear.linear_grpo_loss,
+            (hidden, weight, None, *objective, CHUNK_BYTES, [False] * 3),
+        ),
+    }
+
+
+CALLS = list(calls())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operators_keep_the_rules_of_torch_library(name):
+    operator, arguments = calls()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+def test_the_gradient_is_no_longer_part_of_a_graph():
+    logits, (hidden, weight, _), _, _ = inputs()
+    data = loss_rows(N, V)
+    arguments = objective_of(data) | {"beta": 0.0}
+    gradients = [
+        *torch.autograd.grad(grpo_loss(logits, **arguments).loss, logits),
+        *torch.autograd.grad(grpo_loss(logits * 1, **arguments, inplace=True).loss, logits),
+        *torch.autograd.grad(linear_grpo_loss(hidden, weight, **arguments).loss, (hidden, weight)),
+        *torch.autograd.grad(token_logprobs(logits, data["targets"])[0].sum(), logits),
+    ]
+    assert [gradient.requires_grad for gradient in gradients] == [False] * 5

@@ -1,0 +1,158 @@
+"""Packed = padded: the packed forward equals transformers' own forward, sequence by sequence, with all gradients."""
+
+import pytest
+import torch
+
+from mr1_fast.loss import linear_token_logprobs
+from mr1_fast.model.forward import lm_head_weight, packed_hidden
+from mr1_fast.model.reference import Reference
+from mr1_fast.packing import pack, packs
+
+from ..data.models import (
+    assert_same_gradients,
+    fill_adapters,
+    gradients,
+    mixed_examples,
+    own_attention,
+    own_logprobs,
+    plain_inputs,
+    tiny_policy,
+)
+
+LENGTHS = (3, 1, 5, 0, 4, 2, 6, 3)  # two completions of each of four prompts, one of them empty
+
+
+def completions(vocabulary: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 300, (length,), generator=generator) for length in LENGTHS]
+
+
+def packed_logprobs(policy, budget: int = 10**6) -> torch.Tensor:
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batches = packs(prompts, completions(len(policy.processor.tokenizer)), budget)
+    return torch.cat([policy.logprobs(batch, temperature=0.7)[0] for batch in batches])
+
+
+def plain_logprobs(policy) -> torch.Tensor:
+    """Each sequence alone through the model's own forward."""
+    examples = [mixed_examples()[index // 2] for index in range(len(LENGTHS))]
+    pairs = zip(examples, completions(len(policy.processor.tokenizer)), strict=True)
+    return torch.cat(
+        [own_logprobs(policy, [example], [ids], 0.7) for example, ids in pairs if len(ids)]
+    )
+
+
+def weighted(logp: torch.Tensor) -> torch.Tensor:
+    """A sum in which no two tokens weigh the same."""
+    return (logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"lora": True, "lora_rank": 4},
+        {"lora": True, "lora_rank": 4, "gradient_checkpointing": True},
+        {"family": "qwen2_5_vl"},
+    ],
+    ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "full",
+)
+def test_packed_equals_the_models_own_forward(settings):
+    policy = tiny_policy(torch.float64, **settings)
+    if settings.get("lora"):
+        fill_adapters(policy, torch.float64)
+    with own_attention(policy):
+        expected = plain_logprobs(policy)
+        expected_gradients = gradients(policy, weighted(expected))
+    logp = packed_logprobs(policy)
+    torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
+    assert_same_gradients(
+        gradients(policy, weighted(logp)), expected_gradients, 3e-7
+    )  # norms round to fp32
+
+
+def test_many_packs_equal_one():
+    policy = tiny_policy(torch.float64)
+    one, many = packed_logprobs(policy), packed_logprobs(policy, budget=100)
+    torch.testing.assert_close(many, one, rtol=1e-9, atol=1e-9)
+    expected = gradients(policy, weighted(one))
+    for name, gradient in gradients(policy, weighted(many)).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_stale_rope_deltas_do_not_reach_the_packed_forward():
+    policy = tiny_policy()
+    before = packed_logprobs(policy)
+    policy.model.model.rope_deltas = torch.tensor([[-1000], [500]])
+    assert torch.equal(packed_logprobs(policy), before)
+
+
+def test_only_completion_rows_reach_the_head():
+    policy = tiny_policy()
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batch = pack(prompts, completions(0), list(range(8)))
+    assert packed_hidden(policy.model, batch).shape == (
+        sum(LENGTHS),
+        lm_head_weight(policy.model).shape[1],
+    )
+
+
+def test_all_completions_empty_gives_no_rows_and_a_backward():
+    policy = tiny_policy()
+    prompts = [policy.encode(mixed_examples()[1])]
+    batch = pack(prompts, [torch.zeros(0, dtype=torch.int64)] * 2, [0, 1])
+    logp, entropy = policy.logprobs(batch, 1.0)
+    assert logp.shape == entropy.shape == (0,)
+    logp.sum().backward()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reference_stays_where_the_policy_started(lora):
+    policy = tiny_policy(lora=lora, lora_rank=4)
+    start = packed_logprobs(policy)
+    reference = Reference(policy)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if parameter.requires_grad and (not lora or "lora_B" in name):
+                parameter.add_(0.05)
+    prompts = [policy.encode(example) for example in mixed_examples()]
+    batch = pack(prompts, completions(0), list(range(8)))
+    torch.testing.assert_close(reference.logprobs(batch, 0.7), start, rtol=1e-5, atol=1e-5)
+    assert (policy.logprobs(batch, 0.7)[0] - start).abs().max() > 1e-2
+
+
+def test_chunked_head_equals_the_whole_one():
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 37, (50,))
+
+    def run(chunk_bytes: int) -> list[torch.Tensor]:
+        logp, entropy = linear_token_logprobs(hidden, weight, targets, 0.8, chunk_bytes=chunk_bytes)
+        return [logp, entropy, *torch.autograd.grad((logp + 0.1 * entropy).sum(), (hidden, weight))]
+
+    for chunked, expected in zip(run(7 * 37 * 8), run(2**30), strict=True):
+        torch.testing.assert_close(chunked, expected)
+
+
+@pytest.mark.parametrize("chosen", [[0], [0, 0], [3, 0, 1, 2], [2, 2]])
+def test_examples_encoded_together_are_each_by_itself(chosen):
+    policy = tiny_policy()
+    examples = [mixed_examples()[index] for index in chosen]
+    for prompt, example in zip(policy.encode.many(examples), examples, strict=True):
+        alone, inputs = policy.encode(example), plain_inputs(policy, example)
+        for name, value in vars(alone).items():
+            assert (
+                torch.equal(getattr(prompt, name), value)
+                if isinstance(value, torch.Tensor)
+                else (getattr(prompt, name) == value)
+            ), name
+        assert torch.equal(prompt.input_ids, inputs["input_ids"][0])
+        if example.images:
+            assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+            grid, kinds = inputs["image_grid_thw"], inputs["mm_token_type_ids"]
+            places, _ = policy.model.model.get_rope_index(
+                inputs["input_ids"], kinds, image_grid_thw=grid
+            )
+            assert torch.equal(prompt.position_ids, places[:, 0])

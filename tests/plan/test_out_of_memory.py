@@ -1,0 +1,171 @@
+"""Out of memory in a step: half the amount and the same step again, to the same end; then advice."""
+
+import pytest
+import torch
+
+from mr1_fast import train
+from mr1_fast.errors import UserError
+from mr1_fast.optim import make_optimizer
+from mr1_fast.packing import MicroBatches
+from mr1_fast.plan.out_of_memory import SAMPLED, Room
+from mr1_fast.rollout import engine
+from mr1_fast.types import Rollout
+
+from ..data.models import mixed_examples, tiny_policy
+
+NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
+
+
+def room_for(amount: int, said: list) -> Room:
+    return Room(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
+
+
+def test_half_once_and_for_good():
+    said, tried = [], []
+
+    def work(amount: int) -> int:
+        tried.append(amount)
+        if amount > 60:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return amount
+
+    room = room_for(100, said)
+    assert room.attempt("tokens_per_microbatch", work) == 50
+    assert room.attempt("tokens_per_microbatch", work) == 50
+    assert tried == [100, 50, 50]
+    assert said == [
+        "out of memory with tokens_per_microbatch = 100: once more, and from here on, with 50"
+    ]
+
+
+@pytest.mark.parametrize("amount", [100, 1])
+def test_a_second_failure_ends_with_advice(amount):
+    def work(amount: int):
+        raise torch.OutOfMemoryError(NO_ROOM)
+
+    with pytest.raises(
+        UserError,
+        match=r"Tried to allocate 2.00 GiB\). The last checkpoint is intact.*--resume. Change X.",
+    ):
+        room_for(amount, []).attempt("tokens_per_microbatch", work)
+
+
+def test_half_of_what_is_of_use():
+    tried = []
+
+    def work(amount: int) -> None:
+        tried.append(amount)
+        if amount > 30:
+            raise torch.OutOfMemoryError(NO_ROOM)
+
+    room_for(1000, []).attempt("tokens_per_microbatch", work, most=60)
+    assert tried == [60, 30]
+
+
+def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(monkeypatch):
+    policy = tiny_policy(torch.float64)
+    prompts = policy.encode.many(mixed_examples())
+    config, layouts = train.TrainConfig(max_new_tokens=6, num_generations=3), []
+
+    def cramped(text_model, layout):
+        layouts.append(layout)
+        if len(layouts) == 2:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return pool(text_model, layout)
+
+    pool = engine.Pool
+    monkeypatch.setattr(engine, "Pool", cramped)
+    room = Room([].append, lambda: "", {SAMPLED: 10**6})
+    needed = engine.fitting(prompts, 3, config).tokens
+    for _ in range(2):
+        drawn = [
+            room.attempt(
+                SAMPLED,
+                lambda tokens: train.sample(policy, mixed_examples(), prompts, 0, config, tokens),
+                needed,
+            )
+            for _ in range(2)
+        ]
+    assert [layout.tokens <= needed // 2 for layout in layouts] == [False, False, True, True, True]
+    assert all(
+        torch.equal(a, b) for a, b in zip(drawn[0].completions, drawn[1].completions, strict=True)
+    )
+
+
+def test_a_budget_that_cannot_be_halved_says_so():
+    prompts = [tiny_policy().encode(mixed_examples()[0])]
+    length = len(prompts[0].input_ids)
+    batches = MicroBatches(prompts, [torch.tensor([5, 6])], length + 1)
+
+    def work(amount: int):
+        batches.repack(amount)
+        raise torch.OutOfMemoryError(NO_ROOM)
+
+    with pytest.raises(
+        UserError, match="half of that will not do: a prompt with its completion has"
+    ):
+        room_for(length + 1, []).attempt("tokens_per_microbatch", work)
+
+
+def drawn_rollout(policy) -> Rollout:
+    generator = torch.Generator().manual_seed(3)
+    examples = mixed_examples()
+    completions = [
+        torch.randint(0, 300, (n,), generator=generator) for n in (4, 2, 9, 1, 5, 5, 3, 7)
+    ]
+    prompts = [policy.encode(example) for example in examples]
+    logprobs = [
+        torch.full((len(ids),), -5.7) for ids in completions
+    ]  # about that of 300 tokens' mean
+    return Rollout(
+        examples, prompts, completions, [""] * 8, ["eos"] * 8, logprobs, num_generations=2
+    )
+
+
+def test_rows_keep_their_data_when_packed_anew():
+    policy = tiny_policy()
+    rollout = drawn_rollout(policy)
+    advantages = torch.arange(8.0).reshape(4, 2)
+    batches = train.grpo_batches(rollout, advantages, 10**6)
+    expected = train.grpo_batches(rollout, advantages, 150)
+    batches.repack(150)
+    assert len(batches) == len(expected) > 1
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.sequence_ids == other.sequence_ids
+        assert batch.row_data.keys() == other.row_data.keys()
+        assert all(
+            torch.equal(batch.row_data[name], other.row_data[name]) for name in other.row_data
+        )
+
+
+def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
+    """Memory "runs out" in the update's second pack, when gradients of the first exist already."""
+    weights = []
+    for budget in (200, 100):
+        policy = tiny_policy()
+        rollout = drawn_rollout(policy)
+        config = train.TrainConfig(
+            learning_rate=1e-3, updates_per_batch=2, tokens_per_microbatch=budget
+        )
+        optimizer, said, calls = make_optimizer(policy.model, config), [], []
+        batches = train.grpo_batches(
+            rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget
+        )
+        train.add_logprobs(batches, policy, None, config, budget)
+
+        def objective(policy, batch, config=config, calls=calls, budget=budget):
+            calls.append(len(batch.input_ids))
+            if budget == 200 and len(calls) == 2:
+                raise torch.OutOfMemoryError(NO_ROOM)
+            return train.grpo_objective(policy, batch, 0.0, config)
+
+        room = room_for(budget, said)
+        for step in range(2):
+            train.learn(policy, optimizer, batches, objective, step, config, room)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+        assert len(batches) > 2 and max(len(batch.input_ids) for batch in batches) <= 100
+        assert len(said) == (budget == 200)
+    difference = (
+        weights[0] - weights[1]
+    ).abs()  # Adam's first steps are signs: rounding may turn a gradient near 0
+    assert difference.max() < 0.1 * 1e-3 and difference.mean() < 1e-4 * 1e-3

@@ -1,0 +1,342 @@
+"""Bad input ends a run with one sentence that names the field or file and the way out, and nothing is half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import datasets
+import huggingface_hub.constants
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from mr1_fast import evaluate
+from mr1_fast.errors import UserError
+from mr1_fast.train import run
+
+LACKS = "the folder lacks a readable model, tokenizer or image processor"
+ROW = {"image": "1.png", "problem": "How many?", "solution": "1"}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """The Hub is a port of this machine at which nobody listens; the caches are empty."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def data(folder, size=(56, 56), rows=(ROW, ROW, ROW, ROW), **columns):
+    """A folder with one image file and lists of JSON lines for training and testing that name it."""
+    folder.mkdir()
+    Image.new("RGB", size, "white").save(folder / "1.png")
+    text = "".join(json.dumps(row | columns) + "\n" for row in rows)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
+
+
+def refused(argv, message):
+    """Run, and return the sentence of the UserError."""
+    with pytest.raises(UserError, match=message) as raised:
+        run(argv)
+    sentence = str(raised.value)
+    assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 800
+    return sentence
+
+
+REFUSED_BEFORE_THE_RUN = {
+    "unknown task": (
+        {"task": "chess"},
+        "task is 'chess', but the known tasks are counting, geometry",
+    ),
+    "unknown algorithm": ({"algo": "ppo"}, "algo is ppo, but must be one of grpo-d, grpo, sft"),
+    "unknown preset": (
+        {"preset": "chess"},
+        "preset is chess, but must be one of auto, counting, geometry",
+    ),
+    "unknown setting": ({"stepz": 3}, "unrecognized arguments: --stepz=3"),
+    "bad device": (
+        {"device": "gpu7"},
+        "device is gpu7, which torch cannot use .*: try --device cpu",
+    ),
+    "absent device": (
+        {"device": "cuda:77"},
+        "device is cuda:77, which torch cannot use .*: try --device cpu",
+    ),
+    "no such folder": (
+        {"model": "./nowhere"},
+        "model ./nowhere cannot be loaded; it is no local folder",
+    ),
+    "name of the Hub": (
+        {"model": "Qwen/Qwen2-VL-2B-Instruct"},
+        "model Qwen/.* cannot be loaded; .*the hub did not",
+    ),
+    "data set of the Hub": (
+        {"data": "owner/set"},
+        "owner/set is neither a local path nor in the local cache.*pass a",
+    ),
+    "test set of the Hub": (
+        {"eval_data": "owner/set"},
+        "owner/set is neither a local path nor in the local cache",
+    ),
+    "no such file": (
+        {"data": "nowhere.jsonl"},
+        "nowhere.jsonl is missing: check the path of the data",
+    ),
+    "no such plugin": ({"plugin": "nowhere.py"}, r"nowhere.py does not exist"),
+    "test set without its images": (
+        {"eval_data": "geoqa"},
+        "data geoqa needs image_root: the folder with geoqa_test",
+    ),
+    "difficulty": ({"difficulty": 0}, "difficulty is 0, but the easiest is 1"),
+    "no samples": ({"train_samples": 0}, "(limit|train_samples) is 0: set it to 1 or more"),
+    "no such run": (
+        {"resume": "nowhere"},
+        "resume is nowhere, but there is no nowhere/config.yaml: name the folder of",
+    ),
+    "no adapters": ({"load_in_4bit": True}, "load_in_4bit is true, but .*: add --lora"),
+    "no such reward": (
+        {"extra_rewards": {"brief": 1.0}},
+        "no reward named 'brief'; the known ones are accuracy, ",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "settings, message", REFUSED_BEFORE_THE_RUN.values(), ids=REFUSED_BEFORE_THE_RUN
+)
+def test_a_wrong_setting_leaves_no_folder(settings, message, run_args, tmp_path):
+    started = time.perf_counter()
+    refused(run_args(tmp_path / "run", **settings), message)
+    assert time.perf_counter() - started < 5, "transformers' own retries take half a minute"
+    assert not (tmp_path / "run").exists()
+
+
+PLUGINS = {
+    "raises": ("raise OSError('no licence')", "fails with OSError: no licence"),
+    "is no Python": ("def (:", "fails with SyntaxError"),
+    "takes a name": (
+        "from mr1_fast.rewards import reward\n@reward('format')\ndef f(c, e): ...",
+        "already a reward",
+    ),
+}
+
+
+@pytest.mark.parametrize("code, message", PLUGINS.values(), ids=PLUGINS)
+def test_a_broken_plugin_leaves_no_folder(code, message, run_args, tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(code)
+    with pytest.raises(UserError, match=f"The reward file {plugin} {message}|{message}") as raised:
+        run(run_args(tmp_path / "run", plugin=plugin))
+    assert str(plugin) in str(raised.value) and not (tmp_path / "run").exists()
+
+
+ROWS = {
+    "no rows": ([], "data is empty: give data with at least one row"),
+    "wrong column": (
+        [{"picture": "1.png", "problem": "?", "solution": "1"}],
+        "no column 'image' .*found: picture",
+    ),
+    "no solution": ([{"image": "1.png", "problem": "?"}], "no column 'solution' or 'ground_truth'"),
+    "missing image": (
+        [ROW, ROW | {"image": "2.png"}],
+        r"image file .*2.png \(row 2 of .*\) is missing: put it there",
+    ),
+    "damaged image": (
+        [ROW | {"image": "broken.png"}],
+        r"image file .*broken.png \(row 1 of .*\) cannot be decoded",
+    ),
+}
+
+
+@pytest.mark.parametrize("rows, message", ROWS.values(), ids=ROWS)
+def test_faulty_data_leaves_no_folder(rows, message, run_args, tmp_path):
+    folder = data(tmp_path / "data", rows=rows)
+    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    refused(run_args(tmp_path / "run", data=str(folder)), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_supervised_training_without_solutions_leaves_no_folder(run_args, tmp_path):
+    refused(
+        run_args(tmp_path / "run", data=str(data(tmp_path / "data")), algo="sft"),
+        "no column 'thinking'",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_file_needs_held_out_data_too(run_args, tmp_path):
+    path = data(tmp_path / "data") / "train.jsonl"
+    (tmp_path / "data" / "test.jsonl").unlink()
+    refused(
+        run_args(tmp_path / "run", data=str(path)),
+        "has only the split train: for test, pass other data",
+    )
+    run(run_args(tmp_path / "run", data=str(path), eval_samples=0))
+
+
+SIZES = {
+    "image too large": (
+        {"max_pixels": 3000},
+        r"an image of example '1.png' has 56×56 pixels, more than max_pixels = 3000",
+    ),
+    "prompt too long": (
+        {"max_prompt_tokens": 20},
+        r"the prompt of example '1.png' has \d+ tokens, more than max_prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, message", SIZES.values(), ids=SIZES)
+def test_what_is_too_large_is_named_and_the_folder_may_be_used_again(
+    settings, message, run_args, tmp_path
+):
+    folder = data(tmp_path / "data")
+    for samples in (4, 0):  # found in evaluation, or in the first step
+        arguments = run_args(tmp_path / "run", data=str(folder), eval_samples=samples, **settings)
+        refused(arguments, message)
+        left = (
+            {path.name for path in (tmp_path / "run").iterdir()}
+            if (tmp_path / "run").exists()
+            else set()
+        )
+        assert left <= {"config.yaml"}
+    run([*arguments, "--max-pixels=3136", "--max-prompt-tokens=1024"])
+
+
+def test_a_large_image_may_be_shrunk(run_args, tmp_path):
+    folder = data(tmp_path / "data", size=(280, 280))
+    sizes = {"max_pixels": 10_000, "max_prompt_tokens": 60}
+    refused(
+        run_args(tmp_path / "run", data=str(folder), **sizes),
+        "raise --max-pixels, or pass --shrink-images true",
+    )
+    run(run_args(tmp_path / "run", data=str(folder), shrink_images=True, **sizes))
+
+
+def test_an_image_placeholder_in_a_solution_is_named(run_args, tmp_path):
+    folder = data(tmp_path / "data", thinking="see <|image_pad|>")
+    refused(
+        run_args(tmp_path / "run", data=str(folder), algo="sft"),
+        "solution of example '1.png' contains an image pla",
+    )
+
+
+def test_a_folder_in_use_is_left_alone(run_args, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("all my work")
+    refused(
+        run_args(tmp_path / "run"),
+        "run is not empty: choose a new folder, or continue it with --resume",
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    refused(run_args(tmp_path / "run" / "thesis.txt"), "thesis.txt is not empty")
+    refused(run_args(tmp_path / "run" / "thesis.txt" / "run"), "thesis.txt.* cannot be written")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "all my work"
+
+
+def test_a_finished_run_is_not_overwritten(run_args, tmp_path):
+    run(arguments := run_args(tmp_path / "run", eval_samples=0, save_every=0, steps=1))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    refused(arguments, "is not empty")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+MODELS = {
+    "another family": (
+        "config.json",
+        '{"model_type": "bert"}',
+        "is a bert, but mr1_fast trains qwen2_vl, qwen2_5_vl",
+    ),
+    "no configuration": ("config.json", None, LACKS),
+    "configuration cut": ("config.json", '{"model_type": ', LACKS),
+    "configuration of another size": (
+        "config.json",
+        ('"intermediate_size": 384', '"intermediate_size": 96'),
+        LACKS,
+    ),
+    "no weights": ("model.safetensors", None, LACKS),
+    "weights cut": ("model.safetensors", "cut", LACKS),
+    "a weight missing": ("model.safetensors", {}, "it has no weights for "),
+    "no tokenizer": ("tokenizer.json", None, LACKS),
+    "tokenizer cut": ("tokenizer.json", '{"version": ', LACKS),
+    "another tokenizer": (
+        "tokenizer.json",
+        ("<|image_pad|>", "<image>"),
+        "tokenizer is not there, or not the model's",
+    ),
+    "no image processor": ("processor_config.json", None, LACKS),
+    "no chat template": ("chat_template.jinja", None, "has no chat template"),
+}
+
+
+@pytest.mark.parametrize("name, change, message", MODELS.values(), ids=MODELS)
+def test_an_incomplete_model_folder_is_named(
+    name, change, message, tiny_folder, run_args, tmp_path
+):
+    shutil.copytree(tiny_folder, folder := tmp_path / "model")
+    if isinstance(change, tuple):
+        change = (folder / name).read_text(encoding="utf-8").replace(*change)
+    (folder / name).unlink()
+    if isinstance(change, str):
+        (folder / name).write_text(change, encoding="utf-8")
+    elif change is not None:
+        save_file(change, folder / name, metadata={"format": "pt"})
+    assert str(folder) in refused(run_args(tmp_path / "run", model=str(folder)), message)
+    assert not (tmp_path / "run").exists()
+
+
+COMMANDS = {
+    "unknown flag": (["-m", "mr1_fast.train", "--stepz", "3"], "unrecognized arguments: --stepz"),
+    "no network": (["-m", "mr1_fast.train", "--model", "Qwen/Qwen2-VL-2B-Instruct"], "model Qwen/"),
+    "missing image": (
+        ["-m", "mr1_fast.train", "--algo", "sft", "--data", "data"],
+        "image file data/2.png (row 2 of data) is missing",
+    ),
+    "evaluation": (
+        ["-m", "mr1_fast.evaluate", "--model", "TINY", "--data", "data", "--max-pixels=9"],
+        "an image of",
+    ),
+}
+
+
+@pytest.mark.parametrize("command, message", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_ends_with_one_line_and_status_2(command, message, tiny_folder, tmp_path):
+    data(tmp_path / "data", rows=[ROW, ROW | {"image": "2.png"}], thinking="1+0")
+    if "evaluate" in command[1]:
+        Image.new("RGB", (28, 28)).save(tmp_path / "data" / "2.png")
+    command = [sys.executable, *(str(tiny_folder) if word == "TINY" else word for word in command)]
+    quiet = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {message}") and last.endswith(".")
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "data",
+        "home",
+    }  # no runs/, no evaluation.json
+
+
+def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_path):
+    argv = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(data(tmp_path / "data")),
+        "--max-prompt-tokens=9",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", *argv, "--output", str(tmp_path / "out" / "evaluation.json")]
+    )
+    with pytest.raises(
+        UserError, match=r"the prompt of example '1.png' has .* raise --max-prompt-tokens"
+    ):
+        evaluate.main()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,70 @@
+"""The Triton kernels run here: compiled on a GPU, else by Triton's interpreter on CPU tensors.
+
+The interpreter must be chosen before `import triton`, so these tests need TRITON_INTERPRET=1 in the environment;
+test_triton.py starts them so. Without it and without a GPU, nothing here is collected.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["*"]
+
+if INTERPRETED:
+    import triton.language as tl
+    import triton.runtime.interpreter as ti
+
+    # device_assert and overflow of int32 raise
+    ti.interpreter_builder.options = ti.InterpreterOptions(debug=True)
+    truncating_cast = ti.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, source, destination):
+        """fp32 → bf16 to nearest even, as GPUs do; the interpreter truncates."""
+        if source.dtype.scalar != tl.float32 or destination.scalar != tl.bfloat16:
+            return truncating_cast(self, source, destination)
+        bits = np.ascontiguousarray(source.data, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+        rounded = np.where(np.isnan(source.data), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+        return ti.TensorHandle(rounded.reshape(source.data.shape), destination.scalar)
+
+    ti.InterpreterBuilder.cast_impl = cast_impl
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/triton/" in item.path.as_posix():
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore::RuntimeWarning")
+            )  # numpy on the inf and NaN we test
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def reverse_grid(monkeypatch):
+    """Call it, and programs run last to first."""
+    if not INTERPRETED:
+        pytest.skip("only the interpreter has an order of programs")
+    set_grid_idx = ti.InterpreterBuilder.set_grid_idx
+
+    def reverse():
+        monkeypatch.setattr(
+            ti.InterpreterBuilder,
+            "set_grid_idx",
+            lambda self, x, y, z: set_grid_idx(self, self.grid_dim[0] - 1 - x, y, z),
+        )
+
+    return reverse
+
+
+@pytest.fixture
+def no_copy_back(monkeypatch):
+    """The interpreter copies every storage onto itself after a launch, which would touch all pages of a huge one."""
+    if INTERPRETED:
+        monkeypatch.setattr(ti.GridExecutor, "_restore_args_dev", lambda *_: None)

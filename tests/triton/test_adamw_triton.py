@@ -1,0 +1,87 @@
+"""The optimizer's kernels give the bits that PyTorch gives on a CPU."""
+
+import pytest
+import torch
+
+from mr1_fast.kernels.adamw import state as adamw_state
+from mr1_fast.kernels.adamw import step as adamw_step
+from mr1_fast.kernels.adamw import step_triton
+from mr1_fast.kernels.adamw.rounding import random_keys
+from mr1_fast.kernels.adamw.state import Scalars, State
+
+STEPS = 3
+
+
+def inputs(
+    n: int, weight_dtype: torch.dtype, gradient_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (n,) and gradients (STEPS, n) that differ in size, with zeros among them."""
+    generator = torch.Generator().manual_seed(n)
+    gradients = torch.randn(STEPS, n, generator=generator) * 10 ** (
+        -6 * torch.rand(n, generator=generator)
+    )
+    gradients[:, ::5] = 0
+    return (0.02 * torch.randn(n, generator=generator)).to(weight_dtype), gradients.to(
+        gradient_dtype
+    )
+
+
+def steps(weight, gradients, remainder: bool, grad_scale, device: str) -> list[torch.Tensor]:
+    """Weight and state after STEPS steps; 5 canaries follow each of them in memory and come last."""
+    weight = torch.cat([weight, torch.full((5,), 7.0, dtype=weight.dtype)]).to(device)
+    n = len(weight) - 5
+    whole = State.zeros(weight, remainder)
+    blocks = -(-n // adamw_state.BLOCK)
+    state = State(whole.m[:n], whole.v[:n], whole.m_scale[:blocks], whole.v_scale[:blocks],
+                  None if whole.remainder is None else whole.remainder[:n])  # fmt: skip
+    grad_scale = None if grad_scale is None else torch.tensor(grad_scale, device=device)
+    for step, gradient in enumerate(gradients.to(device), start=1):
+        scalars = Scalars.at(step, 1e-3 / step, (0.9, 0.98), 1e-8, 0.01)
+        adamw_step.adamw_(weight[:n], gradient, state, scalars, random_keys(0, step), grad_scale)
+    return [each.cpu() for each in (weight, *whole) if each is not None]
+
+
+@pytest.mark.parametrize("n", [1, 255, 257, 1000, 40_000])
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("weight_dtype", "remainder"),
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)],
+)
+def test_steps_give_the_bits_of_pytorch(
+    device, monkeypatch, n, gradient_dtype, weight_dtype, remainder
+):
+    weight, gradients = inputs(n, weight_dtype, gradient_dtype)
+    grad_scale = None if n == 257 else 0.7
+    ours = steps(weight, gradients, remainder, grad_scale, device)
+    monkeypatch.setattr(adamw_step, "use_triton", lambda weight: False)
+    assert all(map(torch.equal, ours, steps(weight, gradients, remainder, grad_scale, "cpu")))
+    assert not torch.equal(ours[0][:n], weight) or n == 1
+
+
+def test_the_order_of_programs_does_not_matter(device, reverse_grid):
+    weight, gradients = inputs(40_000, torch.bfloat16, torch.bfloat16)
+    forwards = steps(weight, gradients, True, None, device)
+    reverse_grid()
+    assert all(map(torch.equal, forwards, steps(weight, gradients, True, None, device)))
+
+
+@pytest.mark.parametrize("n", [1, 255, 257, 40_000])
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
+def test_sums_give_the_bits_of_pytorch(device, monkeypatch, n, gradient_dtype):
+    weight, gradients = inputs(n, torch.bfloat16, gradient_dtype)
+    gradients[0, : n // 100] = torch.inf
+    gradients[0, n // 100 : n // 50] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(
+        torch.float32
+    )
+    ours, theirs = weight.to(device), weight.clone()
+    adamw_step.add_stochastic_(ours, gradients[0].to(device), seed=3)
+    monkeypatch.setattr(adamw_step, "use_triton", lambda weight: False)
+    adamw_step.add_stochastic_(theirs, gradients[0], seed=3)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_to_do(device):
+    weight = torch.zeros(0, dtype=torch.bfloat16, device=device)
+    scalars = Scalars.at(1, 1e-3, (0.9, 0.98), 1e-8, 0.01)
+    adamw_step.adamw_(weight, weight, State.zeros(weight, True), scalars, (1, 2))
+    step_triton.add_stochastic_(weight, weight, (1, 2))

@@ -1,0 +1,52 @@
+"""The self-test at start: passes where the kernels work, refuses a device on which one writes nothing."""
+
+import pytest
+import torch
+
+from mr1_fast.errors import UserError
+from mr1_fast.kernels import self_test
+from mr1_fast.kernels.adamw import step_triton
+from mr1_fast.kernels.grpo import rows_triton
+
+LAUNCHERS = [
+    (rows_triton, "_grpo_kernel"),
+    (rows_triton, "_logprobs_kernel"),
+    (rows_triton, "_logprobs_backward_kernel"),
+    (step_triton, "_adamw_kernel"),
+    (step_triton, "_add_stochastic_kernel"),
+]
+
+
+def test_passes(device):
+    self_test.self_test(torch.device(device))
+
+
+@pytest.mark.parametrize(("module", "silent"), LAUNCHERS)
+def test_a_kernel_that_writes_nothing_is_refused(device, monkeypatch, module, silent):
+    launch, skipped = module._launch, getattr(module, silent)
+
+    def all_but_one(kernel, *args, **constants):
+        if kernel is not skipped:
+            launch(kernel, *args, **constants)
+
+    make = torch.Tensor.new_empty
+
+    def full_of_nan(*args, **options):
+        made = make(*args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(module, "_launch", all_but_one)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", full_of_nan
+    )  # an allocator gives back what an earlier test wrote
+    with pytest.raises(UserError, match="self-test"):
+        self_test.self_test(torch.device(device))
+
+
+def test_a_kernel_that_fails_is_refused(device, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(rows_triton, "_launch", fail)
+    with pytest.raises(UserError, match="no kernel image"):
+        self_test.self_test(torch.device(device))
