@@ -199,6 +199,11 @@ class TrainConfig(
         """Optimizer steps of the whole run: the t of the β schedule."""
         return self.steps * self.updates_per_batch
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss has a KL term, which compares the policy with a reference."""
+        return self.algo != "sft" and self.kl_schedule().beta_max > 0
+
     def kl_schedule(self) -> DynamicKL:
         """β as a function of the optimizer step; constant for `grpo`."""
         low, high = (

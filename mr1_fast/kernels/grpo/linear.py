@@ -23,6 +23,17 @@ SLICE = 8192
 """Vocabulary rows that a CPU casts to fp32 at a time while it accumulates dweight."""
 
 
+def rows_per_chunk(num_rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:
+    """Rows of logits that exist at a time: as many as `chunk_bytes` hold, in multiples of 128 where that is possible.
+
+    At least 1 and at most `num_rows`; a row has `vocabulary` logits of `itemsize` bytes.
+    """
+    rows = max(1, chunk_bytes // (vocabulary * itemsize))
+    if rows > 128:
+        rows -= rows % 128
+    return min(rows, max(1, num_rows))
+
+
 class Head:
     """An LM head (weight (V, D), bias (V,) or None) applied to chunks of hidden rows, forward and backward."""
 
@@ -35,8 +46,7 @@ class Head:
         needs: list[bool],
     ):
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        rows = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
-        self.rows = min(rows - rows % 128 if rows > 128 else rows, max(1, len(hidden)))
+        self.rows = rows_per_chunk(len(hidden), weight.shape[0], hidden.element_size(), chunk_bytes)
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
         self.dhidden = hidden.new_empty(hidden.shape if self.needs_hidden else 0)
