@@ -13,7 +13,7 @@ from mr1_fast.evaluate.settings import EvaluateConfig
 from mr1_fast.files import write_json
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import run
+from mr1_fast.train import main
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_each_split_has_its_own_items(command):
 
 
 def test_the_final_model_answers_as_it_did_at_the_end_of_training(run_args, command, tmp_path):
-    run(run_args(tmp_path / "run", max_new_tokens=5, learning_rate=1e-2))
+    main(run_args(tmp_path / "run", max_new_tokens=5, learning_rate=1e-2))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     outputs = [
         record["outputs"][0] for record in command("--model", tmp_path / "run" / "final")["results"]
@@ -155,7 +155,7 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
         steps=40,
         learning_rate=3e-3,
     )
-    run(
+    main(
         run_args(tmp_path / "run", eval_samples=0, save_every=0, lr_schedule="constant", **settings)
     )
     result = command("--model", tmp_path / "run" / "final", "--split=train", "--max-new-tokens=24")
