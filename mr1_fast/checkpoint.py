@@ -1,7 +1,7 @@
-"""Checkpoints: all or nothing on disk, safetensors and JSON only, and resuming continues bit for bit.
+"""Checkpoints: whole on disk or not there, of safetensors and JSON, and resumed bit for bit.
 
-A checkpoint holds the trained weights and the optimizer's state. There is no random state in it, because there is
-none to keep: data order, sampling and dropout of step s are seeded from (seed, s) alone.
+A checkpoint holds the trained weights and the optimizer's state. It needs no random state, since
+data order, sampling and dropout of step s are seeded from (seed, s) alone.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from .errors import UserError
 from .files import atomic_folder
 
 KEEP = 2
-"""How many of the newest checkpoints stay; the older one is the way back should the newest be damaged."""
+"""How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identifies a starting model: names, shapes, dtypes and the first values of every tensor."""
+    """Identify a starting model by the names, shapes, dtypes and first values of its tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         head = tensor.flatten()[:8].float().cpu().tolist()
@@ -37,10 +37,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
 ) -> Path:
-    """Write checkpoint `folder/step-000050` of the state after `step` steps; a failed save leaves nothing behind."""
+    """Write the checkpoint `folder/step-000050` of the state after 50 = `step` steps.
+
+    A save that fails leaves nothing behind. Older checkpoints than the newest KEEP are removed.
+    """
     path = folder / f"step-{step:06d}"
     state = _flatten(optimizer.state_dict()["state"])
-    # Copies, for safetensors refuses tensors that share memory, as the tables of bitsandbytes' optimizers do.
+    # Copies, since safetensors refuses tensors that share memory, as bitsandbytes' tables do.
     tensors = {
         name: value.to("cpu", copy=True)
         for name, value in state.items()
@@ -64,9 +67,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str
 ) -> int:
-    """Restore the newest checkpoint in `folder` and return its step.
+    """Restore the newest checkpoint in `folder`; returns the number of steps that it was saved after.
 
-    UserError where there is none, where a file is damaged, or where it was made from another starting model.
+    Raises UserError where there is none, where a file is damaged, and where it was made from another
+    starting model or with another optimizer.
     """
     paths = sorted(folder.glob("step-*"))
     if not paths:
