@@ -29,9 +29,9 @@ def evaluate(
 ) -> list[dict]:
     """Answer the examples; returns a record of each, in order.
 
-    A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations` `outputs` (texts) with
-    `correct` (bools), which the task judges. `batch_size` prompts are held in memory at once; `cache_tokens` and
-    `prefill_tokens` are those of Engine.generate.
+    A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
+    `outputs` (texts) with `correct` (bools), which the task judges. `batch_size` prompts are held
+    in memory at once; `cache_tokens` and `prefill_tokens` are those of Engine.generate.
     """
     is_correct = get_task(task).is_correct
     engine = Engine(policy.model, policy.processor, policy.encode)

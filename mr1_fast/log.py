@@ -117,7 +117,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Return the folder that the run writes to; without --output it is named after time and task."""
+    """Return the run folder; without --output its name says time, task, algorithm and seed."""
     if config.output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
@@ -189,7 +189,10 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
 
     def lap(self, stage: str) -> None:
-        """Add the time since the last lap as that of `stage`; on CUDA, wait for the queued work first."""
+        """Note the time since the last lap as that of `stage`.
+
+        On CUDA this waits for the queued work first.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30

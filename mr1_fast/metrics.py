@@ -8,14 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class Mean:
-    """Values (N,) of a batch's rows; the step reports their mean over the rows of all its batches."""
+    """Values (N,) of a batch's rows, whose mean over all batches of a step is reported."""
 
     values: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Largest:
-    """Values (N,) of a batch's rows; the step reports the largest over the rows of all its batches."""
+    """Values (N,) of a batch's rows, of which the largest in all batches of a step is reported."""
 
     values: torch.Tensor
 
@@ -27,10 +27,10 @@ class RowMetrics:
     """Combines the row metrics of batches, each of which has some of a step's rows.
 
     >>> metrics = RowMetrics()
-    >>> metrics.add({"kl": Mean(torch.tensor([1.0, 2.0])), "gap": Largest(torch.tensor([5.0, 7.0]))})
+    >>> metrics.add({"kl": Mean(torch.tensor([1.0, 2.0])), "gap": Largest(torch.tensor([5.0]))})
     >>> metrics.add({"kl": Mean(torch.tensor([6.0])), "gap": Largest(torch.tensor([4.0]))})
     >>> metrics.result()
-    {'kl': 3.0, 'gap': 7.0}
+    {'kl': 3.0, 'gap': 5.0}
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the AdamW that `config.optimizer` names, over the trainable parameters of `model`.
 
-    `seed` is the seed of stochastic rounding. Raises UserError where bitsandbytes is asked for and missing.
+    `seed` is the seed of stochastic rounding. Raises UserError where bitsandbytes is asked for and
+    missing.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = dict(lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
@@ -82,10 +83,11 @@ def update(
 ) -> dict[str, float]:
     """Take one optimizer step on the summed loss of `batches`; returns the step's metrics.
 
-    The token weights of the batches carry all normalisation, so their losses add up. Gradients are clipped to
-    `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and optimizer state untouched, since
-    one bad batch must not end a run; `skipped` then is 1. Running out of memory before the optimizer's own step leaves
-    them untouched, too, so that the caller can try again.
+    The token weights of the batches carry all normalisation, so their losses add up. Gradients are
+    clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and
+    optimizer state untouched, since one bad batch must not end a run; `skipped` then is 1. Running
+    out of memory before the optimizer's own step leaves them untouched, too, so that the caller can
+    try again.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -175,11 +177,10 @@ def _step(
         else:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             optimizer.step()
-    except (
-        torch.OutOfMemoryError
-    ) as error:  # some weights may have changed, so it cannot be tried again
+    except torch.OutOfMemoryError as error:
+        # Some weights may have changed already, so it cannot be tried again.
         raise UserError(
-            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new run "
-            "with --optimizer adamw_exact, which allocates its state at the start and needs no more "
-            "memory to step."
+            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new "
+            "run with --optimizer adamw_exact, which allocates its state at the start and needs no "
+            "more memory to step."
         ) from error

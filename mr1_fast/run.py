@@ -110,7 +110,7 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def held_out_items(config: TrainConfig) -> list[Example]:
-    """Return the items that a run evaluates; raises UserError with the way out where there are none."""
+    """Return the items that a run evaluates; raises UserError where there are none."""
     if not config.eval_samples:
         return []
     try:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, `--algo sft`: completions are worked solutions, the loss is their likelihood."""
+"""Supervised fine-tuning, `--algo sft`: the loss is the likelihood of worked solutions."""
 
 import torch
 
@@ -15,10 +15,10 @@ from .types import Example, PackedBatch
 def solution_batches(
     policy: Policy, examples: list[Example], tokens_per_pack: int, target: str = "solution"
 ) -> MicroBatches:
-    """Pack prompts with the completions that are imitated, and put the weights of their mean on the rows.
+    """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
-    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Raises UserError where a
-    solution contains an image placeholder.
+    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Raises
+    UserError where a solution contains an image placeholder.
     """
     written = format_solution if target == "solution" else format_answer
     tokenizer = policy.processor.tokenizer
@@ -39,10 +39,11 @@ def solution_batches(
 
 
 def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, RowMetric]]:
-    """Compute −Σ token_weights · log p of one batch: the mean over the tokens of an example, then over examples.
+    """Compute the loss −Σ token_weights · log p of one batch.
 
-    On policy and with an advantage of 1 that is the cispo surrogate, so the kernel of GRPO gives loss and gradients
-    in one pass.
+    The weights make it the mean over the tokens of an example, then over examples. On policy and
+    with an advantage of 1 that is the cispo surrogate, so the kernel of GRPO gives loss and
+    gradients in one pass.
     """
     weights = batch.row_data["token_weights"]
     advantages = torch.ones_like(weights)

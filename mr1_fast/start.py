@@ -60,8 +60,8 @@ def supervised_start(
 ) -> Path:
     """Return the folder of a built-in model after a supervised start on the tasks together.
 
-    The start ends where the sampled accuracy on validation items reaches `enough` in every task. It is made once and
-    kept in the cache; the folder's name holds a hash of all that it depends on.
+    The start ends where the sampled accuracy on validation items reaches `enough` in every task. It
+    is made once and kept in the cache; the folder's name holds a hash of all that it depends on.
     """
     processor = tiny_processor()
     folder = _start_folder(model, tasks, seed, enough, processor)
@@ -82,7 +82,7 @@ def supervised_start(
 def _start_folder(
     model: str, tasks: Sequence[TaskConfig], seed: int, enough: float, processor: ImageTextProcessor
 ) -> Path:
-    """Name the folder after versions, settings, tokenizer, model, and a look at what the tasks draw."""
+    """Name the folder after all that the start depends on, with a look at what the tasks draw."""
     looks = []
     for task in tasks:
         for example in load_examples(task.task, "drawn", "train", seed, task.difficulty).all(8):
@@ -98,7 +98,10 @@ def _start_folder(
 def _train_start(
     policy: Policy, tasks: Sequence[TaskConfig], seed: int, settings: OptimizerConfig, enough: float
 ) -> None:
-    """Train on equal shares of the tasks until each has a sampled accuracy of `enough`, or the steps are over."""
+    """Train on equal shares of the tasks until each has a sampled accuracy of `enough`.
+
+    Training ends with the steps of `settings` at the latest.
+    """
     stream = derive_seed(
         seed, "start"
     )  # a stream of its own, since a run's items must be new to it
@@ -132,7 +135,7 @@ def _train_start(
 
 
 def with_start(config: Settings) -> Settings:
-    """Return the settings with the folder of its supervised start in the place of a built-in model's name."""
+    """Return the settings with a built-in model's name replaced by the folder of its start."""
     if config.model not in BUILT_IN:
         return config
     return replace(config, model=str(supervised_start(config.model, [config], config.seed)))

@@ -1,9 +1,9 @@
 """Post-train a vision-language model with GRPO-D: `python -m mr1_fast.train`. Read this file first.
 
-A step draws prompts, samples G completions of each, scores them, turns the scores into advantages within each group,
-packs prompts and completions without padding, computes the reference's log-probabilities, and updates the policy by
-the loss, whose KL weight β follows a schedule. `--algo grpo` differs by a constant β, and `--algo sft` learns worked
-solutions instead of samples.
+A step draws prompts, samples G completions of each, scores them, turns the scores into advantages
+within each group, packs prompts and completions without padding, computes the reference's
+log-probabilities, and updates the policy by the loss, whose KL weight β follows a schedule.
+`--algo grpo` differs by a constant β, and `--algo sft` learns worked solutions instead of samples.
 """
 
 import sys
@@ -37,14 +37,14 @@ from .sft import sft_loss, solution_batches
 from .types import Example, PackedBatch, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
-"""Metrics of |log π − log π_rollout|: how far rollout and training are apart with the same weights."""
+"""Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
 
 
 def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = None) -> Path:
     """Train as configured; returns the run folder, which holds the final model and report.html.
 
-    `watch(policy, steps_done)` is called before the first step and after each one; for a resumed run, after each of
-    the steps that it still does.
+    `watch(policy, steps_done)` is called before the first step and after each one; for a resumed
+    run, after each of the steps that it still does.
     """
     run = prepare(config)
     run.log.create()
@@ -128,7 +128,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
 
 
 def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
-    """Pack the rollout, and put on each row its advantage, its weight and its log-probability when it was sampled.
+    """Pack the rollout; each row gets its advantage, its weight and its sampled log-probability.
 
     `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
     """
@@ -148,8 +148,9 @@ def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: in
 def add_logprobs(run: Run, batches: MicroBatches) -> None:
     """Put the reference's log-probabilities on the rows, in smaller packs if memory runs out.
 
-    With `--importance-cap`, also the policy's own ones and the importance weights that follow. Several updates per
-    batch (μ > 1) need old log-probabilities; they are the rollout's, which cost no forward pass.
+    With `--importance-cap`, also the policy's own ones and the importance weights that follow.
+    Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
+    no forward pass.
     """
     config, policy = run.config, run.policy
 
@@ -169,7 +170,7 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
             found.append(values)
 
-        # Only once all are there, so that an attempt which runs out of memory leaves nothing behind.
+        # All or none: an attempt that runs out of memory leaves nothing behind.
         for batch, values in zip(batches, found, strict=True):
             batch.row_data |= values
 
@@ -177,9 +178,10 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
 
 
 def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float]:
-    """Take μ optimizer steps on the batches, each with its own β; returns the metrics of the last one.
+    """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
 
-    The gap between rollout and training is that of the first: afterwards, the weights are no longer the rollout's.
+    The gap between rollout and training is that of the first: afterwards, the weights are no longer
+    the rollout's.
     """
     first: dict[str, float] = {}
     for inner in range(run.config.updates_per_batch):
@@ -229,7 +231,10 @@ def grpo_batch_loss(
 def rollout_metrics(
     rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]
 ) -> dict[str, float]:
-    """Average over the completions of a step; `zero_variance` is the share of groups without a learning signal."""
+    """Average over the completions of a step.
+
+    `zero_variance` is the share of groups without a learning signal.
+    """
     count = len(rollout.completions)
     equal = (rewards == rewards[:, :1]).all(dim=1)
     return {

@@ -1,4 +1,4 @@
-"""Evaluations before and after training: accuracy on held-out items, and the answers that the report shows."""
+"""Evaluations before and after training: accuracy and answers on held-out items."""
 
 import json
 from functools import partial
@@ -49,7 +49,8 @@ def answers(
 ) -> list[dict]:
     """Answer items of `config.task`; returns the records of `accuracy.evaluate`.
 
-    `mode` is `greedy`, or `sampled` at the temperature of training. The KV cache is made smaller if memory runs out.
+    `mode` is `greedy`, or `sampled` at the temperature of training. The KV cache is made smaller if
+    memory runs out.
     """
     temperature = 0.0 if mode == "greedy" else config.temperature
     work = partial(

@@ -48,7 +48,7 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Read the settings of an evaluation from command-line arguments; raises UserError for a bad one."""
+    """Read the settings from command-line arguments; raises UserError for a bad one."""
     config = parse_config(
         EvaluateConfig, argv, prog="python -m mr1_fast.evaluate", profile=_profile
     )
