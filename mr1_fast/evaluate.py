@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from .atomic import write_atomically
 from .checkpoint import derive_seed
-from .config import BUILT_IN, TINY, ModelConfig, TaskConfig, parse_config
+from .command_line import parse_settings
+from .config import BUILT_IN, TINY, ModelConfig, TaskConfig
 from .errors import UserError, exit_on_user_error
 from .model.load import Policy, load_pretrained, make_policy
 from .r1v import write_r1v_results
@@ -133,8 +134,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def main() -> None:
     """`python -m mr1_fast.evaluate`."""
-    config = parse_config(EvaluateConfig, sys.argv[1:], prog="python -m mr1_fast.evaluate", profile=_profile)
-    config.check()
+    config = parse_settings(EvaluateConfig, sys.argv[1:], prog="python -m mr1_fast.evaluate", profile=_profile)
     get_task(config.task)
     examples = load_examples(
         config.task, config.data, config.split, config.seed, config.difficulty, image_root=config.image_root

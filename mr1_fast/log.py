@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from .atomic import write_atomically
-from .config import TrainConfig, write_config
+from .command_line import write_config
+from .config import TrainConfig
 from .errors import UserError
 from .types import Rollout
 

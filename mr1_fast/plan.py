@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PretrainedConfig
 
-from .config import TrainConfig, parse_config, profile_defaults
+from .command_line import parse_settings
+from .config import TrainConfig, profile_defaults
 from .errors import UserError, exit_on_user_error
 from .evaluate import BATCH_SIZE
 from .model.forward import base_model, lm_head_weight
@@ -317,8 +318,7 @@ def main() -> None:
     """`python -m mr1_fast.plan`."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says that a CPU lacks kernels, which a plan needs not
     warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property with an old name
-    config = parse_config(PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=profile_defaults)
-    config.check()
+    config = parse_settings(PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=profile_defaults)
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     print(f"{config.model} on {device} in {dtype}, largest prompts, images and completions".replace("torch.", ""))

@@ -128,9 +128,10 @@ def _supervised_start(
 
 def main() -> None:
     """`python -m mr1_fast.sft`."""
+    from .command_line import parse_train_config
     from .train import run
 
-    run([*sys.argv[1:], "--algo", "sft"])
+    run(parse_train_config([*sys.argv[1:], "--algo", "sft"]))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ completions without padding → reference log-probs → loss → update. β(s) c
 `--algo grpo` differs by a constant β, `--algo sft` by worked solutions in the place of samples.
 """
 
+if __name__ == "__main__":  # before the imports below: help and a wrong setting need no torch
+    from .command_line import parse_train_config, start
+
+    CONFIG = start(parse_train_config)
+
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +20,7 @@ import torch
 
 from .advantages import group_advantages
 from .checkpoint import atomic_folder, derive_seed, fingerprint, load_checkpoint, save_checkpoint, seed_step
-from .config import BUILT_IN, TrainConfig, parse_train_config
+from .config import BUILT_IN, TrainConfig
 from .errors import exit_on_user_error
 from .held_out import configured_examples, held_out_items, print_table, record_evaluation
 from .kernels.self_test import self_test
@@ -256,18 +260,13 @@ def load_policy(config: TrainConfig) -> Policy:
     return make_policy(*load_pretrained(config), config)
 
 
-def run(argv: list[str]) -> None:
-    """Parse the arguments, train, and say where the results are."""
+def run(config: TrainConfig) -> None:
+    """Train as configured, and say where the results are."""
     started = time.perf_counter()
-    folder = train(parse_train_config(argv))
+    folder = train(config)
     print_table(folder)
     print(f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all")
 
 
-def main() -> None:
-    """`python -m mr1_fast.train`."""
-    run(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: run(CONFIG))

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from mr1_fast import evaluate
 from mr1_fast.errors import UserError
-from mr1_fast.train import run
+
+from .runs import run
 
 LACKS = "the folder lacks a readable model, tokenizer or image processor"
 ROW = {"image": "1.png", "problem": "How many?", "solution": "1"}

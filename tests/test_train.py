@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
-from mr1_fast.config import parse_train_config
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
@@ -20,9 +20,10 @@ from mr1_fast.optim import make_optimizer
 from mr1_fast.sft import solution_batches, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import load_policy, run
+from mr1_fast.train import load_policy
 
 from .models import tiny_policy
+from .runs import run
 
 KEYS = {"reward", "accuracy", "format", "letters", "zero_variance", "completion_length", "finished", "beta", "loss"}
 KEYS |= {"entropy", "kl", "clip_fraction", "kl_limited", "grad_norm", "learning_rate", "skipped", "step"}

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint import atomic_folder
-from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
+from ..command_line import parse_train_config
+from ..config import BUILT_IN, TaskConfig, TrainConfig
 from ..errors import UserError
 from ..evaluate import evaluate, summarise, write_json
 from ..held_out import MODES, answers
