@@ -24,7 +24,8 @@ from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
-from mr1_fast.train import run
+
+from .runs import run
 
 START = "0123456789abcdef"
 

@@ -11,7 +11,8 @@ from mr1_fast.errors import UserError
 from mr1_fast.evaluate import EvaluateConfig, pass_at_k, summarise, wilson_interval, write_json
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import run
+
+from .runs import run
 
 
 @pytest.mark.parametrize(
