@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mr1_fast.config import parse_train_config
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.train import train
 
 STAGES = ("rollout", "reward", "reference", "update")

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.tiny import tiny_processor

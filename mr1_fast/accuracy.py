@@ -4,15 +4,13 @@ import math
 
 from tqdm import tqdm
 
+from .config import EVALUATION_BATCH_SIZE
 from .model.load import Policy
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .tasks import get_task
 from .types import Example
-
-BATCH_SIZE = 64
-"""Items whose prompts are held in memory at once unless told otherwise."""
 
 
 def evaluate(
@@ -22,7 +20,7 @@ def evaluate(
     sampling: Sampling,
     num_generations: int = 1,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = EVALUATION_BATCH_SIZE,
     cache_tokens: int | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     show_progress: bool = False,

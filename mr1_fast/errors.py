@@ -3,23 +3,25 @@
 import errno
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 
 class UserError(Exception):
     """Bad input: one sentence that names the field or file and the way out."""
 
 
-def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn a UserError, or a full disk, into one line on stderr and exit status 2."""
+Result = TypeVar("Result")
+
+
+def exit_on_user_error(main: Callable[[], Result]) -> Result:
+    """Return `main()`; a UserError or a full disk becomes one line on stderr and exit status 2."""
     try:
-        main()
+        return main()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(
-            f"error: {error.filename or 'the disk'} is full: make room, then go on with --resume.",
-            file=sys.stderr,
-        )
+        full = error.filename or "the disk"
+        print(f"error: {full} is full: make room, then go on with --resume.", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .config import TrainConfig, write_config
+from .command_line import write_config
+from .config import TrainConfig
 from .errors import UserError
 from .files import append_line, keep_lines_before
 from .types import Rollout

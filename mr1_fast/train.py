@@ -6,7 +6,11 @@ log-probabilities, and updates the policy by the loss, whose KL weight β follow
 `--algo grpo` differs by a constant β, and `--algo sft` learns worked solutions instead of samples.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports below: help and a wrong setting need no torch
+    from .command_line import parse_train_config, start
+
+    CONFIG = start(parse_train_config)
+
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .advantages import group_advantages
-from .config import TrainConfig, parse_train_config
+from .config import TrainConfig
 from .errors import exit_on_user_error
 from .evaluate.held_out import print_table, record_evaluation
 from .files import atomic_folder
@@ -286,14 +290,14 @@ def learn(
 # --- the command --------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says (default: this process's), and say where the results are."""
+def main(config: TrainConfig) -> None:
+    """Train as configured, and say where the results are."""
     started = time.perf_counter()
-    folder = train(parse_train_config(sys.argv[1:] if argv is None else argv))
+    folder = train(config)
     print_table(folder)
     seconds = time.perf_counter() - started
     print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: main(CONFIG))

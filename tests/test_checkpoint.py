@@ -18,7 +18,8 @@ from mr1_fast.files import atomic_folder
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
-from mr1_fast.train import main
+
+from .data.runs import run
 
 START = "0123456789abcdef"
 
@@ -66,7 +67,7 @@ def flat(state):
 def finished(run_args, tmp_path_factory):
     """A finished run of 8 steps, whose second to last checkpoint is that of step 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    main(run_args(folder, steps=8, save_every=3, num_generations=2))
+    run(run_args(folder, steps=8, save_every=3, num_generations=2))
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "step-000006",
         "step-000008",
@@ -132,7 +133,7 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     settings, run_args, tmp_path
 ):
     settings = dict(steps=16, save_every=2, **settings)
-    main(run_args(tmp_path / "whole", **settings))
+    run(run_args(tmp_path / "whole", **settings))
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "mr1_fast.train", *run_args(folder, **settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -142,7 +143,7 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     process.kill()
     assert process.wait() == -9 and not (folder / "final").exists()
     assert 4 <= len(metrics(folder)) < 16
-    main(["--resume", str(folder)])
+    run(["--resume", str(folder)])
     assert_same_run(folder, tmp_path / "whole")
     assert not list((folder / "checkpoints").glob(".*"))
 
@@ -156,14 +157,14 @@ def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
     partial = interrupted / "checkpoints" / ".step-000008.partial"
     partial.mkdir()
     (partial / "weights.safetensors").write_bytes(b"half")
-    main(["--resume", str(interrupted)])
+    run(["--resume", str(interrupted)])
     assert_same_run(interrupted, finished)
     assert not partial.exists() and (interrupted / "report.html").exists()
 
 
 def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
     shutil.copytree(finished, folder := tmp_path / "again")
-    main(["--resume", str(folder)])
+    run(["--resume", str(folder)])
     assert_same_run(folder, finished)
 
 
@@ -172,7 +173,7 @@ def test_more_steps_can_be_asked_for(samples, interrupted):
     """Evaluation may be turned off or on too; then there is no accuracy before or after."""
     if samples:
         (interrupted / "evaluation.json").unlink()
-    main(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
+    run(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
     assert ("after" in json.loads((interrupted / "evaluation.json").read_text())) == bool(samples)
     assert [record["step"] for record in metrics(interrupted)] == list(range(9))
     assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {
@@ -200,7 +201,7 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_pa
         with pytest.raises(
             UserError, match="step-000006 was made from another model: resume with the --model"
         ) as told:
-            main(["--resume", str(interrupted), *wrong])
+            run(["--resume", str(interrupted), *wrong])
         assert "\n" not in str(told.value)
         assert content(interrupted) == before  # above all, config.yaml still names the right model
 
@@ -210,7 +211,7 @@ def test_an_optimizer_of_another_kind_is_refused(interrupted):
     with pytest.raises(
         UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"
     ):
-        main(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
+        run(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
 
 
 DAMAGES = {
@@ -248,7 +249,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
     with pytest.raises(
         UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"
     ):
-        main(["--resume", str(interrupted)])
+        run(["--resume", str(interrupted)])
     assert content(interrupted) == before
 
 
@@ -279,7 +280,7 @@ def test_a_disk_that_fills_up_while_saving(limit, interrupted, finished):
     assert message.endswith("from the last checkpoint with --resume.") and "Traceback" not in errors
     assert content(interrupted / "checkpoints") == before
     assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {"step-000006"}
-    main(["--resume", str(interrupted), "--eval-samples=4"])  # there is room again
+    run(["--resume", str(interrupted), "--eval-samples=4"])  # there is room again
     assert_same_run(interrupted, finished)
 
 
@@ -294,14 +295,14 @@ def test_a_small_disk_is_full(run_args, tmp_path):
         pytest.skip("needs the right to mount a small file system")
     try:
         with pytest.raises(UserError, match=r"step-000001 could not be saved .*make room") as told:
-            main(run_args(disk / "run", save_every=1))
+            run(run_args(disk / "run", save_every=1))
         assert "\n" not in str(told.value) and not list((disk / "run" / "checkpoints").iterdir())
         shutil.rmtree(disk / "run")
         (disk / "rest").write_bytes(b"0" * (shutil.disk_usage(disk).free - 5 * 4096))
         with pytest.raises(
             UserError, match=r"jsonl cannot be written \(No space left on device\): make room there"
         ):
-            main(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
+            run(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -1,19 +1,12 @@
 """Accuracy of a model on items of a task: `python -m mr1_fast.evaluate`."""
 
-import sys
-
+from ..command_line import start
 from ..errors import exit_on_user_error
 from .settings import parse
 
-
-def main() -> None:
-    """Read the settings, and only then import what evaluates."""
-    config = parse(sys.argv[1:])
+if __name__ == "__main__":
+    config = start(parse)
 
     from .command import run
 
-    run(config)
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: run(config))

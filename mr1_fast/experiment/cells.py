@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from ..accuracy import evaluate, summarise
-from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
+from ..command_line import parse_train_config
+from ..config import BUILT_IN, TaskConfig, TrainConfig
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results

@@ -1,70 +1,11 @@
-"""Which token comes next: the settings of sampling, and the logits' filters."""
-
-import math
-from dataclasses import dataclass, field, fields
+"""Which token comes next: sampling from logits, with the filters that the settings ask for."""
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..config import Sampling
 from ..kernels.decode.operations import sample
 from ..kernels.dispatch import statistics_dtype
-
-
-@dataclass
-class Sampling:
-    """How completions are drawn; all filters are off by default, and none comes from a model's generation_config."""
-
-    max_new_tokens: int = 512
-    """Longest completion, in tokens."""
-    temperature: float = 1.0
-    """Divides the logits, in the loss, too. 0 is greedy, which training cannot use."""
-    top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens with this much probability."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
-    min_p: float = 0.0
-    """Only tokens with at least this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Divides a positive logit, and multiplies a negative one, of tokens that were there (Keskar et al., 2019)."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end a completion, which keeps them; for example '["</answer>"]'."""
-
-    @classmethod
-    def of(cls, config: "Sampling", **changes) -> "Sampling":
-        """The sampling settings among others, with changes."""
-        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)} | changes)
-
-    def check_sampling(self) -> None:
-        """Raise UserError for values that mean nothing."""
-        for name, holds, must in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "must not be negative"),
-            (
-                "temperature",
-                self.temperature == 0 or 1e-3 <= self.temperature < math.inf,
-                "must be 0 or from 0.001 on",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
-            ("top_k", self.top_k >= 0, "must not be negative (0: off)"),
-            ("min_p", 0 <= self.min_p < 1, "must lie in [0, 1)"),
-            (
-                "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "must be greater than 0 (1: off)",
-            ),
-            (
-                "stop",
-                isinstance(self.stop, list) and all(self.stop),
-                "must be a list of texts, none of them empty",
-            ),
-        ):
-            if not holds:
-                raise UserError(f"{name} is {getattr(self, name)}, but {must}.")
-
-    @property
-    def filters(self) -> bool:
-        """Whether anything but the temperature changes what is drawn."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 def draw(

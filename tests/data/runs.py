@@ -1,9 +1,16 @@
-"""A run without data, log or checkpoints, for tests and benchmarks of a single stage."""
+"""Whole runs in the process of the tests, and runs without data or log for a single stage."""
 
+from mr1_fast import train
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.load import Policy
 from mr1_fast.plan.out_of_memory import SAMPLED, TOKENS, Room
 from mr1_fast.run import Run
+
+
+def run(argv: list[str]) -> None:
+    """Do what `python -m mr1_fast.train` does; raises UserError where that exits."""
+    train.main(parse_train_config(argv))
 
 
 def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=None, **parts) -> Run:

@@ -7,11 +7,13 @@ import pytest
 
 from mr1_fast.accuracy import pass_at_k, wilson_interval
 from mr1_fast.errors import UserError
-from mr1_fast.evaluate.__main__ import main as evaluate_command
+from mr1_fast.evaluate import command as evaluate_command
+from mr1_fast.evaluate.settings import parse as parse_evaluate
 from mr1_fast.files import write_json
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import main
+
+from ..data.runs import run
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def command(tiny_folder, tmp_path, monkeypatch):
         small = ["--samples=10", "--max-new-tokens=5", "--batch-size=4", "--device=cpu"]
         argv = ["--model", str(tiny_folder), *small, "--output", str(path), *map(str, flags)]
         monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
-        evaluate_command()
+        evaluate_command.run(parse_evaluate(sys.argv[1:]))
         assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -89,7 +91,7 @@ def test_each_split_has_its_own_items(command):
 
 
 def test_the_final_model_answers_as_it_did_at_the_end_of_training(run_args, command, tmp_path):
-    main(run_args(tmp_path / "run", max_new_tokens=5, learning_rate=1e-2))
+    run(run_args(tmp_path / "run", max_new_tokens=5, learning_rate=1e-2))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     outputs = [
         record["outputs"][0] for record in command("--model", tmp_path / "run" / "final")["results"]
@@ -108,7 +110,7 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
         steps=40,
         learning_rate=3e-3,
     )
-    main(
+    run(
         run_args(tmp_path / "run", eval_samples=0, save_every=0, lr_schedule="constant", **settings)
     )
     result = command("--model", tmp_path / "run" / "final", "--split=train", "--max-new-tokens=24")

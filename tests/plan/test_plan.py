@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import make_policy
