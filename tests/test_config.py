@@ -93,7 +93,7 @@ def test_every_setting_belongs_to_one_group():
     ],
 )
 def test_a_reference_is_needed_where_the_loss_has_a_kl_term(settings, needed):
-    assert TrainConfig(**settings).needs_reference() is needed
+    assert TrainConfig(**settings).needs_reference is needed
 
 
 def test_sampling_settings_have_one_definition():
