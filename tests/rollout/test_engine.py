@@ -12,9 +12,9 @@ from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.forward import base_model
 from mr1_fast.packing import pack
-from mr1_fast.rollout.decoder import SIZES
 from mr1_fast.rollout.engine import Engine
-from mr1_fast.rollout.sampling import Sampling, draw
+from mr1_fast.rollout.graphs import GRAPH_ROWS
+from mr1_fast.rollout.sampling import Sampling, draw_tokens
 from mr1_fast.train import add_logprobs, grpo_batches, grpo_objective
 
 from ..data.models import fill_adapters, mixed_examples, plain_inputs, tiny_policy, wide_policy
@@ -87,7 +87,7 @@ def test_greedy_equals_generate_at_the_2bs_widths():
 
 
 @pytest.mark.parametrize(
-    "count", sorted({n for size in SIZES if size <= 64 for n in (size, size + 1)})
+    "count", sorted({n for rows in GRAPH_ROWS if rows <= 64 for n in (rows, rows + 1)})
 )
 def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     example = mixed_examples()[1]
@@ -337,7 +337,7 @@ def test_draws_follow_the_filtered_distribution(case):
     settings, kept = KEPT[case]
     count, sampling = 20_000, Sampling(1, **settings)
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw(
+    tokens, logprobs = draw_tokens(
         LOGITS.repeat(count, 1).to(DEVICE), uniform.to(DEVICE), sampling, BANNED
     )
     drawn = tokens.cpu().bincount(minlength=7).double()
