@@ -14,11 +14,11 @@ EOS = 9
 
 
 class Device:
-    """Gives the n-th token of sample s as n, or EOS; sees only tables, and notes who writes where in the pool."""
+    """Gives n as the n-th token of a sample, or EOS; sees only tables, and checks them."""
 
     def __init__(self, lengths: np.ndarray, layout: Layout):
         self.lengths, self.previous = lengths, np.zeros(0, dtype=np.int64)
-        self.layout, self.samples = layout, {}
+        self.layout = layout
 
     def launch(self, table: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         columns = Columns(*table.T)
@@ -38,12 +38,11 @@ class Device:
 def simulate(
     lengths: np.ndarray, prompts: list[int], group: int, layout: Layout, ahead: int, most: int = 8
 ):
-    """Run to the end; returns the schedule and how many rows were computed."""
+    """Run to the end; returns the schedule, and how many rows were computed."""
     uniform = np.zeros((len(lengths), most), dtype=np.float32)
     ends = lambda sample, tokens: "eos" if tokens[-1] == EOS else None  # noqa: E731
-    schedule = Schedule(
-        prompts, [1000 * i for i in range(len(prompts))], group, layout, uniform, ends
-    )
+    positions = [1000 * i for i in range(len(prompts))]
+    schedule = Schedule(prompts, positions, group, layout, uniform, ends)
     device, pending, rows = Device(lengths, layout), deque(), 0
     for _ in range(10_000):
         if chosen := schedule.next_prompts(40):
@@ -95,7 +94,7 @@ def test_every_sample_runs_to_its_end(seed, ahead):
 
 
 def test_a_free_place_is_taken_in_the_same_step():
-    """Two places, one sample of eight tokens: the others pass through the second place without a gap."""
+    """One sample takes eight tokens; the others pass through the second of two places, gapless."""
     lengths = np.array([8, 3, 3, 3])
     _, rows = simulate(lengths, [5], 4, Layout(1, 5, 2, 8), ahead=0)
     assert rows == 7 + 2 + 2 + 2
