@@ -28,12 +28,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.runtime.errors import OutOfResources
 
-from mr1_fast.kernels.decode import (
-    linear_triton as linear_triton,
-)
-from mr1_fast.kernels.decode import (
-    operations_triton as operations_triton,
-)
+from mr1_fast.kernels.decode import attention_triton, linear_triton
 from mr1_fast.kernels.decode.linear import linears, swiglu
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample, silu_mul
 
@@ -243,12 +238,12 @@ def swept(model: str, rows: int) -> list[dict]:
             list(pool.map(partial(if_fits, lambda calls: calls[0]()), cases.values()))
         times |= {key: if_fits(microseconds, calls) for key, calls in cases.items()}
     calls = attentions(MODELS[model], rows)[1]["attend"]
-    before = operations_triton.BLOCK_BYTES, operations_triton.STAGES
+    before = attention_triton.BLOCK_BYTES, attention_triton.STAGES
     for key in itertools.product(*ATTEND):
-        operations_triton.BLOCK_BYTES, operations_triton.STAGES, splits = key
-        tried = [partial(operations_triton.attend, *call.args, splits=splits) for call in calls]
+        attention_triton.BLOCK_BYTES, attention_triton.STAGES, splits = key
+        tried = [partial(attention_triton.attend, *call.args, splits=splits) for call in calls]
         times["attend", *key] = if_fits(microseconds, tried)
-    operations_triton.BLOCK_BYTES, operations_triton.STAGES = before
+    attention_triton.BLOCK_BYTES, attention_triton.STAGES = before
     release()
     return [
         {"model": model, "rows": rows, "operation": operation, "setting": setting, "microseconds": time}

@@ -25,12 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
-from mr1_fast.kernels.decode import (
-    linear_triton as linear_triton,
-)
-from mr1_fast.kernels.decode import (
-    operations_triton as operations_triton,
-)
+from mr1_fast.kernels.decode import attention_triton, linear_triton, operations_triton
 from mr1_fast.kernels.grpo import rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
 
@@ -148,7 +143,7 @@ def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows:
         empty = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         q, new, angle = empty(rows, heads, 128), empty(rows, kv_heads, 128), empty(rows, 128)
         pool, spans = empty(2**16, kv_heads, 128), empty(rows, 4, dtype=torch.int32)
-        operations_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
+        attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
         x = empty(rows, hidden)
         for delta in (x, None):
             operations_triton.add_rms_norm(x, delta, empty(hidden), 1e-6)
