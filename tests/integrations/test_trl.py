@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from mr1_fast import integrations
-from mr1_fast.integrations.objective import AVERAGES
+from mr1_fast.integrations.loss_options import AVERAGES
 from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
 from mr1_fast.model.tiny import tiny_processor
 
