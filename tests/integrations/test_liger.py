@@ -251,7 +251,7 @@ def test_the_sequence_level_of_cispo_and_sapo_which_liger_refuses(loss_type):
     assert abs(loss(**inputs)[0] - liger(**inputs)[0]) > 1e-2  # and not where it is several
 
 
-# --- without Liger, and what is refused ---------------------------------------------------------------------------
+# --- without Liger, and what is refused -----------------------------------------------------------
 
 
 def test_vespo_is_ligers_with_one_warning():
