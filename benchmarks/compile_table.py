@@ -79,7 +79,7 @@ class TargetDriver:
 
 @contextlib.contextmanager
 def captured(target: GPUTarget):
-    """Let launches inside only compile for the target; yield a list of (kernel name, compiled kernel)."""
+    """Let launches inside only compile for the target; yield the list of (name, compiled kernel)."""
     compiled = []
     run, active = JITFunction.run, driver._active
 
@@ -104,7 +104,7 @@ def captured(target: GPUTarget):
 def launch_loss(
     dtype: torch.dtype, v: int, parts: int, device: str = "meta", n: int = 65_536
 ) -> None:
-    """Launch the loss' kernels in every variant that compiles differently, on tensors without memory."""
+    """Launch the loss' kernels in every variant that compiles differently."""
     like = dict(device=device)
     logits = torch.empty(n, v, dtype=dtype, **like)
     targets = torch.empty(n, dtype=torch.int64, **like)
@@ -190,7 +190,7 @@ def parts_on(arch, v: int, dtype: torch.dtype) -> int:
 
 
 def examine(kernel, target: GPUTarget) -> dict:
-    """Registers, spills, KB of shared memory, and 128-bit and 16-bit accesses in the machine code."""
+    """Registers, spills, KB of shared memory, and 128-bit and 16-bit accesses of machine code."""
     return examine_amd(kernel) if target.backend == "hip" else examine_nvidia(kernel)
 
 

@@ -54,7 +54,7 @@ def make_model(width: int, layers: int, vocabulary: int) -> Qwen2VLForConditiona
 
 
 class Group:
-    """A policy that differs from its reference, a prompt with an image, and G scored completions."""
+    """A policy that differs from its reference, a prompt with an image, and scored completions."""
 
     def __init__(
         self, policy: Policy, reference: Reference, prompt_tokens: int, lengths: list[int]
