@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.runtime.errors import OutOfResources
 
-from mr1_fast.kernels.decode import linear_triton, operations_triton
+from mr1_fast.kernels.decode import attention_triton, linear_triton
 from mr1_fast.kernels.decode.linear import linears, swiglu
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample, silu_mul
 
@@ -256,8 +256,8 @@ def swept(model: str, rows: int) -> list[dict]:
         times |= {key: if_fits(microseconds, calls) for key, calls in cases.items()}
     calls = attentions(MODELS[model], rows)[1]["attend"]
     for block_bytes, stages, splits in itertools.product(*ATTEND):
-        tried = [partial(operations_triton.attend, *call.args, splits=splits) for call in calls]
-        with mock.patch.multiple(operations_triton, BLOCK_BYTES=block_bytes, STAGES=stages):
+        tried = [partial(attention_triton.attend, *call.args, splits=splits) for call in calls]
+        with mock.patch.multiple(attention_triton, BLOCK_BYTES=block_bytes, STAGES=stages):
             times["attend", block_bytes, stages, splits] = if_fits(microseconds, tried)
     release()
     case = {"model": model, "rows": rows}

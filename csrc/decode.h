@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-// Packed in mr1_fast/kernels/decode_native.py, in this order. Strides are a row's, in elements.
+// Packed in mr1_fast/kernels/decode/attention_native.py, in this order. Strides are a row's, in elements.
 struct DecodeArguments {
     const void *q, *k, *v;      // (n, heads, d), (n, kv_heads, d) twice; not rotated
     const void *cos, *sin;      // (n, d)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import pad, silu
 
-from mr1_fast.kernels.decode import operations, operations_triton, reference
+from mr1_fast.kernels.decode import attention_triton, operations, operations_triton, reference
 
 from ..kernels.decode.test_operations import (
     attention_case,
@@ -37,10 +37,10 @@ def attended(case: list, device: str, splits: int | None = None) -> tuple[torch.
         [x.shape[1] for x in arguments[:3]], dim=1
     )
     spans = case[7].to(device)
-    out = operations_triton.attend(
+    out = attention_triton.attend(
         *arguments, pool[:, 0], pool[:, 1], spans, case[0].shape[2] ** -0.5, splits
     )
-    assert not operations_triton._device(out.device)[1].any()  # counters, ready for the next launch
+    assert not attention_triton._device(out.device)[1].any()  # counters, ready for the next launch
     return out.cpu(), *pool.cpu().unbind(1)
 
 
@@ -117,7 +117,7 @@ def test_what_attention_cannot_take_is_told(device):
     case = [x.to(device) for x in attention_case(2, 2, 16, SPANS[:1], torch.float32)]
     case[0] = case[0].mT.contiguous().mT
     with pytest.raises(ValueError, match="dense heads"):
-        operations_triton.attend(*case, 0.25)
+        attention_triton.attend(*case, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

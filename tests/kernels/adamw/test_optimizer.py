@@ -271,7 +271,7 @@ def test_chunks_do_not_show(monkeypatch):
     gradient = noisy_gradients(1, 2000)[0]
     results = []
     for chunk in (2**16, 512):
-        monkeypatch.setattr("mr1_fast.kernels.adamw.step.CHUNK", chunk)
+        monkeypatch.setattr("mr1_fast.kernels.adamw.step_torch.CHUNK", chunk)
         weight, accumulator = weights(2000).bfloat16(), weights(2000).bfloat16()
         state = State.zeros(weight, remainder=False)
         adamw_(weight, gradient, state, Scalars.at(1, 1e-3, BETAS, 1e-8, 0.01), (1, 2))

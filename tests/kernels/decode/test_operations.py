@@ -214,5 +214,5 @@ def test_greedy_takes_the_first_of_equals():
     logits[0, [5, 70, 8000]] = logits[1, [8000, 8500]] = 3.0
     token, _ = sample_ref(logits, torch.rand(2), 0.0, (5,))
     assert token.tolist() == [70, 8000]
-    with pytest.raises(ValueError, match=r"temperature -1"):
+    with pytest.raises(ValueError, match=r"temperature is -1"):
         operations.sample(logits, torch.rand(2), -1.0)
