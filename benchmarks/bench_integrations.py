@@ -256,7 +256,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, help="default 3, on a GPU 10")
     parser.add_argument(
-        "--peak", choices=CASES, help="print the peak memory of this case, and nothing else"
+        "--peak",
+        choices=CASES,
+        metavar="CASE",
+        help="print the peak memory of this case, and nothing else",
     )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)

@@ -79,7 +79,7 @@ class TargetDriver:
 
 @contextlib.contextmanager
 def captured(target: GPUTarget):
-    """Let launches inside only compile for the target; yield the list of (name, compiled kernel)."""
+    """Let launches inside only compile for the target; yield a list of (name, compiled kernel)."""
     compiled = []
     run, active = JITFunction.run, driver._active
 
