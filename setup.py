@@ -1,9 +1,9 @@
 """Build csrc/ into the shared libraries mr1_fast/_cpu.so and mr1_fast/_cuda.so.
 
 Everything else about the package is in pyproject.toml. The libraries have a C interface and do not
-depend on Python or torch: one wheel serves every version of both, and a build needs only a compiler,
-so that pip's isolated environment suffices. Each library is optional: without a C++ compiler or
-without nvcc it is left out, and mr1_fast falls back to PyTorch and Triton.
+depend on Python or torch: one wheel serves every version of both, and a build needs only a
+compiler, so that pip's isolated environment suffices. Each library is optional: without a C++
+compiler or without nvcc it is left out, and mr1_fast falls back to PyTorch and Triton.
 """
 
 import os
