@@ -1,10 +1,10 @@
-"""Train with GRPO-D in a plain PyTorch loop, with the loss of whole logits and with ours beside it.
+"""GRPO-D in a plain PyTorch loop: a loss on whole logits and ours, on the same model and batches.
 
     python examples/plain_loop.py
 
-Both losses see the same model and the same batches. The model is the built-in tiny Qwen2-VL with
-random weights and a vocabulary of 32,000. Completions are cut to random lengths, and the reward is
-their share of even token ids. It takes about 15 seconds on one thread of a CPU.
+The model is the built-in tiny Qwen2-VL with random weights and a vocabulary of 32,000; completions
+are cut to random lengths, and the reward is their share of even token ids. About 15 seconds on one
+thread of a CPU.
 """
 
 import copy
@@ -25,10 +25,10 @@ GROUP, LENGTH, STEPS = 8, 48, 7
 
 
 def sample(model, processor, step: int) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """Sample GROUP completions of one prompt.
+    """Sample GROUP completions of one prompt, B = GROUP.
 
-    Returns the model's inputs with the completions, which of ids[:, 1:] were sampled (B, L − 1),
-    and the advantages (B,).
+    Return the model's inputs, a mask (B, L − 1) of the sampled tokens in ids[:, 1:], and advantages
+    (B,).
     """
     example = TASKS["counting"].draw("train", 0, step, 1)
     message = {
@@ -36,32 +36,28 @@ def sample(model, processor, step: int) -> tuple[dict, torch.Tensor, torch.Tenso
         "content": [{"type": "image"}, {"type": "text", "text": format_problem(example)}],
     }
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    inputs = dict(
-        processor(text=[text] * GROUP, images=list(example.images) * GROUP, return_tensors="pt")
-    )
-    never = [processor.image_token_id, processor.video_token_id]
+    images = list(example.images) * GROUP
+    inputs = dict(processor(text=[text] * GROUP, images=images, return_tensors="pt"))
     ids = model.generate(
         **inputs,
         do_sample=True,
         min_new_tokens=LENGTH,
         max_new_tokens=LENGTH,
-        suppress_tokens=never,
+        suppress_tokens=[processor.image_token_id, processor.video_token_id],
     )
+
+    # What follows a completion changes nothing, so the attention mask need not hide it.
     position = torch.arange(1 - (ids.shape[1] - LENGTH), LENGTH)
     mask = (position >= 0) & (position < torch.randint(LENGTH // 4, LENGTH + 1, (GROUP, 1)))
     inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, LENGTH))
-    # What follows a completion changes nothing, so that nothing needs to be masked for attention.
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    rewards = ((ids[:, 1:] % 2 == 0) & mask).sum(1)[None] / mask.sum(1)
-    return inputs, mask, group_advantages(rewards)[0]
+
+    rewards = ((ids[:, 1:] % 2 == 0) & mask).sum(1) / mask.sum(1)
+    return inputs, mask, group_advantages(rewards[None])[0]
 
 
 def whole_logits_loss(model, inputs, mask, advantages, ref_logp, beta) -> torch.Tensor:
-    """Compute the loss as a textbook does.
-
-    The logits of every position exist, those of the prompts too, and autograd goes through their
-    log-softmax.
-    """
+    """The textbook's loss: logits of every position, prompts too, log-softmax, and autograd."""
     logp = model(**inputs).logits[:, :-1].log_softmax(-1)
     logp = logp.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
     difference = torch.zeros_like(logp).masked_scatter(mask, ref_logp) - logp
@@ -71,18 +67,25 @@ def whole_logits_loss(model, inputs, mask, advantages, ref_logp, beta) -> torch.
 
 
 def our_loss(model, inputs, mask, advantages, ref_logp, beta) -> torch.Tensor:
-    """Compute the loss and its gradients in one pass, without a tensor of all logits.
-
-    Only sampled tokens reach the LM head.
-    """
+    """Our loss: only sampled tokens reach the LM head, and one pass gives loss and gradients."""
+    targets = inputs["input_ids"][:, 1:][mask]
     cu_seqlens = pad(mask.sum(1).cumsum(0), (1, 0))
-    arguments = inputs["input_ids"][:, 1:][mask], advantages, token_weights(cu_seqlens, "grpo")
-    options = dict(beta=beta, ref_logp=ref_logp, cu_seqlens=cu_seqlens)
-    result = model(
-        **inputs,
-        head=lambda hidden, w, _: linear_grpo_loss(hidden[:, :-1][mask], w, *arguments, **options),
-    )
-    return result.loss  # beside it: .logp, .entropy, .kl, .clipped of each token
+    weights = token_weights(cu_seqlens, "grpo")
+
+    def loss(hidden, weight, bias):
+        return linear_grpo_loss(
+            hidden[:, :-1][mask],
+            weight,
+            targets,
+            advantages,
+            weights,
+            beta=beta,
+            ref_logp=ref_logp,
+            cu_seqlens=cu_seqlens,
+        )
+
+    result = model(**inputs, head=loss)
+    return result.loss  # .logp, .entropy, .kl and .clipped hold what to log of each token
 
 
 def main() -> None:
@@ -99,15 +102,15 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     beta = DynamicKL(0.04, 0.1, total_steps=STEPS)
     milliseconds = {whole_logits_loss: [], our_loss: []}
-    header = (
+    print(
         "step      β | loss: whole logits          ours | largest relative difference of gradients"
     )
-    print(header)
     for step in range(STEPS):
         inputs, mask, advantages = sample(model, processor, step)
-        targets, values, gradients = inputs["input_ids"][:, 1:][mask], [], []
+        targets = inputs["input_ids"][:, 1:][mask]
         rows = reference(**inputs, head=lambda hidden, weight, bias: hidden)[:, :-1][mask]
         ref_logp, _ = linear_token_logprobs(rows, reference.lm_head.weight, targets)
+        values, gradients = [], []
         for loss_function, times in milliseconds.items():
             optimizer.zero_grad()
             start = time.perf_counter()
@@ -121,7 +124,7 @@ def main() -> None:
             ((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*gradients, strict=True)
         )
         print(f"{step:4d} {beta(step):6.3f} | {values[0]:18.8f} {values[1]:13.8f} | {off:.1e}")
-    # The first step warms up.
+    # The first step is a warm-up.
     whole, ours = (statistics.median(times[1:]) for times in milliseconds.values())
     print(
         f"update, model included: whole logits {whole:.0f} ms, ours {ours:.0f} ms, "

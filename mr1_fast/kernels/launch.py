@@ -9,16 +9,18 @@ MOST_PROGRAMS = 2**31 - 1
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options) -> None:
-    """Run a Triton kernel over `grid` on the GPU that holds its tensors, which need not be the current one.
+    """Run a Triton kernel over `grid` on the GPU that holds its tensors.
 
-    `options` are the kernel's compile-time arguments and Triton's own, such as `num_warps`. An empty grid is no launch.
-    Raises ValueError for a grid that is larger than CUDA allows.
+    That GPU need not be the current one. `options` are the kernel's compile-time arguments and
+    Triton's own, such as `num_warps`. An empty grid is no launch. Raises ValueError for a grid that
+    is larger than CUDA allows.
     """
     if 0 in grid:
         return
     if grid[0] > MOST_PROGRAMS:
         raise ValueError(
-            f"the launch needs {grid[0]} programs, more than a grid holds ({MOST_PROGRAMS})"
+            f"the launch needs {grid[0]} programs, more than a grid holds ({MOST_PROGRAMS}): pass "
+            "fewer rows at a time"
         )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)

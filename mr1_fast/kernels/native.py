@@ -1,4 +1,9 @@
-"""csrc/'s native CPU kernels: loading the library behind ctypes."""
+"""Loading the libraries that setup.py builds from csrc/, and calling them through ctypes.
+
+They are plain C without torch's headers, so one build serves every version of torch and Python. Two
+environment variables act on the CPU library: MR1_FAST_NATIVE=0 turns it off, MR1_FAST_ISA forces an
+instruction set.
+"""
 
 import ctypes
 import os
@@ -9,28 +14,36 @@ from pathlib import Path
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
+"""The dtypes that the kernels take, by their number in csrc/row_kernels.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 
 
+def load(library: Path, compiler: str) -> tuple[ctypes.CDLL | None, str]:
+    """Load a library; return it and "", or None and the reason. `compiler` names what builds it."""
+    if not library.exists():
+        reason = f"{compiler} was not found or failed when mr1_fast was installed"
+        return None, f"not built: no {library.name}, as {reason}"
+    try:
+        return ctypes.CDLL(str(library)), ""
+    except OSError as error:
+        return None, f"not loadable: {error}"
+
+
 @lru_cache
 def status() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None, and what is active and why, for `python -m mr1_fast.env`."""
+    """Return the CPU library, or None, and what is active and why, for `python -m mr1_fast.env`.
+
+    Warns once where the library is missing; PyTorch then takes its place. Raises ValueError if
+    MR1_FAST_ISA names an instruction set that this machine or build cannot run.
+    """
     if os.environ.get("MR1_FAST_NATIVE") == "0":
         return None, "off, as MR1_FAST_NATIVE=0 says"
-    if not LIBRARY.exists():
-        why = f"not built: no {LIBRARY.name}, as a C++ compiler was not found or failed when mr1_fast was installed"
-        warnings.warn(f"mr1_fast's native CPU kernels are {why}; using PyTorch.", stacklevel=2)
-        return None, why
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        warnings.warn(
-            f"mr1_fast's native CPU kernels cannot be loaded ({error}); using PyTorch.",
-            stacklevel=2,
-        )
-        return None, f"not loadable: {error}"
+    library, reason = load(LIBRARY, "a C++ compiler")
+    if library is None:
+        warnings.warn(f"mr1_fast's native CPU kernels are {reason}; using PyTorch.", stacklevel=2)
+        return None, reason
+
     library.mr1_instruction_set.restype = ctypes.c_char_p
     wanted = os.environ.get("MR1_FAST_ISA")
     if wanted and library.mr1_use_instruction_set(wanted.encode()):
@@ -38,6 +51,7 @@ def status() -> tuple[ctypes.CDLL | None, str]:
             f"MR1_FAST_ISA is {wanted!r}, which this machine or build cannot run: leave it unset"
         )
     name = library.mr1_instruction_set().decode()
+
     openmp = _torch_openmp()
     library.mr1_use_openmp(openmp)
     threads = "torch's threads" if openmp else "threads of its own"
@@ -45,7 +59,7 @@ def status() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _torch_openmp() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP library that torch has loaded; None where it is not GNU's or cannot be found."""
+    """Return GOMP_parallel of the OpenMP library that torch has loaded; None if it is not GNU's."""
     try:
         paths = {
             line.split(maxsplit=5)[-1].strip()
@@ -58,5 +72,5 @@ def _torch_openmp() -> ctypes.c_void_p | None:
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """The address of a tensor's first element, or null."""
+    """Return the address of a tensor's first element; null for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,26 +1,27 @@
-"""One small batch through the kernels at the start of a run, against the reference.
+"""A small batch through all kernels at the start of a run, compared with the references.
 
-There are devices on which a Triton kernel compiles, runs, and writes nothing (consumer AMD cards, unsloth#11614). A run
-there would train on whatever the memory held.
+There are devices on which a Triton kernel compiles, runs, and writes nothing (consumer AMD cards,
+unsloth#11614). A run there would train on whatever the memory held.
 """
 
 import torch
 
 from ..errors import UserError
-from ..loss import linear_grpo_loss
 from .adamw.reference import master_weight
 from .adamw.state import Scalars, State
 from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
-from .decode import operations, reference
+from .decode import operations as decode
+from .decode import reference as decode_reference
 from .dispatch import use_triton
+from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
 from .grpo.rows import row_grpo, row_logprobs, row_logprobs_backward, scale_
 
 
 def self_test(device: torch.device) -> None:
-    """UserError if a kernel gives other numbers on `device` than the reference does on the CPU."""
+    """Raise UserError if a kernel on `device` gives other numbers than the reference on the CPU."""
     try:
         worst = _largest_errors(device)
     except UserError:
@@ -32,13 +33,27 @@ def self_test(device: torch.device) -> None:
     for name, error in worst.items():
         if not error < 1e-2:
             raise UserError(
-                f"device {device} computes {name} wrong in the self-test (error {error:.2g}): its driver or Triton "
-                "does not run these kernels; use another device, or --device cpu."
+                f"device {device} computes {name} wrong in the self-test (error {error:.2g}): its "
+                "driver or Triton does not run these kernels; use another device, or --device cpu."
             )
 
 
 def _largest_errors(device: torch.device) -> dict[str, float]:
-    """Largest error of each result, relative to the largest value, for bf16 logits of three blocks a row."""
+    """Return the largest error of each result, relative to its largest value."""
+    pairs = {
+        **_loss_pairs(device),
+        "the weight gradient over chunks": _weight_gradients(device),
+        **_optimizer_pairs(device),
+        **_decode_pairs(device),
+    }
+    return {
+        name: _relative_error(ours.cpu().float(), right.float())
+        for name, (ours, right) in pairs.items()
+    }
+
+
+def _loss_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Compute (ours, right) of the row operations, on bf16 logits of three blocks a row."""
     generator = torch.Generator().manual_seed(0)
     n, v = 6, 10_000
     logits = torch.randn(n, v, generator=generator).bfloat16()
@@ -53,19 +68,19 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     expected = grpo_loss_ref(exact, targets, advantages, weights, **settings)
     expected.loss.backward()
 
-    there = [t.to(device) for t in (advantages, weights, *settings.values())]
-    bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
-    objective = Objective(*there, None, "clip", bounds, False)
+    objective = Objective(
+        advantages=advantages.to(device),
+        token_weights=weights.to(device),
+        **{name: value.to(device) for name, value in settings.items()},
+    )
     on_device, targets = logits.to(device), targets.to(device)
     results, gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
     row_grpo(on_device, targets, objective, results, gradient)
-    split_results, split_gradient = (
-        RowResults.empty(on_device),
-        torch.full_like(on_device, torch.nan),
-    )
+    split_results = RowResults.empty(on_device)
+    split_gradient = torch.full_like(on_device, torch.nan)
     _row_grpo_split(on_device, targets, objective, split_results, split_gradient)
 
-    temperature = there[3]
+    temperature = objective.temperature
     logp, *rest = row_logprobs(on_device, targets, temperature)
     by_logp, zero = torch.full_like(on_device, torch.nan), torch.zeros(n, device=device)
     row_logprobs_backward(on_device, targets, temperature, *rest, zero + 1, zero, by_logp)
@@ -73,7 +88,7 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     onehot = torch.nn.functional.one_hot(targets.cpu(), v)
     p = torch.softmax(exact.detach() / settings["temperature"], -1)
 
-    pairs = {
+    return {
         "the loss": (results.loss.sum(), expected.loss),
         "log-probabilities": (results.logp, expected.logp),
         "entropy": (results.entropy, expected.entropy),
@@ -82,20 +97,13 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "the gradient of the loss": (gradient, exact.grad),
         "the loss of rows split over programs": (split_results.loss.sum(), expected.loss),
         "the gradient of rows split over programs": (split_gradient, exact.grad),
-        "the weight gradient over chunks": _weight_gradients(device),
         "log-probabilities alone": (logp, expected.logp),
         "the gradient of log-probabilities": (by_logp, onehot - p),
-        **_optimizer_pairs(device),
-        **_decode_pairs(device),
-    }
-    return {
-        name: _relative_error(ours.cpu().float(), right.float())
-        for name, (ours, right) in pairs.items()
     }
 
 
 def _row_grpo_split(logits, targets, objective: Objective, results: RowResults, out) -> None:
-    """As on a GPU whose L2 cannot hold the rows in flight: its programs wait for each other."""
+    """`row_grpo` as on a GPU with a small L2, where a row has three programs."""
     if use_triton(logits):
         from .grpo import rows_triton
 
@@ -105,21 +113,32 @@ def _row_grpo_split(logits, targets, objective: Objective, results: RowResults, 
 
 
 def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """dweight of a bf16 head over two chunks on the device, and by autograd on the CPU in fp32."""
+    """Compute dweight of a bf16 head over two chunks, and by autograd on the CPU in fp32."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = ((torch.randn(n, 64, generator=generator) / 4).bfloat16() for n in (256, 1000))
     targets, ones = torch.randint(1000, (256,), generator=generator), torch.ones(256)
-    there = [t.to(device) for t in (hidden, weight, targets, ones, ones)]
-    there[1].requires_grad_()
-    result = linear_grpo_loss(*there, beta=0.0, surrogate="cispo", chunk_bytes=128 * 2000)
+    objective = Objective(
+        advantages=ones.to(device),
+        token_weights=ones.to(device),
+        beta=torch.tensor(0.0, device=device),
+        temperature=torch.tensor(1.0, device=device),
+        surrogate="cispo",
+    )
+    on_device = weight.to(device).requires_grad_()
+    result = linear_grpo_loss_with_gradient(
+        hidden.to(device), on_device, None, targets.to(device), objective, chunk_bytes=128 * 2000
+    )
     result.loss.backward()
     exact = weight.detach().float().requires_grad_()
     torch.nn.functional.cross_entropy(hidden.float() @ exact.T, targets, reduction="sum").backward()
-    return there[1].grad, exact.grad
+    return on_device.grad, exact.grad
 
 
 def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A first step of the low-memory AdamW, which no state has rounded yet, and a sum of gradients."""
+    """Compute a first step of AdamW with 8-bit states, and a sum of gradients.
+
+    Before the first step no state has been rounded, so it equals PyTorch's.
+    """
     generator = torch.Generator().manual_seed(2)
     weight, gradient, other = (torch.randn(1536, generator=generator).bfloat16() for _ in range(3))
     exact, half = weight.float().requires_grad_(), torch.tensor(0.5)
@@ -144,7 +163,7 @@ def _optimizer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torc
 
 
 def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What a rollout's step computes: three rows, of which two share a prefix of five tokens."""
+    """Compute what a rollout's step does: three rows, of which two share a prefix of 5 tokens."""
     generator = torch.Generator().manual_seed(4)
     q, k, v, keys, values = (
         torch.randn(n, h, 32, generator=generator)
@@ -157,20 +176,20 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
     x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
     right = (
-        reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        reference.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
+        decode_reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
+        decode_reference.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
         torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
-        reference.sample_ref(logits, uniform, 0.9, (7,))[1],
+        decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
     attention, (x, gate, up) = (
         [t.to(device) for t in attention],
         (t.to(device) for t in (x, gate, up)),
     )
     ours = (
-        operations.attend(*attention, spans.to(device), 0.2),
-        operations.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
+        decode.attend(*attention, spans.to(device), 0.2),
+        decode.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
         decode_linear.swiglu(x, gate, up),
-        operations.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
+        decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
     )
     names = ("a rollout's attention", "a rollout's norm", "a rollout's gating", "a rollout's draw")
     return dict(zip(names, zip(ours, right, strict=True), strict=True))

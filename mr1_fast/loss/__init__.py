@@ -1,21 +1,29 @@
-"""The public loss functions, and token weights for every way to average.
+"""The public loss functions.
 
-Each comes on logits, for trainers that have them, and on hidden states, where logits of a whole batch never exist.
-Arguments are checked in loss_arguments.py, then handed to the operators in kernels/.
+Each comes on logits, for trainers that have them, and on hidden states, where logits of a whole
+batch never exist. A function gathers its arguments in one `Objective`, has `arguments.py` check it,
+and hands it to the operators of `mr1_fast.kernels.grpo`.
 """
 
-import torch
 from torch import Tensor
 
 from ..kernels.grpo.linear import linear_grpo_loss_with_gradient
 from ..kernels.grpo.linear import linear_token_logprobs as linear_token_logprobs_op
-from ..kernels.grpo.objective import GRPOLoss
+from ..kernels.grpo.objective import GRPOLoss, Objective
 from ..kernels.grpo.operators import grpo_loss_with_gradient
 from ..kernels.grpo.operators import token_logprobs as token_logprobs_op
-from ..kernels.grpo.reference import grpo_loss_ref, policy_loss_ref, spread, token_logprobs_ref
-from .arguments import arguments_after_logits, check_linear, check_logits, chunk_budget, scalar
+from ..kernels.grpo.reference import (
+    grpo_loss_ref,
+    objective_loss_ref,
+    policy_loss_ref,
+    spread,
+    token_logprobs_ref,
+)
+from .arguments import check_linear, check_logits, check_objective, chunk_budget, scalar
+from .weights import LOSS_TYPES, token_weights
 
 __all__ = [
+    "LOSS_TYPES",
     "GRPOLoss",
     "grpo_loss",
     "grpo_loss_ref",
@@ -28,19 +36,20 @@ __all__ = [
     "token_weights",
 ]
 
-LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
-
 
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each row: fp32 (N,), differentiable through both.
+    """Return each target's log-probability and each row's entropy in nats, fp32 (N,).
 
-    `logits` (N, V) in fp32, bf16 or fp16, divided by `temperature` here; rows may be strided. `targets` (N,) int64 in
-    [0, V): on a GPU, where checking would synchronise, a target outside gives NaN. Raises ValueError.
+    Both are differentiable. `logits` (N, V) in fp32, bf16 or fp16 are divided by `temperature`
+    here; rows may be strided. `targets` (N,) are int64 in [0, V); on a GPU, where checking would
+    synchronise, a target outside gives NaN. Raises ValueError.
     """
     logits = check_logits(logits, targets)
-    return token_logprobs_op(logits, targets, scalar("temperature", temperature, logits))[:2]
+    temperature = scalar("temperature", temperature, logits)
+    logp, entropy, _, _ = token_logprobs_op(logits, targets, temperature)
+    return logp, entropy
 
 
 def linear_token_logprobs(
@@ -52,16 +61,19 @@ def linear_token_logprobs(
     *,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), without their tensor.
+    """Compute `token_logprobs` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,).
 
-    Logits exist for as many rows at a time as `chunk_bytes` hold (default 512 MB on a GPU, 48 MB on a CPU); the
-    backward makes them again. Without gradients this is the cheap form for reference and old log-probs.
+    Logits exist for as many rows at a time as `chunk_bytes` hold (default 512 MB on a GPU, 48 MB on
+    a CPU); the backward makes them again. Without gradients this is the cheap way to
+    log-probabilities of the reference model and of the policy at sampling. Raises ValueError.
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
     temperature = scalar("temperature", temperature, hidden)
-    return linear_token_logprobs_op(
-        hidden, weight, bias, targets, temperature, chunk_budget(chunk_bytes, hidden)
-    )[:2]
+    budget = chunk_budget(chunk_bytes, hidden)
+    logp, entropy, _, _ = linear_token_logprobs_op(
+        hidden, weight, bias, targets, temperature, budget
+    )
+    return logp, entropy
 
 
 def grpo_loss(
@@ -85,32 +97,45 @@ def grpo_loss(
     bias_corrected_kl: bool = False,
     inplace: bool = False,
 ) -> GRPOLoss:
-    """Σ token_weights · (is_weights · surrogate + β·k3), its gradient, and what to log, in one pass over the logits.
+    """Compute Σ token_weights · (is_weights · surrogate + β·k3), its gradient, and what to log.
 
-    The formulas stand at `policy_loss_ref`, which this equals.
+    One pass over the logits yields all of it. The formulas stand at `policy_loss_ref`, which this
+    equals.
 
-    - logits (N, V) fp32, bf16 or fp16, before temperature; targets (N,) int64
-    - advantages, is_weights: per token (N,), or per sequence (S,) with `cu_seqlens` (S+1,); of length S = N: per token
-    - token_weights (N,): mask, 1/|o_i|, 1/G and gradient accumulation at once, see `token_weights`. A token of
-      weight 0 contributes exactly 0. In fp16, put the loss scale in here: gradients are made before `backward`.
-    - beta, temperature: a float or a 0-d tensor; a new value costs nothing. β = 0 needs no `ref_logp`
-    - old_logp (N,), None: on-policy, ρ = 1 with its gradient; ref_logp (N,)
-    - clip_low, clip_high, delta: bounds of ρ; `surrogate` is clip, cispo (ρ capped at 1 + clip_high) or sapo
-    - ratio_level "sequence": GSPO; costs a second read of the logits, as ρ needs all of them
-    - inplace: the gradient overwrites the logits, so that no second tensor of their size exists; ignored where
-      ρ is taken per sequence
+    - logits: (N, V) in fp32, bf16 or fp16, before temperature; targets: (N,) int64
+    - advantages, is_weights: per token (N,), or per sequence (S,) with `cu_seqlens` (S+1,), the
+      bounds of the sequences among the rows; where S = N, they are taken per token
+    - token_weights: (N,), which holds mask, 1/|o_i|, 1/G and gradient accumulation at once; see the
+      function `token_weights`. A token of weight 0 contributes exactly 0. In fp16, multiply the
+      loss scale into them, since gradients are made before `backward`
+    - beta, temperature: a float or a 0-d tensor; a new value costs nothing. β = 0 needs no
+      `ref_logp`
+    - old_logp: (N,) log-probabilities at sampling; None: on-policy, where ρ = 1 still has its
+      gradient
+    - ref_logp: (N,) log-probabilities of the reference model
+    - surrogate: clip; cispo, which caps ρ at 1 + clip_high; or sapo, whose τ are
+      `sapo_temperatures`, for positive and for other advantages
+    - clip_low, clip_high, delta: the bounds of ρ
+    - ratio_level: token; or sequence, for GSPO, which costs a second read of the logits, as ρ needs
+      all of them
+    - bias_corrected_kl: multiply k3 by ρ
+    - inplace: the gradient overwrites the logits, so that no second tensor of their size exists;
+      ignored where ρ is taken per sequence
 
-    A row of NaN logits shows in `loss` and `logp`; its gradient is 0. Backward runs once per call. Raises ValueError.
+    A row of NaN logits shows in `loss` and `logp`; its gradient is 0. Backward runs once per call.
+    Raises ValueError.
     """
     logits = check_logits(logits, targets, inplace)
-    arguments = arguments_after_logits(
-        logits, targets, advantages, token_weights, beta, temperature, old_logp, ref_logp, clip_low, clip_high, delta,
-        surrogate, sapo_temperatures, ratio_level, cu_seqlens, is_weights, bias_corrected_kl,
+    objective = Objective(
+        advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights,
+        surrogate, clip_low, clip_high, delta, *sapo_temperatures, bias_corrected_kl,
     )  # fmt: skip
+    objective = check_objective(objective, logits, ratio_level, cu_seqlens)
+    targets = targets.contiguous()
     if ratio_level == "sequence":
-        logp, entropy = token_logprobs_op(logits, targets, arguments[4])[:2]
-        return _sequence_level(logp, entropy, arguments, cu_seqlens)
-    return grpo_loss_with_gradient(logits, arguments, inplace)
+        logp, entropy, _, _ = token_logprobs_op(logits, targets, objective.temperature)
+        return _per_sequence(logp, entropy, objective, cu_seqlens)
+    return grpo_loss_with_gradient(logits, targets, objective, inplace)
 
 
 def linear_grpo_loss(
@@ -136,107 +161,35 @@ def linear_grpo_loss(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> GRPOLoss:
-    """`grpo_loss` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), without their tensor.
+    """Compute `grpo_loss` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,).
 
-    Three GEMMs for loss and all gradients; a frozen weight costs no gradient and no third GEMM. Ratios per sequence
-    cost a fourth. Under autocast the products run in its dtype. `chunk_bytes` bounds the logits that exist
-    at a time (default 512 MB on a GPU, 48 MB on a CPU). Backward runs once per call.
+    A tensor of all logits never exists.     Loss and all gradients take three GEMMs; a frozen
+    weight costs no gradient and no third GEMM, ratios per sequence cost a fourth. Under autocast
+    the products run in its dtype. `chunk_bytes` bounds the logits that exist at a time (default 512
+    MB on a GPU, 48 MB on a CPU). Backward runs once per call. Raises ValueError.
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
-    arguments = arguments_after_logits(
-        hidden, targets, advantages, token_weights, beta, temperature, old_logp, ref_logp, clip_low, clip_high, delta,
-        surrogate, sapo_temperatures, ratio_level, cu_seqlens, is_weights, bias_corrected_kl,
+    objective = Objective(
+        advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights,
+        surrogate, clip_low, clip_high, delta, *sapo_temperatures, bias_corrected_kl,
     )  # fmt: skip
+    objective = check_objective(objective, hidden, ratio_level, cu_seqlens)
+    targets = targets.contiguous()
     budget = chunk_budget(chunk_bytes, hidden)
     if ratio_level == "sequence":
-        logp, entropy = linear_token_logprobs_op(
-            hidden, weight, bias, targets, arguments[4], budget
-        )[:2]
-        return _sequence_level(logp, entropy, arguments, cu_seqlens)
-    return linear_grpo_loss_with_gradient(hidden, weight, bias, arguments, budget)
-
-
-def token_weights(
-    cu_seqlens: Tensor,
-    loss_type: str = "grpo",
-    *,
-    num_sequences: float | None = None,
-    num_tokens: float | Tensor | None = None,
-    max_completion_length: int | None = None,
-    mask: Tensor | None = None,
-    accumulation_steps: int = 1,
-) -> Tensor:
-    """(N,) fp32 weights that make Σ weight·loss the average which `loss_type` names, with |o_i| = length of sequence i:
-
-    - grpo: 1/(S·|o_i|), the mean over sequences of the mean over tokens (DeepSeekMath, arXiv 2402.03300)
-    - dr_grpo: 1/(S·max_completion_length) (arXiv 2503.20783)
-    - bnpo: 1/num_tokens of this batch; dapo: 1/num_tokens of the whole optimizer step (arXiv 2503.14476)
-    - luspo: 1/S, the mean over sequences of the sum over tokens
-
-    `cu_seqlens` (S+1,): rows cu_seqlens[i] … cu_seqlens[i+1] are sequence i, which may be empty. `mask` (N,): tokens
-    that count (None: all). Losses of micro-batches add up when `num_sequences` (default: this batch's S) or
-    `num_tokens` count the whole optimizer step; else divide by `accumulation_steps`. DDP and FSDP average gradients
-    over processes: there these counts are those of all processes divided by the number of processes.
-    """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type is {loss_type!r}: choose one of {', '.join(LOSS_TYPES)}")
-    lengths = cu_seqlens.diff()
-    readable = (
-        cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # elsewhere it would synchronise
-    if mask is not None and (mask.ndim != 1 or (readable and len(mask) != cu_seqlens[-1])):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}: expected (N,), a value for each of cu_seqlens[-1] tokens"
+        logp, entropy, _, _ = linear_token_logprobs_op(
+            hidden, weight, bias, targets, objective.temperature, budget
         )
-    if mask is None:
-        mask = torch.ones(int(cu_seqlens[-1]), dtype=torch.bool, device=cu_seqlens.device)
-    sizes = lengths.float()
-    if len(lengths):  # on a GPU, checking the lengths would synchronise
-        sizes = torch.segment_reduce(
-            mask.float(), "sum", lengths=lengths.long(), unsafe=mask.is_cuda
-        )
-    sequences = (len(lengths) if num_sequences is None else num_sequences) * accumulation_steps
-    if loss_type == "grpo":
-        per_sequence = 1 / (sequences * sizes.clamp(min=1))
-    elif loss_type == "luspo":
-        per_sequence = torch.full_like(sizes, 1 / max(1, sequences))
-    elif loss_type == "dr_grpo":
-        if not max_completion_length:
-            raise ValueError(
-                "dr_grpo divides by max_completion_length: pass the limit of the rollout"
-            )
-        per_sequence = torch.full_like(sizes, 1 / max(1, sequences * max_completion_length))
-    else:
-        if loss_type == "dapo" and (num_tokens is None or accumulation_steps != 1):
-            raise ValueError(
-                "dapo divides by num_tokens, the tokens of the whole optimizer step: pass that alone"
-            )
-        total = sizes.sum() if num_tokens is None else scalar("num_tokens", num_tokens, sizes)
-        per_sequence = (1 / (total.clamp(min=1) * accumulation_steps)).expand(len(sizes))
-    return torch.where(mask != 0, spread(per_sequence, cu_seqlens, len(mask)), 0.0)
+        return _per_sequence(logp, entropy, objective, cu_seqlens)
+    return linear_grpo_loss_with_gradient(hidden, weight, bias, targets, objective, budget)
 
 
-def _sequence_level(
-    logp: Tensor, entropy: Tensor, arguments: tuple, cu_seqlens: Tensor
+def _per_sequence(
+    logp: Tensor, entropy: Tensor, objective: Objective, cu_seqlens: Tensor
 ) -> GRPOLoss:
-    """The loss where a token's ratio depends on its whole sequence: differentiable log-probs, then the reference."""
-    (
-        _,
-        advantages,
-        weights,
-        beta,
-        _,
-        old_logp,
-        ref_logp,
-        is_weights,
-        surrogate,
-        bounds,
-        bias_corrected_kl,
-    ) = arguments
-    clip_low, clip_high, delta, *sapo_temperatures = bounds
-    per_token, kl, clipped, kl_limited = policy_loss_ref(
-        logp, advantages, weights, beta=beta, old_logp=old_logp, ref_logp=ref_logp, clip_low=clip_low,
-        clip_high=clip_high, delta=delta, surrogate=surrogate, sapo_temperatures=tuple(sapo_temperatures),
-        ratio_level="sequence", cu_seqlens=cu_seqlens, is_weights=is_weights, bias_corrected_kl=bias_corrected_kl,
-    )  # fmt: skip
-    return GRPOLoss(per_token.sum(), logp.detach(), entropy.detach(), kl, clipped, kl_limited)
+    """Compute the loss where a token's ratio depends on its whole sequence.
+
+    `logp` (N,) is differentiable: the equations of the reference do the rest, by autograd.
+    """
+    per_token, *per_row = objective_loss_ref(logp, objective, cu_seqlens)
+    return GRPOLoss(per_token.sum(), logp.detach(), entropy.detach(), *per_row)

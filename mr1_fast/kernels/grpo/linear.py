@@ -1,32 +1,46 @@
-"""The LM head and the loss in one: logits exist for a chunk of rows at a time, in one buffer that is used again.
+"""The operators on hidden states: the LM head and the loss in one, without a tensor of all logits.
 
-Per chunk: a GEMM into the buffer; the row operation, which puts dlogits in the place of the logits; a GEMM for
-dhidden; a GEMM that adds to dweight. Three GEMMs in all, 2·N·D·V FLOP each, where peers that do not know the loss in
-the forward need a fourth to make the logits again. A frozen head has no dweight and no third GEMM. Nothing
-synchronises, so it can be captured in a CUDA graph.
+Logits exist for a chunk of rows at a time, in one buffer that is used again. For each chunk there
+is a GEMM into the buffer; the row operation, which puts dlogits in the place of the logits; a GEMM
+for dhidden; and a GEMM that adds to dweight. These are three GEMMs in all, of 2·N·D·V FLOP each; a
+loss that is not known in the forward needs a fourth, to make the logits again. A frozen head has no
+dweight and no third GEMM. Nothing synchronises, so the operators can be captured in a CUDA graph.
 
-Memory beside inputs and gradients: the buffer (`chunk_bytes`), and, for a 16-bit trainable head over more than one
-chunk, the fp32 accumulator of dweight: rounding each chunk's share to 16 bits would bias the sum.
+Memory beside inputs and gradients: the buffer (`chunk_bytes`), and, for a 16-bit trainable head
+over more than one chunk, the fp32 accumulator of dweight, as rounding each chunk's share to 16 bits
+would bias the sum.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
-from .objective import GRPOLoss, Objective, RowResults
-from .operators import fake_results, incoming, scaled
+from .objective import OBJECTIVE_SCHEMA, GRPOLoss, Objective, RowResults
+from .operators import (
+    RESULTS_SCHEMA,
+    fake_logprobs,
+    fake_results,
+    incoming,
+    input_gradients,
+    scaled,
+    summed,
+)
 from .rows import row_grpo, row_logprobs, row_logprobs_backward
 
 CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 48 * 2**20}
-"""Default budget of the logits buffer; a CPU needs fewer rows to keep a GEMM busy."""
+"""Default size of the logits buffer; a CPU needs fewer rows to keep a GEMM busy."""
+
 SLICE = 8192
 """Vocabulary rows that a CPU casts to fp32 at a time while it accumulates dweight."""
 
 
 def rows_per_chunk(num_rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:
-    """Rows of logits that exist at a time: as many as `chunk_bytes` hold, in multiples of 128 where that is possible.
+    """Return how many rows of logits exist at a time: as many as `chunk_bytes` hold.
 
-    At least 1 and at most `num_rows`; a row has `vocabulary` logits of `itemsize` bytes.
+    They are a multiple of 128 where that is possible, at least 1 and at most `num_rows`. A row has
+    `vocabulary` logits of `itemsize` bytes.
     """
     rows = max(1, chunk_bytes // (vocabulary * itemsize))
     if rows > 128:
@@ -34,8 +48,19 @@ def rows_per_chunk(num_rows: int, vocabulary: int, itemsize: int, chunk_bytes: i
     return min(rows, max(1, num_rows))
 
 
+class NeedsGradient(NamedTuple):
+    """Which inputs of the head need a gradient; a `bool[]` in an operator's schema."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
 class Head:
-    """An LM head (weight (V, D), bias (V,) or None) applied to chunks of hidden rows, forward and backward."""
+    """An LM head applied to hidden rows (N, D), chunk by chunk, and its gradients.
+
+    `weight` is (V, D), `bias` (V,) or None. Gradients that are not needed stay empty.
+    """
 
     def __init__(
         self,
@@ -43,29 +68,21 @@ class Head:
         weight: Tensor,
         bias: Tensor | None,
         chunk_bytes: int,
-        needs: list[bool],
+        needs: NeedsGradient,
     ):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
         self.rows = rows_per_chunk(len(hidden), weight.shape[0], hidden.element_size(), chunk_bytes)
         self.buffer = hidden.new_empty(self.rows, weight.shape[0])
-        self.needs_hidden, self.needs_weight, self.needs_bias = needs
-        self.dhidden = hidden.new_empty(hidden.shape if self.needs_hidden else 0)
-        exact = weight.dtype if len(hidden) <= self.rows else statistics_dtype(weight)
-        make = torch.empty if len(hidden) else torch.zeros  # the first chunk writes
-        like = dict(device=weight.device)
-        self.dweight = (
-            make(weight.shape, dtype=exact, **like) if self.needs_weight else weight.new_empty(0)
-        )
-        self.dbias = (
-            torch.zeros(weight.shape[0], dtype=statistics_dtype(weight), **like)
-            if self.needs_bias
-            else None
-        )
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether anything needs dlogits."""
-        return self.needs_hidden or self.needs_weight or self.needs_bias
+        self.dhidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
+        self.dweight, self.dbias = weight.new_empty(0), weight.new_empty(0)
+        exact = statistics_dtype(weight)
+        if needs.weight:
+            # The first chunk writes, so nothing need be cleared; a single chunk needs no exact sum.
+            make = torch.empty if len(hidden) else torch.zeros
+            dtype = weight.dtype if len(hidden) <= self.rows else exact
+            self.dweight = make(weight.shape, dtype=dtype, device=weight.device)
+        if needs.bias:
+            self.dbias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device)
 
     def chunks(self):
         """Yield (rows, logits of those rows), one after the other in the same buffer."""
@@ -79,47 +96,47 @@ class Head:
             yield rows, logits
 
     def backward(self, rows: slice, dlogits: Tensor) -> None:
-        """Add the gradients of a chunk."""
-        hidden = self.hidden[rows]
-        if self.needs_hidden:
+        """Add the gradients of a chunk, of which `dlogits` (n, V) are those of the logits."""
+        if self.needs.hidden:
             torch.mm(dlogits, self.weight, out=self.dhidden[rows])
-        if self.needs_bias:
+        if self.needs.bias:
             self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
-        if not self.needs_weight:
-            return
-        if rows.start == 0 and self.dweight.dtype == hidden.dtype:
+        if self.needs.weight:
+            self._add_to_dweight(dlogits, self.hidden[rows], first=rows.start == 0)
+
+    def _add_to_dweight(self, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+        if first and self.dweight.dtype == hidden.dtype:
             torch.mm(dlogits.T, hidden, out=self.dweight)
         elif self.dweight.dtype == hidden.dtype:
             self.dweight.addmm_(dlogits.T, hidden)
         elif hidden.is_cuda:
-            beta = 0 if rows.start == 0 else 1
+            beta = 0 if first else 1
             out = self.dweight
             torch.addmm(out, dlogits.T, hidden, beta=beta, out_dtype=out.dtype, out=out)
         else:
             for start in range(0, len(self.weight), SLICE):
                 part = self.dweight[start : start + SLICE]
                 columns = dlogits[:, start : start + SLICE].T.to(part.dtype)
-                part.addmm_(columns, hidden.to(part.dtype), beta=0 if rows.start == 0 else 1)
+                part.addmm_(columns, hidden.to(part.dtype), beta=0 if first else 1)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dhidden, dweight and dbias in the dtype of what they belong to; empty where not needed."""
+        """Return dhidden, dweight and dbias in the dtypes of their tensors, and free the buffer."""
         self.buffer = None
-        dbias = self.weight.new_empty(0) if self.dbias is None else self.dbias.to(self.bias.dtype)
+        dbias = self.dbias.to(self.bias.dtype) if self.needs.bias else self.dbias
         return self.dhidden, self.dweight.to(self.weight.dtype), dbias
 
 
 def _fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    dbias = torch.empty_like(bias) if needs[2] else weight.new_empty(0)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: NeedsGradient
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        dbias,
+        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        weight.new_empty(weight.shape if needs.weight else 0),
+        torch.empty_like(bias) if needs.bias else weight.new_empty(0),
     )
 
 
-# --- log-probabilities --------------------------------------------------------------------------------------------
+# --- log-probabilities --------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mr1_fast::linear_token_logprobs", mutates_args=())
@@ -131,30 +148,38 @@ def linear_token_logprobs(
     temperature: Tensor,
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, peak and log_sum of `row_logprobs`, (N,), of (hidden @ weightᵀ + bias) / temperature."""
+    """Return what `rows.row_logprobs` does of the logits hidden @ weightᵀ + bias, (N,) each."""
     outputs = tuple(hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden)) for _ in range(4))
-    for rows, logits in Head(hidden, weight, bias, chunk_bytes, [False] * 3).chunks():
-        for output, value in zip(
-            outputs, row_logprobs(logits, targets[rows], temperature), strict=True
-        ):
+    head = Head(hidden, weight, bias, chunk_bytes, NeedsGradient(False, False, False))
+    for rows, logits in head.chunks():
+        values = row_logprobs(logits, targets[rows], temperature)
+        for output, value in zip(outputs, values, strict=True):
             output[rows] = value
     return outputs
 
 
 @linear_token_logprobs.register_fake
 def _(hidden, weight, bias, targets, temperature, chunk_bytes):
-    return tuple(
-        hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden)) for _ in range(4)
-    )
+    return fake_logprobs(hidden)
 
 
 @torch.library.custom_op("mr1_fast::linear_token_logprobs_backward", mutates_args=())
 def linear_token_logprobs_backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor, entropy: Tensor,
-    peak: Tensor, log_sum: Tensor, grad_logp: Tensor, grad_entropy: Tensor, chunk_bytes: int, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dhidden, dweight, dbias; makes the logits again, chunk by chunk."""
-    head = Head(hidden, weight, bias, chunk_bytes, needs)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor,
+    chunk_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dhidden, dweight and dbias; the logits are made again, chunk by chunk."""
+    head = Head(hidden, weight, bias, chunk_bytes, NeedsGradient(*needs))
     for rows, logits in head.chunks():
         per_row = (tensor[rows] for tensor in (entropy, peak, log_sum, grad_logp, grad_entropy))
         row_logprobs_backward(logits, targets[rows], temperature, *per_row, out=logits)
@@ -163,83 +188,90 @@ def linear_token_logprobs_backward(
 
 
 @linear_token_logprobs_backward.register_fake
-def _(hidden, weight, bias, *rest):
-    return _fake_gradients(hidden, weight, bias, rest[-1])
+def _(hidden, weight, bias, *arguments):
+    *_, needs = arguments
+    return _fake_gradients(hidden, weight, bias, NeedsGradient(*needs))
 
 
 def _save_logprobs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     hidden, weight, bias, targets, temperature, ctx.chunk_bytes = inputs
-    ctx.save_for_backward(hidden, weight, bias, targets, temperature, *output[1:])
+    _, entropy, peak, log_sum = output
+    ctx.save_for_backward(hidden, weight, bias, targets, temperature, entropy, peak, log_sum)
 
 
 def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
     needs = list(ctx.needs_input_grad[:3])
-    by_row = incoming(grad_logp, grad_entropy, like=ctx.saved_tensors[-1])
-    gradients = linear_token_logprobs_backward(*ctx.saved_tensors, *by_row, ctx.chunk_bytes, needs)
-    return (
-        *(g if need else None for g, need in zip(gradients, needs, strict=True)),
-        None,
-        None,
-        None,
-    )
+    *saved, log_sum = ctx.saved_tensors
+    by_row = incoming(grad_logp, grad_entropy, like=log_sum)
+    gradients = linear_token_logprobs_backward(*saved, log_sum, *by_row, ctx.chunk_bytes, needs)
+    needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return input_gradients(ctx, *needed)
 
 
 linear_token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs)
 
-# --- the fused loss -----------------------------------------------------------------------------------------------
+# --- the fused loss -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mr1_fast::linear_grpo_loss", mutates_args=())
+@torch.library.custom_op(
+    "mr1_fast::linear_grpo_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int chunk_bytes, "
+    f"bool[] needs, {OBJECTIVE_SCHEMA}) -> ({RESULTS_SCHEMA}, Tensor, Tensor, Tensor)",
+)
 def linear_grpo_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, advantages: Tensor, token_weights: Tensor,
-    beta: Tensor, temperature: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, is_weights: Tensor | None,
-    surrogate: str, bounds: list[float], bias_corrected_kl: bool, chunk_bytes: int, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fields of GRPOLoss, and dhidden, dweight, dbias (each empty unless needed)."""
-    objective = Objective(
-        advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights, surrogate, bounds,
-        bias_corrected_kl,
-    )  # fmt: skip
+    hidden, weight, bias, targets, chunk_bytes, needs, *objective
+) -> tuple[Tensor, ...]:
+    """Return the fields of GRPOLoss, and dhidden, dweight and dbias, empty where not needed."""
+    objective, needs = Objective(*objective), NeedsGradient(*needs)
     head = Head(hidden, weight, bias, chunk_bytes, needs)
     results = RowResults.empty(hidden)
     for rows, logits in head.chunks():
-        out = logits if head.needs_gradient else None
+        out = logits if any(needs) else None
         row_grpo(logits, targets[rows], objective.rows(rows), results.rows(rows), out)
-        if head.needs_gradient:
+        if any(needs):
             head.backward(rows, logits)
-    return results.loss.sum(), *results[1:], *head.gradients()
+    return *summed(results), *head.gradients()
 
 
 @linear_grpo_loss.register_fake
-def _(hidden, weight, bias, *rest):
-    return *fake_results(hidden), *_fake_gradients(hidden, weight, bias, rest[-1])
+def _(hidden, weight, bias, targets, chunk_bytes, needs, *objective):
+    gradients = _fake_gradients(hidden, weight, bias, NeedsGradient(*needs))
+    return *fake_results(hidden), *gradients
 
 
 def _save_gradients(ctx, inputs, output):
-    ctx.needs = inputs[-1]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(
-        False
-    )  # else autograd makes zeros in the size of every output, dweight included
-    ctx.save_for_backward(*output[-3:])
+    _, _, _, _, _, ctx.needs, *_ = inputs
+    _, *per_row, dhidden, dweight, dbias = output
+    ctx.mark_non_differentiable(*per_row, dhidden, dweight, dbias)
+    # Else autograd makes zeros in the size of every output, dweight included.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dhidden, dweight, dbias)
 
 
 def _scaled_gradients(ctx, grad_loss, *_):
-    gradients = []
-    for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True):
-        gradients.append(scaled(gradient, grad_loss) if need else None)
-    return *gradients, *[None] * 13
+    gradients = [
+        scaled(gradient, grad_loss) if need else None
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return input_gradients(ctx, *gradients)
 
 
 linear_grpo_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 
 
 def linear_grpo_loss_with_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple, chunk_bytes: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    objective: Objective,
+    chunk_bytes: int,
 ) -> GRPOLoss:
-    """Call the operator; its per-row outputs are not differentiable."""
+    """Compute the loss of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), differentiable."""
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    outputs = linear_grpo_loss(hidden, weight, bias, *arguments, chunk_bytes, needs)
-    return GRPOLoss(*outputs[: len(GRPOLoss._fields)])
+    outputs = linear_grpo_loss(hidden, weight, bias, targets, chunk_bytes, needs, *objective)
+    *results, _, _, _ = outputs
+    return GRPOLoss(*results)

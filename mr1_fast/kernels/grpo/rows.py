@@ -1,44 +1,37 @@
-"""The row operations that every operator is built from, each on the kernels that take its logits."""
+"""The row operations that every operator is built from, each on the kernels that take its logits.
+
+Four modules offer them under the same names: rows_torch anywhere, rows_triton on a GPU, rows_native
+on a CPU, and rows_cuda, which has `row_grpo` alone. What each operation does is said here, once.
+"""
 
 from types import ModuleType
 
 import torch
 
-from ..dispatch import statistics_dtype, use_triton
-from .objective import BANNED, Objective, RowResults
-from .rows_torch import _blocks, _row_grpo_block, _statistics
+from ..dispatch import use_triton
+from . import rows_cuda, rows_native, rows_torch
+from .objective import Objective, RowResults
 
 
-def backend(logits: torch.Tensor) -> ModuleType | None:
-    """The module whose row operations take these logits; None: the PyTorch ones below."""
+def kernels_for(logits: torch.Tensor) -> ModuleType:
+    """Return the module whose row operations take these logits."""
     if use_triton(logits):
-        from . import rows_triton
+        from . import rows_triton  # here, as Triton exists for Linux alone
 
         return rows_triton
-    if logits.device.type == "cpu":
-        from . import rows_native
-
-        return rows_native if rows_native.takes(logits) else None
-    return None
+    return rows_native if rows_native.takes(logits) else rows_torch
 
 
 def row_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of the target, entropy, and what the backward needs: the row's largest logit and log Σ, (N,).
+    """Return log-probability of the target, entropy, peak and log_sum of each row, (N,) each.
 
-    log p_j = (x_j − peak)/T − log_sum. Kept apart, the two lose nothing; their sum would round.
+    The last two are what the backward needs: peak is the row's largest logit, log_sum the logarithm
+    of Σ exp((x_j − peak)/T), so that log p_j = (x_j − peak)/T − log_sum. Kept apart, they lose
+    nothing; their sum would round.
     """
-    targets = targets.contiguous()
-    if module := backend(logits):
-        return module.row_logprobs(logits, targets, temperature)
-    outputs = tuple(logits.new_empty(len(logits), dtype=statistics_dtype(logits)) for _ in range(4))
-    for rows in _blocks(logits):
-        for output, value in zip(
-            outputs, _statistics(logits[rows], targets[rows], temperature)[:4], strict=True
-        ):
-            output[rows] = value
-    return outputs
+    return kernels_for(logits).row_logprobs(logits, targets.contiguous(), temperature)
 
 
 def row_logprobs_backward(
@@ -54,25 +47,21 @@ def row_logprobs_backward(
 ) -> None:
     """Write the gradient by the logits into `out` (N, V), which may be the logits themselves.
 
-    A row whose incoming gradients are 0 or not finite, or whose logits hold NaN, gets exactly 0: what is wrong with it
-    shows in its log-prob.
+    A row whose incoming gradients are 0 or not finite, or whose logits hold NaN, gets a gradient of
+    exactly 0: what is wrong with it shows in its log-probability.
     """
-    targets = targets.contiguous()
     grad_logp, grad_entropy = (g.nan_to_num(0.0, 0.0, 0.0) for g in (grad_logp, grad_entropy))
-    if module := backend(logits):
-        module.row_logprobs_backward(
-            logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out
-        )
-        return
-    for rows in _blocks(logits):
-        logp = (logits[rows] - peak[rows, None]).div_(temperature).sub_(log_sum[rows, None])
-        p = logp.exp()
-        # d entropy / dz_j = −p_j·(log p_j + entropy); −inf is a finite number here, so that 0·log 0 = 0
-        logp.clamp_(min=BANNED).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-        p.mul_(logp.add_(grad_logp[rows, None])).neg_()
-        p.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
-        dead = ((grad_logp[rows] == 0) & (grad_entropy[rows] == 0)) | ~log_sum[rows].isfinite()
-        out[rows] = p.div_(temperature).masked_fill_(dead[:, None], 0.0)
+    kernels_for(logits).row_logprobs_backward(
+        logits,
+        targets.contiguous(),
+        temperature,
+        entropy,
+        peak,
+        log_sum,
+        grad_logp,
+        grad_entropy,
+        out,
+    )
 
 
 def row_grpo(
@@ -82,30 +71,22 @@ def row_grpo(
     results: RowResults,
     out: torch.Tensor | None,
 ) -> None:
-    """Fill `results`, and write the gradient of Σ loss by the logits into `out` (N, V), unless that is None.
+    """Fill `results`; write the gradient of Σ loss by the logits into `out` (N, V), unless None.
 
-    `out` may be the logits themselves. A row whose derivative is 0 or not finite (NaN logits, an infinite ratio) gets
-    a gradient of exactly 0: the loss reports it, the weights do not suffer from it.
+    `out` may be the logits themselves. A row whose derivative is 0 or not finite (NaN logits, an
+    infinite ratio) gets a gradient of exactly 0: the loss reports it, the weights do not suffer
+    from it.
     """
-    targets = targets.contiguous()
-    if module := backend(logits):
-        if logits.is_cuda:
-            from . import rows_cuda
-
-            module = rows_cuda if rows_cuda.takes(logits) else module
-        module.row_grpo(logits, targets, objective, results, out)
-        return
-    for rows in _blocks(logits):
-        _row_grpo_block(
-            logits[rows], targets[rows], objective.rows(rows), results.rows(rows), out, rows
-        )
+    kernels = rows_cuda if rows_cuda.takes(logits) else kernels_for(logits)
+    kernels.row_grpo(logits, targets.contiguous(), objective, results, out)
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply in place by a 0-d tensor; where that is 1, the gradient is not touched (and nothing is synchronised)."""
-    if use_triton(gradient) and gradient.is_contiguous():
-        from . import rows_triton
+    """Multiply in place by a 0-d tensor; where that is 1, leave the gradient untouched.
 
-        rows_triton.scale_(gradient, factor)
-    elif gradient.is_cuda or factor.item() != 1:
-        gradient.mul_(factor)
+    On a GPU nothing synchronises.
+    """
+    kernels = rows_torch
+    if use_triton(gradient) and gradient.is_contiguous():
+        kernels = kernels_for(gradient)
+    kernels.scale_(gradient, factor)

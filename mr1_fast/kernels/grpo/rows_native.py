@@ -1,7 +1,7 @@
-"""The row operations of grpo_loss.py on a CPU, by csrc/'s native kernels: loading the library and calling it.
+"""The row operations on a CPU, by the native kernels of csrc/row_kernels.cpp.
 
-The library is plain C behind ctypes, so one build serves every torch and Python. Where it was not built, or is turned
-off with MR1_FAST_NATIVE=0, the PyTorch path takes its place. MR1_FAST_ISA forces an instruction set.
+Where the library was not built or is turned off, rows_torch takes its place; see
+`mr1_fast.kernels.native`.
 """
 
 import ctypes
@@ -16,10 +16,12 @@ class _LossSettings(ctypes.Structure):
     """`LossSettings` of csrc/grpo_token.h."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_float)
-            for name in ("beta", "clip_low", "clip_high", "delta", "tau_positive", "tau_negative")
-        ),
+        ("beta", ctypes.c_float),
+        ("clip_low", ctypes.c_float),
+        ("clip_high", ctypes.c_float),
+        ("delta", ctypes.c_float),
+        ("tau_positive", ctypes.c_float),
+        ("tau_negative", ctypes.c_float),
         ("surrogate", ctypes.c_int),
         ("bias_corrected_kl", ctypes.c_int),
     ]
@@ -31,15 +33,10 @@ class _GrpoArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("logits", "out")),
         *((name, ctypes.c_int64) for name in ("stride", "out_stride", "n", "v")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("targets", "advantages", "token_weights", "old_logp", "ref_logp")
-        ),
-        *((name, ctypes.c_void_p) for name in ("is_weights", "beta", "temperature")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("loss", "logp", "entropy", "kl", "clipped", "kl_limited")
-        ),
+        *((name, ctypes.c_void_p) for name in ("targets", "advantages", "token_weights")),
+        *((name, ctypes.c_void_p) for name in ("old_logp", "ref_logp", "is_weights")),
+        *((name, ctypes.c_void_p) for name in ("beta", "temperature")),
+        *((name, ctypes.c_void_p) for name in RowResults._fields),
         ("settings", _LossSettings),
         ("dtype", ctypes.c_int),
         ("threads", ctypes.c_int),
@@ -47,7 +44,7 @@ class _GrpoArguments(ctypes.Structure):
 
 
 def takes(logits: torch.Tensor) -> bool:
-    """Whether the native kernels handle these logits."""
+    """Tell whether the native kernels handle these logits."""
     return logits.device.type == "cpu" and logits.dtype in DTYPES and status()[0] is not None
 
 
@@ -58,7 +55,7 @@ def row_grpo(
     results: RowResults,
     out: torch.Tensor | None,
 ) -> None:
-    """`grpo_loss.row_grpo`."""
+    """`rows.row_grpo`, on torch's number of threads."""
     arguments = grpo_arguments(logits, targets, objective, results, out, torch.get_num_threads())
     status()[0].mr1_grpo_rows(ctypes.byref(arguments))
 
@@ -68,24 +65,47 @@ def grpo_arguments(
     targets: torch.Tensor,
     objective: Objective,
     results: RowResults,
-    out,
+    out: torch.Tensor | None,
     threads: int,
 ) -> ctypes.Structure:
-    """The C structure of a call; every tensor is on one device, and per-row ones are contiguous."""
+    """Return the C structure of a call; all tensors are on one device, per-row ones contiguous."""
+    settings = _LossSettings(
+        beta=0.0,  # The kernels read the tensor instead.
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        delta=objective.delta,
+        tau_positive=objective.tau_positive,
+        tau_negative=objective.tau_negative,
+        surrogate=SURROGATES.index(objective.surrogate),
+        bias_corrected_kl=objective.bias_corrected_kl,
+    )
+    rows, columns = logits.shape
     return _GrpoArguments(
-        pointer(logits), pointer(out), logits.stride(0), 0 if out is None else out.stride(0), *logits.shape,
-        *map(pointer, (targets, objective.advantages, objective.token_weights, objective.old_logp)),
-        *map(pointer, (objective.ref_logp, objective.is_weights, objective.beta, objective.temperature)),
-        *map(pointer, results),
-        _LossSettings(0.0, *objective.bounds, SURROGATES.index(objective.surrogate), objective.bias_corrected_kl),
-        DTYPES[logits.dtype], threads,
-    )  # fmt: skip
+        logits=pointer(logits),
+        out=pointer(out),
+        stride=logits.stride(0),
+        out_stride=0 if out is None else out.stride(0),
+        n=rows,
+        v=columns,
+        targets=pointer(targets),
+        advantages=pointer(objective.advantages),
+        token_weights=pointer(objective.token_weights),
+        old_logp=pointer(objective.old_logp),
+        ref_logp=pointer(objective.ref_logp),
+        is_weights=pointer(objective.is_weights),
+        beta=pointer(objective.beta),
+        temperature=pointer(objective.temperature),
+        **{name: pointer(result) for name, result in results._asdict().items()},
+        settings=settings,
+        dtype=DTYPES[logits.dtype],
+        threads=threads,
+    )
 
 
 def row_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """`grpo_loss.row_logprobs`."""
+    """`rows.row_logprobs`, on torch's number of threads."""
     outputs = tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(4))
     status()[0].mr1_logprob_rows(
         *_matrix(logits),
@@ -97,9 +117,17 @@ def row_logprobs(
 
 
 def row_logprobs_backward(
-    logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    peak: torch.Tensor,
+    log_sum: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """`grpo_loss.row_logprobs_backward`."""
+    """`rows.row_logprobs_backward`, on torch's number of threads."""
     per_row = (targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy)
     status()[0].mr1_logprob_rows_backward(
         *_matrix(logits),

@@ -1,4 +1,8 @@
-"""The row operations on PyTorch, for tensors that no kernel takes."""
+"""The row operations in PyTorch, for logits that no kernel takes.
+
+Those are in fp64, or on a CPU without the native library. The operations go over blocks of rows, so
+that temporaries are small and stay in the cache.
+"""
 
 from collections.abc import Iterator
 
@@ -6,10 +10,69 @@ import torch
 
 from ..dispatch import statistics_dtype
 from .objective import BANNED, KL_LOG_RATIO_LIMIT, Objective, RowResults
-from .reference import policy_loss_ref
+from .reference import objective_loss_ref
 
 BLOCK_ELEMENTS = 2**20
-"""Logits that the PyTorch path works on at a time, so that its temporaries stay in the cache and small."""
+"""Logits of a block."""
+
+
+def row_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """`rows.row_logprobs`, block by block."""
+    outputs = tuple(logits.new_empty(len(logits), dtype=statistics_dtype(logits)) for _ in range(4))
+    for rows in _blocks(logits):
+        *values, _ = _statistics(logits[rows], targets[rows], temperature)
+        for output, value in zip(outputs, values, strict=True):
+            output[rows] = value
+    return outputs
+
+
+def row_logprobs_backward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    peak: torch.Tensor,
+    log_sum: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """`rows.row_logprobs_backward`, block by block."""
+    for rows in _blocks(logits):
+        logp = (logits[rows] - peak[rows, None]).div_(temperature).sub_(log_sum[rows, None])
+        p = logp.exp()
+        # d entropy / dz_j = −p_j·(log p_j + entropy), where −inf becomes finite: 0·log 0 = 0.
+        logp.clamp_(min=BANNED).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+        p.mul_(logp.add_(grad_logp[rows, None])).neg_()
+        p.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
+        dead = ((grad_logp[rows] == 0) & (grad_entropy[rows] == 0)) | ~log_sum[rows].isfinite()
+        out[rows] = p.div_(temperature).masked_fill_(dead[:, None], 0.0)
+
+
+def row_grpo(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: Objective,
+    results: RowResults,
+    out: torch.Tensor | None,
+) -> None:
+    """`rows.row_grpo`, block by block."""
+    for rows in _blocks(logits):
+        _row_grpo_block(
+            logits[rows],
+            targets[rows],
+            objective.rows(rows),
+            results.rows(rows),
+            None if out is None else out[rows],
+        )
+
+
+def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """`rows.scale_`; on a GPU, where reading the factor would synchronise, it multiplies always."""
+    if gradient.is_cuda or factor.item() != 1:
+        gradient.mul_(factor)
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[slice]:
@@ -20,7 +83,7 @@ def _blocks(logits: torch.Tensor) -> Iterator[slice]:
 def _statistics(
     logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """What `row_logprobs` returns, (n,) each, and the probabilities (n, V)."""
+    """Return what `row_logprobs` does, (n,) each, and the probabilities (n, V)."""
     x = logits.to(statistics_dtype(logits))
     peak = x.amax(-1)
     z = (x - peak.unsqueeze(-1)).div_(temperature)
@@ -33,55 +96,49 @@ def _statistics(
 
 
 def _row_grpo_block(
-    logits, targets, objective: Objective, results: RowResults, out, rows: slice
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: Objective,
+    results: RowResults,
+    out: torch.Tensor | None,
 ) -> None:
     logp, entropy, _, _, p = _statistics(logits, targets, objective.temperature)
-    clip_low, clip_high, delta, *sapo_temperatures = objective.bounds
-    per_token, kl, clipped, kl_limited = policy_loss_ref(
-        logp,
-        objective.advantages,
-        objective.token_weights,
-        beta=objective.beta,
-        old_logp=objective.old_logp,
-        ref_logp=objective.ref_logp,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        delta=delta,
-        surrogate=objective.surrogate,
-        sapo_temperatures=tuple(sapo_temperatures),
-        is_weights=objective.is_weights,
-        bias_corrected_kl=objective.bias_corrected_kl,
-    )
-    for result, value in zip(
-        results, (per_token, logp, entropy, kl, clipped, kl_limited), strict=True
-    ):
+    per_token, kl, clipped, kl_limited = objective_loss_ref(logp, objective)
+    values = RowResults(per_token, logp, entropy, kl, clipped, kl_limited)
+    for result, value in zip(results, values, strict=True):
         result.copy_(value)
     if out is None:
         return
+
     derivative = _derivative(logp, objective, clipped, kl_limited)
     dead = (derivative == 0) | ~derivative.isfinite()
     coefficient = (derivative / objective.temperature).unsqueeze(-1)
     p.mul_(-coefficient).scatter_add_(1, targets.unsqueeze(-1), coefficient)
-    out[rows] = p.masked_fill_(dead.unsqueeze(-1), 0.0)
+    out.copy_(p.masked_fill_(dead.unsqueeze(-1), 0.0))
 
 
-def _derivative(logp: torch.Tensor, objective: Objective, clipped, kl_limited) -> torch.Tensor:
-    """(n,) derivative of `policy_loss_ref` by logp in closed form: autograd does not run inside an operator."""
+def _derivative(
+    logp: torch.Tensor, objective: Objective, clipped: torch.Tensor, kl_limited: torch.Tensor
+) -> torch.Tensor:
+    """Return the derivative (n,) of the reference's loss by logp, in closed form.
+
+    Autograd does not run inside an operator.
+    """
     advantages = objective.advantages
-    _, clip_high, _, *sapo_temperatures = objective.bounds
     ratio = torch.exp(logp - (logp if objective.old_logp is None else objective.old_logp))
     if objective.surrogate == "clip":
         derivative = torch.where(clipped, 0.0, -ratio * advantages)
     elif objective.surrogate == "cispo":
-        derivative = -ratio.clamp(max=1 + clip_high) * advantages
+        derivative = -ratio.clamp(max=1 + objective.clip_high) * advantages
     else:
-        tau = torch.where(
-            advantages > 0, *(torch.full_like(advantages, each) for each in sapo_temperatures)
-        )
+        positive = torch.full_like(advantages, objective.tau_positive)
+        negative = torch.full_like(advantages, objective.tau_negative)
+        tau = torch.where(advantages > 0, positive, negative)
         gate = torch.sigmoid(tau * (ratio - 1))
         derivative = -4 * gate * (1 - gate) * ratio * advantages
     if objective.is_weights is not None:
         derivative = derivative * objective.is_weights
+
     if objective.ref_logp is not None:
         d = (objective.ref_logp - logp).clamp(-KL_LOG_RATIO_LIMIT, KL_LOG_RATIO_LIMIT)
         grown = torch.expm1(d)

@@ -1,12 +1,14 @@
-"""The row operations of grpo_loss.py in Triton: device functions, kernels, launchers.
+"""The row operations in Triton: device functions, kernels, launchers.
 
-A program owns a row of logits, or a part of one. Sweep 1 reads its columns once and keeps max, Σ exp and Σ exp·x;
-then everything about the token's loss is known; sweep 2 reads the columns again, from L2, and writes the gradient.
-Device memory sees one read and one write as long as the rows in flight fit in L2. Where they would not (6 MB on a
-3090), a row is split over programs, which wait for each other between the sweeps.
+A program owns a row of logits, or a part of one. Its first sweep reads the columns once and keeps
+max, Σ exp and Σ exp·x, after which everything about the token's loss is known; its second sweep
+reads the columns again, from L2, and writes the gradient. Device memory sees one read and one write
+as long as the rows in flight fit in L2. Where they would not (the 6 MB of a 3090), a row is split
+over programs, which wait for each other between the sweeps.
 
-β, temperature and the clip bounds are run-time data, and so is the number of rows: nothing is compiled again when
-they change. Only what a model or a run fixes (V, dtype, surrogate, which inputs exist) selects a kernel.
+β, temperature and the clip bounds are run-time data, and so is the number of rows: nothing is
+compiled again when they change. Only what a model or a run fixes (V, dtype, surrogate, which inputs
+exist) selects a kernel.
 """
 
 from functools import lru_cache
@@ -16,14 +18,21 @@ import triton
 import triton.language as tl
 
 from ..dispatch import statistics_dtype
+from ..launch import launch
 from .objective import BANNED, KL_LOG_RATIO_LIMIT, Objective, RowResults
 
 BLOCK = 4096
 """Columns of 16-bit logits that a program handles at a time."""
+
 NUM_WARPS = 8
+
 PROGRAMS_PER_SM = 2
-"""How many programs on 16-bit logits an SM holds at the registers that they need (benchmarks/compile_table.py); twice
-as many on fp32, whose blocks have half the columns."""
+"""Programs on 16-bit logits that a multiprocessor has the registers for.
+
+It holds twice as many on fp32, whose blocks have half the columns. benchmarks/compile_table.py
+prints the registers.
+"""
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -31,14 +40,20 @@ _KL_LIMIT = tl.constexpr(KL_LOG_RATIO_LIMIT)
 _BANNED = tl.constexpr(BANNED)
 _SPIN_LIMIT = tl.constexpr(1 << 20)
 
-# --- device functions ---------------------------------------------------------------------------------------------
+# --- device functions ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, clip_low, clip_high, delta,
-                tau_positive, tau_negative,
-                SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr):  # fmt: skip
-    """Loss of one token, its derivative by logp, k3, clipped, kl_limited: the equations of `policy_loss_ref`."""
+def _token_loss(
+    logp, advantage, weight, old_logp, ref_logp, is_weight,
+    beta, clip_low, clip_high, delta, tau_positive, tau_negative,
+    SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
+):  # fmt: skip
+    """Return the loss of one token, its derivative by logp, k3, clipped and kl_limited.
+
+    The equations are those of `policy_loss_ref`; every kernel on every row calls this function.
+    tl.minimum and tl.maximum drop NaN, which must show in the loss: it is put back.
+    """
     ratio = tl.exp(logp - old_logp)
     low = 1 - clip_low
     high = 1 + clip_high
@@ -47,9 +62,8 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         bounded = tl.minimum(ratio, delta)
         inside = tl.minimum(tl.maximum(ratio, low), high)
         policy = -tl.minimum(bounded * advantage, inside * advantage)
-        policy = tl.where(
-            bounded * advantage == bounded * advantage, policy, float("nan")
-        )  # ∞·0, which it drops
+        first = bounded * advantage
+        policy = tl.where(first == first, policy, float("nan"))  # ∞·0 is NaN too
         below = (ratio < low) & (advantage < 0)
         above = (ratio > tl.minimum(delta, high)) & (advantage > 0)
         beyond = (ratio > tl.maximum(delta, high)) & (advantage < 0)
@@ -65,9 +79,7 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         gate = tl.sigmoid(tau * (ratio - 1))
         policy = -(4 / tau) * gate * advantage
         derivative = -4 * gate * (1 - gate) * ratio * advantage
-    policy = (
-        tl.where(ratio == ratio, policy, ratio) * is_weight
-    )  # tl.minimum and tl.maximum drop NaN
+    policy = tl.where(ratio == ratio, policy, ratio) * is_weight
     derivative = tl.where(ratio == ratio, derivative, ratio) * is_weight
 
     kl = 0.0
@@ -76,7 +88,7 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
         difference = ref_logp - logp
         kl_limited = tl.abs(difference) > _KL_LIMIT
         d = tl.minimum(tl.maximum(difference, -_KL_LIMIT), _KL_LIMIT)
-        # Near 0, exp(d) − d − 1 cancels to nothing in fp32: its series there
+        # Near 0, exp(d) − d − 1 cancels to nothing in fp32; its series does not.
         series = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
         kl = tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - d - 1)
         kl_derivative = tl.where(kl_limited, 0.0, -(kl + d))
@@ -95,9 +107,10 @@ def _token_loss(logp, advantage, weight, old_logp, ref_logp, is_weight, beta, cl
 
 @triton.jit
 def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
-    """m = max x, s = Σ 2^y, u = Σ 2^y·y over columns start … stop, where y = (x − m)·scale, scale = log2(e)/T.
+    """Return m = max x, s = Σ 2^y and u = Σ 2^y·y over columns start … stop.
 
-    Sums stay vectors until the end; only the maximum is reduced at every block.
+    y = (x − m)·scale with scale = log2(e)/T. Sums stay vectors until the end; only the maximum is
+    reduced at every block.
     """
     m = -float("inf")
     s = tl.zeros((BLOCK,), tl.float32)
@@ -109,12 +122,12 @@ def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
         )
         x = x.to(tl.float32)
         new_m = tl.maximum(m, tl.max(x, 0))
-        origin = tl.where(new_m == -float("inf"), 0.0, new_m)  # a block of banned tokens alone
+        # A block may hold banned tokens alone, with logits of −inf.
+        origin = tl.where(new_m == -float("inf"), 0.0, new_m)
         y = (x - origin) * scale
         p = tl.exp2(y)
-        shift = tl.where(
-            m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, _BANNED)
-        )  # 0·−inf would be NaN
+        # At least _BANNED, as 0·−inf would be NaN.
+        shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, _BANNED))
         alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
         u = alpha * (u + s * shift) + tl.where(p > 0, p * y, 0.0)
         s = alpha * s + p
@@ -124,14 +137,17 @@ def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def _logprob_entropy(x_target, m, s, u, scale):
-    """logp, entropy (nats) and log2(s)."""
+    """Return logp, the entropy in nats, and log2(s)."""
     log2_s = tl.log2(s)
     return ((x_target - m) * scale - log2_s) * _LN2, (log2_s - u / s) * _LN2, log2_s
 
 
 @triton.jit
 def _load_target(row, target, V):
-    """Logit of the target; NaN for a target outside [0, V), which a launch cannot refuse without synchronising."""
+    """Return the target's logit; NaN for a target outside [0, V).
+
+    A launch could not refuse such a target without synchronising.
+    """
     inside = (target >= 0) & (target < V)
     x = tl.load(row + tl.where(inside, target, 0)).to(tl.float32)
     return tl.where(inside, x, float("nan"))
@@ -141,7 +157,7 @@ def _load_target(row, target, V):
 def _write_gradient(
     row, out, target, start, stop, scale, m, log2_s, coefficient, BLOCK: tl.constexpr
 ):
-    """out = coefficient·(onehot − p) over columns start … stop; a coefficient of 0 needs no second read."""
+    """Write coefficient·(onehot − p) to columns start … stop; 0 needs no second read."""
     if coefficient == 0:
         for begin in tl.range(start, stop, BLOCK):
             columns = begin + tl.arange(0, BLOCK)
@@ -163,12 +179,17 @@ def _write_gradient(
 
 
 @triton.jit
-def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.constexpr,
-                  PADDED: tl.constexpr, PHASE: tl.constexpr):  # fmt: skip
-    """Share (m, s, u) of this part, wait for the others; returns (x_target, m, s, u) of the row and whether all came.
+def _gather_parts(
+    parts, x_target, part, arrived, m, s, u, scale,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """Share the sums of this part and wait for the others'.
 
-    Programs start in the order of their number, so the lowest row that is not finished always has all its parts
-    running, and waiting ends. PHASE 2 runs after a launch of PHASE 1, where programs cannot wait for each other.
+    Returns x_target, m, s and u of the row, and whether all parts came.
+
+    Programs start in the order of their number, so the lowest row that is not finished always has
+    all its parts running, and waiting ends. Where programs cannot wait for each other, PHASE 1 and
+    PHASE 2 are launches of their own.
     """
     if PHASE != 2:
         tl.store(parts + part * 4, m)
@@ -190,32 +211,34 @@ def _gather_parts(parts, x_target, part, arrived, m, s, u, scale, PARTS: tl.cons
     ms = tl.load(parts + index * 4, mask=mask, other=-float("inf"), cache_modifier=".cg")
     ss = tl.load(parts + index * 4 + 1, mask=mask, other=0.0, cache_modifier=".cg")
     us = tl.load(parts + index * 4 + 2, mask=mask, other=0.0, cache_modifier=".cg")
-    x_target = tl.load(
-        parts + 3, cache_modifier=".cg"
-    )  # the logit itself may hold its gradient by now
+    # The logit itself may hold its gradient by now.
+    x_target = tl.load(parts + 3, cache_modifier=".cg")
     m = tl.max(ms, 0)
     shift = tl.where(ms == -float("inf"), 0.0, tl.maximum((ms - m) * scale, _BANNED))
     alpha = tl.where(ms == -float("inf"), 0.0, tl.exp2(shift))
-    s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))  # never a silent wrong sum
+    # A part that did not come must show: the sum would be wrong without a word.
+    s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))
     return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0), complete
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------
 
-# Slices of these start anywhere: where, must not select a kernel.
+# A slice of these may start at any address, which must not select a kernel of its own.
 _ANY_ALIGNMENT = [
-    "TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED",
-    "KL_LIMITED", "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY", "PARTIALS", "ARRIVED",
-    "BETA", "TEMPERATURE", "FACTOR",
+    "TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "BETA", "TEMPERATURE", "FACTOR",
+    "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED", "KL_LIMITED", "PARTIALS", "ARRIVED",
+    "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
-def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, BETA, TEMPERATURE,
-                 clip_low, clip_high, delta, tau_positive, tau_negative,
-                 LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, PARTIALS, ARRIVED, V,
-                 SURROGATE: tl.constexpr, BIAS_CORRECTED: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-                 PART_COLUMNS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _grpo_kernel(
+    X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, BETA, TEMPERATURE,
+    clip_low, clip_high, delta, tau_positive, tau_negative,
+    LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, PARTIALS, ARRIVED, V,
+    SURROGATE: tl.constexpr, BIAS_CORRECTED: tl.constexpr, PARTS: tl.constexpr,
+    PADDED: tl.constexpr, PART_COLUMNS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) // PARTS
     part = tl.program_id(0) % PARTS
     start = part * PART_COLUMNS
@@ -234,18 +257,9 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
     complete = True
     if PARTS > 1:
         x_target, m, s, u, complete = _gather_parts(
-            PARTIALS + n * PARTS * 4,
-            x_target,
-            part,
-            ARRIVED + n,
-            m,
-            s,
-            u,
-            scale,
-            PARTS,
-            PADDED,
-            PHASE,
-        )
+            PARTIALS + n * PARTS * 4, x_target, part, ARRIVED + n, m, s, u, scale, PARTS, PADDED,
+            PHASE
+        )  # fmt: skip
     if PHASE != 1:
         logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
         old_logp = logp
@@ -258,8 +272,9 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
         if IS_WEIGHT is not None:
             is_weight = tl.load(IS_WEIGHT + n)
         loss, derivative, kl, clipped, kl_limited = _token_loss(
-            logp, tl.load(ADVANTAGE + n), tl.load(WEIGHT + n), old_logp, ref_logp, is_weight, tl.load(BETA),
-            clip_low, clip_high, delta, tau_positive, tau_negative, SURROGATE, REF is not None, BIAS_CORRECTED
+            logp, tl.load(ADVANTAGE + n), tl.load(WEIGHT + n), old_logp, ref_logp, is_weight,
+            tl.load(BETA), clip_low, clip_high, delta, tau_positive, tau_negative,
+            SURROGATE, REF is not None, BIAS_CORRECTED,
         )  # fmt: skip
         if part == 0:
             tl.store(LOSS + n, loss)
@@ -271,10 +286,9 @@ def _grpo_kernel(X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, R
         if OUT is not None:
             coefficient = derivative / temperature
             coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
-            coefficient = tl.where(
-                complete, coefficient, float("nan")
-            )  # other parts may have written finite ones
-            column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow
+            # Where a part did not come, the others may have written a finite gradient.
+            coefficient = tl.where(complete, coefficient, float("nan"))
+            column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow.
             _write_gradient(
                 row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK
             )
@@ -297,8 +311,10 @@ def _logprobs_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
-def _logprobs_backward_kernel(X, x_stride, OUT, out_stride, TARGET, TEMPERATURE, ENTROPY, PEAK, LOG_SUM,
-                              GRAD_LOGP, GRAD_ENTROPY, V, BLOCK: tl.constexpr):  # fmt: skip
+def _logprobs_backward_kernel(
+    X, x_stride, OUT, out_stride, TARGET, TEMPERATURE, ENTROPY, PEAK, LOG_SUM,
+    GRAD_LOGP, GRAD_ENTROPY, V, BLOCK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(V, BLOCK)
     n = tl.program_id(0).to(tl.int64) // blocks
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -340,13 +356,21 @@ def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
             start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------
+# --- launchers ----------------------------------------------------------------------------------
 
 
 def row_grpo(
-    logits, targets, objective: Objective, results: RowResults, out, parts: int | None = None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: Objective,
+    results: RowResults,
+    out: torch.Tensor | None,
+    parts: int | None = None,
 ) -> None:
-    """`grpo_loss.row_grpo` for logits (N, V) with unit column stride. `parts`: programs per row (None: by L2)."""
+    """`rows.row_grpo` for logits (N, V) with unit column stride.
+
+    `parts`: programs per row; None: as many as L2 needs.
+    """
     n, v = logits.shape
     part_columns = split_columns(logits, parts)
     parts = triton.cdiv(v, part_columns)
@@ -354,59 +378,129 @@ def row_grpo(
     if parts > 1:
         partials = logits.new_empty(n, parts, 4, dtype=torch.float32)
         arrived = logits.new_zeros(n, dtype=torch.int32)
-    # The interpreter runs one program after the other: there they cannot wait, and the sweeps are two launches.
+    # The interpreter runs one program after the other, which cannot wait: there, the sweeps are two
+    # launches.
     phases = (1, 2) if parts > 1 and INTERPRETED else (0,)
     for phase in phases:
-        _launch(_grpo_kernel, n * parts, logits,
-            logits, logits.stride(0), out, 0 if out is None else out.stride(0), targets,
-            objective.advantages, objective.token_weights, objective.old_logp, objective.ref_logp,
-            objective.is_weights, objective.beta, objective.temperature, *objective.bounds,
-            *results[:4], results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8),
-            partials, arrived, v,
-            SURROGATE=objective.surrogate, BIAS_CORRECTED=objective.bias_corrected_kl, PARTS=parts,
-            PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns, PHASE=phase, BLOCK=block_size(logits),
-        )  # fmt: skip
+        launch(
+            _grpo_kernel,
+            (n * parts,),
+            logits.device,
+            logits,
+            logits.stride(0),
+            out,
+            0 if out is None else out.stride(0),
+            targets,
+            objective.advantages,
+            objective.token_weights,
+            objective.old_logp,
+            objective.ref_logp,
+            objective.is_weights,
+            objective.beta,
+            objective.temperature,
+            objective.clip_low,
+            objective.clip_high,
+            objective.delta,
+            objective.tau_positive,
+            objective.tau_negative,
+            results.loss,
+            results.logp,
+            results.entropy,
+            results.kl,
+            results.clipped.view(torch.uint8),
+            results.kl_limited.view(torch.uint8),
+            partials,
+            arrived,
+            v,
+            SURROGATE=objective.surrogate,
+            BIAS_CORRECTED=objective.bias_corrected_kl,
+            PARTS=parts,
+            PADDED=triton.next_power_of_2(parts),
+            PART_COLUMNS=part_columns,
+            PHASE=phase,
+            BLOCK=block_size(logits),
+            num_warps=NUM_WARPS,
+        )
 
 
-def row_logprobs(logits, targets, temperature) -> tuple[torch.Tensor, ...]:
-    """`grpo_loss.row_logprobs`: one program per row, one read."""
+def row_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """`rows.row_logprobs`: one program per row, one read."""
     n, v = logits.shape
     outputs = tuple(logits.new_empty(n, dtype=statistics_dtype(logits)) for _ in range(4))
-    _launch(_logprobs_kernel, n, logits,
-        logits, logits.stride(0), targets, temperature, *outputs, v, BLOCK=block_size(logits),
-    )  # fmt: skip
+    launch(
+        _logprobs_kernel,
+        (n,),
+        logits.device,
+        logits,
+        logits.stride(0),
+        targets,
+        temperature,
+        *outputs,
+        v,
+        BLOCK=block_size(logits),
+        num_warps=NUM_WARPS,
+    )
     return outputs
 
 
 def row_logprobs_backward(
-    logits, targets, temperature, entropy, peak, log_sum, grad_logp, grad_entropy, out
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    entropy: torch.Tensor,
+    peak: torch.Tensor,
+    log_sum: torch.Tensor,
+    grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """`grpo_loss.row_logprobs_backward`: a program per block of a row."""
+    """`rows.row_logprobs_backward`: one program per block of a row."""
     n, v = logits.shape
-    _launch(_logprobs_backward_kernel, n * triton.cdiv(v, block_size(logits)), logits,
-        logits, logits.stride(0), out, out.stride(0), targets, temperature, entropy, peak, log_sum, grad_logp,
-        grad_entropy, v, BLOCK=block_size(logits),
-    )  # fmt: skip
+    block = block_size(logits)
+    launch(
+        _logprobs_backward_kernel,
+        (n * triton.cdiv(v, block),),
+        logits.device,
+        logits,
+        logits.stride(0),
+        out,
+        out.stride(0),
+        targets,
+        temperature,
+        entropy,
+        peak,
+        log_sum,
+        grad_logp,
+        grad_entropy,
+        v,
+        BLOCK=block,
+        num_warps=NUM_WARPS,
+    )
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """`grpo_loss.scale_` of a contiguous tensor: a few programs that leave at once where the factor is 1."""
+    """`rows.scale_` of a contiguous tensor; programs end at once where the factor is 1."""
     size = gradient.numel()
-    _launch(
+    programs = min(triton.cdiv(size, BLOCK), 2048)
+    launch(
         _scale_kernel,
-        min(triton.cdiv(size, BLOCK), 2048),
-        gradient,
+        (programs,),
+        gradient.device,
         gradient,
         factor,
         size,
         BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )
 
 
 def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
-    """Columns per program, a multiple of the block: few enough that the rows in flight fit in L2.
+    """Return the columns per program, in whole blocks: so few that rows in flight fit in L2.
 
-    It does not depend on the number of rows, since every choice is a compilation of its own.
+    `parts` forces the number of programs per row. The number of rows plays no part, since every
+    choice is a compilation of its own.
     """
     block = block_size(logits)
     if parts is None:
@@ -419,31 +513,22 @@ def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
 
 
 def block_size(logits: torch.Tensor) -> int:
-    """Columns that a program handles at a time: as many bytes whatever the dtype, as registers are the limit."""
+    """Return the columns that a program handles at a time.
+
+    They have as many bytes in every dtype, since registers are the limit.
+    """
     v = logits.shape[1]
-    if INTERPRETED:  # costs a millisecond a block, whatever its size; still several blocks, so that the loop is run
+    if INTERPRETED:
+        # A block costs a millisecond, whatever its size; there are still several, so that loops
+        # run.
         return min(65536, triton.next_power_of_2(triton.cdiv(v, 3)))
     return min(BLOCK * 2 // logits.element_size(), triton.next_power_of_2(v))
 
 
 @lru_cache
 def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Streaming multiprocessors and bytes of L2."""
+    """Return how many multiprocessors the device has, and the bytes of its L2."""
     if device.type != "cuda":
         return 1, 2**40
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.L2_cache_size
-
-
-def _launch(kernel, programs: int, logits: torch.Tensor, *args, **constants) -> None:
-    if programs == 0:
-        return
-    if programs >= 2**31:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} need {programs} programs, more than a grid holds"
-        )
-    if logits.is_cuda:
-        with torch.cuda.device(logits.device):
-            kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
-    else:
-        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
