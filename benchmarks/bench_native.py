@@ -31,11 +31,13 @@ TARGETS = {
 def row_operation(name: str, batch: Batch) -> Case:
     """The native kernel on one instruction set, in place."""
     library, logits, settings = native.status()[0], batch.logits.clone(), batch.objective
-    scalars = torch.tensor(settings["beta"]), torch.tensor(1.0)
-    per_row = settings["advantages"], settings["token_weights"]
-    bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
     objective = Objective(
-        *per_row, *scalars, batch.old_logp, batch.ref_logp, None, "clip", bounds, False
+        advantages=settings["advantages"],
+        token_weights=settings["token_weights"],
+        beta=torch.tensor(settings["beta"]),
+        temperature=torch.tensor(1.0),
+        old_logp=batch.old_logp,
+        ref_logp=batch.ref_logp,
     )
     results = RowResults.empty(logits)
 

@@ -110,16 +110,15 @@ def launch_everything(
     targets = torch.empty(n, dtype=torch.int64, **like)
     rows = [torch.empty(n, **like) for _ in range(5)]
     scalar = torch.empty((), **like)
-    bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
     for surrogate in ("clip", "cispo", "sapo"):
         for split in {1, parts}:
             objective = Objective(
-                *rows[:2], scalar, scalar, *rows[2:], surrogate, bounds, surrogate == "clip"
+                *rows[:2], scalar, scalar, *rows[2:], surrogate, bias_corrected_kl=surrogate == "clip"
             )
             rows_triton.row_grpo(
                 logits, targets, objective, RowResults.empty(logits), logits, split
             )
-    plain = Objective(*rows[:2], scalar, scalar, None, None, None, "clip", bounds, False)
+    plain = Objective(*rows[:2], scalar, scalar)
     rows_triton.row_grpo(logits, targets, plain, RowResults.empty(logits), None, 1)
     statistics = rows_triton.row_logprobs(logits, targets, scalar)
     rows_triton.row_logprobs_backward(logits, targets, scalar, *statistics[1:], *rows[:2], logits)

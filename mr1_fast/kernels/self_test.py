@@ -7,11 +7,12 @@ unsloth#11614). A run there would train on whatever the memory held.
 import torch
 
 from ..errors import UserError
-from . import decode
 from .adamw.reference import master_weight
 from .adamw.state import Scalars, State
 from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
+from .decode import operations as decode
+from .decode import reference as decode_reference
 from .dispatch import use_triton
 from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
@@ -175,10 +176,10 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
     x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
     right = (
-        decode.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        decode.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
+        decode_reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
+        decode_reference.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
         torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
-        decode.sample_ref(logits, uniform, 0.9, (7,))[1],
+        decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
     attention, (x, gate, up) = (
         [t.to(device) for t in attention],

@@ -43,20 +43,16 @@ def threads(count: int):
     torch.set_num_threads(former)
 
 
-def objective(
-    data, *optional, beta=0.1, temperature=1.0, surrogate="clip", bounds=(0.2, 0.28, 1.6, 1.0, 1.1)
-):
-    """The Objective of `loss_rows`' data."""
-    scalars = torch.tensor(beta), torch.tensor(temperature)
-    per_row = (data[name] if name in optional else None for name in EVERYTHING)
+def objective(data, *optional, beta=0.1, temperature=1.0, **settings) -> Objective:
+    """The Objective of `loss_rows`' data, with those of old_logp, ref_logp and is_weights that are named."""
+    bounds = dict(clip_high=0.28, delta=1.6, tau_negative=1.1)
     return Objective(
-        data["advantages"],
-        data["token_weights"],
-        *scalars,
-        *per_row,
-        surrogate,
-        list(bounds),
-        False,
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(beta),
+        temperature=torch.tensor(temperature),
+        **{name: data[name] for name in optional},
+        **bounds | settings,
     )
 
 

@@ -16,14 +16,20 @@ SENTINEL = 0xA5
 GAP = 24
 
 
-def objective(
-    data, surrogate: str = "clip", bounds=(0.2, 0.28, 1.6, 1.0, 1.1), beta=0.1
-) -> Objective:
-    scalars = (torch.tensor(value, device=data["logits"].device) for value in (beta, 0.9))
-    per_row = (data[name] for name in ("old_logp", "ref_logp", "is_weights"))
-    weights = data["token_weights"]
+def objective(data, surrogate: str = "clip", beta=0.1) -> Objective:
+    device = data["logits"].device
     return Objective(
-        data["advantages"], weights, *scalars, *per_row, surrogate, list(bounds), False
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(beta, device=device),
+        temperature=torch.tensor(0.9, device=device),
+        old_logp=data["old_logp"],
+        ref_logp=data["ref_logp"],
+        is_weights=data["is_weights"],
+        surrogate=surrogate,
+        clip_high=0.28,
+        delta=1.6,
+        tau_negative=1.1,
     )
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mr1_fast import grpo_loss, token_logprobs
-from mr1_fast.kernels.grpo import rows_native
+from mr1_fast.kernels.grpo import rows_native, rows_torch
 from mr1_fast.kernels.grpo.reference import token_logprobs_ref
-from mr1_fast.kernels.grpo.rows import backend
+from mr1_fast.kernels.grpo.rows import kernels_for
 
 from ...data.loss import (
     SURROGATES,
@@ -82,10 +82,10 @@ def of_logits(logits, targets):
 def test_the_native_kernels_take_what_a_cpu_holds(monkeypatch):
     for dtype in DTYPES:
         assert rows_native.takes(torch.zeros(1, 1, dtype=dtype))
-        assert backend(torch.zeros(1, 1, dtype=dtype)) is rows_native
+        assert kernels_for(torch.zeros(1, 1, dtype=dtype)) is rows_native
     assert not rows_native.takes(torch.zeros(1, 1, dtype=torch.float64))
     assert not rows_native.takes(torch.zeros(1, 1, device="meta"))
-    assert backend(torch.zeros(1, 1, dtype=torch.float64)) is None
+    assert kernels_for(torch.zeros(1, 1, dtype=torch.float64)) is rows_torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

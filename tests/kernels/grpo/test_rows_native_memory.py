@@ -249,14 +249,14 @@ with warnings.catch_warnings(record=True) as caught:
     from mr1_fast import grpo_loss
     from mr1_fast.kernels import native
     from mr1_fast.kernels.grpo import rows_native
-    from mr1_fast.kernels.grpo.rows import backend
+    from mr1_fast.kernels.grpo.rows import kernels_for
     logits = torch.sin(torch.arange(5 * 37.0) ** 1.5).view(5, 37).mul(4).requires_grad_()
     rows = torch.linspace(-1, 1, 5)
     result = grpo_loss(logits, torch.arange(5) * 9, rows, rows.abs(), beta=0.1, ref_logp=rows - 3)
     result.loss.backward()
     status = native.status()[1]
 values = [result.loss.item(), *result.entropy.tolist(), *logits.grad.flatten().tolist()]
-print(json.dumps({"status": status, "native": backend(logits) is rows_native, "values": values,
+print(json.dumps({"status": status, "native": kernels_for(logits) is rows_native, "values": values,
                   "warnings": [str(w.message) for w in caught if "mr1_fast" in str(w.message)]}))
 """
 
@@ -303,7 +303,7 @@ def test_a_library_that_does_not_load_falls_back_and_says_so_once(monkeypatch, t
     native.status.cache_clear()
     data = loss_rows(3, 37)
     try:
-        with pytest.warns(UserWarning, match="cannot be loaded .*; using PyTorch") as caught:
+        with pytest.warns(UserWarning, match="are not loadable: .*; using PyTorch") as caught:
             for _ in range(2):
                 assert grpo_loss(data["logits"], **objective_of(data), beta=0.0).loss.isfinite()
         assert len(caught) == 1
