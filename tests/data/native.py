@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: instruction sets, direct calls, guards around outputs."""
+"""Instruction sets, direct calls and guards around outputs, for tests of the native kernels."""
 
 import platform
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ SENTINEL = 0xA5
 
 @contextmanager
 def using(instruction_set: str):
-    """The library on this instruction set; skips where the machine or the build refuses it."""
+    """Run the library on this instruction set; skip where the machine or the build refuses it."""
     library = native.status()[0]
     if library is None:
         pytest.skip(f"the native CPU kernels are {native.status()[1]}")
@@ -36,7 +36,7 @@ def using(instruction_set: str):
 
 @contextmanager
 def threads(count: int):
-    """torch.set_num_threads for a while."""
+    """Set torch's number of threads for a while."""
     former = torch.get_num_threads()
     torch.set_num_threads(count)
     yield
@@ -44,7 +44,10 @@ def threads(count: int):
 
 
 def objective(data, *optional, beta=0.1, temperature=1.0, **settings) -> Objective:
-    """The Objective of `loss_rows`' data, with those of old_logp, ref_logp and is_weights that are named."""
+    """Build the Objective of `loss_rows`' data.
+
+    Of old_logp, ref_logp and is_weights it has those that `optional` names.
+    """
     bounds = dict(clip_high=0.28, delta=1.6, tau_negative=1.1)
     return Objective(
         advantages=data["advantages"],
@@ -57,7 +60,7 @@ def objective(data, *optional, beta=0.1, temperature=1.0, **settings) -> Objecti
 
 
 def run_rows(data, out=None, optional=EVERYTHING, **settings) -> RowResults:
-    """rows_native.row_grpo on fresh results."""
+    """Call rows_native.row_grpo on fresh results."""
     results = RowResults.empty(data["logits"])
     rows_native.row_grpo(
         data["logits"], data["targets"], objective(data, *optional, **settings), results, out
@@ -66,13 +69,13 @@ def run_rows(data, out=None, optional=EVERYTHING, **settings) -> RowResults:
 
 
 def gradient_rows(data, **settings) -> tuple[RowResults, torch.Tensor]:
-    """Results and gradient out of place."""
+    """Return the results, and the gradient out of place."""
     out = torch.empty(data["logits"].shape, dtype=data["logits"].dtype)
     return run_rows(data, out, **settings), out
 
 
 class Guards:
-    """While active, every tensor that new_empty makes lies between sentinel bytes, and holds them at first."""
+    """Put every tensor that new_empty makes between sentinel bytes, which fill it at first too."""
 
     def __init__(self, monkeypatch):
         self.buffers = []

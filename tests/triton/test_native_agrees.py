@@ -1,4 +1,4 @@
-"""The loss of a token is written twice, in Triton (`_token_loss`) and in csrc/grpo_token.h: both give the same."""
+"""The two versions of a token's loss, in Triton (`_token_loss`) and csrc/grpo_token.h, agree."""
 
 import math
 
@@ -33,7 +33,10 @@ OPTIONS = {
 
 
 def tokens() -> dict[str, torch.Tensor]:
-    """Random tokens, then special old and reference log-probs with every sign of the advantage, at weights 0 and 1."""
+    """Make random tokens, then tokens of special old and reference log-probabilities.
+
+    The special ones come with every sign of the advantage, at weights 0 and 1.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(scale: float) -> torch.Tensor:

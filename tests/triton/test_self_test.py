@@ -1,4 +1,4 @@
-"""The self-test at start: passes where the kernels work, refuses a device on which one writes nothing."""
+"""The self-test at start passes where the kernels work, and refuses a device where one does not."""
 
 import pytest
 import torch

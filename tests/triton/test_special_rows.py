@@ -1,4 +1,4 @@
-"""Rows that must not harm the others: weight 0, NaN, banned tokens, targets outside the vocabulary."""
+"""Rows that must not harm the others: weight 0, NaN, banned tokens, targets out of range."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""The operators of torch.ops.mr1_fast as torch.compile sees them; what it makes of them: test_compile.py."""
+"""The operators of torch.ops.mr1_fast, by the rules of torch.library.
+
+What torch.compile makes of them is tested in tests/loss/test_compile.py.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The native CPU kernels, on every instruction set that this machine has, against fp64 by the bound of loss_data.py."""
+"""The native CPU kernels against fp64, on every instruction set that this machine has.
+
+The bound is that of tests/data/loss.py.
+"""
 
 from functools import lru_cache
 
@@ -65,7 +68,10 @@ def assert_matches_fp64(logits, arguments, eager, exact, inplace=False):
 
 
 def of_logits(logits, targets):
-    """A case of given logits; on-policy, as an fp32 log-prob of −20,000 has no digits for a ratio."""
+    """Make a case of given logits.
+
+    It is on-policy, as an fp32 log-probability of −20,000 has no digits left for a ratio.
+    """
     data = loss_rows(len(targets), logits.shape[1], logits.dtype, logits=logits) | {
         "targets": targets
     }

@@ -1,4 +1,7 @@
-"""What the native CPU kernels read and write: guards, strides, far offsets, threads; and the switches around them."""
+"""What the native CPU kernels read and write, and the environment variables that switch them.
+
+Guards, strides, far offsets and threads.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ def instruction_set(request):
 
 @pytest.fixture(params=["torch's threads", "threads of its own"])
 def pool(request):
-    """Which threads the kernels use: those of the OpenMP library that torch has loaded, or new ones."""
+    """Have the kernels use the threads of torch's OpenMP library, or new ones."""
     library = native.status()[0]
     if library is None:
         pytest.skip("not built")
@@ -160,10 +163,11 @@ for name in INSTRUCTION_SETS:
                 out = between_forbidden_pages(torch.zeros(1, v, dtype=dtype), at_end)
                 run_rows(data, out)
                 temperature = torch.tensor(1.0)
-                logp, *kept_values = rows_native.row_logprobs(data["logits"], data["targets"], temperature)
+                row = data["logits"], data["targets"], temperature
+                logp, *kept_values = rows_native.row_logprobs(*row)
                 for incoming in (torch.zeros(1), torch.ones(1)):
-                    rows_native.row_logprobs_backward(
-                        data["logits"], data["targets"], temperature, *kept_values, torch.ones(1), incoming, out)
+                    rows_native.row_logprobs_backward(*row, *kept_values, torch.ones(1), incoming,
+                    out)
                 run_rows(data, data["logits"])
                 runs += 1
 print(runs, "runs")
