@@ -1,6 +1,7 @@
-"""Runs tests/kernels under Triton's interpreter, in processes of its own: it must be chosen before Triton is imported.
+"""Runs tests/triton under Triton's interpreter, each file in a process of its own.
 
-With a GPU these tests run compiled, in the ordinary run.
+The interpreter must be chosen before Triton is imported. With a GPU these tests run compiled, in
+the ordinary run.
 """
 
 import os

@@ -163,10 +163,10 @@ def linear_grpo_loss(
 ) -> GRPOLoss:
     """Compute `grpo_loss` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,).
 
-    A tensor of all logits never exists.     Loss and all gradients take three GEMMs; a frozen
-    weight costs no gradient and no third GEMM, ratios per sequence cost a fourth. Under autocast
-    the products run in its dtype. `chunk_bytes` bounds the logits that exist at a time (default 512
-    MB on a GPU, 48 MB on a CPU). Backward runs once per call. Raises ValueError.
+    Loss and all gradients take three GEMMs; a frozen weight costs no gradient and no third GEMM,
+    ratios per sequence cost a fourth. Under autocast the products run in its dtype. A tensor of all
+    logits never exists: `chunk_bytes` bounds those that exist at a time (default 512 MB on a GPU,
+    48 MB on a CPU). Backward runs once per call. Raises ValueError.
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
     objective = Objective(

@@ -86,21 +86,17 @@ def _check_ratio_level(ratio_level: str, cu_seqlens: Tensor | None) -> None:
         )
 
 
-def _per_token(
-    name: str, value: Tensor | None, rows: Tensor, alternative: str = ""
-) -> Tensor | None:
+def _per_token(name: str, value: Tensor | None, rows: Tensor, hint: str = "") -> Tensor | None:
     """Return a value per token (N,) in the dtype of statistics.
 
-    `alternative` ends the message about a wrong shape.
+    `hint` ends the message about a wrong shape.
     """
     if value is None:
         return None
     _check_tensor(name, value)
     _let_lengths_agree(value, rows)
     if value.shape != (len(rows),):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},){alternative}"
-        )
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},){hint}")
     _check_device(name, value, rows)
     return value.detach().to(statistics_dtype(rows)).contiguous()
 
@@ -112,13 +108,19 @@ def _per_token_or_sequence(
     if value is None or cu_seqlens is None:
         return _per_token(name, value, rows, " (per-sequence values need cu_seqlens)")
     _check_tensor(name, value)
-    sequences = len(cu_seqlens) - 1
-    per_sequence = value.ndim == 1 and len(value) == sequences
-    if not per_sequence or len(value) == len(rows):
-        return _per_token(name, value, rows, f", or ({sequences},)")
-    _check_device(name, value, rows)
-    value = value.detach().to(statistics_dtype(rows))
-    return spread(value, cu_seqlens, len(rows)).contiguous()
+    per_sequence = value.ndim == 1 and len(value) == len(cu_seqlens) - 1
+    if per_sequence and len(value) != len(rows):
+        _check_device(name, value, rows)
+        value = value.detach().to(statistics_dtype(rows))
+        return spread(value, cu_seqlens, len(rows)).contiguous()
+    _let_lengths_agree(value, rows)
+    if value.shape != (len(rows),):
+        # Only here may the text be made: to a compiler, a number in a text is a constant.
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},), or "
+            f"({len(cu_seqlens) - 1},)"
+        )
+    return _per_token(name, value, rows)
 
 
 # --- logits and hidden states -------------------------------------------------------------------

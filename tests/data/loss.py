@@ -23,10 +23,11 @@ def loss_rows(
     logits: torch.Tensor | None = None,
     temperature=1.0,
 ) -> dict[str, torch.Tensor]:
-    """logits, targets (0 and v−1 among them, likely and unlikely ones), and per-row inputs, some of them at weight 0.
+    """Make logits (n, v), targets and the per-row inputs of a loss, some of them at weight 0.
 
-    Ratios are spread widely enough that every branch of every surrogate is taken, and are not so large that the loss
-    would be ill-conditioned. `logits` replaces the random ones.
+    Targets are likely and unlikely ones, 0 and v−1 among them. Ratios are spread so widely that
+    every branch of every surrogate is taken, but not so widely that the loss would be
+    ill-conditioned. `logits` replaces the random ones.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -59,12 +60,12 @@ def loss_rows(
 
 
 def objective_of(data: dict[str, torch.Tensor], *optional: str) -> dict[str, torch.Tensor]:
-    """The inputs beside logits, with those of old_logp, ref_logp and is_weights that are named."""
+    """Return the inputs beside logits, with the named ones of old_logp, ref_logp and is_weights."""
     return {name: data[name] for name in ("targets", "advantages", "token_weights", *optional)}
 
 
 def double(value):
-    """Floating-point tensors in fp64."""
+    """Cast floating-point tensors to fp64, also in a dict."""
     if isinstance(value, dict):
         return {name: double(item) for name, item in value.items()}
     return (
@@ -73,7 +74,7 @@ def double(value):
 
 
 def reference(logits: torch.Tensor, **arguments):
-    """(results of grpo_loss_ref, gradient by the logits)."""
+    """Return the results of grpo_loss_ref and the gradient by the logits."""
     logits = logits.detach().requires_grad_()
     result = grpo_loss_ref(logits, **arguments)
     return result, torch.autograd.grad(result.loss, logits)[0]
@@ -82,7 +83,10 @@ def reference(logits: torch.Tensor, **arguments):
 def logprobs_and_gradients(
     function, logits: torch.Tensor, targets: torch.Tensor, incoming
 ) -> tuple[torch.Tensor, ...]:
-    """logp, entropy, and the gradients of logp alone and of both, for incoming gradients (of logp, of entropy)."""
+    """Return logp, entropy, the gradient of logp alone, and that of both.
+
+    `incoming` holds the incoming gradients of logp and of entropy.
+    """
     leaf = logits.detach().clone().requires_grad_()
     logp, entropy = function(leaf, targets, 0.8)
     gradients = [torch.autograd.grad(logp, leaf, incoming[0].to(logp.dtype), retain_graph=True)[0]]
@@ -95,9 +99,10 @@ def logprobs_and_gradients(
 def assert_within_bound(
     ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, name: str, scale: float = 0.0
 ):
-    """|ours − exact| ≤ 2·|eager − exact| + 8 ulps of fp32 at the tensor's scale, as maxima over the tensor.
+    """Assert |ours − exact| ≤ 2·|eager − exact| + 8 ulps of fp32, as maxima over the tensor.
 
-    The ulps are for tensors of a few numbers, where eager may be exact by luck. `scale` for a sum of larger terms.
+    The ulps, at the tensor's scale, are for tensors of a few numbers, where eager may be exact by
+    luck. `scale` is that of the terms of a sum, where they are larger.
     """
     assert ours.shape == exact.shape
     assert torch.equal(ours.isfinite(), exact.isfinite()), name
@@ -111,7 +116,7 @@ def assert_within_bound(
 
 
 def assert_results_within_bound(ours, eager, exact):
-    """All fields of GRPOLoss."""
+    """Assert the bound for every field of GRPOLoss, and that the flags are equal."""
     scale = max(1.0, exact.logp.abs().max().item()) if exact.logp.numel() else 0.0
     for name in ("loss", "logp", "entropy", "kl"):
         assert_within_bound(

@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: instruction sets, direct calls, guards around outputs."""
+"""Instruction sets, direct calls and guards around outputs, for tests of the native kernels."""
 
 import platform
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ SENTINEL = 0xA5
 
 @contextmanager
 def using(instruction_set: str):
-    """The library on this instruction set; skips where the machine or the build refuses it."""
+    """Run the library on this instruction set; skip where the machine or the build refuses it."""
     library = native.status()[0]
     if library is None:
         pytest.skip(f"the native CPU kernels are {native.status()[1]}")
@@ -36,32 +36,31 @@ def using(instruction_set: str):
 
 @contextmanager
 def threads(count: int):
-    """torch.set_num_threads for a while."""
+    """Set torch's number of threads for a while."""
     former = torch.get_num_threads()
     torch.set_num_threads(count)
     yield
     torch.set_num_threads(former)
 
 
-def objective(
-    data, *optional, beta=0.1, temperature=1.0, surrogate="clip", bounds=(0.2, 0.28, 1.6, 1.0, 1.1)
-):
-    """The Objective of `loss_rows`' data."""
-    scalars = torch.tensor(beta), torch.tensor(temperature)
-    per_row = (data[name] if name in optional else None for name in EVERYTHING)
+def objective(data, *optional, beta=0.1, temperature=1.0, **settings) -> Objective:
+    """Build the Objective of `loss_rows`' data.
+
+    Of old_logp, ref_logp and is_weights it has those that `optional` names.
+    """
+    bounds = dict(clip_high=0.28, delta=1.6, tau_negative=1.1)
     return Objective(
-        data["advantages"],
-        data["token_weights"],
-        *scalars,
-        *per_row,
-        surrogate,
-        list(bounds),
-        False,
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(beta),
+        temperature=torch.tensor(temperature),
+        **{name: data[name] for name in optional},
+        **bounds | settings,
     )
 
 
 def run_rows(data, out=None, optional=EVERYTHING, **settings) -> RowResults:
-    """rows_native.row_grpo on fresh results."""
+    """Call rows_native.row_grpo on fresh results."""
     results = RowResults.empty(data["logits"])
     rows_native.row_grpo(
         data["logits"], data["targets"], objective(data, *optional, **settings), results, out
@@ -70,13 +69,13 @@ def run_rows(data, out=None, optional=EVERYTHING, **settings) -> RowResults:
 
 
 def gradient_rows(data, **settings) -> tuple[RowResults, torch.Tensor]:
-    """Results and gradient out of place."""
+    """Return the results, and the gradient out of place."""
     out = torch.empty(data["logits"].shape, dtype=data["logits"].dtype)
     return run_rows(data, out, **settings), out
 
 
 class Guards:
-    """While active, every tensor that new_empty makes lies between sentinel bytes, and holds them at first."""
+    """Put every tensor that new_empty makes between sentinel bytes, which fill it at first too."""
 
     def __init__(self, monkeypatch):
         self.buffers = []

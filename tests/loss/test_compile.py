@@ -1,8 +1,9 @@
-"""torch.compile with fullgraph: the numbers of eager in every option, and how often a training run compiles.
+"""torch.compile with fullgraph: the numbers of eager, and how often a training run compiles.
 
-A schedule's β may be a Python float. By default torch takes floats and lengths for constants until they change: the
-second call may compile once more, all later ones do not. With dynamic=True there is one compilation, and so there is
-by default where β and temperature are 0-d tensors and lengths stay. Bounds of ρ and names of surrogates are constants.
+A schedule's β may be a Python float. By default torch takes floats and lengths for constants until
+they change: the second call may compile once more, all later ones do not. With dynamic=True there
+is one compilation, and so there is by default where β and temperature are 0-d tensors and lengths
+stay. Bounds of ρ and names of surrogates are constants.
 """
 
 import pytest
@@ -72,7 +73,7 @@ def run(function, leaves, *arguments):
     return outputs, torch.autograd.grad(outputs[0], trained)
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------------
 
 
 def every_function(hidden, weight, bias, data, options):
@@ -118,11 +119,11 @@ def test_every_operator_is_checked():
     registered = {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mr1_fast::")
     }
-    elsewhere = {"mr1_fast::token_logprobs_backward_"}  # test_integrations_liger_logits.py
+    elsewhere = {"mr1_fast::token_logprobs_backward_"}  # tests/integrations/test_liger_logits.py
     assert registered - elsewhere == {f"mr1_fast::{name.split()[0].rstrip(',')}" for name in CALLS}
 
 
-# --- how often it compiles ----------------------------------------------------------------------------------------
+# --- how often it compiles ----------------------------------------------------------------------
 
 
 def linear_step(hidden, weight, bias, data, options, mask, num_tokens):
@@ -152,7 +153,7 @@ SCHEDULE = [  # β, temperature, tokens N, sequences S, tokens of the whole step
 
 
 def compilations(step, schedule, **settings) -> list[int]:
-    """How many graphs there are after each step of the schedule; its numbers are compared with eager's."""
+    """Count the graphs after each step of the schedule, whose numbers must equal eager's."""
     compiled, counts = torch.compile(step, fullgraph=True, **settings), []
     for beta, temperature, n, s, num_tokens in schedule:
         leaves, data = inputs(n)

@@ -1,4 +1,4 @@
-"""The public loss functions: token weights, storage reuse, values per sequence, and what they refuse."""
+"""The public loss functions: token weights, storage reuse, values per sequence, bad input."""
 
 import math
 import re
@@ -22,7 +22,7 @@ CU_SEQLENS = torch.tensor([0, 2, 2, 6])
 LENGTHS = (3, 0, 5, 1)
 
 
-# --- token weights ------------------------------------------------------------------------------------------------
+# --- token weights ------------------------------------------------------------------------------
 
 
 def cu_seqlens(lengths) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_spread_copies_a_sequences_value_to_its_tokens():
     assert spread(torch.tensor([7.0, 8.0, 9.0]), CU_SEQLENS).tolist() == [7, 7, 9, 9, 9, 9]
 
 
-# --- storage and values per sequence ------------------------------------------------------------------------------
+# --- storage and values per sequence ------------------------------------------------------------
 
 
 def test_inplace_puts_the_gradient_into_the_logits_storage():
@@ -211,7 +211,7 @@ def test_inputs_get_no_gradient_and_may_require_one():
     assert all(value.grad is None for value in inputs.values())
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 meta = torch.device("meta")
 LOSS_CASES = {

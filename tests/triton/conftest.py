@@ -1,7 +1,8 @@
 """The Triton kernels run here: compiled on a GPU, else by Triton's interpreter on CPU tensors.
 
-The interpreter must be chosen before `import triton`, so these tests need TRITON_INTERPRET=1 in the environment;
-test_triton.py starts them so. Without it and without a GPU, nothing here is collected.
+The interpreter must be chosen before `import triton`, so these tests need TRITON_INTERPRET=1 in the
+environment; tests/test_triton.py starts them so. Without it and without a GPU, nothing here is
+collected.
 """
 
 import os
@@ -48,7 +49,7 @@ def device() -> str:
 
 @pytest.fixture
 def reverse_grid(monkeypatch):
-    """Call it, and programs run last to first."""
+    """Return a function; once it is called, programs run last to first."""
     if not INTERPRETED:
         pytest.skip("only the interpreter has an order of programs")
     set_grid_idx = ti.InterpreterBuilder.set_grid_idx
@@ -65,6 +66,9 @@ def reverse_grid(monkeypatch):
 
 @pytest.fixture
 def no_copy_back(monkeypatch):
-    """The interpreter copies every storage onto itself after a launch, which would touch all pages of a huge one."""
+    """Keep the interpreter from copying every storage onto itself after a launch.
+
+    That would touch all pages of a huge one.
+    """
     if INTERPRETED:
         monkeypatch.setattr(ti.GridExecutor, "_restore_args_dev", lambda *_: None)

@@ -1,4 +1,7 @@
-"""Every public function on the Triton kernels against fp64: no worse than twice eager PyTorch in the same dtype."""
+"""Every public function on the Triton kernels against fp64.
+
+Its error is at most twice that of eager PyTorch in the same dtype.
+"""
 
 import pytest
 import torch
@@ -234,7 +237,8 @@ def test_k3_of_small_log_ratios_keeps_its_digits(device):
     def worst(kl: torch.Tensor) -> float:
         return ((kl.double() - exact) / exact).abs().max().item()
 
-    # A GPU's compiler may fuse logp's last product into the difference: it is then off by a rounding of logp
+    # A GPU's compiler may fuse logp's last product into the difference: it is then off by a
+    # rounding of logp
     fused = 2 * EPSILON * result.logp.abs().max().item() / 1e-3 if device == "cuda" else 0.0
     assert worst(result.kl) <= 2 * worst(torch.expm1(d) - d) + 8 * EPSILON + fused
     assert worst(result.kl) < 0.1 * worst(torch.exp(d) - d - 1)

@@ -1,4 +1,7 @@
-"""What the kernels read and write: guards around every output, strides, split rows, storage reuse, far offsets."""
+"""What the Triton kernels read and write.
+
+Guards around every output, strides, split rows, storage reuse and far offsets.
+"""
 
 import pytest
 import torch
@@ -16,14 +19,20 @@ SENTINEL = 0xA5
 GAP = 24
 
 
-def objective(
-    data, surrogate: str = "clip", bounds=(0.2, 0.28, 1.6, 1.0, 1.1), beta=0.1
-) -> Objective:
-    scalars = (torch.tensor(value, device=data["logits"].device) for value in (beta, 0.9))
-    per_row = (data[name] for name in ("old_logp", "ref_logp", "is_weights"))
-    weights = data["token_weights"]
+def objective(data, surrogate: str = "clip", beta=0.1) -> Objective:
+    device = data["logits"].device
     return Objective(
-        data["advantages"], weights, *scalars, *per_row, surrogate, list(bounds), False
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(beta, device=device),
+        temperature=torch.tensor(0.9, device=device),
+        old_logp=data["old_logp"],
+        ref_logp=data["ref_logp"],
+        is_weights=data["is_weights"],
+        surrogate=surrogate,
+        clip_high=0.28,
+        delta=1.6,
+        tau_negative=1.1,
     )
 
 
@@ -150,7 +159,8 @@ def test_a_split_row_equals_a_whole_one(device, monkeypatch, inplace, parts, dty
     v = 37 * 1024 + 500
     data = loss_rows(4, v, dtype, device)
     assert -(-v // rows_triton.split_columns(data["logits"], parts)) == parts
-    # Targets in the first, the last and a middle part: with inplace, a part overwrites the logit of another's target
+    # Targets in the first, the last and a middle part: with inplace, a part overwrites the logit of
+    # another's target
     data["targets"] = torch.tensor([0, v - 1, 20000, 2048], device=device)
     whole_out = torch.empty_like(data["logits"])
     whole = run_rows(data, whole_out, parts=1)
@@ -288,7 +298,8 @@ def test_offsets_past_two_to_the_31_elements(device, no_copy_back, columns):
     data = loss_rows(2, columns, torch.bfloat16, device)
     far = storage.as_strided((2, columns), (stride, 1))
     far.copy_(data["logits"])
-    # Rows of a multiple of 16 columns apart, as the far ones are: a GPU reads those, and adds them up, in wider pieces.
+    # Rows of a multiple of 16 columns apart, as the far ones are: a GPU reads those, and adds them
+    # up, in wider pieces.
     near = torch.empty(2, columns + -columns % 16, dtype=torch.bfloat16, device=device)[:, :columns]
     data["logits"] = near.copy_(data["logits"])
     temperature = torch.tensor(1.0, device=device)

@@ -1,4 +1,4 @@
-"""The loss of a token is written twice, in Triton (`_token_loss`) and in csrc/grpo_token.h: both give the same."""
+"""The two versions of a token's loss, in Triton (`_token_loss`) and csrc/grpo_token.h, agree."""
 
 import math
 
@@ -33,7 +33,10 @@ OPTIONS = {
 
 
 def tokens() -> dict[str, torch.Tensor]:
-    """Random tokens, then special old and reference log-probs with every sign of the advantage, at weights 0 and 1."""
+    """Make random tokens, then tokens of special old and reference log-probabilities.
+
+    The special ones come with every sign of the advantage, at weights 0 and 1.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(scale: float) -> torch.Tensor:
@@ -75,19 +78,17 @@ def tokens() -> dict[str, torch.Tensor]:
 
 def run(module, data, surrogate: str, options: str) -> tuple[RowResults, torch.Tensor]:
     (name, delta), (optional, bias_corrected_kl) = SURROGATES[surrogate], OPTIONS[options]
-    scalars = torch.tensor(0.1), torch.tensor(1.0)
-    per_row = (
-        data[key] if key in optional else None for key in ("old_logp", "ref_logp", "is_weights")
-    )
-    bounds = [0.2, HIGH - 1, delta, 1.0, 1.1]
     objective = Objective(
-        data["advantages"],
-        data["token_weights"],
-        *scalars,
-        *per_row,
-        name,
-        bounds,
-        bias_corrected_kl,
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(0.1),
+        temperature=torch.tensor(1.0),
+        **{key: data[key] for key in optional},
+        surrogate=name,
+        clip_high=HIGH - 1,
+        delta=delta,
+        tau_negative=1.1,
+        bias_corrected_kl=bias_corrected_kl,
     )
     results, out = RowResults.empty(data["logits"]), torch.full_like(data["logits"], math.nan)
     module.row_grpo(data["logits"], data["targets"], objective, results, out)
@@ -95,15 +96,19 @@ def run(module, data, surrogate: str, options: str) -> tuple[RowResults, torch.T
 
 
 @triton.jit
-def _token_losses(LOGP, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, beta, clip_low, clip_high, delta, tau_positive,
-                  tau_negative, LOSS, DERIVATIVE, KL, CLIPPED, KL_LIMITED, SURROGATE: tl.constexpr,
-                  HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr, N: tl.constexpr):  # fmt: skip
+def _token_losses(
+    LOGP, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT,
+    beta, clip_low, clip_high, delta, tau_positive, tau_negative,
+    LOSS, DERIVATIVE, KL, CLIPPED, KL_LIMITED,
+    SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """`_token_loss` of all tokens at once: a program each takes the interpreter a minute."""
     i = tl.arange(0, N)
     loss, derivative, kl, clipped, kl_limited = rows_triton._token_loss(
-        tl.load(LOGP + i), tl.load(ADVANTAGE + i), tl.load(WEIGHT + i), tl.load(OLD + i), tl.load(REF + i),
-        tl.load(IS_WEIGHT + i), beta, clip_low, clip_high, delta, tau_positive, tau_negative, SURROGATE, HAS_REF,
-        BIAS_CORRECTED
+        tl.load(LOGP + i), tl.load(ADVANTAGE + i), tl.load(WEIGHT + i), tl.load(OLD + i),
+        tl.load(REF + i), tl.load(IS_WEIGHT + i),
+        beta, clip_low, clip_high, delta, tau_positive, tau_negative,
+        SURROGATE, HAS_REF, BIAS_CORRECTED,
     )  # fmt: skip
     tl.store(LOSS + i, loss)
     tl.store(DERIVATIVE + i, derivative)
@@ -122,7 +127,8 @@ def token_losses(data, logp, surrogate: str, options: str) -> tuple[RowResults, 
     flags = results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8)
     per_row = (data["advantages"], data["token_weights"], old, data["ref_logp"], is_weights)
     _token_losses[(1,)](
-        logp, *per_row, 0.1, 0.2, HIGH - 1, delta, 1.0, 1.1, results.loss, derivative, results.kl, *flags,
+        logp, *per_row, 0.1, 0.2, HIGH - 1, delta, 1.0, 1.1,
+        results.loss, derivative, results.kl, *flags,
         name, "ref_logp" in optional, bias_corrected_kl, N,
     )  # fmt: skip
     return results, derivative

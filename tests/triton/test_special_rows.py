@@ -1,4 +1,4 @@
-"""Rows that must not harm the others: weight 0, NaN, banned tokens, targets outside the vocabulary."""
+"""Rows that must not harm the others: weight 0, NaN, banned tokens, targets out of range."""
 
 import math
 
@@ -233,14 +233,15 @@ def test_a_target_outside_the_vocabulary_gives_nan_and_no_read(device, parts, ta
         data["logits"], data["targets"], torch.tensor(1.0, device=device)
     )[0]
     data["targets"][1] = target
-    scalars = torch.tensor(0.0, device=device), torch.tensor(1.0, device=device)
-    per_row = (data["advantages"], data["token_weights"])
     objective = Objective(
-        *per_row, *scalars, None, None, None, "clip", [0.2, 0.2, math.inf, 1.0, 1.0], False
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(0.0, device=device),
+        temperature=torch.tensor(1.0, device=device),
     )
     results, out = RowResults.empty(data["logits"]), torch.empty_like(data["logits"])
     rows_triton.row_grpo(data["logits"], data["targets"], objective, results, out, parts)
-    logprobs = rows_triton.row_logprobs(data["logits"], data["targets"], scalars[1])[0]
+    logprobs = rows_triton.row_logprobs(data["logits"], data["targets"], objective.temperature)[0]
     for logp in (results.logp, logprobs):
         assert logp.isnan().tolist() == [False, True, False]
         torch.testing.assert_close(logp[[0, 2]], expected[[0, 2]])

@@ -1,10 +1,14 @@
-"""The operators of torch.ops.mr1_fast as torch.compile sees them; what it makes of them: test_compile.py."""
+"""The operators of torch.ops.mr1_fast, by the rules of torch.library.
+
+What torch.compile makes of them is tested in tests/loss/test_compile.py.
+"""
 
 import pytest
 import torch
 
 from mr1_fast import grpo_loss, linear_grpo_loss, token_logprobs
 from mr1_fast.kernels.grpo import linear, operators
+from mr1_fast.kernels.grpo.objective import Objective
 
 from ...data.loss import loss_rows, objective_of
 
@@ -19,18 +23,23 @@ def inputs(*, gradient: bool = True):
     hidden, weight, bias = (
         torch.randn(shape, generator=generator).requires_grad_(gradient) for shape in shapes
     )
-    scalars = torch.tensor(0.1), torch.tensor(0.9)
-    per_row = (data[name] for name in ("old_logp", "ref_logp", "is_weights"))
-    objective = (
-        data["targets"], data["advantages"], data["token_weights"], *scalars, *per_row, "clip",
-        [0.2, 0.2, 1.5, 1.0, 1.05], False,
-    )  # fmt: skip
-    return data["logits"].requires_grad_(gradient), (hidden, weight, bias), objective, scalars[1]
+    objective = Objective(
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(0.1),
+        temperature=torch.tensor(0.9),
+        old_logp=data["old_logp"],
+        ref_logp=data["ref_logp"],
+        is_weights=data["is_weights"],
+        delta=1.5,
+    )
+    logits = data["logits"].requires_grad_(gradient)
+    return logits, (hidden, weight, bias), data["targets"], objective
 
 
 def calls() -> dict[str, tuple]:
-    logits, head, objective, temperature = inputs()
-    targets, incoming = objective[0], (torch.randn(N), torch.randn(N))
+    logits, head, targets, objective = inputs()
+    temperature, incoming = objective.temperature, (torch.randn(N), torch.randn(N))
     constant = logits.detach()
     _, *kept = operators.token_logprobs(constant, targets, temperature)
     needs = [True, True, True]
@@ -46,9 +55,12 @@ def calls() -> dict[str, tuple]:
             operators.token_logprobs_backward,
             (constant, targets, temperature, *kept, *incoming),
         ),
-        "grpo_loss": (operators.grpo_loss, (logits, *objective, True)),
-        "grpo_loss without gradient": (operators.grpo_loss, (constant, *objective, False)),
-        "grpo_loss_": (operators.grpo_loss_, (constant.clone(), *objective)),
+        "grpo_loss": (operators.grpo_loss, (logits, targets, True, *objective)),
+        "grpo_loss without gradient": (
+            operators.grpo_loss,
+            (constant, targets, False, *objective),
+        ),
+        "grpo_loss_": (operators.grpo_loss_, (constant.clone(), targets, *objective)),
         "scale_": (operators.scale, (constant.clone(), torch.tensor(3.0))),
         "linear_token_logprobs": (
             linear.linear_token_logprobs,
@@ -62,14 +74,17 @@ def calls() -> dict[str, tuple]:
             linear.linear_token_logprobs_backward,
             (*backward, [True, False, False]),
         ),
-        "linear_grpo_loss": (linear.linear_grpo_loss, (*head, *objective, CHUNK_BYTES, needs)),
+        "linear_grpo_loss": (
+            linear.linear_grpo_loss,
+            (*head, targets, CHUNK_BYTES, needs, *objective),
+        ),
         "linear_grpo_loss, no bias, frozen head": (
             linear.linear_grpo_loss,
-            (head[0], weight, None, *objective, CHUNK_BYTES, [True, False, False]),
+            (head[0], weight, None, targets, CHUNK_BYTES, [True, False, False], *objective),
         ),
         "linear_grpo_loss without gradient": (
             linear.linear_grpo_loss,
-            (hidden, weight, None, *objective, CHUNK_BYTES, [False] * 3),
+            (hidden, weight, None, targets, CHUNK_BYTES, [False] * 3, *objective),
         ),
     }
 

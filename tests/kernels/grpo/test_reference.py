@@ -1,4 +1,4 @@
-"""The loss on PyTorch: the reference against formulas written out with Python numbers, our functions against it."""
+"""The reference against formulas written out with Python numbers, and our functions against it."""
 
 import math
 

@@ -31,11 +31,14 @@ def test_loss_and_gradient(monkeypatch, v, dtype, clusters):
     arguments = objective_of(data, "old_logp", "ref_logp", "is_weights") | {"beta": 0.1}
     exact, exact_gradient = reference(data["logits"].double(), **double(arguments))
     eager, eager_gradient = reference(data["logits"], **arguments)
-    scalars = torch.tensor(0.1, device="cuda"), torch.tensor(1.0, device="cuda")
-    rows = [data[name] for name in ("old_logp", "ref_logp", "is_weights")]
-    bounds = [0.2, 0.2, float("inf"), 1.0, 1.05]
     objective = Objective(
-        data["advantages"], data["token_weights"], *scalars, *rows, "clip", bounds, False
+        advantages=data["advantages"],
+        token_weights=data["token_weights"],
+        beta=torch.tensor(0.1, device="cuda"),
+        temperature=torch.tensor(1.0, device="cuda"),
+        old_logp=data["old_logp"],
+        ref_logp=data["ref_logp"],
+        is_weights=data["is_weights"],
     )
     logits = data["logits"].clone()
     results = RowResults.empty(logits)

@@ -1,4 +1,7 @@
-"""The native CPU kernels, on every instruction set that this machine has, against fp64 by the bound of loss_data.py."""
+"""The native CPU kernels against fp64, on every instruction set that this machine has.
+
+The bound is that of tests/data/loss.py.
+"""
 
 from functools import lru_cache
 
@@ -6,9 +9,9 @@ import pytest
 import torch
 
 from mr1_fast import grpo_loss, token_logprobs
-from mr1_fast.kernels.grpo import rows_native
+from mr1_fast.kernels.grpo import rows_native, rows_torch
 from mr1_fast.kernels.grpo.reference import token_logprobs_ref
-from mr1_fast.kernels.grpo.rows import backend
+from mr1_fast.kernels.grpo.rows import kernels_for
 
 from ...data.loss import (
     SURROGATES,
@@ -65,7 +68,10 @@ def assert_matches_fp64(logits, arguments, eager, exact, inplace=False):
 
 
 def of_logits(logits, targets):
-    """A case of given logits; on-policy, as an fp32 log-prob of −20,000 has no digits for a ratio."""
+    """Make a case of given logits.
+
+    It is on-policy, as an fp32 log-probability of −20,000 has no digits left for a ratio.
+    """
     data = loss_rows(len(targets), logits.shape[1], logits.dtype, logits=logits) | {
         "targets": targets
     }
@@ -82,10 +88,10 @@ def of_logits(logits, targets):
 def test_the_native_kernels_take_what_a_cpu_holds(monkeypatch):
     for dtype in DTYPES:
         assert rows_native.takes(torch.zeros(1, 1, dtype=dtype))
-        assert backend(torch.zeros(1, 1, dtype=dtype)) is rows_native
+        assert kernels_for(torch.zeros(1, 1, dtype=dtype)) is rows_native
     assert not rows_native.takes(torch.zeros(1, 1, dtype=torch.float64))
     assert not rows_native.takes(torch.zeros(1, 1, device="meta"))
-    assert backend(torch.zeros(1, 1, dtype=torch.float64)) is None
+    assert kernels_for(torch.zeros(1, 1, dtype=torch.float64)) is rows_torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

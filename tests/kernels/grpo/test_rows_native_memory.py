@@ -1,4 +1,7 @@
-"""What the native CPU kernels read and write: guards, strides, far offsets, threads; and the switches around them."""
+"""What the native CPU kernels read and write, and the environment variables that switch them.
+
+Guards, strides, far offsets and threads.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ def instruction_set(request):
 
 @pytest.fixture(params=["torch's threads", "threads of its own"])
 def pool(request):
-    """Which threads the kernels use: those of the OpenMP library that torch has loaded, or new ones."""
+    """Have the kernels use the threads of torch's OpenMP library, or new ones."""
     library = native.status()[0]
     if library is None:
         pytest.skip("not built")
@@ -160,10 +163,11 @@ for name in INSTRUCTION_SETS:
                 out = between_forbidden_pages(torch.zeros(1, v, dtype=dtype), at_end)
                 run_rows(data, out)
                 temperature = torch.tensor(1.0)
-                logp, *kept_values = rows_native.row_logprobs(data["logits"], data["targets"], temperature)
+                row = data["logits"], data["targets"], temperature
+                logp, *kept_values = rows_native.row_logprobs(*row)
                 for incoming in (torch.zeros(1), torch.ones(1)):
-                    rows_native.row_logprobs_backward(
-                        data["logits"], data["targets"], temperature, *kept_values, torch.ones(1), incoming, out)
+                    rows_native.row_logprobs_backward(*row, *kept_values, torch.ones(1), incoming,
+                    out)
                 run_rows(data, data["logits"])
                 runs += 1
 print(runs, "runs")
@@ -249,14 +253,14 @@ with warnings.catch_warnings(record=True) as caught:
     from mr1_fast import grpo_loss
     from mr1_fast.kernels import native
     from mr1_fast.kernels.grpo import rows_native
-    from mr1_fast.kernels.grpo.rows import backend
+    from mr1_fast.kernels.grpo.rows import kernels_for
     logits = torch.sin(torch.arange(5 * 37.0) ** 1.5).view(5, 37).mul(4).requires_grad_()
     rows = torch.linspace(-1, 1, 5)
     result = grpo_loss(logits, torch.arange(5) * 9, rows, rows.abs(), beta=0.1, ref_logp=rows - 3)
     result.loss.backward()
     status = native.status()[1]
 values = [result.loss.item(), *result.entropy.tolist(), *logits.grad.flatten().tolist()]
-print(json.dumps({"status": status, "native": backend(logits) is rows_native, "values": values,
+print(json.dumps({"status": status, "native": kernels_for(logits) is rows_native, "values": values,
                   "warnings": [str(w.message) for w in caught if "mr1_fast" in str(w.message)]}))
 """
 
@@ -303,7 +307,7 @@ def test_a_library_that_does_not_load_falls_back_and_says_so_once(monkeypatch, t
     native.status.cache_clear()
     data = loss_rows(3, 37)
     try:
-        with pytest.warns(UserWarning, match="cannot be loaded .*; using PyTorch") as caught:
+        with pytest.warns(UserWarning, match="are not loadable: .*; using PyTorch") as caught:
             for _ in range(2):
                 assert grpo_loss(data["logits"], **objective_of(data), beta=0.0).loss.isfinite()
         assert len(caught) == 1

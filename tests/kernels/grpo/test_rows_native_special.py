@@ -1,4 +1,7 @@
-"""Rows that must not harm the others on the native CPU kernels: banned tokens, NaN, weight 0, targets out of range."""
+"""Rows that must not harm the others on the native CPU kernels.
+
+They hold banned tokens or NaN, have weight 0, or a target outside the vocabulary.
+"""
 
 import math
 
