@@ -4,7 +4,7 @@ import math
 
 from tqdm import tqdm
 
-from .model.load import Policy
+from .model.policy import Policy
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .seeds import derive_seed

@@ -7,7 +7,7 @@ import torch
 
 from .kernels import native
 from .kernels.grpo import rows_cuda
-from .model.attention import backend
+from .model.attention import attention_kernel
 from .version import __version__
 
 PACKAGES = (
@@ -38,7 +38,7 @@ def lines() -> list[tuple[str, str]]:
         ("native CUDA kernels", rows_cuda.status()[1]),
         (
             "packed attention",
-            backend("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
+            attention_kernel("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
         ),
         *((name, _version(name)) for name in PACKAGES),
     ]

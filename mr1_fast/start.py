@@ -19,7 +19,8 @@ from .config import (
     cache_folder,
 )
 from .files import atomic_folder
-from .model.load import Policy, load_pretrained, make_policy
+from .model.load import load_pretrained, make_policy
+from .model.policy import Policy
 from .optim import make_optimizer, update
 from .rollout.sampling import Sampling
 from .seeds import derive_seed

@@ -22,9 +22,11 @@ from .files import atomic_folder
 from .kernels.self_test import self_test
 from .log import RunLog, Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
-from .model.attention import backend
+from .model.attention import attention_kernel
 from .model.forward import lm_head_weight
-from .model.load import Policy, resolve_device, save_pretrained
+from .model.device import resolve_device
+from .model.load import save_pretrained
+from .model.policy import Policy
 from .model.reference import Reference
 from .optim import make_optimizer, update
 from .packing import MicroBatches
@@ -278,7 +280,7 @@ def described(policy: Policy, reference: Reference | None, optimizer, config: Tr
         if config.lora
         else config.reference
     )
-    attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
+    attention = attention_kernel(policy.device.type, lm_head_weight(policy.model).dtype)
     return f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}"
 
 

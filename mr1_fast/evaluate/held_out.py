@@ -9,7 +9,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..files import write_json
 from ..log import RunLog
-from ..model.load import Policy
+from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATED, Room
 from ..rollout.sampling import Sampling
 from ..seeds import derive_seed

@@ -17,7 +17,8 @@ from transformers.initialization import no_init_weights
 from mr1_fast.config import ModelConfig
 from mr1_fast.model import attention
 from mr1_fast.model.forward import base_model
-from mr1_fast.model.load import Policy, make_policy
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.policy import Policy
 from mr1_fast.model.tiny import tiny_config, tiny_model, tiny_processor
 from mr1_fast.types import Example
 

@@ -248,7 +248,7 @@ def test_segments_aligned_at_the_end_show_what_a_dense_mask_shows(groups):
     )
 
 
-# --- variable-length back ends ------------------------------------------------------------------------------------
+# --- kernels for variable lengths -----------------------------------------------------------------
 
 
 def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, causal: bool, scale: float):
@@ -301,15 +301,15 @@ def fake_varlen_attn_without_gqa(
 
 
 @pytest.fixture
-def use_backend(monkeypatch):
-    """`use_backend(name, function)`: packed attention takes this back end, whose package's function is `function`."""
+def use_kernel(monkeypatch):
+    """`use_kernel(name, function)`: packed attention takes this kernel, which is `function`."""
 
     def use(name: str, function=None):
         if name == "flash_attn":
             monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
         elif function is not None:
             monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
-        monkeypatch.setattr(attention, "backend", lambda device, dtype: name)
+        monkeypatch.setattr(attention, "attention_kernel", lambda device_type, dtype: name)
         attention._varlen.cache_clear()
 
     yield use
@@ -317,7 +317,7 @@ def use_backend(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "backend",
+    "kernel",
     [
         ("flash_attn",),
         ("torch_varlen", fake_varlen_attn),
@@ -325,22 +325,22 @@ def use_backend(monkeypatch):
     ],
     ids=("flash_attn", "torch", "torch without enable_gqa"),
 )
-def test_variable_lengths_equal_sdpa(policy, backend, use_backend):
+def test_variable_lengths_equal_sdpa(policy, kernel, use_kernel):
     drawn = rollout(policy, [3, 0, 1, 2])
     advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(4))
     n = sum(map(len, drawn.completions))
     row_data = {"ref_logp": torch.linspace(-7, -5, n), "old_logp": torch.linspace(-5, -7, n)}
     loss, expected, _ = shared(policy, drawn, advantages, row_data, WHOLE)
-    use_backend(*backend)
+    use_kernel(*kernel)
     through_varlen, ours, _ = shared(policy, drawn, advantages, row_data, WHOLE)
     torch.testing.assert_close(through_varlen, loss, rtol=LOSS[torch.float64], atol=0)
     assert_same_gradients(ours, expected, GRADIENT[torch.float64])
 
 
 @pytest.mark.parametrize("vision", [False, True])
-def test_torchs_varlen_attn_takes_what_it_is_handed(vision, use_backend):
+def test_torchs_varlen_attn_takes_what_it_is_handed(vision, use_kernel):
     """On meta tensors, which is as far as it goes without a GPU."""
-    use_backend("torch_varlen")
+    use_kernel("torch_varlen")
     segments, _ = segments_of(SHAPES["groups of several lengths"])
     heads, kv_heads, total = 12, 12 if vision else 2, int(segments.cu_seqlens_q[-1])
     make = lambda h: torch.empty(1, h, total, 128, dtype=torch.bfloat16, device="meta")  # noqa: E731
