@@ -33,7 +33,7 @@ from .packing import MicroBatches
 from .plan.out_of_memory import SAMPLED, TOKENS, Room
 from .plan.run_memory import RunMemory
 from .report.run_report import write_report
-from .rewards.registry import load_plugin, require_rewards, score
+from .rewards import load_plugin, require_rewards, score
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
 from .seeds import derive_seed, seed_step

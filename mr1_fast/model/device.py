@@ -1,4 +1,4 @@
-"""The device and the dtype that the settings mean, on this machine or on one that is planned for."""
+"""The device and the dtype that the settings mean, on this machine or on one that is planned."""
 
 import torch
 

@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks import data
 from mr1_fast.tasks.data import load_examples
+from mr1_fast.tasks.paper_sets import TEST_SETS
 
 from ..data.pictures import colour, contents, encoded, picture, write_lines
 
@@ -23,7 +23,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("name, size, first", [("superclevr200", 200, "4"), ("geoqa", 754, "140°")])
 def test_the_papers_test_sets_keep_every_record(name, size, first, tmp_path):
-    listed = SHARED / data.TEST_SETS[name]
+    listed = SHARED / TEST_SETS[name]
     if not listed.exists():
         pytest.skip(f"{listed} is not here")
     shutil.copy(listed, tmp_path)
@@ -75,7 +75,7 @@ UNPACKED = {
 def test_image_root_may_be_what_the_archive_of_a_test_set_unpacks_to(
     name, root, list_in, images_in, tmp_path
 ):
-    listed, root = tmp_path / list_in / data.TEST_SETS[name], tmp_path / root
+    listed, root = tmp_path / list_in / TEST_SETS[name], tmp_path / root
     for folder in (listed.parent, root / images_in):
         folder.mkdir(parents=True, exist_ok=True)
     if name == "geoqa":
@@ -111,7 +111,7 @@ def test_only_the_first_folder_of_a_test_set_is_left_out(tmp_path):
     with pytest.raises(UserError, match=f"image file {tmp_path}/Geo170K/0.png .* is missing"):
         load_examples("geometry", str(tmp_path / "test.jsonl"), "test", 0).all(1)
     write_lines(
-        tmp_path / data.TEST_SETS["geoqa"],
+        tmp_path / TEST_SETS["geoqa"],
         [{"image_path": "other/0.png", "question": "?", "ground_truth": 4}],
     )
     with pytest.raises(UserError, match=f"image file {tmp_path}/other/0.png .* is missing"):

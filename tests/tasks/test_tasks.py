@@ -13,6 +13,7 @@ from mr1_fast.errors import UserError
 from mr1_fast.tasks import (
     TASKS,
     counting,
+    diagram,
     figures,
     format_problem,
     format_solution,
@@ -184,7 +185,7 @@ def test_geometry_answers_and_the_dial(difficulty):
     assert all(example.solution == f"{expected_answer(example.key)}°" for example in examples)
     families = {example.key.split(" ")[0] for example in examples}
     assert families == {
-        name for name, (first, _, _) in geometry.FAMILIES.items() if first <= difficulty
+        name for name, family in geometry.FAMILIES.items() if family.first_difficulty <= difficulty
     }
     numbers = [
         int(size) for example in examples for size in re.findall(r"= (\d+)", example.problem)
@@ -203,14 +204,14 @@ def test_geometry_answers_and_the_dial(difficulty):
 
 
 def test_geometry_writes_sizes_into_the_figure():
-    figure = geometry.FAMILIES["third-angle"][2]((50, 60), random.Random(0))
+    figure = geometry.FAMILIES["third-angle"].build((50, 60), random.Random(0))
     plain, written = (
-        geometry._paint(figure, 224, sizes, random.Random(1)) for sizes in (False, True)
+        diagram.paint(figure, 224, sizes, random.Random(1)) for sizes in (False, True)
     )
     assert plain.tobytes() != written.tobytes()
     figure.given[0].degrees = 51
-    assert geometry._paint(figure, 224, False, random.Random(1)).tobytes() == plain.tobytes()
-    assert geometry._paint(figure, 224, True, random.Random(1)).tobytes() != written.tobytes()
+    assert diagram.paint(figure, 224, False, random.Random(1)).tobytes() == plain.tobytes()
+    assert diagram.paint(figure, 224, True, random.Random(1)).tobytes() != written.tobytes()
 
 
 def measured(points, corners):
@@ -219,8 +220,8 @@ def measured(points, corners):
 
 
 def test_figures_are_turned_mirrored_scaled_and_shifted():
-    figure = geometry.FAMILIES["third-angle"][2]((50, 60), random.Random(0))
-    placed = [geometry._place(figure, 84, random.Random(seed))[0] for seed in range(200)]
+    figure = geometry.FAMILIES["third-angle"].build((50, 60), random.Random(0))
+    placed = [diagram.place(figure, 84, random.Random(seed))[0] for seed in range(200)]
     sides = [points["B"] - points["A"] for points in placed]
     assert {round(cmath.phase(side) / (math.pi / 4)) for side in sides} == set(range(-4, 5))
     assert (
@@ -240,11 +241,11 @@ def test_figures_are_turned_mirrored_scaled_and_shifted():
 @pytest.mark.parametrize("family", geometry.FAMILIES)
 @pytest.mark.parametrize("step", [1, 5])
 def test_figures_are_true_to_their_numbers(family, step):
-    _, sample, painter = geometry.FAMILIES[family]
+    sample, build = geometry.FAMILIES[family].sample, geometry.FAMILIES[family].build
     for seed in range(300):
         rng = random.Random(seed)
-        figure = painter(sample(rng, step), rng)
-        placed, radius = geometry._place(figure, 84, rng)
+        figure = build(sample(rng, step), rng)
+        placed, radius = diagram.place(figure, 84, rng)
         for points in (figure.points, placed):
             for angle in (*figure.given, figure.asked):
                 assert measured(points, angle.corners) == pytest.approx(angle.degrees, abs=1e-6)
