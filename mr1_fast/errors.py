@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read."""
+"""The exception that is meant for the user, and how a command ends with it."""
 
 import errno
 import sys
@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input: one sentence that names the field or file and the way out."""
+    """Bad input; its message is one sentence that names the field or file and the way out."""
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn a UserError, or a full disk, into one line on stderr and exit status 2."""
+    """Run a command's `main`, and exit with status 2 and one line on stderr if it fails.
+
+    That is for a UserError or a full disk; any other error is raised.
+    """
     try:
         main()
     except OSError as error:
