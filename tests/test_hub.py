@@ -29,7 +29,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def hub(request, monkeypatch):
-    """A Hub that never answers ("silent"), or that answers as the real one does about a name it does not know."""
+    """Run a Hub that never answers ("silent"), or one that knows no name ("not found")."""
     done = threading.Event()
 
     class Answer(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Segments: gathered keys, and rectangles of padded ones, show each token what a dense mask shows."""
+"""Gathered keys, and rectangles of padded ones, show each token what a dense mask shows."""
 
 from itertools import pairwise
 
@@ -24,9 +24,9 @@ def test_gather_is_index_select_with_its_gradient():
 
 
 def test_gather_sums_bf16_gradients_in_fp32():
-    """A prompt's keys are taken by each of its completions; 64 bf16 additions one after the other lose bits.
+    """Each of 64 completions takes its prompt's keys, and 64 additions in bf16 would lose bits.
 
-    torch's index_select does as well on a CPU, but adds by atomics in bf16 on a GPU.
+    torch's index_select sums as well on a CPU, but by atomic additions in bf16 on a GPU.
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.cat([torch.arange(20)] * 64)

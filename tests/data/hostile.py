@@ -11,14 +11,18 @@ def example(solution: str) -> Example:
     return Example(problem="How many?", images=(), solution=solution)
 
 
-TOKENS = r"""<think> </think> <answer> </answer> answer answer: final boxed \frac{ \sqrt{ \boxed{ \text{ \left( \int
-\sum_ \begin{pmatrix} \pi \( \) \[ \] $$ { } ( ) [ ] $ ^ _ & \\ % , . | ! = ≤ + - * / 145° √{3} 0 1 3 12 999 1e9 0x1F x
-\det y i ٣ ² None lambda: مرحبا שלום 😀"""
+TOKENS = (
+    r"<think> </think> <answer> </answer> answer answer: final boxed \frac{ \sqrt{ \boxed{ \text{ "
+    r"\left( \int" + "\n"
+    r"\sum_ \begin{pmatrix} \pi \( \) \[ \] $$ { } ( ) [ ] $ ^ _ & \\ % , . | ! = ≤ + - * / 145° √{3} 0 1 "
+    r"3 12 999 1e9 0x1F x" + "\n"
+    r"\det y i ٣ ² None lambda: مرحبا שלום 😀"
+)
 TOKENS = [*re.findall(r"\S+|\s", TOKENS), "final answer is", *"\t\0\ud800\udfff\u202e\x1b\ufeff"]
 
 
 def random_strings(count: int, rng: random.Random) -> list[str]:
-    """Soups of tokens, and of any code points, some of them inside an answer tag."""
+    """Random sequences of tokens, and of any code points, some of them inside an answer tag."""
     strings = []
     for i in range(count):
         points = [
@@ -89,7 +93,7 @@ def nested() -> list[str]:
 
 
 def endless() -> list[str]:
-    """What keeps sympy busy for longer than anyone waits; each costs a whole deadline, so they are few."""
+    """Strings that keep sympy busy for ever; they are few, since each costs a whole deadline."""
     return ["<answer> 9**9**9**9 </answer>", "$9^{9^{9^{9}}}$", "$(10^9)!$", "$2^{2^{40}}$"]
 
 

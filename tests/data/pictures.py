@@ -1,4 +1,4 @@
-"""Pictures of one colour each, rows of data that hold or name them, and what to compare of examples."""
+"""Pictures of one colour each, and rows of data that hold or name them."""
 
 import io
 import json
@@ -27,6 +27,7 @@ def write_lines(path, rows):
 
 
 def contents(examples):
+    """Return what makes examples equal."""
     return [
         (item.problem, *(image.tobytes() for image in item.images), item.solution, item.key)
         for item in examples

@@ -8,7 +8,10 @@ from mr1_fast.types import Prompt
 
 
 def segments_of(groups: list[tuple[int, tuple[int, ...]]]) -> tuple[Segments, torch.Tensor]:
-    """Segments of groups of (prompt length, completion lengths), and who sees whom, (T, T) bool, by naming tokens."""
+    """Make segments of groups, each given by its (prompt length, completion lengths).
+
+    Returns them with a mask (T, T) bool of which token sees which, found by naming the tokens.
+    """
     prompts = [
         Prompt(torch.zeros(n, dtype=torch.int64), torch.zeros(3, n, dtype=torch.int64), n)
         for n, _ in groups

@@ -1,7 +1,8 @@
-"""A prompt packed once for its group: loss and every gradient equal those of transformers' own repeated, padded rows.
+"""A prompt packed once for its group gives the loss and the gradients of repeated, padded rows.
 
-The reference side shares nothing with ours: one row per completion with its prompt and its images again, padded,
-through the model's own forward and attention; eager log-softmax; the equations in `policy_loss_ref`.
+The reference shares nothing with the packed side. It has one padded row per completion, each with
+its prompt and its images again. It uses the model's own forward pass and attention, an eager
+log-softmax, and the equations in `policy_loss_ref`.
 """
 
 import sys
@@ -30,15 +31,16 @@ from ..data.models import (
 from ..data.segments import SHAPES, segments_of
 
 GROUPS = [(3, 1, 5, 0), (1, 4, 0, 2), (6, 1, 2, 3), (0, 5, 4, 1)]
-"""Lengths of the completions of each of `mixed_examples`: empty ones and ones of one token among them."""
+"""Lengths of the completions of each of `mixed_examples`; some have no token or only one."""
 NAMES = ("text", "square", "wide", "two images")
 BETA = 0.3
 CONFIG = TrainConfig(temperature=0.7, clip_low=0.2, clip_high=0.3)
 WHOLE = 10**6
 LOSS = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""How far losses may be apart, relatively; in fp32, of sums of terms of both signs."""
+"""How far losses may be apart, relatively; they are sums of terms of both signs."""
 GRADIENT = {torch.float64: 3e-7, torch.float32: 2e-5}
-"""The same of a gradient's largest entry. A model in fp64 has this much because Qwen2-VL's RMSNorm rounds to fp32."""
+"""How far gradients may be apart, relative to the largest entry. It is this much for a model in
+fp64 because Qwen2-VL's RMSNorm rounds to fp32."""
 
 
 def rollout(policy, chosen: list[int], groups=GROUPS) -> Rollout:
@@ -70,10 +72,15 @@ def repeated_and_padded(policy, drawn: Rollout, advantages) -> tuple[torch.Tenso
             [torch.full((n,), 1 / (max(1, n) * len(lengths))) for n in lengths.tolist()]
         )
         per_token, _, clipped, _ = policy_loss_ref(
-            logp, advantages.flatten().repeat_interleave(lengths).to(logp.dtype), weights.to(logp.dtype), beta=BETA,
-            old_logp=old.to(logp.dtype), ref_logp=ref.to(logp.dtype), clip_low=CONFIG.clip_low,
+            logp,
+            advantages.flatten().repeat_interleave(lengths).to(logp.dtype),
+            weights.to(logp.dtype),
+            beta=BETA,
+            old_logp=old.to(logp.dtype),
+            ref_logp=ref.to(logp.dtype),
+            clip_low=CONFIG.clip_low,
             clip_high=CONFIG.clip_high,
-        )  # fmt: skip
+        )
         assert 0 < clipped.sum() < len(clipped), "the clip acts on some tokens and not on others"
         loss = per_token.sum()
         return loss.detach(), gradients(policy, loss), {"old_logp": old, "ref_logp": ref}
@@ -142,7 +149,10 @@ def test_at_the_widths_of_the_2b():
 
 
 def reference_varlen(query, key, value, cu_q, cu_k, max_q, max_k, causal: bool, scale: float):
-    """Attention of each segment on its own, causal masks aligned at the end, as flash-attn and torch document it."""
+    """Attend within each segment on its own, with causal masks aligned at the end.
+
+    So flash-attn and torch document their functions.
+    """
     assert (
         cu_q.dtype == cu_k.dtype == torch.int32
         and cu_q[-1] == len(query)

@@ -65,7 +65,7 @@ def test_accuracy():
             accuracy_reward(f"<think>so 7</think><answer>{answer}</answer>", example(solution))
             == value
         ), answer
-    # Where R1-V reads a number from the reasoning: the one after the word "answer", or if there is no space in the tag.
+    # R1-V reads the number after the word "answer", or, without a space in the tag, the last one.
     assert accuracy_reward("the answer is 7 <answer>\n    3 </answer>", example("7")) == 1.0
     assert accuracy_reward("so it is 7. <answer>3</answer>", example("7")) == 1.0
     assert (
@@ -84,7 +84,7 @@ def r1v_accuracy(output: str, solution: str) -> float:
 
 
 def test_the_fast_path_for_numbers_agrees_with_math_verify():
-    """Reasoning that may or may not come before the tag, spaces that hide it, units, and near misses."""
+    """Try reasoning that may hold the answer, spaces that hide it, units, and near misses."""
     rng = random.Random(3)
     thoughts = [
         "",
@@ -125,7 +125,8 @@ def test_the_fast_path_for_numbers_agrees_with_math_verify():
     decided = 0
     for _ in range(1500):
         space, number, unit = rng.choice(spaces), rng.choice(numbers), rng.choice(units)
-        output = f"<think>{rng.choice(thoughts)}</think><answer>{space}{number}{unit}{rng.choice(spaces)}</answer>"
+        answer = f"{rng.choice(thoughts)}</think><answer>{space}{number}{unit}{rng.choice(spaces)}"
+        output = f"<think>{answer}</answer>"
         solution = rng.choice((number, rng.choice(numbers))) + rng.choice(units)
         verdict = number_verdict(output, solution)
         if verdict is not None:

@@ -38,7 +38,7 @@ def test_rows_in_the_columns_of_a_test_set_are_not_for_training(tmp_path):
         load_examples("counting", path, "train", 0)
 
 
-# The paper's training sets, as `push_to_hub` laid them out on the Hub and `hf download` leaves them.
+# The paper's training sets, as `push_to_hub` laid them out and as `hf download` leaves them.
 
 TRAINING_SETS = {
     "leonardPKU/clevr_cogen_a_train": (
@@ -70,7 +70,10 @@ TRAINING_SETS = {
 
 
 def downloaded(folder, name, in_cache, size=5, shards=2):
-    """The data set `name` with `size` rows: by `--local-dir`, or links to blobs as in the Hub's own cache."""
+    """Write the data set `name` with `size` rows, as `--local-dir` or the Hub's cache lays it out.
+
+    In the cache, files are links to blobs.
+    """
     columns, (file_name, *texts) = TRAINING_SETS[name]
     features = {
         column: datasets.Image() if column == "image" else datasets.Value("string")
@@ -100,8 +103,10 @@ def downloaded(folder, name, in_cache, size=5, shards=2):
         for column in columns
     )
     (folder / "README.md").write_text(
-        f"---\ndataset_info:\n  features:\n{described}  splits:\n  - name: train\n    num_bytes: 9999.0\n"
-        f"    num_examples: {size}\n  download_size: 9999\n  dataset_size: 9999.0\nconfigs:\n- config_name: default\n"
+        f"---\ndataset_info:\n  features:\n{described}  splits:\n  - name: train\n"
+        "    num_bytes: 9999.0\n"
+        f"    num_examples: {size}\n  download_size: 9999\n  dataset_size: 9999.0\n"
+        "configs:\n- config_name: default\n"
         "  data_files:\n  - split: train\n    path: data/train-*\n---\n"
     )
     (folder / ".gitattributes").write_text("*.parquet filter=lfs diff=lfs merge=lfs -text\n")

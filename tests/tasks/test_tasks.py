@@ -1,4 +1,4 @@
-"""The drawn tasks: the same arguments give the same item, splits share nothing, answers and figures are true."""
+"""The drawn tasks: repeatable items, splits that share nothing, true answers and figures."""
 
 import cmath
 import hashlib
@@ -29,7 +29,7 @@ def image_hash(example):
 
 @pytest.fixture(scope="module", params=TASKS)
 def drawn(request):
-    """Split -> its first items at difficulty 1, for each task; of figures there are fewer that do not repeat."""
+    """Return each split's first items at difficulty 1; there are fewer figures that differ."""
     task, count = get_task(request.param), 1000 if request.param == "figures" else 2000
     return {split: [task.draw(split, 0, index) for index in range(count)] for split in SPLITS}
 
@@ -281,8 +281,8 @@ def test_unknown_task_lists_the_known_ones():
 def test_prompt_and_completion_as_in_r1v():
     example = counting.draw("train", 0, 0)
     assert format_problem(example) == (
-        "How many items are there in the image? Output the thinking process in <think> </think> and final answer "
-        "(number) in <answer> </answer> tags."
+        "How many items are there in the image? Output the thinking process in <think> </think> "
+        "and final answer (number) in <answer> </answer> tags."
     )
     assert (
         format_solution(example)
