@@ -14,8 +14,8 @@ def example(solution: str) -> Example:
 TOKENS = (
     r"<think> </think> <answer> </answer> answer answer: final boxed \frac{ \sqrt{ \boxed{ \text{ "
     r"\left( \int" + "\n"
-    r"\sum_ \begin{pmatrix} \pi \( \) \[ \] $$ { } ( ) [ ] $ ^ _ & \\ % , . | ! = ≤ + - * / 145° √{3} 0 1 "
-    r"3 12 999 1e9 0x1F x" + "\n"
+    r"\sum_ \begin{pmatrix} \pi \( \) \[ \] $$ { } ( ) [ ] $ ^ _ & \\ % , . | ! = ≤ + - * / "
+    r"145° √{3} 0 1 3 12 999 1e9 0x1F x" + "\n"
     r"\det y i ٣ ² None lambda: مرحبا שלום 😀"
 )
 TOKENS = [*re.findall(r"\S+|\s", TOKENS), "final answer is", *"\t\0\ud800\udfff\u202e\x1b\ufeff"]
