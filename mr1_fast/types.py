@@ -79,8 +79,7 @@ class Rollout:
 
     @property
     def finished(self) -> list[bool]:
-        """Whether each of the B·G completions ended by itself, and not at the limit on its
-        length."""
+        """Whether each of the B·G completions ended before the limit on its length."""
         return [reason != "length" for reason in self.reasons]
 
 

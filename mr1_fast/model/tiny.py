@@ -33,7 +33,7 @@ class BuiltInSize:
     layers: int
     """Number of decoder layers."""
     heads: int
-    """Number of attention heads, of the language model as of the vision tower."""
+    """Number of attention heads, both of the language model and of the vision tower."""
     mrope_section: tuple[int, int, int]
     """Pairs of a head's channels that turn with the temporal, height and width position."""
     vision_width: int

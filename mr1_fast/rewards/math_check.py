@@ -145,7 +145,7 @@ class _Client:
     def forget(self) -> None:
         """Give up the worker in a forked child, since it belongs to the parent.
 
-        The lock is made anew: another thread of the parent may have held it.
+        The child gets a new lock: another thread of the parent may have held the old one.
         """
         worker, self.worker, self.lock = self.worker, None, threading.Lock()
         if worker is not None:

@@ -179,4 +179,5 @@ def _write(
 
 
 def _xy(point: complex) -> tuple[float, float]:
+    """Return a point's coordinates, as Pillow takes them."""
     return point.real, point.imag

@@ -38,7 +38,7 @@ class DrawnExamples:
     def take(self, step: int, count: int) -> list[Example]:
         """Return the `count` examples of training step `step`, counted from 0.
 
-        With a limit, the examples are shuffled anew in every epoch.
+        With a limit, the examples are shuffled again in every epoch.
         """
         start = step * count
         if self.limit is None:

@@ -25,6 +25,7 @@ def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """Return 0 … size − 1 in an epoch's random order."""
     order = list(range(size))
     random.Random(f"epoch order {seed} {epoch}").shuffle(order)
     return order

@@ -101,6 +101,7 @@ def _one_angle(
 
 
 def _third_angle(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask the third angle of a triangle, of which two are given."""
     sizes = rng.sample(parameters, 2)
     names = rng.sample("ABC", 3)
     points = dict(zip(names, _triangle(*sizes), strict=True))
@@ -113,6 +114,7 @@ def _third_angle(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _exterior(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask the exterior angle of a triangle (variant "outside"), or a remote angle from it."""
     a, b, variant = parameters
     points = dict(zip("ABC", _triangle(a, b), strict=True))
     points["D"] = points["C"] + rng.uniform(0.35, 0.8) * (points["C"] - points["B"])
@@ -126,6 +128,7 @@ def _exterior(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _isosceles(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask the base angle of an isosceles triangle from its apex (variant "base"), or the apex."""
     base, variant = parameters
     points = dict(zip("BCA", _triangle(base, base), strict=True))
     apex, foot = Angle("A", 180 - 2 * base, ("B", "A", "C")), Angle("B", base, ("A", "B", "C"))
@@ -137,6 +140,7 @@ def _isosceles(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _parallel(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask an angle between a line and the second of two parallels that it crosses."""
     size, variant = parameters
     across = direction(size)
     gap = rng.uniform(0.9, 1.4)
@@ -164,6 +168,7 @@ def _parallel(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _bisector(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask a half of a bisected angle from the other half or the whole, or the whole from a half."""
     half, variant = parameters
     turns = {"A": 0, "C": half, "B": 2 * half}
     points = {"O": 0j} | {
@@ -184,7 +189,10 @@ def _bisector(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _inscribed(parameters: tuple, rng: random.Random) -> Figure:
-    """Put A and B on a circle, and C on the major arc or, in the variant "minor", the minor arc."""
+    """Ask the inscribed angle over a chord AB from the central one, or the central one.
+
+    C is on the major arc or, in the variant "minor", on the minor arc.
+    """
     half, variant = parameters
     reach = half * 0.4 if variant == "minor" else (180 - half) * 0.6
     turn = rng.uniform(-reach, reach) + (0 if variant == "minor" else 180)
@@ -204,6 +212,7 @@ def _inscribed(parameters: tuple, rng: random.Random) -> Figure:
 
 
 def _tangent(parameters: tuple, rng: random.Random) -> Figure:
+    """Ask an angle of the right triangle that a tangent makes with the circle's centre."""
     size, variant = parameters
     points = {"O": 0j, "B": 1 + 0j, "A": 1 + 1j * math.tan(math.radians(size))}
     at_a, at_o = Angle("A", 90 - size, ("O", "A", "B")), Angle("O", size, ("A", "O", "B"))

@@ -66,7 +66,7 @@ class LoadedExamples:
     def take(self, step: int, count: int) -> list[Example]:
         """Return the `count` examples of training step `step`, counted from 0.
 
-        They are shuffled anew in every epoch.
+        They are shuffled again in every epoch.
         """
         return [self._read(index) for index in shuffled(self.size, self.seed, step * count, count)]
 
