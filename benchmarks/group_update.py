@@ -14,7 +14,8 @@ from trl_step import trl_update
 
 from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.load import Policy, make_policy
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.policy import Policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.model.tiny import tiny_processor
 from mr1_fast.plan.out_of_memory import TOKENS, Room

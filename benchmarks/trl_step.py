@@ -121,7 +121,7 @@ def trl_step_seconds(
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from mr1_fast.rewards.registry import score
+    from mr1_fast.rewards import score
     from mr1_fast.tasks import format_problem
 
     def reward(completions, index, **kwargs):

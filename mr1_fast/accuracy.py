@@ -5,7 +5,7 @@ import math
 from tqdm import tqdm
 
 from .config import EVALUATION_BATCH_SIZE
-from .model.load import Policy
+from .model.policy import Policy
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .seeds import derive_seed

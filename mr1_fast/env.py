@@ -7,7 +7,7 @@ import torch
 
 from .kernels import native
 from .kernels.grpo import rows_cuda
-from .model.attention import backend
+from .model.attention import attention_kernel
 from .version import __version__
 
 PACKAGES = (
@@ -34,7 +34,7 @@ def lines() -> list[tuple[str, str]]:
         ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
         ("native CPU kernels", native.status()[1]),
         ("native CUDA kernels", rows_cuda.status()[1]),
-        ("packed attention", backend(device, torch.bfloat16)),
+        ("packed attention", attention_kernel(device, torch.bfloat16)),
         *((name, _version(name)) for name in PACKAGES),
     ]
 

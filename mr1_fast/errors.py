@@ -1,20 +1,22 @@
-"""The one exception a user is meant to read."""
+"""The exception that is meant for the user, and how a command ends with it."""
 
 import errno
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-
-class UserError(Exception):
-    """Bad input: one sentence that names the field or file and the way out."""
-
-
 Result = TypeVar("Result")
 
 
+class UserError(Exception):
+    """Bad input; its message is one sentence that names the field or file and the way out."""
+
+
 def exit_on_user_error(main: Callable[[], Result]) -> Result:
-    """Return `main()`; a UserError or a full disk becomes one line on stderr and exit status 2."""
+    """Return what `main` returns, or exit with status 2 and one line on stderr if it fails.
+
+    That is for a UserError or a full disk; any other error is raised.
+    """
     try:
         return main()
     except OSError as error:

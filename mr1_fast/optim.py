@@ -13,7 +13,7 @@ from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
 from .kernels.adamw.step import add_stochastic_
 from .metrics import RowMetric, RowMetrics
-from .model.load import Policy
+from .model.policy import Policy
 from .seeds import derive_seed
 from .types import PackedBatch
 

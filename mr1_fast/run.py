@@ -11,9 +11,10 @@ from .errors import UserError
 from .kernels.self_test import self_test
 from .kl_schedule import DynamicKL
 from .log import RunLog
-from .model.attention import backend
+from .model.attention import attention_kernel
+from .model.device import resolve_device
 from .model.forward import lm_head_weight
-from .model.load import Policy, resolve_device
+from .model.policy import Policy
 from .model.reference import Reference
 from .optim import make_optimizer
 from .plan.out_of_memory import Room
@@ -130,6 +131,6 @@ def describe(run: Run) -> str:
         kept = "the policy without adapters"
     else:
         kept = run.config.reference
-    attention = backend(run.policy.device.type, lm_head_weight(run.policy.model).dtype)
+    attention = attention_kernel(run.policy.device.type, lm_head_weight(run.policy.model).dtype)
     optimizer = type(run.optimizer).__name__
     return f"optimizer {optimizer} · reference {kept} · packed attention {attention}"

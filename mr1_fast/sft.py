@@ -6,7 +6,7 @@ from .errors import UserError
 from .loss import linear_grpo_loss, token_weights
 from .metrics import Mean, RowMetric
 from .model.forward import lm_head_weight
-from .model.load import Policy
+from .model.policy import Policy
 from .packing import MicroBatches
 from .tasks import format_answer, format_solution
 from .types import Example, PackedBatch

@@ -19,7 +19,8 @@ from .config import (
     cache_folder,
 )
 from .files import atomic_folder
-from .model.load import Policy, load_pretrained, make_policy
+from .model.load import load_pretrained, make_policy
+from .model.policy import Policy
 from .model.processor import ImageTextProcessor
 from .model.tiny import tiny_config, tiny_model, tiny_processor
 from .optim import make_optimizer, update

@@ -27,7 +27,8 @@ from .log import Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
 from .model.forward import lm_head_weight
-from .model.load import Policy, save_pretrained
+from .model.load import save_pretrained
+from .model.policy import Policy
 from .optim import BatchLoss, update
 from .packing import MicroBatches
 from .plan.out_of_memory import SAMPLED, TOKENS

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..accuracy import evaluate, summarise
 from ..config import TrainConfig
 from ..files import write_json
-from ..model.load import Policy
+from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATED, Room
 from ..rollout.sampling import Sampling
 from ..run import Run

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
 from ..files import append_line, atomic_folder, keep_lines_before, write_json
-from ..model.load import Policy
+from ..model.policy import Policy
 from ..plan.out_of_memory import Room
 from ..plan.run_memory import RunMemory
 from ..rollout.sampling import Sampling

@@ -3,7 +3,7 @@
 from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
-from mr1_fast.model.load import Policy
+from mr1_fast.model.policy import Policy
 from mr1_fast.plan.out_of_memory import SAMPLED, TOKENS, Room
 from mr1_fast.run import Run
 
