@@ -28,7 +28,7 @@ from .model.load import Policy, resolve_device, save_pretrained
 from .model.reference import Reference
 from .optim import make_optimizer, update
 from .packing import MicroBatches
-from .plan.out_of_memory import SAMPLED, TOKENS, Room
+from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
 from .plan.run_memory import RunMemory
 from .report.run_report import write_report
 from .rewards.registry import load_plugin, require_rewards, score
@@ -76,7 +76,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     # What is too large shows before anything is written.
     policy.encode.many(source.take(first, config.prompts_per_step))
     memory = RunMemory(policy, config)
-    room = Room(log.say, memory.advise, memory.amounts())
+    room = MemoryLimits(log.say, memory.advise, memory.amounts())
     log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
     log.create()
     if not log.resuming:
@@ -122,7 +122,7 @@ def grpo_step(
     prompts = policy.encode.many(examples)
     needed = fitting(prompts, config.num_generations, config).tokens
     rollout = room.attempt(
-        SAMPLED, partial(sample, policy, examples, prompts, step, config), needed
+        ROLLOUT_CACHE, partial(sample, policy, examples, prompts, step, config), needed
     )
     clock.lap("rollout")
 
@@ -132,8 +132,8 @@ def grpo_step(
     log.completions(step, rollout, parts, rewards)
     clock.lap("reward")
 
-    batches = grpo_batches(rollout, advantages, room.amounts[TOKENS])
-    room.attempt(TOKENS, partial(add_logprobs, batches, policy, reference, config))
+    batches = grpo_batches(rollout, advantages, room.amounts[PACK_TOKENS])
+    room.attempt(PACK_TOKENS, partial(add_logprobs, batches, policy, reference, config))
     clock.lap("reference")
 
     for inner in range(config.updates_per_batch):
@@ -158,7 +158,7 @@ def sft_step(
 ) -> dict[str, float]:
     """Learn one batch of worked solutions, μ times; returns the step's metrics."""
     clock = Stopwatch()
-    batches = solution_batches(policy, examples, room.amounts[TOKENS], config.sft_target)
+    batches = solution_batches(policy, examples, room.amounts[PACK_TOKENS], config.sft_target)
     for inner in range(config.updates_per_batch):
         optimizer_step = step * config.updates_per_batch + inner
         metrics = learn(policy, optimizer, batches, sft_loss, optimizer_step, config, room)
@@ -238,7 +238,7 @@ def learn(
         batches.repack(tokens_per_pack)
         return update(policy, optimizer, batches, objective, step, config.optimizer_steps(), config)
 
-    return room.attempt(TOKENS, work)
+    return room.attempt(PACK_TOKENS, work)
 
 
 def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig):

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..log import RunLog
 from ..model.load import Policy
-from ..plan.out_of_memory import EVALUATED, Room
+from ..plan.out_of_memory import EVALUATION_CACHE, MemoryLimits
 from ..rollout.sampling import Sampling
 from ..seeds import derive_seed
 from ..tasks.data import configured_examples
@@ -35,7 +35,7 @@ def held_out_items(config: TrainConfig) -> list[Example]:
 
 
 def record_evaluation(
-    policy, config: TrainConfig, held_out: list[Example], log: RunLog, room: Room, when: str
+    policy, config: TrainConfig, held_out: list[Example], log: RunLog, room: MemoryLimits, when: str
 ) -> None:
     """Evaluate greedily and by sampling, print it, and put it into evaluation.json under `when`."""
     if not held_out:
@@ -60,7 +60,7 @@ def record_evaluation(
 
 
 def answers(
-    policy: Policy, config: TrainConfig, items: list[Example], mode: str, room: Room
+    policy: Policy, config: TrainConfig, items: list[Example], mode: str, room: MemoryLimits
 ) -> list[dict]:
     """Records of `evaluate` on the items of config.task: `greedy`, or `sampled` at the training's temperature."""
     sampling = Sampling.of(config, temperature=0.0 if mode == "greedy" else config.temperature)
@@ -73,7 +73,7 @@ def answers(
         seed=derive_seed(config.seed, mode),
         prefill_tokens=config.tokens_per_microbatch,
     )
-    return room.attempt(EVALUATED, lambda tokens: work(cache_tokens=tokens))
+    return room.attempt(EVALUATION_CACHE, lambda tokens: work(cache_tokens=tokens))
 
 
 def _record_shown(

@@ -8,7 +8,7 @@ from ..config import TrainConfig
 from ..model.forward import base_model, lm_head_weight
 from ..model.load import Policy
 from .advice import advice
-from .out_of_memory import EVALUATED, SAMPLED, TOKENS
+from .out_of_memory import EVALUATION_CACHE, ROLLOUT_CACHE, PACK_TOKENS
 from .plan import Plan, make_plan, usable_bytes
 
 
@@ -37,14 +37,14 @@ class RunMemory:
         return whole * torch.cuda.get_per_process_memory_fraction(self.device)
 
     def amounts(self) -> dict[str, int]:
-        """What the run does at once, for its Room; without a plan, the KV cache has what a step's samples need."""
+        """What the run does at once, for its MemoryLimits; without a plan, the KV cache has what a step's samples need."""
         longest = (
             self.config.max_prompt_tokens + self.config.num_generations * self.config.max_new_tokens
         )
         needed = 1 + self.config.prompts_per_step * longest
-        caches = {SAMPLED: "rollout", EVALUATED: "evaluation"}
+        caches = {ROLLOUT_CACHE: "rollout", EVALUATION_CACHE: "evaluation"}
         tokens = {name: self.plan.cache_tokens.get(phase, needed) for name, phase in caches.items()}
-        return {TOKENS: self.config.tokens_per_microbatch, **tokens}
+        return {PACK_TOKENS: self.config.tokens_per_microbatch, **tokens}
 
     def record(self, metrics: dict[str, float]) -> None:
         """Keep the largest of the peaks that a step has measured."""

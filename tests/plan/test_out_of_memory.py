@@ -7,7 +7,7 @@ from mr1_fast import train
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.plan.out_of_memory import SAMPLED, Room
+from mr1_fast.plan.out_of_memory import ROLLOUT_CACHE, MemoryLimits
 from mr1_fast.rollout import engine
 from mr1_fast.types import Rollout
 
@@ -16,8 +16,8 @@ from ..data.models import mixed_examples, tiny_policy
 NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
 
 
-def room_for(amount: int, said: list) -> Room:
-    return Room(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
+def room_for(amount: int, said: list) -> MemoryLimits:
+    return MemoryLimits(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
 
 
 def test_half_once_and_for_good():
@@ -75,12 +75,12 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(mo
 
     pool = engine.Pool
     monkeypatch.setattr(engine, "Pool", cramped)
-    room = Room([].append, lambda: "", {SAMPLED: 10**6})
+    room = MemoryLimits([].append, lambda: "", {ROLLOUT_CACHE: 10**6})
     needed = engine.fitting(prompts, 3, config).tokens
     for _ in range(2):
         drawn = [
             room.attempt(
-                SAMPLED,
+                ROLLOUT_CACHE,
                 lambda tokens: train.sample(policy, mixed_examples(), prompts, 0, config, tokens),
                 needed,
             )
