@@ -82,17 +82,23 @@ def packed_attention(
 # --- variable lengths ---------------------------------------------------------------------------------------------
 
 
+def takes_variable_lengths(device: str, dtype: torch.dtype) -> bool:
+    """Whether variable-length kernels exist for a device type and a dtype, whatever GPU it is.
+
+    FlashAttention's kernels and torch's own compute 16-bit numbers on CUDA. Asks no device, so
+    that memory can be planned for a GPU that is not here.
+    """
+    return device == "cuda" and dtype in VARLEN_DTYPES
+
+
 @lru_cache
 def backend(device: str, dtype: torch.dtype) -> str:
     """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa.
 
     FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on; torch's own, NVIDIA's alone.
     """
-    if (
-        device != "cuda"
-        or dtype not in VARLEN_DTYPES
-        or torch.cuda.get_device_capability() < (8, 0)
-    ):
+    known = takes_variable_lengths(device, dtype)
+    if not known or torch.cuda.get_device_capability() < (8, 0):
         return "sdpa"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401

@@ -24,6 +24,8 @@ from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Regular expression of the full names of the linear layers that get adapters."""
 
 
 @dataclass
@@ -136,10 +138,14 @@ def resolve_device(config: ModelConfig) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype that `auto` means here."""
+def resolve_dtype(config: ModelConfig, device_type: str | None = None) -> torch.dtype:
+    """The dtype of the weights: `auto` is bfloat16 on CUDA and float32 on any other device.
+
+    `device_type` is `cuda` or `cpu`; by default that of `config.device` on this machine.
+    """
     if config.dtype == "auto":
-        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
+        device_type = device_type or resolve_device(config).type
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
 
 
@@ -208,8 +214,8 @@ def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
-    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
+    alpha = 2 * config.lora_rank
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
     return get_peft_model(model, lora)
 
 
