@@ -23,9 +23,11 @@ def reference_pass(run: PlannedRun, batch: PackedBatch) -> list[MemoryUse]:
     The pass is the reference's. The policy's own takes no more.
     """
     model, tokens, rows = run.reference, batch.input_ids.numel(), len(batch.targets)
-    embeddings, inputs = model.hidden_bytes(tokens), pack_bytes(run, batch)
+    # The decoder comes before all else that looks at the segments: on a CPU, attention makes row
+    # indices of them at first use, which are part of what the pass allocates.
     decoder = model.decoder(batch.segments)
     norm = model.final_norm(tokens, len(batch.loss_rows))
+    embeddings, inputs = model.hidden_bytes(tokens), pack_bytes(run, batch)
     uses = [
         *encode_images(model, patches_of(batch), embeddings, run.device == "cuda"),
         {"activations": inputs + 2 * embeddings + max(decoder.infer, norm.infer)},

@@ -24,7 +24,7 @@ def rollout(run: PlannedRun, work: Workload, cache_tokens: int | None = None) ->
     model, layout = run.policy, cache_layout(work, cache_tokens)
     decoding = _decoding(run, layout.sample_spans)
     prefill = _prefill(run, work, layout.prompt_spans)
-    if run.device == "cuda":  # captured graphs keep their memory while prompts are encoded
+    if run.device == "cuda":  # captured graphs keep their memory meanwhile
         prefill = [added(use, decoding) for use in prefill]
     cache = {"KV cache": layout.tokens * token_bytes(model.text)}
     return [cache | use for use in (*prefill, decoding)]
