@@ -1,10 +1,11 @@
-"""Does it fit into 24 GB? Two steps of training with random weights under a cap; each phase's peak beside the plan.
+"""Whether training fits into 24 GB: each phase's measured peak beside the planned one.
 
-    python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train, for all of them]
+    python benchmarks/bench_memory.py 2b_full 7b_qlora [flags of python -m mr1_fast.train]
 
-The cases are the recipes of those models with images of 401,408 pixels, all that `max_pixels` allows, and weights that
-hardly ever end an answer, so nearly every completion has its 512 tokens. `tiny` is the same path in small, for a CPU,
-which has no figures to measure. The last line is one JSON document.
+A case trains for two steps on a GPU whose memory is capped at that of the card. The cases are the
+recipes of those models with images of 401,408 pixels, all that `max_pixels` allows, and random
+weights, which hardly ever end an answer: nearly every completion has its 512 tokens. `tiny` is the
+same path in small for a CPU, where no peak is measured. The last line is one JSON document.
 """
 
 import argparse
@@ -36,13 +37,14 @@ CASES = {
     "tiny": ("tiny", ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]),
 }
 TARGETS = {"2b_full": 22.0, "7b_qlora": 20.0}
-"""GiB."""
-SIZES = {"tiny": (84, 84)}
+"""Most GiB of tensors that a case may take."""
 IMAGE_SIZE = (896, 448)
+"""Width and height of the images in pixels."""
+TINY_IMAGE_SIZE = (84, 84)
 
 
 def make_model(name: str, folder: Path, device: str) -> None:
-    """A model of `name`'s shape with random weights, and the tiny model's processor, saved to `folder`."""
+    """Save a model of `name`'s shape with random weights, and the tiny model's processor."""
     processor, config = tiny_processor(), find_model_config(name)
     for token in ("image_token_id", "video_token_id"):
         setattr(config, token, getattr(processor, token))
@@ -53,7 +55,7 @@ def make_model(name: str, folder: Path, device: str) -> None:
 
 
 def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """Noise in the size of the largest image, as a data file in R1-V's columns."""
+    """Write `count` images of noise, and a data file with R1-V's columns that names them."""
     generator = torch.Generator().manual_seed(0)
     lines = []
     for index in range(count):
@@ -73,37 +75,29 @@ def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 def measure_case(case: str, vram: float, flags: list[str]) -> dict:
-    """Train two steps, as a user would; planned and measured GiB by phase."""
+    """Train two steps as a user would; returns planned and measured GiB by phase."""
     name, recipe = CASES[case]
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
         measure.release()
-        data = make_data(scratch, SIZES.get(case, IMAGE_SIZE), count=16)
+        data = make_data(scratch, TINY_IMAGE_SIZE if case == "tiny" else IMAGE_SIZE, count=16)
         own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
-        own += [
-            "--output",
-            str(scratch / "run"),
-            "--steps",
-            "2",
-            "--eval-samples",
-            "0",
-            "--save-every",
-            "0",
-        ]
+        own += ["--output", str(scratch / "run")]
+        own += ["--steps", "2", "--eval-samples", "0", "--save-every", "0"]
         config: TrainConfig = parse_train_config([*recipe, *own, *flags])
         plan = make_plan(config, find_model_config(config.model), usable=usable_bytes(vram))
         metrics = scratch / "run" / "metrics.jsonl"
         try:
             train(config)
-        finally:  # what there is of a run that failed or was stopped, too
+        finally:  # also after a run that failed or was stopped
             if metrics.exists():
                 print(metrics.read_text(), flush=True)
         steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # Of tensors, as PyTorch's allocator counts them: without CUDA's own.
+    # PyTorch's allocator counts tensors: what CUDA takes besides is not measured.
     planned = {
-        name: (plan.total(name) - moment.get("workspace", 0)) / 2**30
-        for name, moment in plan.phases.items()
+        name: (plan.total(name) - use.get("workspace", 0)) / 2**30
+        for name, use in plan.phases.items()
     }
     measured = {}
     for phase in planned:
@@ -127,7 +121,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
     parser.add_argument("--vram", type=float, default=24.0, help="GB of the card to mimic")
     arguments, flags = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not at once: see measure_case
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped")
+    )  # not at once: measure_case prints first
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(

@@ -12,7 +12,7 @@ from .planned_run import planned_device
 from .workload import PIXELS_PER_TOKEN, image_tokens
 
 MOST_LINES = 3
-"""Changes that are named; more would be a different run."""
+"""Changes that are named at most."""
 LEAST_GAIN = 0.001
 """Share of the usable memory that a change must save to count as a help."""
 LEAST_IMAGE_TOKENS, LEAST_GENERATIONS, LEAST_COMPLETION = 64, 4, 64

@@ -52,7 +52,7 @@ def cache_tokens_for(run: PlannedRun, work: Workload, available: float | None) -
 
 
 def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryUse]:
-    """Bytes while the first pack of at most `most_prompts` prompts is encoded, without the cache."""
+    """Bytes while the first pack of at most `most_prompts` prompts is encoded; no KV cache."""
     model = run.policy
     batch = work.prompt_pack(most_prompts, run.config.tokens_per_microbatch)
     prompts, images = len(batch.targets), patches_of(batch)
@@ -70,7 +70,7 @@ def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryU
 
 
 def _decoding(run: PlannedRun, samples: int) -> MemoryUse:
-    """Bytes of one decoding step of so many samples at once, without the cache."""
+    """Bytes of one decoding step of so many samples at once; no KV cache."""
     model = run.policy
     # Of a row: residual, its norm, queries and what attention and MLP make of them (6 · D), and
     # gate, up and their product (3 · the MLP's width).

@@ -1,4 +1,4 @@
-"""Out of memory in a step: half the amount and the same step again, to the same end; then advice."""
+"""Out of memory in a step: the same step again with half the amount, then advice."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ def held(value) -> int:
 def measure(
     config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths
 ) -> tuple[int, dict[str, int], Workload]:
-    """Bytes between phases, bytes beside them at each phase's peak of a real step, and its workload."""
+    """Measure a step: bytes between phases, bytes that each phase adds at its peak, workload."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
