@@ -92,8 +92,8 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
         steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     # PyTorch's allocator counts tensors only: without CUDA's own workspace.
     planned = {
-        name: (plan.total(name) - moment.get("workspace", 0)) / 2**30
-        for name, moment in plan.phases.items()
+        name: (plan.total(name) - use.get("workspace", 0)) / 2**30
+        for name, use in plan.phases.items()
     }
     measured = {}
     for phase in planned:

@@ -41,7 +41,7 @@ from trl_step import trl_step_seconds
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer
-from mr1_fast.plan.out_of_memory import Room
+from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks.data import load_examples
@@ -254,7 +254,7 @@ def measure_step(arguments) -> dict:
     policy = load_policy(config)
     reference, schedule = Reference(policy), config.kl_schedule()
     optimizer = make_optimizer(policy.model, config)
-    room = Room(print, lambda: "", RunMemory(policy, config).amounts())
+    room = MemoryLimits(print, lambda: "", RunMemory(policy, config).amounts())
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
     own = []

@@ -18,7 +18,7 @@ from mr1_fast.model.load import make_policy
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.model.tiny import tiny_processor
-from mr1_fast.plan.out_of_memory import TOKENS, Room
+from mr1_fast.plan.out_of_memory import PACK_TOKENS, MemoryLimits
 from mr1_fast.run import Run
 from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
@@ -158,7 +158,7 @@ def packed(group: Group, repeated: bool) -> Case:
     """A case of our stages; `repeated` gives every completion a prompt and an image of its own."""
     count = len(group.completions)
     prompts, size = ([group.prompt] * count, 1) if repeated else ([group.prompt], count)
-    limits = Room(print, lambda: "", {TOKENS: WHOLE})
+    limits = MemoryLimits(print, lambda: "", {PACK_TOKENS: WHOLE})
     run = Run(CONFIG, group.policy, limits, reference=group.reference)
 
     def compute_loss():

@@ -17,7 +17,7 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .optim import make_optimizer
-from .plan.out_of_memory import Room
+from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
 from .rewards import load_plugin, require_rewards
 from .start import load_policy
@@ -32,7 +32,7 @@ class Run:
 
     config: TrainConfig
     policy: Policy
-    limits: Room
+    limits: MemoryLimits
     """How many tokens are computed on at once; halved where memory runs out."""
     optimizer: torch.optim.Optimizer | None = None
     reference: Reference | None = None
@@ -95,7 +95,7 @@ def prepare(config: TrainConfig) -> Run:
     run = Run(
         config=config,
         policy=policy,
-        limits=Room(log.say, memory.advise, memory.amounts()),
+        limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
         optimizer=optimizer,
         reference=reference,
         schedule=config.kl_schedule(),

@@ -31,7 +31,7 @@ from .model.load import save_pretrained
 from .model.policy import Policy
 from .optim import BatchLoss, update
 from .packing import MicroBatches
-from .plan.out_of_memory import SAMPLED, TOKENS
+from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE
 from .report.run_report import write_report
 from .rewards import score
 from .rollout.engine import Engine, fitting
@@ -99,7 +99,7 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     run.log.completions(step, rollout, parts, rewards)
     clock.lap("reward")
 
-    batches = pack_rollout(rollout, advantages, run.limits.amounts[TOKENS])
+    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS])
     add_logprobs(run, batches)
     clock.lap("reference")
 
@@ -129,7 +129,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
             prefill_tokens=config.tokens_per_microbatch,
         )
 
-    return run.limits.attempt(SAMPLED, generate, needed)
+    return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
 
 
 def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
@@ -179,7 +179,7 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
         for batch, values in zip(batches, found, strict=True):
             batch.row_data |= values
 
-    run.limits.attempt(TOKENS, compute)
+    run.limits.attempt(PACK_TOKENS, compute)
 
 
 def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float]:
@@ -258,7 +258,7 @@ def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     """Learn the worked solutions of a step's examples, μ times; returns the step's metrics."""
     clock = Stopwatch()
     batches = solution_batches(
-        run.policy, examples, run.limits.amounts[TOKENS], run.config.sft_target
+        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target
     )
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner
@@ -285,7 +285,7 @@ def learn(
             config,
         )
 
-    return run.limits.attempt(TOKENS, attempt)
+    return run.limits.attempt(PACK_TOKENS, attempt)
 
 
 # --- the command --------------------------------------------------------------------------------

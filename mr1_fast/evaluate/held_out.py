@@ -8,7 +8,7 @@ from ..accuracy import evaluate, summarise
 from ..config import TrainConfig
 from ..files import write_json
 from ..model.policy import Policy
-from ..plan.out_of_memory import EVALUATED, Room
+from ..plan.out_of_memory import EVALUATION_CACHE, MemoryLimits
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed
@@ -45,7 +45,7 @@ def record_evaluation(run: Run, when: str) -> None:
 
 
 def answers(
-    policy: Policy, config: TrainConfig, items: list[Example], mode: str, limits: Room
+    policy: Policy, config: TrainConfig, items: list[Example], mode: str, limits: MemoryLimits
 ) -> list[dict]:
     """Answer items of `config.task`; returns the records of `accuracy.evaluate`.
 
@@ -62,7 +62,7 @@ def answers(
         seed=derive_seed(config.seed, mode),
         prefill_tokens=config.tokens_per_microbatch,
     )
-    return limits.attempt(EVALUATED, lambda tokens: work(cache_tokens=tokens))
+    return limits.attempt(EVALUATION_CACHE, lambda tokens: work(cache_tokens=tokens))
 
 
 def _record_shown(

@@ -27,7 +27,7 @@ from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
 from ..files import append_line, atomic_folder, keep_lines_before, write_json
 from ..model.policy import Policy
-from ..plan.out_of_memory import Room
+from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
 from ..rollout.sampling import Sampling
 from ..start import load_policy, supervised_start
@@ -239,7 +239,7 @@ class Experiment:
         policy, correct, shown = load_policy(config), {}, []
         longest = max(map(len, self.test_items.values()))
         memory = RunMemory(policy, replace(config, eval_samples=longest))
-        room = Room(tqdm.write, memory.advise, memory.amounts())
+        room = MemoryLimits(tqdm.write, memory.advise, memory.amounts())
         for role, items in self.test_items.items():
             task = self.scale.tasks[role].test["task"]
             correct[role] = {}

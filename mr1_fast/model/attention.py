@@ -98,6 +98,15 @@ def uses_varlen(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in VARLEN_DTYPES
 
 
+def takes_variable_lengths(device: str, dtype: torch.dtype) -> bool:
+    """Whether variable-length kernels exist for a device type and a dtype, whatever GPU it is.
+
+    FlashAttention's kernels and torch's own compute 16-bit numbers on CUDA. Asks no device, so
+    that memory can be planned for a GPU that is not here.
+    """
+    return device == "cuda" and dtype in VARLEN_DTYPES
+
+
 @lru_cache
 def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
     """Return which kernel computes packed attention here: `flash_attn`, `torch_varlen` or `sdpa`.

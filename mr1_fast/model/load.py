@@ -27,6 +27,8 @@ from .prompt import PromptEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 """The families of models that can be trained, as transformers' `model_type` names them."""
+LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Regular expression of the full names of the linear layers that get adapters."""
 
 
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
@@ -139,8 +141,8 @@ def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
-    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
+    alpha = 2 * config.lora_rank
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
     return get_peft_model(model, lora)
 
 

@@ -1,7 +1,12 @@
 """Whether a run will fit on a card, in bytes by phase and component: `python -m mr1_fast.plan`."""
 
+from ..command_line import start
 from ..errors import exit_on_user_error
-from .command import main
+from .settings import parse
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    config = start(parse)
+
+    from .command import print_plan
+
+    exit_on_user_error(lambda: print_plan(config))

@@ -1,101 +1,114 @@
-"""x"""
+"""Which settings to change so that a run fits: changes are planned, those that lose least first."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
 from ..config import TrainConfig
-from .plan import Plan, make_plan, planned_device, usable_bytes
-from .workload import image_tokens
+from .plan import GIB, Plan, make_plan
+from .planned_run import planned_device
+from .workload import PIXELS_PER_TOKEN, image_tokens
+
+MOST_LINES = 3
+"""Changes that are named at most."""
+LEAST_GAIN = 0.001
+"""Share of the usable memory that a change must save to count as a help."""
+LEAST_IMAGE_TOKENS, LEAST_GENERATIONS, LEAST_COMPLETION = 64, 4, 64
+"""Smallest values that are proposed: image tokens, completions of a prompt, and their tokens."""
+
+Settings = dict[str, bool | int | str]
+"""New values of some settings, by name."""
 
 
-def advice(config: TrainConfig, model_config: PretrainedConfig, vram: float) -> list[str]:
-    """Up to three changes with which `config` fits, those that lose least first; each was planned anew.
+@dataclass
+class Change:
+    """A setting, or a few that belong together, with values to try one after the other."""
 
-    Empty where it fits as it is. Where three are not enough, a last line says so.
+    name: str
+    values: list[Settings]
+
+
+def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -> list[str]:
+    """Up to three changes with which `config` fits into `usable` bytes, one a line.
+
+    Empty if it fits as it is. If three are not enough, or nothing is, a last line says so.
     """
-    usable = usable_bytes(vram)
-    before = make_plan(config, model_config, usable=usable)
-    chosen: dict[str, dict] = {}
-    current, excess = config, before.excess(usable)
-    for name, values in _changes(config):
-        if not excess:
-            break
-        for value in values:
-            changed = replace(current, **value)
-            remaining = make_plan(changed, model_config, usable=usable).excess(usable)
-            if remaining > excess - 0.001 * usable:
-                break  # it does not help
-            current, excess, chosen[name] = changed, remaining, value
+
+    def plan(*changes: Settings) -> Plan:
+        changed = replace(config, **{name: v for change in changes for name, v in change.items()})
+        return make_plan(changed, model_config, usable=usable)
+
+    before = plan()
+    excess = before.excess(usable)
+    chosen: dict[str, Settings] = {}
+    for change in _changes(config):
+        for value in change.values:
             if not excess:
                 break
-    for name in (
-        list(chosen) if not excess else []
-    ):  # a later change may have made an earlier one superfluous
-        others = [value for other, value in chosen.items() if other != name]
-        without = replace(
-            config, **{setting: v for value in others for setting, v in value.items()}
-        )
-        if not make_plan(without, model_config, usable=usable).excess(usable):
-            del chosen[name]
-    lines = [
-        _saving(before, make_plan(replace(config, **value), model_config, usable=usable), value)
-        for value in chosen.values()
-    ]
+            remaining = plan(*chosen.values(), value).excess(usable)
+            if remaining > excess - LEAST_GAIN * usable:
+                break  # it does not help
+            excess, chosen[change.name] = remaining, value
+
+    if not excess:
+        # A later change may have made an earlier one superfluous.
+        for name in list(chosen):
+            others = [value for other, value in chosen.items() if other != name]
+            if not plan(*others).excess(usable):
+                del chosen[name]
+
+    lines = [_saving(before, plan(value), value) for value in chosen.values()]
     if excess:
-        return [
-            *lines[-3:],
-            f"all that is known here leaves {excess / 2**30:.1f} GiB too much: take a larger card",
-        ]
-    return (
-        [*lines[:3], f"and {len(lines) - 3} more: plan again with these"]
-        if len(lines) > 3
-        else lines
-    )
+        too_much = f"all that is known here leaves {excess / GIB:.1f} GiB too much"
+        return [*lines[-MOST_LINES:], f"{too_much}: take a larger card"]
+    if len(lines) > MOST_LINES:
+        more = len(lines) - MOST_LINES
+        return [*lines[:MOST_LINES], f"and {more} more: plan again with these"]
+    return lines
 
 
-def _changes(config: TrainConfig) -> Iterator[tuple[str, list[dict]]]:
-    """Name, and settings to try one after the other; ordered by what a user loses."""
+def _changes(config: TrainConfig) -> Iterator[Change]:
+    """The changes that are tried, in the order of what a user loses by them."""
     trains_bf16 = planned_device(config)[1] == torch.bfloat16 and not config.lora
     longest = config.max_prompt_tokens + config.max_new_tokens
+
+    # The same numbers, or nearly, in more time.
     if not config.gradient_checkpointing:
-        yield "checkpointing", [{"gradient_checkpointing": True}]
+        yield Change("checkpointing", [{"gradient_checkpointing": True}])
     if trains_bf16 and config.optimizer == "adamw":
-        yield "exact", [{"optimizer": "adamw_exact"}]
+        yield Change("exact", [{"optimizer": "adamw_exact"}])
     if config.reference != "offload" and not config.lora:
-        yield "reference", [{"reference": "offload"}]
-    if config.eval_samples:
-        yield (
-            "evaluation",
-            [{"eval_samples": 0}],
-        )  # mr1_fast.evaluate does it apart, with a --batch-size
-    budgets = _halves(config.tokens_per_microbatch, longest)
-    yield "micro-batch", [{"tokens_per_microbatch": tokens} for tokens in budgets]
+        yield Change("reference", [{"reference": "offload"}])
+    if config.eval_samples:  # mr1_fast.evaluate does it apart, with a --batch-size
+        yield Change("evaluation", [{"eval_samples": 0}])
+    yield _halved("tokens_per_microbatch", config.tokens_per_microbatch, longest)
     if config.gradient_checkpointing and not config.offload_checkpoints:
-        yield "checkpoints", [{"offload_checkpoints": True}]
+        yield Change("checkpoints", [{"offload_checkpoints": True}])
     if trains_bf16 and config.optimizer in ("auto", "adamw", "adamw_exact"):
-        yield "stochastic", [{"optimizer": "adamw_stochastic"}]
-    yield "prompts", [{"prompts_per_step": count} for count in _halves(config.prompts_per_step, 1)]
-    yield (
-        "images",
-        [_smaller_images(config, pixels) for pixels in _halves(config.max_pixels, 28 * 28 * 64)],
-    )
+        yield Change("stochastic", [{"optimizer": "adamw_stochastic"}])
+
+    # Another run, which learns less from a step, or another model.
+    yield _halved("prompts_per_step", config.prompts_per_step, 1)
+    pixels = _halves(config.max_pixels, LEAST_IMAGE_TOKENS * PIXELS_PER_TOKEN)
+    yield Change("images", [_smaller_images(config, most) for most in pixels])
     if config.algo != "sft":
-        yield (
-            "generations",
-            [{"num_generations": count} for count in _halves(config.num_generations, 4)],
-        )
+        yield _halved("num_generations", config.num_generations, LEAST_GENERATIONS)
     if not config.lora:
-        yield "lora", [{"lora": True}, {"lora": True, "load_in_4bit": True}]
+        yield Change("lora", [{"lora": True}, {"lora": True, "load_in_4bit": True}])
     elif not config.load_in_4bit:
-        yield "4 bits", [{"load_in_4bit": True}]
-    yield "answers", [{"max_new_tokens": count} for count in _halves(config.max_new_tokens, 64)]
+        yield Change("4 bits", [{"load_in_4bit": True}])
+    yield _halved("max_new_tokens", config.max_new_tokens, LEAST_COMPLETION)
+
+
+def _halved(name: str, value: int, least: int) -> Change:
+    """A setting with half its value, a quarter, and so on down to `least`."""
+    return Change(name, [{name: half} for half in _halves(value, least)])
 
 
 def _halves(value: int, least: int) -> list[int]:
-    """value/2, value/4, …, and `least` where that is the smallest."""
+    """value/2, value/4, … and `least` at the end; empty if `value` is no larger than that."""
     halves = []
     while value > least:
         value = max(least, value // 2)
@@ -103,23 +116,22 @@ def _halves(value: int, least: int) -> list[int]:
     return halves
 
 
-def _smaller_images(config: TrainConfig, pixels: int) -> dict:
-    """Fewer pixels, and the prompts shorter by as many image tokens."""
-    before, after = (
-        image_tokens(replace(config, max_pixels=value)) for value in (config.max_pixels, pixels)
-    )
-    prompt = config.max_prompt_tokens - before + after
+def _smaller_images(config: TrainConfig, pixels: int) -> Settings:
+    """Images of at most `pixels` pixels, and prompts shorter by as many image tokens."""
+    saved = image_tokens(config) - image_tokens(replace(config, max_pixels=pixels))
+    prompt = config.max_prompt_tokens - saved
     return {"max_pixels": pixels, "max_prompt_tokens": prompt, "shrink_images": True}
 
 
-def _saving(before: Plan, after: Plan, change: dict) -> str:
-    """The change as flags, and the phase in which it saves most by itself."""
-    flags = " ".join(
-        f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in change.items()
-    )
+def _saving(before: Plan, after: Plan, change: Settings) -> str:
+    """A change as flags, and bytes before and after it in the phase in which it saves most."""
     saved = {
         phase: before.total(phase) - (after.total(phase) if phase in after.phases else 0)
         for phase in before.phases
     }
-    phase = max(saved, key=lambda phase: (round(saved[phase] / 2**30, 1), before.total(phase)))
-    return f"{flags}: {phase} {before.total(phase) / 2**30:.1f} → {(before.total(phase) - saved[phase]) / 2**30:.1f} GiB"
+    phase = max(saved, key=lambda phase: (round(saved[phase] / GIB, 1), before.total(phase)))
+    was, becomes = before.total(phase) / GIB, (before.total(phase) - saved[phase]) / GIB
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in change.items()
+    )
+    return f"{flags}: {phase} {was:.1f} → {becomes:.1f} GiB"

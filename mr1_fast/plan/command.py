@@ -1,37 +1,23 @@
-"""`python -m mr1_fast.plan`."""
+"""What `python -m mr1_fast.plan` prints."""
 
-import logging
-import sys
-import warnings
-
-from ..command_line import parse_settings
-from ..config import profile_defaults
 from ..model.known import find_model_config
 from .advice import advice
-from .plan import make_plan, planned_device, usable_bytes
+from .plan import make_plan, usable_bytes
+from .planned_run import planned_device
 from .settings import PlanConfig
 
 
-def main() -> None:
-    """`python -m mr1_fast.plan`."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # says that a CPU lacks kernels, which a plan needs not
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # peft asks transformers for a property with an old name
-    config = parse_settings(
-        PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=profile_defaults
-    )
+def print_plan(config: PlanConfig) -> None:
+    """Print the plan of a run on a card of `config.vram` GB, and what to change if it does not fit.
+
+    UserError if the model has no configuration that can be read here.
+    """
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
-    print(
-        f"{config.model} on {device} in {dtype}, largest prompts, images and completions".replace(
-            "torch.", ""
-        )
-    )
+    dtype_name = str(dtype).removeprefix("torch.")
+    print(f"{config.model} on {device} in {dtype_name}, largest prompts, images and completions")
     usable = usable_bytes(config.vram)
     print(make_plan(config, model_config, usable=usable).render(usable))
-    changes = advice(config, model_config, config.vram)
+    changes = advice(config, model_config, usable)
     if changes:
         print("to make it fit:\n" + "\n".join(f"  {line}" for line in changes))

@@ -1,4 +1,4 @@
-"""How much is computed at once, and what happens when memory runs out: half of it, once, then advice."""
+"""What happens when memory runs out: the same work once more with half the amount, then advice."""
 
 import gc
 from collections.abc import Callable
@@ -9,15 +9,20 @@ import torch
 from ..errors import UserError
 
 Result = TypeVar("Result")
-TOKENS = "tokens_per_microbatch"
-SAMPLED, EVALUATED = "tokens in the rollout's KV cache", "tokens in the evaluation's KV cache"
-"""Names of amounts: the setting, and what the memory plan leaves for keys and values."""
+
+PACK_TOKENS = "tokens_per_microbatch"
+"""Name of the amount of tokens in one forward and backward pass, as the setting is called."""
+ROLLOUT_CACHE = "tokens in the rollout's KV cache"
+"""Name of the amount of tokens whose keys and values the rollout holds at once."""
+EVALUATION_CACHE = "tokens in the evaluation's KV cache"
+"""Name of the amount of tokens whose keys and values an evaluation holds at once."""
 
 
-class Room:
-    """Amounts that fit into memory, by name; one that does not is halved for the rest of the process.
+class MemoryLimits:
+    """Amounts of work that fit into memory, by name.
 
-    `say` prints a line; `advise` returns what to change when halving was not enough.
+    An amount that does not fit is halved for the rest of the process. `say` prints a line;
+    `advise` returns which settings to change when half the amount does not fit either.
     """
 
     def __init__(
@@ -26,22 +31,25 @@ class Room:
         self.say, self.advise, self.amounts = say, advise, dict(amounts)
 
     def attempt(self, name: str, work: Callable[[int], Result], most: int | None = None) -> Result:
-        """work(amount of `name`); where it runs out of memory, once more from its beginning with half the amount.
+        """Return work(amount of `name`); if it runs out of memory, try once more with half of it.
 
-        `most`: more than that is of no use to it. `work` must leave nothing changed when it fails. UserError where half
-        is too much, too.
+        `most` is the largest amount that `work` can use. `work` starts from its beginning again,
+        so it must leave nothing changed when it fails. UserError if half the amount fails, too.
         """
         amount = min(self.amounts[name], most or self.amounts[name])
         try:
             return work(amount)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
-        # Only here are the failed attempt's tensors out of use: the exception held its frames.
+
+        # The exception held the frames of the failed attempt, and these its tensors. Both are
+        # released only now that the except block has ended.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if amount < 2:
             raise self._exhausted(name, amount, reason)
+
         half = self.amounts[name] = amount // 2
         self.say(f"out of memory with {name} = {amount}: once more, and from here on, with {half}")
         try:
@@ -54,6 +62,6 @@ class Room:
 
     def _exhausted(self, name: str, amount: int, reason: str) -> UserError:
         return UserError(
-            f"out of memory with {name} = {amount} ({reason.rstrip('.')}). The last checkpoint is intact: go on "
-            f"from there with --resume. {self.advise()}"
+            f"out of memory with {name} = {amount} ({reason.rstrip('.')}). The last checkpoint is "
+            f"intact: go on from there with --resume. {self.advise()}"
         )

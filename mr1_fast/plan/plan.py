@@ -1,80 +1,81 @@
-"""x"""
+"""The memory plan of a run: bytes of each phase at its peak, by component."""
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import PretrainedConfig
 
 from ..config import EVALUATION_BATCH_SIZE, TrainConfig
-from .phases import Moment, Step
+from ..types import PackedBatch
+from .memory_use import COMPONENTS, MemoryUse, added, total
+from .planned_run import PlannedRun, planned_run
+from .reference import has_pass_before_update, reference_pass
+from .resident import resident
+from .rollout import cache_tokens_for, rollout
+from .update import optimizer_step, update
 from .workload import Workload, patches_of
 
+GIB, MIB = 2**30, 2**20
 USABLE = 23.6 / 24
-"""GiB that CUDA offers of each GB of a card's name (an RTX 3090 or 4090 with 24 GB: 23.6 GiB)."""
-
-
-COMPONENTS = (
-    "weights",
-    "remainder",
-    "optimizer",
-    "reference",
-    "gradients",
-    "KV cache",
-    "activations",
-    "loss head",
-    "workspace",
-)
+"""GiB that CUDA offers for each GB in a card's name: 23.6 GiB of an RTX 3090 or 4090 with 24 GB."""
 
 
 @dataclass
 class Plan:
-    """Bytes by phase and component, at the moment of each phase that needs most."""
+    """Bytes on the device at the peak of each phase."""
 
-    phases: dict[str, Moment]
-    """Bytes of each component, by phase: rollout, reference, update, and evaluation where the run has one."""
+    phases: dict[str, MemoryUse]
+    """Bytes by component, by phase: rollout, reference, update, evaluation; those the run has."""
     cache_tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens that the KV cache holds at most, by phase: rollout, evaluation."""
+    """Most tokens that the KV cache holds, by phase: rollout and evaluation."""
 
     def total(self, phase: str) -> int:
-        """Bytes of a phase."""
-        return sum(self.phases[phase].values())
+        """Bytes at the peak of a phase."""
+        return total(self.phases[phase])
 
     @property
     def peak(self) -> int:
-        """Bytes of the largest phase."""
+        """Bytes at the peak of the run."""
         return max(map(self.total, self.phases))
 
     def excess(self, usable: float) -> float:
-        """Bytes beyond `usable`, summed over phases; 0 where it fits."""
+        """Bytes by which phases exceed `usable` bytes, summed over phases; 0 if the run fits."""
         return sum(max(0, self.total(phase) - usable) for phase in self.phases)
 
     def render(self, usable: float | None = None, measured: dict[str, float] | None = None) -> str:
-        """The table; with `usable` bytes, the headroom; with `measured` bytes of tensors by phase, those beside it.
+        """The plan as a table of components by phase.
 
-        What CUDA takes besides tensors is not measured: the planned workspace is added.
+        With `usable` bytes, a last line says how much is to spare. With `measured` peaks of
+        tensors in bytes, by phase, a row shows them beside the plan: what CUDA takes besides
+        tensors is not among them, so the planned workspace is added.
         """
-        unit, size = ("GiB", 2**30) if self.peak >= 4 * 2**30 else ("MiB", 2**20)
-        rows = [(unit, *self.phases)]
+        unit, size = ("GiB", GIB) if self.peak >= 4 * GIB else ("MiB", MIB)
+        rows = [_row(unit, self.phases)]
         for component in COMPONENTS:
-            sizes = [moment.get(component, 0) for moment in self.phases.values()]
-            if any(sizes):
-                rows.append((component, *(f"{part / size:.2f}" for part in sizes)))
-        rows.append(("total", *(f"{self.total(phase) / size:.2f}" for phase in self.phases)))
-        lines = [f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
-        lines.insert(-1, "-" * len(lines[0]))
+            parts = [use.get(component, 0) for use in self.phases.values()]
+            if any(parts):
+                rows.append(_row(component, (f"{part / size:.2f}" for part in parts)))
+        rows.append("-" * len(rows[0]))
+        rows.append(_row("total", (f"{self.total(phase) / size:.2f}" for phase in self.phases)))
+
         if measured:
-            besides = {phase: moment.get("workspace", 0) for phase, moment in self.phases.items()}
             cells = (
-                f"{(measured[p] + besides[p]) / size:.2f}" if p in measured else "–"
-                for p in self.phases
+                f"{(measured[phase] + use.get('workspace', 0)) / size:.2f}"
+                if phase in measured
+                else "–"
+                for phase, use in self.phases.items()
             )
-            lines.append(f"{'measured':<12}" + "".join(f"{cell:>12}" for cell in cells))
+            rows.append(_row("measured", cells))
         if usable is not None:
-            lines.append(
+            difference = f"{abs(usable - self.peak) / size:.2f} {unit}"
+            rows.append(
                 f"peak {self.peak / size:.2f} {unit} of {usable / size:.2f} usable: "
-                f"{abs(usable - self.peak) / size:.2f} {unit} {'to spare' if self.peak <= usable else 'too much'}"
+                f"{difference} {'to spare' if self.peak <= usable else 'too much'}"
             )
-        return "\n".join(lines)
+        return "\n".join(rows)
+
+
+def _row(name: str, cells) -> str:
+    return f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def make_plan(
@@ -83,80 +84,71 @@ def make_plan(
     workload: Workload | None = None,
     usable: float | None = None,
 ) -> Plan:
-    """Plan `config`'s steps for `workload` (default: the largest that the settings allow).
+    """Plan the steps of `config` on `workload`; by default on the largest that the settings allow.
 
-    The rollout's KV cache is what all samples need at once; with `usable` bytes in all, no more than is left beside
-    weights and states, or than one group needs: then samples wait.
+    The KV cache holds what all samples need at once. With `usable` bytes in all it holds no more
+    than is left beside everything else, and samples wait; but never less than one group needs.
     """
-    device, dtype = planned_device(config)
-    step = Step(config, model_config, device, dtype)
+    run = planned_run(config, model_config)
+    always = resident(run)
+    available = None if usable is None else usable - total(always)
     generations = 1 if config.algo == "sft" else config.num_generations
-    work = workload or Workload.largest(config, generations, config.prompts_per_step)
-    shapes = {}
-    batches = work.packs(config.tokens_per_microbatch)
-    if workload is None:
-        batches += [batch for full in Workload.full_packs(config, generations) for batch in full]
-    for index, batch in enumerate(
-        batches
-    ):  # equal packs are planned once; the last of them finds gradients
-        key = (batch.segments.cu_seqlens_k.tolist(), len(batch.targets), patches_of(batch).tolist())
-        shapes[str(key)] = (batch, index > 0)
-    resident = step.resident()
+    step = workload or Workload.largest(config, generations, config.prompts_per_step)
+    packs = _distinct(_packs(config, step, generations, is_worst_case=workload is None))
 
-    moments: dict[str, list[Moment]] = {}
-    sampled = {}
+    uses: dict[str, list[MemoryUse]] = {}
+    cache_tokens: dict[str, int] = {}
+
+    def plan_rollout(phase: str, work: Workload) -> None:
+        cache_tokens[phase] = cache_tokens_for(run, work, available)
+        uses[phase] = rollout(run, work, cache_tokens[phase])
+
     if config.algo != "sft":
-        sampled["rollout"] = work
+        plan_rollout("rollout", step)
+        if has_pass_before_update(run):
+            uses["reference"] = [use for pack in packs for use in reference_pass(run, pack.batch)]
+    uses["update"] = _update(run, packs)
     if config.eval_samples and workload is None:
-        sampled["evaluation"] = Workload.largest(
-            config, 1, min(EVALUATION_BATCH_SIZE, config.eval_samples)
-        )
-    cache_tokens = {
-        phase: _cache_tokens(step, resident, each, usable) for phase, each in sampled.items()
-    }
-    if "rollout" in sampled:
-        moments["rollout"] = step.rollout(work, cache_tokens["rollout"])
-        if step.needs_reference or config.importance_cap:
-            moments["reference"] = [
-                m for batch, _ in shapes.values() for m in step.reference_pass(batch)
-            ]
-    moments["update"] = [
-        m for batch, earlier in shapes.values() for m in step.update(batch, earlier)
-    ]
-    moments["update"].append(step.optimizer_step())
-    if "evaluation" in sampled:
-        moments["evaluation"] = step.rollout(sampled["evaluation"], cache_tokens["evaluation"])
-    return Plan({phase: _largest(resident, each) for phase, each in moments.items()}, cache_tokens)
+        count = min(EVALUATION_BATCH_SIZE, config.eval_samples)
+        plan_rollout("evaluation", Workload.largest(config, 1, count))
+    phases = {phase: added(always, max(each, key=total)) for phase, each in uses.items()}
+    return Plan(phases, cache_tokens)
 
 
-def _cache_tokens(step: Step, resident: Moment, work: Workload, usable: float | None) -> int:
-    """Tokens of the KV cache with which the work's samples are drawn."""
-    needed = step.layout(work, None).tokens
-    if usable is None:
-        return needed
-    group = len(work.completions) // len(work.prompts)
-    least = step.layout(
-        Workload(work.prompts[:1], work.patches[:1], work.completions[:group]), None
-    ).tokens
-    others = max(sum(moment.values()) - moment["KV cache"] for moment in step.rollout(work, needed))
-    left = usable - sum(resident.values()) - others
-    return int(min(needed, max(least, left / step.cache_bytes(1))))
+def _packs(
+    config: TrainConfig, step: Workload, generations: int, is_worst_case: bool
+) -> list[PackedBatch]:
+    """The packs of a step; in the worst case also those that other lengths could fill."""
+    packs = step.packs(config.tokens_per_microbatch)
+    if is_worst_case:
+        packs += [pack for full in Workload.full_packs(config, generations) for pack in full]
+    return packs
 
 
-def planned_device(config: TrainConfig) -> tuple[str, torch.dtype]:
-    """What `auto` means for a plan, which is made for a card that need not be here."""
-    device = "cuda" if config.device == "auto" else config.device.partition(":")[0]
-    name = (
-        ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
-    )
-    return ("cuda" if device == "cuda" else "cpu"), getattr(torch, name)
+@dataclass
+class _Pack:
+    """One of several packs of equal shapes."""
+
+    batch: PackedBatch
+    is_first: bool
+    """Whether the only such pack is the step's first, which finds no gradients."""
 
 
-def _largest(resident: Moment, moments: list[Moment]) -> Moment:
-    largest = max(moments, key=lambda moment: sum(moment.values()))
-    return {name: resident.get(name, 0) + largest.get(name, 0) for name in (*resident, *largest)}
+def _distinct(batches: list[PackedBatch]) -> list[_Pack]:
+    """Each shape of packs once, since equal packs need the same."""
+    packs: dict[str, _Pack] = {}
+    for index, batch in enumerate(batches):
+        keys, images = batch.segments.cu_seqlens_k.tolist(), patches_of(batch).tolist()
+        packs[str((keys, len(batch.targets), images))] = _Pack(batch, index == 0)
+    return list(packs.values())
+
+
+def _update(run: PlannedRun, packs: list[_Pack]) -> list[MemoryUse]:
+    """Bytes at the possible peaks of the update on all packs, the optimizer's step included."""
+    uses = [use for pack in packs for use in update(run, pack.batch, pack.is_first)]
+    return [*uses, optimizer_step(run)]
 
 
 def usable_bytes(vram: float) -> float:
-    """Bytes that tensors and CUDA can have of a card of `vram` GB."""
-    return vram * USABLE * 2**30
+    """Bytes that tensors and CUDA can have of a card with `vram` GB in its name."""
+    return vram * USABLE * GIB

@@ -2,19 +2,25 @@
 
 from dataclasses import dataclass
 
-from ..config import TrainConfig
+from ..command_line import parse_settings
+from ..config import TrainConfig, profile_defaults
 from ..errors import UserError
 
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """All settings of `python -m mr1_fast.train`, and the card."""
+    """Whether a run fits on a card: all settings of `python -m mr1_fast.train`, and the card."""
 
     vram: float = 24.0
-    """Memory of the GPU, in the GB of its name; of 24 GB, 23.6 GiB can be used."""
+    """Memory of the GPU, in the GB of its name; 23.6 GiB of a card with 24 GB can be used."""
 
     def check(self) -> None:
-        """Raise UserError for values that no run could mean."""
+        """Raise UserError for values that cannot be used."""
         super().check()
         if self.vram <= 0:
             raise UserError(f"vram is {self.vram}, but must be greater than 0.")
+
+
+def parse(argv: list[str]) -> PlanConfig:
+    """Read the settings from the words of a command line; raises UserError for a bad one."""
+    return parse_settings(PlanConfig, argv, "python -m mr1_fast.plan", profile_defaults)

@@ -9,73 +9,111 @@ from ..config import TrainConfig
 from ..packing import packs
 from ..types import PackedBatch, Prompt
 
+PIXELS_PER_TOKEN = 28 * 28
+"""Pixels of an image that become one token: 2 × 2 patches of 14 × 14 (Qwen2-VL)."""
+PATCHES_PER_TOKEN = 4
+"""Image patches that become one token."""
+QUESTION_TOKENS = 32
+"""Tokens that a prompt has at least beside its image."""
+
 
 @dataclass
 class Workload:
-    """What one step computes on: B prompts and B·G completions, in tokens."""
+    """B prompts with G completions each, by their numbers of tokens."""
 
     prompts: list[int]
     """B: tokens of each prompt, image tokens included."""
     patches: list[int]
-    """B: image patches of each prompt (4 to an image token)."""
+    """B: image patches of each prompt, 4 for each image token."""
     completions: list[int]
     """B·G: tokens of each completion; completion i belongs to prompt i // G."""
 
     @classmethod
     def largest(cls, config: TrainConfig, generations: int, count: int) -> "Workload":
-        """`count` prompts as long as the settings allow, each with the largest image; completions of full length."""
-        prompts, completions = (
-            [config.max_prompt_tokens] * count,
-            [config.max_new_tokens] * count * generations,
+        """The worst case of `count` prompts with `generations` completions each.
+
+        Prompts and completions are as long as the settings allow, each prompt with the largest
+        image.
+        """
+        return cls._equal(
+            config, count, generations, config.max_prompt_tokens, config.max_new_tokens
         )
-        return cls(prompts, [4 * image_tokens(config)] * count, completions)
+
+    @classmethod
+    def _equal(
+        cls, config: TrainConfig, count: int, generations: int, prompt: int, completion: int
+    ) -> "Workload":
+        """`count` prompts of `prompt` tokens, the largest image in each, with equal completions."""
+        patches = PATCHES_PER_TOKEN * image_tokens(config)
+        return cls([prompt] * count, [patches] * count, [completion] * count * generations)
 
     @classmethod
     def full_packs(cls, config: TrainConfig, generations: int) -> list[list[PackedBatch]]:
-        """Packs that are filled by groups of shorter completions, with few and with as many images as there can be."""
-        budget, packs = config.tokens_per_microbatch, []
-        image = image_tokens(config)
-        shortest = min(
-            config.max_prompt_tokens, image + 32
-        )  # a question takes some tokens beside its image
+        """Packs that groups of shorter completions fill up.
+
+        The prompts are the longest or the shortest, and as many as one pack can hold or half of
+        that, so that packs with few and with many images are among them.
+        """
+        budget, filled = config.tokens_per_microbatch, []
+        shortest = min(config.max_prompt_tokens, image_tokens(config) + QUESTION_TOKENS)
         for prompt in (config.max_prompt_tokens, shortest):
             most = min(config.prompts_per_step, budget // (prompt + generations))
             for count in {most, max(1, most // 2)} if most else ():
                 inputs = min(config.max_new_tokens - 1, (budget // count - prompt) // generations)
-                work = cls(
-                    [prompt] * count, [4 * image] * count, [inputs + 1] * count * generations
-                )
-                packs.append(work.packs(budget))
-        return packs
+                work = cls._equal(config, count, generations, prompt, inputs + 1)
+                filled.append(work.packs(budget))
+        return filled
+
+    @property
+    def group(self) -> int:
+        """G, the completions of each prompt."""
+        return len(self.completions) // len(self.prompts)
+
+    def first_group(self) -> "Workload":
+        """The first prompt with its completions."""
+        return Workload(self.prompts[:1], self.patches[:1], self.completions[: self.group])
+
+    def prompt_pack(self, most_prompts: int, tokens_per_pack: int) -> PackedBatch:
+        """The first pack of the first `most_prompts` prompts alone, as the rollout encodes them."""
+        prompts = self.prompts[:most_prompts]
+        alone = Workload(prompts, self.patches[:most_prompts], [1] * len(prompts))
+        return alone.packs(tokens_per_pack)[0]
 
     def packs(self, tokens_per_pack: int) -> list[PackedBatch]:
-        """As packing.py packs them; pixels without width."""
-        prompts = []
-        for length, patches in zip(self.prompts, self.patches, strict=True):
-            images = (
-                (torch.empty(patches, 0), torch.tensor([[1, 1, patches]]))
-                if patches
-                else (None, None)
-            )
-            positions = torch.zeros(3, length, dtype=torch.int64)
-            prompts.append(
-                Prompt(
-                    torch.zeros(length, dtype=torch.int64), positions, length, *images, patches // 4
-                )
-            )
+        """The packs that packing.py makes of the prompts and completions.
+
+        Token ids are 0 and pixels take no memory: what counts is shapes.
+        """
+        prompts = [
+            _prompt(length, patches)
+            for length, patches in zip(self.prompts, self.patches, strict=True)
+        ]
         completions = [torch.zeros(length, dtype=torch.int64) for length in self.completions]
         return list(packs(prompts, completions, tokens_per_pack))
 
 
+def _prompt(length: int, patches: int) -> Prompt:
+    """A prompt of `length` tokens with one image of `patches` patches, or with none."""
+    pixels = grid = None
+    if patches:
+        pixels, grid = torch.empty(patches, 0), torch.tensor([[1, 1, patches]])
+    return Prompt(
+        input_ids=torch.zeros(length, dtype=torch.int64),
+        position_ids=torch.zeros(3, length, dtype=torch.int64),
+        next_position=length,
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        num_image_tokens=patches // PATCHES_PER_TOKEN,
+    )
+
+
 def image_tokens(config: TrainConfig) -> int:
-    """Of the largest image that the settings allow."""
-    return min(config.max_pixels // (28 * 28), config.max_prompt_tokens)
+    """Tokens of the largest image that the settings allow."""
+    return min(config.max_pixels // PIXELS_PER_TOKEN, config.max_prompt_tokens)
 
 
 def patches_of(batch: PackedBatch) -> Tensor:
-    """(I,) int64: patches of each of a pack's images."""
-    return (
-        torch.zeros(0, dtype=torch.int64)
-        if batch.image_grid_thw is None
-        else batch.image_grid_thw.prod(dim=1)
-    )
+    """(I,) int64: patches of each image of a pack."""
+    if batch.image_grid_thw is None:
+        return torch.zeros(0, dtype=torch.int64)
+    return batch.image_grid_thw.prod(dim=1)

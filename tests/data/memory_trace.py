@@ -1,4 +1,4 @@
-"""The most bytes of tensors that a call has alive at once, as torch counted every allocation."""
+"""The peak of memory that a call allocates, as torch counts every allocation."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes at once of what `call` allocates, also inside operators; what was there before does not count.
+    """Most bytes at once of what `call` allocates, also inside operators.
 
-    `call` must free nothing that it did not allocate. On a CPU torch's profiler saw it, on CUDA the allocator.
+    What existed before does not count, and `call` must not free any of it. On a CPU torch's
+    profiler counts, on CUDA the allocator.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -4,7 +4,7 @@ from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.policy import Policy
-from mr1_fast.plan.out_of_memory import SAMPLED, TOKENS, Room
+from mr1_fast.plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
 from mr1_fast.run import Run
 
 
@@ -16,5 +16,5 @@ def run(argv: list[str]) -> None:
 def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=None, **parts) -> Run:
     """A Run whose stages may compute on `tokens` tokens at once; `said` collects what it prints."""
     say = [].append if said is None else said.append
-    limits = Room(say, lambda: "Change X.", {TOKENS: tokens, SAMPLED: tokens})
+    limits = MemoryLimits(say, lambda: "Change X.", {PACK_TOKENS: tokens, ROLLOUT_CACHE: tokens})
     return Run(config=config, policy=policy, limits=limits, **parts)

@@ -1,4 +1,4 @@
-"""Out of memory in a step: half the amount and the same step again, to the same end; then advice."""
+"""Out of memory in a step: the same step again with half the amount, then advice."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from mr1_fast import train
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.plan.out_of_memory import Room
+from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.rollout import engine
 from mr1_fast.types import Rollout
 
@@ -17,8 +17,8 @@ from ..data.runs import stage_run
 NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
 
 
-def room_for(amount: int, said: list) -> Room:
-    return Room(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
+def room_for(amount: int, said: list) -> MemoryLimits:
+    return MemoryLimits(said.append, lambda: "Change X.", {"tokens_per_microbatch": amount})
 
 
 def test_half_once_and_for_good():

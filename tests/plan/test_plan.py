@@ -1,4 +1,4 @@
-"""plan.py: what is planned is what real steps allocate; counts by hand; advice that works."""
+"""The memory plan: it equals what real steps allocate, counts by hand, and its advice works."""
 
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,16 @@ from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import make_policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer, update
+from mr1_fast.plan.__main__ import main
 from mr1_fast.plan.advice import advice
-from mr1_fast.plan.command import main
-from mr1_fast.plan.layers import FourBitLinear, nbytes
-from mr1_fast.plan.phases import Step
-from mr1_fast.plan.plan import make_plan, planned_device, usable_bytes
+from mr1_fast.plan.layers import nbytes
+from mr1_fast.plan.plan import make_plan, usable_bytes
+from mr1_fast.plan.planned_run import PlannedRun, planned_run
+from mr1_fast.plan.reference import streamed_reference
+from mr1_fast.plan.resident import resident
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.plan.settings import PlanConfig
+from mr1_fast.plan.stand_ins import FourBitLinear
 from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
@@ -39,7 +42,7 @@ IMAGE = 1
 
 
 def small_config(vocab_size: int = 6000, tied: bool = True) -> Qwen2VLConfig:
-    """Large enough for layers, logits and caches to count beside the weights."""
+    """A model that is large enough for layers, logits and caches to count beside the weights."""
     return Qwen2VLConfig(
         text_config=dict(
             vocab_size=vocab_size,
@@ -64,7 +67,7 @@ def small_config(vocab_size: int = 6000, tied: bool = True) -> Qwen2VLConfig:
 
 
 def random_prompt(length: int, height: int, width: int) -> Prompt:
-    """Text around an image of height × width patches."""
+    """A prompt of `length` tokens with an image of height × width patches."""
     ids = torch.randint(20, 200, (length,))
     ids[2 : 2 + height * width // 4] = IMAGE
     grid = torch.tensor([[1, height, width]])
@@ -86,7 +89,7 @@ def held(value) -> int:
 def measure(
     config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths
 ) -> tuple[int, dict[str, int], Workload]:
-    """Bytes that are always there, those of a real step beside them at each phase's peak, and what it worked on."""
+    """Measure a step: bytes between phases, bytes that each phase adds at its peak, workload."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
@@ -202,17 +205,16 @@ def test_the_plan_is_what_cuda_allocates(settings):
     assert max(map(abs, errors.values())) < 0.07, errors
 
 
-def planned(model: str, **settings) -> tuple[TrainConfig, Step]:
-    config = TrainConfig(model=model, **settings)
-    return config, Step(config, find_model_config(model), *planned_device(config))
+def planned(model: str, **settings) -> PlannedRun:
+    return planned_run(TrainConfig(model=model, **settings), find_model_config(model))
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_weights_remainder_and_optimizer_by_hand(model):
-    _, step = planned(model, reference="offload")
+    run = planned(model, reference="offload")
     count = PARAMETERS[model]
-    assert sum(p.numel() for p in step.model.parameters()) == count
-    always = step.resident()
+    assert sum(p.numel() for p in run.policy.model.parameters()) == count
+    always = resident(run)
     assert always["weights"] - 2 * count < 4096  # rotary frequencies
     assert always["remainder"] == 2 * count
     assert (
@@ -225,28 +227,28 @@ def test_four_bits_by_hand():
     linear = FourBitLinear(torch.nn.Linear(1536, 8960, bias=False, device="meta"))
     count = 1536 * 8960
     assert nbytes(linear) == count // 2 + count // 64 + 4 * count // (64 * 256)
-    _, step = planned(QWEN_7B, lora=True, load_in_4bit=True)
-    adapters = sum(p.numel() for p in step.trained)
+    policy = planned(QWEN_7B, lora=True, load_in_4bit=True).policy
+    adapters = sum(p.numel() for p in policy.trained)
     assert adapters == 28 * 32 * (4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
-    assert {p.dtype for p in step.trained} == {torch.float32}
-    kept = 2 * (152064 * 3584 * 2 + sum(p.numel() for p in step.vision.parameters()))
+    assert {p.dtype for p in policy.trained} == {torch.float32}
+    kept = 2 * (152064 * 3584 * 2 + sum(p.numel() for p in policy.vision.parameters()))
     layers = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     small = 2 * (28 * (3584 + 2 * 512 + 2 * 3584) + 3584)  # biases and norms
     by_hand = kept + layers / 2 + layers / 64 + layers / (64 * 64) + small + 4 * adapters
-    assert nbytes(step.model) == pytest.approx(by_hand, rel=1e-4)
+    assert policy.weights == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_streamed_reference_by_hand():
-    _, step = planned(QWEN_2B, reference="offload")
-    text, vision = (nbytes(stack[0]) for stack in (step.text.layers, step.vision.blocks))
-    others = nbytes(step.model) - 28 * text - 32 * vision
-    assert step.streamed() == 2 * text + 2 * vision + others
+    run = planned(QWEN_2B, reference="offload")
+    text, vision = nbytes(run.policy.text.layers[0]), nbytes(run.policy.vision.blocks[0])
+    others = run.policy.weights - 28 * text - 32 * vision
+    assert streamed_reference(run) == 2 * text + 2 * vision + others
 
 
 def test_advice_makes_it_fit():
     config = TrainConfig(model=QWEN_2B, optimizer="adamw", prompts_per_step=4, eval_samples=0)
     model_config = find_model_config(QWEN_2B)
-    lines = advice(config, model_config, vram=21)
+    lines = advice(config, model_config, usable_bytes(21))
     assert 1 < len(lines) <= 3 and lines[0].startswith("--optimizer adamw_exact: update")
     flags = " ".join(line.partition(":")[0] for line in lines).split()
     settings = {
@@ -258,7 +260,7 @@ def test_advice_makes_it_fit():
         > usable_bytes(21)
         >= make_plan(changed, model_config).peak
     )
-    assert advice(changed, model_config, vram=21) == []
+    assert advice(changed, model_config, usable_bytes(21)) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -329,7 +331,7 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
     def fail(*_):
         raise NotImplementedError("no meta kernel")
 
-    monkeypatch.setattr("mr1_fast.plan.plan.Step", fail)
+    monkeypatch.setattr("mr1_fast.plan.plan.planned_run", fail)
     memory = RunMemory(tiny_policy(), TrainConfig())
     memory.record({"peak_gib_update": 1.0})
     assert memory.render() == "no memory plan could be made (NotImplementedError: no meta kernel)"

@@ -1,0 +1,66 @@
+"""The run that is planned: its settings, its device, and its models without data."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from transformers import PretrainedConfig
+
+from ..config import TrainConfig
+from ..model.device import device_name, dtype_name
+from .layers import Training
+from .meta_model import MetaModel, meta_model
+
+
+@dataclass
+class PlannedRun:
+    """A run for which no device, no weights and no data need to be here."""
+
+    config: TrainConfig
+    model_config: PretrainedConfig
+    device: str
+    """Device type that is planned for: `cuda` or `cpu`."""
+    dtype: torch.dtype
+    """Dtype of the weights that are not quantised."""
+
+    @cached_property
+    def policy(self) -> MetaModel:
+        """The model in training."""
+        return meta_model(self.config, self.model_config, self.dtype, self.device)
+
+    @cached_property
+    def reference(self) -> MetaModel:
+        """The model whose log-probabilities the KL term compares with (model/reference.py).
+
+        With adapters it is the policy without them. A reference in 16 or 32 bits allocates what
+        the policy does, and is the same object here.
+        """
+        if self.config.lora:
+            plain = replace(self.config, lora=False)
+            return meta_model(plain, self.model_config, self.dtype, self.device)
+        if self.config.reference == "8bit":
+            return meta_model(self.config, self.model_config, self.dtype, self.device, True)
+        return self.policy
+
+    @property
+    def training(self) -> Training:
+        """What layers keep for the backward pass; a CPU's memory is the host memory already."""
+        recompute = self.config.gradient_checkpointing
+        offload = recompute and self.config.offload_checkpoints and self.device == "cuda"
+        return Training(recompute, offload)
+
+
+def planned_run(config: TrainConfig, model_config: PretrainedConfig) -> PlannedRun:
+    """The run of `config`; `auto` plans for a GPU, which need not be here."""
+    device, dtype = planned_device(config)
+    return PlannedRun(config, model_config, device, dtype)
+
+
+def planned_device(config: TrainConfig) -> tuple[str, torch.dtype]:
+    """Device type (`cuda` or `cpu`) and dtype that are planned for.
+
+    `auto` is `cuda` here, since the card that is planned for need not be in this machine.
+    """
+    is_cuda = device_name(config, has_cuda=True).startswith("cuda")
+    device = "cuda" if is_cuda else "cpu"
+    return device, getattr(torch, dtype_name(config, device))

@@ -1,0 +1,68 @@
+"""Bytes that are on the device between all phases: weights, optimizer state and reference."""
+
+from ..kernels.adamw.state import State
+from ..optim import resolve_optimizer
+from .memory_use import MemoryUse
+from .planned_run import PlannedRun
+
+CUDA_WORKSPACE = 2**30 * 6 // 10
+"""Bytes that a CUDA process takes besides tensors: the context and loaded kernels (0.3 to 0.5 GiB),
+and the work space of cuBLAS."""
+EIGHT_BIT_BLOCK = 256
+"""Elements that share an fp32 scale in the states of bitsandbytes' AdamW8bit."""
+EIGHT_BIT_LEAST = 4096
+"""Elements of a parameter below which bitsandbytes keeps its states in fp32."""
+
+
+def resident(run: PlannedRun) -> MemoryUse:
+    """Bytes of weights, optimizer state and reference, which every phase finds on the device."""
+    use = {
+        "weights": run.policy.weights,
+        **optimizer_state(run),
+        "reference": resident_reference(run),
+    }
+    if run.device == "cuda":
+        use["workspace"] = CUDA_WORKSPACE
+    return use
+
+
+def optimizer_state(run: PlannedRun) -> MemoryUse:
+    """Bytes of the optimizer's states, and of the remainders of exact bf16 weights.
+
+    Which optimizer `auto` is says `resolve_optimizer` of optim.py; the states of ours are made by
+    kernels/adamw/state.py, here without data.
+    """
+    parameters = run.policy.trained
+    kind = resolve_optimizer(run.config.optimizer, parameters)
+    if kind == "adamw":
+        return {"optimizer": 2 * run.policy.gradients}  # two means, each in the weights' dtype
+    if kind == "adamw8bit":
+        return {"optimizer": sum(_eight_bit_bytes(p.numel()) for p in parameters)}
+
+    states = [State.zeros(p, remainder=kind == "adamw_exact") for p in parameters]
+    remainder = sum(state.remainder.nbytes for state in states if state.remainder is not None)
+    tensors = [tensor for state in states for tensor in state if tensor is not None]
+    return {
+        "optimizer": sum(tensor.nbytes for tensor in tensors) - remainder,
+        "remainder": remainder,
+    }
+
+
+def _eight_bit_bytes(elements: int) -> int:
+    """Bytes of both states of one parameter in bitsandbytes' AdamW8bit."""
+    if elements < EIGHT_BIT_LEAST:
+        return 2 * 4 * elements
+    return 2 * (elements + 4 * -(-elements // EIGHT_BIT_BLOCK))
+
+
+def resident_reference(run: PlannedRun) -> int:
+    """Bytes that the reference keeps on the device between its passes; 0 if it is streamed.
+
+    With adapters the reference is the policy without them, and keeps nothing.
+    """
+    config = run.config
+    if not config.needs_reference or config.lora:
+        return 0
+    if config.reference == "offload" and run.device == "cuda":
+        return 0
+    return run.reference.weights
