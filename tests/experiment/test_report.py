@@ -2,15 +2,17 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.plots import by_value, learning_curves, numbers, training_curves
-from mr1_fast.experiment.report import tables_markdown, write_report
+from mr1_fast.experiment.report import write_markdown, write_report
 from mr1_fast.experiment.results import read_results
 from mr1_fast.experiment.tables import cross_task, headline, paired, same_task
+from mr1_fast.report.svg import LIGHT
 
 from ..data.experiment import TASKS, cell_folder, describe, write_cell, write_experiment
 from ..report.test_run_report import Page
@@ -56,7 +58,10 @@ def row(right, count=100):
 
 
 def small(folder, shares, seeds=(0, 1, 2), **changed):
-    """An experiment of 100 items a task; `shares` is (variant, trained) → right in counting and geometry, by seed."""
+    """An experiment with 100 items of each task.
+
+    `shares` is (variant, trained) → for each seed, the right answers in counting and geometry.
+    """
     tasks = {task: {**about, "items": 100} for task, about in TASKS.items()}
     describe(folder, seeds=list(seeds), tasks=tasks, **changed)
     for (variant, trained), by_seed in shares.items():
@@ -113,9 +118,39 @@ def test_page_needs_nothing_from_elsewhere_and_is_small(finished):
 
 
 def test_same_experiment_gives_the_same_report(finished):
-    first = [(finished / name).read_bytes() for name in ("report.html", "report.md")]
+    names = ("report.html", "report.md", "report.svg")
+    first = [(finished / name).read_bytes() for name in names]
     assert write_report(finished) == finished / "report.html"
-    assert [(finished / name).read_bytes() for name in ("report.html", "report.md")] == first
+    assert [(finished / name).read_bytes() for name in names] == first
+
+
+def test_markdown_shows_the_main_plot_as_a_file_of_its_own(finished, tmp_path):
+    """The plot is the page's first, in colours that need no page."""
+    path = write_markdown(finished, tmp_path / "docs" / "tiny.md")
+    assert {file.name for file in path.parent.iterdir()} == {"tiny.md", "tiny.svg"}
+    source, page = path.read_text(), Page(finished / "report.html")
+    assert source.count("![") == 1
+    assert source.split("## ")[0].endswith("\n\n![Trained on counting](tiny.svg)\n\n")
+    assert source == (finished / "report.md").read_text().replace("report.svg", "tiny.svg")
+
+    root = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    drawn = path.with_suffix(".svg").read_text()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root[0].attrib == {"width": "100%", "height": "100%", "fill": "#ffffff"}
+    assert "var(" not in drawn and LIGHT["--line0"] in drawn and LIGHT["--ink"] in drawn
+    first = page.source[page.source.index("<svg") :].split("</svg>")[0]
+    assert first.count("<path") == drawn.count("<path") and first.count("<use") == drawn.count(
+        "<use"
+    )
+
+
+def test_the_main_plot_of_an_ablation_is_over_its_values(tmp_path):
+    write_report(write_experiment(tmp_path, **ALPHA))
+    assert (
+        "![Trained on geometry, tested on geometry](report.svg)"
+        in (tmp_path / "report.md").read_text()
+    )
+    assert "Format weight α" in (tmp_path / "report.svg").read_text()
 
 
 PLAIN = {
@@ -153,7 +188,8 @@ def test_same_task_table_has_the_papers_layout_and_numbers(tmp_path):
 
 def test_other_task_table_has_relative_changes_beside_the_papers(tmp_path):
     small(tmp_path, PLAIN)
-    rows = cells_of(tables_markdown(tmp_path), "Other task, greedy")
+    write_report(tmp_path)
+    rows = cells_of((tmp_path / "report.md").read_text(), "Other task, greedy")
     assert rows[0][1:4] == ["counting (VC) → geometry (GR)", "to base", "to SFT"]
     assert rows[0][4:] == ["geometry (GR) → counting (VC)", "to base", "to SFT"]
     values = {
@@ -240,8 +276,9 @@ def test_experiment_without_cells(tmp_path):
         "Cells",
         "How this was measured",
     ]
-    assert "## Cells" in (tmp_path / "report.md").read_text()
-    assert "base model" in tables_markdown(tmp_path)
+    source = (tmp_path / "report.md").read_text()
+    assert "## Cells" in source and "![" not in source and not (tmp_path / "report.svg").exists()
+    assert cells_of(source, "Same task, greedy")[2][0] == "base model"
 
 
 def test_unfinished_and_failed_cells(tmp_path):
@@ -329,7 +366,7 @@ def test_numeric_ablation_has_a_table_and_a_plot_over_its_values(tmp_path):
     assert rows[0] == ["Format weight α", "counting (VC)", "geometry (GR)"]
     assert [line[0] for line in rows[2:]] == ["base model", "α = 0", "α = 0.5", "α = 1"]
     assert "Paired tests" not in source and "the paper's" not in source
-    assert tables_markdown(folder).startswith("**Trained on geometry, greedy**")
+    assert re.findall(r"^\*\*(.*)\*\*$", source, re.MULTILINE)[1] == "Trained on geometry, greedy"
     results = read_results(folder)
     own, other = by_value(results)
     assert (own.title, own.kind) == ("Trained on geometry, tested on geometry", "values")
@@ -373,7 +410,7 @@ def test_samples_show_before_and_after_on_the_task_trained(finished):
 
 
 def test_published_numbers_fit_together():
-    """The relative changes that the paper reports for SFT and GRPO-D agree with each other and with its table."""
+    """The paper's relative changes for SFT and GRPO-D agree with each other and with its table."""
     table, changes = paper.ACCURACY["2B"], paper.CROSS_TASK["2B"][("counting", "geometry")]
     base = table["base"]["geometry"]
     sft, ours = (
