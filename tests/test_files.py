@@ -60,14 +60,14 @@ def folder(tmp_path):
     return tmp_path / "deep" / "folder"
 
 
-def crash_at_rename(monkeypatch, number, error=Crash):
-    """Let Path.rename raise from its `number`-th call (from 1) on."""
+def crash_at_rename(monkeypatch, number):
+    """Let Path.rename crash from its `number`-th call on, counted from 1."""
     rename, calls = Path.rename, []
 
     def broken(self, target):
         calls.append(target)
         if len(calls) >= number:
-            raise error("no rename")
+            raise Crash
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", broken)
@@ -162,9 +162,11 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(number, folder, m
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(UserError, match=r"could not be saved \(no rename\)"):
-        with atomic_folder(folder) as temporary:
-            (temporary / "a").write_text("new")
+    with (
+        pytest.raises(UserError, match=r"could not be saved \(no rename\)"),
+        atomic_folder(folder) as temporary,
+    ):
+        (temporary / "a").write_text("new")
     assert content(folder.parent) == {"folder/a": b"old"}
 
 
@@ -188,10 +190,13 @@ def test_after_a_crash_that_kept_the_old_folder_too_the_new_one_stays(folder, mo
     def crash(*paths, **options):
         raise Crash
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        with atomic_folder(folder) as temporary:
-            (temporary / "a").write_text("new")
-            patch.setattr(files.shutil, "rmtree", crash)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Crash),
+        atomic_folder(folder) as temporary,
+    ):
+        (temporary / "a").write_text("new")
+        patch.setattr(files.shutil, "rmtree", crash)
     assert content(folder.parent) == {"folder/a": b"new", ".folder.replaced/a": b"old"}
     restore_folder(folder)
     assert content(folder.parent) == {"folder/a": b"new"}

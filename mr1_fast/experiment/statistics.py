@@ -34,7 +34,7 @@ class Comparison:
 
     difference: Estimate
     p_seeds: float | None
-    """Of a paired t-test over seeds, about the methods; None if no seed differs from the others."""
+    """Of a paired t-test over seeds, about the methods; None if all seeds agree."""
     p_items: float
     """Of an exact test over items, McNemar's for one seed: about these trained models."""
 
