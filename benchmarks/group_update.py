@@ -17,7 +17,9 @@ from mr1_fast.model.attention import use_packed_attention
 from mr1_fast.model.load import Policy, make_policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.model.tiny import tiny_processor
-from mr1_fast.train import add_logprobs, grpo_batches, grpo_objective
+from mr1_fast.plan.out_of_memory import TOKENS, Room
+from mr1_fast.run import Run
+from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 BETA = 0.04
@@ -155,14 +157,16 @@ def packed(group: Group, repeated: bool) -> Case:
     """Our stages; `repeated`: every completion with a prompt and an image of its own."""
     count = len(group.completions)
     prompts, size = ([group.prompt] * count, 1) if repeated else ([group.prompt], count)
+    limits = Room(print, lambda: "", {TOKENS: WHOLE})
+    run = Run(CONFIG, group.policy, limits, reference=group.reference)
 
     def objective():
         logprobs = [torch.zeros(len(ids)) for ids in group.completions]
         rollout = Rollout([], prompts, group.completions, [], [], logprobs, size)
-        batches = grpo_batches(rollout, group.advantages.view(-1, size), WHOLE)
-        add_logprobs(batches, group.policy, group.reference, CONFIG, WHOLE)
+        batches = pack_rollout(rollout, group.advantages.view(-1, size), WHOLE)
+        add_logprobs(run, batches)
         (batch,) = batches
-        return grpo_objective(group.policy, batch.to(group.device), BETA, CONFIG)[0]
+        return grpo_batch_loss(group.policy, batch.to(group.device), BETA, CONFIG)[0]
 
     return group.differentiated(objective, packed=True)
 

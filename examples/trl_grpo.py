@@ -1,10 +1,10 @@
-"""TRL's GRPOTrainer on a VLM, as it is and with the loss of mr1_fast: same losses, less time and memory in the update.
+"""Train a VLM with TRL's GRPOTrainer as it is, and with the loss of mr1_fast: the losses agree.
 
     python examples/trl_grpo.py          # needs: pip install 'trl>=1.16'
 
-The change is the class; with β(s), a callback beside. The model is the built-in tiny Qwen2-VL with random weights and
-a vocabulary of real size, so that the LM head weighs what it does in practice; the reward likes token ids
-with a large remainder by 7.
+Only the class changes, and a callback is added for β(s). The update takes less time and memory. The
+model is the built-in tiny Qwen2-VL with random weights and a vocabulary of 32,000, so that the LM
+head has weight beside the layers. The reward likes token ids with a large remainder by 7.
 """
 
 import sys
@@ -31,7 +31,7 @@ STEPS = 6
 
 
 class Timed:
-    """Seconds of each update: from the loss, forward of the model included, to the end of its backward."""
+    """Measure the seconds of each update, from the model's forward to the end of the backward."""
 
     def compute_loss(self, *args, **kwargs):
         self.began = time.perf_counter()
@@ -44,7 +44,7 @@ class Timed:
 
 
 def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], float]:
-    """Loss and gradient norm of a few steps, and the least seconds of an update."""
+    """Train a few steps; return losses with gradient norms, and the least seconds of an update."""
     processor = tiny_processor()
     config = tiny_config(processor)
     config.text_config.vocab_size = 32_000
@@ -103,5 +103,6 @@ if __name__ == "__main__":
     for step, (theirs, ours) in enumerate(zip(steps, our_steps, strict=True)):
         print("{:4d} | {:18.3e} {:12.6f} | {:23.3e} {:12.6f}".format(step, *theirs, *ours))
     print(
-        f"update: {1000 * seconds:.0f} ms, {1000 * our_seconds:.0f} ms: {seconds / our_seconds:.1f} times as fast"
+        f"update: {1000 * seconds:.0f} ms, {1000 * our_seconds:.0f} ms: "
+        f"{seconds / our_seconds:.1f} times as fast"
     )

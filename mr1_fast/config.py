@@ -200,6 +200,11 @@ class TrainConfig(
         return self.steps * self.updates_per_batch
 
     @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight of each reward, by its registered name."""
+        return {"accuracy": 1.0, "format": self.format_weight, **self.extra_rewards}
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss has a KL term, which compares the policy with a reference."""
         return self.algo != "sft" and self.kl_schedule().beta_max > 0

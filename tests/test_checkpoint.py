@@ -17,7 +17,7 @@ from mr1_fast.errors import UserError
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
-from mr1_fast.train import run
+from mr1_fast.train import main
 
 START = "0123456789abcdef"
 
@@ -65,7 +65,7 @@ def flat(state):
 def finished(run_args, tmp_path_factory):
     """A finished run of 8 steps, whose second to last checkpoint is that of step 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run(run_args(folder, steps=8, save_every=3, num_generations=2))
+    main(run_args(folder, steps=8, save_every=3, num_generations=2))
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "step-000006",
         "step-000008",
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     settings, run_args, tmp_path
 ):
     settings = dict(steps=16, save_every=2, **settings)
-    run(run_args(tmp_path / "whole", **settings))
+    main(run_args(tmp_path / "whole", **settings))
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "mr1_fast.train", *run_args(folder, **settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -141,7 +141,7 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     process.kill()
     assert process.wait() == -9 and not (folder / "final").exists()
     assert 4 <= len(metrics(folder)) < 16
-    run(["--resume", str(folder)])
+    main(["--resume", str(folder)])
     assert_same_run(folder, tmp_path / "whole")
     assert not list((folder / "checkpoints").glob(".*"))
 
@@ -155,14 +155,14 @@ def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
     partial = interrupted / "checkpoints" / ".step-000008.partial"
     partial.mkdir()
     (partial / "weights.safetensors").write_bytes(b"half")
-    run(["--resume", str(interrupted)])
+    main(["--resume", str(interrupted)])
     assert_same_run(interrupted, finished)
     assert not partial.exists() and (interrupted / "report.html").exists()
 
 
 def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
     shutil.copytree(finished, folder := tmp_path / "again")
-    run(["--resume", str(folder)])
+    main(["--resume", str(folder)])
     assert_same_run(folder, finished)
 
 
@@ -171,7 +171,7 @@ def test_more_steps_can_be_asked_for(samples, interrupted):
     """Evaluation may be turned off or on too; then there is no accuracy before or after."""
     if samples:
         (interrupted / "evaluation.json").unlink()
-    run(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
+    main(["--resume", str(interrupted), "--steps", "9", f"--eval-samples={samples}"])
     assert ("after" in json.loads((interrupted / "evaluation.json").read_text())) == bool(samples)
     assert [record["step"] for record in metrics(interrupted)] == list(range(9))
     assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_pa
         with pytest.raises(
             UserError, match="step-000006 was made from another model: resume with the --model"
         ) as told:
-            run(["--resume", str(interrupted), *wrong])
+            main(["--resume", str(interrupted), *wrong])
         assert "\n" not in str(told.value)
         assert content(interrupted) == before  # above all, config.yaml still names the right model
 
@@ -209,7 +209,7 @@ def test_an_optimizer_of_another_kind_is_refused(interrupted):
     with pytest.raises(
         UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"
     ):
-        run(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
+        main(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
 
 
 DAMAGES = {
@@ -247,7 +247,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
     with pytest.raises(
         UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"
     ):
-        run(["--resume", str(interrupted)])
+        main(["--resume", str(interrupted)])
     assert content(interrupted) == before
 
 
@@ -278,7 +278,7 @@ def test_a_disk_that_fills_up_while_saving(limit, interrupted, finished):
     assert message.endswith("from the last checkpoint with --resume.") and "Traceback" not in errors
     assert content(interrupted / "checkpoints") == before
     assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {"step-000006"}
-    run(["--resume", str(interrupted), "--eval-samples=4"])  # there is room again
+    main(["--resume", str(interrupted), "--eval-samples=4"])  # there is room again
     assert_same_run(interrupted, finished)
 
 
@@ -293,14 +293,14 @@ def test_a_small_disk_is_full(run_args, tmp_path):
         pytest.skip("needs the right to mount a small file system")
     try:
         with pytest.raises(UserError, match=r"step-000001 could not be saved .*make room") as told:
-            run(run_args(disk / "run", save_every=1))
+            main(run_args(disk / "run", save_every=1))
         assert "\n" not in str(told.value) and not list((disk / "run" / "checkpoints").iterdir())
         shutil.rmtree(disk / "run")
         (disk / "rest").write_bytes(b"0" * (shutil.disk_usage(disk).free - 5 * 4096))
         with pytest.raises(
             UserError, match=r"jsonl cannot be written \(No space left on device\): make room there"
         ):
-            run(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
+            main(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -179,7 +179,7 @@ def test_every_value_of_a_recipe_arrives(path):
 
 @pytest.mark.parametrize("cls", [TrainConfig, EvaluateConfig])
 def test_every_setting_is_explained_in_help(cls, capsys, monkeypatch):
-    from mr1_fast import evaluate
+    from mr1_fast.evaluate import __main__ as evaluate
 
     monkeypatch.setenv("COLUMNS", "4000")
     monkeypatch.setattr("sys.argv", ["evaluate", "--help"])

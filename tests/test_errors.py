@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from mr1_fast import evaluate
 from mr1_fast.errors import UserError
+from mr1_fast.evaluate.__main__ import main as evaluate_command
 from mr1_fast.train import run
 
 LACKS = "the folder lacks a readable model, tokenizer or image processor"
@@ -338,5 +338,5 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
     with pytest.raises(
         UserError, match=r"the prompt of example '1.png' has .* raise --max-prompt-tokens"
     ):
-        evaluate.main()
+        evaluate_command()
     assert not (tmp_path / "out").exists()

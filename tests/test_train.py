@@ -21,7 +21,7 @@ from mr1_fast.sft import solution_batches
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import run
+from mr1_fast.train import main
 
 from .data.models import tiny_policy
 
@@ -100,7 +100,7 @@ def finished(run_args, tmp_path_factory):
     """Arguments and folder of a finished GRPO-D run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     argv = run_args(folder, updates_per_batch=2, save_every=2, eval_samples=14)
-    run(argv)
+    main(argv)
     return argv, folder
 
 
@@ -183,7 +183,7 @@ def test_both_evaluations_are_recorded(finished):
     ],
 )
 def test_beta_of_every_step_is_that_of_the_schedule(settings, low, high, run_args, tmp_path):
-    run(run_args(tmp_path / "run", eval_samples=0, **settings))
+    main(run_args(tmp_path / "run", eval_samples=0, **settings))
     schedule = DynamicKL(low, high, total_steps=3, explore_fraction=0.3)
     assert column(tmp_path / "run", "beta") == [schedule(0), schedule(1), schedule(2)]
     assert column(tmp_path / "run", "kl")[0] == 0 < column(tmp_path / "run", "kl")[1]
@@ -201,7 +201,7 @@ def test_with_two_updates_the_schedule_counts_both(finished):
 
 
 def test_without_kl_there_is_no_reference(run_args, tmp_path):
-    run(run_args(tmp_path / "run", eval_samples=0, beta_min=0, beta_max=0))
+    main(run_args(tmp_path / "run", eval_samples=0, beta_min=0, beta_max=0))
     assert column(tmp_path / "run", "beta") == [0, 0, 0]
     assert all(
         "kl" not in line for line in lines(tmp_path / "run" / "metrics.jsonl")
@@ -213,7 +213,7 @@ def test_the_reward_that_is_trained_rises(run_args, tmp_path):
     settings = dict(
         steps=25, prompts_per_step=4, num_generations=8, lr_schedule="constant", learning_rate=3e-3
     )
-    run(
+    main(
         run_args(tmp_path / "run", eval_samples=0, save_every=0, beta_min=0, beta_max=0, **settings)
     )
     reward = column(tmp_path / "run", "letters")
@@ -233,7 +233,7 @@ def test_sft_learns_its_solutions(run_args, tmp_path):
         steps=20,
         lr_schedule="constant",
     )
-    run(run_args(tmp_path / "run", eval_samples=0, save_every=0, max_new_tokens=24, **settings))
+    main(run_args(tmp_path / "run", eval_samples=0, save_every=0, max_new_tokens=24, **settings))
     assert all(record.keys() == SFT_KEYS for record in lines(tmp_path / "run" / "metrics.jsonl"))
     losses = column(tmp_path / "run", "loss")
     assert losses[0] == pytest.approx(math.log(430), abs=0.3) and losses[-1] < losses[0] / 3
@@ -241,7 +241,7 @@ def test_sft_learns_its_solutions(run_args, tmp_path):
 
 
 def test_train_samples_limits_what_is_seen(run_args, tmp_path):
-    run(run_args(tmp_path / "run", eval_samples=0, train_samples=3))
+    main(run_args(tmp_path / "run", eval_samples=0, train_samples=3))
     keys = [record["key"] for record in lines(tmp_path / "run" / "completions.jsonl")]
     expected = [example.key for example in load_examples("counting", "drawn", "train", 0).all(3)]
     assert len(keys) == 6 and sorted(keys[:3]) == sorted(keys[3:]) == sorted(expected)
@@ -253,10 +253,10 @@ def test_train_samples_limits_what_is_seen(run_args, tmp_path):
 def test_the_same_seed_gives_the_same_numbers(settings, finished, run_args, tmp_path):
     first = finished[1]
     if "lora" in settings:  # adapters start at random values, which must come from the seed
-        run(run_args(first := tmp_path / "first", **settings))
+        main(run_args(first := tmp_path / "first", **settings))
     torch.rand(7)
-    run(run_args(tmp_path / "second", **settings))
-    run(run_args(tmp_path / "other", seed=1, **settings))
+    main(run_args(tmp_path / "second", **settings))
+    main(run_args(tmp_path / "other", seed=1, **settings))
     assert metrics(tmp_path / "second") == metrics(first)
     for name in ("completions.jsonl", "evaluation.json", "final/model.safetensors"):
         assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes(), name
@@ -267,7 +267,7 @@ def test_the_same_seed_gives_the_same_numbers(settings, finished, run_args, tmp_
 def test_micro_batches_do_not_change_the_update(run_args, tmp_path):
     settings = dict(steps=2, num_generations=4, updates_per_batch=2, eval_samples=0, beta_max=0.5)
     for name, tokens in (("one", 16_384), ("many", 80)):
-        run(
+        main(
             run_args(
                 tmp_path / name, tokens_per_microbatch=tokens, max_prompt_tokens=74, **settings
             )
@@ -285,7 +285,7 @@ def test_micro_batches_do_not_change_the_update(run_args, tmp_path):
 def test_gradient_checkpointing_does_not_change_the_update(settings, run_args, tmp_path):
     pytest.importorskip("bitsandbytes")
     for name, value in (("on", True), ("off", False)):
-        run(
+        main(
             run_args(
                 tmp_path / name, gradient_checkpointing=value, eval_samples=0, steps=2, **settings
             )
@@ -300,7 +300,7 @@ def test_gradient_checkpointing_does_not_change_the_update(settings, run_args, t
 )
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
-    run(argv)
+    main(argv)
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
@@ -338,7 +338,7 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
         tmp_path / "run",
         dict(lora=True, load_in_4bit=True, optimizer="adamw8bit", updates_per_batch=2),
     )
-    run(argv := run_args(folder, **settings))
+    main(argv := run_args(folder, **settings))
     assert all(record.keys() == KEYS for record in lines(folder / "metrics.jsonl"))
     assert min(column(folder, "kl")) > 0
     policy = trained_policy(argv, folder)
@@ -362,8 +362,8 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
 
 def test_eight_bit_states_learn(run_args, tmp_path):
     pytest.importorskip("bitsandbytes")
-    run(run_args(tmp_path / "run", eval_samples=0, optimizer="adamw8bit"))
-    run(run_args(tmp_path / "plain", eval_samples=0))
+    main(run_args(tmp_path / "run", eval_samples=0, optimizer="adamw8bit"))
+    main(run_args(tmp_path / "plain", eval_samples=0))
     assert column(tmp_path / "run", "loss")[0] == column(tmp_path / "plain", "loss")[0]
     assert column(tmp_path / "run", "kl")[1] == pytest.approx(
         column(tmp_path / "plain", "kl")[1], rel=0.3
@@ -390,7 +390,7 @@ def test_training_data_from_parquet_in_the_columns_of_r1v(
         table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         (tmp_path / "data").mkdir(exist_ok=True)
         table.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    run(
+    main(
         run_args(
             tmp_path / "run",
             task="geometry",
@@ -436,7 +436,7 @@ def silent_model(folder, target):
 
 def test_completions_that_say_nothing(tiny_folder, run_args, tmp_path):
     model = silent_model(tiny_folder, tmp_path / "silent")
-    run(run_args(tmp_path / "run", model=str(model), updates_per_batch=2))
+    main(run_args(tmp_path / "run", model=str(model), updates_per_batch=2))
     texts = [
         s["text"] for r in lines(tmp_path / "run" / "completions.jsonl") for s in r["completions"]
     ]
@@ -455,7 +455,7 @@ def test_completions_that_say_nothing(tiny_folder, run_args, tmp_path):
 
 
 def test_completions_that_are_cut(run_args, tmp_path):
-    run(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
+    main(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
     for record in metrics(tmp_path / "run"):
         assert (
             record["completion_length"] == 1
@@ -467,7 +467,7 @@ def test_completions_that_are_cut(run_args, tmp_path):
 
 def test_tensorboard_gets_every_number(run_args, tmp_path):
     event = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(run_args(tmp_path / "run", eval_samples=0, loggers=["tensorboard"]))
+    main(run_args(tmp_path / "run", eval_samples=0, loggers=["tensorboard"]))
     events = event.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     for name in KEYS - {"step"}:
         logged = [(item.step, item.value) for item in events.Scalars(name)]
@@ -477,7 +477,7 @@ def test_tensorboard_gets_every_number(run_args, tmp_path):
 
 
 def test_the_terminal_shows_both_accuracies_and_where_the_results_are(run_args, tmp_path, capsys):
-    run(run_args(tmp_path / "run"))
+    main(run_args(tmp_path / "run"))
     shown = capsys.readouterr().out.splitlines()
     table = shown.index(
         f"{'accuracy on held-out counting':<34}{'before':>8}{'after':>8}{'points':>8}"
@@ -487,7 +487,7 @@ def test_the_terminal_shows_both_accuracies_and_where_the_results_are(run_args, 
 
 
 def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_path, capsys):
-    run(run_args(tmp_path / "run", optimizer="adamw_stochastic", reference="8bit"))
+    main(run_args(tmp_path / "run", optimizer="adamw_stochastic", reference="8bit"))
     shown = capsys.readouterr().out
     assert "optimizer LowMemoryAdamW · reference 8bit · packed attention sdpa\nMiB " in shown
     assert re.search(r"^total +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", shown, re.MULTILINE)
@@ -495,7 +495,7 @@ def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_pa
 
 @pytest.mark.slow
 def test_the_default_run_learns_to_count_and_its_start_is_made_once(tmp_path):
-    run(
+    main(
         ["--output", str(tmp_path / "run"), "--steps", "80", "--eval-samples", "200"]
     )  # of 120 and 400
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..accuracy import BATCH_SIZE
-from ..config import BUILT_IN, TINY, ModelConfig, TaskConfig
+from ..config import BUILT_IN, TINY, ModelConfig, TaskConfig, parse_config
 from ..errors import UserError
 from ..rollout.sampling import Sampling
 
@@ -47,5 +47,15 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
             )
 
 
-def _profile(parsed) -> dict:
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Read the settings from command-line arguments; raises UserError for a bad one."""
+    config = parse_config(
+        EvaluateConfig, argv, prog="python -m mr1_fast.evaluate", profile=_profile
+    )
+    config.check()
+    return config
+
+
+def _profile(parsed: EvaluateConfig) -> dict:
+    """Return the defaults of a built-in model."""
     return {"max_new_tokens": TINY["max_new_tokens"]} if parsed.model in BUILT_IN else {}

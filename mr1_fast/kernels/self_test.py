@@ -8,11 +8,11 @@ import torch
 
 from ..errors import UserError
 from ..loss import linear_grpo_loss
-from . import decode
 from .adamw.reference import master_weight
 from .adamw.state import Scalars, State
 from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
+from .decode import operations, reference
 from .dispatch import use_triton
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
@@ -157,20 +157,20 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
     x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
     right = (
-        decode.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        decode.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
+        reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
+        reference.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
         torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
-        decode.sample_ref(logits, uniform, 0.9, (7,))[1],
+        reference.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
     attention, (x, gate, up) = (
         [t.to(device) for t in attention],
         (t.to(device) for t in (x, gate, up)),
     )
     ours = (
-        decode.attend(*attention, spans.to(device), 0.2),
-        decode.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
+        operations.attend(*attention, spans.to(device), 0.2),
+        operations.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
         decode_linear.swiglu(x, gate, up),
-        decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
+        operations.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
     )
     names = ("a rollout's attention", "a rollout's norm", "a rollout's gating", "a rollout's draw")
     return dict(zip(names, zip(ours, right, strict=True), strict=True))

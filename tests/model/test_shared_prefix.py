@@ -16,7 +16,7 @@ from mr1_fast.kernels.grpo.reference import policy_loss_ref
 from mr1_fast.model import attention
 from mr1_fast.packing import pack
 from mr1_fast.segments import Gather, Segments
-from mr1_fast.train import grpo_batches, grpo_objective
+from mr1_fast.train import grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 from ..data.models import (
@@ -84,12 +84,12 @@ def shared(
     policy, drawn: Rollout, advantages, row_data: dict, budget: int
 ) -> tuple[torch.Tensor, dict, int]:
     """Loss and gradients of what `grpo_step` does, and how many packs there were."""
-    batches = grpo_batches(drawn, advantages, budget)
+    batches = pack_rollout(drawn, advantages, budget)
     start, loss = 0, 0.0
     for batch in batches:
         rows = slice(start, start + len(batch.targets))
         batch.row_data.update({name: values[rows] for name, values in row_data.items()})
-        loss = loss + grpo_objective(policy, batch, BETA, CONFIG)[0]
+        loss = loss + grpo_batch_loss(policy, batch, BETA, CONFIG)[0]
         start = rows.stop
     return loss.detach(), gradients(policy, loss), len(batches)
 

@@ -15,9 +15,10 @@ from mr1_fast.packing import pack
 from mr1_fast.rollout.decoder import SIZES
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling, draw
-from mr1_fast.train import add_logprobs, grpo_batches, grpo_objective
+from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 
 from ..data.models import fill_adapters, mixed_examples, plain_inputs, tiny_policy, wide_policy
+from ..data.runs import stage_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -374,25 +375,25 @@ def test_training_uses_the_rollouts_logprobs_and_weighs_what_they_are_off_by():
     lengths = [len(ids) for ids in rollout.completions]
     rollout.logprobs = [a + b for a, b in zip(rollout.logprobs, off.split(lengths), strict=True)]
     config = TrainConfig(updates_per_batch=2)
-    batches = grpo_batches(rollout, torch.ones(4, 2), 10_000)
+    batches = pack_rollout(rollout, torch.ones(4, 2), 10_000)
     (batch,) = batches
-    add_logprobs(batches, policy, None, config, 10_000)
+    add_logprobs(stage_run(policy, config, 10_000), batches)
     assert (
         torch.equal(batch.row_data["old_logp"], torch.cat(rollout.logprobs))
         and "is_weights" not in batch.row_data
     )
-    _, statistics = grpo_objective(policy, batch.to(DEVICE), 0.0, config)
+    _, metrics = grpo_batch_loss(policy, batch.to(DEVICE), 0.0, config)
     for name in ("rollout_gap_mean", "rollout_gap_max"):
-        torch.testing.assert_close(statistics[name].cpu(), off.abs(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(metrics[name].values.cpu(), off.abs(), atol=1e-4, rtol=0)
 
-    add_logprobs(batches, policy, None, replace(config, importance_cap=1.5), 10_000)
+    add_logprobs(stage_run(policy, replace(config, importance_cap=1.5), 10_000), batches)
     torch.testing.assert_close(
         batch.row_data["is_weights"].cpu(), (-off).exp().clamp(max=1.5), atol=1e-3, rtol=0
     )
     torch.testing.assert_close(
         batch.row_data["old_logp"].cpu(), torch.cat(rollout.logprobs) - off, atol=1e-4, rtol=0
     )
-    weighed, _ = grpo_objective(policy, batch.to(DEVICE), 0.0, config)
+    weighed, _ = grpo_batch_loss(policy, batch.to(DEVICE), 0.0, config)
     lengths = torch.tensor(lengths)
     expected = -((-off).exp().clamp(max=1.5) / lengths.repeat_interleave(lengths)).sum() / len(
         lengths

@@ -1,0 +1,13 @@
+"""A run without data, log or checkpoints, for tests and benchmarks of a single stage."""
+
+from mr1_fast.config import TrainConfig
+from mr1_fast.model.load import Policy
+from mr1_fast.plan.out_of_memory import SAMPLED, TOKENS, Room
+from mr1_fast.run import Run
+
+
+def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=None, **parts) -> Run:
+    """A Run whose stages may compute on `tokens` tokens at once; `said` collects what it prints."""
+    say = [].append if said is None else said.append
+    limits = Room(say, lambda: "Change X.", {TOKENS: tokens, SAMPLED: tokens})
+    return Run(config=config, policy=policy, limits=limits, **parts)
