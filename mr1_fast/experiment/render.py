@@ -34,7 +34,7 @@ def render_plot(plot: Plot) -> str:
         axes.grid(axis="x" if names else "y", linewidth=0.8)
 
     height = 1 + 0.3 * len(plot.names) if plot.names else 2.9
-    return plot_element(plot.name, plot.title, draw, height)
+    return plot_element(plot.name, printable(plot.title)[0], draw, height)
 
 
 def _curves(axes: Axes, plot: Plot) -> None:

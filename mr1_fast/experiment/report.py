@@ -1,8 +1,8 @@
 """The report of an experiment, as a page and as Markdown, both made from the same sections.
 
 OUTPUT/report.html is one file that needs nothing else; `..report.page` says what it must keep to.
-OUTPUT/report.md says the same in text and tables, and shows its main plot, OUTPUT/report.svg: these
-two can be kept in a repository.
+OUTPUT/report.md says the same in text and tables, and shows its main plots in one picture,
+OUTPUT/report.svg: these two can be kept in a repository.
 """
 
 import json
@@ -17,7 +17,7 @@ from . import markdown
 from .plots import Plot, numbers
 from .render import render_plot
 from .results import BASE, Results, read_results
-from .sections import Block, Sample, Section, main_plot, sections
+from .sections import Block, Sample, Section, caption, main_plots, sections
 from .tables import Table, Value, headline
 
 LAYOUT = {Table: "stack", Plot: "grid wide-grid", Sample: "grid", dict: "stack"}
@@ -117,13 +117,14 @@ def _html_cell(cell: str | Value) -> str:
 def _write_markdown(results: Results, found: list[Section], path: Path) -> Path:
     first, details = headline(results)
     title = f"{results.about['model']} · {_about(results)}"
-    parts = [f"# {markdown.inline(title)}", f"**{markdown.inline(first)}**"]
-    parts += map(markdown.inline, details)
-    plot = main_plot(found)
-    if plot:
+    parts = [f"# {markdown.inline(title)}"]
+    if plots := main_plots(found):
         picture = path.with_suffix(".svg")
-        write_text(picture, standalone(render_plot(plot)), WAY_OUT)
-        parts.append(f"![{markdown.inline(plot.title)}]({picture.name})")
+        content = standalone([(page.printable(plot.title)[0], render_plot(plot)) for plot in plots])
+        write_text(picture, content, WAY_OUT)
+        about = markdown.inline(caption(results, plots))
+        parts += [f"![{about}]({picture.name})", about]
+    parts += [f"**{markdown.inline(first)}**", *map(markdown.inline, details)]
     parts += map(_markdown, found)
     write_text(path, "\n\n".join(parts) + "\n", WAY_OUT)
     return path

@@ -80,10 +80,25 @@ def sections(results: Results) -> list[Section]:
     return [section for section in found if section.blocks]
 
 
-def main_plot(found: list[Section]) -> Plot | None:
-    """The first plot of the report: it stands for the whole where there is room for one."""
-    blocks = (block for section in found for block in section.blocks)
-    return next((block for block in blocks if isinstance(block, Plot)), None)
+def main_plots(found: list[Section]) -> list[Plot]:
+    """The first two plots of the report, which stand for it where there is room for one picture.
+
+    They are about the two tasks that are trained, or the two that are tested.
+    """
+    plots = [block for section in found for block in section.blocks if isinstance(block, Plot)]
+    return plots[:2]
+
+
+def caption(results: Results, plots: list[Plot]) -> str:
+    """What the main plots show, in one sentence."""
+    match plots[0].kind:
+        case "dots":
+            return "Greedy accuracy on both tasks after training on one of them."
+        case "values" | "names":
+            label = results.about["axis"]["label"]
+            return f"Accuracy over what varies ({label}), with 95% intervals."
+        case _:
+            return f"{plots[0].y.capitalize()} over training steps."
 
 
 def _how_this_was_measured(about: dict[str, Any]) -> Section:

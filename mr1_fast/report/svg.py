@@ -3,7 +3,7 @@
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -59,6 +59,10 @@ STYLE |= {
     "text.parse_math": False,
 }
 
+_FONTS = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_TITLE_HEIGHT, _GAP = 26, 28
+"""The height of a title in a file of plots, and the space between two plots, in points."""
+
 
 def plot_element(name: str, label: str, draw: Callable[[Axes], None], height: float = 2.9) -> str:
     """An SVG element of what `draw` plots, whose colours are variables of the page.
@@ -89,16 +93,34 @@ def plot_element(name: str, label: str, draw: Callable[[Axes], None], height: fl
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", drawn)
 
 
-def standalone(element: str) -> str:
-    """The content of an SVG file that shows an element of `plot_element` in the light colours.
+def standalone(plots: Sequence[tuple[str, str]]) -> str:
+    """The content of an SVG file that shows plots side by side, in the light colours.
 
-    Its background is white, so that it can be read on a dark page too.
+    Each plot is a title and an element of `plot_element`. The background is white, so that the file
+    can be read on a dark page too.
     """
+    parts, left, lowest = [], 0.0, 0.0
+    for title, element in plots:
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', element).groups())
+        size = f'x="{left:g}" y="{_TITLE_HEIGHT}" width="{width:g}" height="{height:g}"'
+        parts.append(f'<text x="{left + 12:g}" y="20">{html.escape(title)}</text>')
+        parts.append(re.sub(r'width="\S+pt" height="\S+pt"', size, element, count=1))
+        left, lowest = left + width + _GAP, max(lowest, _TITLE_HEIGHT + height)
+
+    width = left - _GAP
+    drawn = "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+            f' viewBox="0 0 {width:g} {lowest:g}" width="{width:g}pt" height="{lowest:g}pt">',
+            '<rect width="100%" height="100%" fill="#ffffff"/>',
+            f'<g font-family="{_FONTS}" font-size="12" font-weight="600" fill="var(--ink)">',
+            *parts,
+            "</g></svg>\n",
+        ]
+    )
     for variable, colour in LIGHT.items():
-        element = element.replace(f"var({variable})", colour)
-    start = element.index(">") + 1
-    background = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    return f"{element[:start]}\n {background}{element[start:]}"
+        drawn = drawn.replace(f"var({variable})", colour)
+    return drawn
 
 
 def _svg(figure: Figure) -> str:

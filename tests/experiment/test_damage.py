@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.attributes("src"))
     assert "image ../../../x.png cannot be shown" in page.text
     rest, blocks = outside_of_code(source)
-    picture = "![Trained on counting](report.svg)"
+    picture = "![Greedy accuracy on both tasks after training on one of them.](report.svg)"
     assert rest.count(picture) == 1
     rest = rest.replace(picture, "")
     assert any(
@@ -78,6 +79,15 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     lines = [line for line in rest.splitlines() if line.startswith("|")]
     assert all(re.fullmatch(r"(\| [^|]* )+\|", line) for line in lines)
     assert "# c" not in rest.splitlines()
+
+
+def test_the_picture_stays_xml_whatever_the_labels_are(tmp_path):
+    label = HOSTILE + "\x1b]]>&"
+    axis = {"name": "alpha", "label": label, "numeric": False}
+    write_report(write_experiment(tmp_path, seeds=[0], axis=axis))
+    root = ElementTree.parse(tmp_path / "report.svg").getroot()
+    assert not {"script", "img"} & {element.tag.split("}")[1] for element in root.iter()}
+    assert "accuracy" in [element.text for element in root.iter() if element.text]
 
 
 @pytest.mark.parametrize(

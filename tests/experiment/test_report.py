@@ -124,13 +124,14 @@ def test_same_experiment_gives_the_same_report(finished):
     assert [(finished / name).read_bytes() for name in names] == first
 
 
-def test_markdown_shows_the_main_plot_as_a_file_of_its_own(finished, tmp_path):
-    """The plot is the page's first, in colours that need no page."""
+def test_markdown_shows_the_main_plots_in_a_file_of_their_own(finished, tmp_path):
+    """They are the page's first two, in colours that need no page."""
     path = write_markdown(finished, tmp_path / "docs" / "tiny.md")
     assert {file.name for file in path.parent.iterdir()} == {"tiny.md", "tiny.svg"}
     source, page = path.read_text(), Page(finished / "report.html")
     assert source.count("![") == 1
-    assert source.split("## ")[0].endswith("\n\n![Trained on counting](tiny.svg)\n\n")
+    about = "Greedy accuracy on both tasks after training on one of them."
+    assert source.split("\n\n")[1:3] == [f"![{about}](tiny.svg)", about]
     assert source == (finished / "report.md").read_text().replace("report.svg", "tiny.svg")
 
     root = ElementTree.parse(path.with_suffix(".svg")).getroot()
@@ -138,19 +139,20 @@ def test_markdown_shows_the_main_plot_as_a_file_of_its_own(finished, tmp_path):
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root[0].attrib == {"width": "100%", "height": "100%", "fill": "#ffffff"}
     assert "var(" not in drawn and LIGHT["--line0"] in drawn and LIGHT["--ink"] in drawn
-    first = page.source[page.source.index("<svg") :].split("</svg>")[0]
-    assert first.count("<path") == drawn.count("<path") and first.count("<use") == drawn.count(
-        "<use"
-    )
+    first, second = (part.split("</svg>")[0] for part in page.source.split("<svg")[1:3])
+    for tag in ("<path", "<use", "<text"):
+        titles = 2 if tag == "<text" else 0
+        assert drawn.count(tag) == first.count(tag) + second.count(tag) + titles
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Trained on counting", "Trained on geometry", "accuracy on counting"} <= set(texts)
 
 
-def test_the_main_plot_of_an_ablation_is_over_its_values(tmp_path):
+def test_the_main_plots_of_an_ablation_are_over_its_values(tmp_path):
     write_report(write_experiment(tmp_path, **ALPHA))
-    assert (
-        "![Trained on geometry, tested on geometry](report.svg)"
-        in (tmp_path / "report.md").read_text()
-    )
-    assert "Format weight α" in (tmp_path / "report.svg").read_text()
+    about = "Accuracy over what varies (Format weight α), with 95% intervals."
+    assert f"![{about}](report.svg)" in (tmp_path / "report.md").read_text()
+    drawn = (tmp_path / "report.svg").read_text()
+    assert drawn.count("Format weight α") == 2 and "tested on counting" in drawn
 
 
 PLAIN = {
