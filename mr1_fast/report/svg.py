@@ -103,7 +103,8 @@ def standalone(plots: Sequence[tuple[str, str]]) -> str:
     for title, element in plots:
         width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', element).groups())
         size = f'x="{left:g}" y="{_TITLE_HEIGHT}" width="{width:g}" height="{height:g}"'
-        parts.append(f'<text x="{left + 12:g}" y="20">{html.escape(title)}</text>')
+        look = f'x="{left + 12:g}" y="20" font-weight="600"'
+        parts.append(f"<text {look}>{html.escape(title)}</text>")
         parts.append(re.sub(r'width="\S+pt" height="\S+pt"', size, element, count=1))
         left, lowest = left + width + _GAP, max(lowest, _TITLE_HEIGHT + height)
 
@@ -113,7 +114,7 @@ def standalone(plots: Sequence[tuple[str, str]]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
             f' viewBox="0 0 {width:g} {lowest:g}" width="{width:g}pt" height="{lowest:g}pt">',
             '<rect width="100%" height="100%" fill="#ffffff"/>',
-            f'<g font-family="{_FONTS}" font-size="12" font-weight="600" fill="var(--ink)">',
+            f'<g font-family="{_FONTS}" font-size="12" fill="var(--ink)">',
             *parts,
             "</g></svg>\n",
         ]
