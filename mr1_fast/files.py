@@ -1,64 +1,80 @@
-"""Writing files and folders all or nothing."""
+"""Writing files and folders: each is written whole or not at all, also when the process is killed.
+
+A file or folder is first written under a hidden name beside its final one, forced to the disk, and
+then renamed. Whatever goes wrong becomes a UserError that names the file and the way out.
+"""
 
 import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError
 
+RESUME = "make room there, then go on with --resume"
+"""The way out for files that a training run writes as it goes on."""
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write the whole text to `path` in UTF-8, or leave `path` as it was and raise OSError."""
+
+def write_text(path: Path, text: str, way_out: str = "choose another path") -> None:
+    """Write `text` to `path` in UTF-8, and create the folders above it.
+
+    Raises UserError, which ends with `way_out`, where that fails; `path` is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write all of the JSON file or nothing; UserError where it cannot be written."""
+    content = text.encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(value, indent=1, ensure_ascii=True))
+        try:
+            temporary.write_bytes(content)
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): choose another with --output."
-        ) from error
+        raise _cannot_write(path, error, way_out) from error
 
 
-def append_line(path: Path, record: dict) -> None:
-    """Append a line to a file of JSON lines; UserError where that cannot be done."""
+def write_json(path: Path, value: Any, way_out: str = "choose another with --output") -> None:
+    """Write `value` to `path` as JSON in ASCII, on the terms of `write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=True), way_out)
+
+
+def append_line(path: Path, record: dict, way_out: str = RESUME) -> None:
+    """Append `record` to a file of JSON lines; UserError, which ends with `way_out`, if it fails.
+
+    A process that is killed while it appends may leave a part of the line.
+    """
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): make room there, then go on with --resume."
-        ) from error
+        raise _cannot_write(path, error, way_out) from error
 
 
-def keep_lines_before(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later from a file of JSON lines, and half a line at its end."""
+def keep_lines_before(path: Path, step: int, way_out: str = RESUME) -> None:
+    """Remove the lines of `step` and of later steps from a file of JSON lines, if there is one.
+
+    An incomplete last line, which a killed process may have left, is removed too.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed run may have left half a line at the end.
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    write_atomically(path, "".join(whole))
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    write_text(path, "".join(kept), way_out)
 
 
 class atomic_folder:
-    """Context manager: fill a temporary sibling, which then takes the final name; on any error it is removed.
+    """Context manager that yields a temporary folder to fill, which then becomes `path`.
 
-    Running out of disk space (or of permission) becomes a UserError that names the folder.
+    If the block raises, `path` stays as it was and the temporary folder is removed; a full disk, or
+    a missing permission, becomes a UserError. A folder that `path` names already is moved aside,
+    the new one takes its name, and the old one is removed last. A process that is killed between
+    those two renames leaves no `path`, but the old folder beside it, as `.NAME.replaced`: the next
+    `atomic_folder(path)`, or `restore_folder(path)`, brings it back.
     """
 
     def __init__(self, path: Path):
@@ -66,37 +82,78 @@ class atomic_folder:
         self.temporary = path.with_name(f".{path.name}.partial")
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
         try:
+            restore_folder(self.path)
+            shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary.mkdir(parents=True)
         except OSError as error:
-            raise _save_error(self.path, error) from error
+            raise _cannot_save(self.path, error) from error
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if error is None:
-                for file in self.temporary.rglob("*"):
-                    _sync(file)
-                if self.path.exists():
-                    shutil.rmtree(self.path)
-                self.temporary.rename(self.path)
-        except OSError as failure:
-            error = failure
+        if error is None:
+            try:
+                self._take_the_name()
+            except OSError as failure:
+                error = failure
         if error is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise _save_error(self.path, error) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise _cannot_save(self.path, error) from error
+
+    def _take_the_name(self) -> None:
+        for path in (*self.temporary.rglob("*"), self.temporary):
+            _sync(path)
+
+        replaced = _replaced(self.path)
+        if self.path.exists():
+            self.path.rename(replaced)
+        try:
+            self.temporary.rename(self.path)
+        except OSError:
+            restore_folder(self.path)
+            raise
+
+        # The new name must be on the disk before the old content is gone from it.
+        _sync(self.path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _save_error(path: Path, error: Exception) -> UserError:
+def restore_folder(path: Path) -> None:
+    """Finish what a process that was killed in `atomic_folder(path)` had begun.
+
+    Brings the old folder back if no new one has taken its name, and removes it otherwise.
+    """
+    replaced = _replaced(path)
+    if not replaced.exists():
+        return
+    if path.exists():
+        shutil.rmtree(replaced)
+    else:
+        replaced.rename(path)
+        _sync(path.parent)
+
+
+def _replaced(path: Path) -> Path:
+    """Where `atomic_folder` keeps the old folder until the new one has its name."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _sync(path: Path) -> None:
+    """Force the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError, way_out: str) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror}): {way_out}.")
+
+
+def _cannot_save(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} could not be saved ({error}): nothing of it was kept; make room or permission there, then go on "
-        "from the last checkpoint with --resume."
+        f"{path} could not be saved ({error}): nothing of it was kept; make room or permission "
+        "there, then go on from the last checkpoint with --resume."
     )
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())

@@ -14,7 +14,6 @@ import torch
 from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpoint
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
-from mr1_fast.files import atomic_folder
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
@@ -305,33 +304,6 @@ def test_a_small_disk_is_full(run_args, tmp_path):
             run(run_args(disk / "second", steps=100, eval_samples=0, save_every=0))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "folder"
-    with atomic_folder(path) as folder:
-        (folder / "a").write_text("old")
-        assert not path.exists()
-    with pytest.raises(ZeroDivisionError), atomic_folder(path) as folder:
-        (folder / "a").write_text("new")
-        raise ZeroDivisionError
-    assert content(tmp_path / "deep") == {"folder/a": b"old"}
-    with (
-        pytest.raises(UserError, match=r"folder could not be saved \(no room\)"),
-        atomic_folder(path) as folder,
-    ):
-        (folder / "a").write_text("new")
-        raise OSError("no room")
-    assert content(tmp_path / "deep") == {"folder/a": b"old"}
-    with atomic_folder(path) as folder:
-        (folder / "b").write_text("new")
-    assert content(tmp_path / "deep") == {"folder/b": b"new"}
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UserError, match="could not be saved"),
-        atomic_folder(tmp_path / "file" / "folder"),
-    ):
-        pass
 
 
 def test_seeds_depend_on_every_part():

@@ -31,7 +31,12 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 HUB = "Qwen/Qwen2-VL-2B-Instruct"
 
 HEAVY = {"torch", "triton", "transformers", "matplotlib", "jsonargparse"}
-LIGHT_COMMANDS = ["mr1_fast.train", "mr1_fast.evaluate"]
+LIGHT_COMMANDS = [
+    "mr1_fast.train",
+    "mr1_fast.evaluate",
+    "mr1_fast.plan",
+    "mr1_fast.experiment",
+]
 """Commands that read their settings before they import anything of HEAVY."""
 LIGHT_MODULES = [
     "mr1_fast",
@@ -40,7 +45,11 @@ LIGHT_MODULES = [
     "mr1_fast.config",
     "mr1_fast.errors",
     "mr1_fast.evaluate.settings",
+    "mr1_fast.experiment.settings",
+    "mr1_fast.files",
     "mr1_fast.kl_schedule",
+    "mr1_fast.plan.settings",
+    "mr1_fast.report.__main__",
     "mr1_fast.setting_values",
     "mr1_fast.version",
 ]

@@ -16,8 +16,7 @@ R1-V's repository, which differ by task:
 import json
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import write_atomically
+from ..files import write_text
 from ..rewards.math_check import math_answer
 from ..tasks.counting import tagged_integer
 
@@ -56,10 +55,4 @@ def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
     text = text.encode(
         errors="replace"
     ).decode()  # half a surrogate pair, which data may hold, is not UTF-8
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): choose another path."
-        ) from error
+    write_text(path, text)

@@ -1,1 +1,1 @@
-"""The paper's comparison and its ablations, from one command to one report."""
+"""The paper's comparison of methods, and its ablations: `python -m mr1_fast.experiment`."""

@@ -1,31 +1,31 @@
-"""Tables and foreign text as Markdown (GitHub's) that no text can break out of."""
+"""Tables and text from elsewhere as GitHub's Markdown, which no text can break out of."""
 
 import re
 
 from ..report.page import printable
 from .tables import Table, Value
 
-# Kept as they are, for the raw text to be readable: [1.2, 3.4] that no link follows, and "< 0.001", which is no tag.
+# Two things stay as they are, so that the raw text is easy to read: an interval such as [1.2, 3.4]
+# that no link follows, and "< 0.001", which is no tag.
 _MARKUP = re.compile(r"(\[[−\d., ]+\](?![(\[:])|< (?=\d))|[!\"#$&*<>@\[\\\]^_`{|}~]")
 
 
 def inline(value: object) -> str:
-    """Text within a line or a table's cell: what could be markup becomes a character reference, which never is."""
+    """Text within a line or a table's cell: what could be markup becomes a character reference."""
     shown, note = printable(value)
-    return (
-        _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[0])};", " ".join(shown.split())) + note
-    )
+    safe = _MARKUP.sub(lambda found: found[1] or f"&#{ord(found[0])};", " ".join(shown.split()))
+    return safe + note
 
 
 def fence(value: object) -> str:
-    """Text of any lines as a code block, fenced by more backticks than the text has in a row."""
+    """Text of any number of lines as a code block, fenced by more backticks than it holds."""
     shown, note = printable(value)
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"{ticks}text\n{shown}\n{ticks}\n" + (note and f"\n{note}\n")
 
 
 def table(source: Table) -> str:
-    """A table with its title and note."""
+    """A table below its title, and with its note."""
     lines = [source.head, ["---"] * len(source.head), *source.rows]
     rows = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
     note = f"\n{inline(source.note)}\n" if source.note else ""

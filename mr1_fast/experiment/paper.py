@@ -1,9 +1,11 @@
-"""The results that OThink-MR1 (arXiv 2503.16081) publishes, for the same table beside ours."""
+"""The results that OThink-MR1 (arXiv 2503.16081) publishes, which reports show beside their own."""
 
 NAMES = {"counting": "VC", "geometry": "GR"}
-"""What the paper calls the two tasks."""
+"""The paper's abbreviations of the two tasks: visual counting and geometry reasoning."""
+
 ORDER = ("base", "grpo", "sft", "grpo-d")
-"""The rows of its tables."""
+"""The order of the rows in the paper's tables."""
+
 ACCURACY = {
     "2B": {
         "base": {"counting": 42.50, "geometry": 15.52},
@@ -18,7 +20,8 @@ ACCURACY = {
         "grpo-d": {"counting": 78.00, "geometry": 45.49},
     },
 }
-"""Qwen2-VL-Instruct's size → method → task: greedy accuracy in %, trained and tested on the same task."""
+"""Size of Qwen2-VL-Instruct → method → task: greedy accuracy in %, trained and tested on it."""
+
 CROSS_TASK = {
     "2B": {
         ("geometry", "counting"): {"grpo-d": {"base": 63.53, "sft": 61.63}},
@@ -28,4 +31,6 @@ CROSS_TASK = {
         },
     },
 }
-"""Size → (trained on, tested on) → method → compared with: relative change of greedy accuracy in %."""
+"""Size → (trained on, tested on) → method → what it is compared with: relative change in %.
+
+The change is that of greedy accuracy."""

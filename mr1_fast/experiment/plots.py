@@ -1,4 +1,7 @@
-"""The plots of an experiment as plain data: `draw.py` draws them, and Markdown gives them as tables of numbers."""
+"""The plots of an experiment as plain data.
+
+`render.py` renders them for the page, and the Markdown shows them as tables of numbers.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +13,13 @@ from .statistics import Estimate, accuracy
 from .tables import MISSING, Table, percent
 
 MOST_POINTS = 60
-"""More steps than these are averaged in blocks, which also keeps the page small."""
+"""The most points of a curve: longer runs are averaged in blocks, which keeps the page small."""
+
 MOST_ROWS = 11
-"""Steps of a curve that a table shows."""
+"""The most steps of a curve that a table shows."""
 
 Points = dict[float, float]
-"""y by x."""
+"""x → y."""
 
 
 @dataclass
@@ -24,14 +28,15 @@ class Series:
 
     label: str
     style: int | None
-    """Which colour, marker and dashes it gets; None: those of the base model."""
+    """Number of its colour, marker and dashes; None stands for those of the base model."""
     points: Points
-    """The mean over seeds."""
+    """The means over seeds."""
     seeds: list[Points] = field(default_factory=list)
+    """The points of each seed."""
     intervals: list[Estimate] = field(default_factory=list)
-    """Of each point, in plots of kind values or names."""
+    """The interval of each point, in plots of the kinds values and names."""
     base: float | None = None
-    """The base model's y, in such plots."""
+    """The base model's y, in plots of these kinds."""
 
 
 @dataclass
@@ -39,31 +44,37 @@ class Plot:
     """Series in one pair of axes."""
 
     kind: str
-    """curves: over steps; dots: one each; values: against a number; names: against `names`, whose indices are x."""
+    """What is plotted.
+
+    curves: y over training steps
+    dots:   a dot for each variant
+    values: y over the values of a setting
+    names:  y for each of `names`, whose indices are the x of the points
+    """
     name: str
+    """A name that is unique in the report."""
     title: str
     x: str
+    """The label of the x axis."""
     y: str
+    """The label of the y axis."""
     series: list[Series] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     percent: bool = False
+    """Whether y is a share, shown in percent."""
     note: str = ""
 
 
 def learning_curves(results: Results) -> list[Plot]:
-    """Held-out accuracy over training steps, for each task trained and each tested."""
-    plots = [
-        _over_steps(
-            results,
-            trained,
-            tested,
-            CellResult.curve,
-            f"Trained on {trained}, tested on {tested}",
-            "accuracy",
-        )
-        for trained in results.about["trained"]
-        for tested in results.tasks
-    ]
+    """Accuracy on validation items over training steps, for each task trained and each tested."""
+    plots = []
+    for trained in results.about["trained"]:
+        for tested in results.tasks:
+            title = f"Trained on {trained}, tested on {tested}"
+            plot = Plot(
+                "curves", f"curve-{trained}-{tested}", title, "step", "accuracy", percent=True
+            )
+            plots.append(_over_steps(plot, results, trained, CellResult.curve, tested))
     return [plot for plot in plots if plot.series]
 
 
@@ -75,28 +86,28 @@ def training_curves(results: Results) -> list[Plot]:
         "beta": "KL weight β(s)",
         "kl": "KL to the reference",
     }
-    plots = [
-        _over_steps(
-            results, trained, column, CellResult.metrics, f"Training on {trained}: {title}", title
-        )
-        for column, title in shown.items()
-        for trained in results.about["trained"]
-    ]
+    plots = []
+    for column, label in shown.items():
+        for trained in results.about["trained"]:
+            title = f"Training on {trained}: {label}"
+            plot = Plot("curves", f"metrics-{trained}-{column}", title, "step", label)
+            plot.percent = label == "accuracy"
+            plots.append(_over_steps(plot, results, trained, CellResult.metrics, column))
     return [plot for plot in plots if plot.series]
 
 
 def _over_steps(
+    plot: Plot,
     results: Results,
     trained: str,
+    read: Callable[[CellResult], dict[str, np.ndarray]],
     column: str,
-    read: Callable[[CellResult], dict],
-    title: str,
-    y: str,
 ) -> Plot:
-    """A line a method: the mean over its seeds as far as all of them have come, and each seed."""
-    plot = Plot(
-        "curves", f"{read.__name__}-{trained}-{column}", title, "step", y, percent=y == "accuracy"
-    )
+    """Add a series for each method to the plot, and return it.
+
+    `read` gives the arrays of a cell, and `column` is the one that is plotted. Means over seeds go
+    as far as all seeds have come.
+    """
     runs = {
         method: [read(cell) for cell in results.of(method, trained)] for method in results.methods
     }
@@ -109,18 +120,18 @@ def _over_steps(
             if column in columns
         ]
         curves = [curve for curve in curves if curve]
-        if curves:
-            shared = sorted(set.intersection(*map(set, curves)))
-            mean = {x: float(np.mean([curve[x] for curve in curves])) for x in shared}
-            plot.series.append(
-                Series(results.label(method), style, mean, curves if len(curves) > 1 else [])
-            )
+        if not curves:
+            continue
+        shared = sorted(set.intersection(*map(set, curves)))
+        mean = {x: float(np.mean([curve[x] for curve in curves])) for x in shared}
+        thin = curves if len(curves) > 1 else []
+        plot.series.append(Series(results.label(method), style, mean, thin))
     plot.note = f"Each point is the mean of {width} steps." if width > 1 else ""
     return plot
 
 
 def _blocks(steps: np.ndarray, values: np.ndarray, width: int) -> Points:
-    """The mean of the finite values among every `width` steps, by the steps' middle."""
+    """The means of the finite values of every `width` steps; x is the middle of the steps."""
     finite = np.isfinite(steps) & np.isfinite(values)
     steps, values = steps[finite], values[finite]
     middles = steps // width * width + (width - 1) / 2
@@ -128,17 +139,21 @@ def _blocks(steps: np.ndarray, values: np.ndarray, width: int) -> Points:
 
 
 def gain_and_transfer(results: Results) -> list[Plot]:
-    """Accuracy on the task trained against that on the other task, by variant."""
+    """A dot for each variant: accuracy on the trained task, and on the other task.
+
+    There is a plot for each task trained and each other task tested."""
     plots = []
+    styles: list[int | None] = [None, *range(len(results.methods))]
     for trained, tested in results.pairs(same=False):
-        name, axes = (
+        plot = Plot(
+            "dots",
             f"transfer-{trained}-{tested}",
-            (f"accuracy on {trained}", f"accuracy on {tested}"),
+            f"Trained on {trained}",
+            f"accuracy on {trained}",
+            f"accuracy on {tested}",
+            percent=True,
         )
-        plot = Plot("dots", name, f"Trained on {trained}", *axes, percent=True)
-        for style, variant in zip(
-            [None, *range(len(results.methods))], [BASE, *results.methods], strict=True
-        ):
+        for style, variant in zip(styles, [BASE, *results.methods], strict=True):
             own = results.runs(variant, (trained, trained), "greedy")
             other = results.runs(variant, (trained, tested), "greedy")
             dots = [(float(own[seed].mean()), float(other[seed].mean())) for seed in own]
@@ -153,7 +168,9 @@ def gain_and_transfer(results: Results) -> list[Plot]:
 
 
 def by_value(results: Results) -> list[Plot]:
-    """Accuracy with its interval by the value that an ablation varies, for each task trained and each tested."""
+    """Accuracy with its interval over what an ablation varies.
+
+    There is a plot for each task trained and each tested, with a series for each mode."""
     axis, plots = results.about["axis"], []
     value = {variant["name"]: variant.get("value") for variant in results.about["variants"]}
     places = {
@@ -173,19 +190,19 @@ def by_value(results: Results) -> list[Plot]:
             }
             found = {at: accuracy(seeds) for at, seeds in sorted(runs.items()) if seeds}
             base = list(results.runs(BASE, pair, mode).values())
+            if not found:
+                continue
             series = Series(mode, style, {at: estimate.value for at, estimate in found.items()})
-            series.intervals, series.base = (
-                list(found.values()),
-                accuracy(base).value if base else None,
-            )
-            plot.series += [series] if found else []
+            series.intervals = list(found.values())
+            series.base = accuracy(base).value if base else None
+            plot.series.append(series)
         if plot.series:
             plots.append(plot)
     return plots
 
 
 def numbers(plot: Plot) -> Table:
-    """Curves as a table of some of their steps, dots as a row each."""
+    """The table of a plot: some of the steps of curves, or a row for each dot."""
     show = percent if plot.percent else lambda value: f"{value:.3g}"
     if plot.kind == "dots":
         rows = [

@@ -1,7 +1,9 @@
-"""What is compared, at which scale: a preset is a scale (model, tasks, budget) and a study (what varies).
+"""The presets: each is a scale (model, tasks, budget) together with a study (what varies).
 
-`tiny`, `small` and `qwen2vl_2b` are the paper's comparison; `tiny_alpha`, `small_beta`, `qwen2vl_2b_schedules` and so
-on vary one thing. What the paper and R1-V leave open is chosen once, by the study `search`, for all methods alike.
+`tiny`, `small` and `qwen2vl_2b` are the paper's comparison of methods. `tiny_alpha`, `small_beta`,
+`qwen2vl_2b_schedules` and so on are ablations, which vary one thing. The learning rate, which the
+paper and R1-V leave open for the drawn tasks, was chosen with the study `search`, and is the same
+for all methods.
 """
 
 from collections.abc import Mapping
@@ -13,20 +15,24 @@ from ..config import PRESETS as PAPER
 from ..errors import UserError
 
 ROLES = ("counting", "geometry")
-"""The paper's two tasks, visual counting and geometry reasoning, whatever stands for them at a scale."""
+"""The paper's two tasks, visual counting and geometry reasoning.
+
+Each scale says which task of `mr1_fast.tasks`, and which data, stand for them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What stands for one of the roles."""
+    """What stands for one of the ROLES at a scale."""
 
     about: str
+    """What is asked, in words for the report."""
     items: int
-    """Test items."""
+    """Number of test items."""
     train: Mapping[str, Any]
-    """Settings of `mr1_fast.train` for training on it."""
+    """Settings of `mr1_fast.train` to train on it."""
     test: Mapping[str, Any]
-    """Settings that name the test data; the folder of its images is the user's to say (`--counting-images`)."""
+    """Arguments of `load_examples` for the test data, without the folder of its images, which the
+    user names with --counting-images and --geometry-images."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,28 @@ class Scale:
 
     model: str
     tasks: Mapping[str, Task]
+    """Role → task."""
     settings: Mapping[str, Any]
     """Settings of `mr1_fast.train` that all cells share."""
     seeds: tuple[int, ...]
+    """Seeds to run, unless the study or the user names others."""
     measured: Mapping[str, float] | None = None
-    """Seconds: of a training step by algorithm, of an item's evaluation, of the start. For `--dry-run`; None where
-    nobody has measured them."""
+    """Measured times in seconds, for --dry-run; None if nobody has measured them.
+
+    sft, grpo:   a training step
+    evaluation:  the answer to one item
+    start:       the supervised start
+    """
     measured_on: str = ""
+    """The machine that they were measured on."""
     start_accuracy: float = 0.0
-    """Built-in models: sampled accuracy on both tasks at which their supervised start ends."""
+    """Sampled accuracy on both tasks at which the supervised start of a built-in model ends."""
     curve_every: int = 0
-    """Steps between the points of the learning curve on validation items; 0: none."""
+    """Steps between the points of the learning curve on validation items; 0 makes no curve."""
     curve_items: int = 200
+    """Number of validation items of each task for a point of the curve."""
     paper: str = "2B"
-    """Which of the published tables stands beside ours."""
+    """Size of the model whose published numbers the report shows beside its own."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,15 @@ class Variant:
     """One value of what a study varies."""
 
     name: str
+    """Its name in the experiment's folder."""
     label: str
+    """Its name in the report."""
     settings: Mapping[str, Any]
+    """Settings of `mr1_fast.train` that make it."""
     by_role: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings that depend on the task that is trained."""
+    """Task that is trained → further settings."""
     value: float | None = None
+    """The value as a number, if it is one."""
 
 
 @dataclass(frozen=True)
@@ -69,36 +87,54 @@ class Study:
 
     name: str
     label: str
+    """What varies, in words for the report."""
     variants: tuple[Variant, ...]
     trained: tuple[str, ...] = ROLES
     split: str = "test"
-    """Which drawn items the cells are tested on."""
+    """The split of the data that the cells are tested on."""
     seeds: tuple[int, ...] | None = None
-    """In the place of the scale's."""
+    """Seeds that replace the scale's."""
 
     @property
     def numeric(self) -> bool:
-        """Whether the variants are values on a number line."""
+        """Whether all variants are numbers, which the report then plots along an axis."""
         return all(variant.value is not None for variant in self.variants)
+
+    def varied(self) -> set[str]:
+        """The names of all settings in which variants may differ."""
+        return {
+            name
+            for variant in self.variants
+            for settings in (variant.settings, *variant.by_role.values())
+            for name in settings
+        }
 
 
 def mean_beta(role: str) -> float:
-    """The mean of the paper's β(s) for a task: two straight lines, weighted by their lengths."""
+    """The mean of GRPO-D's β(s) over training, with the paper's values for a task.
+
+    β(s) is two straight lines, so its mean is that of their middles, weighted by their lengths.
+    """
     low, high, share = (PAPER[role][name] for name in ("beta_min", "beta_max", "explore_fraction"))
-    return share * ((low + high) / 2 + low) / 2 + (1 - share) * (low + high) / 2
+    falling, rising = ((low + high) / 2 + low) / 2, (low + high) / 2
+    return share * falling + (1 - share) * rising
 
 
-def _numeric(name: str, label: str, sign: str, setting: str, values: tuple, **shared: Any) -> Study:
+def _numeric(name: str, label: str, sign: str, setting: str, values: tuple) -> Study:
+    """A study of GRPO with several values of one setting, on geometry as in the paper's ablations.
+
+    `sign` stands for the setting in the labels of the variants.
+    """
     variants = tuple(
         Variant(
             f"{name}-{value:g}",
             f"{sign} = {value:g}",
-            {"algo": "grpo", setting: value, **shared},
+            {"algo": "grpo", setting: value},
             value=value,
         )
         for value in values
     )
-    return Study(name, label, variants, trained=("geometry",))  # as in the paper's ablations
+    return Study(name, label, variants, trained=("geometry",))
 
 
 SFT = Variant("sft", "SFT", {"algo": "sft"})
@@ -150,19 +186,22 @@ STUDIES = {
             for m in METHODS
         ),
         split="validation",
-        seeds=(100,),  # none that is reported
+        seeds=(100,),  # not one of those that are reported
     ),
 }
 
 
 DRAWN = {**TINY, "steps": 100, "learning_rate": 2e-4, "lr_schedule": "linear"}
-"""Settings for drawn tasks. The learning rate is what tiny_search chose; its decay is R1-V's, and greedy accuracy jumps
-from step to step without it."""
+"""Settings to train on drawn tasks.
+
+The preset `tiny_search` chose the learning rate. Its decay is R1-V's; without it, greedy accuracy
+jumps from step to step."""
 
 
-def _drawn(task: str, difficulty: int, about: str, role: str, **train: Any) -> Task:
+def _drawn(task: str, difficulty: int, about: str, role: str) -> Task:
+    """A task whose items are drawn, with the paper's settings for `role`."""
     source = {"task": task, "data": "drawn", "difficulty": difficulty}
-    return Task(about, 1000, {**source, "preset": role, **train}, source)
+    return Task(about, 1000, {**source, "preset": role}, source)
 
 
 SCALES = {
@@ -214,7 +253,8 @@ SCALES = {
                 754,
                 {
                     "task": "geometry",
-                    "data": "leonardPKU/GEOQA_R1V_Train_8K",  # has no reasoning: SFT imitates the answer
+                    # It has no reasoning, so SFT imitates the answer alone.
+                    "data": "leonardPKU/GEOQA_R1V_Train_8K",
                     "sft_target": "answer",
                     "steps": 500,
                 },
@@ -229,7 +269,8 @@ SCALES = {
             save_every=25,
         ),
         seeds=(0,),
-        # GRPO by benchmarks/bench_memory.py, evaluation by bench_rollout.py; SFT has three tenths of GRPO's tokens.
+        # GRPO was measured by benchmarks/bench_memory.py and the evaluation by bench_rollout.py;
+        # SFT is estimated from its tokens, which are three tenths of GRPO's.
         measured={"sft": 2.7, "grpo": 13.4, "evaluation": 0.021, "start": 0},
         measured_on="an H100 with completions of 512 tokens; a 4090 has a sixth of its bf16 rate",
     ),
@@ -247,11 +288,14 @@ def find_preset(name: str) -> tuple[Scale, Study]:
 
 
 def known_presets() -> dict[str, tuple[Scale, Study]]:
-    """Every preset by its name: a scale's for the comparison of methods, `<scale>_<study>` for the others."""
+    """Name → scale and study of every preset.
+
+    The comparison of methods has the name of its scale; the others are `<scale>_<study>`. Studies
+    on validation items need a built-in model, since the paper's data has no validation split.
+    """
     return {
         scale_name if study_name == "method" else f"{scale_name}_{study_name}": (scale, study)
         for scale_name, scale in SCALES.items()
         for study_name, study in STUDIES.items()
-        if study.split == "test"
-        or scale.model in BUILT_IN  # the paper's data has no validation split
+        if study.split == "test" or scale.model in BUILT_IN
     }

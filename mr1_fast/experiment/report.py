@@ -1,166 +1,75 @@
-"""The report of an experiment: OUTPUT/report.html, one page that needs nothing else, and the same as OUTPUT/report.md.
+"""The report of an experiment, as a page and as Markdown, both made from the same sections.
 
-Both are made from the same sections, as far as the experiment has come. What the page must keep to is in `..page`.
+OUTPUT/report.html is one file that needs nothing else; `..report.page` says what it must keep to.
+OUTPUT/report.md says the same in text and tables, and shows its main plots in one picture,
+OUTPUT/report.svg: these two can be kept in a repository.
 """
 
 import json
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from ..files import write_text
 from ..report import page
 from ..report.page import text
+from ..report.svg import standalone
 from . import markdown
-from .draw import draw
-from .plots import Plot, by_value, gain_and_transfer, learning_curves, numbers, training_curves
-from .results import BASE, MODES, CellResult, Results, read_results
-from .tables import Table, Value, cells, headline, main_tables
-
-FACTS = ("command", "date", "hardware", "model", "versions")
-"""Of experiment.json, at the end of the report."""
-
-
-@dataclass
-class Sample:
-    """A test item with what the models answered."""
-
-    task: str
-    problem: object
-    solution: object
-    image: str | None
-    answers: list[tuple[str, object, bool]] = field(default_factory=list)
-    """Whose answer, its text, and whether it is right."""
-
-
-@dataclass
-class Section:
-    """A part of the report: `lines` are plain text."""
-
-    title: str
-    blocks: list[Table | Plot | Sample | dict]
-    """A dict holds settings."""
-    lines: list[str] = field(default_factory=list)
-
+from .plots import Plot, numbers
+from .render import render_plot
+from .results import BASE, Results, read_results
+from .sections import Block, Sample, Section, caption, main_plots, sections
+from .tables import Table, Value, headline
 
 LAYOUT = {Table: "stack", Plot: "grid wide-grid", Sample: "grid", dict: "stack"}
-"""How blocks of a kind stand on the page."""
+"""The CSS classes that place blocks of a kind on the page."""
+
+WAY_OUT = "check the folder and its disk"
 
 
 def write_report(output: Path) -> Path:
-    """Write `output`/report.html and report.md from what the experiment has recorded; returns the page's path.
+    """Write report.html, report.md and report.svg into the experiment's folder `output`.
 
-    Cells may be missing or failed. UserError for a damaged file, or a folder that is no experiment.
+    Returns the page's path. Cells may be missing or failed; report.svg is only written once there
+    is something to plot. Raises UserError for a damaged file, for a folder that holds no
+    experiment, and where a file cannot be written.
     """
     results = read_results(output)
+    found = sections(results)
+    _write_markdown(results, found, output / "report.md")
+    return _write_page(results, found, output / "report.html")
+
+
+def write_markdown(output: Path, path: Path) -> Path:
+    """Write the report of the experiment in `output` to `path` (NAME.md), and NAME.svg beside it.
+
+    Returns `path`; raises UserError as `write_report` does.
+    """
+    results = read_results(output)
+    return _write_markdown(results, sections(results), path)
+
+
+def _about(results: Results) -> str:
+    return f"experiment {results.about['preset']} · {results.about['axis']['label']}"
+
+
+def _write_page(results: Results, found: list[Section], path: Path) -> Path:
     first, details = headline(results)
-    model, about = (
-        results.about["model"],
-        f"experiment {results.about['preset']} · {results.about['axis']['label']}",
-    )
-    sections = [section for section in _sections(results) if section.blocks]
-    images = next(
-        (cell.folder / "images" for cell in results.cells if cell.variant == BASE), output
-    )
-    parts = [
-        f"# {markdown.inline(f'{model} · {about}')}",
-        f"**{markdown.inline(first)}**",
-        *map(markdown.inline, details),
-    ]
-    page.write(output / "report.md", "\n\n".join([*parts, *map(_markdown, sections)]) + "\n")
-    content = page.PAGE.substitute(
-        model=text(model),
-        about=text(about),
+    base = (cell.folder / "images" for cell in results.cells if cell.variant == BASE)
+    images = next(base, results.output)
+    content = page.html_page(
+        model=text(results.about["model"]),
+        about=text(_about(results)),
         headline=text(first.replace("-", "\N{NON-BREAKING HYPHEN}")),
         progress="<br>".join(map(text, details)),
-        sections="\n".join(_html(section, images) for section in sections),
+        sections="\n".join(_html(section, images) for section in found),
     )
-    return page.write(output / "report.html", content)
-
-
-def tables_markdown(output: Path) -> str:
-    """The main tables alone, of greedy answers, for a README."""
-    return "\n".join(map(markdown.table, main_tables(read_results(output), MODES[0])))
-
-
-def _sections(results: Results) -> list[Section]:
-    about = results.about
-    plots = [] if about["axis"]["name"] == "method" else by_value(results)
-    bars = "Means over seeds with 95% intervals: Student's over seeds; Wilson's over items where seeds do not differ."
-    bars += (
-        " Noise, in the headline, is what paired tests with Holm's correction leave at p ≥ 0.05."
-    )
-    if about.get("paper") and not plots:
-        bars += f" The paper's numbers are those of Qwen2-VL-{about['paper']}-Instruct on SuperCLEVR-200 and GeoQA:"
-        bars += " where model or data are others here, compare the pattern, not the values."
-    dots = "Up is better on the other task, right on the trained one. A dot a seed, a large one their mean; greedy."
-    seeds = "Thick: mean of the seeds. Thin: each seed."
-    facts = [[name.capitalize(), _fact(about[name])] for name in FACTS if about.get(name)]
-    tests = [
-        [task, *(str(each.get(key, "")) for key in ("about", "items", "split"))]
-        for task, each in about["tasks"].items()
-    ]
-    return [
-        Section("Accuracy", [*main_tables(results, MODES[0]), *plots], [bars]),
-        Section("Gain and transfer", gain_and_transfer(results), [dots]),
-        Section(
-            "Held-out accuracy during training",
-            learning_curves(results),
-            [f"Greedy, validation items. {seeds}"],
-        ),
-        Section("Training", training_curves(results), [seeds]),
-        Section("Test items and greedy answers", _samples(results)),
-        Section(
-            "Accuracy of sampled answers", main_tables(results, MODES[1]), ["One answer an item."]
-        ),
-        Section("Cells", [cells(results)]),
-        Section(
-            "How this was measured",
-            [
-                Table("Test items", ["Task", "What is asked", "Items", "Split"], tests),
-                Table("Run", ["", ""], facts),
-                about.get("settings") or {},
-            ],
-            list(map(str, about.get("notes", []))),
-        ),
-    ]
-
-
-def _fact(value: object) -> str:
-    return (
-        ", ".join(f"{name} {version}" for name, version in value.items())
-        if isinstance(value, dict)
-        else str(value)
-    )
-
-
-def _samples(results: Results) -> list[Sample]:
-    """The items that the cells of the first seed have recorded, with the answers of what was trained on their task."""
-    items: dict[tuple, Sample] = {}
-    first = [cell for cell in results.cells if cell.seed == results.about["seeds"][0]]
-    for cell in first:
-        for number, each in enumerate(cell.samples()):
-            if cell.trained in (None, each.get("task")):
-                key = (
-                    str(each.get("task")),
-                    number,
-                    str(each.get("problem")),
-                    str(each.get("solution")),
-                )
-                image = each.get("image")
-                sample = items.setdefault(key, Sample(key[0], key[2], key[3], image and str(image)))
-                sample.answers.append(
-                    (_whose(results, cell), each.get("text", ""), each.get("correct") is True)
-                )
-    return list(items.values())
-
-
-def _whose(results: Results, cell: CellResult) -> str:
-    return results.label(cell.variant) if cell.trained else f"before: {results.label(cell.variant)}"
+    write_text(path, content, WAY_OUT)
+    return path
 
 
 def _html(section: Section, images: Path) -> str:
     groups = "".join(
-        f'<div class="{LAYOUT[kind]}">{"".join(_html_block(block, images) for block in blocks)}</div>'
+        f'<div class="{LAYOUT[kind]}">{"".join(_html_block(each, images) for each in blocks)}</div>'
         for kind, blocks in groupby(section.blocks, key=type)
     )
     return page.section(
@@ -170,26 +79,31 @@ def _html(section: Section, images: Path) -> str:
     )
 
 
-def _html_block(block: Table | Plot | Sample | dict, images: Path) -> str:
-    if isinstance(block, Table):
-        return _html_table(block)
-    if isinstance(block, dict):
-        return page.settings_table(block)
-    if isinstance(block, Plot):
-        note = f'<p class="soft">{text(block.note)}</p>' if block.note else ""
-        return f'<figure class="card"><figcaption>{text(block.title)}</figcaption>{draw(block)}{note}</figure>'
-    image = page.image(images, block.image) if block.image else ""
-    answers = "".join(
-        page.answer(text(label), output, correct) for label, output, correct in block.answers
-    )
-    return page.sample_card(image, block.problem, block.solution, answers)
+def _html_block(block: Block, images: Path) -> str:
+    match block:
+        case Table():
+            return _html_table(block)
+        case Plot():
+            title = f"<figcaption>{text(block.title)}</figcaption>"
+            note = f'<p class="soft">{text(block.note)}</p>' if block.note else ""
+            return f'<figure class="card">{title}{render_plot(block)}{note}</figure>'
+        case Sample():
+            image = page.image(images, block.image) if block.image else ""
+            answers = "".join(
+                page.answer(text(label), output, correct)
+                for label, output, correct in block.answers
+            )
+            return page.sample_card(image, block.problem, block.solution, answers)
+        case _:
+            return page.settings_table(block)
 
 
 def _html_table(table: Table) -> str:
     heads = "".join(f"<th>{text(head)}</th>" for head in table.head)
     rows = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in table.rows)
+    title = f"<figcaption>{text(table.title)}</figcaption>"
     note = f'<p class="soft">{text(table.note)}</p>' if table.note else ""
-    return f"""<figure class="card"><figcaption>{text(table.title)}</figcaption>{note}<div class="scroll"><table>
+    return f"""<figure class="card">{title}{note}<div class="scroll"><table>
 <thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></figure>"""
 
 
@@ -200,25 +114,44 @@ def _html_cell(cell: str | Value) -> str:
     return f'<td>{text(cell.main)} <span class="soft">{text(cell.detail)}</span>{bar}</td>'
 
 
+def _write_markdown(results: Results, found: list[Section], path: Path) -> Path:
+    first, details = headline(results)
+    title = f"{results.about['model']} · {_about(results)}"
+    parts = [f"# {markdown.inline(title)}"]
+    if plots := main_plots(found):
+        picture = path.with_suffix(".svg")
+        content = standalone([(page.printable(plot.title)[0], render_plot(plot)) for plot in plots])
+        write_text(picture, content, WAY_OUT)
+        about = markdown.inline(caption(results, plots))
+        parts += [f"![{about}]({picture.name})", about]
+    parts += [f"**{markdown.inline(first)}**", *map(markdown.inline, details)]
+    parts += map(_markdown, found)
+    write_text(path, "\n\n".join(parts) + "\n", WAY_OUT)
+    return path
+
+
 def _markdown(section: Section) -> str:
     lines = [f"## {markdown.inline(section.title)}", *map(markdown.inline, section.lines)]
     return "\n\n".join(filter(None, [*lines, *map(_markdown_block, section.blocks)]))
 
 
-def _markdown_block(block: Table | Plot | Sample | dict) -> str:
-    if isinstance(block, Table):
-        return markdown.table(block)
-    if isinstance(block, dict):
-        return markdown.fence(json.dumps(block, indent=1, ensure_ascii=False, default=str))
-    if isinstance(block, Plot):
-        return (
-            markdown.table(numbers(block)) if block.kind in ("curves", "dots") else ""
-        )  # the others are a table's
-    lines = [f"**{markdown.inline(block.task)}**", markdown.fence(block.problem)]
-    lines += ["Right answer:", markdown.fence(block.solution)]
-    for label, output, correct in block.answers:
-        lines += [
-            f"{markdown.inline(label)} {'✓ right' if correct else '✗ wrong'}",
-            markdown.fence(output),
-        ]
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Table():
+            return markdown.table(block)
+        case Plot():
+            # The numbers of the other kinds are in a table of the section already.
+            return markdown.table(numbers(block)) if block.kind in ("curves", "dots") else ""
+        case Sample():
+            return _markdown_sample(block)
+        case _:
+            return markdown.fence(json.dumps(block, indent=1, ensure_ascii=False, default=str))
+
+
+def _markdown_sample(sample: Sample) -> str:
+    lines = [f"**{markdown.inline(sample.task)}**", markdown.fence(sample.problem)]
+    lines += ["Right answer:", markdown.fence(sample.solution)]
+    for label, output, correct in sample.answers:
+        verdict = "✓ right" if correct else "✗ wrong"
+        lines += [f"{markdown.inline(label)} {verdict}", markdown.fence(output)]
     return "\n\n".join(lines)

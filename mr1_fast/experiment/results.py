@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,47 +11,52 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluate.held_out import MODES
-from ..report.page import json_object, read_metrics
+from ..report.records import read_json_object, read_metrics
 from .statistics import Runs
 
 BASE = "base"
+"""The name of the variant that is not trained."""
+
 _BITS = re.compile(r"[01]+")
 
 
 @dataclass
 class CellResult:
-    """A trained model or a base model (`trained` is None), finished or not."""
+    """What is known of one cell, finished or not."""
 
     folder: Path
     variant: str
     trained: str | None
+    """The task that it is trained on; None for the base model."""
     seed: int
     correct: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Task → mode → right or wrong of each test item; empty until the cell is finished."""
+    """Task → mode → bools of shape (items,): whether each test item is answered right.
+
+    Empty until the cell is finished."""
     error: str = ""
-    """Why it failed, if it did."""
+    """The reason if the cell has failed."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of training and evaluation."""
+    """The time of training ("train") and of the test ("evaluate"), once the cell is finished."""
     peak_memory: float | None = None
-    """Bytes, where measured."""
+    """Peak of allocated memory in bytes, where it was measured."""
 
     @property
     def state(self) -> str:
-        """Finished, failed or missing."""
+        """finished, failed or missing."""
         return "finished" if self.correct else "failed" if self.error else "missing"
 
     def curve(self) -> dict[str, np.ndarray]:
-        """Accuracy on validation items by task over steps; `step` is always there."""
+        """Accuracy on validation items: task → array over steps, with the steps as `step`."""
         return read_metrics(self.folder / "curve.jsonl")
 
     def metrics(self) -> dict[str, np.ndarray]:
-        """The metrics of training over steps; `step` is always there."""
+        """The metrics of training: name → array over steps, with the steps as `step`."""
         return read_metrics(self.folder / "run" / "metrics.jsonl")
 
     def samples(self) -> list[dict]:
-        """Some test items with the model's greedy answers; none before its evaluation."""
+        """Some test items with the model's greedy answers; empty before the cell is tested."""
         path = self.folder / "samples.json"
-        samples = _read(path) if path.exists() else []
+        samples = _read_json(path) if path.exists() else []
         if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
             raise UserError(f"{path} holds no list of samples: remove it.")
         return samples
@@ -58,39 +64,43 @@ class CellResult:
 
 @dataclass
 class Results:
-    """An experiment with its cells."""
+    """An experiment and all its cells."""
 
     output: Path
+    """The folder of the experiment."""
     about: dict[str, Any]
-    """experiment.json."""
+    """The content of experiment.json."""
     cells: list[CellResult]
 
     @property
     def methods(self) -> list[str]:
-        """The variants that are trained."""
+        """The names of the variants that are trained."""
         return [variant["name"] for variant in self.about["variants"] if variant["name"] != BASE]
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that are tested."""
+        """The tasks that the cells are tested on."""
         return list(self.about["tasks"])
 
     def label(self, variant: str) -> str:
-        """How a variant is called."""
+        """What the report calls a variant."""
         labels = {each["name"]: each.get("label") for each in self.about["variants"]}
         return str(labels.get(variant) or variant)
 
     def pairs(self, same: bool) -> list[tuple[str, str]]:
-        """(trained on, tested on) of the same task, or of two tasks."""
+        """All (trained on, tested on) of the same task, or else of two different tasks."""
         return [
-            (task, other)
-            for task in self.about["trained"]
-            for other in self.tasks
-            if (task == other) == same
+            (trained, tested)
+            for trained in self.about["trained"]
+            for tested in self.tasks
+            if (trained == tested) == same
         ]
 
     def of(self, variant: str, trained: str) -> list[CellResult]:
-        """The cells of a variant, one a seed; of the base model whatever task is named."""
+        """The cells of a variant that are trained on a task, one a seed.
+
+        Those of the base model belong to every task.
+        """
         return [
             cell
             for cell in self.cells
@@ -98,7 +108,10 @@ class Results:
         ]
 
     def runs(self, variant: str, pair: tuple[str, str], mode: str) -> dict[int, np.ndarray]:
-        """Right or wrong of each test item by seed, of the finished cells of a (trained on, tested on) pair."""
+        """The answers of a variant's finished cells for a (trained on, tested on) pair.
+
+        Returns seed → bools of shape (items,), whether each test item is answered right.
+        """
         trained, tested = pair
         return {
             cell.seed: cell.correct[tested][mode]
@@ -108,26 +121,29 @@ class Results:
 
 
 def cell_folder(output: Path, variant: str, trained: str | None, seed: int) -> Path:
-    """Where a cell writes."""
+    """The folder of a cell in the experiment's folder `output`."""
     return output.joinpath("cells", variant, *filter(None, [trained]), f"seed{seed}")
 
 
 def common(*runs: dict[int, np.ndarray]) -> list[Runs]:
-    """Each of several variants' runs for the seeds that all of them have."""
+    """Reduce the runs (seed → answers) of several variants to the seeds that all of them have."""
     seeds = sorted(set.intersection(*(set(each) for each in runs)))
     return [[each[seed] for seed in seeds] for each in runs]
 
 
 def read_results(output: Path) -> Results:
-    """Read experiment.json and each cell's files; UserError names what is damaged, or a folder that is none."""
+    """Read experiment.json and the files of all cells.
+
+    Raises UserError for a folder that holds no experiment, and for a damaged file, which it names.
+    """
     path = output / "experiment.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: name the folder of an experiment.")
-    about = json_object(path.read_text(encoding="utf-8", errors="replace"), path)
-    results, seeds = Results(output, about, []), about.get("seeds")
+    about = read_json_object(path)
+    results = Results(output, about, [])
     try:
         items = {task: about["tasks"][task]["items"] for task in results.tasks}
-        names = [
+        models = [
             (BASE, None),
             *((method, task) for task in about["trained"] for method in results.methods),
         ]
@@ -136,45 +152,48 @@ def read_results(output: Path) -> Results:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it.") from error
     results.cells = [
-        _read_cell(output, variant, task, seed, items) for variant, task in names for seed in seeds
+        read_cell(output, variant, trained, seed, items)
+        for variant, trained in models
+        for seed in about["seeds"]
     ]
     return results
 
 
-def _read_cell(
-    output: Path, variant: str, trained: str | None, seed: int, items: dict[str, int]
+def read_cell(
+    output: Path, variant: str, trained: str | None, seed: int, items: Mapping[str, int]
 ) -> CellResult:
+    """Read what a cell has recorded; `items` are the numbers of test items by task.
+
+    Raises UserError for a damaged cell.json or failed.json.
+    """
     cell = CellResult(cell_folder(output, variant, trained, seed), variant, trained, seed)
     finished, failed = cell.folder / "cell.json", cell.folder / "failed.json"
     if finished.exists():
+        record = _read_json(finished)
         try:
-            record = _read(finished)
             cell.seconds = {name: float(record["seconds"][name]) for name in ("train", "evaluate")}
             cell.peak_memory = record["peak_memory"] and float(record["peak_memory"])
             cell.correct = {
-                task: _modes(record["correct"][task], count) for task, count in items.items()
+                task: _answers(record["correct"][task], count) for task, count in items.items()
             }
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{finished} is damaged ({error}): remove it, and run the cell again."
+                f"{finished} is damaged ({error}): remove it, and run the experiment again."
             ) from error
     elif failed.exists():
-        cell.error = str(
-            json_object(failed.read_text(encoding="utf-8", errors="replace"), failed).get(
-                "error", "?"
-            )
-        )
+        cell.error = str(read_json_object(failed).get("error", "?"))
     return cell
 
 
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: remove it, and run the cell again.") from error
+        raise UserError(f"{path} is no JSON: remove it, and run the experiment again.") from error
 
 
-def _modes(modes: dict[str, str], count: int) -> dict[str, np.ndarray]:
+def _answers(modes: dict[str, str], count: int) -> dict[str, np.ndarray]:
+    """The strings of 0 and 1, one a mode, as bools; ValueError if they are not of `count` items."""
     for mode in MODES:
         if not _BITS.fullmatch(modes[mode]) or len(modes[mode]) != count:
             raise ValueError(f"{mode} answers are not {count} times 0 or 1")

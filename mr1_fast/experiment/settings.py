@@ -5,45 +5,46 @@ from typing import Any
 
 from ..errors import UserError
 
+FIXED = ("seed", "output", "task", "data", "algo", "resume", "eval_samples")
+"""Settings of `mr1_fast.train` that an experiment decides for each of its cells."""
+
 
 @dataclass
 class ExperimentConfig:
-    """All settings of `python -m mr1_fast.experiment`."""
+    """Train and test the same model with several methods, and write a report that compares them."""
 
     preset: str = "tiny"
-    """tiny (a CPU), small (any GPU) or qwen2vl_2b (24 GB) compare the methods. With an ending: _alpha, _beta,
-    _generations, _schedules vary one thing; tiny_search and small_search the learning rate of every method."""
+    """What is compared. `tiny` (for a CPU), `small` (for any GPU) and `qwen2vl_2b` (24 GB) compare
+    the base model, SFT, GRPO and GRPO-D. An ending makes an ablation, which varies one setting:
+    _alpha, _beta, _generations or _schedules. `tiny_search` and `small_search` compare learning
+    rates."""
     output: str | None = None
-    """Folder of the experiment; what is finished there is kept and never run again. Default: experiments/<preset>."""
+    """Folder of the experiment; the default is experiments/<preset>. Cells that are finished there
+    are kept and never run again."""
     seeds: list[int] = field(default_factory=list)
-    """Seeds to run, for example '[0, 1]'; default: the preset's. More can be added later."""
+    """Seeds to train with, for example '[0, 1]'; the default is the preset's. A later call can add
+    seeds to the same folder."""
     test_items: int | None = None
-    """Test items of each task; default: the preset's."""
+    """Number of test items of each task; the default is the preset's."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of mr1_fast.train for every cell, over the preset's, for example '{"steps": 50}' or another model."""
+    """Settings of mr1_fast.train that replace the preset's in every cell, for example
+    '{"steps": 50}' or '{"model": "Qwen/Qwen2-VL-7B-Instruct"}'."""
     counting_images: str | None = None
-    """Folder with SuperCLEVR's images, for presets that test on them."""
+    """Folder with the images of SuperCLEVR, for presets that test counting on them (qwen2vl_2b)."""
     geometry_images: str | None = None
-    """Folder with Geo170K's test images, for presets that test on them."""
+    """Folder with the test images of Geo170K, for presets that test geometry on them
+    (qwen2vl_2b)."""
     dry_run: bool = False
-    """Print the cells with an estimate of their time and memory, and run nothing."""
+    """Print the cells with estimates of their time and memory, and run nothing."""
 
     def check(self) -> None:
-        """Raise UserError for values that no experiment could mean."""
+        """Raise UserError for values that no experiment can have."""
         if self.test_items is not None and self.test_items < 1:
             raise UserError(f"test_items is {self.test_items}, but must be at least 1.")
         if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
             raise UserError(f"seeds is {self.seeds}, but must be different numbers, none negative.")
-        fixed = {
-            "seed",
-            "output",
-            "task",
-            "data",
-            "algo",
-            "resume",
-            "eval_samples",
-        } & self.settings.keys()
+        fixed = sorted(self.settings.keys() & set(FIXED))
         if fixed:
             raise UserError(
-                f"settings has {', '.join(sorted(fixed))}, which the preset's cells decide: leave it out."
+                f"settings has {', '.join(fixed)}, which the preset's cells decide: leave it out."
             )

@@ -1,8 +1,10 @@
-"""What accuracies and their differences are worth, over training seeds and over test items.
+"""Intervals and tests for accuracies and their differences, over training seeds and test items.
 
-Two questions are kept apart. Would new training runs say the same? That is answered over seeds. Do these very models
-differ on such items? That is answered over items. A run is a bool array, right or wrong of each test item; runs that
-are compared have seeds and items in the same order.
+Two questions are kept apart. Would new training runs say the same? That is answered over seeds. Do
+these very models differ on items of this kind? That is answered over items.
+
+A run is a bool array of shape (items,), whether each test item is answered right. Runs that are
+compared have their seeds and their items in the same order.
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,12 @@ from scipy import stats
 from ..accuracy import wilson_interval
 
 Runs = Sequence[np.ndarray]
-"""A run per seed, bools of shape (items,)."""
+"""A run for each seed; each is a bool array of shape (items,)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share, or a difference of shares, with its 95% interval."""
+    """A share, or a difference of two shares, with its 95% interval."""
 
     value: float
     low: float
@@ -28,19 +30,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """First minus second, and how likely a difference this large is if there is none."""
+    """The difference of two variants, first minus second, with p values of "there is none"."""
 
     difference: Estimate
     p_seeds: float | None
-    """Paired t-test over seeds: about the method. None where seeds show no scatter to measure it by."""
+    """Of a paired t-test over seeds, about the methods; None if all seeds agree."""
     p_items: float
-    """McNemar's exact test over items: about these trained models."""
+    """Of an exact test over items, McNemar's for one seed: about these trained models."""
 
 
 def accuracy(runs: Runs) -> Estimate:
-    """Mean accuracy: Student's interval over seeds, within 0 … 1.
+    """The mean accuracy, with Student's interval over seeds, cut to [0, 1].
 
-    Where seeds do not differ, there being one or the same model in all, it is Wilson's interval over the items.
+    If all seeds have the same accuracy, because there is one seed or one model in all, the interval
+    is Wilson's over the items.
     """
     counts = [int(run.sum()) for run in runs]
     if len(set(counts)) == 1:
@@ -51,14 +54,14 @@ def accuracy(runs: Runs) -> Estimate:
 def compare(first: Runs, second: Runs) -> Comparison:
     """The paired comparison of two variants.
 
-    The interval is Student's over seeds, within −1 … 1; where all seeds have the same difference (or there is only one)
-    it is Newcombe's over the items of the first seed.
+    The interval is Student's over seeds, cut to [−1, 1]. If all seeds have the same difference, or
+    if there is one seed, it is Newcombe's over the items of the first seed.
     """
     ours, theirs = np.array(first, dtype=int), np.array(second, dtype=int)
     p_items = mcnemar((ours - theirs).sum(axis=0))
-    differences = (ours - theirs).sum(
-        axis=1
-    )  # exact: whether seeds differ does not hang on rounding
+
+    # As whole numbers, so that rounding does not decide whether seeds differ.
+    differences = (ours - theirs).sum(axis=1)
     if len(set(differences.tolist())) == 1:
         low, high = newcombe_interval(first[0], second[0])
         return Comparison(Estimate(differences[0] / ours.shape[1], low, high), None, p_items)
@@ -73,11 +76,13 @@ def _student(values: Sequence[float], lowest: float) -> Estimate:
 
 
 def mcnemar(differences: np.ndarray) -> float:
-    """The two-sided p of McNemar's exact test; `differences` per item are summed over seeds.
+    """The two-sided p of an exact sign test; `differences`, of shape (items,), are sums over seeds.
 
-    With one seed they are −1, 0 or 1 and it is the binomial test of the discordant pairs (Q. McNemar, 1947). With more,
-    the seeds of an item stay together, for its difficulty is theirs in common: under the hypothesis each item's sum
-    is as likely to have the other sign, and the distribution of the total over all signs is exact.
+    With one seed each difference is −1, 0 or 1, and this is McNemar's test, the binomial test of
+    the discordant pairs (Q. McNemar, Psychometrika 12 (1947) 153). With several seeds, those of an
+    item stay together, since its difficulty is common to them: under the hypothesis, the sum of
+    each item is as likely to have the other sign, and the distribution of the total over all
+    choices of signs is computed exactly.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     chances = np.ones(1)
@@ -90,7 +95,10 @@ def mcnemar(differences: np.ndarray) -> float:
 
 
 def newcombe_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95% interval of mean(first) − mean(second), paired: method 10 of R. G. Newcombe, Stat. Med. 17 (1998) 2635."""
+    """The 95% interval of mean(first) − mean(second) for two paired runs.
+
+    It is method 10 of R. G. Newcombe, Stat. Med. 17 (1998) 2635.
+    """
     count, right, right_too = len(first), int(first.sum()), int(second.sum())
     both = int((first & second).sum())
     product = both * (count - right - right_too + both) - (right - both) * (right_too - both)
@@ -107,7 +115,10 @@ def newcombe_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p corrected for their number, in the same order (S. Holm, 1979)."""
+    """The p values in the same order, each corrected for their number.
+
+    The correction is that of S. Holm, Scand. J. Statist. 6 (1979) 65.
+    """
     corrected, largest = list(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))

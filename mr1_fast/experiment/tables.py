@@ -1,4 +1,4 @@
-"""The tables of an experiment as plain data: what the page, its Markdown and the README show."""
+"""The tables of an experiment as plain data, and its result in words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,13 +11,15 @@ from .results import BASE, Results, common
 from .statistics import Comparison, Estimate, accuracy, compare, holm
 
 COMPARED = (("grpo-d", "grpo"), ("grpo-d", "sft"), ("grpo", "sft"))
-"""Which methods are tested against each other."""
+"""Pairs of methods that are tested against each other."""
+
 MISSING = "—"
+"""What a cell of a table shows where there is no value."""
 
 
 @dataclass
 class Value:
-    """A number with what belongs to it, and a bar where it is an accuracy."""
+    """A cell of a table: a number, what belongs to it, and a bar if it is an accuracy."""
 
     main: str
     detail: str = ""
@@ -26,7 +28,7 @@ class Value:
 
 @dataclass
 class Table:
-    """Rows of plain text and values below their heads."""
+    """A table of plain text and values."""
 
     title: str
     head: list[str]
@@ -35,7 +37,7 @@ class Table:
 
 
 def percent(share: float) -> str:
-    """A share with one decimal."""
+    """A share in percent, with one decimal."""
     return f"{100 * share:.1f}%"
 
 
@@ -45,7 +47,11 @@ def signed(number: float, unit: str = "") -> str:
 
 
 def main_tables(results: Results, mode: str) -> list[Table]:
-    """The paper's tables and the paired tests; of another study than the methods', accuracies by variant."""
+    """The tables that hold the result, for the answers of one mode.
+
+    For a comparison of methods they are the paper's tables and the paired tests; for another study,
+    the accuracies of its variants.
+    """
     if results.about["axis"]["name"] == "method":
         tables = [same_task(results, mode), cross_task(results, mode), paired(results, mode)]
     else:
@@ -54,7 +60,7 @@ def main_tables(results: Results, mode: str) -> list[Table]:
 
 
 def same_task(results: Results, mode: str) -> Table:
-    """Trained and tested on the same task, in the paper's layout and beside its numbers."""
+    """Accuracies on the trained task, in the paper's layout and beside its numbers."""
     published = paper.ACCURACY.get(results.about.get("paper"), {}) if mode == "greedy" else {}
     table = Table(f"Same task, {mode}", ["Model"])
     pairs = results.pairs(same=True)
@@ -71,12 +77,12 @@ def same_task(results: Results, mode: str) -> Table:
 
 
 def cross_task(results: Results, mode: str) -> Table:
-    """Trained on one task and tested on the other, with relative changes as the paper reports them."""
+    """Accuracies on the task that was not trained, with relative changes as in the paper."""
     published = paper.CROSS_TASK.get(results.about.get("paper"), {}) if mode == "greedy" else {}
     table = Table(
         f"Other task, {mode}",
         ["Model"],
-        note="Changes are relative, of mean accuracies of the same seeds.",
+        note="Changes are relative, between mean accuracies of the same seeds.",
     )
     pairs = results.pairs(same=False)
     for trained, tested in pairs:
@@ -97,7 +103,7 @@ def cross_task(results: Results, mode: str) -> Table:
 
 
 def paired(results: Results, mode: str) -> Table:
-    """Each method against the others: difference, and p over seeds and over items."""
+    """Tests of the methods against each other: differences, and p values over seeds and items."""
     pairs = results.pairs(same=True) + results.pairs(same=False)
     names, found = [], []
     for pair in pairs:
@@ -115,15 +121,16 @@ def paired(results: Results, mode: str) -> Table:
         f"Paired tests, {mode}",
         ["Trained → tested", "Methods", "Points", "p over seeds", "p over items"],
         [[*name, *row] for name, row in zip(names, cells, strict=True)],
-        note=f"{len(found)} comparisons: p values are uncorrected, and Holm's correction for the number of a column is "
-        "beside each. Over seeds, a paired t-test asks about the method: would new training runs say the same? Over "
-        "items, an exact sign test (McNemar's, where there is one seed) asks about these trained models only. "
-        "Intervals are over seeds; over the items of the first seed where the difference is the same in all.",
+        note=f"{len(found)} comparisons: p values are uncorrected, and beside each stands Holm's "
+        "correction for the number of values in its column. Over seeds, a paired t-test asks about "
+        "the methods: would new training runs say the same? Over items, an exact sign test "
+        "(McNemar's, if there is one seed) asks about these trained models only. Intervals are "
+        "over seeds, or over the items of the first seed where all seeds have the same difference.",
     )
 
 
 def by_variant(results: Results, trained: str, mode: str) -> Table:
-    """Accuracies of each variant on each task after training on one."""
+    """Accuracies of each variant on each task, after training on one."""
     table = Table(
         f"Trained on {trained}, {mode}",
         [results.about["axis"]["label"], *map(_role, results.tasks)],
@@ -135,7 +142,7 @@ def by_variant(results: Results, trained: str, mode: str) -> Table:
 
 
 def cells(results: Results) -> Table:
-    """Which cells are finished, what they answered greedily, and what they took."""
+    """All cells: state, greedy accuracies, time and memory."""
     head = ["Cell", "State", *map(_role, results.tasks), "Training", "Evaluation", "Peak memory"]
     table = Table("Greedy accuracy, time and memory", head)
     for cell in results.cells:
@@ -149,12 +156,18 @@ def cells(results: Results) -> Table:
             row += [f"{cell.peak_memory / 2**30:.2f} GiB" if cell.peak_memory else MISSING]
         table.rows.append(row)
     minutes = sum(sum(cell.seconds.values()) for cell in results.cells) / 60
-    table.note = f"{minutes:.1f} minutes together. The training of a base model is its supervised start, if it has one."
+    table.note = (
+        f"{minutes:.1f} minutes together. The training of a base model is its supervised start, if "
+        "it has one."
+    )
     return table
 
 
 def headline(results: Results) -> tuple[str, list[str]]:
-    """The result in one line, and the numbers behind it; how far the experiment is before there is one."""
+    """The result in one line, and lines with the numbers behind it.
+
+    While there is no result, the line says how many cells are finished.
+    """
     findings = [("Same task", results.pairs(same=True)), ("Other task", results.pairs(same=False))]
     said = [
         (title, *standing)
@@ -165,17 +178,16 @@ def headline(results: Results) -> tuple[str, list[str]]:
     progress = f"{finished} of {len(results.cells)} cells finished"
     if not said:
         return progress.capitalize(), []
+    first = " ".join(f"{title}: {verdict}." for title, verdict, _ in said)
     details = [f"{title}, {numbers}" for title, _, numbers in said]
-    return " ".join(f"{title}: {verdict}." for title, verdict, _ in said), [
-        *details,
-        f"{progress}.",
-    ]
+    return first, [*details, f"{progress}."]
 
 
 def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str] | None:
-    """Who leads at greedy accuracy over all pairs, and by how much; None while there are not two to compare.
+    """A verdict on who leads in greedy accuracy over all pairs, and the numbers behind it.
 
-    p values are corrected for all the comparisons that could have been made: the leader was not known beforehand.
+    p values are corrected for the comparisons of all variants with each other, since the leader was
+    not known beforehand. Returns None while there are no two variants to compare.
     """
     runs = {variant: _joined(results, variant, pairs) for variant in (BASE, *results.methods)}
     runs = {variant: found for variant, found in runs.items() if found}
@@ -188,6 +200,8 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
         compare(shared[first], shared[second])
         for first, second in combinations((leader, *others), 2)
     ]
+
+    # The leader comes first, so the first comparisons are those of the leader with the others.
     p_values = holm([_p(comparison) for comparison in found])[: len(others)]
     near = [other for other, p in zip(others, p_values, strict=True) if p >= 0.05]
     if len(near) == len(others):
@@ -197,26 +211,27 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
         verdict = f"{results.label(leader)} leads{within and f', but within noise of {within}'}"
     seeds = len(shared[leader])
     verdict += " (one seed)" if seeds == 1 else ""
-    scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
+
+    where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
     ranks = ", ".join(
         f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others)
     )
-    scope += f" (Holm, {len(found)} comparisons)"
-    gap = _difference(found[0])
-    where = " and ".join(" → ".join(pair) for pair in pairs) + " together" * (len(pairs) > 1)
+    gap, p = _difference(found[0]), _shown_p(p_values[0])
     lead = f"{results.label(leader)} − {results.label(others[0])}: {gap.main} points {gap.detail}"
-    p = _shown_p(p_values[0])
+    scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
+    scope += f" (Holm, {len(found)} comparisons)"
     return verdict, f"{where}: {ranks}. {lead}, p {p if p.startswith('<') else f'= {p}'} {scope}."
 
 
 def _joined(results: Results, variant: str, pairs: list[tuple[str, str]]) -> dict[int, np.ndarray]:
-    """The runs of all pairs as one, for the seeds that have them all."""
+    """The runs of all pairs put together, for the seeds that have all of them."""
     runs = [results.runs(variant, pair, "greedy") for pair in pairs]
     seeds = set.intersection(*(set(each) for each in runs))
     return {seed: np.concatenate([each[seed] for each in runs]) for seed in seeds}
 
 
 def _accuracy(results: Results, variant: str, pair: tuple[str, str], mode: str) -> str | Value:
+    """The accuracy of a variant with its interval; it says so if seeds are missing."""
     runs, seeds = results.runs(variant, pair, mode), len(results.about["seeds"])
     if not runs:
         return MISSING
@@ -232,14 +247,15 @@ def _change(
     pair: tuple[str, str],
     mode: str,
     reported: float | None,
-):
+) -> Value:
+    """The relative change of a variant from another, with the change that the paper reports."""
     ours, theirs = common(results.runs(variant, pair, mode), results.runs(other, pair, mode))
-    reported = (
-        f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−") if reported is not None else ""
-    )
-    if not ours or not np.any(theirs):  # nothing to relate to
-        return Value(MISSING, reported)
-    return Value(signed(100 * (np.mean(ours) / np.mean(theirs) - 1), "%"), reported)
+    detail = ""
+    if reported is not None:
+        detail = f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−")
+    if not ours or not np.any(theirs):  # no change is relative to nothing
+        return Value(MISSING, detail)
+    return Value(signed(100 * (np.mean(ours) / np.mean(theirs) - 1), "%"), detail)
 
 
 def _difference(comparison: Comparison) -> Value:

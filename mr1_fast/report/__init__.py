@@ -1,1 +1,1 @@
-"""The HTML page about a run: `python -m mr1_fast.report`."""
+"""The HTML page about a training run, and what it shares with the report of an experiment."""

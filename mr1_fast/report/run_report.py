@@ -1,9 +1,5 @@
-"""One page about a run: `python -m mr1_fast.report RUN` writes RUN/report.html from what the run has recorded so far.
+"""The page about a training run, from what the run has recorded so far."""
 
-What the page must keep to is in `page.py`.
-"""
-
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,36 +9,30 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..errors import UserError
-from .page import (
-    LINES,
-    PAGE,
-    answer,
-    bar,
-    image,
-    json_object,
-    read_metrics,
-    sample_card,
-    section,
-    settings_table,
-    svg,
-    text,
-    write,
-)
+from ..files import write_text
+from .page import answer, bar, html_page, image, sample_card, section, settings_table, text
+from .records import read_json_object, read_metrics
+from .svg import LINES, plot_element
 
 STAGES = ("rollout", "reward", "reference", "update")
-"""The parts of a step, timed as seconds_rollout and so on."""
+"""The parts of a training step, whose times are the metrics seconds_rollout and so on."""
 
 
 @dataclass
 class Plot:
-    """A plot over steps; it appears once the first of its columns exists."""
+    """A plot of metrics over training steps; it appears once the first of its columns exists."""
 
     title: str
     unit: str
+    """The label of the y axis."""
     columns: tuple[str, ...]
+    """The metrics that are drawn, by their names in metrics.jsonl."""
     percent: bool = False
+    """Whether the values are shares, shown in percent."""
     smooth: bool = True
+    """Whether a long run gets a moving average beside the values of the steps."""
     from_zero: bool = True
+    """Whether the y axis begins at 0 if no value is negative."""
 
 
 PLOTS = [
@@ -57,19 +47,19 @@ PLOTS = [
 
 
 def write_report(run: Path) -> Path:
-    """Write `run`/report.html from the run's config.yaml, metrics.jsonl and evaluation.json; returns its path.
+    """Write `run`/report.html from the run's files, and return its path.
 
-    Only config.yaml must exist, so a run can be looked at while it goes on. UserError for a folder that is no run.
+    The files are config.yaml, metrics.jsonl and evaluation.json. Only the first must exist, so a
+    run can be looked at while it goes on. Raises UserError for a folder that holds no run, for a
+    damaged file, and where the page cannot be written.
     """
     config = _read_config(run / "config.yaml")
     columns = read_metrics(run / "metrics.jsonl")
     path = run / "evaluation.json"
-    evaluation = (
-        json_object(path.read_text(encoding="utf-8", errors="replace"), path)
-        if path.exists()
-        else {}
-    )
+    evaluation = read_json_object(path) if path.exists() else {}
+
     steps, total = len(columns["step"]), text(config.get("steps", "?"))
+    algo, seed = str(config.get("algo")).upper(), config.get("seed")
     sections = (
         _accuracy_section(evaluation),
         _plots_section(columns, config),
@@ -77,16 +67,15 @@ def write_report(run: Path) -> Path:
         _samples_section(evaluation.get("examples") or [], run),
         section("Configuration", settings_table(config)),
     )
-    page = PAGE.substitute(
+    page = html_page(
         model=text(config.get("model")),
-        about=text(
-            f"{config.get('task')} · {str(config.get('algo')).upper()} · seed {config.get('seed')}"
-        ),
+        about=text(f"{config.get('task')} · {algo} · seed {seed}"),
         headline=_headline(evaluation) or (f"Step {steps} of {total}" if steps else "No steps yet"),
         progress=f"{steps} of {total} training steps recorded",
         sections="\n".join(filter(None, sections)),
     )
-    return write(run / "report.html", page)
+    write_text(run / "report.html", page, way_out="check the folder and its disk")
+    return run / "report.html"
 
 
 def _read_config(path: Path) -> dict:
@@ -95,9 +84,8 @@ def _read_config(path: Path) -> dict:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): restore it."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}): restore it.") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings: name the folder of a run.")
     return config
@@ -110,34 +98,33 @@ def _headline(evaluation: dict) -> str:
         for when in ("before", "after")
         if evaluation.get(when)
     ]
-    return (
-        f"Greedy accuracy {' → '.join(scores)}{' before training' if len(scores) == 1 else ''}"
-        if scores
-        else ""
-    )
+    if not scores:
+        return ""
+    return f"Greedy accuracy {' → '.join(scores)}{' before training' if len(scores) == 1 else ''}"
 
 
 def _accuracy_section(evaluation: dict) -> str:
     before, after = evaluation.get("before"), evaluation.get("after")
     if not before:
         return ""
+
     rows = []
     for mode, result in before.items():
         cells = f"<th>{text(mode).capitalize()}</th>{_accuracy_cell(result)}"
         if after:
-            points = 100 * (after[mode]["accuracy"] - result["accuracy"])
-            cells += f"{_accuracy_cell(after[mode])}<td><b>{points:+.1f}</b> points</td>".replace(
-                "<b>-", "<b>−"
-            )
+            points = f"{100 * (after[mode]['accuracy'] - result['accuracy']):+.1f}"
+            cells += _accuracy_cell(after[mode])
+            cells += f"<td><b>{points.replace('-', '−')}</b> points</td>"
         rows.append(f"<tr>{cells}</tr>")
+
     heads = "<th></th><th>Before</th>" + ("<th>After</th><th>Difference</th>" if after else "")
-    table = (
-        f'<table class="card"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
+    head, body = f"<thead><tr>{heads}</tr></thead>", f"<tbody>{''.join(rows)}</tbody>"
     items = f"{text(evaluation.get('task', ''))}, {text(evaluation.get('split', ''))} items"
     waiting = "" if after else " Not yet evaluated after training."
     return section(
-        "Accuracy on held-out items", table, f"{items}, ranges are 95% intervals.{waiting}"
+        "Accuracy on held-out items",
+        f'<table class="card">{head}{body}</table>',
+        f"{items}, ranges are 95% intervals.{waiting}",
     )
 
 
@@ -149,9 +136,8 @@ def _accuracy_cell(result: dict) -> str:
 
 
 def _plots_section(columns: dict[str, np.ndarray], config: dict) -> str:
-    plots = (
-        PLOTS if config.get("algo") == "sft" else PLOTS[1:]
-    )  # the loss of GRPO says nothing about progress
+    # The loss of GRPO says nothing about progress.
+    plots = PLOTS if config.get("algo") == "sft" else PLOTS[1:]
     figures = "".join(_figure(plot, columns) for plot in plots if plot.columns[0] in columns)
     window = _window(len(columns["step"]))
     note = f"Thin: each step. Thick: mean of the last {window} steps." if window else ""
@@ -159,6 +145,7 @@ def _plots_section(columns: dict[str, np.ndarray], config: dict) -> str:
 
 
 def _figure(plot: Plot, columns: dict[str, np.ndarray]) -> str:
+    """A plot with its title, and a note on steps without a value."""
     total = len(columns["step"])
     finite = {name: np.isfinite(columns[name]).sum() for name in plot.columns if name in columns}
     holes = [
@@ -166,33 +153,25 @@ def _figure(plot: Plot, columns: dict[str, np.ndarray]) -> str:
         for name, count in finite.items()
         if count < total
     ]
-    drawn = {name: columns[name] for name, count in finite.items() if count}
-    svg = _draw(plot, columns["step"], drawn) if drawn else ""
+    shown = {name: columns[name] for name, count in finite.items() if count}
+    svg = _render(plot, columns["step"], shown) if shown else ""
     note = f'<p class="soft">{"; ".join(holes)}</p>' if holes else ""
     return f'<figure class="card"><figcaption>{plot.title}</figcaption>{svg}{note}</figure>'
 
 
-def _draw(plot: Plot, steps: np.ndarray, shown: dict[str, np.ndarray]) -> str:
+def _render(plot: Plot, steps: np.ndarray, shown: dict[str, np.ndarray]) -> str:
+    """The plot of the columns `shown` as an SVG element."""
     window = _window(len(steps))
+    marker = "" if window else "o"  # a line alone would not show a single step
 
     def draw(axes: Axes) -> None:
-        for (name, values), colour, dashes in zip(
-            shown.items(), LINES, ("-", "--", ":"), strict=False
-        ):
+        looks = zip(LINES, ("-", "--", ":"), strict=False)
+        for (name, values), (colour, dashes) in zip(shown.items(), looks, strict=False):
             if window and plot.smooth:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.5)
                 values = _moving_average(values, window)
-            marker = "" if window else "o"  # a line alone would not show a single step
-            axes.plot(
-                steps,
-                values,
-                dashes,
-                color=colour,
-                linewidth=2,
-                marker=marker,
-                markersize=4,
-                label=name,
-            )
+            line = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 4}
+            axes.plot(steps, values, dashes, **line, label=name)
         axes.set(xlabel="step", ylabel=plot.unit)
         if plot.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -201,17 +180,16 @@ def _draw(plot: Plot, steps: np.ndarray, shown: dict[str, np.ndarray]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="y", linewidth=0.8)
 
-    return svg(plot.columns[0], f"{plot.title} over steps", draw)
+    return plot_element(plot.columns[0], f"{plot.title} over steps", draw)
 
 
 def _window(steps: int) -> int:
-    return (
-        min(100, max(5, steps // 20)) if steps > 20 else 0
-    )  # a short run shows without an average
+    """Steps that a moving average covers; 0 for a short run, which is shown without one."""
+    return min(100, max(5, steps // 20)) if steps > 20 else 0
 
 
 def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the last `window`; NaN where there is none."""
+    """The mean of the finite values among the last `window`; NaN where there is none."""
     finite = np.isfinite(values)
     sums = np.convolve(np.where(finite, values, 0), np.ones(window))[: len(values)]
     counts = np.convolve(finite, np.ones(window, dtype=int))[: len(values)]
@@ -225,39 +203,31 @@ def _timing_section(columns: dict[str, np.ndarray]) -> str:
         for stage, values in seconds.items()
         if np.isfinite(values).any()
     }
+    if not medians:
+        return ""
     total = sum(medians.values())
     rows = [
         f"""<tr><th>{stage.capitalize()}</th><td>{median:.3g} s</td>
-<td class="wide"><span class="bar"><i style="left:0;width:{median / total:.1%}"></i></span></td></tr>"""
+<td class="wide"><span class="bar"><i style="left:0;width:{median / total:.1%}"></i></span></td>\
+</tr>"""
         for stage, median in medians.items()
     ]
     table = f'<table class="card"><tbody>{"".join(rows)}</tbody></table>'
-    return medians and section(
-        "Time per step", table, f"Medians of the steps; together {total:.3g} s."
-    )
+    return section("Time per step", table, f"Medians of the steps; together {total:.3g} s.")
 
 
 def _samples_section(examples: list[dict], run: Path) -> str:
     cards = "".join(_sample(example, run) for example in examples)
-    return cards and section(
-        "Held-out items and greedy answers", f'<div class="grid">{cards}</div>'
-    )
+    title = "Held-out items and greedy answers"
+    return cards and section(title, f'<div class="grid">{cards}</div>')
 
 
 def _sample(example: dict, run: Path) -> str:
+    """A card with an item and the answers before and after training, as far as there are any."""
     images = "".join(image(run, name) for name in example["images"])
-    moments = {when: example[when] for when in ("before", "after") if example.get(when)}
-    answers = (
-        answer(f"{when.capitalize()} training", a["text"], a["correct"])
-        for when, a in moments.items()
-    )
+    given = {when: example[when] for when in ("before", "after") if example.get(when)}
+    answers = [
+        answer(f"{when.capitalize()} training", each["text"], each["correct"])
+        for when, each in given.items()
+    ]
     return sample_card(images, example["problem"], example["solution"], "".join(answers))
-
-
-def main() -> None:
-    """`python -m mr1_fast.report RUN`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mr1_fast.report", description="Write RUN/report.html again."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    print(f"wrote {write_report(parser.parse_args().run)}")

@@ -17,7 +17,7 @@ CHANCES = {
     "grpo": {"counting": (0.5, 0.22), "geometry": (0.27, 0.4)},
     "grpo-d": {"counting": (0.58, 0.25), "geometry": (0.3, 0.46)},
 }
-"""Variant → trained → chance of a right answer in counting and in geometry."""
+"""Variant → task trained → chances of a right answer in counting and in geometry."""
 
 
 def describe(folder, **changed):
@@ -47,7 +47,10 @@ def describe(folder, **changed):
 
 
 def bits(chance, seed, count=200):
-    """Right where an item's difficulty, the same for all models, is below the chance; a tenth is luck of the seed."""
+    """Answers as 0 and 1: right where the difficulty of an item is below `chance`.
+
+    The difficulties are the same for all models, but a tenth of the answers is luck of the seed.
+    """
     difficulty = np.random.default_rng(7).random(count)
     luck = np.random.default_rng(seed)
     values = np.where(luck.random(count) < 0.1, luck.random(count), difficulty)

@@ -1,4 +1,4 @@
-"""`python -m mr1_fast.experiment`: every cell once, equal budgets, interruptions, failures, and what presets hold."""
+"""Running experiments: each cell once, equal budgets, interruptions, failures, and the presets."""
 
 import fcntl
 import hashlib
@@ -11,13 +11,13 @@ import datasets
 import pytest
 import yaml
 
-from mr1_fast import sft
+from mr1_fast import start as start_module
 from mr1_fast import train as train_module
 from mr1_fast.config import BUILT_IN, TaskConfig
 from mr1_fast.errors import UserError
-from mr1_fast.experiment import presets
-from mr1_fast.experiment.cells import Experiment
-from mr1_fast.experiment.command import make_experiment, run
+from mr1_fast.experiment import presets, run_cell
+from mr1_fast.experiment.__main__ import main
+from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.presets import (
     GRPO_D,
     SCALES,
@@ -49,7 +49,7 @@ def fragile(completion, example):
 
 @pytest.fixture
 def quick(tiny_folder, plugin, monkeypatch):
-    """`quick(output, *flags)`: run the preset `quick`: three steps of a fresh model, with a reward for letters."""
+    """`quick(output, *flags)` runs three steps of a fresh model, with a reward for letters."""
     tiny = SCALES["tiny"]
     shared = {
         "steps": 3,
@@ -70,7 +70,7 @@ def quick(tiny_folder, plugin, monkeypatch):
     monkeypatch.setitem(presets.SCALES, "quick", scale)
 
     def run_quick(output: Path, *flags: str) -> Path:
-        run(["--preset", "quick", "--output", str(output), "--test-items", "5", *flags])
+        main(["--preset", "quick", "--output", str(output), "--test-items", "5", *flags])
         return output
 
     return run_quick
@@ -216,17 +216,17 @@ def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    def interrupt_or_evaluate(experiment, config, cell, folder):
+    def interrupt_or_test(experiment, config, cell, folder):
         if cell.trained:
             raise KeyboardInterrupt
-        return evaluate(experiment, config, cell, folder)
+        return test(experiment, config, cell, folder)
 
-    save_checkpoint, evaluate = train_module.save_checkpoint, Experiment._evaluate
+    save_checkpoint, test = train_module.save_checkpoint, run_cell._test
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if when == "between steps":
             patch.setattr(train_module, "save_checkpoint", save_and_interrupt)
         else:
-            patch.setattr(Experiment, "_evaluate", interrupt_or_evaluate)
+            patch.setattr(run_cell, "_test", interrupt_or_test)
         quick(tmp_path / "out")
     cell = tmp_path / "out/cells/grpo-d/counting/seed0"
     assert not (cell / "cell.json").exists() and not (cell / "failed.json").exists()
@@ -280,7 +280,7 @@ def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tm
 
 
 def test_a_dry_run_claims_no_time_that_nobody_measured(tmp_path, capsys):
-    run(["--preset", "small", "--seeds", "[0]", "--output", str(tmp_path / "out"), "--dry-run"])
+    main(["--preset", "small", "--seeds", "[0]", "--output", str(tmp_path / "out"), "--dry-run"])
     shown = capsys.readouterr().out
     assert "GRPO-D · geometry · seed 0" in shown and "nobody has measured the time" in shown
     assert all(line.split()[-2] == "?" for line in shown.splitlines()[1:-1])
@@ -303,7 +303,7 @@ def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tm
             quick(output)
     (output / "cells/base/seed0/cell.json").write_text('{"correct": 1}')
     with pytest.raises(
-        UserError, match=r"cell\.json is damaged: remove it, and the cell will run again"
+        UserError, match=r"cell\.json is damaged .*: remove it, and run the experiment again"
     ):
         quick(output)
     (output / "experiment.json").write_text("{")
@@ -367,7 +367,7 @@ def test_missing_test_images_show_before_anything_is_written(tmp_path):
     with pytest.raises(
         UserError, match=r"superclevr200 needs image_root.*--counting-images is the image_root"
     ):
-        run(["--preset", "qwen2vl_2b", "--output", str(tmp_path / "out")])
+        main(["--preset", "qwen2vl_2b", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -476,7 +476,7 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
         str(images["geometry"]),
     ]
     output = tmp_path / "out"
-    run(
+    main(
         [
             "--preset",
             "qwen2vl_2b",
@@ -522,38 +522,42 @@ def test_a_thousand_test_items_share_nothing_with_training(scale, role):
 
 
 def test_a_start_on_two_tasks_is_made_once_and_depends_on_them(monkeypatch):
-    monkeypatch.setitem(sft.START, "tiny", replace(sft.START["tiny"], steps=5, prompts_per_step=4))
+    monkeypatch.setitem(
+        start_module.START, "tiny", replace(start_module.START["tiny"], steps=5, prompts_per_step=4)
+    )
     seen = []
-    original = sft.solution_batches
+    original = start_module.solution_batches
     monkeypatch.setattr(
-        sft,
+        start_module,
         "solution_batches",
         lambda p, examples, n: seen.append(examples) or original(p, examples, n),
     )
     tasks = [TaskConfig(task="counting", difficulty=2), TaskConfig(task="figures", difficulty=1)]
-    folder = sft.supervised_start("tiny", tasks, seed=0, enough=0.0)
+    folder = start_module.supervised_start("tiny", tasks, seed=0, enough=0.0)
     assert len(seen) == 5 and all(
         ["items" in e.problem for e in step] == [True, True, False, False] for step in seen
     )
     before = stamps(folder)
     assert (
-        sft.supervised_start("tiny", tasks, seed=0, enough=0.0) == folder
+        start_module.supervised_start("tiny", tasks, seed=0, enough=0.0) == folder
         and stamps(folder) == before
     )
     assert len(seen) == 5
-    assert sft.supervised_start("tiny", tasks[:1], seed=0, enough=0.0) != folder
+    assert start_module.supervised_start("tiny", tasks[:1], seed=0, enough=0.0) != folder
 
 
 def test_an_experiment_keeps_its_start_and_trains_on_items_that_are_new_to_it(
     monkeypatch, tmp_path
 ):
-    monkeypatch.setitem(sft.START, "tiny", replace(sft.START["tiny"], steps=5, prompts_per_step=4))
+    monkeypatch.setitem(
+        start_module.START, "tiny", replace(start_module.START["tiny"], steps=5, prompts_per_step=4)
+    )
     monkeypatch.setenv("MR1_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(presets.SCALES, "tiny", replace(SCALES["tiny"], start_accuracy=1e-9))
     seen = []
-    original = sft.solution_batches
+    original = start_module.solution_batches
     monkeypatch.setattr(
-        sft,
+        start_module,
         "solution_batches",
         lambda p, examples, n: seen.extend(examples) or original(p, examples, n),
     )

@@ -1,7 +1,8 @@
-"""Hostile and damaged files of an experiment: text stays text in the page and in Markdown, and damage is named."""
+"""Hostile and damaged files of an experiment: text stays text in the reports, damage is named."""
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 
 def outside_of_code(source):
-    """What of Markdown is not within a fenced block, by CommonMark's rule for the end of one; and the blocks."""
+    """The Markdown outside of fenced blocks, which end by CommonMark's rule, and the blocks."""
     rest, blocks, fence = [], [], None
     for line in source.split("\n"):
         if fence is None and (opening := re.match(r" {0,3}(`{3,})[^`]*$", line)):
@@ -61,6 +62,9 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.attributes("src"))
     assert "image ../../../x.png cannot be shown" in page.text
     rest, blocks = outside_of_code(source)
+    picture = "![Greedy accuracy on both tasks after training on one of them.](report.svg)"
+    assert rest.count(picture) == 1
+    rest = rest.replace(picture, "")
     assert any(
         block.startswith(HOSTILE + "```\n# heading\n<script>alert(2)</script>\n``````\n~~~\n")
         for block in blocks
@@ -75,6 +79,15 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     lines = [line for line in rest.splitlines() if line.startswith("|")]
     assert all(re.fullmatch(r"(\| [^|]* )+\|", line) for line in lines)
     assert "# c" not in rest.splitlines()
+
+
+def test_the_picture_stays_xml_whatever_the_labels_are(tmp_path):
+    label = HOSTILE + "\x1b]]>&"
+    axis = {"name": "alpha", "label": label, "numeric": False}
+    write_report(write_experiment(tmp_path, seeds=[0], axis=axis))
+    root = ElementTree.parse(tmp_path / "report.svg").getroot()
+    assert not {"script", "img"} & {element.tag.split("}")[1] for element in root.iter()}
+    assert "accuracy" in [element.text for element in root.iter() if element.text]
 
 
 @pytest.mark.parametrize(

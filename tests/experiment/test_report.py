@@ -2,15 +2,17 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.plots import by_value, learning_curves, numbers, training_curves
-from mr1_fast.experiment.report import tables_markdown, write_report
+from mr1_fast.experiment.report import write_markdown, write_report
 from mr1_fast.experiment.results import read_results
 from mr1_fast.experiment.tables import cross_task, headline, paired, same_task
+from mr1_fast.report.svg import LIGHT
 
 from ..data.experiment import TASKS, cell_folder, describe, write_cell, write_experiment
 from ..report.test_run_report import Page
@@ -56,7 +58,10 @@ def row(right, count=100):
 
 
 def small(folder, shares, seeds=(0, 1, 2), **changed):
-    """An experiment of 100 items a task; `shares` is (variant, trained) → right in counting and geometry, by seed."""
+    """An experiment with 100 items of each task.
+
+    `shares` is (variant, trained) → for each seed, the right answers in counting and geometry.
+    """
     tasks = {task: {**about, "items": 100} for task, about in TASKS.items()}
     describe(folder, seeds=list(seeds), tasks=tasks, **changed)
     for (variant, trained), by_seed in shares.items():
@@ -113,9 +118,41 @@ def test_page_needs_nothing_from_elsewhere_and_is_small(finished):
 
 
 def test_same_experiment_gives_the_same_report(finished):
-    first = [(finished / name).read_bytes() for name in ("report.html", "report.md")]
+    names = ("report.html", "report.md", "report.svg")
+    first = [(finished / name).read_bytes() for name in names]
     assert write_report(finished) == finished / "report.html"
-    assert [(finished / name).read_bytes() for name in ("report.html", "report.md")] == first
+    assert [(finished / name).read_bytes() for name in names] == first
+
+
+def test_markdown_shows_the_main_plots_in_a_file_of_their_own(finished, tmp_path):
+    """They are the page's first two, in colours that need no page."""
+    path = write_markdown(finished, tmp_path / "docs" / "tiny.md")
+    assert {file.name for file in path.parent.iterdir()} == {"tiny.md", "tiny.svg"}
+    source, page = path.read_text(), Page(finished / "report.html")
+    assert source.count("![") == 1
+    about = "Greedy accuracy on both tasks after training on one of them."
+    assert source.split("\n\n")[1:3] == [f"![{about}](tiny.svg)", about]
+    assert source == (finished / "report.md").read_text().replace("report.svg", "tiny.svg")
+
+    root = ElementTree.parse(path.with_suffix(".svg")).getroot()
+    drawn = path.with_suffix(".svg").read_text()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root[0].attrib == {"width": "100%", "height": "100%", "fill": "#ffffff"}
+    assert "var(" not in drawn and LIGHT["--line0"] in drawn and LIGHT["--ink"] in drawn
+    first, second = (part.split("</svg>")[0] for part in page.source.split("<svg")[1:3])
+    for tag in ("<path", "<use", "<text"):
+        titles = 2 if tag == "<text" else 0
+        assert drawn.count(tag) == first.count(tag) + second.count(tag) + titles
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Trained on counting", "Trained on geometry", "accuracy on counting"} <= set(texts)
+
+
+def test_the_main_plots_of_an_ablation_are_over_its_values(tmp_path):
+    write_report(write_experiment(tmp_path, **ALPHA))
+    about = "Accuracy over what varies (Format weight α), with 95% intervals."
+    assert f"![{about}](report.svg)" in (tmp_path / "report.md").read_text()
+    drawn = (tmp_path / "report.svg").read_text()
+    assert drawn.count("Format weight α") == 2 and "tested on counting" in drawn
 
 
 PLAIN = {
@@ -153,7 +190,8 @@ def test_same_task_table_has_the_papers_layout_and_numbers(tmp_path):
 
 def test_other_task_table_has_relative_changes_beside_the_papers(tmp_path):
     small(tmp_path, PLAIN)
-    rows = cells_of(tables_markdown(tmp_path), "Other task, greedy")
+    write_report(tmp_path)
+    rows = cells_of((tmp_path / "report.md").read_text(), "Other task, greedy")
     assert rows[0][1:4] == ["counting (VC) → geometry (GR)", "to base", "to SFT"]
     assert rows[0][4:] == ["geometry (GR) → counting (VC)", "to base", "to SFT"]
     values = {
@@ -240,8 +278,9 @@ def test_experiment_without_cells(tmp_path):
         "Cells",
         "How this was measured",
     ]
-    assert "## Cells" in (tmp_path / "report.md").read_text()
-    assert "base model" in tables_markdown(tmp_path)
+    source = (tmp_path / "report.md").read_text()
+    assert "## Cells" in source and "![" not in source and not (tmp_path / "report.svg").exists()
+    assert cells_of(source, "Same task, greedy")[2][0] == "base model"
 
 
 def test_unfinished_and_failed_cells(tmp_path):
@@ -329,7 +368,7 @@ def test_numeric_ablation_has_a_table_and_a_plot_over_its_values(tmp_path):
     assert rows[0] == ["Format weight α", "counting (VC)", "geometry (GR)"]
     assert [line[0] for line in rows[2:]] == ["base model", "α = 0", "α = 0.5", "α = 1"]
     assert "Paired tests" not in source and "the paper's" not in source
-    assert tables_markdown(folder).startswith("**Trained on geometry, greedy**")
+    assert re.findall(r"^\*\*(.*)\*\*$", source, re.MULTILINE)[1] == "Trained on geometry, greedy"
     results = read_results(folder)
     own, other = by_value(results)
     assert (own.title, own.kind) == ("Trained on geometry, tested on geometry", "values")
@@ -373,7 +412,7 @@ def test_samples_show_before_and_after_on_the_task_trained(finished):
 
 
 def test_published_numbers_fit_together():
-    """The relative changes that the paper reports for SFT and GRPO-D agree with each other and with its table."""
+    """The paper's relative changes for SFT and GRPO-D agree with each other and with its table."""
     table, changes = paper.ACCURACY["2B"], paper.CROSS_TASK["2B"][("counting", "geometry")]
     base = table["base"]["geometry"]
     sft, ours = (

@@ -1,4 +1,4 @@
-"""The statistics of an experiment against scipy, published examples, and what they promise in simulations."""
+"""The statistics of an experiment against scipy, published examples, and simulations."""
 
 import itertools
 
@@ -78,7 +78,7 @@ def test_newcombe_interval_of_extreme_tables(table):
 
 
 def test_newcombe_interval_covers():
-    """Of 2,000 pairs of runs whose items go together, the interval covers the true difference of 0.1 in 95%."""
+    """The interval covers the true difference of 0.1 in 95% of 2,000 pairs of correlated runs."""
     random = np.random.default_rng(0)
     ease = random.random((2000, 80, 1))
     own = random.random((2000, 80, 2))
@@ -104,7 +104,10 @@ def test_mcnemar_of_seeds_is_exact_over_all_signs():
 
 
 def test_mcnemar_keeps_its_level_where_items_have_their_difficulty_in_common():
-    """Two models that are equally good, but not at the same items: pooled over 5 seeds, pairs would cry wolf."""
+    """Two models are equally good, but not at the same items.
+
+    A test that pooled the pairs of all 5 seeds would find a difference far too often.
+    """
     random = np.random.default_rng(1)
     skew = random.choice([0.2, 0.8], size=(500, 1, 100))  # which of the two an item suits
     first = random.random((500, 5, 100)) < skew
@@ -157,7 +160,7 @@ def test_seeds_that_all_have_the_same_difference_are_no_proof(gain):
 
 
 def test_seed_intervals_and_p_values_keep_their_promise():
-    """Three training seeds: the gain scatters by 2 points from seed to seed, around 0; items are the same for all."""
+    """Three training seeds answer the same items; the gain scatters around 0 by 2 points."""
     random = np.random.default_rng(2)
     ease = random.random(300)
     covered, alarms, hits = [], [], []

@@ -1,4 +1,4 @@
-"""The report of finished, unfinished, supervised and damaged runs, read back with an HTML parser."""
+"""The page about finished, unfinished, supervised and damaged runs, read with an HTML parser."""
 
 import base64
 import html.parser
@@ -362,7 +362,10 @@ def test_metric_that_is_never_finite_is_said_so(tmp_path):
     assert page.plots() == GRPO_PLOTS and "KL to the reference" not in page.curves()
 
 
-HOSTILE = "</div></main><script>alert(1)</script><img src=http://evil.example/x onerror='a()'>&lt; $headline ${model} \"'"
+HOSTILE = (
+    "</div></main><script>alert(1)</script><img src=http://evil.example/x onerror='a()'>"
+    "&lt; $headline ${model} \"'"
+)
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):

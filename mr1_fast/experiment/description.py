@@ -1,0 +1,135 @@
+"""experiment.json: what an experiment is, which its report tells beside its numbers."""
+
+import json
+import platform
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..config import BUILT_IN
+from ..errors import UserError
+from ..files import write_json
+from ..version import __version__
+from .cells import BASE, Experiment
+from .presets import ROLES, Variant
+from .settings import ExperimentConfig
+
+IDENTITY = ("preset", "settings", "test_items")
+"""Entries that every call in the same folder must agree on, since finished cells are kept."""
+
+
+def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) -> dict[str, Any]:
+    """The content of experiment.json for a call with the arguments `argv`."""
+    scale, study = experiment.scale, experiment.study
+    return {
+        "preset": config.preset,
+        "command": shlex.join(["python", "-m", "mr1_fast.experiment", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": _hardware(),
+        "versions": {
+            "mr1_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": experiment.model,
+        "paper": scale.paper,
+        "tasks": {
+            role: {
+                "about": task.about,
+                "items": len(experiment.test_items[role]),
+                "split": study.split,
+            }
+            for role, task in scale.tasks.items()
+        },
+        "axis": {"name": study.name, "label": study.label, "numeric": study.numeric},
+        "variants": [_variant(variant) for variant in (BASE, *study.variants)],
+        "trained": list(study.trained),
+        "seeds": list(experiment.seeds),
+        "test_items": experiment.items,
+        "settings": {
+            **scale.settings,
+            **{role: dict(scale.tasks[role].train) for role in ROLES},
+            **config.settings,
+            "start_accuracy": scale.start_accuracy,
+            "variants": {v.name: {**v.settings, **v.by_role} for v in study.variants},
+        },
+        "notes": notes(experiment),
+    }
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    value = {} if variant.value is None else {"value": variant.value}
+    return {"name": variant.name, "label": variant.label, **value}
+
+
+def notes(experiment: Experiment) -> list[str]:
+    """Sentences about the design, which a reader of the report must know to trust it."""
+    scale = experiment.scale
+    lines = [
+        "All methods of a seed start from the same model and see the same training samples in the "
+        "same order; GRPO and GRPO-D sample with the same seeds. Test items are the same for every "
+        "cell.",
+    ]
+    if experiment.model not in BUILT_IN or not scale.start_accuracy:
+        return lines
+
+    lines.append(
+        f"The base model is {experiment.model} after a supervised start on both tasks together, on "
+        f"items of their own, which ends once at least {scale.start_accuracy:.0%} of its sampled "
+        "answers are right on validation items of each task."
+    )
+    if experiment.study.split == "test":
+        lines.append(
+            "Test items share neither parameters nor images with training or validation items."
+        )
+    else:
+        lines.append(
+            f"The cells are tested on {experiment.study.split} items, since this experiment serves "
+            "to choose a setting; test items are kept for the reports."
+        )
+    return lines
+
+
+def remember(description: dict[str, Any], output: Path) -> None:
+    """Write `output`/experiment.json, with the seeds and machines of earlier calls added.
+
+    Raises UserError where the folder holds an experiment that differs in IDENTITY, or where the
+    file is damaged.
+    """
+    path = output / "experiment.json"
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            written = json.loads(json.dumps(description))
+            changed = [name for name in IDENTITY if earlier[name] != written[name]]
+            seeds = sorted({*earlier["seeds"], *description["seeds"]})
+            machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}): remove it, or choose another --output."
+            ) from error
+        if changed:
+            raise UserError(
+                f"{output} holds an experiment with other {', '.join(changed)}: choose another "
+                "--output."
+            )
+        description = {**description, "seeds": seeds, "hardware": "; ".join(machines)}
+    write_json(path, description)
+
+
+def _hardware() -> str:
+    """The name of the GPU, or that of the processor with the number of threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,69 @@
+"""The dry run: what is left to do in an experiment, and what time and memory it will take."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..model.known import find_model_config
+from ..plan.plan import make_plan
+from .cells import Cell, Experiment
+
+
+def dry_run(experiment: Experiment) -> str:
+    """A table with a line for each cell: its state, steps, minutes, and peak memory in GiB."""
+    scale = experiment.scale
+    memory: dict[tuple, float] = {}
+    lines = [f"{'cell':<52}{'state':<10}{'steps':>6}{'minutes':>9}{'GiB':>8}"]
+    total = 0.0
+    for cell in experiment.cells():
+        config, state = experiment.settings(cell), _state(cell.folder(experiment.output))
+        seconds = 0.0
+        if scale.measured and state != "finished":
+            seconds = estimated_seconds(experiment, cell)
+        total += seconds
+
+        # Planning takes a while, and cells that differ in nothing but the seed have one plan.
+        key = (config.algo, config.num_generations, cell.trained)
+        if key not in memory:
+            memory[key] = estimated_memory(experiment, cell)
+        steps = config.steps if cell.trained else 0
+        minutes = f"{seconds / 60:.1f}" if scale.measured else "?"
+        lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{minutes:>9}{memory[key] / 2**30:>8.2f}")
+
+    if scale.measured:
+        lines.append(f"about {total / 60:.0f} minutes; memory is the plan's peak")
+        lines.append(f"times are of {scale.measured_on}")
+    else:
+        lines.append("memory is the plan's peak; nobody has measured the time at this scale")
+    return "\n".join(lines)
+
+
+def _state(folder: Path) -> str:
+    """Whether a cell is finished or failed, or is still to do, by the files in its folder."""
+    if (folder / "cell.json").exists():
+        return "finished"
+    return "failed" if (folder / "failed.json").exists() else "to do"
+
+
+def estimated_memory(experiment: Experiment, cell: Cell) -> float:
+    """Planned peak memory of the cell, in bytes; that of its evaluation if it trains nothing."""
+    items = experiment.items or max(task.items for task in experiment.scale.tasks.values())
+    config = replace(experiment.settings(cell), eval_samples=items)
+    plan = make_plan(config, find_model_config(experiment.model))
+    return plan.peak if cell.trained else plan.total("evaluation")
+
+
+def estimated_seconds(experiment: Experiment, cell: Cell) -> float:
+    """Time of the cell in seconds, from the times that were measured at the experiment's scale."""
+    scale, config = experiment.scale, experiment.settings(cell)
+    items = sum(experiment.items or task.items for task in scale.tasks.values())
+    evaluation = 2 * items * scale.measured["evaluation"]  # greedy and sampled
+    if not cell.trained:
+        return evaluation + scale.measured["start"]
+    if scale.curve_every:
+        points = 1 + -(-config.steps // scale.curve_every)
+        evaluation += points * len(scale.tasks) * scale.curve_items * scale.measured["evaluation"]
+    if config.algo == "sft":
+        return evaluation + config.steps * scale.measured["sft"]
+
+    # A step was measured with 8 completions of each prompt.
+    return evaluation + config.steps * scale.measured["grpo"] * config.num_generations / 8

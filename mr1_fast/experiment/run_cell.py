@@ -1,0 +1,196 @@
+"""Training and testing one cell of an experiment.
+
+A cell is finished once cell.json is in its folder; that file is written last, and a finished cell
+is never run again. A cell that was interrupted goes on from its last checkpoint. One that failed
+leaves failed.json, and is tried again the next time.
+"""
+
+import gc
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..accuracy import evaluate, summarise
+from ..command_line import parse_train_config
+from ..config import TrainConfig
+from ..errors import UserError
+from ..evaluate.held_out import MODES, answers
+from ..evaluate.r1v import write_r1v_results
+from ..files import append_line, keep_lines_before, write_json
+from ..model.policy import Policy
+from ..plan.out_of_memory import MemoryLimits
+from ..plan.run_memory import RunMemory
+from ..rollout.sampling import Sampling
+from ..start import load_policy
+from ..train import train
+from ..types import Example
+from .cells import Cell, Experiment
+from .results import CellResult
+
+SHOWN = 4
+"""Number of test items of each task whose answers the report shows."""
+
+AGAIN = "make room there, then run the command again"
+"""The way out where a file of a cell cannot be written."""
+
+
+def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
+    """Run what is missing of the cell; the result is read back from what it has recorded.
+
+    An exception of the cell does not leave this function: it is recorded in failed.json, with its
+    traceback, so that the other cells can go on. Raises UserError for a damaged cell.json.
+    """
+    folder = cell.folder(experiment.output)
+    finished, failed = folder / "cell.json", folder / "failed.json"
+    if not finished.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        failed.unlink(missing_ok=True)
+        try:
+            with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
+                record = _train_and_test(experiment, cell, folder)
+            write_json(finished, record, AGAIN)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            if not isinstance(error, UserError):
+                reason = f"{type(error).__name__}: {reason}"
+            record = {**cell.identity(), "error": reason, "traceback": traceback.format_exc()}
+            write_json(failed, record, AGAIN)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # Also where an earlier process was killed after it had written cell.json.
+    if finished.exists():
+        shutil.rmtree(experiment.run_folder(cell) / "checkpoints", ignore_errors=True)
+    return experiment.result(cell)
+
+
+def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]:
+    """Train the cell's model if it is not trained yet, and test it; the content of cell.json."""
+    started, run = time.perf_counter(), experiment.run_folder(cell)
+    config = experiment.settings(cell, experiment.base(cell.seed))
+    if cell.trained and not (run / "final").exists():
+        _train(experiment, config, run, folder / "curve.jsonl")
+
+    trained = time.perf_counter()
+    if cell.trained:
+        config = replace(config, model=str(run / "final"), lora=False)
+    correct = _test(experiment, config, cell, folder)
+    return {
+        **cell.identity(),
+        "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
+        "steps": config.steps if cell.trained else 0,
+        "peak_memory": _peak_memory(run),
+        "correct": correct,
+    }
+
+
+def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) -> None:
+    """Train from the last checkpoint in the run folder, or anew if there is none."""
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    if checkpoints:
+        config = parse_train_config(["--resume", str(run)])
+        done = int(checkpoints[-1].name.removeprefix("step-"))
+        keep_lines_before(curve, done + 1, AGAIN)
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        curve.unlink(missing_ok=True)
+    train(config, _watch(experiment, config, curve) if experiment.scale.curve_every else None)
+
+
+def _watch(
+    experiment: Experiment, config: TrainConfig, curve: Path
+) -> Callable[[Policy, int], None]:
+    """A function for `train` to call after each step, which records the learning curve.
+
+    Every `curve_every` steps, and after the last, it appends the greedy accuracy on validation
+    items of both tasks to the file `curve`.
+    """
+    scale, items = experiment.scale, experiment.validation_items()
+    sampling = Sampling.of(config, temperature=0.0)
+
+    def watch(policy: Policy, done: int) -> None:
+        if done % scale.curve_every and done != config.steps:
+            return
+        point = {"step": done}
+        for role, task in scale.tasks.items():
+            records = evaluate(policy, task.test["task"], items[role], sampling)
+            point[role] = summarise(records)["accuracy"]
+        append_line(curve, point, AGAIN)
+
+    return watch
+
+
+def _test(
+    experiment: Experiment, config: TrainConfig, cell: Cell, folder: Path
+) -> dict[str, dict[str, str]]:
+    """Let the model answer the test items of both tasks, greedily and by sampling.
+
+    Writes all answers in R1-V's layout, and the first ones to samples.json for the report. Returns
+    task → mode → a character for each item, 1 if the answer is right and 0 if it is wrong.
+    """
+    policy = load_policy(config)
+    longest = max(map(len, experiment.test_items.values()))
+    memory = RunMemory(policy, replace(config, eval_samples=longest))
+    limits = MemoryLimits(tqdm.write, memory.advise, memory.amounts())
+    correct: dict[str, dict[str, str]] = {}
+    shown = []
+    for role, items in experiment.test_items.items():
+        task = experiment.scale.tasks[role].test["task"]
+        correct[role] = {}
+        for mode in MODES:
+            records = answers(policy, replace(config, task=task), items, mode, limits)
+            write_r1v_results(folder / f"{role}-{mode}.json", records, task)
+            correct[role][mode] = "".join(str(int(record["correct"][0])) for record in records)
+            if mode == "greedy":
+                # The images are the same for all cells: the base model's folder holds them.
+                images = None if cell.trained else folder / "images"
+                shown += _shown(role, items, records, images)
+    write_json(folder / "samples.json", shown, AGAIN)
+    return correct
+
+
+def _shown(role: str, items: list[Example], records: list[dict], images: Path | None) -> list[dict]:
+    """The first SHOWN items with their answers; their images are written to the folder `images`."""
+    shown = []
+    for index, (item, record) in enumerate(zip(items[:SHOWN], records, strict=False)):
+        name = f"{role}-{index}.png" if item.images else None
+        if images and name:
+            images.mkdir(exist_ok=True)
+            item.images[0].save(images / name)
+        shown.append(
+            {
+                "task": role,
+                "problem": item.problem,
+                "solution": item.solution,
+                "text": record["outputs"][0],
+                "correct": record["correct"][0],
+                "image": name,
+            }
+        )
+    return shown
+
+
+def _peak_memory(run: Path) -> int | None:
+    """The largest peak of allocated memory that the steps of a run have recorded, in bytes.
+
+    It is None on a CPU, where none is recorded.
+    """
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    peaks = [
+        value
+        for line in lines
+        for name, value in json.loads(line).items()
+        if name.startswith("peak_gib_")
+    ]
+    return int(max(peaks) * 2**30) if peaks else None
