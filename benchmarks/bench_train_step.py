@@ -43,6 +43,7 @@ from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer
 from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.plan.run_memory import RunMemory
+from mr1_fast.run import Run
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks.data import load_examples
 from mr1_fast.train import grpo_step
@@ -252,9 +253,15 @@ def measure_step(arguments) -> dict:
     )
     config.model = str(supervised_start(config.model, [config], config.seed))
     policy = load_policy(config)
-    reference, schedule = Reference(policy), config.kl_schedule()
-    optimizer = make_optimizer(policy.model, config)
-    room = MemoryLimits(print, lambda: "", RunMemory(policy, config).amounts())
+    run = Run(
+        config=config,
+        policy=policy,
+        limits=MemoryLimits(print, lambda: "", RunMemory(policy, config).amounts()),
+        optimizer=make_optimizer(policy.model, config),
+        reference=Reference(policy),
+        schedule=config.kl_schedule(),
+        log=SilentLog(),
+    )
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
     own = []
@@ -262,9 +269,7 @@ def measure_step(arguments) -> dict:
     def our_step(step: int) -> None:
         some = examples[step * prompts : (step + 1) * prompts]
         start = time.process_time()
-        metrics = grpo_step(
-            policy, reference, optimizer, some, step, schedule, config, SilentLog(), room
-        )
+        metrics = grpo_step(run, some, step)
         own.append({**metrics, "cpu_seconds": time.process_time() - start})
 
     theirs, skipped = None, {}

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny model in memory and on disk, and the arguments of a short run."""
+"""Fixtures that several test files share: a tiny model, and the arguments of a short run."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from mr1_fast.model.tiny import tiny_model, tiny_processor
 
-# With a second thread, each of a tiny model's small operations waits for a core that another process may be using:
-# runs took 20 times as long.
+# With a second thread, each of a tiny model's small operations waits for a core that another
+# process may be using: runs took 20 times as long.
 torch.set_num_threads(1)
 
 PLUGIN = """
@@ -65,7 +65,7 @@ def plugin(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_args(tiny_folder, plugin):
-    """`run_args(folder, **settings)`: arguments of a run of three steps, with a reward for letters as its signal.
+    """`run_args(folder, **settings)`: arguments of three steps with a reward for letters.
 
     Settings replace the small ones given here.
     """

@@ -1,4 +1,4 @@
-"""Who imports whom: no circle, no import of a higher floor, and nothing heavy before the settings are read."""
+"""Who imports whom: there is no circle, and no import of a higher floor."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def floors() -> dict[str, int]:
-    """The floor of each part of the package, from the one list of them, which is in the documentation."""
+    """The floor of each part of the package, from the one list, which the documentation has."""
     block = PAGE.read_text(encoding="utf-8").partition("```\nfloors\n")[2].partition("```")[0]
     return {name: floor for floor, line in enumerate(block.splitlines()) for name in line.split()}
 
@@ -25,7 +25,7 @@ FLOORS = floors()
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """The files of the package that a file imports, those inside functions and conditions included."""
+    """The files of the package that a file imports, inside functions and conditions, too."""
     package = module.rpartition(".")[0]
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -42,7 +42,7 @@ def imports_of(module: str) -> Iterator[str]:
 
 
 def known_file(name: str) -> Iterator[str]:
-    """The file behind an imported name: a module, a package's __init__, or what one of them defines."""
+    """The file behind an imported name: a module, or the one that defines the name."""
     for candidate in (name, f"{name}.__init__", name.rpartition(".")[0]):
         if candidate in FILES:
             yield candidate

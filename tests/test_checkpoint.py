@@ -1,4 +1,4 @@
-"""Checkpoints: resuming continues bit for bit, and nothing that goes wrong leaves half of one behind."""
+"""Checkpoints: resuming continues bit for bit, and what goes wrong leaves no half of one."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
 
 
 def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
-    """Steps 6 and 7 are in the log already; half a line and half a checkpoint are there too, as a kill may leave."""
+    """A killed run: steps 6 and 7 are in the log, with half a line and half a checkpoint."""
     with (interrupted / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "rew')
     with (interrupted / "completions.jsonl").open("a") as file:
@@ -254,7 +254,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
 
 @pytest.mark.parametrize("limit", [1_000_000, 5_000_000], ids=["weights", "optimizer"])
 def test_a_disk_that_fills_up_while_saving(limit, interrupted, finished):
-    """The operating system refuses to make a file larger than the limit, at the first save of the resumed run."""
+    """The operating system refuses a larger file at the first save of the resumed run."""
     before = content(interrupted / "checkpoints")
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Bad input ends a run with one sentence that names the field or file and the way out, and nothing is half-written."""
+"""Bad input ends a run with one sentence that names field and way out, and writes nothing."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 def data(folder, size=(56, 56), rows=(ROW, ROW, ROW, ROW), **columns):
-    """A folder with one image file and lists of JSON lines for training and testing that name it."""
+    """A folder with one image, and JSON lines for training and testing that name it."""
     folder.mkdir()
     Image.new("RGB", size, "white").save(folder / "1.png")
     text = "".join(json.dumps(row | columns) + "\n" for row in rows)

@@ -419,7 +419,7 @@ def test_sft_imitates_reasoning_and_answer_or_the_answer_alone(processor):
 
 
 def silent_model(folder, target):
-    """A copy of the tiny model that ends every completion at once: its last layer always writes EOS's embedding."""
+    """A copy of the tiny model whose last layer writes EOS's embedding: it ends at once."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
     processor = ImageTextProcessor.load(folder)
     layer, width = model.model.language_model.layers[-1], model.config.text_config.hidden_size

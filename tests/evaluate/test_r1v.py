@@ -1,4 +1,4 @@
-"""R1-V's results files: the published ones come out again, and model output can do no harm on the way."""
+"""R1-V's results files: the published ones come out again, and model output does no harm."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def record(key, question, truth, task, *outputs):
 
 
 def published_results(name, task):
-    """A published file's text, its results, and the records that `evaluate` would make of its outputs."""
+    """A published file's text, its results, and what `evaluate` would record of its outputs."""
     text = (DATA / name).read_text(encoding="utf-8")
     results, records = json.loads(text)["results"], []
     for result in results:
@@ -63,7 +63,8 @@ def test_the_published_geometry_file_is_written_but_for_upper_case(tmp_path):
         "geoqa_test_qwen2vl_7b_instruct_outputs.json", "geometry"
     )
     write_r1v_results(tmp_path / "results.json", records, "geometry")
-    # An output that was cut off at a formula. math-verify has since come to read all symbols as lower case.
+    # An output that was cut off at a formula. math-verify has since come to read all symbols as
+    # lower case.
     assert [
         index
         for index, result in enumerate(results)
@@ -85,17 +86,22 @@ def test_the_layout_of_each_task(tmp_path):
         path, [record("a.png", "Wie β?", "4", "counting", "<answer> 4 </answer>", "no")], "counting"
     )
     assert path.read_text() == (
-        '{\n  "accuracy": 100.0,\n  "results": [\n    {\n      "question": {\n        "image_path": "a.png",\n'
-        '        "question": "Wie \\u03b2?",\n        "ground_truth": 4\n      },\n      "ground_truth": 4,\n'
+        '{\n  "accuracy": 100.0,\n  "results": [\n    {\n'
+        '      "question": {\n        "image_path": "a.png",\n'
+        '        "question": "Wie \\u03b2?",\n'
+        '        "ground_truth": 4\n      },\n      "ground_truth": 4,\n'
         '      "model_output": "<answer> 4 </answer>",\n      "extracted_answer": 4\n    }\n  ]\n}'
     )
     write_r1v_results(
         path, [record("a.png", "Wie β?", "4°", "geometry", "x", "<answer> 4 </answer>")], "geometry"
     )
     assert path.read_text(encoding="utf-8") == (
-        '{\n  "accuracy": 0.0,\n  "results": [\n    {\n      "question": {\n        "image_path": "a.png",\n'
-        '        "question": "Wie β?",\n        "ground_truth": "4°"\n      },\n      "ground_truth": "4°",\n'
-        '      "model_output": "x",\n      "extracted_answer": null,\n      "is_correct": false\n    }\n  ]\n}'
+        '{\n  "accuracy": 0.0,\n  "results": [\n    {\n'
+        '      "question": {\n        "image_path": "a.png",\n'
+        '        "question": "Wie β?",\n        "ground_truth": "4°"\n'
+        '      },\n      "ground_truth": "4°",\n'
+        '      "model_output": "x",\n      "extracted_answer": null,\n'
+        '      "is_correct": false\n    }\n  ]\n}'
     )
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
