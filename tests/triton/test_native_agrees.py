@@ -1,4 +1,4 @@
-"""The two versions of a token's loss, in Triton (`_token_loss`) and csrc/grpo_token.h, agree."""
+"""The two versions of a token's loss, in Triton (`token_loss`) and csrc/grpo_token.h, agree."""
 
 import math
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from mr1_fast.kernels import native
-from mr1_fast.kernels.grpo import rows_native, rows_triton
+from mr1_fast.kernels.grpo import device_triton, rows_native, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
 
 if native.status()[0] is None:
@@ -102,9 +102,9 @@ def _token_losses(
     LOSS, DERIVATIVE, KL, CLIPPED, KL_LIMITED,
     SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """`_token_loss` of all tokens at once: a program each takes the interpreter a minute."""
+    """`token_loss` of all tokens at once: a program each takes the interpreter a minute."""
     i = tl.arange(0, N)
-    loss, derivative, kl, clipped, kl_limited = rows_triton._token_loss(
+    loss, derivative, kl, clipped, kl_limited = device_triton.token_loss(
         tl.load(LOGP + i), tl.load(ADVANTAGE + i), tl.load(WEIGHT + i), tl.load(OLD + i),
         tl.load(REF + i), tl.load(IS_WEIGHT + i),
         beta, clip_low, clip_high, delta, tau_positive, tau_negative,

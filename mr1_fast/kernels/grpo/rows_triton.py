@@ -1,4 +1,4 @@
-"""The row operations in Triton: device functions, kernels, launchers.
+"""The row operations in Triton: kernels and launchers; device_triton.py has their device functions.
 
 A program owns a row of logits, or a part of one. Its first sweep reads the columns once and keeps
 max, Σ exp and Σ exp·x, after which everything about the token's loss is known; its second sweep
@@ -19,7 +19,17 @@ import triton.language as tl
 
 from ..dispatch import statistics_dtype
 from ..launch import launch
-from .objective import BANNED, KL_LOG_RATIO_LIMIT, Objective, RowResults
+from .device_triton import (
+    BANNED,
+    LN2,
+    gather_parts,
+    load_target,
+    logprob_entropy,
+    statistics,
+    token_loss,
+    write_gradient,
+)
+from .objective import Objective, RowResults
 
 BLOCK = 4096
 """Columns of 16-bit logits that a program handles at a time."""
@@ -34,192 +44,7 @@ prints the registers.
 """
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_KL_LIMIT = tl.constexpr(KL_LOG_RATIO_LIMIT)
-_BANNED = tl.constexpr(BANNED)
-_SPIN_LIMIT = tl.constexpr(1 << 20)
-
-# --- device functions ---------------------------------------------------------------------------
-
-
-@triton.jit
-def _token_loss(
-    logp, advantage, weight, old_logp, ref_logp, is_weight,
-    beta, clip_low, clip_high, delta, tau_positive, tau_negative,
-    SURROGATE: tl.constexpr, HAS_REF: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
-):  # fmt: skip
-    """Return the loss of one token, its derivative by logp, k3, clipped and kl_limited.
-
-    The equations are those of `policy_loss_ref`; every kernel on every row calls this function.
-    tl.minimum and tl.maximum drop NaN, which must show in the loss: it is put back.
-    """
-    ratio = tl.exp(logp - old_logp)
-    low = 1 - clip_low
-    high = 1 + clip_high
-    clipped = False
-    if SURROGATE == "clip":
-        bounded = tl.minimum(ratio, delta)
-        inside = tl.minimum(tl.maximum(ratio, low), high)
-        policy = -tl.minimum(bounded * advantage, inside * advantage)
-        first = bounded * advantage
-        policy = tl.where(first == first, policy, float("nan"))  # ∞·0 is NaN too
-        below = (ratio < low) & (advantage < 0)
-        above = (ratio > tl.minimum(delta, high)) & (advantage > 0)
-        beyond = (ratio > tl.maximum(delta, high)) & (advantage < 0)
-        clipped = below | above | beyond
-        derivative = tl.where(clipped, 0.0, -ratio * advantage)
-    elif SURROGATE == "cispo":
-        capped = tl.minimum(ratio, high)
-        policy = -capped * advantage * logp
-        derivative = -capped * advantage
-        clipped = (ratio > high) & (advantage > 0)
-    else:
-        tau = tl.where(advantage > 0, tau_positive, tau_negative)
-        gate = tl.sigmoid(tau * (ratio - 1))
-        policy = -(4 / tau) * gate * advantage
-        derivative = -4 * gate * (1 - gate) * ratio * advantage
-    policy = tl.where(ratio == ratio, policy, ratio) * is_weight
-    derivative = tl.where(ratio == ratio, derivative, ratio) * is_weight
-
-    kl = 0.0
-    kl_limited = False
-    if HAS_REF:
-        difference = ref_logp - logp
-        kl_limited = tl.abs(difference) > _KL_LIMIT
-        d = tl.minimum(tl.maximum(difference, -_KL_LIMIT), _KL_LIMIT)
-        # Near 0, exp(d) − d − 1 cancels to nothing in fp32; its series does not.
-        series = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
-        kl = tl.where(tl.abs(d) < 0.25, series, tl.exp(d) - d - 1)
-        kl_derivative = tl.where(kl_limited, 0.0, -(kl + d))
-        kl = tl.where(difference == difference, kl, difference)
-        kl_derivative = tl.where(difference == difference, kl_derivative, difference)
-        if BIAS_CORRECTED:
-            kl_derivative = ratio * (kl_derivative + kl)
-            kl *= ratio
-        derivative += beta * kl_derivative
-        policy += beta * kl
-    counts = weight != 0
-    loss = tl.where(counts, weight * policy, 0.0)
-    derivative = tl.where(counts, weight * derivative, 0.0)
-    return loss, derivative, tl.where(counts, kl, 0.0), clipped & counts, kl_limited & counts
-
-
-@triton.jit
-def _statistics(row, start, stop, scale, BLOCK: tl.constexpr):
-    """Return m = max x, s = Σ 2^y and u = Σ 2^y·y over columns start … stop.
-
-    y = (x − m)·scale with scale = log2(e)/T. Sums stay vectors until the end; only the maximum is
-    reduced at every block.
-    """
-    m = -float("inf")
-    s = tl.zeros((BLOCK,), tl.float32)
-    u = tl.zeros((BLOCK,), tl.float32)
-    for begin in tl.range(start, stop, BLOCK, num_stages=3):
-        columns = begin + tl.arange(0, BLOCK)
-        x = tl.load(
-            row + columns, mask=columns < stop, other=-float("inf"), eviction_policy="evict_last"
-        )
-        x = x.to(tl.float32)
-        new_m = tl.maximum(m, tl.max(x, 0))
-        # A block may hold banned tokens alone, with logits of −inf.
-        origin = tl.where(new_m == -float("inf"), 0.0, new_m)
-        y = (x - origin) * scale
-        p = tl.exp2(y)
-        # At least _BANNED, as 0·−inf would be NaN.
-        shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, _BANNED))
-        alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
-        u = alpha * (u + s * shift) + tl.where(p > 0, p * y, 0.0)
-        s = alpha * s + p
-        m = new_m
-    return m, tl.sum(s, 0), tl.sum(u, 0)
-
-
-@triton.jit
-def _logprob_entropy(x_target, m, s, u, scale):
-    """Return logp, the entropy in nats, and log2(s)."""
-    log2_s = tl.log2(s)
-    return ((x_target - m) * scale - log2_s) * _LN2, (log2_s - u / s) * _LN2, log2_s
-
-
-@triton.jit
-def _load_target(row, target, V):
-    """Return the target's logit; NaN for a target outside [0, V).
-
-    A launch could not refuse such a target without synchronising.
-    """
-    inside = (target >= 0) & (target < V)
-    x = tl.load(row + tl.where(inside, target, 0)).to(tl.float32)
-    return tl.where(inside, x, float("nan"))
-
-
-@triton.jit
-def _write_gradient(
-    row, out, target, start, stop, scale, m, log2_s, coefficient, BLOCK: tl.constexpr
-):
-    """Write coefficient·(onehot − p) to columns start … stop; 0 needs no second read."""
-    if coefficient == 0:
-        for begin in tl.range(start, stop, BLOCK):
-            columns = begin + tl.arange(0, BLOCK)
-            tl.store(
-                out + columns,
-                tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty),
-                mask=columns < stop,
-            )
-    else:
-        for begin in tl.range(start, stop, BLOCK, num_stages=3):
-            columns = begin + tl.arange(0, BLOCK)
-            mask = columns < stop
-            x = tl.load(
-                row + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first"
-            )
-            p = tl.exp2((x.to(tl.float32) - m) * scale - log2_s)
-            gradient = tl.where(columns == target, coefficient, 0.0) - coefficient * p
-            tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gather_parts(
-    parts, x_target, part, arrived, m, s, u, scale,
-    PARTS: tl.constexpr, PADDED: tl.constexpr, PHASE: tl.constexpr,
-):  # fmt: skip
-    """Share the sums of this part and wait for the others'.
-
-    Returns x_target, m, s and u of the row, and whether all parts came.
-
-    Programs start in the order of their number, so the lowest row that is not finished always has
-    all its parts running, and waiting ends. Where programs cannot wait for each other, PHASE 1 and
-    PHASE 2 are launches of their own.
-    """
-    if PHASE != 2:
-        tl.store(parts + part * 4, m)
-        tl.store(parts + part * 4 + 1, s)
-        tl.store(parts + part * 4 + 2, u)
-        tl.store(parts + part * 4 + 3, x_target)
-    complete = True
-    if PHASE == 0:
-        tl.debug_barrier()
-        seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") + 1
-        tries = 0
-        while (seen < PARTS) & (tries < _SPIN_LIMIT):
-            seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-            tries += 1
-        tl.debug_barrier()
-        complete = seen >= PARTS
-    index = tl.arange(0, PADDED)
-    mask = index < PARTS
-    ms = tl.load(parts + index * 4, mask=mask, other=-float("inf"), cache_modifier=".cg")
-    ss = tl.load(parts + index * 4 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    us = tl.load(parts + index * 4 + 2, mask=mask, other=0.0, cache_modifier=".cg")
-    # The logit itself may hold its gradient by now.
-    x_target = tl.load(parts + 3, cache_modifier=".cg")
-    m = tl.max(ms, 0)
-    shift = tl.where(ms == -float("inf"), 0.0, tl.maximum((ms - m) * scale, _BANNED))
-    alpha = tl.where(ms == -float("inf"), 0.0, tl.exp2(shift))
-    # A part that did not come must show: the sum would be wrong without a word.
-    s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))
-    return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0), complete
-
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # --- kernels ------------------------------------------------------------------------------------
 
@@ -246,22 +71,22 @@ def _grpo_kernel(
     row = X + n * x_stride
     target = tl.load(TARGET + n)
     temperature = tl.load(TEMPERATURE)
-    scale = _LOG2E / temperature
+    scale = LOG2E / temperature
     x_target = 0.0
     m = 0.0
     s = 0.0
     u = 0.0
     if PHASE != 2:
-        x_target = _load_target(row, target, V)
-        m, s, u = _statistics(row, start, stop, scale, BLOCK)
+        x_target = load_target(row, target, V)
+        m, s, u = statistics(row, start, stop, scale, BLOCK)
     complete = True
     if PARTS > 1:
-        x_target, m, s, u, complete = _gather_parts(
+        x_target, m, s, u, complete = gather_parts(
             PARTIALS + n * PARTS * 4, x_target, part, ARRIVED + n, m, s, u, scale, PARTS, PADDED,
             PHASE
         )  # fmt: skip
     if PHASE != 1:
-        logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
+        logp, entropy, log2_s = logprob_entropy(x_target, m, s, u, scale)
         old_logp = logp
         if OLD is not None:
             old_logp = tl.load(OLD + n)
@@ -271,7 +96,7 @@ def _grpo_kernel(
         is_weight = 1.0
         if IS_WEIGHT is not None:
             is_weight = tl.load(IS_WEIGHT + n)
-        loss, derivative, kl, clipped, kl_limited = _token_loss(
+        loss, derivative, kl, clipped, kl_limited = token_loss(
             logp, tl.load(ADVANTAGE + n), tl.load(WEIGHT + n), old_logp, ref_logp, is_weight,
             tl.load(BETA), clip_low, clip_high, delta, tau_positive, tau_negative,
             SURROGATE, REF is not None, BIAS_CORRECTED,
@@ -289,7 +114,7 @@ def _grpo_kernel(
             # Where a part did not come, the others may have written a finite gradient.
             coefficient = tl.where(complete, coefficient, float("nan"))
             column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow.
-            _write_gradient(
+            write_gradient(
                 row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK
             )
 
@@ -300,14 +125,14 @@ def _logprobs_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     row = X + n * x_stride
-    scale = _LOG2E / tl.load(TEMPERATURE)
-    x_target = _load_target(row, tl.load(TARGET + n), V)
-    m, s, u = _statistics(row, 0, V, scale, BLOCK)
-    logp, entropy, log2_s = _logprob_entropy(x_target, m, s, u, scale)
+    scale = LOG2E / tl.load(TEMPERATURE)
+    x_target = load_target(row, tl.load(TARGET + n), V)
+    m, s, u = statistics(row, 0, V, scale, BLOCK)
+    logp, entropy, log2_s = logprob_entropy(x_target, m, s, u, scale)
     tl.store(LOGP + n, logp)
     tl.store(ENTROPY + n, entropy)
     tl.store(PEAK + n, m)
-    tl.store(LOG_SUM + n, log2_s * _LN2)
+    tl.store(LOG_SUM + n, log2_s * LN2)
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -337,7 +162,7 @@ def _logprobs_backward_kernel(
         x = tl.load(X + n * x_stride + columns, mask=mask, other=-float("inf"))
         logp = (x.to(tl.float32) - tl.load(PEAK + n)) / temperature - log_sum
         p = tl.exp(logp)
-        entropy_part = grad_entropy * (tl.maximum(logp, _BANNED) + tl.load(ENTROPY + n))
+        entropy_part = grad_entropy * (tl.maximum(logp, BANNED) + tl.load(ENTROPY + n))
         gradient = tl.where(columns == target.to(tl.int32), grad_logp, 0.0) - p * (
             grad_logp + entropy_part
         )
