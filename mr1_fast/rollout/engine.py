@@ -50,8 +50,8 @@ class Engine:
 
     encode: makes prompts of examples; by default, one that limits neither prompts nor images.
 
-    >>> Engine(model, processor).generate(examples, 8, Sampling(max_new_tokens=256)).texts  #
-    doctest: +SKIP
+    >>> engine = Engine(model, processor)  # doctest: +SKIP
+    >>> engine.generate(examples, 8, Sampling(max_new_tokens=256)).texts  # doctest: +SKIP
     """
 
     def __init__(

@@ -18,10 +18,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     start, so that running out of memory shows there.
 
     The same seed, gradients and settings give the same bits, also after a resume. Load weights
-    before
-    making the optimizer: a weight that is set later keeps its old remainder, which is less than
-    half of bf16's step. Skip a step whose gradients are not finite: the optimizer does not check
-    them.
+    before making the optimizer: a weight that is set later keeps its old remainder, which is less
+    than half of bf16's step. Skip a step whose gradients are not finite: the optimizer does not
+    check them.
 
     Raises ValueError for betas or eps outside their ranges, and for a parameter that is not
     contiguous or neither bf16 nor fp32.
