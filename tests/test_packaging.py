@@ -272,7 +272,7 @@ except RuntimeError as error:
 @pytest.mark.skipif(not rows_cuda.LIBRARY.exists(), reason=rows_cuda.status()[1])
 def test_a_launch_without_a_gpu_gives_one_clear_error():
     try:
-        path = os.pathsep.join([str(Path(rows_cuda.__file__).parents[2]), str(ROOT)])
+        path = os.pathsep.join([str(Path(rows_cuda.__file__).parents[3]), str(ROOT)])
         inherited = os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-c", LAUNCH]
         run = subprocess.run(
