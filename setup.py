@@ -1,8 +1,9 @@
-"""Builds csrc/ into plain shared libraries, mr1_fast/_cpu.so and mr1_fast/_cuda.so; all else is in pyproject.toml.
+"""Build csrc/ into the shared libraries mr1_fast/_cpu.so and mr1_fast/_cuda.so.
 
-They have a C interface and know nothing of Python or torch, so one wheel serves every version of both, and a build
-needs a compiler alone: pip's isolated environment will do. Each is optional: without a C++ compiler, or without nvcc,
-it is left out, and mr1_fast falls back to PyTorch and Triton.
+Everything else about the package is in pyproject.toml. The libraries have a C interface and do not
+depend on Python or torch: one wheel serves every version of both, and a build needs only a
+compiler, so that pip's isolated environment suffices. Each library is optional: without a C++
+compiler or without nvcc it is left out, and mr1_fast falls back to PyTorch and Triton.
 """
 
 import os
@@ -32,14 +33,19 @@ INSTRUCTION_SETS = {
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
-# Fused products would make the rotation of decode_cpu.cpp round otherwise than PyTorch's.
+# Fused multiply-adds would make the rotation of decode_cpu.cpp round differently from PyTorch's.
 PER_SET = {"row_kernels": [], "decode_cpu": ["-ffp-contract=off"]}
+"""Source files that are compiled once per instruction set, with their own compiler flags."""
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 120)
+"""Compute capabilities of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
 CPP = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 
 
 def compile_cpu(output: str, objects: Path) -> None:
-    """What PER_SET names once per instruction set, then everything into `output`."""
+    """Compile the sources in PER_SET once per instruction set, then link everything into `output`.
+
+    Instruction sets that the compiler does not know are left out. Raises CompileError.
+    """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         raise CompileError("no C++ compiler was found (g++, clang++, or $CXX)")
@@ -67,7 +73,10 @@ def compile_cpu(output: str, objects: Path) -> None:
 
 
 def compile_cuda(output: str, objects: Path) -> str:
-    """fused_grpo_cuda.cu for every architecture, with Hopper's PTX for others; returns ptxas' report."""
+    """Compile fused_grpo_cuda.cu for every architecture; return the report of ptxas.
+
+    Hopper's PTX is included for other architectures. Raises CompileError.
+    """
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None or os.environ.get("MR1_FAST_CUDA") == "0":
@@ -88,7 +97,7 @@ def compile_cuda(output: str, objects: Path) -> str:
 
 
 def run(*command: str) -> str:
-    """Run a compiler and return what it said; CompileError if it fails."""
+    """Run a compiler and return its messages; CompileError if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -99,44 +108,41 @@ def run(*command: str) -> str:
 
 
 class BuildNative(build_ext):
-    """Our two compilations in the place of setuptools' own."""
+    """Replaces setuptools' compilation with ours."""
 
     def run(self):
-        """Build what can be built; in place, too, nothing is left of an earlier build."""
+        """Build what can be built, and leave no library of an earlier build, also in place."""
         for ext in self.extensions:
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext):
-        """One library, objects in a folder of their own."""
+        """Build one library, with its object files in a temporary folder."""
         output = self.get_ext_fullpath(ext.name)
-        Path(output).unlink(
-            missing_ok=True
-        )  # one left by an earlier build must not get into this one
+        # A library of an earlier build must not get into this one.
+        Path(output).unlink(missing_ok=True)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
+        compile_library = compile_cpu if ext.name == "mr1_fast._cpu" else compile_cuda
         with tempfile.TemporaryDirectory() as objects:
-            {"mr1_fast._cpu": compile_cpu, "mr1_fast._cuda": compile_cuda}[ext.name](
-                output, Path(objects)
-            )
+            compile_library(output, Path(objects))
 
     def get_ext_filename(self, fullname):
-        """Without the name of a Python version."""
+        """Return a file name without the name of a Python version."""
         return fullname.replace(".", os.sep) + ".so"
 
 
 class AnyPython(bdist_wheel):
-    """One wheel for every Python of this platform."""
+    """Tags the wheel for every Python of this platform."""
 
     def get_tag(self):
-        """py3-none-PLATFORM."""
+        """Return the tag py3-none-PLATFORM."""
         return "py3", "none", super().get_tag()[2]
 
 
 if __name__ == "__main__":  # a test imports this file
-    sources = {"mr1_fast._cpu": "fused_grpo_cpu.cpp", "mr1_fast._cuda": "fused_grpo_cuda.cu"}
-    setup(
-        ext_modules=[
-            Extension(name, [f"csrc/{source}"], optional=True) for name, source in sources.items()
-        ],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
-    )
+    libraries = [
+        Extension("mr1_fast._cpu", ["csrc/fused_grpo_cpu.cpp"], optional=True),
+        Extension("mr1_fast._cuda", ["csrc/fused_grpo_cuda.cu"], optional=True),
+    ]
+    commands = {"build_ext": BuildNative, "bdist_wheel": AnyPython}
+    setup(ext_modules=libraries, cmdclass=commands)

@@ -1,22 +1,30 @@
-"""AdamW on bf16 weights: what of 1,000 small updates arrives, the time of a step, bytes per parameter.
+"""AdamW on bf16 weights: the share of small updates that arrives, and time and memory of a step.
 
     python benchmarks/bench_adamw.py [--steps 1000] [--plot benchmarks/results/cpu/adamw.png]
 
-Every optimizer gets the same bf16 gradients at learning rate 1e-6: their means are 0.1 of the noise and drift, and
-their size differs between elements (log-normal, σ = 1.5). An update is w_t − w_0. Two figures compare it with that of
-AdamW in fp32 with fp32 states: the relative distance, and the share of it that arrived, ⟨update, fp32's⟩ / ‖fp32's‖².
-Stochastic rounding is far in the first and right in the second: its errors have mean 0. Then steps are timed beside a
+Every optimizer gets the same bf16 gradients at learning rate 1e-6. Their means are 0.1 of the noise
+and drift, and their size differs between elements (log-normal, σ = 1.5). An update is w_t − w_0.
+Two figures compare it with the update of AdamW in fp32 with fp32 states: the relative distance, and
+the share of it that arrived, ⟨update, fp32's⟩ / ‖fp32's‖². Stochastic rounding is far off by the
+first figure and right by the second, because its errors have mean 0. Then steps are timed beside a
 copy that moves as many bytes. The last line is one JSON document.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import matplotlib
 import torch
-from measure import Case, excused, finish, pick_device, print_table, time_alternating
+from measure import (
+    Case,
+    excused,
+    finish,
+    make_parser,
+    pick_device,
+    print_table,
+    time_alternating,
+)
 from torch import Tensor, nn
 
 from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
@@ -26,17 +34,18 @@ LEARNING_RATE = 1e-6
 SETTINGS = dict(lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 TRAJECTORY_ELEMENTS = 2**16
 TIMED_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+
 DRIFT = 200
-"""Steps after which the mean gradients are half new."""
+"""Steps after which half of a mean gradient is new."""
 
 
 class Method(NamedTuple):
-    """An optimizer over weights of a dtype."""
+    """An optimizer and the dtype of its weights."""
 
     dtype: torch.dtype
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     moved: int
-    """Bytes that a step reads and writes per parameter: gradient, weight, states (block scales not counted)."""
+    """Bytes per parameter that a step reads and writes: gradient, weight, states without scales."""
     colour: str
 
 
@@ -65,8 +74,8 @@ METHODS = {
 }
 
 
-def held(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """The weight in fp64, with its remainder if there is one."""
+def full_weight(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """The weight in fp64, including the remainder that the optimizer may keep."""
     remainder = optimizer.state[parameter].get("remainder")
     weight = parameter.detach()
     return (weight if remainder is None else master_weight(weight, remainder)).double()
@@ -90,7 +99,7 @@ class Gradients:
 def trajectories(
     steps: int, device: str, skipped: dict[str, str]
 ) -> dict[str, dict[str, list[float]]]:
-    """Distance of each update from fp32's, and the share of it that arrived, every hundredth of the steps."""
+    """Distance of each update from fp32's and share of it that arrived, at 100 steps of the run."""
     gradients = Gradients(TRAJECTORY_ELEMENTS, device)
     start = (0.02 * gradients.normal()).bfloat16()
     running = {}
@@ -107,7 +116,7 @@ def trajectories(
             parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()
         if step % max(1, steps // 100) == 0:
-            updates = {name: held(*pair) - start.double() for name, pair in running.items()}
+            updates = {name: full_weight(*pair) - start.double() for name, pair in running.items()}
             exact = updates.pop(REFERENCE)
             for name, update in updates.items():
                 results[name]["step"].append(step)
@@ -117,7 +126,7 @@ def trajectories(
 
 
 def step_case(method: Method, n: int, device: str) -> tuple[Case, float]:
-    """A step over n elements, and bytes per parameter of weight and state."""
+    """A case of a step over n elements, and the bytes per parameter of weight and state."""
     parameter = nn.Parameter((0.02 * torch.randn(n, device=device)).to(method.dtype))
     parameter.grad = (1e-5 * torch.randn(n, device=device)).to(method.dtype)
     optimizer = method.make([parameter])
@@ -127,7 +136,10 @@ def step_case(method: Method, n: int, device: str) -> tuple[Case, float]:
 
 
 def timings(n: int, rounds: int, device: str, skipped: dict[str, str]) -> dict[str, dict]:
-    """Seconds of a step, bytes per parameter, and the time as a multiple of a copy that moves as many bytes."""
+    """Seconds of each method's step, bytes per parameter, and the time as a multiple of a copy's.
+
+    The copy moves as many bytes as the step.
+    """
     source = torch.ones(7 * n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     cases, kept = {"copy": Case(lambda: target.copy_(source))}, {}
@@ -144,8 +156,8 @@ def timings(n: int, rounds: int, device: str, skipped: dict[str, str]) -> dict[s
     return times
 
 
-def draw(results: dict[str, dict[str, list[float]]], path: str) -> None:
-    """Both figures over the steps, every line named in the legend with its last value."""
+def plot(results: dict[str, dict[str, list[float]]], path: str) -> None:
+    """Plot both figures over the steps; the legend names every line with its last value."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -154,19 +166,13 @@ def draw(results: dict[str, dict[str, list[float]]], path: str) -> None:
     for panel, key, title in zip(panels, ("distance", "arrived"), titles, strict=True):
         for name, result in results.items():
             last = f"{result[key][-1]:.2f}" if key == "distance" else f"{result[key][-1]:.0%}"
-            style = dict(color=METHODS[name].colour, label=f"{last}  {name}")
-            # Both bf16 lines lie on each other: the first is wide, the second dashed
-            style |= (
-                dict(linewidth=5, alpha=0.5)
-                if name.endswith("8-bit, bf16 weights")
-                else dict(linewidth=1.8)
-            )
-            panel.plot(
-                result["step"],
-                result[key],
-                **style,
-                linestyle="--" if name.startswith("torch") else "-",
-            )
+            style = dict(color=METHODS[name].colour, label=f"{last}  {name}", linewidth=1.8)
+            # Both bf16 lines lie on each other: the first is wide, the second dashed.
+            if name.endswith("8-bit, bf16 weights"):
+                style |= dict(linewidth=5, alpha=0.5)
+            if name.startswith("torch"):
+                style |= dict(linestyle="--")
+            panel.plot(result["step"], result[key], **style)
         panel.set(title=title, xlabel="step", xlim=(0, result["step"][-1]))
         panel.grid(alpha=0.3)
     panels[0].set_yscale("log")
@@ -183,11 +189,11 @@ def draw(results: dict[str, dict[str, list[float]]], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--elements", type=int, help="timed; default 2**22, on a GPU 2**28")
+    parser.add_argument(
+        "--elements", type=int, help="of a timed step; default 2**22, on a GPU 2**28"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plot", help="write the trajectories to this PNG")
@@ -200,27 +206,26 @@ def main() -> None:
     rows = [
         [name, f"{r['distance'][-1]:.3g}", f"{r['arrived'][-1]:.1%}"] for name, r in results.items()
     ]
-    print_table(
-        f"After {arguments.steps:,} steps at {LEARNING_RATE:g}, {TRAJECTORY_ELEMENTS:,} weights",
-        columns,
-        rows,
-    )
+    title = f"After {arguments.steps:,} steps at {LEARNING_RATE:g}, {TRAJECTORY_ELEMENTS:,} weights"
+    print_table(title, columns, rows)
     if arguments.plot:
-        draw(results, arguments.plot)
+        plot(results, arguments.plot)
 
     times = timings(n, arguments.rounds, device, skipped)
-    print_table(
-        f"A step over {n:,} elements on {device}",
-        ["optimizer", "bytes per parameter (weight and state)", "ns per element", "× a copy of the bytes it moves"],
-        [[name, f"{t['bytes_per_parameter']:.2f}", f"{t['nanoseconds_per_element']:.3g}", f"{t['of_copy']:.2f}"]
-         for name, t in times.items()],
-    )  # fmt: skip
-    settings = {
-        "steps": arguments.steps,
-        "elements": n,
-        "rounds": arguments.rounds,
-        "lr": LEARNING_RATE,
-    }
+    columns = [
+        "optimizer",
+        "bytes per parameter (weight and state)",
+        "ns per element",
+        "× a copy of the bytes it moves",
+    ]
+    keys = {"bytes_per_parameter": ".2f", "nanoseconds_per_element": ".3g", "of_copy": ".2f"}
+    rows = [
+        [name, *(f"{taken[key]:{digits}}" for key, digits in keys.items())]
+        for name, taken in times.items()
+    ]
+    print_table(f"A step over {n:,} elements on {device}", columns, rows)
+    settings = {"steps": arguments.steps, "elements": n, "rounds": arguments.rounds}
+    settings["lr"] = LEARNING_RATE
     finish("adamw", device, settings=settings, trajectories=results, times=times, skipped=skipped)
 
 

@@ -1,39 +1,35 @@
-"""The operations of one decode step, each beside the same in PyTorch and beside the memory's bandwidth.
+"""The operations of one decode step, beside the same in PyTorch and beside the memory's bandwidth.
 
     python benchmarks/bench_decode_step.py [--models 2B 7B] [--rows 1 8 32 64 128] [--sweep]
 
-Widths are Qwen2-VL's, in bf16. Each operation is a CUDA graph of 20 launches, on weights, keys and logits that rotate:
-as many sets, up to 20, as are larger than L2 together. A row has 600 tokens in common with seven others, and 256 of its
-own. The limit is a copy's bandwidth in the same run, for what an operation must read and write: weights, activations,
-keys and values, a shared prefix once.
+Widths are those of Qwen2-VL, in bf16; R is the number of rows. Each operation is a CUDA graph of 20
+launches, which rotate over sets of weights, keys and logits: as many sets, up to 20, as together
+exceed L2. A row shares 600 tokens with seven others and has 256 of its own. The limit is a copy's
+bandwidth in the same run, for the bytes that an operation must read and write: weights,
+activations, keys and values, a shared prefix once.
 
-A whole step is the sum of these: per layer add_rms_norm twice, linears, attend, o_proj, swiglu and down_proj, then the
-last norm, head and sample.
+A whole step is the sum of its operations: in each layer add_rms_norm twice, linears, attend,
+o_proj, swiglu and down_proj; after the layers the last norm, head and sample.
 
---sweep: other tiles (linear_triton.TILES) and other blocks, stages and splits of attend, and nothing else; R is
-32, 64 and 128 unless told. Prints Markdown tables; the last line is one JSON document.
+--sweep instead times other tiles (linear_triton.TILES) and other blocks, stages and splits of
+attend. Prints Markdown tables; the last line is one JSON document.
 """
 
-import argparse
 import itertools
 import statistics
-from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
+from unittest import mock
 
 import torch
-from measure import finish, print_table, release
+from measure import finish, make_parser, print_table, release
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from triton.runtime.errors import OutOfResources
 
-from mr1_fast.kernels.decode import (
-    linear_triton as linear_triton,
-)
-from mr1_fast.kernels.decode import (
-    operations_triton as operations_triton,
-)
+from mr1_fast.kernels.decode import attention_triton, linear_triton
 from mr1_fast.kernels.decode.linear import linears, swiglu
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample, silu_mul
 
@@ -42,11 +38,13 @@ REPLAYS = 7
 PREFIX, OWN, GROUP = 600, 256, 8
 HEAD = 128
 COPY_BYTES = 2**30
-STEP = {"add_rms_norm": 2, "linears": 1, "attend": 1, "o_proj": 1, "swiglu": 1, "down_proj": 1}
+LAYER = {"add_rms_norm": 2, "linears": 1, "attend": 1, "o_proj": 1, "swiglu": 1, "down_proj": 1}
 """Operations of a layer, and how often it has them."""
-LAST = ("add_rms_norm", "head", "sample")
-SHARED_BYTES, ACCUMULATORS = 200 * 2**10, 128
-"""What a tile of the sweep takes at most, and registers of a thread for its product: with more it spills."""
+AFTER_LAYERS = ("add_rms_norm", "head", "sample")
+SHARED_BYTES = 200 * 2**10
+"""Bytes of shared memory that a tile of the sweep may take."""
+ACCUMULATORS = 128
+"""Registers a thread may use for its part of the product; with more it spills."""
 TILES = {
     "linears": ((64,), (16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 5)),
     "swiglu": ((128, 256), (32, 64, 128), (64, 128), (4, 8), (3, 4, 5)),
@@ -56,21 +54,32 @@ ATTEND = ((64, 128, 256), (2, 3, 4), (1, 2, 3, 4, 6, 8))
 """BLOCK_BYTES, STAGES and splits of the sweep."""
 
 Ways = tuple[int, dict[str, list[partial]]]
-"""Bytes, and calls with different data for each way to compute something."""
-Shape = namedtuple("Shape", "d f q kv layers v")
-"""Widths of a model: hidden, MLP, queries, keys; layers, vocabulary."""
+"""The bytes that an operation must move; way to compute it → calls with different data."""
+
+
+class Shape(NamedTuple):
+    """Sizes of a model: width of hidden states, MLP, queries and keys; layers; vocabulary."""
+
+    d: int
+    f: int
+    q: int
+    kv: int
+    layers: int
+    v: int
+
+
 MODELS = {
     "2B": Shape(1536, 8960, 1536, 256, 28, 151_936),
     "7B": Shape(3584, 18944, 3584, 512, 28, 152_064),
 }
 
 
-# --- timing -------------------------------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, in a graph of LAUNCHES that go through `calls` in turn."""
-    for call in calls[:2]:  # compiled, and libraries set up
+    """Microseconds of one call, in a graph of LAUNCHES that go through `calls` in turn."""
+    for call in calls[:2]:  # a warm-up, in which kernels are compiled and libraries set up
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -81,29 +90,26 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return (
-        statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-        * 1000
-        / LAUNCHES
-    )
+    milliseconds = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return milliseconds * 1000 / LAUNCHES
 
 
 def copy_bandwidth() -> float:
-    """Bytes a microsecond, read and written."""
+    """Bytes that a copy reads and writes per microsecond."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     return 2 * COPY_BYTES / microseconds([partial(torch.empty_like(source).copy_, source)])
 
 
-# --- what is timed ------------------------------------------------------------------------------------------------
+# --- what is timed --------------------------------------------------------------------------------
 
 
 def random(*size: int) -> Tensor:
-    """Rows of length 1, about."""
+    """A random bf16 tensor whose rows have a norm of about 1."""
     return torch.randn(*size, device="cuda", dtype=torch.bfloat16).mul_(size[-1] ** -0.5)
 
 
 def sets(*sizes: tuple[int, ...]) -> list[list[Tensor]]:
-    """Random tensors of these sizes, several times."""
+    """Sets of random tensors of these sizes, as many as exceed L2 three times, up to LAUNCHES."""
     l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
     total = sum(2 * torch.Size(size).numel() for size in sizes)
     return [[random(*size) for size in sizes] for _ in range(min(LAUNCHES, -(-3 * l2 // total)))]
@@ -142,7 +148,7 @@ def gatings(shape: Shape, r: int) -> Ways:
 
 
 def product(name: str, depth: str, columns: str, shape: Shape, r: int) -> Ways:
-    """cuBLAS'."""
+    """A matrix product by cuBLAS; `depth` and `columns` name fields of Shape."""
     k, n = getattr(shape, depth), getattr(shape, columns)
     x = random(r, k)
     return 2 * (n * k + r * (k + n)), {name: [partial(linear, x, *each) for each in sets((n, k))]}
@@ -165,7 +171,7 @@ def attentions(shape: Shape, r: int) -> Ways:
     return 4 * (tokens * shape.kv + r * shape.q), {"attend": calls}
 
 
-def draws(shape: Shape, r: int) -> Ways:
+def samplings(shape: Shape, r: int) -> Ways:
     uniform = torch.rand(r, device="cuda")
     calls = [
         partial(sample, *each, uniform, 1.0, (151_655, 151_656)) for each in sets((r, shape.v))
@@ -174,27 +180,35 @@ def draws(shape: Shape, r: int) -> Ways:
 
 
 BUILDERS = (norms, projections, attentions, partial(product, "o_proj", "d", "d"), gatings,
-            partial(product, "down_proj", "f", "d"), partial(product, "head", "d", "v"), draws)  # fmt: skip
+            partial(product, "down_proj", "f", "d"), partial(product, "head", "d", "v"),
+            samplings)  # fmt: skip
 
 
 def measured(model: str, rows: int, bandwidth: float) -> list[dict]:
-    """A line for each operation and way, and for the whole step."""
+    """A line for each operation and way to compute it, and for the whole step."""
     taken, shape = {}, MODELS[model]
     for build in BUILDERS:
         cost, ways = build(shape, rows)
         taken |= {name: (microseconds(calls), cost) for name, calls in ways.items()}
-    parts = [(n * shape.layers, taken[name]) for name, n in STEP.items()] + [
-        (1, taken[name]) for name in LAST
-    ]
-    taken["whole step"] = tuple(sum(n * part[i] for n, part in parts) for i in (0, 1))
+    times = [(n * shape.layers, name) for name, n in LAYER.items()]
+    times += [(1, name) for name in AFTER_LAYERS]
+    taken["whole step"] = tuple(sum(n * taken[name][i] for n, name in times) for i in (0, 1))
     release()
     return [
-        {"model": model, "rows": rows, "operation": name, "microseconds": time, "megabytes": cost / 1e6,
-         "of_copy": cost / bandwidth / time} for name, (time, cost) in taken.items()
-    ]  # fmt: skip
+        {
+            "model": model,
+            "rows": rows,
+            "operation": name,
+            "microseconds": time,
+            "megabytes": cost / 1e6,
+            "of_copy": cost / bandwidth / time,
+        }
+        for name, (time, cost) in taken.items()
+    ]
 
 
 def print_measured(lines: list[dict], rows: list[int]) -> None:
+    """Print the table of `measured`."""
     table: dict[tuple, list] = {}
     for line in lines:
         case = line["model"], line["operation"]
@@ -205,11 +219,11 @@ def print_measured(lines: list[dict], rows: list[int]) -> None:
     print_table("µs, and % of a copy's bandwidth", columns, list(table.values()))
 
 
-# --- sweep --------------------------------------------------------------------------------------------------------
+# --- sweep ----------------------------------------------------------------------------------------
 
 
 def tiles(operation: str, rows: int) -> list:
-    """Of TILES those that may fit, and suit so many rows."""
+    """The tiles of the sweep that may fit and suit this number of rows."""
     least = rows / 2 if operation == "swiglu" else 0
     return [
         t for t in itertools.starmap(linear_triton.Tile, itertools.product(*TILES[operation]))
@@ -219,7 +233,7 @@ def tiles(operation: str, rows: int) -> list:
 
 
 def if_fits(time: Callable, calls: list[Callable]) -> float | None:
-    """None where shared memory does not suffice."""
+    """`time(calls)`, or None if the kernel needs more shared memory than there is."""
     try:
         return time(calls)
     except OutOfResources:
@@ -230,52 +244,54 @@ def swept(model: str, rows: int) -> list[dict]:
     """A line for each operation and setting that fits."""
     times = {}
     for operation, build in (("linears", projections), ("swiglu", gatings)):
-        function, calls = (
-            getattr(linear_triton, operation),
-            build(MODELS[model], rows)[1][operation],
-        )
+        function = getattr(linear_triton, operation)
+        calls = build(MODELS[model], rows)[1][operation]
         cases = {
             (operation, *t): [partial(function, *c.args, tile=t) for c in calls]
             for t in tiles(operation, rows)
         }
-        calls[0]()  # Triton is set up
-        with ThreadPoolExecutor() as pool:  # Triton gives up Python's lock while it compiles
+        calls[0]()  # sets Triton up
+        with ThreadPoolExecutor() as pool:  # Triton releases Python's lock while it compiles
             list(pool.map(partial(if_fits, lambda calls: calls[0]()), cases.values()))
         times |= {key: if_fits(microseconds, calls) for key, calls in cases.items()}
     calls = attentions(MODELS[model], rows)[1]["attend"]
-    before = operations_triton.BLOCK_BYTES, operations_triton.STAGES
-    for key in itertools.product(*ATTEND):
-        operations_triton.BLOCK_BYTES, operations_triton.STAGES, splits = key
-        tried = [partial(operations_triton.attend, *call.args, splits=splits) for call in calls]
-        times["attend", *key] = if_fits(microseconds, tried)
-    operations_triton.BLOCK_BYTES, operations_triton.STAGES = before
+    for block_bytes, stages, splits in itertools.product(*ATTEND):
+        tried = [partial(attention_triton.attend, *call.args, splits=splits) for call in calls]
+        with mock.patch.multiple(attention_triton, BLOCK_BYTES=block_bytes, STAGES=stages):
+            times["attend", block_bytes, stages, splits] = if_fits(microseconds, tried)
     release()
+    case = {"model": model, "rows": rows}
     return [
-        {"model": model, "rows": rows, "operation": operation, "setting": setting, "microseconds": time}
-        for (operation, *setting), time in times.items() if time
-    ]  # fmt: skip
+        {**case, "operation": operation, "setting": setting, "microseconds": time}
+        for (operation, *setting), time in times.items()
+        if time
+    ]
 
 
 def print_swept(lines: list[dict]) -> None:
-    """The three best settings of each case."""
+    """Print the three best settings of each operation, model and number of rows."""
+    cases: dict[tuple, list[dict]] = {}
+    for line in lines:
+        cases.setdefault((line["operation"], line["model"], line["rows"]), []).append(line)
     table = []
-    for case in sorted({(line["operation"], line["model"], line["rows"]) for line in lines}):
-        ours = [line for line in lines if (line["operation"], line["model"], line["rows"]) == case]
-        best = sorted(ours, key=lambda line: line["microseconds"])[:3]
-        table.append(
-            [*case, *(f"{tuple(line['setting'])} {line['microseconds']:.1f}" for line in best)]
-        )
-    title = "Best tiles (columns, rows, depth, warps, stages), best (BLOCK_BYTES, STAGES, splits) of attend, and their µs"
+    for case, tried in sorted(cases.items(), key=lambda item: item[0]):
+        best = sorted(tried, key=lambda line: line["microseconds"])[:3]
+        cells = [f"{tuple(line['setting'])} {line['microseconds']:.1f}" for line in best]
+        table.append([*case, *cells])
+    title = (
+        "Best tiles (columns, rows, depth, warps, stages), best (BLOCK_BYTES, STAGES, splits) of "
+        "attend, and their µs"
+    )
     print_table(title, ["operation", "model", "R", "1st", "2nd", "3rd"], table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", nargs="+", type=int)
-    parser.add_argument("--sweep", action="store_true", help="try other tiles, and nothing else")
+    parser.add_argument(
+        "--rows", nargs="+", type=int, help="default 1 8 32 64 128, with --sweep 32 64 128"
+    )
+    parser.add_argument("--sweep", action="store_true", help="time other settings instead")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_decode_step needs a GPU")

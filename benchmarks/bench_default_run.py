@@ -1,11 +1,10 @@
-"""The default run over several seeds: accuracy before and after, and seconds of each stage of a step.
+"""The default run over several seeds: accuracy before and after, and seconds of each stage.
 
     python benchmarks/bench_default_run.py --seeds 0 1 2 [any flag of python -m mr1_fast.train]
 
 Prints a Markdown table; the last line is one JSON document.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -15,22 +14,20 @@ from pathlib import Path
 
 import torch
 import transformers
+from measure import make_parser
 
-from mr1_fast.config import parse_train_config
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.train import train
 
 STAGES = ("rollout", "reward", "reference", "update")
 
 
 def measure(seed: int, flags: list[str]) -> dict:
-    """One run of the default job (plus `flags`)."""
+    """Train with the default settings and `flags`; return accuracies and seconds of each stage."""
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        folder = train(
-            parse_train_config(
-                [*flags, "--seed", str(seed), "--output", str(Path(scratch) / "run")]
-            )
-        )
+        output = str(Path(scratch) / "run")
+        folder = train(parse_train_config([*flags, "--seed", str(seed), "--output", output]))
         seconds = time.perf_counter() - started
         evaluation = json.loads((folder / "evaluation.json").read_text())
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -52,9 +49,7 @@ def measure(seed: int, flags: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments, flags = parser.parse_known_args()
     runs = [measure(seed, flags) for seed in arguments.seeds]
@@ -64,17 +59,15 @@ def main() -> None:
         cells = [f"{run[mode][0]:.1%} → {run[mode][1]:.1%}" for mode in ("sampled", "greedy")]
         cells += [f"{run['seconds']:.0f} s", *(f"{run[stage] * 1000:.0f} ms" for stage in STAGES)]
         print(f"| {run['seed']} | {' | '.join(cells)} |")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": gpu or platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    print(
-        json.dumps({"benchmark": "default_run", "flags": flags, "machine": machine, "runs": runs})
-    )
+    document = {"benchmark": "default_run", "flags": flags, "machine": machine, "runs": runs}
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

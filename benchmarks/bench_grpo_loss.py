@@ -1,19 +1,21 @@
-"""The GRPO loss on logits, forward and backward: ours beside what others do, and log-probs alone.
+"""The GRPO loss on logits, forward and backward, and log-probs alone: ours beside other libraries.
 
-    python benchmarks/bench_grpo_loss.py [--tokens 8192] [--vocab 151936] [--dtype bfloat16] [--sweep]
+    python benchmarks/bench_grpo_loss.py [--tokens 8192] [--vocab 151936] [--dtype bfloat16]
+    [--sweep]
 
-Old and reference log-probs are given, β = 0.04. GB/s counts one read and one write of the logits, whatever a method
-really moves; the limit is a copy of as many bytes, timed in turn with the rest. Peak memory is beside the inputs, the
-gradient included. Prints Markdown tables; the last line is one JSON document. --sweep: launch settings instead.
+Old and reference log-probs are given; β = 0.04. GB/s counts one read and one write of the logits,
+whatever a method really moves; the limit is a copy of as many bytes, timed in turn with the others.
+Peak memory excludes the inputs and includes the gradient. With --sweep, launch settings of our
+kernel are timed instead. Prints Markdown tables; the last line is one JSON document.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import os
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from measure import (
@@ -21,6 +23,7 @@ from measure import (
     copy_case,
     excused,
     finish,
+    make_parser,
     megabytes,
     peak,
     peak_in_subprocess,
@@ -42,7 +45,7 @@ COPY = "copy (the limit)"
 
 
 class Batch(NamedTuple):
-    """Sequences of equal length, so that every way to average is the same."""
+    """Logits and the loss' other inputs, for S sequences of equal length: all averages agree."""
 
     logits: Tensor  # (N, V)
     targets: Tensor  # (N,)
@@ -52,7 +55,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def random(cls, tokens: int, vocab: int, dtype: torch.dtype, device: str) -> "Batch":
-        """Logits of standard deviation 2."""
+        """A batch with normal logits of standard deviation 2."""
         torch.manual_seed(0)
         logits = torch.empty(tokens, vocab, dtype=dtype, device=device).normal_(std=2.0)
         targets = torch.randint(vocab, (tokens,), device=device)
@@ -60,19 +63,19 @@ class Batch(NamedTuple):
 
     @classmethod
     def near(cls, logits: Tensor, targets: Tensor, logp: Tensor) -> "Batch":
-        """Old and reference log-probs a little away from `logp`, so that some ratios are clipped."""
+        """A batch whose old and reference log-probs are near `logp`; some ratios are clipped."""
         if len(targets) % SEQUENCES:
             raise SystemExit(f"--tokens is {len(targets)}: expected a multiple of {SEQUENCES}")
         around = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
         return cls(logits, targets, torch.linspace(-1, 2, SEQUENCES, device=logp.device), *around)
 
     def per_sequence(self, tensor: Tensor) -> Tensor:
-        """(N, …) as (S, L, …)."""
+        """The tensor (N, …) as (S, L, …)."""
         return tensor.view(SEQUENCES, -1, *tensor.shape[1:])
 
     @property
-    def objective(self) -> dict:
-        """Our arguments after logits and targets."""
+    def loss_arguments(self) -> dict:
+        """The arguments of `grpo_loss` after logits and targets."""
         n = len(self.targets)
         return dict(
             advantages=self.advantages.repeat_interleave(n // SEQUENCES, output_size=n),
@@ -84,8 +87,10 @@ class Batch(NamedTuple):
 
 
 def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """As R1-V's grpo_trainer.py computes it: `_get_per_token_logps` (a loop over sequences, log_softmax in the dtype of
-    the logits, gather), k3, the masked mean per sequence; with PPO's clip, as old log-probs are given here.
+    """The loss as R1-V's grpo_trainer.py computes it, with PPO's clip for the old log-probs.
+
+    Its `_get_per_token_logps` loops over sequences and takes log_softmax in the dtype of the
+    logits. Behind it come k3 and the masked mean of each sequence.
     """
     rows = []
     for sequence, ids in zip(
@@ -101,11 +106,11 @@ def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
     return ((-(policy - BETA * kl) * mask).sum(1) / mask.sum(1)).mean()
 
 
-# --- cases --------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def differentiated(logits: Tensor, loss, restore=None) -> Case:
-    """`loss` of a view of the logits (no leaf, as after a layer) and its gradient."""
+    """A case of `loss` and its gradient; the logits are not a leaf, as behind a layer."""
 
     def call():
         leaf = logits.detach().requires_grad_()
@@ -117,42 +122,41 @@ def differentiated(logits: Tensor, loss, restore=None) -> Case:
 
 def ours(batch: Batch, inplace: bool) -> Case:
     logits = batch.logits.clone() if inplace else batch.logits
-    objective = batch.objective
+    arguments = batch.loss_arguments
     restore = partial(logits.copy_, batch.logits) if inplace else None
-    return differentiated(
-        logits,
-        lambda x: grpo_loss(x, batch.targets, **objective, inplace=inplace).loss,
-        restore=restore,
-    )
+
+    def loss(x: Tensor) -> Tensor:
+        return grpo_loss(x, batch.targets, **arguments, inplace=inplace).loss
+
+    return differentiated(logits, loss, restore)
 
 
 def native_cuda(batch: Batch) -> Case:
-    """csrc/'s kernel in the place of Triton's."""
+    """A case of our loss in place by csrc/'s CUDA kernel instead of Triton's."""
     library, status = rows_cuda.status()
     if library is None or not batch.logits.is_cuda:
         raise RuntimeError(f"csrc/'s CUDA kernel is {status}")
     case = ours(batch, inplace=True)
-    os.environ["MR1_FAST_CUDA"] = "1"
-    if not rows_cuda.takes(batch.logits):
-        raise RuntimeError(f"csrc/'s CUDA kernel does not take {tuple(batch.logits.shape)}")
+    native_on = mock.patch.dict(os.environ, MR1_FAST_CUDA="1")
+    with native_on:
+        if not rows_cuda.takes(batch.logits):
+            raise RuntimeError(f"csrc/'s CUDA kernel does not take {tuple(batch.logits.shape)}")
 
     def call():
-        os.environ["MR1_FAST_CUDA"] = "1"
-        try:
+        with native_on:
             return case.call()
-        finally:
-            del os.environ["MR1_FAST_CUDA"]
 
     return Case(call, case.restore)
 
 
 def compiled(batch: Batch) -> Case:
-    reference, objective = torch.compile(grpo_loss_ref, dynamic=False), batch.objective
-    return differentiated(batch.logits, lambda x: reference(x, batch.targets, **objective).loss)
+    """A case of `grpo_loss_ref` under torch.compile."""
+    reference, arguments = torch.compile(grpo_loss_ref, dynamic=False), batch.loss_arguments
+    return differentiated(batch.logits, lambda x: reference(x, batch.targets, **arguments).loss)
 
 
 def padded_logits(batch: Batch) -> Tensor:
-    """(S, L+1, V), contiguous: Liger drops the last position of each sequence."""
+    """The logits as (S, L+1, V), contiguous: Liger ignores the last position of each sequence."""
     rows = batch.per_sequence(batch.logits)
     padded = rows.new_empty(len(rows), rows.shape[1] + 1, rows.shape[2])
     padded[:, :-1], padded[:, -1] = rows, 0
@@ -165,18 +169,17 @@ def liger(batch: Batch, inplace: bool) -> Case:
     _needs_gpu(batch)
     logits = padded_logits(batch)
     old, ref, ids = (batch.per_sequence(x) for x in (batch.old_logp, batch.ref_logp, batch.targets))
-    settings = dict(
-        temperature=1.0, beta=BETA, eps_low=CLIP, eps_high=CLIP, loss_type="grpo", reduce=True
-    )
-    return differentiated(
-        logits,
-        lambda x: triton_grpo_loss(x, old, ref, ids, batch.advantages, inplace=inplace, **settings)[
-            0
-        ],
-        restore=(lambda: logits[:, :-1].copy_(batch.per_sequence(batch.logits)))
-        if inplace
-        else None,
-    )
+    settings = dict(eps_low=CLIP, eps_high=CLIP, loss_type="grpo", inplace=inplace, reduce=True)
+
+    def loss(x: Tensor) -> Tensor:
+        given = old, ref, ids, batch.advantages
+        value, _ = triton_grpo_loss(x, *given, temperature=1.0, beta=BETA, **settings)
+        return value
+
+    def restore() -> None:
+        logits[:, :-1].copy_(batch.per_sequence(batch.logits))
+
+    return differentiated(logits, loss, restore if inplace else None)
 
 
 def _needs_gpu(batch: Batch) -> None:
@@ -185,6 +188,7 @@ def _needs_gpu(batch: Batch) -> None:
 
 
 def without_gradient(logprobs) -> Case:
+    """A case of a function that returns log-probs."""
     return Case(lambda: (torch.no_grad()(logprobs)(), []))
 
 
@@ -218,43 +222,47 @@ LOGPROBS = {
     "Liger fused_selective_log_softmax": liger_logprobs,
 }
 
-# --- runs ---------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def compare(builders: dict, first: str, passes: int, batch: Batch, arguments, device: str) -> dict:
-    """Time and peak memory of every case; `passes` over the logits count as bytes."""
-    cases, far, skipped = warm_up(builders, batch, device, against=first)
-    times = time_alternating(
-        {**cases, COPY: copy_case(batch.logits)}, arguments.rounds, device, skipped
-    )
-    size = batch.logits.numel() * batch.logits.element_size()
+    """Time and peak memory of every case; bytes are `passes` times those of the logits.
+
+    `first` names our case, with which the others are compared.
+    """
+    cases, off, skipped = warm_up(builders, batch, device, against=first)
+    cases_and_copy = {**cases, COPY: copy_case(batch.logits)}
+    times = time_alternating(cases_and_copy, arguments.rounds, device, skipped)
+    size = batch.logits.nbytes
     copied = 2 * size / times[COPY]["least"]
-    options = [
-        f"--{key}={getattr(arguments, key)}" for key in ("tokens", "vocab", "dtype", "device")
-    ]
+    flags = ("tokens", "vocab", "dtype", "device")
+    options = [f"--{flag}={getattr(arguments, flag)}" for flag in flags]
     rows = []
     for name in [name for name in cases if name in times]:
         memory = None
         with excused(name, skipped):
-            memory = (
-                peak(cases[name], device)
-                if device == "cuda"
-                else peak_in_subprocess(__file__, name, options)
-            )
-        row = {
-            "name": name,
-            **times[name],
-            "bytes_per_second": passes * size / times[name]["median"],
-        }
-        row |= {
-            "of_copy": row["bytes_per_second"] / copied,
-            "ratio": row["median"] / times[first]["median"],
-        }
-        rows.append({**row, "peak": memory and memory["peak"], "from_ours": far[name]})
+            if device == "cuda":
+                memory = peak(cases[name], device)
+            else:
+                memory = peak_in_subprocess(__file__, name, options)
+        taken = times[name]
+        rate = passes * size / taken["median"]
+        rows.append(
+            {
+                "name": name,
+                **taken,
+                "bytes_per_second": rate,
+                "of_copy": rate / copied,
+                "ratio": taken["median"] / times[first]["median"],
+                "peak": memory and memory["peak"],
+                "from_ours": off[name],
+            }
+        )
     return {"rows": rows, "copy_bytes_per_second": copied, "skipped": skipped}
 
 
 def show(title: str, result: dict) -> None:
+    """Print the table of `compare`."""
     columns = [
         "what",
         "ms",
@@ -264,34 +272,32 @@ def show(title: str, result: dict) -> None:
         "time / ours",
         "loss / gradient off by",
     ]
-    off = "{loss:.0e} / {gradient:.0e}"
-    print_table(
-        f"{title}; a copy: {result['copy_bytes_per_second'] / 1e9:,.1f} GB/s",
-        columns,
+    table = [
         [
-            [r["name"], f"{r['median'] * 1000:,.2f}", f"{r['bytes_per_second'] / 1e9:,.1f}", f"{r['of_copy']:.0%}",
-             megabytes(r["peak"]), f"{r['ratio']:.2f}", off.format(**r["from_ours"])]
-            for r in result["rows"]
-        ],
-    )  # fmt: skip
+            row["name"],
+            f"{row['median'] * 1000:,.2f}",
+            f"{row['bytes_per_second'] / 1e9:,.1f}",
+            f"{row['of_copy']:.0%}",
+            megabytes(row["peak"]),
+            f"{row['ratio']:.2f}",
+            "{loss:.0e} / {gradient:.0e}".format(**row["from_ours"]),
+        ]
+        for row in result["rows"]
+    ]
+    rate = result["copy_bytes_per_second"] / 1e9
+    print_table(f"{title}; a copy: {rate:,.1f} GB/s", columns, table)
 
 
 @contextlib.contextmanager
 def launched_with(block: int, warps: int, programs: int):
-    """The settings of the Triton launchers, for a while."""
-    names = ("BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM")
-    before = [getattr(rows_triton, name) for name in names]
-    try:
-        for name, value in zip(names, (block, warps, programs), strict=True):
-            setattr(rows_triton, name, value)
+    """Launch our Triton kernels with these settings inside."""
+    settings = {"BLOCK": block, "NUM_WARPS": warps, "PROGRAMS_PER_SM": programs}
+    with mock.patch.multiple(rows_triton, **settings):
         yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(rows_triton, name, value)
 
 
 def sweep(batch: Batch, rounds: int) -> dict:
-    """Time of the in-place loss under every launch setting; settings that split rows alike are one launch."""
+    """Time the in-place loss with every launch setting, once for settings that split rows alike."""
     from triton.runtime.errors import OutOfResources
 
     case, v = ours(batch, inplace=True), batch.logits.shape[1]
@@ -309,27 +315,28 @@ def sweep(batch: Batch, rounds: int) -> dict:
             except OutOfResources as error:
                 print(f"skipped: block {block}, {warps} warps, {columns} columns: {error}")
                 continue
-        row = {
-            "block": block,
-            "warps": warps,
-            "parts": -(-v // columns),
-            "programs_per_sm": [programs],
-        }
-        rows[block, warps, columns] = {**row, **taken, "of_copy": copied / taken["median"]}
+        row = {"block": block, "warps": warps, "parts": -(-v // columns)}
+        row |= {"programs_per_sm": [programs], **taken, "of_copy": copied / taken["median"]}
+        rows[block, warps, columns] = row
     ordered = sorted(rows.values(), key=lambda row: row["median"])
-    print_table(
-        "Launch settings of the loss in place, best first",
-        ["BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM", "programs per row", "ms", "of a copy"],
-        [[r["block"], r["warps"], " ".join(map(str, r["programs_per_sm"])), r["parts"], f"{r['median'] * 1000:.3f}",
-          f"{r['of_copy']:.0%}"] for r in ordered],
-    )  # fmt: skip
+    table = [
+        [
+            row["block"],
+            row["warps"],
+            " ".join(map(str, row["programs_per_sm"])),
+            row["parts"],
+            f"{row['median'] * 1000:.3f}",
+            f"{row['of_copy']:.0%}",
+        ]
+        for row in ordered
+    ]
+    columns = ["BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM", "programs per row", "ms", "of a copy"]
+    print_table("Launch settings of the loss in place, best first", columns, table)
     return {"rows": ordered, "copy_seconds": copied}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument(
@@ -339,8 +346,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sweep", action="store_true", help="time launch settings (GPU)")
-    parser.add_argument("--peak", help="print the peak memory of this case and end")
+    parser.add_argument("--sweep", action="store_true", help="time launch settings; needs a GPU")
+    parser.add_argument("--peak", help="print the peak memory of this case, and nothing else")
     arguments = parser.parse_args()
     device = arguments.device = pick_device(arguments.device)
     arguments.tokens = arguments.tokens or DEFAULT_TOKENS[device]

@@ -1,17 +1,18 @@
-"""What a change of import buys: each library's own function beside ours at its place, on the same padded batch.
+"""What a change of import gains: each library's own function and our replacement on the same batch.
 
-    python benchmarks/bench_integrations.py [--completions 8] [--length 96] [--hidden 1536] [--vocab 151936]
+    python benchmarks/bench_integrations.py [--completions 8] [--length 96] [--hidden 1536]
 
-Completions of unequal lengths, padded as the library wants them; every case yields the loss and the gradients of hidden
-states and LM head (or of hidden states alone, where the head is frozen). Time is alternating, the median; peak memory
-is beside inputs and gradients, on a CPU of a process of its own. "Off by" is the relative difference of the library's
-loss and gradient from ours. The whole update of a GRPOTrainer with and without is in bench_train_step.py. verl's own
-kernels need CUDA and its package; its definition in PyTorch stands for it. Prints a Markdown table; the last line is
-one JSON document.
+Completions have unequal lengths and are padded as the library wants them. Every case yields the
+loss and the gradients of hidden states and LM head (of hidden states alone if the head is frozen).
+Times are medians of alternating calls. Peak memory excludes inputs and gradients; on a CPU a
+process of its own measures it. "Off by" is the relative difference of the library's loss and
+gradient from ours. The whole update of a GRPOTrainer with and without our loss is in
+bench_train_step.py. verl's own kernels need CUDA and its package; its definition in PyTorch stands
+in for it. Prints a Markdown table; the last line is one JSON document.
 """
 
-import argparse
 import json
+from types import SimpleNamespace
 
 import torch
 from measure import (
@@ -19,6 +20,7 @@ from measure import (
     differentiated,
     finish,
     gemm_case,
+    make_parser,
     megabytes,
     peak,
     peak_in_subprocess,
@@ -33,18 +35,18 @@ from torch import Tensor
 from mr1_fast import linear_grpo_loss, linear_token_logprobs, token_weights
 from mr1_fast.integrations import liger as our_liger
 from mr1_fast.integrations import verl as our_verl
-from mr1_fast.integrations.objective import packed_rows
+from mr1_fast.integrations.loss_options import rows_with_loss
 from mr1_fast.loss import policy_loss_ref
 
 BETA, TEMPERATURE, CLIP = 0.04, 0.9, 0.2
 GEMMS = "three bare GEMMs over the rows that count"
 SIDES = ("theirs", "ours")
-SIZES = ("completions", "length", "hidden", "vocab", "dtype")
-"""Arguments that make a batch."""
+BATCH_FLAGS = ("completions", "length", "hidden", "vocab", "dtype")
+"""The flags that determine a batch."""
 
 
 class PaddedBatch:
-    """Hidden states (B, T, D), an LM head (V, D), and what the loss needs beside, with masks of unequal lengths."""
+    """Hidden states (B, T, D) of unequal lengths, an LM head (V, D), and the loss' other inputs."""
 
     def __init__(self, arguments):
         torch.manual_seed(0)
@@ -56,78 +58,64 @@ class PaddedBatch:
         self.weight = torch.randn(arguments.vocab, width, **like) * (2 / width**0.5)
         self.ids = torch.randint(arguments.vocab, self.mask.shape, device=arguments.device)
         self.advantages = torch.randn(count, device=arguments.device)
-        logp, _ = linear_token_logprobs(
-            self.hidden.flatten(0, 1), self.weight, self.ids.flatten(), TEMPERATURE
-        )
-        near = [
-            logp.view_as(self.ids) + 0.1 * torch.randn_like(logp).view_as(self.ids)
-            for _ in range(2)
-        ]
+        rows = self.hidden.flatten(0, 1)
+        logp, _ = linear_token_logprobs(rows, self.weight, self.ids.flatten(), TEMPERATURE)
+        near = [(logp + 0.1 * torch.randn_like(logp)).view_as(self.ids) for _ in range(2)]
         self.old_logp, self.ref_logp = (torch.where(self.mask, each, 0.0) for each in near)
 
-    def packed(self) -> dict:
-        """What our own functions take beside hidden states and head."""
-        _, ends = packed_rows(self.mask)
-        rows = {
+    def loss_arguments(self) -> dict:
+        """The arguments of `linear_grpo_loss` after the targets, packed."""
+        _, cu_seqlens = rows_with_loss(self.mask)
+        return {
+            "advantages": self.advantages.repeat_interleave(cu_seqlens.diff()),
+            "token_weights": token_weights(cu_seqlens, "grpo"),
+            "beta": BETA,
             "old_logp": self.old_logp[self.mask],
             "ref_logp": self.ref_logp[self.mask],
-            "cu_seqlens": ends,
+            "cu_seqlens": cu_seqlens,
         }
-        weights = token_weights(ends, "grpo")
-        advantages = self.advantages.repeat_interleave(ends.diff())
-        return {"advantages": advantages, "token_weights": weights, "beta": BETA, **rows}
 
     def case(self, loss, frozen: bool = False) -> Case:
-        """`loss(hidden, weight)` and its gradients."""
+        """A case of `loss(hidden, weight)` and its gradients."""
         return differentiated(loss, self.hidden, self.weight, frozen)
 
 
-def liger(batch: PaddedBatch, module, **options):
-    """LigerFusedLinearGRPOLoss of `module`."""
-    settings = {
-        "beta": BETA,
-        "loss_type": "grpo",
-        "temperature": TEMPERATURE,
-        "compiled": batch.hidden.is_cuda,
-    }
-    loss = module.LigerFusedLinearGRPOLoss(**settings)
+def liger(batch: PaddedBatch, module, frozen: bool = False) -> Case:
+    """A case of LigerFusedLinearGRPOLoss of `module`."""
+    loss = module.LigerFusedLinearGRPOLoss(
+        beta=BETA, loss_type="grpo", temperature=TEMPERATURE, compiled=batch.hidden.is_cuda
+    )
+    logps = {"ref_per_token_logps": batch.ref_logp, "old_per_token_logps": batch.old_logp}
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
-        inputs = (hidden, weight, batch.ids, batch.mask, batch.advantages)
-        return loss(
-            *inputs, ref_per_token_logps=batch.ref_logp, old_per_token_logps=batch.old_logp
-        )[0]
+        value, _ = loss(hidden, weight, batch.ids, batch.mask, batch.advantages, **logps)
+        return value
 
-    return batch.case(call, **options)
+    return batch.case(call, frozen)
 
 
-def on_logits(batch: PaddedBatch, module):
-    """triton_grpo_loss of `module`, whose logits are made by the model's own head."""
+def on_logits(batch: PaddedBatch, module) -> Case:
+    """A case of triton_grpo_loss of `module` on logits of the model's own head."""
+    given = batch.old_logp, batch.ref_logp, batch.ids, batch.advantages, batch.mask
+    settings = {"beta": BETA, "eps_high": CLIP, "loss_type": "grpo", "reduce": True}
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = (
-            torch.nn.functional.pad(hidden, (0, 0, 0, 1)) @ weight.T
-        )  # it wants one position more
-        settings = {
-            "temperature": TEMPERATURE,
-            "beta": BETA,
-            "eps_high": CLIP,
-            "loss_type": "grpo",
-            "reduce": True,
-        }
-        given = (batch.old_logp, batch.ref_logp, batch.ids, batch.advantages, batch.mask)
-        return module.triton_grpo_loss(logits, *given, **settings)[0]
+        one_more = torch.nn.functional.pad(hidden, (0, 0, 0, 1))  # the position that it ignores
+        logits = one_more @ weight.T
+        value, _ = module.triton_grpo_loss(logits, *given, temperature=TEMPERATURE, **settings)
+        return value
 
     return batch.case(call)
 
 
-def by_logprobs(batch: PaddedBatch, function):
-    """verl: packed rows, `function(hidden, weight, labels, temperature, "none")`, then the policy loss in PyTorch."""
-    arguments = batch.packed()
+def by_logprobs(batch: PaddedBatch, function) -> Case:
+    """A case of log-probs by a function with verl's arguments, then the policy loss in PyTorch."""
+    arguments = batch.loss_arguments()
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
         logp, _ = function(hidden[batch.mask], weight, batch.ids[batch.mask], TEMPERATURE, "none")
-        return policy_loss_ref(logp, **arguments)[0].sum()
+        per_token, *_ = policy_loss_ref(logp, **arguments)
+        return per_token.sum()
 
     return batch.case(call)
 
@@ -135,14 +123,14 @@ def by_logprobs(batch: PaddedBatch, function):
 def whole_logits(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, reduction: str
 ):
-    """Log-probs and entropy as verl defines them, and as a plain loop has them that drops padding before the head."""
+    """Log-probs and entropy as verl defines them, and as a plain loop without padding has them."""
     logp = torch.log_softmax((hidden @ weight.T).float() / temperature, -1)
     return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def our_loop(batch: PaddedBatch, chunk_bytes: int | None = None):
-    """linear_grpo_loss on the rows that count."""
-    arguments, targets = batch.packed(), batch.ids[batch.mask]
+def our_loop(batch: PaddedBatch, chunk_bytes: int | None = None) -> Case:
+    """A case of linear_grpo_loss on the rows that carry loss."""
+    arguments, targets = batch.loss_arguments(), batch.ids[batch.mask]
 
     def call(hidden: Tensor, weight: Tensor) -> Tensor:
         options = {"temperature": TEMPERATURE, "chunk_bytes": chunk_bytes}
@@ -152,9 +140,7 @@ def our_loop(batch: PaddedBatch, chunk_bytes: int | None = None):
 
 
 def their_liger():
-    """Liger's functions in one namespace."""
-    from types import SimpleNamespace
-
+    """Liger's functions in one namespace, like our module of them."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -186,7 +172,7 @@ PAIRS = {
         lambda b: our_loop(b, 192 * 2**20),
     ),
 }
-"""Name → (the library's case, ours), each from a batch."""
+"""Name → functions of a batch that build the library's case and ours."""
 CASES = {
     f"{side}: {name}": build
     for name, pair in PAIRS.items()
@@ -195,52 +181,53 @@ CASES = {
 
 
 def measure(arguments) -> tuple[list[dict], dict]:
-    """A row for each pair; what does not run here is a line."""
+    """Return a row for each pair, and why the cases that do not run here do not."""
     device, batch = arguments.device, PaddedBatch(arguments)
-    cases, far, skipped = {}, {}, {}
+    cases, off, skipped = {}, {}, {}
     for name in PAIRS:
-        builders = {key: CASES[key] for key in (f"ours: {name}", f"theirs: {name}")}
-        for known, found in zip(
-            (cases, far, skipped), warm_up(builders, batch, device, f"ours: {name}"), strict=True
-        ):
-            known |= found
+        own = f"ours: {name}"
+        builders = {key: CASES[key] for key in (own, f"theirs: {name}")}
+        working, differences, failed = warm_up(builders, batch, device, against=own)
+        cases |= working
+        off |= differences
+        skipped |= failed
     floor = gemm_case(batch.hidden[batch.mask], batch.weight)
     times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
     keys = list(cases)
     if device == "cuda":
         memory = {key: peak(cases[key], device) for key in keys}
     else:
-        del cases, batch, floor  # room for the processes that measure
+        del cases, batch, floor  # leaves the memory to the processes that measure
         release()
-        options = [f"--{name}={getattr(arguments, name)}" for name in (*SIZES, "device")]
+        options = [f"--{name}={getattr(arguments, name)}" for name in (*BATCH_FLAGS, "device")]
         memory = {key: peak_in_subprocess(__file__, key, options) for key in keys}
     table = []
     for name in PAIRS:
-        # A frozen head needs no weight gradient: two of the three.
+        # A frozen head needs no weight gradient: two of the three products.
         row = {"name": name, "gemms": times[GEMMS]["median"] * (2 / 3 if "frozen" in name else 1)}
         for side in SIDES:
             if (key := f"{side}: {name}") in times:
                 row[side] = times[key] | {"peak": memory[key]["peak"] - memory[key]["gradients"]}
-        table.append(row | {"off": far.get(f"theirs: {name}")})
+        table.append(row | {"off": off.get(f"theirs: {name}")})
     return table, skipped
 
 
 def show(rows: list[dict], arguments) -> None:
+    """Print the table of `measure`."""
     table = []
     for row in rows:
         ours, theirs = row["ours"], row.get("theirs")
-        line = [
-            row["name"],
-            f"{theirs['median'] * 1000:,.0f}" if theirs else None,
-            f"{ours['median'] * 1000:,.0f}",
-        ]
-        line += [
-            f"{theirs['median'] / ours['median']:.2f}" if theirs else None,
-            f"{row['gemms'] / ours['median']:.0%}",
-        ]
-        line += [megabytes(theirs["peak"]) if theirs else None, megabytes(ours["peak"])]
         table.append(
-            [*line, "{loss:.0e} / {gradient:.0e}".format(**row["off"]) if theirs else None]
+            [
+                row["name"],
+                f"{theirs['median'] * 1000:,.0f}" if theirs else None,
+                f"{ours['median'] * 1000:,.0f}",
+                f"{theirs['median'] / ours['median']:.2f}" if theirs else None,
+                f"{row['gemms'] / ours['median']:.0%}",
+                megabytes(theirs["peak"]) if theirs else None,
+                megabytes(ours["peak"]),
+                "{loss:.0e} / {gradient:.0e}".format(**row["off"]) if theirs else None,
+            ]
         )
     columns = [
         "what",
@@ -250,26 +237,29 @@ def show(rows: list[dict], arguments) -> None:
         "bare GEMMs / ours",
         "theirs, MiB",
         "ours, MiB",
+        "loss / gradient off by",
     ]
-    sizes = f"B = {arguments.completions}, T = {arguments.length}, D = {arguments.hidden:,}, V = {arguments.vocab:,}"
-    print_table(
-        f"{sizes}, {arguments.dtype} on {arguments.device}",
-        [*columns, "loss / gradient off by"],
-        table,
+    title = (
+        f"B = {arguments.completions}, T = {arguments.length}, D = {arguments.hidden:,}, "
+        f"V = {arguments.vocab:,}, {arguments.dtype} on {arguments.device}"
     )
+    print_table(title, columns, table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--completions", type=int)
-    parser.add_argument("--length", type=int)
+    parser = make_parser(__doc__)
+    parser.add_argument("--completions", type=int, help="default 8, on a GPU 16")
+    parser.add_argument("--length", type=int, help="default 96, on a GPU 1024")
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--dtype")
+    parser.add_argument("--dtype", help="default float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=int, help="default 3, on a GPU 10")
     parser.add_argument(
-        "--peak", choices=CASES, help="print the peak memory of one case and nothing else"
+        "--peak",
+        choices=CASES,
+        metavar="CASE",
+        help="print the peak memory of this case, and nothing else",
     )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)
@@ -283,8 +273,8 @@ def main() -> None:
         return
     rows, skipped = measure(arguments)
     show(rows, arguments)
-    sizes = {name: getattr(arguments, name) for name in (*SIZES, "rounds")}
-    finish("integrations", arguments.device, settings=sizes, rows=rows, skipped=skipped)
+    settings = {name: getattr(arguments, name) for name in (*BATCH_FLAGS, "rounds")}
+    finish("integrations", arguments.device, settings=settings, rows=rows, skipped=skipped)
 
 
 if __name__ == "__main__":

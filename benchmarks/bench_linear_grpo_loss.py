@@ -1,25 +1,27 @@
-"""LM head and GRPO loss, forward and backward: ours beside what others do and beside the three bare GEMMs.
+"""LM head and GRPO loss, forward and backward: ours beside other libraries and three bare GEMMs.
 
-    python benchmarks/bench_linear_grpo_loss.py [--tokens 8192] [--hidden 4096 1536] [--vocab 151936] [--dtype bfloat16]
+    python benchmarks/bench_linear_grpo_loss.py [--tokens 8192] [--hidden 4096 1536] [--vocab
+    151936]
 
-Everything but the bare GEMMs yields the loss and the gradients of the hidden states and of the head (unless frozen).
-Peak memory is beside inputs and gradients: the most a call holds beyond what was there before it, less the gradients
-that it returns. A CPU takes it in a fresh process for each case, at --peak-tokens. "Off by" is the relative difference
-from ours, so that a wrong baseline shows. Prints Markdown tables; the last line is one JSON document.
+Every case but the bare GEMMs yields the loss and the gradients of the hidden states and of the head
+(unless it is frozen). Peak memory excludes inputs and gradients: it is the most that a call holds
+beyond what was in use before it, minus the gradients that it returns. On a CPU a fresh process
+measures it for each case, at --peak-tokens. "Off by" is the relative difference from ours, so that
+a wrong baseline shows. Prints Markdown tables; the last line is one JSON document.
 """
 
-import argparse
 import json
 from functools import partial
 
 import torch
-from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, Batch, eager_loss
+from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, DEFAULT_TOKENS, Batch, eager_loss
 from measure import (
     Case,
     differentiated,
     excused,
     finish,
     gemm_case,
+    make_parser,
     megabytes,
     peak,
     peak_in_subprocess,
@@ -33,7 +35,6 @@ from torch import Tensor
 
 from mr1_fast.loss import linear_grpo_loss, linear_token_logprobs, policy_loss_ref
 
-DEFAULT_TOKENS = {"cuda": 8192, "cpu": 256}
 DEFAULT_HIDDEN = {"cuda": [4096, 1536], "cpu": [1536]}
 DEFAULT_ROUNDS = {"cuda": 10, "cpu": 2}
 GEMMS = "three bare GEMMs"
@@ -41,7 +42,7 @@ WARM_UP_TOKENS = 16
 
 
 class LinearBatch:
-    """Hidden states and a head; what the loss needs beside is a `Batch` without logits."""
+    """Hidden states (N, D), an LM head (V, D), and the other inputs: a `Batch` without logits."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, batch: Batch):
         self.hidden, self.weight, self.batch = hidden, weight, batch
@@ -50,7 +51,7 @@ class LinearBatch:
     def random(
         cls, tokens: int, width: int, vocab: int, dtype: torch.dtype, device: str
     ) -> "LinearBatch":
-        """Logits of standard deviation 2."""
+        """A batch whose logits have standard deviation 2."""
         torch.manual_seed(0)
         hidden = torch.empty(tokens, width, dtype=dtype, device=device).normal_()
         weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(std=2 / width**0.5)
@@ -59,44 +60,51 @@ class LinearBatch:
         return cls(hidden, weight, Batch.near(hidden.new_empty(0), targets, logp))
 
     def first(self, tokens: int) -> "LinearBatch":
-        """The same head and a few tokens."""
-        b = self.batch
-        few = Batch(
-            b.logits, b.targets[:tokens], b.advantages, b.old_logp[:tokens], b.ref_logp[:tokens]
+        """A batch of the first tokens, with the same head."""
+        batch = self.batch
+        few = batch._replace(
+            targets=batch.targets[:tokens],
+            old_logp=batch.old_logp[:tokens],
+            ref_logp=batch.ref_logp[:tokens],
         )
         return LinearBatch(self.hidden[:tokens], self.weight, few)
 
     def differentiated(self, loss, frozen: bool = False) -> Case:
-        """`loss(hidden, weight)` and its gradients."""
+        """A case of `loss(hidden, weight)` and its gradients."""
         return differentiated(loss, self.hidden, self.weight, frozen)
 
     def differentiated_by_logprobs(self, logprobs) -> Case:
-        """The same with log-probs from `logprobs(hidden, weight)` and the loss in plain PyTorch."""
-        objective = self.batch.objective
-        return self.differentiated(
-            lambda hidden, weight: policy_loss_ref(logprobs(hidden, weight), **objective)[0].sum()
-        )
+        """A case with log-probs from `logprobs(hidden, weight)` and the loss in plain PyTorch."""
+        arguments = self.batch.loss_arguments
+
+        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+            per_token, *_ = policy_loss_ref(logprobs(hidden, weight), **arguments)
+            return per_token.sum()
+
+        return self.differentiated(loss)
 
 
-# --- cases --------------------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 def ours(batch: LinearBatch, frozen: bool) -> Case:
-    targets, objective = batch.batch.targets, batch.batch.objective
-    return batch.differentiated(
-        lambda h, w: linear_grpo_loss(h, w, targets, **objective).loss, frozen
-    )
+    targets, arguments = batch.batch.targets, batch.batch.loss_arguments
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_grpo_loss(hidden, weight, targets, **arguments).loss
+
+    return batch.differentiated(loss, frozen)
 
 
 def eager(batch: LinearBatch, frozen: bool = False) -> Case:
-    """R1-V: the head, then its loss on all the logits."""
+    """A case of R1-V's code: the head, then its loss on all logits."""
     return batch.differentiated(lambda h, w: eager_loss(h @ w.T, batch.batch), frozen)
 
 
 def compiled(batch: LinearBatch) -> Case:
-    return batch.differentiated(
-        torch.compile(lambda h, w: eager_loss(h @ w.T, batch.batch), dynamic=False)
-    )
+    """A case of R1-V's code under torch.compile."""
+    loss = torch.compile(lambda h, w: eager_loss(h @ w.T, batch.batch), dynamic=False)
+    return batch.differentiated(loss)
 
 
 def liger(batch: LinearBatch) -> Case:
@@ -122,25 +130,28 @@ def liger(batch: LinearBatch) -> Case:
 
 
 def trl(batch: LinearBatch) -> Case:
-    """With entropy, as its GRPOTrainer asks for."""
+    """A case of TRL's function, with the entropy that its GRPOTrainer asks for."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
     targets, outputs = batch.batch.targets, ("entropy",)
-    return batch.differentiated_by_logprobs(
-        lambda h, w: ChunkedLogProbFunction.apply(
-            h, w, None, targets, 1.0, CHUNK, None, 1.0, outputs
-        )[0]
-    )
+
+    def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+        given = hidden, weight, None, targets, 1.0, CHUNK, None, 1.0, outputs
+        logp, *_ = ChunkedLogProbFunction.apply(*given)
+        return logp
+
+    return batch.differentiated_by_logprobs(logprobs)
 
 
 def cut_cross_entropy(batch: LinearBatch) -> Case:
-    """nll = −logp; a temperature would scale the hidden states. Its gradient filter is on, as by default."""
+    """A case of cut-cross-entropy, whose loss is −logp, with its default gradient filter."""
     from cut_cross_entropy import linear_cross_entropy
 
-    settings = dict(reduction="none", impl="cce" if batch.hidden.is_cuda else "torch_compile")
+    implementation = "cce" if batch.hidden.is_cuda else "torch_compile"
+    loss = partial(linear_cross_entropy, reduction="none", impl=implementation)
     return batch.differentiated_by_logprobs(
-        lambda h, w: -linear_cross_entropy(h, w, batch.batch.targets, **settings).float()
+        lambda hidden, weight: -loss(hidden, weight, batch.batch.targets).float()
     )
 
 
@@ -155,18 +166,17 @@ CASES = {
     "cut-cross-entropy": cut_cross_entropy,
 }
 COMPILED = ("torch.compile", "cut-cross-entropy")
-"""Warmed up at full size before memory is measured; the others on a few tokens."""
+"""Cases that are warmed up at full size before memory is measured; the others on a few tokens."""
 
-# --- runs ---------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def compare(width: int, arguments) -> dict:
-    """Time and peak memory of every case at one width."""
+    """Time and peak memory of every case at one hidden size."""
     device, tokens = arguments.device, arguments.tokens
-    batch = LinearBatch.random(
-        tokens, width, arguments.vocab, getattr(torch, arguments.dtype), device
-    )
-    cases, far, skipped = warm_up(CASES, batch, device, against="ours")
+    dtype = getattr(torch, arguments.dtype)
+    batch = LinearBatch.random(tokens, width, arguments.vocab, dtype, device)
+    cases, off, skipped = warm_up(CASES, batch, device, against="ours")
     floor = gemm_case(batch.hidden, batch.weight)
     floor.call()
     times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
@@ -175,7 +185,7 @@ def compare(width: int, arguments) -> dict:
     if device == "cuda":
         measured = lambda name: peak(cases[name], device)  # noqa: E731
     else:
-        del cases, batch  # room for the processes that measure
+        del cases, batch  # leaves the memory to the processes that measure
         release()
         common = (f"--{key}={getattr(arguments, key)}" for key in ("vocab", "dtype", "device"))
         options = [f"--peak-tokens={arguments.peak_tokens}", f"--hidden={width}", *common]
@@ -188,64 +198,57 @@ def compare(width: int, arguments) -> dict:
     rows = []
     for name, m in memory.items():
         row = {"name": name, **times[name], "of_gemms": times[name]["median"] / floor_seconds}
-        row |= {"ratio": row["median"] / own, "from_ours": far[name]}
+        row |= {"ratio": row["median"] / own, "from_ours": off[name]}
         rows.append({**row, "peak": m and m["peak"], "beside": m and m["peak"] - m["gradients"]})
     rate = 6 * tokens * width * arguments.vocab / floor_seconds
-    return {
-        "width": width,
-        "rows": rows,
-        "gemms": {**times[GEMMS], "flop_per_second": rate},
-        "skipped": skipped,
-    }
+    gemms = {**times[GEMMS], "flop_per_second": rate}
+    return {"width": width, "rows": rows, "gemms": gemms, "skipped": skipped}
 
 
 def show(result: dict, arguments) -> None:
+    """Print the table of `compare`."""
     gemms = result["gemms"]
     columns = ["what", "ms", "× bare GEMMs", "time / ours", "peak, MiB", "beside gradients, MiB"]
-    columns, off = [*columns, "loss / gradient off by"], "{loss:.0e} / {gradient:.0e}"
+    columns.append("loss / gradient off by")
     table = [
-        [r["name"], f"{r['median'] * 1000:,.1f}", f"{r['of_gemms']:.2f}", f"{r['ratio']:.2f}", megabytes(r["peak"]),
-         megabytes(r["beside"]), off.format(**r["from_ours"])]
-        for r in result["rows"]
-    ]  # fmt: skip
-    own = result["rows"][0]["median"]
-    table.append(
         [
-            GEMMS,
-            f"{gemms['median'] * 1000:,.1f}",
-            "1.00",
-            f"{gemms['median'] / own:.2f}",
-            None,
-            None,
-            None,
+            row["name"],
+            f"{row['median'] * 1000:,.1f}",
+            f"{row['of_gemms']:.2f}",
+            f"{row['ratio']:.2f}",
+            megabytes(row["peak"]),
+            megabytes(row["beside"]),
+            "{loss:.0e} / {gradient:.0e}".format(**row["from_ours"]),
         ]
-    )
+        for row in result["rows"]
+    ]
+    ratio = gemms["median"] / result["rows"][0]["median"]
+    figures = f"{gemms['median'] * 1000:,.1f}", "1.00", f"{ratio:.2f}"
+    table.append([GEMMS, *figures, None, None, None])
     title = (
-        f"N = {arguments.tokens:,} (memory: {arguments.peak_tokens:,}), D = {result['width']:,}, V = "
-        f"{arguments.vocab:,}, {arguments.dtype} on {arguments.device}; "
+        f"N = {arguments.tokens:,} (memory: {arguments.peak_tokens:,}), D = {result['width']:,}, "
+        f"V = {arguments.vocab:,}, {arguments.dtype} on {arguments.device}; "
         f"bare GEMMs: {gemms['flop_per_second'] / 1e12:,.3f} TFLOP/s"
     )
     print_table(title, columns, table)
 
 
 def print_peak(name: str, arguments) -> None:
-    """What `--peak` prints: one JSON line."""
+    """Print what `--peak` asks for, as one line of JSON."""
     dtype, device = getattr(torch, arguments.dtype), arguments.device
-    batch = LinearBatch.random(
-        arguments.peak_tokens, arguments.hidden[0], arguments.vocab, dtype, device
-    )
+    sizes = arguments.peak_tokens, arguments.hidden[0], arguments.vocab
+    batch = LinearBatch.random(*sizes, dtype, device)
     case = CASES[name](batch)
-    (case if name in COMPILED else CASES[name](batch.first(WARM_UP_TOKENS))).call()
+    warm_up_case = case if name in COMPILED else CASES[name](batch.first(WARM_UP_TOKENS))
+    warm_up_case.call()
     print(json.dumps(peak(case, device)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
     parser.add_argument(
-        "--peak-tokens", type=int, help="tokens where a CPU measures memory, default 1024"
+        "--peak-tokens", type=int, help="tokens for peak memory on a CPU; default 1024"
     )
     parser.add_argument("--hidden", type=int, nargs="+", help="default 4096 1536, on a CPU 1536")
     parser.add_argument("--vocab", type=int, default=151_936)
@@ -256,7 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="default 10, on a CPU 2")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--peak", help="print the peak memory of this case and end")
+    parser.add_argument("--peak", help="print the peak memory of this case, and nothing else")
     arguments = parser.parse_args()
     device = arguments.device = pick_device(arguments.device)
     arguments.tokens = arguments.tokens or DEFAULT_TOKENS[device]
@@ -270,10 +273,8 @@ def main() -> None:
     results = [compare(width, arguments) for width in arguments.hidden]
     for result in results:
         show(result, arguments)
-    settings = {
-        key: getattr(arguments, key)
-        for key in ("tokens", "peak_tokens", "vocab", "dtype", "rounds")
-    }
+    keys = ("tokens", "peak_tokens", "vocab", "dtype", "rounds")
+    settings = {key: getattr(arguments, key) for key in keys}
     finish("linear_grpo_loss", device, settings=settings, results=results)
 
 

@@ -1,13 +1,13 @@
-"""Does it fit into 24 GB? Two steps of training with random weights under a cap; each phase's peak beside the plan.
+"""Does it fit into 24 GB? Two steps of training under a memory cap; each phase's peak and its plan.
 
-    python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train, for all of them]
+    python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train]
 
-The cases are the recipes of those models with images of 401,408 pixels, all that `max_pixels` allows, and weights that
-hardly ever end an answer, so nearly every completion has its 512 tokens. `tiny` is the same path in small, for a CPU,
-which has no figures to measure. The last line is one JSON document.
+The cases are the recipes of those models, with random weights and images of 401,408 pixels, the
+most that `max_pixels` allows. Random weights hardly ever end an answer, so nearly every completion
+has its 512 tokens. Flags apply to all cases. `tiny` takes the same path with a tiny model; on a CPU
+nothing is measured. The last line is one JSON document.
 """
 
-import argparse
 import json
 import signal
 import sys
@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.tiny import tiny_processor
@@ -36,13 +37,13 @@ CASES = {
     "tiny": ("tiny", ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]),
 }
 TARGETS = {"2b_full": 22.0, "7b_qlora": 20.0}
-"""GiB."""
-SIZES = {"tiny": (84, 84)}
-IMAGE_SIZE = (896, 448)
+"""The most GiB that a case should take."""
+IMAGE_SIZES = {"2b_full": (896, 448), "7b_qlora": (896, 448), "tiny": (84, 84)}
+"""Width and height of the images, in pixels."""
 
 
 def make_model(name: str, folder: Path, device: str) -> None:
-    """A model of `name`'s shape with random weights, and the tiny model's processor, saved to `folder`."""
+    """Save a model of `name`'s shape with random weights, and the tiny model's processor."""
     processor, config = tiny_processor(), find_model_config(name)
     for token in ("image_token_id", "video_token_id"):
         setattr(config, token, getattr(processor, token))
@@ -53,54 +54,43 @@ def make_model(name: str, folder: Path, device: str) -> None:
 
 
 def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """Noise in the size of the largest image, as a data file in R1-V's columns."""
+    """Write images of noise and a data file with R1-V's columns; return the file."""
     generator = torch.Generator().manual_seed(0)
+    shape = size[1], size[0], 3
+    problem = "How many different items are there in the image?"
     lines = []
     for index in range(count):
-        pixels = torch.randint(
-            0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8
-        )
-        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-        problem = "How many different items are there in the image?"
-        lines.append(
-            json.dumps(
-                {"image": f"{index}.png", "problem": problem, "solution": "<answer> 3 </answer>"}
-            )
-        )
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        name = f"{index}.png"
+        Image.fromarray(pixels.numpy()).save(folder / name)
+        row = {"image": name, "problem": problem, "solution": "<answer> 3 </answer>"}
+        lines.append(json.dumps(row))
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines))
     return path
 
 
 def measure_case(case: str, vram: float, flags: list[str]) -> dict:
-    """Train two steps, as a user would; planned and measured GiB by phase."""
+    """Train two steps, as a user would; return planned and measured GiB of each phase."""
     name, recipe = CASES[case]
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
         measure.release()
-        data = make_data(scratch, SIZES.get(case, IMAGE_SIZE), count=16)
+        data = make_data(scratch, IMAGE_SIZES[case], count=16)
         own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
-        own += [
-            "--output",
-            str(scratch / "run"),
-            "--steps",
-            "2",
-            "--eval-samples",
-            "0",
-            "--save-every",
-            "0",
-        ]
+        own += ["--output", str(scratch / "run"), "--steps", "2"]
+        own += ["--eval-samples", "0", "--save-every", "0"]
         config: TrainConfig = parse_train_config([*recipe, *own, *flags])
         plan = make_plan(config, find_model_config(config.model), usable=usable_bytes(vram))
         metrics = scratch / "run" / "metrics.jsonl"
         try:
             train(config)
-        finally:  # what there is of a run that failed or was stopped, too
+        finally:  # also what a run that failed or was stopped has written
             if metrics.exists():
                 print(metrics.read_text(), flush=True)
         steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # Of tensors, as PyTorch's allocator counts them: without CUDA's own.
+    # PyTorch's allocator counts tensors only: without CUDA's own workspace.
     planned = {
         name: (plan.total(name) - moment.get("workspace", 0)) / 2**30
         for name, moment in plan.phases.items()
@@ -121,18 +111,17 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.make_parser(__doc__)
     parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
-    parser.add_argument("--vram", type=float, default=24.0, help="GB of the card to mimic")
+    parser.add_argument("--vram", type=float, default=24.0, help="memory of the card to mimic, GB")
     arguments, flags = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not at once: see measure_case
-    if torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(
-            min(1.0, usable_bytes(arguments.vram) / 2**30 / whole)
-        )
+    # An exception, unlike the signal itself, lets measure_case print what the run has measured.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        whole = torch.cuda.get_device_properties(0).total_memory
+        share = min(1.0, usable_bytes(arguments.vram) / whole)
+        torch.cuda.set_per_process_memory_fraction(share)
     results, failed = {}, {}
     for case in arguments.cases:
         try:
@@ -149,9 +138,7 @@ def main() -> None:
         )
     ]
     measure.print_table("GiB of tensors", ["case", "phase", "planned", "measured", "target"], rows)
-    measure.finish(
-        "memory", "cuda" if torch.cuda.is_available() else "cpu", cases=results, failed=failed
-    )
+    measure.finish("memory", device, cases=results, failed=failed)
 
 
 if __name__ == "__main__":

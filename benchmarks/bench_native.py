@@ -1,18 +1,26 @@
-"""csrc/'s CPU kernels, every instruction set of this machine, beside a copy of the logits, eager and torch.compile.
+"""csrc/'s CPU kernels on each instruction set of this machine, beside a copy and PyTorch.
 
     python benchmarks/bench_native.py [--tokens 256] [--vocab 151936] [--rounds 20]
 
-Loss and gradient in place: the row operation alone for each instruction set, then the public function with autograd on
-the best. A copy reads and writes as many bytes with the same threads. The ratio is of least times, alternating. The
-last line is one JSON document.
+Measured are loss and gradient in place: the row operation alone on each instruction set, then the
+public function with autograd on the best. The copy reads and writes the bytes of the logits with
+the same threads. Ratios are between the least times of alternating calls. The last line is one JSON
+document.
 """
 
-import argparse
 from functools import partial
 
 import torch
-from bench_grpo_loss import COPY, Batch, compiled, copy_case, differentiated, eager_loss, ours
-from measure import Case, finish, print_table, time_alternating, warm_up
+from bench_grpo_loss import COPY, Batch, compiled, differentiated, eager_loss, ours
+from measure import (
+    Case,
+    copy_case,
+    finish,
+    make_parser,
+    print_table,
+    time_alternating,
+    warm_up,
+)
 
 from mr1_fast.kernels import native
 from mr1_fast.kernels.grpo import rows_native
@@ -25,16 +33,19 @@ TARGETS = {
     ("float32", "avx2"): 2,
     ("bfloat16", "avx2"): 4.5,
 }
-"""Times a copy, at most (issue 4); for AVX-512 with bf16 instructions too."""
+"""Dtype and instruction set → the time of a copy that the kernel may take at most.
+
+AVX-512 with bf16 instructions has the same targets.
+"""
 
 
 def row_operation(name: str, batch: Batch) -> Case:
-    """The native kernel on one instruction set, in place."""
-    library, logits, settings = native.status()[0], batch.logits.clone(), batch.objective
+    """A case of the native kernel alone on one instruction set, in place."""
+    library, logits, arguments = native.status()[0], batch.logits.clone(), batch.loss_arguments
     objective = Objective(
-        advantages=settings["advantages"],
-        token_weights=settings["token_weights"],
-        beta=torch.tensor(settings["beta"]),
+        arguments["advantages"],
+        arguments["token_weights"],
+        beta=torch.tensor(arguments["beta"]),
         temperature=torch.tensor(1.0),
         old_logp=batch.old_logp,
         ref_logp=batch.ref_logp,
@@ -51,7 +62,7 @@ def row_operation(name: str, batch: Batch) -> Case:
 
 
 def public_function(name: str, batch: Batch) -> Case:
-    """`grpo_loss(…, inplace=True)` and backward."""
+    """A case of `grpo_loss(…, inplace=True)` and its backward on one instruction set."""
     case = ours(batch, inplace=True)
 
     def restore():
@@ -62,11 +73,9 @@ def public_function(name: str, batch: Batch) -> Case:
 
 
 def measure(batch: Batch, rounds: int) -> dict:
-    """Seconds of every case."""
-    builders = {}
+    """Time every case."""
+    builders = {name: partial(row_operation, name) for name in INSTRUCTION_SETS}
     best = native.status()[0].mr1_instruction_set().decode()
-    for name in INSTRUCTION_SETS:
-        builders[name] = partial(row_operation, name)
     builders[f"grpo_loss and backward, {best}"] = partial(public_function, best)
     builders["eager (R1-V)"] = lambda batch: differentiated(
         batch.logits, lambda x: eager_loss(x, batch)
@@ -78,9 +87,7 @@ def measure(batch: Batch, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=20)

@@ -1,21 +1,22 @@
-"""A training step: a group's prompt trained once, beside prompts repeated for every completion, and beside TRL.
+"""A training step: a group's prompt trained once, beside repeated prompts and beside TRL.
 
-    python benchmarks/bench_train_step.py [--parts update curve step] [--rounds 2] [--device auto] [--quick]
+    python benchmarks/bench_train_step.py [--parts update curve step] [--rounds 2] [--device auto]
 
-- update: reference log-probs, forward and backward of one group of given completions, by a model of Qwen2-VL-2B's
-  widths with two layers of text and of vision and its whole vocabulary; random weights
-- curve: the same over G and prompt lengths, with a smaller model, ours against the repeated form
+- update: reference log-probs, forward and backward of one group of given completions. The model has
+  Qwen2-VL-2B's widths and vocabulary, two layers of text and of vision, and random weights
+- curve: the same for several G and prompt lengths with a smaller model, ours against repeated
+  prompts
 - step: a step of the tiny model with rollout and optimizer, ours against TRL's GRPOTrainer
 
-All hold their layers' activations alike: gradient checkpointing in update and curve, as our large recipes have it, none
-in step. Tokens count prompt and completion of the repeated form for all alike, so tokens per second compare as times
-do. Peak memory is beside weights and gradients, on a CPU of a process of its own; with the tied embedding frozen,
-autograd makes no second gradient in its size beside the first, and activations are what is left. "Off by" is the
-relative difference from ours of loss and gradient (of every parameter, some of its entries). TRL scores the prompt's
-positions too where there is no Triton, as on a CPU. Prints Markdown tables; the last line is one JSON document.
+All cases treat activations alike: gradient checkpointing in update and curve, as in our large
+recipes, none in step. The tokens of tokens per second are those of repeated prompts for all cases,
+so rates compare as times do. Peak memory excludes weights and gradients; on a CPU a process of its
+own measures it. With the tied embedding frozen, autograd makes no second gradient of its size, and
+activations are what remains. "Off by" is the relative difference of loss and gradient from ours,
+for some entries of every parameter. Where there is no Triton, as on a CPU, TRL also scores the
+prompt's positions. Prints Markdown tables; the last line is one JSON document.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -26,6 +27,7 @@ from measure import (
     Case,
     excused,
     finish,
+    make_parser,
     megabytes,
     peak,
     peak_in_subprocess,
@@ -48,20 +50,21 @@ from mr1_fast.train import grpo_step
 FULL = dict(width=1536, layers=2, vocabulary=151_936)
 SMALL = dict(width=512, layers=1, vocabulary=16_384)
 QUICK = dict(width=256, layers=1, vocabulary=2048)
+STAGES = ("rollout", "reward", "reference", "update")
 SAMPLE = 4096
-"""Entries of each parameter's gradient that are compared."""
+"""About how many entries of each parameter's gradient are compared."""
 
 
-# --- updates ------------------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def spread_lengths(low: int, high: int, count: int) -> list[int]:
-    """Completion lengths spread evenly."""
+    """`count` completion lengths, spread evenly from `low` to `high`."""
     return torch.linspace(low, high, count).round().int().tolist()
 
 
-def kept(case: Case, results: dict, name: str) -> Case:
-    """The case; its loss and some of its gradients' entries are left in `results`."""
+def recorded(case: Case, results: dict, name: str) -> Case:
+    """The case, which also leaves its loss and some entries of its gradients in `results`."""
 
     def call():
         loss, gradients = case.call()
@@ -73,7 +76,7 @@ def kept(case: Case, results: dict, name: str) -> Case:
 
 
 def compare(cases: list[str], group: Group, arguments) -> tuple[list[dict], dict[str, str]]:
-    """A row of time and agreement for each case."""
+    """Return a row of time and agreement for each case, and why others do not work."""
     skipped, results, built = {}, {}, {}
     small = group.other(32, [4, 8])
     for name in cases:
@@ -81,53 +84,70 @@ def compare(cases: list[str], group: Group, arguments) -> tuple[list[dict], dict
             warm = CASES[name](small)
             warm.restore()
             warm.call()
-            built[name] = kept(CASES[name](group), results, name)
+            built[name] = recorded(CASES[name](group), results, name)
     warm = small = None
     group.model.zero_grad(set_to_none=True)
     release()
     times = time_alternating(built, arguments.rounds, arguments.device, skipped)
     rows = []
     for name, taken in times.items():
-        off = [
-            ((a - b).norm() / b.norm()).item()
-            for a, b in zip(results[name], results["ours"], strict=True)
-        ]
+        pairs = zip(results[name], results["ours"], strict=True)
+        off = [((a - b).norm() / b.norm()).item() for a, b in pairs]
         rate, ratio = group.tokens / taken["median"], taken["median"] / times["ours"]["median"]
         rows.append({"name": name, **taken, "tokens_per_second": rate, "ratio": ratio, "off": off})
     return rows, skipped
 
 
+def peaks(
+    names: list[str], group: Group | None, arguments, skipped: dict[str, str]
+) -> dict[str, dict]:
+    """Peak bytes of each case beside weights and gradients, with the embedding trained and frozen.
+
+    On a CPU, other processes measure them, with groups of their own.
+    """
+    options = [f"--device={arguments.device}", f"--layers={arguments.layers}"]
+    options += ["--quick"] * arguments.quick
+
+    def measured(name: str, frozen: bool) -> dict[str, int]:
+        if arguments.device == "cuda":  # the allocator of this process counts
+            return peak(peak_case(name, group, frozen), "cuda")
+        return peak_in_subprocess(__file__, name, options + ["--frozen"] * frozen)
+
+    found = {name: {"peak": None, "peak_frozen": None} for name in names}
+    for name, row in found.items():
+        for key, frozen in (("peak", False), ("peak_frozen", True)):
+            with excused(name, skipped):
+                memory = measured(name, frozen)
+                row[key] = memory["peak"] - memory["gradients"]
+    return found
+
+
 def measure_update(arguments) -> dict:
-    """Part `update`."""
+    """Measure part `update`."""
     size, prompt_tokens, lengths = update_sizes(arguments)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     rows, skipped = compare(list(CASES), group, arguments)
     tokens = group.tokens
-    if arguments.device == "cuda":  # counted by the allocator, so this process does
-        measured = lambda name, frozen: peak(peak_case(name, group, frozen), "cuda")  # noqa: E731
-    else:
-        del group  # room for the processes that measure
+    if arguments.device == "cpu":
+        group = None  # leaves the memory to the processes that measure
         release()
-        options = [
-            f"--device={arguments.device}",
-            f"--layers={arguments.layers}",
-            *["--quick"] * arguments.quick,
-        ]
-        measured = lambda name, frozen: peak_in_subprocess(
-            __file__, name, options + ["--frozen"] * frozen
-        )  # noqa: E731
+    memory = peaks([row["name"] for row in rows], group, arguments, skipped)
     for row in rows:
-        row["peak"] = row["peak_frozen"] = None
-        for key, frozen in (("peak", False), ("peak_frozen", True)):
-            with excused(row["name"], skipped):
-                found = measured(row["name"], frozen)
-                row[key] = found["peak"] - found["gradients"]
+        row |= memory[row["name"]]
     table = [
-        [r["name"], f"{r['median']:,.2f}", f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f}", megabytes(r["peak"]),
-         share(rows[0], r, "peak"), megabytes(r["peak_frozen"]), share(rows[0], r, "peak_frozen"),
-         "{:.0e} / {:.0e}".format(*r["off"])]
-        for r in rows
-    ]  # fmt: skip
+        [
+            row["name"],
+            f"{row['median']:,.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ratio']:.2f}",
+            megabytes(row["peak"]),
+            share(rows[0], row, "peak"),
+            megabytes(row["peak_frozen"]),
+            share(rows[0], row, "peak_frozen"),
+            "{:.0e} / {:.0e}".format(*row["off"]),
+        ]
+        for row in rows
+    ]
     columns = [
         "what",
         "s",
@@ -135,31 +155,34 @@ def measure_update(arguments) -> dict:
         "time / ours",
         "peak beside weights and gradients, MiB",
         "ours / its peak",
+        "with a frozen embedding, MiB",
+        "ours / its peak",
+        "loss / gradient off by",
     ]
-    columns += ["with a frozen embedding, MiB", "ours / its peak"]
     title = (
-        f"Reference, forward and backward of G = {len(lengths)} completions of {lengths[0]}–{lengths[-1]} tokens, "
-        f"prompt {prompt_tokens} tokens ({tokens:,} tokens repeated); {size}, gradient checkpointing"
+        f"Reference, forward and backward of G = {len(lengths)} completions of "
+        f"{lengths[0]}–{lengths[-1]} tokens, prompt {prompt_tokens} tokens "
+        f"({tokens:,} tokens repeated); {size}, gradient checkpointing"
     )
-    print_table(title, [*columns, "loss / gradient off by"], table)
+    print_table(title, columns, table)
     settings = {**size, "prompt_tokens": prompt_tokens, "lengths": lengths, "tokens": tokens}
     return {"settings": settings, "rows": rows, "skipped": skipped}
 
 
 def share(ours: dict, other: dict, key: str) -> str | None:
-    """Ours as a part of another's."""
+    """Our figure as a fraction of another case's; None unless both were measured."""
     return f"{ours[key] / other[key]:.2f}" if ours[key] and other[key] else None
 
 
 def update_sizes(arguments) -> tuple[dict, int, list[int]]:
-    """Model, prompt tokens and completion lengths."""
+    """Sizes of the model, number of prompt tokens, and completion lengths of part `update`."""
     if arguments.quick:
         return QUICK, 64, spread_lengths(4, 16, 4)
     return FULL | {"layers": arguments.layers}, 512, spread_lengths(32, 256, 8)
 
 
 def peak_case(name: str, group: Group, frozen: bool) -> Case:
-    """The case, with the tied embedding trained or not; ready to be called."""
+    """The case with the tied embedding frozen or trained, ready to be called."""
     group.model.get_input_embeddings().weight.requires_grad_(not frozen)
     case = CASES[name](group)
     case.restore()
@@ -167,7 +190,7 @@ def peak_case(name: str, group: Group, frozen: bool) -> Case:
 
 
 def print_peak(name: str, arguments) -> None:
-    """What `--peak` prints: one JSON line."""
+    """Print what `--peak` asks for, as one line of JSON."""
     size, prompt_tokens, lengths = update_sizes(arguments)
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     peak_case(name, group.other(32, [4, 8]), arguments.frozen).call()
@@ -176,7 +199,7 @@ def print_peak(name: str, arguments) -> None:
 
 
 def measure_curve(arguments) -> dict:
-    """Part `curve`."""
+    """Measure part `curve`."""
     size = QUICK if arguments.quick else FULL if arguments.device == "cuda" else SMALL
     sizes, prompts = ((2, 4), (32, 64)) if arguments.quick else ((2, 4, 8, 16), (64, 512, 1024))
     lengths = (4, 16) if arguments.quick else (32, 256)
@@ -191,37 +214,46 @@ def measure_curve(arguments) -> dict:
     for point in points:
         cell = f"{point['rows'][1]['ratio']:.2f}" if len(point["rows"]) == 2 else None
         table[prompts.index(point["prompt_tokens"])].append(cell)
-    title = f"Time of the repeated, padded update / ours; completions of {lengths[0]}–{lengths[1]} tokens, {size}"
+    title = (
+        "Time of the repeated, padded update / ours; completions of "
+        f"{lengths[0]}–{lengths[1]} tokens, {size}"
+    )
     print_table(title, ["prompt tokens", *(f"G = {g}" for g in sizes)], table)
     return {"settings": {**size, "lengths": lengths}, "points": points}
 
 
-# --- a whole step -------------------------------------------------------------------------------------------------
+# --- a whole step ---------------------------------------------------------------------------------
 
 
 class SilentLog:
-    """In the place of a run folder."""
+    """Stands in for a run folder."""
 
     def completions(self, *arguments) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
 
 def measure_step(arguments) -> dict:
-    """Part `step`: a step of ours after each of TRL's, in one process."""
+    """Measure part `step`: a step of ours after each of TRL's, in one process."""
     prompts, count = (2, 4) if arguments.quick else (16, 8)
     steps = 2 if arguments.quick else 10
     config = TrainConfig(
-        algo="grpo", beta=BETA, device=arguments.device, dtype="float32", gradient_checkpointing=False,
-        max_new_tokens=24, prompts_per_step=prompts, num_generations=count, learning_rate=2e-4, lr_schedule="constant",
-        steps=steps + 1, tokens_per_microbatch=WHOLE,
-    )  # fmt: skip
+        algo="grpo",
+        beta=BETA,
+        device=arguments.device,
+        dtype="float32",
+        gradient_checkpointing=False,
+        max_new_tokens=24,
+        prompts_per_step=prompts,
+        num_generations=count,
+        learning_rate=2e-4,
+        lr_schedule="constant",
+        steps=steps + 1,
+        tokens_per_microbatch=WHOLE,
+    )
     config.model = str(supervised_start(config.model, [config], config.seed))
     policy = load_policy(config)
-    reference, optimizer, schedule = (
-        Reference(policy),
-        make_optimizer(policy.model, config),
-        config.kl_schedule(),
-    )
+    reference, schedule = Reference(policy), config.kl_schedule()
+    optimizer = make_optimizer(policy.model, config)
     room = Room(print, lambda: "", RunMemory(policy, config).amounts())
     source = load_examples(config.task, "drawn", "train", config.seed, config.difficulty)
     examples = source.all((steps + 1) * prompts)
@@ -240,65 +272,75 @@ def measure_step(arguments) -> dict:
         theirs = trl_step_seconds(config, policy.processor, examples, BETA, our_step)
     for step in range(len(own), steps + 1):
         our_step(step)
-    stages = ("rollout", "reward", "reference", "update")
-    laps = {stage: statistics.median(m[f"seconds_{stage}"] for m in own[1:]) for stage in stages}
-    seconds = statistics.median(sum(m[f"seconds_{stage}"] for stage in stages) for m in own[1:])
-    length = statistics.mean(m["completion_length"] for m in own[1:])
-    cpu_seconds = statistics.median(m["cpu_seconds"] for m in own[1:])
-    ours = {"seconds": seconds, "cpu_seconds": cpu_seconds, "completion_length": length, **laps}
-    rows = [{"name": "ours", **ours}, *([{"name": "TRL GRPOTrainer", **theirs}] if theirs else [])]
+    ours = summary(own[1:])
+    rows = [{"name": "ours", **ours}]
+    if theirs:
+        rows.append({"name": "TRL GRPOTrainer", **theirs})
     for row in rows:
-        row["ratio"], row["cpu_ratio"] = (
-            row[key] / ours[key] for key in ("seconds", "cpu_seconds")
-        )
-    table = [
-        [r["name"], f"{r['seconds'] * 1000:,.0f}", f"{r['ratio']:.2f}", f"{r['cpu_seconds'] * 1000:,.0f}",
-         f"{r['cpu_ratio']:.2f}", f"{r['completion_length']:.1f}"]
-        + [f"{r[stage] * 1000:,.0f}" if stage in r else None for stage in stages]
-        for r in rows
-    ]  # fmt: skip
-    columns = [
-        "what",
-        "ms",
-        "time / ours",
-        "CPU ms",
-        "CPU time / ours",
-        "tokens per completion",
-        *stages,
-    ]
-    print_table(
-        f"A step of the tiny model: {prompts} × {count} completions, median of {steps}",
-        columns,
-        table,
-    )
+        row["ratio"] = row["seconds"] / ours["seconds"]
+        row["cpu_ratio"] = row["cpu_seconds"] / ours["cpu_seconds"]
+    title = f"A step of the tiny model: {prompts} × {count} completions, median of {steps}"
+    print_steps(title, rows)
+    sizes = {"prompts": prompts, "num_generations": count, "steps": steps}
+    return {**sizes, "rows": rows, "skipped": skipped}
+
+
+def summary(metrics: list[dict]) -> dict[str, float]:
+    """Median seconds of a step, its CPU seconds and its stages, and the mean completion length."""
+    totals = [sum(step[f"seconds_{stage}"] for stage in STAGES) for step in metrics]
     return {
-        "prompts": prompts,
-        "num_generations": count,
-        "steps": steps,
-        "rows": rows,
-        "skipped": skipped,
+        "seconds": statistics.median(totals),
+        "cpu_seconds": statistics.median(step["cpu_seconds"] for step in metrics),
+        "completion_length": statistics.mean(step["completion_length"] for step in metrics),
+        **{
+            stage: statistics.median(step[f"seconds_{stage}"] for step in metrics)
+            for stage in STAGES
+        },
     }
+
+
+def print_steps(title: str, rows: list[dict]) -> None:
+    """Print the table of part `step`."""
+    columns = ["what", "ms", "time / ours", "CPU ms", "CPU time / ours", "tokens per completion"]
+    table = []
+    for row in rows:
+        stages = [f"{row[stage] * 1000:,.0f}" if stage in row else None for stage in STAGES]
+        table.append(
+            [
+                row["name"],
+                f"{row['seconds'] * 1000:,.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['cpu_seconds'] * 1000:,.0f}",
+                f"{row['cpu_ratio']:.2f}",
+                f"{row['completion_length']:.1f}",
+                *stages,
+            ]
+        )
+    print_table(title, [*columns, *STAGES], table)
 
 
 PARTS = {"update": measure_update, "curve": measure_curve, "step": measure_step}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--rounds", type=int, help="calls of each update, in turn; default 10, on a CPU 2"
+        "--rounds", type=int, help="calls of each case, in turn; default 10, on a CPU 2"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--layers", type=int, default=FULL["layers"], help="of text and of vision, in part update"
+        "--layers",
+        type=int,
+        default=FULL["layers"],
+        help="layers of text, and of vision, of part update's model",
     )
-    parser.add_argument("--quick", action="store_true", help="sizes for trying the script out")
-    parser.add_argument("--peak", help="print the peak memory of this case of part update and end")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the script out")
     parser.add_argument(
-        "--frozen", action="store_true", help="with --peak: the tied embedding is not trained"
+        "--peak", help="print the peak memory of this case of part update, and nothing else"
+    )
+    parser.add_argument(
+        "--frozen", action="store_true", help="with --peak, freeze the tied embedding"
     )
     arguments = parser.parse_args()
     arguments.device = pick_device(arguments.device)

@@ -1,7 +1,7 @@
-"""Updates of one group of given completions for bench_train_step.py: ours, repeated prompts, and TRL's.
+"""Updates of one group of given completions for bench_train_step.py: ours, repeated prompts, TRL.
 
-The models have random weights and Qwen2-VL-2B's shape, or less of it. Each case computes reference log-probs, the GRPO
-loss on policy, and the gradient of every parameter.
+The models have random weights and the shape of Qwen2-VL-2B, or are narrower and shallower. Each
+case computes reference log-probs, the GRPO loss on policy, and the gradient of every parameter.
 """
 
 from functools import partial
@@ -14,22 +14,25 @@ from trl_step import trl_update
 
 from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.load import Policy, make_policy
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.policy import Policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.model.tiny import tiny_processor
-from mr1_fast.train import add_logprobs, grpo_batches, grpo_objective
+from mr1_fast.plan.out_of_memory import TOKENS, Room
+from mr1_fast.run import Run
+from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 BETA = 0.04
 IMAGE_SHARE = 15 / 16
-"""Of a prompt's tokens."""
+"""The share of a prompt's tokens that are image tokens."""
 WHOLE = 10**9
-"""Tokens of a pack: no side splits a group."""
+"""Tokens of a micro-batch: so many that no case splits a group."""
 CONFIG = TrainConfig()
 
 
 def make_model(width: int, layers: int, vocabulary: int) -> Qwen2VLForConditionalGeneration:
-    """Qwen2-VL-2B at width 1536; narrower ones keep its proportions and head sizes."""
+    """A model like Qwen2-VL-2B, whose width is 1536; others keep its proportions and head sizes."""
     token_ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     text = dict(
         vocab_size=vocabulary,
@@ -54,7 +57,7 @@ def make_model(width: int, layers: int, vocabulary: int) -> Qwen2VLForConditiona
 
 
 class Group:
-    """A policy that has moved away from its reference, a prompt with an image, and G scored completions."""
+    """A policy that differs from its reference, a prompt with an image, and scored completions."""
 
     def __init__(
         self, policy: Policy, reference: Reference, prompt_tokens: int, lengths: list[int]
@@ -64,7 +67,8 @@ class Group:
         generator = torch.Generator().manual_seed(0)
         self.prompt = self._prompt(prompt_tokens, generator)
         self.completions = [torch.randint(0, 1000, (n,), generator=generator) for n in lengths]
-        # Not centred: on policy, the terms of the loss would cancel, and nothing would be left to compare.
+        # Not centred: on policy, the terms of the loss would cancel, and nothing would be left to
+        # compare.
         self.advantages = torch.randn(len(lengths), generator=generator)
 
     @classmethod
@@ -84,7 +88,7 @@ class Group:
         return cls(policy, reference, prompt_tokens, lengths)
 
     def other(self, prompt_tokens: int, lengths: list[int]) -> "Group":
-        """Of other sizes, with the same models."""
+        """A group of other sizes with the same models."""
         return Group(self.policy, self.reference, prompt_tokens, lengths)
 
     def _prompt(self, tokens: int, generator: torch.Generator) -> Prompt:
@@ -94,11 +98,9 @@ class Group:
         grid = torch.tensor([[1, 2 * rows, 2 * image // rows]])
         ids = torch.randint(0, 1000, (tokens,), generator=generator)
         start = (tokens - image) // 2
+        ids[start - 1] = config.vision_start_token_id
         ids[start : start + image] = config.image_token_id
-        ids[start - 1], ids[start + image] = (
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        )
+        ids[start + image] = config.vision_end_token_id
         kinds = (ids == config.image_token_id).long()
         positions, _ = self.model.model.get_rope_index(
             input_ids=ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid
@@ -112,24 +114,25 @@ class Group:
         return sum(len(self.prompt.input_ids) + len(ids) for ids in self.completions)
 
     def padded(self) -> dict[str, Tensor]:
-        """transformers' inputs of one row per completion, as R1-V and TRL make them."""
+        """transformers' inputs with one row per completion, as R1-V and TRL make them."""
         count, start = len(self.completions), len(self.prompt.input_ids)
-        completions = nn.utils.rnn.pad_sequence(self.completions, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence(
-            [torch.ones_like(ids) for ids in self.completions], batch_first=True
+        ones = [torch.ones_like(ids) for ids in self.completions]
+        completions, mask = (
+            nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (self.completions, ones)
         )
         input_ids = torch.cat([self.prompt.input_ids.expand(count, -1), completions], dim=1)
+        prompt_mask = torch.ones(count, start, dtype=torch.int64)
         inputs = {
             "input_ids": input_ids,
-            "attention_mask": torch.cat([torch.ones(count, start, dtype=torch.int64), mask], dim=1),
+            "attention_mask": torch.cat([prompt_mask, mask], dim=1),
             "mm_token_type_ids": (input_ids == self.model.config.image_token_id).long(),
             "pixel_values": self.prompt.pixel_values.to(self.model.dtype).repeat(count, 1),
             "image_grid_thw": self.prompt.image_grid_thw.repeat(count, 1),
         }
         return {name: values.to(self.device) for name, values in inputs.items()}
 
-    def differentiated(self, objective, packed: bool) -> Case:
-        """`objective()`, the loss, and every gradient; with our attention, or with transformers' own SDPA."""
+    def differentiated(self, compute_loss, packed: bool) -> Case:
+        """A case of `compute_loss()` and every gradient, with packed attention or plain SDPA."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
 
         def restore():
@@ -141,50 +144,48 @@ class Group:
                     model.set_attn_implementation("sdpa")
 
         def call():
-            loss = objective()
+            loss = compute_loss()
             loss.backward()
             return loss.detach(), [p.grad for p in parameters]
 
         return Case(call, restore)
 
 
-# --- updates ------------------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def packed(group: Group, repeated: bool) -> Case:
-    """Our stages; `repeated`: every completion with a prompt and an image of its own."""
+    """A case of our stages; `repeated` gives every completion a prompt and an image of its own."""
     count = len(group.completions)
     prompts, size = ([group.prompt] * count, 1) if repeated else ([group.prompt], count)
+    limits = Room(print, lambda: "", {TOKENS: WHOLE})
+    run = Run(CONFIG, group.policy, limits, reference=group.reference)
 
-    def objective():
+    def compute_loss():
         logprobs = [torch.zeros(len(ids)) for ids in group.completions]
         rollout = Rollout([], prompts, group.completions, [], [], logprobs, size)
-        batches = grpo_batches(rollout, group.advantages.view(-1, size), WHOLE)
-        add_logprobs(batches, group.policy, group.reference, CONFIG, WHOLE)
+        batches = pack_rollout(rollout, group.advantages.view(-1, size), WHOLE)
+        add_logprobs(run, batches)
         (batch,) = batches
-        return grpo_objective(group.policy, batch.to(group.device), BETA, CONFIG)[0]
+        return grpo_batch_loss(group.policy, batch.to(group.device), BETA, CONFIG)[0]
 
-    return group.differentiated(objective, packed=True)
+    return group.differentiated(compute_loss, packed=True)
 
 
 def padded(group: Group) -> Case:
-    """R1-V's update, with logits of completions alone, where R1-V makes the prompt's too."""
+    """A case of R1-V's update, but without the prompt's logits, which R1-V makes too."""
     inputs = group.padded()
     start = len(group.prompt.input_ids)
     targets, mask = inputs["input_ids"][:, start:], inputs["attention_mask"][:, start:]
     advantages = group.advantages.to(group.device)[:, None]
 
     def logprobs(model) -> Tensor:
-        logits = model(**inputs, logits_to_keep=targets.shape[1] + 1, use_cache=False).logits[
-            :, :-1
-        ]
-        rows = [
-            row.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            for row, ids in zip(logits, targets, strict=True)
-        ]
+        output = model(**inputs, logits_to_keep=targets.shape[1] + 1, use_cache=False)
+        pairs = zip(output.logits[:, :-1], targets, strict=True)
+        rows = [row.log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in pairs]
         return torch.stack(rows)
 
-    def objective():
+    def compute_loss():
         with torch.no_grad():
             reference = logprobs(group.reference_model)
         logp = logprobs(group.model)
@@ -192,16 +193,22 @@ def padded(group: Group) -> Case:
         per_token = -(torch.exp(logp - logp.detach()) * advantages - BETA * kl)
         return ((per_token * mask).sum(1) / mask.sum(1)).mean()
 
-    return group.differentiated(objective, packed=False)
+    return group.differentiated(compute_loss, packed=False)
 
 
 def trl(group: Group, fused: bool = False) -> Case:
-    """Its reference log-probs, its loss on the same completions, backward; `fused`: with our loss in it."""
-    objective = trl_update(
-        group.model, group.reference_model, group.policy.processor, group.padded(), len(group.prompt.input_ids),
-        group.advantages, BETA, fused,
-    )  # fmt: skip
-    return group.differentiated(objective, packed=False)
+    """A case of TRL's reference log-probs and loss on these completions; `fused`: with our loss."""
+    compute_loss = trl_update(
+        group.model,
+        group.reference_model,
+        group.policy.processor,
+        group.padded(),
+        len(group.prompt.input_ids),
+        group.advantages,
+        BETA,
+        fused,
+    )
+    return group.differentiated(compute_loss, packed=False)
 
 
 CASES = {

@@ -1,9 +1,11 @@
-"""What the kernels' benchmarks share: alternating timings, peak memory of one call, a machine's limits, tables.
+"""Shared by the benchmarks: alternating timings, peak memory, limits of the machine, tables.
 
-A case is built by a function of the batch and named in a dict. One that is not ours may be missing or fail: that is a
-line, and the run goes on. A failure of ours ends it.
+What is measured is a `Case`: a function of the batch builds it, and a dict of such functions names
+it. If a case of another library is missing or fails, one line says so and the run goes on; the name
+of a case of ours begins with "ours", and its failure ends the run.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -23,23 +25,31 @@ import torch
 from torch import Tensor
 
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+"""Packages whose versions the JSON document holds."""
 FLUSH_BYTES = 512 * 2**20
-"""Written before each timed call on a GPU, more than any L2 holds."""
+"""Bytes written before each timed call on a GPU: more than any L2 cache holds."""
 FLUSHES = 8
-"""Times that they are written: milliseconds in which the host queues the call, as it is ahead in training, too."""
+"""How often they are written: it takes milliseconds, in which the host queues the call."""
 SLOW = 60.0
-"""A call that took longer than this many seconds is not timed again."""
+"""Seconds: a call that took longer is not timed again."""
 SAMPLE = 64
 """Rows of the gradient that are compared with ours."""
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows `description`, a script's docstring, as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 class Case(NamedTuple):
     """Something to measure."""
 
     call: Callable[[], tuple[Tensor, list[Tensor]]]
-    """Returns the loss (or any output) and the gradients; the first has a row per token."""
+    """Returns the loss (or another output) and the gradients, the first with a row per token."""
     restore: Callable[[], object] = lambda: None
-    """Puts back what `call` overwrites; not timed."""
+    """Restores what `call` overwrites; it is not timed."""
 
 
 Builders = dict[str, Callable[..., Case]]
@@ -48,7 +58,7 @@ Builders = dict[str, Callable[..., Case]]
 def differentiated(
     loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, frozen: bool
 ) -> Case:
-    """`loss(hidden, weight)` and its gradients; none of a frozen weight."""
+    """A case of `loss(hidden, weight)` and its gradients, without that of a frozen weight."""
 
     def call():
         h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
@@ -60,23 +70,26 @@ def differentiated(
 
 @contextlib.contextmanager
 def excused(name: str, skipped: dict[str, str]):
-    """What fails inside goes into `skipped` and onto one line, unless it is ours."""
+    """Note in `skipped` why the case fails and print one line; raise if the case is ours."""
     try:
         yield
     except Exception as error:
         if name.startswith("ours"):
             raise
-        skipped[name] = (
-            f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:160]}"
-        )
+        message = (str(error) or "no message").splitlines()[0][:160]
+        skipped[name] = f"{type(error).__name__}: {message}"
         print(f"skipped: {name}: {skipped[name]}")
 
 
-# --- timing -------------------------------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def seconds(case: Case, device: str) -> float:
-    """Of one call: between CUDA events, with L2 flushed before and the call queued by then, or on the wall clock."""
+    """Seconds of one call.
+
+    On a GPU between two CUDA events, with L2 flushed before; by then the host has queued the call.
+    On a CPU by the wall clock.
+    """
     case.restore()
     if device == "cpu":
         start = time.perf_counter()
@@ -97,7 +110,11 @@ def seconds(case: Case, device: str) -> float:
 def warm_up(
     builders: Builders, batch, device: str, against: str | None = None
 ) -> tuple[dict, dict, dict]:
-    """Build and call everything once: the cases that work, how far each is from `against`, why others do not work."""
+    """Build and call every case once.
+
+    Return three dicts by name: the cases that work; the relative difference of each one's loss and
+    gradient from those of `against`; and why the other cases do not work.
+    """
     cases, first, skipped = {}, {}, {}
     for name, build in builders.items():
         with excused(name, skipped):
@@ -107,29 +124,27 @@ def warm_up(
             if device != "cpu":
                 torch.cuda.synchronize()
             gradient = gradients[0].detach() if gradients else loss
-            first[name] = (
-                loss.detach().double(),
-                (gradient[0] if gradient.ndim == 3 else gradient)[:SAMPLE].double(),
-            )
+            rows = gradient[0] if gradient.ndim == 3 else gradient
+            first[name] = {"loss": loss.detach().double(), "gradient": rows[:SAMPLE].double()}
             cases[name] = case
-        loss = gradients = gradient = case = None
+        loss = gradients = gradient = rows = case = None
         release()
     if against is None:
         return cases, {}, skipped
-    far = {
-        n: [_distance(a, b) for a, b in zip(first[n], first[against], strict=True)] for n in cases
+    off = {
+        name: {key: _distance(value, first[against][key]) for key, value in first[name].items()}
+        for name in cases
     }
-    return (
-        cases,
-        {n: {"loss": loss, "gradient": gradient} for n, (loss, gradient) in far.items()},
-        skipped,
-    )
+    return cases, off, skipped
 
 
 def time_alternating(
     cases: dict[str, Case], rounds: int, device: str, skipped: dict[str, str]
 ) -> dict[str, dict]:
-    """Median and least seconds of each case; all are called in turn, `rounds` times. Leaves out what fails."""
+    """Median and least seconds of each case; all are called in turn, `rounds` times.
+
+    A case that fails is left out and noted in `skipped`.
+    """
     taken = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
@@ -138,8 +153,8 @@ def time_alternating(
                     taken[name].append(seconds(case, device))
     done = {name: times for name, times in taken.items() if name not in skipped}
     return {
-        n: {"median": statistics.median(t), "least": min(t), "calls": len(t)}
-        for n, t in done.items()
+        name: {"median": statistics.median(times), "least": min(times), "calls": len(times)}
+        for name, times in done.items()
     }
 
 
@@ -148,17 +163,20 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-# --- limits -------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 def copy_case(source: Tensor) -> Case:
-    """One read and one write of as many bytes as `source` has; touched by the first call."""
+    """A case that copies `source`: one read and one write of its bytes."""
     target = torch.empty_like(source)
     return Case(lambda: (target.copy_(source)[0, 0], []))
 
 
 def gemm_case(hidden: Tensor, weight: Tensor) -> Case:
-    """The three products that no implementation avoids, into tensors that exist: 6·N·D·V FLOP and nothing else."""
+    """A case of the three matrix products that every implementation needs: 6·N·D·V FLOP.
+
+    `hidden` (N, D), `weight` (V, D); the results go into existing tensors.
+    """
     logits = hidden.new_empty(len(hidden), len(weight))
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -171,11 +189,11 @@ def gemm_case(hidden: Tensor, weight: Tensor) -> Case:
     return Case(call)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def release() -> None:
-    """Give free memory back, so that it does not hide what a call takes."""
+    """Return free memory to the system, so that it does not hide what a call allocates."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -184,10 +202,11 @@ def release() -> None:
 
 
 def peak(case: Case, device: str) -> dict[str, int]:
-    """Bytes at the worst moment of one call beyond those held before it, and bytes of the gradients it returns.
+    """Peak bytes of one call beyond those in use before it, and bytes of the gradients it returns.
 
-    GPU: PyTorch's allocator. CPU: the process' resident memory, its high-water mark (VmHWM) set back by writing 5 to
-    /proc/self/clear_refs; to be taken in a process that has done nothing else (`peak_in_subprocess`).
+    On a GPU PyTorch's allocator counts them. On a CPU it is the process' resident memory, whose
+    high-water mark (VmHWM) is reset by writing 5 to /proc/self/clear_refs: measure it in a process
+    that has done nothing else (`peak_in_subprocess`).
     """
     case.restore()
     release()
@@ -207,68 +226,61 @@ def peak(case: Case, device: str) -> dict[str, int]:
 
 
 def peak_in_subprocess(script: str, name: str, arguments: Iterable) -> dict[str, int]:
-    """What `script --peak name …` prints last."""
-    run = subprocess.run(
-        [sys.executable, script, "--peak", name, *arguments], capture_output=True, text=True
-    )
+    """Run `script --peak name …` and return the JSON of its last line. RuntimeError if it fails."""
+    command = [sys.executable, script, "--peak", name, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1])
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int:
-    return (
-        int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-        * 1024
-    )
+    """Bytes of a field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status).group(1))
 
 
-# --- output -------------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> str:
-    """`cuda` where there is one, for "auto"."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that --device names; "auto" is cuda if there is a GPU, else cpu."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine(device: str) -> dict:
-    """What the figures depend on."""
+    """Name of the device, number of threads, and versions of CUDA and of PACKAGES."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else cpu.group(1)
-        if cpu
-        else platform.processor()
-    )
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        **versions,
-    }
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = cpu.group(1) if cpu else platform.processor()
+    threads = torch.get_num_threads()
+    return {"device": name, "threads": threads, "cuda": torch.version.cuda, **versions}
 
 
 def print_table(title: str, columns: list[str], rows: list[list]) -> None:
-    """As Markdown; None is a dash."""
+    """Print a table in Markdown; a cell of None becomes a dash."""
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join('–' if cell is None else str(cell) for cell in row)} |")
 
 
 def megabytes(value: float | None) -> str | None:
-    """Bytes in MiB."""
+    """Bytes as a number of MiB."""
     return None if value is None else f"{value / 2**20:,.0f}"
 
 
 def finish(benchmark: str, device: str, **results) -> None:
-    """The last line: everything as one JSON document."""
+    """Print the last line of a benchmark: settings, machine and results as one JSON document."""
     command = " ".join(["python", *sys.argv])
     document = {"benchmark": benchmark, "command": command, "machine": machine(device), **results}
     print("\n" + json.dumps(document))

@@ -1,6 +1,7 @@
-"""What bench_rollout.py measures: prompts with prescribed lengths, and who samples completions of them.
+"""Work and runners of bench_rollout.py: prompts with prescribed lengths, and ways to sample them.
 
-A runner is built from a `Work`. Called with a length for each sample, it returns how many tokens they got.
+A runner is built from a `Work`. Called with a length for each sample, it returns the number of
+tokens that each one got.
 """
 
 import math
@@ -37,11 +38,11 @@ from mr1_fast.types import Example, Prompt
 GROUP = 8
 IMAGE_SIZE = (896, 448)
 MEDIAN, SIGMA, MOST = 48, 1.0, 256
-"""Tokens of a completion of the tail: the log-normal's median, its logarithm's deviation, and where it is clipped."""
+"""Completion lengths of part tail: median and σ of the log-normal, and where it is clipped."""
 PATIENCE = 40.0
 """Seconds that continuous batching may take."""
 PAGE = 256
-"""Tokens of a block of its cache, as it comes."""
+"""Tokens of a block of continuous batching's cache: its default."""
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Work:
     examples: list[Example]
     prompts: list[Prompt]
     lengths: list[int]
-    most_warm: int
-    """Tokens of the baselines' first samples."""
+    warm_up_tokens: int
+    """The most tokens of a sample while a baseline warms up."""
 
     @classmethod
     def of(
@@ -63,63 +64,59 @@ class Work:
         processor,
         examples: list[Example],
         lengths: list[int],
-        most_warm: int,
+        warm_up_tokens: int,
     ) -> "Work":
+        """The work of these examples, whose prompts are encoded here."""
         encode = PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
-        return cls(
-            model.eval(), processor, examples, [encode(e) for e in examples], lengths, most_warm
-        )
+        prompts = [encode(example) for example in examples]
+        return cls(model.eval(), processor, examples, prompts, lengths, warm_up_tokens)
 
     @property
     def device(self) -> torch.device:
         return base_model(self.model).lm_head.weight.device
 
     def least_bytes(self) -> int:
-        """What steps that all unfinished samples take together must read, after the first tokens."""
+        """Bytes that steps which all unfinished samples share must read after the first tokens."""
         base = base_model(self.model)
         text = base.model.language_model
-        weights = sum(
-            x.nbytes for x in (*text.layers.parameters(), text.norm.weight, base.lm_head.weight)
-        )
-        longest = (
-            np.array(self.lengths).reshape(-1, GROUP).max(axis=1)
-        )  # a prompt is read while its group runs
-        prompts = sum(
-            len(p.input_ids) * (int(n) - 1) for p, n in zip(self.prompts, longest, strict=True)
-        )
+        read = (*text.layers.parameters(), text.norm.weight, base.lm_head.weight)
+        weights = sum(each.nbytes for each in read)
+
+        # A prompt is read as long as its group runs.
+        longest = np.array(self.lengths).reshape(-1, GROUP).max(axis=1).tolist()
+        pairs = zip(self.prompts, longest, strict=True)
+        prompts = sum(len(prompt.input_ids) * (steps - 1) for prompt, steps in pairs)
         own = sum(n * (n - 1) // 2 for n in self.lengths)
         return (max(self.lengths) - 1) * weights + token_bytes(text) * (prompts + own)
 
 
 def tail_work(quick: bool, device: str) -> Work:
-    """Part `tail`: few long completions among many short ones."""
+    """The work of part `tail`: few long completions among many short ones."""
     prompts, median, most = (2, 6, 16) if quick else (16, MEDIAN, MOST)
     processor = tiny_processor()
     torch.manual_seed(0)
     model = tiny_model(processor).to(device)
     examples = load_examples("counting", "drawn", "train", 0, 1).all(prompts)
-    drawn = np.random.default_rng(0).lognormal(math.log(median), SIGMA, prompts * GROUP)
-    return Work.of(
-        model, processor, examples, drawn.round().clip(1, most).astype(int).tolist(), most
-    )
+    lengths = np.random.default_rng(0).lognormal(math.log(median), SIGMA, prompts * GROUP)
+    lengths = lengths.round().clip(1, most).astype(int).tolist()
+    return Work.of(model, processor, examples, lengths, most)
 
 
 def long_work(quick: bool, device: str) -> Work:
-    """Parts `long` and `lora`; the tiny model for --quick."""
-    prompts, tokens, size = (2, 8, (84, 84)) if quick else (8, 512, IMAGE_SIZE)
+    """The work of parts `long` and `lora`; with `quick` of the tiny model."""
+    prompts, tokens, (width, height) = (2, 8, (84, 84)) if quick else (8, 512, IMAGE_SIZE)
     processor = tiny_processor()
     torch.manual_seed(0)
     model = tiny_model(processor).to(device) if quick else random_2b(processor, device)
-    noise = np.random.default_rng(0).integers(
-        0, 256, (prompts, size[1], size[0], 3), dtype=np.uint8
-    )
+    shape = prompts, height, width, 3
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     problem = "How many different items are there in the image?"
     examples = [Example(problem, (Image.fromarray(pixels),), "3") for pixels in noise]
-    return Work.of(model, processor, examples, [tokens] * prompts * GROUP, most_warm=8)
+    return Work.of(model, processor, examples, [tokens] * prompts * GROUP, warm_up_tokens=8)
 
 
 def random_2b(processor: ImageTextProcessor, device: str) -> nn.Module:
-    """A model of Qwen2-VL-2B's shape in bf16 for the tiny model's processor."""
+    """A bf16 model of Qwen2-VL-2B's shape with random weights, for the tiny model's processor."""
     config = find_model_config("Qwen/Qwen2-VL-2B-Instruct")
     tokens = {
         "image": "image_pad",
@@ -128,24 +125,27 @@ def random_2b(processor: ImageTextProcessor, device: str) -> nn.Module:
         "vision_end": "vision_end",
     }
     for name, token in tokens.items():
-        setattr(
-            config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        )
+        token_id = processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        setattr(config, f"{name}_token_id", token_id)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
 
-# --- who does it --------------------------------------------------------------------------------------------------
+# --- runners
 
 
 class Runner:
-    """Not timed: `prepare` before a call, `rest` before another's. `release` frees what is kept between calls."""
+    """Samples completions of a work.
+
+    Not timed are `prepare`, before a call, and `rest`, before the call of another runner. `release`
+    frees what is kept between calls.
+    """
 
     def __init__(self, work: Work):
         self.work = work
 
     def __call__(self, lengths: list[int]) -> list[int]:
-        """Samples of `lengths` tokens; how many they got."""
+        """Sample completions of `lengths` tokens; return how many tokens each one got."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -159,7 +159,7 @@ class Runner:
 
 
 class Prescribed(Engine):
-    """Ends each sample at its prescribed length and nowhere else."""
+    """An engine that ends each sample at its prescribed length and nowhere else."""
 
     lengths: list[int]
 
@@ -168,7 +168,7 @@ class Prescribed(Engine):
 
 
 class WithoutGraphs(Prescribed):
-    """Ours, but for the graphs: a step's kernels are launched one by one, and the host waits for each step."""
+    """Our engine without CUDA graphs: the host launches kernels one by one and waits for them."""
 
     def _prepare(self, *arguments) -> None:
         super()._prepare(*arguments)
@@ -176,14 +176,12 @@ class WithoutGraphs(Prescribed):
 
 
 class Ours(Runner):
-    """The engine, of `kind`."""
+    """Our engine, of class `kind`."""
 
     def __init__(self, work: Work, kind: type[Prescribed] = Prescribed):
         super().__init__(work)
-        self.engine, self.sampling = (
-            kind(work.model, work.processor),
-            Sampling(max_new_tokens=max(work.lengths)),
-        )
+        self.engine = kind(work.model, work.processor)
+        self.sampling = Sampling(max_new_tokens=max(work.lengths))
 
     def prepare(self) -> None:
         use_packed_attention(base_model(self.work.model))
@@ -200,17 +198,16 @@ class Ours(Runner):
 
 
 def plain_sampling(work: Work, **settings) -> GenerationConfig:
-    """Temperature 1, no filters, no EOS."""
+    """transformers' settings for sampling at temperature 1 without filters and without EOS."""
     pad = work.processor.tokenizer.pad_token_id
-    return GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad, **settings
-    )
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(**plain, pad_token_id=pad, **settings)
 
 
 class RowsEnd(StoppingCriteria):
-    """A row ends at its length in all; `generate` pads it from then on, as it does after an EOS."""
+    """A criterion that ends each row at its own total length, behind which `generate` pads it."""
 
-    eos_token_id = None  # criteria with such an attribute are what makes it pad
+    eos_token_id = None  # `generate` pads if a criterion has this attribute
 
     def __init__(self, ends: Tensor):
         self.ends = ends
@@ -224,18 +221,15 @@ class Generate(Runner):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        work.model.generation_config = plain_sampling(
-            work
-        )  # fills in what a call leaves open, an EOS too
+        # It fills in what a call leaves open, among it an EOS.
+        work.model.generation_config = plain_sampling(work)
         self.pad = work.processor.tokenizer.pad_token_id
         ids = [prompt.input_ids for prompt in work.prompts]
+        ones = [torch.ones_like(each) for each in ids]
+        from_left = {"batch_first": True, "padding_side": "left"}
         inputs = {
-            "input_ids": pad_sequence(
-                ids, batch_first=True, padding_value=self.pad, padding_side="left"
-            ),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(x) for x in ids], batch_first=True, padding_side="left"
-            ),
+            "input_ids": pad_sequence(ids, padding_value=self.pad, **from_left),
+            "attention_mask": pad_sequence(ones, **from_left),
             "pixel_values": torch.cat([prompt.pixel_values for prompt in work.prompts]),
             "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in work.prompts]),
         }
@@ -255,26 +249,25 @@ class Generate(Runner):
         ids = self.work.model.generate(
             **self.inputs, generation_config=sampling, stopping_criteria=criteria
         )
+        # Behind the end there must be nothing but padding.
         inside = torch.arange(ids.shape[1], device=ids.device) < ends[:, None]
-        return (
-            (inside | (ids != self.pad)).sum(1) - start
-        ).tolist()  # behind the end is nothing but padding
+        return ((inside | (ids != self.pad)).sum(1) - start).tolist()
 
 
 class ContinuousBatching(Runner):
-    """transformers' continuous batching, with room for all samples at once and a manager that is kept."""
+    """transformers' continuous batching: a cache for all samples, one manager for all calls."""
 
     def __init__(self, work: Work):
         super().__init__(work)
         self.ids = [prompt.input_ids.tolist() for prompt in work.prompts for _ in range(GROUP)]
         pages = sum(-(-(len(x) + n) // PAGE) for x, n in zip(self.ids, work.lengths, strict=True))
-        settings = dict(
-            num_blocks=pages + pages // 2, max_batch_tokens=max(512, sum(map(len, self.ids)) // 16)
-        )
+        settings = {
+            "num_blocks": pages + pages // 2,
+            "max_batch_tokens": max(512, sum(map(len, self.ids)) // 16),
+        }
         self.attention = "flash_attention_2" if is_flash_attn_2_available() else "paged|sdpa"
-        if "auto_switch_to_flash" in {
-            field.name for field in fields(ContinuousBatchingConfig)
-        }:  # after 5.17
+        known = {field.name for field in fields(ContinuousBatchingConfig)}
+        if "auto_switch_to_flash" in known:  # in transformers after 5.17
             settings["auto_switch_to_flash"] = False  # it would ask the hub for kernels
             self.attention = self.attention.removeprefix("paged|")
         self.settings, self.open = ContinuousBatchingConfig(**settings), ExitStack()
@@ -301,9 +294,8 @@ class ContinuousBatching(Runner):
                 found[result.request_id] = result
             if result is not None and result.error:
                 raise RuntimeError(result.error)
-            if (
-                result is None and not self.manager.is_running()
-            ) or time.perf_counter() > start + PATIENCE:
+            stopped = result is None and not self.manager.is_running()
+            if stopped or time.perf_counter() > start + PATIENCE:
                 raise RuntimeError(f"{len(found)} of {len(names)} samples ended")
         return [len(found[name].generated_tokens) for name in names]
 

@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer for bench_train_step.py: its loss on completions that we hand it, and whole steps of its own.
+"""TRL's GRPOTrainer for bench_train_step.py: its loss on given completions, and its whole steps.
 
-A trainer is made as its users make one. For the update alone it takes our two models (a second pair would not fit), and
-what `_generate_and_score_completions` would return is built from the given completions; reference log-probs and loss
-are its own methods.
+A trainer is made as its users make one. For the update alone it takes our two models, since a
+second pair would not fit, and a batch built from the given completions instead of the one that
+`_generate_and_score_completions` returns. Reference log-probs and loss are TRL's own methods.
 """
 
 import statistics
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 
 def make_trainer(model, processor, dataset, reward, fused: bool = False, **settings):
-    """A GRPOTrainer with the loss, KL and checkpointing of our runs; `settings` of GRPOConfig beside.
+    """A GRPOTrainer with the loss and KL of our runs; `settings` are further ones of GRPOConfig.
 
-    `fused`: the trainer is integrations.trl's.
+    With `fused` it is the trainer of mr1_fast.integrations.trl.
     """
     from trl import GRPOConfig, GRPOTrainer
 
@@ -52,17 +52,21 @@ def trl_update(
     beta: float,
     fused: bool = False,
 ) -> Callable[[], Tensor]:
-    """A function that computes reference log-probs and the loss of the rows of `inputs`, on policy."""
+    """Return a function that computes reference log-probs and the loss of `inputs`, on policy.
+
+    - inputs: prompts and completions, as Group.padded makes them; prompts have `prompt_length`
+      tokens
+    - advantages (B,): one a row
+    """
     from datasets import Dataset
 
     count, device = len(advantages), inputs["input_ids"].device
     own = {each: each.__dict__.get("forward") for each in (model, reference)}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        # It would load the reference from the model's folder.
-        stack.enter_context(
-            mock.patch("trl.trainer.grpo_trainer.create_model_from_path", return_value=reference)
-        )
+        # The trainer would load the reference from the model's folder.
+        load = "trl.trainer.grpo_trainer.create_model_from_path"
+        stack.enter_context(mock.patch(load, return_value=reference))
         trainer = make_trainer(
             model,
             processor,
@@ -82,50 +86,42 @@ def trl_update(
         del each.forward
         if forward is not None:
             each.forward = forward
-    parts = {}
-    for name, part in (
-        ("prompt", slice(None, prompt_length)),
-        ("completion", slice(prompt_length, None)),
-    ):
-        parts[f"{name}_ids"], parts[f"{name}_mask"] = (
-            inputs[key][:, part].contiguous() for key in ("input_ids", "attention_mask")
-        )
-    pictures = {
-        name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    length = ids.shape[1] - prompt_length
+    parts = {
+        "prompt_ids": ids[:, :prompt_length].contiguous(),
+        "prompt_mask": mask[:, :prompt_length].contiguous(),
+        "completion_ids": ids[:, prompt_length:].contiguous(),
+        "completion_mask": mask[:, prompt_length:].contiguous(),
     }
-    pictures["num_images"] = [1] * count
-    rows, length = (inputs["input_ids"], inputs["attention_mask"]), parts["completion_ids"].shape[1]
+    names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+    images = {name: inputs[name] for name in names} | {"num_images": [1] * count}
 
-    def objective() -> Tensor:
+    def compute_loss() -> Tensor:
         with ExitStack() as stack:
             for each, forward in patched.items():
                 stack.enter_context(mock.patch.object(each, "forward", forward))
             with torch.no_grad():
                 ref_logp, *_ = trainer._get_per_token_logps_and_entropies(
-                    trainer.ref_model, *rows, length, batch_size=count, **pictures
+                    trainer.ref_model, ids, mask, length, batch_size=count, **images
                 )
-            batch = {
-                **parts,
-                **pictures,
-                "advantages": advantages.to(device),
-                "ref_per_token_logps": ref_logp,
-            }
-            return trainer._compute_loss(model, batch)
+            scores = {"advantages": advantages.to(device), "ref_per_token_logps": ref_logp}
+            return trainer._compute_loss(model, {**parts, **images, **scores})
 
-    return objective
+    return compute_loss
 
 
 def trl_step_seconds(
     config, processor, examples: list, beta: float, between: Callable[[int], None]
 ) -> dict:
-    """Median seconds of a training step from `config.model`, and tokens per completion; the first step is not counted.
+    """Train from `config.model`; return median seconds of a step and mean tokens of a completion.
 
-    `between(step)` is called after each step, and not timed.
+    The first step does not count. `between(step)` is called after each step, and is not timed.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from mr1_fast.rewards.registry import score
+    from mr1_fast.rewards import score
     from mr1_fast.tasks import format_problem
 
     def reward(completions, index, **kwargs):

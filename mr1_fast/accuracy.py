@@ -4,15 +4,13 @@ import math
 
 from tqdm import tqdm
 
-from .model.load import Policy
+from .config import EVALUATION_BATCH_SIZE
+from .model.policy import Policy
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .tasks import get_task
 from .types import Example
-
-BATCH_SIZE = 64
-"""Items whose prompts are held at once unless told otherwise."""
 
 
 def evaluate(
@@ -22,14 +20,16 @@ def evaluate(
     sampling: Sampling,
     num_generations: int = 1,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = EVALUATION_BATCH_SIZE,
     cache_tokens: int | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     show_progress: bool = False,
 ) -> list[dict]:
-    """One record an example: key, question, ground_truth, outputs (texts) and correct (bools), G each.
+    """Answer the examples; returns a record of each, in order.
 
-    `batch_size` prompts are held at once; `cache_tokens` and `prefill_tokens` are Engine.generate's.
+    A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
+    `outputs` (texts) with `correct` (bools), which the task judges. `batch_size` prompts are held
+    in memory at once; `cache_tokens` and `prefill_tokens` are those of Engine.generate.
     """
     is_correct = get_task(task).is_correct
     engine = Engine(policy.model, policy.processor, policy.encode)
@@ -48,25 +48,28 @@ def evaluate(
             for row, example in enumerate(chunk):
                 outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
                 verdicts = [is_correct(output, example.solution) for output in outputs]
-                record = {
-                    "key": example.key,
-                    "question": example.problem,
-                    "ground_truth": example.solution,
-                }
-                records.append({**record, "outputs": outputs, "correct": verdicts})
+                records.append(
+                    {
+                        "key": example.key,
+                        "question": example.problem,
+                        "ground_truth": example.solution,
+                        "outputs": outputs,
+                        "correct": verdicts,
+                    }
+                )
             bar.update(len(chunk))
     return records
 
 
 def summarise(records: list[dict]) -> dict:
-    """Accuracy of the first output of each record, with Wilson's 95% interval."""
+    """Return the accuracy of the first output of each record, with Wilson's 95% interval."""
     count, correct = len(records), sum(record["correct"][0] for record in records)
     interval = list(wilson_interval(correct, count))
     return {"accuracy": correct / count, "interval": interval, "correct": correct, "count": count}
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (E. B. Wilson, 1927); z = 1.96 gives 95%."""
+    """Return Wilson's score interval for a proportion (E. B. Wilson, 1927); z = 1.96 gives 95%."""
     share, denominator = correct / count, 1 + z * z / count
     centre = (share + z * z / (2 * count)) / denominator
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / denominator
@@ -74,7 +77,10 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
 
 
 def pass_at_k(records: list[dict], k: int) -> float:
-    """The unbiased estimate 1 − C(n−c, k)/C(n, k) of n outputs with c right, averaged (Chen et al., 2021)."""
+    """Average the unbiased estimate 1 − C(n−c, k)/C(n, k) for n outputs of which c are right.
+
+    Source: Chen et al., 2021, arXiv 2107.03374.
+    """
     chances = []
     for record in records:
         n, c = len(record["correct"]), sum(record["correct"])

@@ -3,18 +3,19 @@
 import torch
 
 EPSILON = 1e-4
+"""What is added to the standard deviation."""
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """(B, G) rewards to (B, G) advantages (r − mean) / (std + 1e-4) within each group.
+    """Turn rewards (B, G) into advantages (B, G): (r − mean) / (std + 1e-4) within each group.
 
-    The standard deviation is the sample's (n − 1), as in R1-V (TRL). A group of equal rewards, or of one, gives
-    exactly 0.
+    The standard deviation is the sample's, with G − 1 in its denominator, as in R1-V and TRL. A
+    group of equal rewards, or of one completion, gives exactly 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if rewards.shape[1] < 2:
         return torch.zeros_like(rewards)
-    equal = (rewards == rewards[:, :1]).all(
-        dim=1, keepdim=True
-    )  # not std == 0: a rounded mean leaves a residue
+
+    # Comparing the standard deviation with 0 would not do: a rounded mean leaves a residue.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, centred / (rewards.std(dim=1, keepdim=True) + EPSILON))

@@ -1,7 +1,7 @@
-"""Checkpoints: all or nothing on disk, safetensors and JSON only, and resuming continues bit for bit.
+"""Checkpoints: whole on disk or not there, of safetensors and JSON, and resumed bit for bit.
 
-A checkpoint holds the trained weights and the optimizer's state. There is no random state in it, because there is
-none to keep: data order, sampling and dropout of step s are seeded from (seed, s) alone.
+A checkpoint holds the trained weights and the optimizer's state. It needs no random state, since
+data order, sampling and dropout of step s are seeded from (seed, s) alone.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from .errors import UserError
 from .files import atomic_folder
 
 KEEP = 2
-"""How many of the newest checkpoints stay; the older one is the way back should the newest be damaged."""
+"""How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identifies a starting model: names, shapes, dtypes and the first values of every tensor."""
+    """Identify a starting model by the names, shapes, dtypes and first values of its tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         head = tensor.flatten()[:8].float().cpu().tolist()
@@ -37,24 +37,28 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
 ) -> Path:
-    """Write checkpoint `folder/step-000050` of the state after `step` steps; a failed save leaves nothing behind."""
+    """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
+
+    A save that fails leaves nothing behind. Checkpoints that are older than the newest KEEP are
+    removed.
+    """
     path = folder / f"step-{step:06d}"
-    state = _flatten(optimizer.state_dict()["state"])
-    # Copies, for safetensors refuses tensors that share memory, as the tables of bitsandbytes' optimizers do.
-    tensors = {
-        name: value.to("cpu", copy=True)
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
+    tensors, numbers = {}, {}
+    for name, value in _flatten(optimizer.state_dict()["state"]).items():
+        if isinstance(value, torch.Tensor):
+            # A copy: safetensors refuses tensors that share memory, as bitsandbytes' tables do.
+            tensors[name] = value.to("cpu", copy=True).contiguous()
+        else:
+            numbers[name] = value
+    record = {
+        "step": step,
+        "start": start_fingerprint,
+        "optimizer": type(optimizer).__name__,
+        "optimizer_numbers": numbers,
     }
-    numbers = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
     with atomic_folder(path) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary / "optimizer.safetensors",
-        )
-        record = {"step": step, "start": start_fingerprint, "optimizer": type(optimizer).__name__}
-        record["optimizer_numbers"] = numbers
+        save_file(tensors, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
@@ -64,9 +68,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str
 ) -> int:
-    """Restore the newest checkpoint in `folder` and return its step.
+    """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
 
-    UserError where there is none, where a file is damaged, or where it was made from another starting model.
+    Raises UserError where there is none, where a file is damaged, and where it was made from
+    another starting model or with another optimizer.
     """
     paths = sorted(folder.glob("step-*"))
     if not paths:
@@ -86,11 +91,13 @@ def load_checkpoint(
         ) from error
     if start != start_fingerprint or weights.keys() != _trained(model).keys():
         raise UserError(
-            f"checkpoint {path} was made from another model: resume with the --model, --lora and --seed of that run."
+            f"checkpoint {path} was made from another model: resume with the --model, --lora and "
+            "--seed of that run."
         )
     if kind != type(optimizer).__name__:
         raise UserError(
-            f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of that run."
+            f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of "
+            "that run."
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,18 +110,18 @@ def load_checkpoint(
 
 
 def _flatten(state: dict, prefix: str = "") -> dict[str, object]:
-    """{0: {"step": 1, "inner": {"max": 2}}} as {"0.step": 1, "0.inner.max": 2}."""
+    """Turn {0: {"step": 1, "inner": {"max": 2}}} into {"0.step": 1, "0.inner.max": 2}."""
     flat: dict[str, object] = {}
     for name, value in state.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
 def _unflatten(flat: dict[str, object]) -> dict[int, dict]:
+    """Undo `_flatten`; the outermost names are whole numbers again."""
     state: dict[int, dict] = {}
     for key, value in flat.items():
         index, *outer, name = key.split(".")
@@ -126,4 +133,9 @@ def _unflatten(flat: dict[str, object]) -> dict[int, dict]:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """Return the weights that are trained, by name."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

@@ -1,25 +1,17 @@
-"""Every setting, its default and its help text; YAML recipes and command-line flags are read into these classes.
+"""Every setting with its default and its help text.
 
-A value is looked up in this order: command-line flag, YAML file (`--config`), preset of the task, profile of the
-model (the tiny one) and algorithm, the defaults below (R1-V's, which the paper inherits).
+YAML recipes and command-line flags are read into these classes by `command_line.py`, which shows
+the text under each field in `--help`. Nothing here imports torch.
 """
 
-import dataclasses
+import math
 import os
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from typing import Any, Literal
 
 from .errors import UserError
 from .kl_schedule import BetaShape, DynamicKL
-from .rollout.sampling import Sampling
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-Config = TypeVar("Config")
 
 PRESETS = {
     "counting": dict(
@@ -31,6 +23,9 @@ PRESETS = {
 }
 PRESETS["figures"] = PRESETS["geometry"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
+
+EVALUATION_BATCH_SIZE = 64
+"""Items whose prompts an evaluation holds in memory at once unless told otherwise."""
 
 BUILT_IN = ("tiny", "small")
 """Names of the models that are made without downloads (model/tiny.py)."""
@@ -46,205 +41,255 @@ TINY = dict(
     save_every=25,
     eval_samples=400,
 )
-"""Profile of the built-in models; the tiny one learns in two minutes on a CPU."""
+"""Defaults of the built-in models, with which the tiny one learns in two minutes on a CPU."""
 
 SFT = dict(learning_rate=2e-5, lr_schedule="cosine", warmup_fraction=0.1)
-"""R1-V's settings for supervised fine-tuning."""
+"""Defaults of supervised fine-tuning, which are R1-V's settings."""
 
 
 @dataclass
 class ModelConfig:
-    """Which model, and how it is held in memory."""
+    """Which model is used, and how it is held in memory."""
 
     model: str = "tiny"
-    """`tiny` or `small` (built in), a local folder, or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    """The model: `tiny` or `small` (built in), a local folder, or a name on the Hugging Face hub
+    such as Qwen/Qwen2-VL-2B-Instruct."""
     lora: bool = False
-    """Train LoRA adapters on every linear layer of the language model instead of all weights (needs peft)."""
+    """Train LoRA adapters on the language model's linear layers, not all weights; needs peft."""
     lora_rank: int = 32
-    """Rank of the adapters; their scale alpha is twice the rank."""
+    """Rank of the LoRA adapters; their scale alpha is twice the rank."""
     load_in_4bit: bool = False
-    """Hold the frozen weights in 4 bits (nf4; needs bitsandbytes, and --lora)."""
+    """Hold the frozen weights in 4 bits (nf4); needs --lora and bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and matrix products; auto is bfloat16 on CUDA and float32 on CPU."""
+    """Data type of weights and matrix products; `auto` is bfloat16 on CUDA, float32 on a CPU."""
     device: str = "auto"
-    """Where the model lives; auto is cuda where there is one, else cpu."""
+    """Device of the model, such as cpu, cuda or cuda:1; `auto` is cuda if there is a GPU, else
+    cpu."""
     gradient_checkpointing: bool = True
-    """Recompute each layer's activations in the backward pass instead of storing them."""
+    """Save memory: recompute each layer's activations in the backward pass."""
     offload_checkpoints: bool = False
-    """Keep what is stored for that, each layer's input, in host memory."""
+    """Move the layer inputs that gradient checkpointing stores to host memory."""
     max_prompt_tokens: int = 1024
-    """Longest allowed prompt, in text and image tokens; a longer one is an error, never cut."""
+    """Longest prompt, in text and image tokens; a longer one is an error and is never truncated."""
     max_pixels: int = 401_408
-    """Largest allowed image, width × height (401,408 pixels are 512 image tokens)."""
+    """Largest image as width × height; the default, 401,408 pixels, is 512 image tokens."""
     shrink_images: bool = False
-    """Scale larger images down to max_pixels instead of refusing them."""
+    """Scale images that are larger than --max-pixels down to it, instead of refusing them."""
 
 
 @dataclass
 class TaskConfig:
-    """What is asked."""
+    """What the model is asked, and where the questions come from."""
 
     task: str = "counting"
-    """counting, geometry or figures (area and perimeter): how outputs are judged, and what is drawn."""
+    """The task, which decides how answers are judged and which items are drawn: counting, geometry,
+    or figures (area and perimeter)."""
     data: str = "drawn"
-    """`drawn`, or a hub name, folder, parquet or jsonl file with columns image, problem, solution (SFT: thinking)."""
+    """Where items come from: `drawn` makes them; otherwise the name of a hub data set, a folder, or
+    a parquet or jsonl file with the columns image, problem and solution (and thinking, for SFT)."""
     image_root: str | None = None
-    """Folder that relative image paths start from; for superclevr200 and geoqa: with R1-V's list and the images."""
+    """Folder from which relative image paths in the data start; for the test sets superclevr200 and
+    geoqa, the folder that holds R1-V's list of items and the images."""
     difficulty: int = 1
-    """Difficulty of drawn items: 1 (easiest) and up."""
+    """Difficulty of drawn items, from 1 (the easiest) upwards."""
+
+
+@dataclass
+class Sampling:
+    """How completions are sampled; a model's own generation_config.json is ignored."""
+
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Number that divides the logits, in sampling and in the loss; 0 is greedy, for evaluation."""
+    top_p: float = 1.0
+    """Nucleus sampling: draw from the smallest set of tokens with this probability; 1 is off."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0 is off."""
+    min_p: float = 0.0
+    """Draw only tokens with at least this share of the likeliest one's probability; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Number that makes tokens of the prompt and the completion less likely: it divides their
+    positive logits and multiplies their negative ones (Keskar et al., 2019); 1 is off."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion and stay in it, for example '["</answer>"]'."""
+
+    @classmethod
+    def of(cls, config: "Sampling", **changes: Any) -> "Sampling":
+        """The sampling settings that `config` holds among its others, with `changes`."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)} | changes)
+
+    def check_sampling(self) -> None:
+        """Raise UserError for values with which nothing can be sampled."""
+        usable_temperature = self.temperature == 0 or 1e-3 <= self.temperature < math.inf
+        usable_penalty = 0 < self.repetition_penalty < math.inf
+        usable_stop = isinstance(self.stop, list) and all(self.stop)
+        for name, holds, must in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "must not be negative"),
+            ("temperature", usable_temperature, "must be 0 or from 0.001 on"),
+            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "must not be negative (0: off)"),
+            ("min_p", 0 <= self.min_p < 1, "must lie in [0, 1)"),
+            ("repetition_penalty", usable_penalty, "must be greater than 0 (1: off)"),
+            ("stop", usable_stop, "must be a list of texts, none of them empty"),
+        ):
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)}, but {must}.")
+
+    @property
+    def filters(self) -> bool:
+        """Whether anything but the temperature changes which tokens are drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
 
 
 @dataclass
 class RewardConfig:
-    """What is rewarded: accuracy + format_weight · format + extra rewards."""
+    """What is rewarded: accuracy + format_weight · format + the extra rewards."""
 
     format_weight: float = 1.0
-    """α, the weight of the format reward."""
+    """Weight α of the format reward; the accuracy reward has weight 1."""
     extra_rewards: dict[str, float] = field(default_factory=dict)
     """Weights of further registered rewards by name, for example '{"brief": 0.1}'."""
     plugin: str | None = None
-    """Python file with your own @reward functions."""
+    """Python file that registers your own rewards with @reward."""
 
 
 @dataclass
 class AlgorithmConfig:
-    """How the policy is updated."""
+    """How the policy learns from its rewards."""
 
     algo: Literal["grpo-d", "grpo", "sft"] = "grpo-d"
-    """GRPO with the β schedule, GRPO with constant β, or supervised fine-tuning."""
+    """Algorithm: GRPO with the schedule of β (grpo-d), GRPO with a constant β (grpo), or supervised
+    fine-tuning."""
     preset: Literal["auto", "counting", "geometry"] = "auto"
-    """The paper's β_min, β_max, w/t, β and α for a task; auto is the task's own."""
+    """Task whose β_min, β_max, w/t, β and α of the paper are the defaults; `auto` is the task that
+    is trained."""
     sft_target: Literal["solution", "answer"] = "solution"
-    """sft: imitate reasoning and answer, or the answer alone, for data that has no `thinking`."""
+    """What supervised fine-tuning imitates: the reasoning with the answer, or the answer alone,
+    which suits data without a column `thinking`."""
     num_generations: int = 8
-    """G, completions sampled per prompt."""
+    """Completions sampled for each prompt: the group size G."""
     beta_min: float = 0.04
-    """grpo-d: lowest KL weight, reached after the exploration steps."""
+    """Lowest KL weight of grpo-d, which is reached at the end of the exploration steps."""
     beta_max: float = 0.1
-    """grpo-d: KL weight at the end; training starts at the mean of both."""
+    """KL weight of grpo-d at the end of training, which starts at the mean of --beta-min and
+    --beta-max."""
     explore_fraction: float = 0.3
-    """grpo-d: w/t, the share of the steps in which β falls."""
+    """Share of the steps in which the KL weight of grpo-d falls (w/t); it rises in the rest."""
     beta_shape: BetaShape = "grpo-d"
-    """grpo-d: β's path: the paper's mean → min → max; min → max; max → min; or the paper's backwards in time."""
+    """Path of the KL weight of grpo-d: the paper's from mean to min to max (grpo-d), from min to
+    max (linear-up), from max to min (linear-down), or the paper's path backwards in time
+    (reversed)."""
     beta: float = 0.04
-    """grpo: the constant KL weight."""
+    """Constant KL weight of grpo."""
     clip_low: float = 0.2
-    """The ratio π/π_old is clipped below 1 − clip_low."""
+    """Distance below 1 at which the ratio π/π_old is clipped."""
     clip_high: float = 0.2
-    """The ratio π/π_old is clipped above 1 + clip_high."""
+    """Distance above 1 at which the ratio π/π_old is clipped."""
     updates_per_batch: int = 1
-    """μ, optimizer steps on each batch of completions."""
+    """Optimizer steps on each batch of completions: μ in the GRPO paper."""
     importance_cap: float = 0.0
-    """Weigh each token by π/π_rollout, cut off at this (2 is usual), for what kernels and rounding of training and
-    rollout differ by; 0 is off, since the difference is small (`rollout_gap_mean`), and it takes a forward pass."""
+    """Largest importance weight π/π_rollout of a token, which corrects for the difference between
+    the kernels and rounding of training and rollout (2 is usual); 0 is off, since the difference is
+    small (the metric `rollout_gap_mean`) and the weights cost a forward pass."""
     reference: Literal["resident", "offload", "8bit"] = "resident"
-    """Where the KL's reference is kept when all weights are trained: on the device, in host memory (layers are streamed
-    ahead of their use), or on the device in 8 bits. With --lora it is the policy without its adapters, for free."""
+    """Where the reference model of the KL is kept when all weights are trained: on the device
+    (resident), in host memory, from which layers are copied ahead of their use (offload), or on the
+    device in 8 bits. With --lora the reference is the policy without its adapters and takes no
+    memory."""
 
 
 @dataclass
 class OptimizerConfig:
-    """How long, how much at once, and how fast."""
+    """How long training takes, how much it handles at once, and how fast it learns."""
 
     steps: int = 500
-    """Batches of prompts to train on."""
+    """Number of training steps, each with one batch of prompts."""
     prompts_per_step: int = 16
-    """Prompts in a batch (R1-V: 1 per GPU × 2 accumulated × 8 GPUs)."""
+    """Prompts in the batch of a step; R1-V has 16 from 1 per GPU × 2 accumulated × 8 GPUs."""
     train_samples: int | None = None
-    """Train on this many samples only, reshuffled every epoch (the paper's few-shot counting uses 100)."""
+    """Train on this many samples only, reshuffled in every epoch; the paper's few-shot counting
+    uses 100."""
     tokens_per_microbatch: int = 4096
-    """Tokens in one forward and backward; gradients accumulate over as many as a batch needs."""
+    """Most tokens in one forward and backward pass; gradients accumulate over as many passes as a
+    batch needs."""
     optimizer: Literal["auto", "adamw", "adamw_exact", "adamw_stochastic", "adamw8bit"] = "auto"
-    """PyTorch's AdamW; 8-bit states with bf16 weights that are exact in fp32 through a 16-bit remainder, or that are
-    rounded stochastically; bitsandbytes' AdamW8bit. auto is adamw_exact where bf16 weights are trained, else adamw."""
+    """Optimizer: PyTorch's AdamW (adamw); AdamW with 8-bit states whose bf16 weights a 16-bit
+    remainder makes exact in fp32 (adamw_exact) or are rounded stochastically (adamw_stochastic);
+    bitsandbytes' AdamW8bit (adamw8bit). `auto` is adamw_exact if bf16 weights are trained, else
+    adamw."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After the warm-up: constant, or a decay to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or decaying to 0 at the last step."""
     warmup_fraction: float = 0.0
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, as in AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
 
 
 @dataclass
 class RunConfig:
-    """Where the run writes, and how often."""
+    """Where the run writes its results, and how often."""
 
     output: str | None = None
-    """Run folder; must be new. Default: runs/<time>-<task>-<algo>-seed<seed>."""
+    """Folder of the run, which must be new; by default runs/<time>-<task>-<algo>-seed<seed>."""
     resume: str | None = None
-    """Run folder to continue from its last checkpoint, with its own config.yaml."""
+    """Folder of an earlier run, to continue from its last checkpoint with the settings of its
+    config.yaml."""
     seed: int = 0
-    """Everything random derives from it: same seed, same numbers on the same machine."""
+    """Seed of everything random: the same seed gives the same numbers on the same machine."""
     save_every: int = 50
-    """Steps between checkpoints; 0 keeps none."""
+    """Steps between checkpoints; 0 saves none."""
     eval_samples: int = 200
-    """Held-out items evaluated before and after training; 0 skips evaluation."""
+    """Number of held-out items that are evaluated before and after training; 0 skips evaluation."""
     eval_data: str | None = None
-    """Held-out data, also superclevr200 or geoqa (needs --image-root); default: the test split of --data."""
+    """Held-out data: like --data, or one of the test sets superclevr200 and geoqa, which need
+    --image-root; by default the test split of --data."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Loggers to write besides metrics.jsonl, for example '[tensorboard]'."""
+    """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
 
 
 @dataclass
 class TrainConfig(
     RunConfig, OptimizerConfig, AlgorithmConfig, RewardConfig, Sampling, TaskConfig, ModelConfig
 ):
-    """All settings of `python -m mr1_fast.train`."""
+    """Post-train a vision-language model with GRPO-D, GRPO or supervised fine-tuning."""
 
     def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run: the t of the β schedule."""
+        """Optimizer steps of the whole run, which are the t of the β schedule."""
         return self.steps * self.updates_per_batch
+
+    def kl_schedule(self) -> DynamicKL:
+        """β as a function of the optimizer step; it is constant for `grpo`."""
+        low, high = self.beta, self.beta
+        if self.algo == "grpo-d":
+            low, high = self.beta_min, self.beta_max
+        return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction, self.beta_shape)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight of each reward, by the name that it is registered under."""
+        return {"accuracy": 1.0, "format": self.format_weight, **self.extra_rewards}
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss has a KL term, which compares the policy with a reference."""
+        """Whether the loss has a KL term, for which a reference model must be kept."""
         return self.algo != "sft" and self.kl_schedule().beta_max > 0
 
-    def kl_schedule(self) -> DynamicKL:
-        """β as a function of the optimizer step; constant for `grpo`."""
-        low, high = (
-            (self.beta_min, self.beta_max) if self.algo == "grpo-d" else (self.beta, self.beta)
-        )
-        return DynamicKL(low, high, self.optimizer_steps(), self.explore_fraction, self.beta_shape)
-
     def check(self) -> None:
-        """Raise UserError for values that no run could mean."""
-        positive = [
-            "steps",
-            "prompts_per_step",
-            "tokens_per_microbatch",
-            "max_new_tokens",
-            "updates_per_batch",
-        ]
-        positive += [
-            "max_pixels",
-            "max_prompt_tokens",
-            "lora_rank",
-            "learning_rate",
-            "max_grad_norm",
-            "temperature",
-        ]
-        not_negative = [
-            "seed",
-            "save_every",
-            "eval_samples",
-            "weight_decay",
-            "clip_low",
-            "clip_high",
-            "importance_cap",
-        ]
+        """Raise UserError for values with which no run is possible."""
         for name, value in vars(self).items():
-            if name in positive and value <= 0:
+            if name in _POSITIVE and value <= 0:
                 raise UserError(f"{name} is {value}, but must be greater than 0.")
-            if name in not_negative and value < 0:
+            if name in _NOT_NEGATIVE and value < 0:
                 raise UserError(f"{name} is {value}, but must not be negative.")
         if self.algo != "sft" and self.num_generations < 2:
             raise UserError(
-                f"num_generations is {self.num_generations}, but a group needs at least 2 completions."
+                f"num_generations is {self.num_generations}, "
+                "but a group needs at least 2 completions."
             )
         self.check_sampling()
         if 0 < self.importance_cap < 1:
@@ -259,13 +304,15 @@ class TrainConfig(
             )
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise UserError(
-                "offload_checkpoints is true, but there are none: add --gradient-checkpointing true."
+                "offload_checkpoints is true, but without gradient checkpointing nothing is stored "
+                "to offload: add --gradient-checkpointing true."
             )
         longest = self.max_prompt_tokens + self.max_new_tokens
         if longest > self.tokens_per_microbatch:
             raise UserError(
-                f"tokens_per_microbatch is {self.tokens_per_microbatch}, but one sequence may have max_prompt_tokens + "
-                f"max_new_tokens = {longest} tokens: raise the first or lower the others."
+                f"tokens_per_microbatch is {self.tokens_per_microbatch}, but one sequence may have "
+                f"max_prompt_tokens + max_new_tokens = {longest} tokens: raise the first or lower "
+                "the others."
             )
         try:
             self.kl_schedule()
@@ -273,144 +320,31 @@ class TrainConfig(
             raise UserError(f"the KL schedule is impossible: {error}.") from error
 
 
-def parse_train_config(argv: list[str]) -> TrainConfig:
-    """The settings of a training run from command-line arguments; UserError for a bad one."""
-    resume = _flag_value(argv, "--resume")
-    if resume is not None:
-        saved = Path(resume) / "config.yaml"
-        if not saved.is_file():
-            raise UserError(
-                f"resume is {resume}, but there is no {saved}: name the folder of an earlier run."
-            )
-        argv = ["--config", str(saved), *argv, "--output", resume]
-    config = parse_config(
-        TrainConfig, argv, prog="python -m mr1_fast.train", profile=profile_defaults
-    )
-    config.check()
-    return config
+_POSITIVE = {
+    *("steps", "prompts_per_step", "updates_per_batch", "tokens_per_microbatch"),
+    *("max_prompt_tokens", "max_new_tokens", "max_pixels", "lora_rank"),
+    *("learning_rate", "max_grad_norm", "temperature"),
+}
+_NOT_NEGATIVE = {
+    *("seed", "save_every", "eval_samples", "weight_decay"),
+    *("clip_low", "clip_high", "importance_cap"),
+}
 
 
-def parse_config(cls: type[Config], argv: list[str], prog: str, profile=None) -> Config:
-    """An instance of the dataclass `cls` from flags and `--config` files; `profile(parsed)` gives further defaults."""
-    parser = ArgumentParser(
-        prog=prog, exit_on_error=False, description=cls.__doc__, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the settings below"
-    )
-    parser.add_class_arguments(cls)
-    files, flags = _take_config_files(_normalised(argv, cls))
-    for path in files:
-        _check_yaml(path, cls, prog)
-    argv = [
-        f"--config={path}" for path in files
-    ] + flags  # the parser lets the last value win: flags come last
-    try:
-        if (
-            profile is not None
-        ):  # first, so that --help shows the defaults that hold for these arguments
-            known = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-            parser.set_defaults(profile(known))
-        parsed = parser.parse_args(argv)
-    except (ArgumentError, TypeError) as error:
-        raise UserError(f"{_in_plain_words(error)}: see {prog} --help.") from error
-    return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})
-
-
-def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back."""
-    values = {name: value for name, value in vars(config).items() if name != "resume"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-
-
-def cache_folder() -> Path:
-    """Where the tiny model's supervised start is kept: $MR1_FAST_CACHE, or mr1_fast under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")
-
-
-def profile_defaults(parsed) -> dict:
-    """Defaults of the task's preset, the algorithm and the tiny model, for settings parsed so far."""
-    preset = parsed.task if parsed.preset == "auto" else parsed.preset
+def profile_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Defaults that depend on other settings: on the task's preset, the algorithm and the model.
+    `config` holds what the user has set, and the defaults of the classes above for the rest."""
+    preset = config.task if config.preset == "auto" else config.preset
     defaults = dict(PRESETS.get(preset, {}))
-    if parsed.algo == "sft":
+    if config.algo == "sft":
         defaults |= SFT
-    if parsed.model in BUILT_IN:
+    if config.model in BUILT_IN:
         defaults |= TINY
     return defaults
 
 
-def _normalised(argv: list[str], cls: type) -> list[str]:
-    """`--load-in-4bit` as `--load_in_4bit true`: dashes are as good as underscores, and a bare switch means true."""
-    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type is bool}
-    result = []
-    for position, word in enumerate(argv):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = "--" + name[2:].replace("-", "_") + equals + value
-        result.append(word)
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if word in switches and following.lower() not in ("true", "false"):
-            result.append("true")
-    return result
-
-
-def _take_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The path of every `--config`, and the other words."""
-    files, others, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith("--config="):
-            files.append(word.partition("=")[2])
-        elif word == "--config" and (path := next(words, None)) is not None:
-            files.append(path)
-        else:
-            others.append(word)
-    return files, others
-
-
-def _check_yaml(path: str, cls: type, prog: str) -> None:
-    """Raise UserError unless the file holds settings of `cls`; the parser's own messages do not name the file."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"config {path} cannot be read ({error.strerror}): check the path."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"config {path} is not a text file ({error}): choose another.") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise UserError(f"config {path} is not YAML ({reason}): correct it.") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"config {path} holds no settings: write a line such as `steps: 100` for each."
-        )
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise UserError(f"config {path} has {name!r}, which is no setting: see {prog} --help.")
-
-
-def _in_plain_words(error: Exception) -> str:
-    """`algo is ppo, but must be one of grpo-d, grpo, sft` out of the parser's message about a value."""
-    text = " ".join(str(error).split()).rstrip(".")
-    found = re.search(
-        r"Parser key \"(\w+)\": .*?Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>).* value: (.*)",
-        text,
-    )
-    if not found:
-        return text
-    name, choices, kind, value = found.groups()
-    kinds = {"int": "a whole number", "float": "a finite number", "bool": "true or false"}
-    kinds |= {"dict": "a mapping such as '{\"name\": 0.1}'", "list": "a list such as '[a, b]'"}
-    expected = f"one of {choices.replace(chr(39), '')}" if choices else kinds.get(kind, kind)
-    return f"{name} is {value}, but must be {expected}"
-
-
-def _flag_value(argv: list[str], flag: str) -> str | None:
-    for position, word in enumerate(argv):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+def cache_folder() -> Path:
+    """Folder of the built-in models' supervised starts. It is $MR1_FAST_CACHE, or mr1_fast in
+    $XDG_CACHE_HOME, or mr1_fast in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")

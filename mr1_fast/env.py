@@ -1,4 +1,4 @@
-"""What runs here, for bug reports: `python -m mr1_fast.env`."""
+"""Print versions and which kernels are active, for bug reports: `python -m mr1_fast.env`."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ import torch
 
 from .kernels import native
 from .kernels.grpo import rows_cuda
-from .model.attention import backend
+from .model.attention import attention_kernel
 from .version import __version__
 
 PACKAGES = (
@@ -20,28 +20,31 @@ PACKAGES = (
     "bitsandbytes",
     "flash-attn",
 )
+"""Packages whose versions are printed."""
 
 
 def lines() -> list[tuple[str, str]]:
-    """Name and value of everything worth knowing."""
-    gpu = "none"
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+    """Return the name and value of each line of the report."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return [
         ("mr1_fast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("GPU", gpu),
+        ("GPU", _gpu()),
         ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
         ("native CPU kernels", native.status()[1]),
         ("native CUDA kernels", rows_cuda.status()[1]),
-        (
-            "packed attention",
-            backend("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16),
-        ),
+        ("packed attention", attention_kernel(device, torch.bfloat16)),
         *((name, _version(name)) for name in PACKAGES),
     ]
+
+
+def _gpu() -> str:
+    """Name, memory and compute capability of the first GPU, or "none"."""
+    if not torch.cuda.is_available():
+        return "none"
+    gpu = torch.cuda.get_device_properties(0)
+    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
 
 
 def _version(package: str) -> str:
@@ -52,7 +55,7 @@ def _version(package: str) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the report as a table."""
     for name, value in lines():
         print(f"{name:<20} {value}")
 

@@ -1,25 +1,29 @@
-"""The one exception a user is meant to read."""
+"""The exception that is meant for the user, and how a command ends with it."""
 
 import errno
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class UserError(Exception):
-    """Bad input: one sentence that names the field or file and the way out."""
+    """Bad input; its message is one sentence that names the field or file and the way out."""
 
 
-def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command's `main`; turn a UserError, or a full disk, into one line on stderr and exit status 2."""
+def exit_on_user_error(main: Callable[[], Result]) -> Result:
+    """Return what `main` returns, or exit with status 2 and one line on stderr if it fails.
+
+    That is for a UserError or a full disk; any other error is raised.
+    """
     try:
-        main()
+        return main()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(
-            f"error: {error.filename or 'the disk'} is full: make room, then go on with --resume.",
-            file=sys.stderr,
-        )
+        full = error.filename or "the disk"
+        print(f"error: {full} is full: make room, then go on with --resume.", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,8 +1,14 @@
-"""The Hugging Face Hub: data sets by name or from files, and models, with an answer soon where it is out of reach."""
+"""Reading data sets and models from the Hugging Face Hub, or from the local cache without it.
+
+While the Hub does not answer, `datasets` and `transformers` repeat each request for half a minute
+or more. The Hub is therefore asked once, with a short time limit, and if no answer comes the
+library is told to look only in its local cache.
+"""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import ModuleType
 
 import huggingface_hub.constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -10,77 +16,97 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from .errors import UserError
 
 HUB_TIMEOUT = 5.0
-"""Seconds that the Hugging Face Hub has to answer before it counts as out of reach, for data and models."""
+"""Seconds that the Hub has to answer before it counts as out of reach."""
+
+
+def model_access(name: str) -> AbstractContextManager[None]:
+    """Return a context in which transformers can read the model `name`, a folder or a hub name.
+
+    Within it transformers reads only its local cache if the Hub does not answer. A name that the
+    Hub does not know is left to transformers, which reports it in its own words.
+    """
+    if os.path.isdir(name):
+        return nullcontext()
+    return _cache_only_without_hub(
+        huggingface_hub.HfApi().model_info, name, huggingface_hub.constants
+    )
 
 
 def hub_splits(name: str) -> dict[str, Sequence]:
-    """Rows by split of a data set on the Hub, or of its copy in the local cache while the Hub is out of reach.
+    """Load a data set from the Hub, or from the local cache while the Hub is out of reach.
 
-    Raises UserError with the way out, soon, also without a network.
+    Returns the rows of each split. Raises UserError, within seconds even without a network, for a
+    name that the Hub does not know or for data that cannot be loaded.
     """
-    import datasets
+    import datasets  # takes seconds to import, and runs on drawn data never need it
 
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name} is neither a local path nor a data set that the Hugging Face Hub shows to you: pass a local file "
-            "or folder as data, correct the name, or log in with `hf auth login`."
-        ) from error
-    except Exception:  # no network, no answer in time, a failing server, or offline mode
-        # The cache is still worth a look. Online, `datasets` would retry each request for half a minute or more.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
+    unknown = (
+        f"{name} is neither a local path nor a data set that the Hugging Face Hub shows to you: "
+        "pass a local file or folder as data, correct the name, or log in with `hf auth login`."
+    )
+    ask = huggingface_hub.HfApi().dataset_info
+    with _cache_only_without_hub(ask, name, datasets.config, unknown):
         return load_splits(name, name)
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
 
 
 def load_splits(source: str, *args: str, **kwargs: str) -> dict[str, Sequence]:
-    """`datasets.load_dataset` of every split, with its many kinds of failure told in one sentence about `source`."""
+    """Call `datasets.load_dataset(*args, **kwargs)` and return the rows of every split.
+
+    Raises UserError with one sentence about `source` for each of the many ways in which this fails.
+    """
     import datasets
 
     try:
         return datasets.load_dataset(*args, **kwargs)
     except ConnectionError as error:
         raise UserError(
-            f"{source} is neither a local path nor in the local cache, and the Hugging Face Hub could not be reached: "
-            f"pass a local folder as data (made elsewhere by `hf download {source} --repo-type dataset --local-dir …`)."
+            f"{source} is neither a local path nor in the local cache, and the Hugging Face Hub "
+            "could not be reached: pass a local folder as data (made elsewhere by "
+            f"`hf download {source} --repo-type dataset --local-dir …`)."
         ) from error
     except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(
-            error, datasets.data_files.EmptyDatasetError
-        ) or "corresponds to no data" in str(error):
-            raise UserError(
-                f"{source} is empty: give a folder or file that holds rows of data."
-            ) from error
-        if isinstance(
-            error, datasets.exceptions.SplitsVerificationError
-        ):  # a download of 27 files, say, that stopped
-            raise UserError(
-                f"{source} does not hold the rows that its README.md counts: download the rest, or pass a file as data."
-            ) from error
-        reason = " ".join(str(cause).split())[:300]
-        raise UserError(
-            f"{source} could not be loaded ({type(cause).__name__}: {reason}): check the data."
-        ) from error
+        raise UserError(_loading_fault(source, error)) from error
+
+
+def _loading_fault(source: str, error: Exception) -> str:
+    """Say in one sentence why `datasets` could not load `source`, and what to do."""
+    import datasets
+
+    is_empty = isinstance(error, datasets.data_files.EmptyDatasetError)
+    if is_empty or "corresponds to no data" in str(error):
+        return f"{source} is empty: give a folder or file that holds rows of data."
+
+    # Raised, for example, for a download of 27 files that stopped halfway.
+    if isinstance(error, datasets.exceptions.SplitsVerificationError):
+        return (
+            f"{source} does not hold the rows that its README.md counts: download the rest, or "
+            "pass a file as data."
+        )
+
+    cause = error.__cause__ or error
+    reason = " ".join(str(cause).split())[:300]
+    return f"{source} could not be loaded ({type(cause).__name__}: {reason}): check the data."
 
 
 @contextmanager
-def cache_only_without_hub(name: str) -> Iterator[None]:
-    """Read only the local cache while the hub does not answer: transformers would retry each file for half a minute."""
-    constants = huggingface_hub.constants
-    was_offline = constants.HF_HUB_OFFLINE
+def _cache_only_without_hub(
+    ask: Callable[..., object], name: str, settings: ModuleType, unknown: str | None = None
+) -> Iterator[None]:
+    """Let a library read only its local cache within this context if the Hub does not answer.
+
+    `ask(name, timeout=seconds)` is the question put to the Hub, and `settings` is the module whose
+    HF_HUB_OFFLINE the library obeys; it is restored at the end. If the Hub answers that it does not
+    know `name`, UserError is raised with the message `unknown`; without one the context goes on.
+    """
+    was_offline = settings.HF_HUB_OFFLINE
     try:
-        if not os.path.isdir(name):
-            huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, HFValidationError):
-        pass  # transformers says it in its own words
+        ask(name, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        if unknown is not None:
+            raise UserError(unknown) from error
     except Exception:  # no network, no answer in time, a failing server, or offline mode
-        constants.HF_HUB_OFFLINE = True
+        settings.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = was_offline
+        settings.HF_HUB_OFFLINE = was_offline

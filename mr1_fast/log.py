@@ -1,4 +1,4 @@
-"""What a run writes and shows: its folder, metrics.jsonl, completions.jsonl, the live line, and optional loggers."""
+"""What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
 import time
 from pathlib import Path
@@ -6,20 +6,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .config import TrainConfig, write_config
+from .command_line import write_config
+from .config import TrainConfig
 from .errors import UserError
 from .files import append_line, keep_lines_before
 from .types import Rollout
 
 
 class RunLog:
-    """The run folder and everything that is reported per step.
+    """The run folder, and everything that is reported at each step.
 
-    Nothing is written before `create`, so that a run which cannot begin leaves no folder and spoils no older one.
-    A resumed run drops the lines of steps that come after its checkpoint and writes them again.
+    Nothing is written before `create`, so that a run which cannot begin leaves no folder and spoils
+    no older one. A resumed run drops the lines of the steps that come after its checkpoint, and
+    writes them again.
     """
 
     LIVE = ("reward", "accuracy", "kl", "beta", "completion_length")
+    """Metrics that stand beside the progress bar."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -27,14 +30,15 @@ class RunLog:
         self.resuming = config.resume is not None
         if not self.resuming and _holds_a_run(self.folder):
             raise UserError(
-                f"output {self.folder} is not empty: choose a new folder, or continue it with --resume."
+                f"output {self.folder} is not empty: choose a new folder, or continue it with "
+                "--resume."
             )
         self.total = config.steps
         self.loggers: list = []
         self.bar: tqdm | None = None
 
     def create(self) -> None:
-        """Make the folder, with the run's settings; call it once model and data are there."""
+        """Make the folder with the run's settings; call it once model and data have been loaded."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / "config.yaml")
@@ -45,7 +49,7 @@ class RunLog:
         self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
 
     def start(self, step: int) -> None:
-        """Begin, or go on, after `step` finished steps."""
+        """Begin the progress bar after `step` finished steps; 0 for a new run."""
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_lines_before(self.folder / name, step)
         self.bar = tqdm(
@@ -53,20 +57,22 @@ class RunLog:
         )
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of finished step `step` (from 0)."""
+        """Record the metrics of step `step`, counted from 0, which has finished."""
         append_line(self.folder / "metrics.jsonl", {"step": step, **metrics})
         for logger in self.loggers:
             logger.log(metrics, step)
-        live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics] or [
-            f"loss {metrics['loss']:.4f}"
-        ]
+        live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics]
+        live = live or [f"loss {metrics['loss']:.4f}"]
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
         self.bar.update()
 
     def completions(
         self, step: int, rollout: Rollout, parts: dict[str, list[float]], rewards
     ) -> None:
-        """Record every sampled completion of the step with its rewards, one line a prompt."""
+        """Record the completions of a step with their rewards: a line for each prompt.
+
+        `rewards` (B, G) are the weighted sums; `parts` has the B·G values of each reward by name.
+        """
         size = rollout.num_generations
         for row, example in enumerate(rollout.examples):
             samples = [
@@ -87,7 +93,7 @@ class RunLog:
             append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
+        """Print text without breaking the progress bar."""
         tqdm.write(text)
 
     def close(self) -> None:
@@ -99,7 +105,10 @@ class RunLog:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether anything is there that must be kept; a run that failed in its first step left nothing of worth."""
+    """Say whether a folder holds anything that must be kept.
+
+    A run that failed in its first step has left nothing of worth.
+    """
     if not folder.exists():
         return False
     before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
@@ -109,7 +118,7 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Where the run writes."""
+    """Return the run folder; without --output its name says time, task, algorithm and seed."""
     if config.output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
@@ -134,7 +143,7 @@ class TensorBoardLogger:
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is left, and end."""
         self.writer.close()
 
 
@@ -169,7 +178,10 @@ _LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
 
 class Stopwatch:
-    """Seconds of each stage of a step, and on CUDA its peak of allocated GiB, under metrics.jsonl's names."""
+    """Measures the stages of a step: seconds, and on CUDA the peak of allocated memory in GiB.
+
+    `laps` holds both under their names in metrics.jsonl.
+    """
 
     def __init__(self):
         self.laps: dict[str, float] = {}
@@ -178,7 +190,10 @@ class Stopwatch:
             torch.cuda.reset_peak_memory_stats()
 
     def lap(self, stage: str) -> None:
-        """Book the time since the last lap under `stage`; on CUDA, wait for what was queued."""
+        """Note the time since the last lap as that of `stage`.
+
+        On CUDA this waits for the queued work first.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30

@@ -1,9 +1,8 @@
-"""The optimizer, its learning rate, and one update over accumulated micro-batches."""
+"""The optimizer, its learning rate, and one update from accumulated gradients."""
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,19 +12,22 @@ from .config import OptimizerConfig
 from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
 from .kernels.adamw.step import add_stochastic_
-from .model.load import Policy
+from .metrics import RowMetric, RowMetrics
+from .model.policy import Policy
 from .seeds import derive_seed
 from .types import PackedBatch
 
-Objective = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+BatchLoss = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, RowMetric]]]
+"""Computes the loss () of a batch, and what its rows tell for metrics.jsonl."""
 
 
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; UserError where bitsandbytes is asked for and missing.
+    """Make the AdamW that `config.optimizer` names, over the trainable parameters of `model`.
 
-    `seed` is that of stochastic rounding.
+    `seed` is the seed of stochastic rounding. Raises UserError where bitsandbytes is asked for and
+    missing.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = dict(lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
@@ -44,14 +46,20 @@ def make_optimizer(
 
 
 def resolve_optimizer(name: str, parameters: list[nn.Parameter]) -> str:
-    """The optimizer that `auto` means for these parameters: 16-bit weights lose small updates unless kept exact."""
+    """Return the optimizer that `auto` means for these parameters.
+
+    16-bit weights would lose small updates, so they get an optimizer that keeps them exact.
+    """
     if name != "auto":
         return name
     return "adamw_exact" if any(p.dtype == torch.bfloat16 for p in parameters) else "adamw"
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The rate of optimizer step `step` (0 … total_steps−1): linear warm-up, then constant, linear or cosine decay."""
+    """Return the learning rate of optimizer step `step`, from 0 to total_steps − 1.
+
+    A linear warm-up comes first, then a constant rate, or a linear or cosine decay to 0.
+    """
     warmup = math.ceil(config.warmup_fraction * total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -67,67 +75,59 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    batches: list[PackedBatch],
-    objective: Objective,
+    batches: Iterable[PackedBatch],
+    batch_loss: BatchLoss,
     step: int,
     total_steps: int,
     config: OptimizerConfig,
 ) -> dict[str, float]:
-    """One optimizer step on the summed loss of `batches`, whose token weights carry all normalisation.
+    """Take one optimizer step on the summed loss of `batches`; returns the step's metrics.
 
-    `objective(policy, batch)` returns the loss and per-row tensors to average over all rows, or, of those whose name
-    ends in `_max`, to take the largest of. Gradients are
-    clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and optimizer state
-    untouched, since one bad batch must not end a run. Running out of memory before the optimizer's step leaves them
-    untouched, too. Returns the means, and loss, grad_norm, learning_rate, skipped.
+    The token weights of the batches carry all normalisation, so their losses add up. Gradients are
+    clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and
+    optimizer state untouched, since one bad batch must not end a run; `skipped` then is 1. Running
+    out of memory before the optimizer's own step leaves them untouched, too, so that the caller can
+    try again.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss, rows, sums, peaks = 0.0, 0, Counter(), {}
+    loss, row_metrics = 0.0, RowMetrics()
     try:
         with unbiased_accumulation(parameters, derive_seed(getattr(optimizer, "seed", 0), step)):
             for batch in batches:
-                batch_loss, per_row = objective(policy, batch.to(policy.device))
-                batch_loss.backward()
-                loss += batch_loss.item()
-                rows += len(batch.targets)
-                for name, value in per_row.items():
-                    if name.endswith("_max"):
-                        peaks.setdefault(name, []).append(value)
-                    else:
-                        sums[name] += value.float().sum().item()
+                part, metrics = batch_loss(policy, batch.to(policy.device))
+                part.backward()
+                loss += part.item()
+                row_metrics.add(metrics)
     except torch.OutOfMemoryError:
-        optimizer.zero_grad(set_to_none=True)  # room for a second attempt
+        optimizer.zero_grad(set_to_none=True)  # frees the memory that a second attempt needs
         raise
 
-    lr = learning_rate(step, total_steps, config)
+    rate = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rate
+
     norm = gradient_norm(parameters)
     grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    means = {name: total / max(1, rows) for name, total in sums.items()}
-    largest = {
-        name: torch.cat(values).max().item() if rows else 0.0 for name, values in peaks.items()
-    }
     return {
         "loss": loss,
-        **means,
-        **largest,
+        **row_metrics.result(),
         "grad_norm": grad_norm,
-        "learning_rate": lr,
+        "learning_rate": rate,
         "skipped": float(not finite),
     }
 
 
 @contextmanager
 def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator[None]:
-    """Within, bf16 gradients of several backward passes add up by stochastic rounding.
+    """Within this context, bf16 gradients of several backward passes add up by stochastic rounding.
 
-    Rounding to nearest would drop every term below 1/512 of the sum so far; an fp32 sum would take twice the memory.
+    Rounding to nearest would drop every term below 1/512 of the sum so far, and a sum in fp32 would
+    take twice the memory.
     """
     sums: dict[nn.Parameter, torch.Tensor] = {}
     seeds = itertools.count(seed)
@@ -152,7 +152,10 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The 2-norm of all gradients, fp32, 0-d; torch's get_total_norm would be in the gradients' own 16 bits."""
+    """Return the 2-norm of all gradients, 0-d in fp32.
+
+    torch's `get_total_norm` would compute it in the gradients' own 16 bits.
+    """
     norms = [
         torch.linalg.vector_norm(p.grad, dtype=torch.float32)
         for p in parameters
@@ -166,16 +169,18 @@ def _step(
     parameters: list[nn.Parameter],
     norm: torch.Tensor,
     max_norm: float,
-):
-    """Clip and step; ours clips within its one pass."""
+) -> None:
+    """Clip the gradients and step; LowMemoryAdamW clips within its one pass over them."""
     try:
         if isinstance(optimizer, LowMemoryAdamW):
             optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
         else:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             optimizer.step()
-    except torch.OutOfMemoryError as error:  # some weights may have changed: no second attempt
+    except torch.OutOfMemoryError as error:
+        # Some weights may have changed already, so it cannot be tried again.
         raise UserError(
-            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new run with "
-            "--optimizer adamw_exact, whose state is allocated at start and whose step needs no more."
+            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new "
+            "run with --optimizer adamw_exact, which allocates its state at the start and needs no "
+            "more memory to step."
         ) from error

@@ -1,4 +1,4 @@
-"""Seeds: everything random in a run derives from one number."""
+"""Seeds: everything random in a run derives from one number and from what it is for."""
 
 import hashlib
 import random
@@ -7,11 +7,12 @@ import torch
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts, for example (seed, "rollout", step)."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+    """Return a 63-bit seed that depends on all parts, for example `(seed, "rollout", step)`."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch's and Python's global generators for one step (dropout, if any, draws from them)."""
+    """Seed the global generators of torch and Python for one step; dropout draws from them."""
     torch.manual_seed(derive_seed(seed, "step", step))
     random.seed(derive_seed(seed, "step", step))

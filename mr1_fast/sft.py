@@ -1,11 +1,12 @@
-"""Supervised fine-tuning: the completions are worked solutions instead of samples, the loss is their likelihood."""
+"""Supervised fine-tuning, `--algo sft`: the loss is the likelihood of worked solutions."""
 
 import torch
 
 from .errors import UserError
 from .loss import linear_grpo_loss, token_weights
+from .metrics import Mean, RowMetric
 from .model.forward import lm_head_weight
-from .model.load import Policy
+from .model.policy import Policy
 from .packing import MicroBatches
 from .tasks import format_answer, format_solution
 from .types import Example, PackedBatch
@@ -14,7 +15,11 @@ from .types import Example, PackedBatch
 def solution_batches(
     policy: Policy, examples: list[Example], tokens_per_pack: int, target: str = "solution"
 ) -> MicroBatches:
-    """Packed prompts with what is imitated, EOS included, and token weights of the mean over examples."""
+    """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
+
+    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Raises
+    UserError where a solution contains an image placeholder.
+    """
     written = format_solution if target == "solution" else format_answer
     tokenizer = policy.processor.tokenizer
     targets = []
@@ -33,10 +38,12 @@ def solution_batches(
     return batches
 
 
-def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """−Σ token_weights · log p: the mean over tokens of an example, then over examples.
+def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, RowMetric]]:
+    """Compute the loss −Σ token_weights · log p of one batch.
 
-    It is the cispo surrogate with advantage 1 on policy: the same kernel, loss and gradients in one pass.
+    The weights make it the mean over the tokens of an example, then over examples. On policy and
+    with an advantage of 1 that is the cispo surrogate, so the kernel of GRPO gives loss and
+    gradients in one pass.
     """
     weights = batch.row_data["token_weights"]
     advantages = torch.ones_like(weights)
@@ -44,4 +51,4 @@ def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str
     result = linear_grpo_loss(
         policy.hidden(batch), head, batch.targets, advantages, weights, beta=0.0, surrogate="cispo"
     )
-    return result.loss, {"entropy": result.entropy}
+    return result.loss, {"entropy": Mean(result.entropy)}

@@ -1,11 +1,16 @@
 """Post-train a vision-language model with GRPO-D: `python -m mr1_fast.train`. Read this file first.
 
-One step: draw prompts → sample G completions of each → score them → advantages within each group → pack prompts and
-completions without padding → reference log-probs → loss → update. β(s) comes from the KL schedule at every step.
-`--algo grpo` differs by a constant β, `--algo sft` by worked solutions in the place of samples.
+A step draws prompts, samples G completions of each, scores them, turns the scores into advantages
+within each group, packs prompts and completions without padding, computes the reference's
+log-probabilities, and updates the policy by the loss, whose KL weight β follows a schedule.
+`--algo grpo` differs by a constant β, and `--algo sft` learns worked solutions instead of samples.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports below: help and a wrong setting need no torch
+    from .command_line import parse_train_config, start
+
+    CONFIG = start(parse_train_config)
+
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,235 +19,192 @@ from pathlib import Path
 import torch
 
 from .advantages import group_advantages
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from .config import TrainConfig, parse_train_config
+from .config import TrainConfig
 from .errors import exit_on_user_error
-from .evaluate.held_out import held_out_items, print_table, record_evaluation
+from .evaluate.held_out import print_table, record_evaluation
 from .files import atomic_folder
-from .kernels.self_test import self_test
-from .log import RunLog, Stopwatch
+from .log import Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
-from .model.attention import backend
+from .metrics import Largest, Mean, RowMetric
 from .model.forward import lm_head_weight
-from .model.load import Policy, resolve_device, save_pretrained
-from .model.reference import Reference
-from .optim import make_optimizer, update
+from .model.load import save_pretrained
+from .model.policy import Policy
+from .optim import BatchLoss, update
 from .packing import MicroBatches
-from .plan.out_of_memory import SAMPLED, TOKENS, Room
-from .plan.run_memory import RunMemory
+from .plan.out_of_memory import SAMPLED, TOKENS
 from .report.run_report import write_report
-from .rewards.registry import load_plugin, require_rewards, score
+from .rewards import score
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
+from .run import Run, prepare
 from .seeds import derive_seed, seed_step
 from .sft import sft_loss, solution_batches
-from .start import load_policy
-from .tasks import get_task
-from .tasks.data import configured_examples
 from .types import Example, PackedBatch, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
-"""|log π − log π_rollout| of the sampled tokens, as training and rollout compute them with the same weights."""
+"""Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
 
 
 def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = None) -> Path:
     """Train as configured; returns the run folder, which holds the final model and report.html.
 
-    `watch(policy, steps done)` is called before the first step and after each one; a resumed run goes on calling it
-    after the steps that it does.
+    `watch(policy, steps_done)` is called before the first step and after each one; for a resumed
+    run, after each of the steps that it still does.
     """
-    get_task(config.task)
-    if config.plugin:
-        load_plugin(config.plugin)
-    require_rewards(config.extra_rewards)
-    self_test(resolve_device(config))
-    source = configured_examples(config, "train", limit=config.train_samples)
-    if config.algo == "sft" and config.sft_target == "solution":
-        source.require_thinking()
-    held_out = held_out_items(config)
-    log = RunLog(config)
-    policy = load_policy(config)
-    start_fingerprint = fingerprint(policy.model)
-    schedule = config.kl_schedule()
-    needs_reference = config.algo != "sft" and schedule.beta_max > 0
-    reference = Reference(policy, config.reference) if needs_reference else None
-    optimizer = make_optimizer(policy.model, config, config.seed)
-    checkpoints = log.folder / "checkpoints"
-    first = (
-        load_checkpoint(checkpoints, policy.model, optimizer, start_fingerprint)
-        if log.resuming
-        else 0
-    )
-    # What is too large shows before anything is written.
-    policy.encode.many(source.take(first, config.prompts_per_step))
-    memory = RunMemory(policy, config)
-    room = Room(log.say, memory.advise, memory.amounts())
-    log.say(described(policy, reference, optimizer, config) + "\n" + memory.render())
-    log.create()
-    if not log.resuming:
-        record_evaluation(policy, config, held_out, log, room, "before")
+    run = prepare(config)
+    run.log.create()
+    if not run.log.resuming:
+        record_evaluation(run, "before")
 
-    log.start(first)
-    if watch and not log.resuming:
-        watch(policy, 0)
+    run.log.start(run.first_step)
+    if watch and not run.log.resuming:
+        watch(run.policy, 0)
     try:
-        for step in range(first, config.steps):
+        for step in range(run.first_step, config.steps):
             seed_step(config.seed, step)
-            examples = source.take(step, config.prompts_per_step)
-            if config.algo == "sft":
-                metrics = sft_step(policy, optimizer, examples, step, config, room)
-            else:
-                metrics = grpo_step(
-                    policy, reference, optimizer, examples, step, schedule, config, log, room
-                )
-            log.step(step, metrics)
-            memory.record(metrics)
-            done = step + 1
+            examples = run.source.take(step, config.prompts_per_step)
+            metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
+            run.log.step(step, metrics)
+            run.memory.record(metrics)
+
+            steps_done = step + 1
             if watch:
-                watch(policy, done)
-            if config.save_every and (done % config.save_every == 0 or done == config.steps):
-                save_checkpoint(checkpoints, done, policy.model, optimizer, start_fingerprint)
+                watch(run.policy, steps_done)
+            last = steps_done == config.steps
+            if config.save_every and (steps_done % config.save_every == 0 or last):
+                run.save(steps_done)
     finally:
-        log.close()
+        run.log.close()
 
-    if memory.measured:
-        log.say(memory.render())
-    with atomic_folder(log.folder / "final") as folder:
-        save_pretrained(policy, folder)
-    record_evaluation(policy, config, held_out, log, room, "after")
-    write_report(log.folder)
-    return log.folder
+    if run.memory.measured:
+        run.log.say(run.memory.render())
+    with atomic_folder(run.log.folder / "final") as folder:
+        save_pretrained(run.policy, folder)
+    record_evaluation(run, "after")
+    write_report(run.log.folder)
+    return run.log.folder
 
 
-def grpo_step(
-    policy, reference, optimizer, examples, step, schedule, config, log, room
-) -> dict[str, float]:
-    """Sample, score and learn from one batch of prompts; returns the step's metrics."""
+# --- one step of GRPO ---------------------------------------------------------------------------
+
+
+def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
+    """Sample, score and learn from the B examples of a step; returns the step's metrics."""
     clock = Stopwatch()
-    prompts = policy.encode.many(examples)
-    needed = fitting(prompts, config.num_generations, config).tokens
-    rollout = room.attempt(
-        SAMPLED, partial(sample, policy, examples, prompts, step, config), needed
-    )
+    rollout = sample(run, examples, step)
     clock.lap("rollout")
 
-    weights = {"accuracy": 1.0, "format": config.format_weight, **config.extra_rewards}
-    rewards, parts = score(rollout.texts, examples, weights)
+    rewards, parts = score(rollout.texts, examples, run.config.reward_weights)
     advantages = group_advantages(rewards)
-    log.completions(step, rollout, parts, rewards)
+    run.log.completions(step, rollout, parts, rewards)
     clock.lap("reward")
 
-    batches = grpo_batches(rollout, advantages, room.amounts[TOKENS])
-    room.attempt(TOKENS, partial(add_logprobs, batches, policy, reference, config))
+    batches = pack_rollout(rollout, advantages, run.limits.amounts[TOKENS])
+    add_logprobs(run, batches)
     clock.lap("reference")
 
-    for inner in range(config.updates_per_batch):
-        optimizer_step = step * config.updates_per_batch + inner
-        beta = schedule(optimizer_step)
-        objective = partial(grpo_objective, beta=beta, config=config)
-        metrics = learn(policy, optimizer, batches, objective, optimizer_step, config, room)
-        if inner == 0:  # later, the weights are no longer those of the rollout
-            gap = {name: metrics.pop(name) for name in GAP}
+    metrics = update_policy(run, batches, step)
     clock.lap("update")
-    return {
-        **rollout_metrics(rollout, rewards, parts),
-        "beta": beta,
-        **metrics,
-        **gap,
-        **clock.laps,
-    }
+    return {**rollout_metrics(rollout, rewards, parts), **metrics, **clock.laps}
 
 
-def sft_step(
-    policy, optimizer, examples: list[Example], step: int, config: TrainConfig, room
-) -> dict[str, float]:
-    """Learn one batch of worked solutions, μ times; returns the step's metrics."""
-    clock = Stopwatch()
-    batches = solution_batches(policy, examples, room.amounts[TOKENS], config.sft_target)
-    for inner in range(config.updates_per_batch):
-        optimizer_step = step * config.updates_per_batch + inner
-        metrics = learn(policy, optimizer, batches, sft_loss, optimizer_step, config, room)
-    clock.lap("update")
-    return {**metrics, **clock.laps}
+def sample(run: Run, examples: list[Example], step: int) -> Rollout:
+    """Sample G completions of each example, in a smaller KV cache if memory runs out.
+
+    The same step always gives the same completions, whatever the size of the cache.
+    """
+    config, policy = run.config, run.policy
+    prompts = policy.encode.many(examples)
+    needed = fitting(prompts, config.num_generations, config).tokens
+
+    def generate(cache_tokens: int) -> Rollout:
+        engine = Engine(policy.model, policy.processor, policy.encode)
+        return engine.generate(
+            examples,
+            config.num_generations,
+            Sampling.of(config),
+            seed=derive_seed(config.seed, "rollout", step),
+            prompts=prompts,
+            cache_tokens=cache_tokens,
+            prefill_tokens=config.tokens_per_microbatch,
+        )
+
+    return run.limits.attempt(SAMPLED, generate, needed)
 
 
-def sample(
-    policy: Policy,
-    examples: list[Example],
-    prompts: list,
-    step: int,
-    config: TrainConfig,
-    cache_tokens: int,
-):
-    """The rollout of a step with at most so many tokens in the KV cache; the same again if called again."""
-    engine = Engine(policy.model, policy.processor, policy.encode)
-    seed, prefill = derive_seed(config.seed, "rollout", step), config.tokens_per_microbatch
-    sampling, size = Sampling.of(config), config.num_generations
-    return engine.generate(
-        examples, size, sampling, seed, prompts, cache_tokens=cache_tokens, prefill_tokens=prefill
-    )
+def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
+    """Pack the rollout; each row gets its advantage, its weight and its sampled log-probability.
 
-
-def grpo_batches(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
-    """Packs of the rollout with each row's advantage and weight."""
+    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
+    """
+    count = len(rollout.completions)
     batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
     for batch in batches:
+        bounds = batch.loss_cu_seqlens
         per_sequence = advantages.flatten()[batch.sequence_ids]
-        batch.row_data["advantages"] = spread(per_sequence, batch.loss_cu_seqlens)
-        batch.row_data["token_weights"] = token_weights(
-            batch.loss_cu_seqlens, num_sequences=len(rollout.completions)
-        )
-        batch.row_data["rollout_logp"] = torch.cat(
-            [rollout.logprobs[index] for index in batch.sequence_ids]
-        )
+        sampled = [rollout.logprobs[index] for index in batch.sequence_ids]
+        batch.row_data["advantages"] = spread(per_sequence, bounds)
+        batch.row_data["token_weights"] = token_weights(bounds, num_sequences=count)
+        batch.row_data["rollout_logp"] = torch.cat(sampled)
     return batches
 
 
 @torch.no_grad()
-def add_logprobs(
-    batches: MicroBatches,
-    policy: Policy,
-    reference: Reference | None,
-    config: TrainConfig,
-    tokens_per_pack: int,
-) -> None:
-    """Put reference log-probs on the rows, and the policy's own for importance weights.
+def add_logprobs(run: Run, batches: MicroBatches) -> None:
+    """Put the reference's log-probabilities on the rows, in smaller packs if memory runs out.
 
-    The old log-probs that several updates need (μ > 1) are the rollout's, which cost no pass.
+    With `--importance-cap`, also the policy's own ones and the importance weights that follow.
+    Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
+    no forward pass.
     """
-    batches.repack(tokens_per_pack)
-    found = []
-    for batch in batches:
-        on_device, values = batch.to(policy.device), {}
-        if reference is not None:
-            values["ref_logp"] = reference.logprobs(on_device, config.temperature)
-        if config.updates_per_batch > 1:
-            values["old_logp"] = batch.row_data["rollout_logp"]
-        if config.importance_cap:
-            own = policy.logprobs(on_device, config.temperature)[0]
-            ratio = (own - on_device.row_data["rollout_logp"]).exp()
-            values |= {"old_logp": own, "is_weights": ratio.clamp(max=config.importance_cap)}
-        found.append(values)
-    for batch, values in zip(
-        batches, found, strict=True
-    ):  # all or none, should memory run out on the way
-        batch.row_data |= values
+    config, policy = run.config, run.policy
 
-
-def learn(
-    policy, optimizer, batches: MicroBatches, objective, step: int, config: TrainConfig, room
-) -> dict[str, float]:
-    """One optimizer step on the batches, in smaller packs if memory runs out."""
-
-    def work(tokens_per_pack: int) -> dict[str, float]:
+    def compute(tokens_per_pack: int) -> None:
         batches.repack(tokens_per_pack)
-        return update(policy, optimizer, batches, objective, step, config.optimizer_steps(), config)
+        found = []
+        for batch in batches:
+            on_device, values = batch.to(policy.device), {}
+            if run.reference is not None:
+                values["ref_logp"] = run.reference.logprobs(on_device, config.temperature)
+            if config.updates_per_batch > 1:
+                values["old_logp"] = batch.row_data["rollout_logp"]
+            if config.importance_cap:
+                own = policy.logprobs(on_device, config.temperature)[0]
+                ratio = (own - on_device.row_data["rollout_logp"]).exp()
+                values["old_logp"] = own
+                values["is_weights"] = ratio.clamp(max=config.importance_cap)
+            found.append(values)
 
-    return room.attempt(TOKENS, work)
+        # All or none: an attempt that runs out of memory leaves nothing behind.
+        for batch, values in zip(batches, found, strict=True):
+            batch.row_data |= values
+
+    run.limits.attempt(TOKENS, compute)
 
 
-def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig):
-    """The GRPO loss of one pack and its per-row statistics; logits exist for a chunk of rows at a time."""
+def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float]:
+    """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
+
+    The gap between rollout and training is that of the first: afterwards, the weights are no longer
+    the rollout's.
+    """
+    first: dict[str, float] = {}
+    for inner in range(run.config.updates_per_batch):
+        optimizer_step = step * run.config.updates_per_batch + inner
+        beta = run.schedule(optimizer_step)
+        batch_loss = partial(grpo_batch_loss, beta=beta, config=run.config)
+        metrics = {"beta": beta, **learn(run, batches, batch_loss, optimizer_step)}
+        first = first or metrics
+    return {**metrics, **{name: first[name] for name in GAP}}
+
+
+def grpo_batch_loss(
+    policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig
+) -> tuple[torch.Tensor, dict[str, RowMetric]]:
+    """Compute the GRPO loss () of one batch, and what its rows tell for the metrics.
+
+    Logits exist for a chunk of rows at a time.
+    """
     rows = batch.row_data
     result = linear_grpo_loss(
         policy.hidden(batch),
@@ -259,57 +221,84 @@ def grpo_objective(policy: Policy, batch: PackedBatch, beta: float, config: Trai
         is_weights=rows.get("is_weights"),
     )
     gap = (result.logp - rows["rollout_logp"]).abs()
-    statistics = {
-        "entropy": result.entropy,
-        "clip_fraction": result.clipped,
-        **dict.fromkeys(GAP, gap),
+    metrics: dict[str, RowMetric] = {
+        "entropy": Mean(result.entropy),
+        "clip_fraction": Mean(result.clipped),
+        "rollout_gap_mean": Mean(gap),
+        "rollout_gap_max": Largest(gap),
     }
-    if "ref_logp" in rows:  # without a reference nothing is known of the KL, and 0 would be a claim
-        statistics |= {"kl": result.kl, "kl_limited": result.kl_limited}
-    return result.loss, statistics
-
-
-def described(policy: Policy, reference: Reference | None, optimizer, config: TrainConfig) -> str:
-    """What was chosen where the settings leave a choice."""
-    kept = (
-        "none"
-        if reference is None
-        else "the policy without adapters"
-        if config.lora
-        else config.reference
-    )
-    attention = backend(policy.device.type, lm_head_weight(policy.model).dtype)
-    return f"optimizer {type(optimizer).__name__} · reference {kept} · packed attention {attention}"
+    if "ref_logp" in rows:  # without a reference the KL is unknown, and a 0 would be a claim
+        metrics["kl"] = Mean(result.kl)
+        metrics["kl_limited"] = Mean(result.kl_limited)
+    return result.loss, metrics
 
 
 def rollout_metrics(
     rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]
 ) -> dict[str, float]:
-    """Means over the completions of a step; `zero_variance` is the share of groups without a learning signal."""
+    """Average over the completions of a step.
+
+    `zero_variance` is the share of groups without a learning signal.
+    """
     count = len(rollout.completions)
+    equal = (rewards == rewards[:, :1]).all(dim=1)
     return {
         "reward": rewards.mean().item(),
         **{name: sum(values) / count for name, values in parts.items()},
-        "zero_variance": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+        "zero_variance": equal.float().mean().item(),
         "completion_length": sum(map(len, rollout.completions)) / count,
         "finished": sum(rollout.finished) / count,
     }
 
 
-def run(argv: list[str]) -> None:
-    """Parse the arguments, train, and say where the results are."""
-    started = time.perf_counter()
-    folder = train(parse_train_config(argv))
-    print_table(folder)
-    print(
-        f"run folder {folder} · report {folder / 'report.html'} · {time.perf_counter() - started:.0f} s in all"
+# --- what GRPO and supervised fine-tuning share ---------------------------------------------------
+
+
+def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
+    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics."""
+    clock = Stopwatch()
+    batches = solution_batches(
+        run.policy, examples, run.limits.amounts[TOKENS], run.config.sft_target
     )
+    for inner in range(run.config.updates_per_batch):
+        optimizer_step = step * run.config.updates_per_batch + inner
+        metrics = learn(run, batches, sft_loss, optimizer_step)
+    clock.lap("update")
+    return {**metrics, **clock.laps}
 
 
-def main() -> None:
-    """`python -m mr1_fast.train`."""
-    run(sys.argv[1:])
+def learn(
+    run: Run, batches: MicroBatches, batch_loss: BatchLoss, optimizer_step: int
+) -> dict[str, float]:
+    """Take one optimizer step on the batches, in smaller packs if memory runs out."""
+    config = run.config
+
+    def attempt(tokens_per_pack: int) -> dict[str, float]:
+        batches.repack(tokens_per_pack)
+        return update(
+            run.policy,
+            run.optimizer,
+            batches,
+            batch_loss,
+            optimizer_step,
+            config.optimizer_steps(),
+            config,
+        )
+
+    return run.limits.attempt(TOKENS, attempt)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def main(config: TrainConfig) -> None:
+    """Train as configured, and say where the results are."""
+    started = time.perf_counter()
+    folder = train(config)
+    print_table(folder)
+    seconds = time.perf_counter() - started
+    print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: main(CONFIG))

@@ -13,7 +13,7 @@ def test_centres_and_scales_within_each_group():
 
 
 def test_equal_rewards_give_exactly_zero():
-    # 0.1 three times: a mean that rounds would leave a residue, which 1e-4 in the denominator magnifies
+    # The mean of three times 0.1 may round; dividing by 1e-4 would magnify the residue.
     assert (group_advantages(torch.full((1, 3), 0.1)) == 0).all()
     assert (group_advantages(torch.full((2, 7), 1 / 3)) == 0).all()
     assert (group_advantages(torch.tensor([[0.7]])) == 0).all()

@@ -18,7 +18,8 @@ from mr1_fast.files import atomic_folder
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
-from mr1_fast.train import run
+
+from .data.runs import run
 
 START = "0123456789abcdef"
 

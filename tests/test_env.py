@@ -1,4 +1,4 @@
-"""`python -m mr1_fast.env`: what a bug report needs."""
+"""`python -m mr1_fast.env`, the report for bug reports."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 from mr1_fast import env
 from mr1_fast.kernels import native
-from mr1_fast.kernels.grpo import rows_cuda, rows_native
+from mr1_fast.kernels.grpo import rows_cuda
 from mr1_fast.version import __version__
 
 
@@ -54,7 +54,7 @@ def test_a_package_that_is_missing_is_said_to_be(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:mr1_fast's native CPU kernels")
 def test_libraries_that_were_not_built_are_said_to_be(monkeypatch, tmp_path):
-    for module in (rows_native, rows_cuda):
+    for module in (native, rows_cuda):
         monkeypatch.setattr(module, "LIBRARY", tmp_path / "missing.so")
         module.status.cache_clear()
     try:

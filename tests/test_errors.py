@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from mr1_fast import evaluate
 from mr1_fast.errors import UserError
-from mr1_fast.train import run
+from mr1_fast.evaluate import command as evaluate_command
+from mr1_fast.evaluate.settings import parse as parse_evaluate
+
+from .data.runs import run
 
 LACKS = "the folder lacks a readable model, tokenizer or image processor"
 ROW = {"image": "1.png", "problem": "How many?", "solution": "1"}
@@ -338,5 +340,5 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
     with pytest.raises(
         UserError, match=r"the prompt of example '1.png' has .* raise --max-prompt-tokens"
     ):
-        evaluate.main()
+        evaluate_command.run(parse_evaluate(sys.argv[1:]))
     assert not (tmp_path / "out").exists()

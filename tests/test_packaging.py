@@ -1,4 +1,4 @@
-"""Wheel and sdist: what is in them with and without compilers, and that they work where they are unpacked."""
+"""Wheel and sdist: their contents with and without compilers, and that they work when unpacked."""
 
 import importlib.util
 import os
@@ -17,9 +17,8 @@ import torch
 from mr1_fast.kernels.grpo import rows_cuda
 from mr1_fast.version import __version__
 
-pytest.importorskip(
-    "setuptools", minversion="77"
-)  # --no-build-isolation builds with what is installed
+# --no-build-isolation builds with the setuptools that is installed.
+pytest.importorskip("setuptools", minversion="77")
 pytest.importorskip("pip")
 
 ROOT = Path(__file__).parent.parent
@@ -76,15 +75,9 @@ def copy_of_the_source(folder: Path) -> Path:
 
 def build_wheel(source: Path, output: Path, **environment: str) -> Path:
     """The wheel that pip builds without nvcc."""
-    command = (
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--disable-pip-version-check",
-    )
-    checked(python(*command, "-w", str(output), ".", cwd=source, MR1_FAST_CUDA="0", **environment))
+    command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+    options = ("--disable-pip-version-check", "-w", str(output), ".")
+    checked(python(*command, *options, cwd=source, MR1_FAST_CUDA="0", **environment))
     (wheel,) = output.glob("*.whl")
     return wheel
 
@@ -132,10 +125,9 @@ def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
     assert re.match(r"(avx512bf16|avx512|avx2|neon|scalar)\b", status)
     assert "mr1_fast" not in stderr
 
-    shutil.copytree(
-        ROOT / "tests", tmp_path / "away" / "tests"
-    )  # away from the source, so that it cannot be imported
-    files = [f"tests/test_{name}.py" for name in ("loss", "native_decode")]
+    # Away from the source, so that it cannot be imported.
+    shutil.copytree(ROOT / "tests", tmp_path / "away" / "tests")
+    files = ["tests/loss/test_loss.py", "tests/kernels/decode/test_attention_native.py"]
     where = (
         f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
     )
@@ -169,26 +161,19 @@ def test_what_an_earlier_build_left_does_not_get_into_a_wheel(tmp_path, no_compi
     for name in ("_cuda.so", "_cpu.so"):  # of an editable installation
         (source / "mr1_fast" / name).write_bytes(b"stale")
     folder = unpacked(build_wheel(source, tmp_path / "wheels", PATH=no_compiler))
-    assert (folder / "mr1_fast" / "loss.py").exists()
+    assert (folder / "mr1_fast" / "loss" / "__init__.py").exists()
     assert libraries(folder) == set()
 
 
 def test_an_inplace_build_leaves_no_library_of_an_earlier_one(tmp_path, no_compiler):
     source = copy_of_the_source(tmp_path / "source")
-    stale = (
-        source
-        / "build"
-        / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        / "mr1_fast"
-    )
+    build = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = source / "build" / build / "mr1_fast"
     stale.mkdir(parents=True)
     for folder in (stale, source / "mr1_fast"):
         (folder / "_cuda.so").write_bytes(b"stale")
-    checked(
-        python(
-            "setup.py", "build_ext", "--inplace", cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler
-        )
-    )
+    build = ("setup.py", "build_ext", "--inplace")
+    checked(python(*build, cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler))
     assert libraries(source / "mr1_fast") == set()
 
 
@@ -244,11 +229,11 @@ def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_dri
     setup = setup_module_of(ROOT)
     output = tmp_path / "_cuda.so"
     report = setup.compile_cuda(str(output), tmp_path)
-    entries = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)\w*'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-        report,
-        re.DOTALL,
+    entry = (
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)\w*'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads"
     )
+    entries = re.findall(entry, report, re.DOTALL)
     assert len(entries) == report.count("Compiling entry function")
     by_architecture = {}
     for function, architecture, *spilled in entries:
@@ -260,7 +245,10 @@ def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_dri
         assert {
             name: sum(name in function for function in functions) for name in kernels
         } == dict.fromkeys(kernels, 3)
-    load = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).mr1_cuda_device_count(ctypes.byref(ctypes.c_int())))"
+    load = (
+        "import ctypes, sys; count = ctypes.CDLL(sys.argv[1]).mr1_cuda_device_count; "
+        "print(count(ctypes.byref(ctypes.c_int())))"
+    )
     error = int(checked(python("-c", load, str(output), cwd=tmp_path)).stdout)
     assert (error == 0) == torch.cuda.is_available()
 

@@ -7,7 +7,7 @@ from mr1_fast.types import Prompt
 
 
 def prompt(ids: list[int], images: int = 0) -> Prompt:
-    """A prompt of these ids whose last `images` tokens are image tokens, each of its own 28×28 image."""
+    """Make a prompt whose last `images` tokens are image tokens, each of a 28×28 image."""
     length = len(ids)
     return Prompt(
         input_ids=torch.tensor(ids),

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
-from mr1_fast.config import parse_train_config
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
@@ -21,9 +21,9 @@ from mr1_fast.sft import solution_batches
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import run
 
 from .data.models import tiny_policy
+from .data.runs import run
 
 KEYS = {
     "reward",

@@ -1,1 +1,1 @@
-"""The command `python -m mr1_fast.evaluate`, and the evaluations before and after a training run."""
+"""The command `python -m mr1_fast.evaluate`, and the evaluations around a training run."""

@@ -1,6 +1,12 @@
-"""Accuracy of a model on held-out items: `python -m mr1_fast.evaluate`."""
+"""Accuracy of a model on items of a task: `python -m mr1_fast.evaluate`."""
 
+from ..command_line import start
 from ..errors import exit_on_user_error
-from .command import main
+from .settings import parse
 
-exit_on_user_error(main)
+if __name__ == "__main__":
+    config = start(parse)
+
+    from .command import run
+
+    exit_on_user_error(lambda: run(config))

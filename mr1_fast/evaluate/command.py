@@ -1,25 +1,19 @@
-"""Accuracy of a model on held-out items: `python -m mr1_fast.evaluate`, greedy or pass@k."""
+"""Accuracy of a model on items of a task, greedy or as pass@k: `python -m mr1_fast.evaluate`."""
 
-import sys
 from pathlib import Path
 
 from ..accuracy import evaluate, pass_at_k, summarise
-from ..config import BUILT_IN, parse_config
 from ..files import write_json
-from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
+from ..start import load_policy, with_start
 from ..tasks import get_task
 from ..tasks.data import load_examples
 from .r1v import write_r1v_results
-from .settings import EvaluateConfig, _profile
+from .settings import EvaluateConfig
 
 
-def main() -> None:
-    """`python -m mr1_fast.evaluate`."""
-    config = parse_config(
-        EvaluateConfig, sys.argv[1:], prog="python -m mr1_fast.evaluate", profile=_profile
-    )
-    config.check()
+def run(config: EvaluateConfig) -> None:
+    """Answer the items, print the accuracy and write the figures with a record of each item."""
     get_task(config.task)
     examples = load_examples(
         config.task,
@@ -29,34 +23,28 @@ def main() -> None:
         config.difficulty,
         image_root=config.image_root,
     ).all(config.samples)
-    if config.model in BUILT_IN:
-        from ..start import supervised_start
-
-        config.model = str(supervised_start(config.model, [config], config.seed))
-    policy = make_policy(*load_pretrained(config), config)
-    generations, size = config.num_generations, config.batch_size
+    config = with_start(config)
     records = evaluate(
-        policy,
+        load_policy(config),
         config.task,
         examples,
         Sampling.of(config),
-        generations,
+        config.num_generations,
         config.seed,
-        size,
+        config.batch_size,
         show_progress=True,
     )
+
     summary = summarise(records)
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
-    write_json(
-        Path(config.output),
-        {**summary, "pass_at": passes, "config": vars(config), "results": records},
-    )
+    result = {**summary, "pass_at": passes, "config": vars(config), "results": records}
+    write_json(Path(config.output), result)
     if config.r1v_output:
         write_r1v_results(Path(config.r1v_output), records, config.task)
+
     low, high = summary["interval"]
-    print(
-        f"accuracy {summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%}, {summary['count']} items)"
-    )
+    interval = f"95% interval {low:.1%}–{high:.1%}, {summary['count']} items"
+    print(f"accuracy {summary['accuracy']:.1%} ({interval})")
     for k, value in passes.items():
         print(f"pass@{k} {value:.1%}")
     print(f"wrote {config.output}")

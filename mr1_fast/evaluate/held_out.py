@@ -1,4 +1,4 @@
-"""Held-out items before and after training: how accurate the model is, and the answers that the report shows."""
+"""Evaluations before and after training: accuracy and answers on held-out items."""
 
 import json
 from functools import partial
@@ -6,14 +6,12 @@ from pathlib import Path
 
 from ..accuracy import evaluate, summarise
 from ..config import TrainConfig
-from ..errors import UserError
 from ..files import write_json
-from ..log import RunLog
-from ..model.load import Policy
+from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATED, Room
 from ..rollout.sampling import Sampling
+from ..run import Run
 from ..seeds import derive_seed
-from ..tasks.data import configured_examples
 from ..types import Example
 
 MODES = ("greedy", "sampled")
@@ -22,58 +20,49 @@ SHOWN = 12
 """Held-out items whose images and answers the report shows."""
 
 
-def held_out_items(config: TrainConfig) -> list[Example]:
-    """The items that a run evaluates; UserError with the way out where there are none."""
-    if not config.eval_samples:
-        return []
-    try:
-        return configured_examples(config, "test", config.eval_data).all(config.eval_samples)
-    except UserError as error:
-        raise UserError(
-            f"{error} This is about held-out data: name some with --eval-data, or pass --eval-samples 0."
-        ) from error
+def record_evaluation(run: Run, when: str) -> None:
+    """Evaluate a run's held-out items greedily and by sampling; print and record the accuracy.
 
-
-def record_evaluation(
-    policy, config: TrainConfig, held_out: list[Example], log: RunLog, room: Room, when: str
-) -> None:
-    """Evaluate greedily and by sampling, print it, and put it into evaluation.json under `when`."""
-    if not held_out:
+    `when` is `before` or `after` training; the figures go to evaluation.json under that name.
+    """
+    if not run.held_out:
         return
-    path = log.folder / "evaluation.json"
-    result = {"task": config.task, "split": "test", "examples": []}
-    if (
-        when == "after" and path.exists()
-    ):  # a run resumed with other --eval-samples may have no "before"
+    path = run.log.folder / "evaluation.json"
+    result = {"task": run.config.task, "split": "test", "examples": []}
+    # A run that was resumed with other --eval-samples may have no figures from before.
+    if when == "after" and path.exists():
         result = json.loads(path.read_text())
     result[when] = {}
     for mode in MODES:
-        records = answers(policy, config, held_out, mode, room)
+        records = answers(run.policy, run.config, run.held_out, mode, run.limits)
         result[when][mode] = summary = summarise(records)
         if mode == "greedy":
-            _record_shown(result["examples"], records, held_out, when, log.folder)
+            _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
         low, high = summary["interval"]
-        log.say(
-            f"{when:>6}: {mode} accuracy {summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%})"
-        )
+        accuracy = f"{summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%})"
+        run.log.say(f"{when:>6}: {mode} accuracy {accuracy}")
     write_json(path, result)
 
 
 def answers(
-    policy: Policy, config: TrainConfig, items: list[Example], mode: str, room: Room
+    policy: Policy, config: TrainConfig, items: list[Example], mode: str, limits: Room
 ) -> list[dict]:
-    """Records of `evaluate` on the items of config.task: `greedy`, or `sampled` at the training's temperature."""
-    sampling = Sampling.of(config, temperature=0.0 if mode == "greedy" else config.temperature)
+    """Answer items of `config.task`; returns the records of `accuracy.evaluate`.
+
+    `mode` is `greedy`, or `sampled` at the temperature of training. The KV cache is made smaller if
+    memory runs out.
+    """
+    temperature = 0.0 if mode == "greedy" else config.temperature
     work = partial(
         evaluate,
         policy,
         config.task,
         items,
-        sampling,
+        Sampling.of(config, temperature=temperature),
         seed=derive_seed(config.seed, mode),
         prefill_tokens=config.tokens_per_microbatch,
     )
-    return room.attempt(EVALUATED, lambda tokens: work(cache_tokens=tokens))
+    return limits.attempt(EVALUATED, lambda tokens: work(cache_tokens=tokens))
 
 
 def _record_shown(
@@ -86,21 +75,21 @@ def _record_shown(
             (folder / "images").mkdir(exist_ok=True)
             for path, image in zip(paths, example.images, strict=True):
                 image.save(folder / path)
-            shown.append(
-                {"problem": example.problem, "solution": example.solution, "images": paths}
-            )
+            question = {"problem": example.problem, "solution": example.solution}
+            shown.append({**question, "images": paths})
         shown[index][when] = {"text": record["outputs"][0], "correct": record["correct"][0]}
 
 
 def print_table(folder: Path) -> None:
-    """Print the before/after table of a finished run."""
+    """Print the table of accuracy before and after of the finished run in `folder`."""
     path = folder / "evaluation.json"
     if not path.exists():
         return
     result = json.loads(path.read_text())
     if not {"before", "after"} <= result.keys():
         return
-    print(f"\n{'accuracy on held-out ' + result['task']:<34}{'before':>8}{'after':>8}{'points':>8}")
+    title = f"accuracy on held-out {result['task']}"
+    print(f"\n{title:<34}{'before':>8}{'after':>8}{'points':>8}")
     for mode in MODES:
         before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))
         print(f"{mode:<34}{before:>8.1%}{after:>8.1%}{(after - before) * 100:>+8.1f}")

@@ -1,14 +1,16 @@
-"""Results files in the layout of R1-V's evaluation scripts, for whatever already reads those.
+"""Results files in the layout of R1-V's evaluation scripts, for programs that read those.
 
-    {"accuracy": 48.0, "results": [{"question": {"image_path": …, "question": …, "ground_truth": 4}, "ground_truth": 4,
-                                    "model_output": …, "extracted_answer": 4}, …]}
+    {"accuracy": 48.0, "results": [
+        {"question": {"image_path": …, "question": …, "ground_truth": 4},
+         "ground_truth": 4, "model_output": …, "extracted_answer": 4}, …]}
 
-The layout is that of src/eval/test_qwen2vl_counting_superclevr.py and test_qwen2vl_geoqa.py in R1-V's repository:
+The layout is that of src/eval/test_qwen2vl_counting_superclevr.py and test_qwen2vl_geoqa.py in
+R1-V's repository, which differ by task:
 
-| task | ground_truth | extracted_answer | is_correct | text |
-|---|---|---|---|---|
-| counting | an integer | the integer in the first answer tag, or null | left out | ASCII |
-| geometry | text | `str` of the first expression that math-verify finds in the output, or null | there | UTF-8 |
+- counting: `ground_truth` is an integer; `extracted_answer` is the integer in the first answer tag,
+  or null; `is_correct` is left out; the file is ASCII.
+- geometry: `ground_truth` is text; `extracted_answer` is the `str` of the first expression that
+  math-verify finds in the output, or null; `is_correct` is there; the file is UTF-8.
 """
 
 import json
@@ -21,11 +23,11 @@ from ..tasks.counting import tagged_integer
 
 
 def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
-    """Write the first output of each record as R1-V's script for `task` would: all of the file or nothing.
+    """Write the first output of each record as R1-V's script for `task` would, whole or not at all.
 
-    `records` (at least one) are those of `evaluate`; a record's `key` becomes the image_path. A task other than
-    geometry gets the layout of counting. Raises UserError where the file cannot be written, or where geometry finds no
-    math-verify.
+    `records` (at least one) are those of `evaluate`; a record's `key` becomes the image_path. A
+    task other than geometry gets the layout of counting. Raises UserError where the file cannot be
+    written, or where geometry finds no math-verify.
     """
     geometry = task == "geometry"
     outputs = [record["outputs"][0] for record in records]

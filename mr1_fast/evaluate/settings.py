@@ -1,11 +1,11 @@
 """The settings of `python -m mr1_fast.evaluate`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..accuracy import BATCH_SIZE
-from ..config import BUILT_IN, TINY, ModelConfig, TaskConfig
+from ..command_line import parse_settings
+from ..config import BUILT_IN, EVALUATION_BATCH_SIZE, TINY, ModelConfig, Sampling, TaskConfig
 from ..errors import UserError
-from ..rollout.sampling import Sampling
 
 
 @dataclass
@@ -22,7 +22,7 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     """Completions per item, for pass@k (needs --temperature above 0)."""
     pass_at: list[int] = field(default_factory=lambda: [1])
     """The k of each pass@k to report; none above num_generations."""
-    batch_size: int = BATCH_SIZE
+    batch_size: int = EVALUATION_BATCH_SIZE
     """Items whose prompts are held at once."""
     seed: int = 0
     """Seed of drawn items and of sampling."""
@@ -47,5 +47,11 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
             )
 
 
-def _profile(parsed) -> dict:
-    return {"max_new_tokens": TINY["max_new_tokens"]} if parsed.model in BUILT_IN else {}
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Read the settings from the words of a command line; raises UserError for a bad one."""
+    return parse_settings(EvaluateConfig, argv, "python -m mr1_fast.evaluate", _profile)
+
+
+def _profile(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the defaults of a built-in model."""
+    return {"max_new_tokens": TINY["max_new_tokens"]} if config.model in BUILT_IN else {}

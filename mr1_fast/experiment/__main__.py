@@ -3,4 +3,5 @@
 from ..errors import exit_on_user_error
 from .command import main
 
-exit_on_user_error(main)
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from ..accuracy import evaluate, summarise
-from ..config import BUILT_IN, TaskConfig, TrainConfig, parse_train_config
+from ..command_line import parse_train_config
+from ..config import BUILT_IN, TaskConfig, TrainConfig
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
 from ..files import append_line, atomic_folder, keep_lines_before, write_json
-from ..model.load import Policy
+from ..model.policy import Policy
 from ..plan.out_of_memory import Room
 from ..plan.run_memory import RunMemory
 from ..rollout.sampling import Sampling

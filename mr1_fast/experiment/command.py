@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..config import BUILT_IN, parse_config
+from ..command_line import parse_settings
+from ..config import BUILT_IN
 from ..errors import UserError
 from ..files import write_json
 from ..model.known import find_model_config
@@ -200,7 +201,7 @@ def estimated_seconds(experiment: Experiment, cell: Cell) -> float:
 
 def run(argv: list[str]) -> Path:
     """Run what is missing of the experiment and write its report; UserError at the end if cells failed."""
-    config = parse_config(ExperimentConfig, argv, prog="python -m mr1_fast.experiment")
+    config = parse_settings(ExperimentConfig, argv, prog="python -m mr1_fast.experiment")
     experiment = make_experiment(config)
     output = experiment.output
     if config.dry_run:

@@ -1,4 +1,10 @@
-"""The fused loss at the seams of other trainers: one module for each, none of which this package needs itself."""
+"""The fused loss inside other trainers, one module a library; mr1_fast itself needs none of them.
+
+- trl: TRL's GRPOTrainer with this package's loss, β(s) for it, and TRL's functions on logits
+- liger: Liger-Kernel's GRPO losses, by a change of import
+- verl: verl's fused LM head
+- head: `model(..., head=f)`, for a training loop of your own
+"""
 
 import warnings
 from functools import cache
@@ -7,22 +13,21 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 TESTED = {"trl": ">=1.16,<1.17", "liger-kernel": ">=0.8.5,<0.9"}
-"""Versions that the tests compare with; CI holds one of each."""
+"""Package → the versions whose numbers the tests compare with ours."""
 
 
 @cache
 def warn_once(message: str) -> None:
-    """A UserWarning, once in the life of the process."""
+    """Give a UserWarning at the first call with this message; later calls do nothing."""
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def check_version(package: str) -> None:
-    """Warn once where `package` is installed in a version that the tests have not seen."""
+    """Warn once if `package` is installed in a version that the tests do not cover."""
     try:
         installed = version(package)
     except PackageNotFoundError:
         return
     if installed not in SpecifierSet(TESTED[package], prereleases=True):
-        warn_once(
-            f"{package} {installed} is installed, mr1_fast was tested with {package}{TESTED[package]}"
-        )
+        tested = f"{package}{TESTED[package]}"
+        warn_once(f"{package} {installed} is installed, mr1_fast was tested with {tested}")

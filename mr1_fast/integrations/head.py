@@ -1,7 +1,8 @@
-"""A Hugging Face model that hands hidden states and its LM head to a function, in place of making logits.
+"""Let a Hugging Face model hand hidden states and LM head to a function instead of making logits.
 
-The head's weight is read inside the head's own forward, and that inside the model's. So whatever wraps the model holds:
-FSDP2 has gathered the weight there, DDP sees the output, autocast and PEFT act as ever.
+The LM head's weight is read inside the head's own forward, which runs inside the model's forward.
+So every wrapper keeps working: FSDP2 has gathered the weight there, DDP sees what the model
+returns, and autocast and PEFT act as they always do.
 """
 
 import functools
@@ -11,12 +12,16 @@ from types import MethodType
 from torch import Tensor, nn
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], object]
-"""f(hidden (B, L, D), weight (V, D), bias (V,) or None): what the model is to return."""
-AFTER_HEAD = (
+"""f(hidden (B, L, D), weight (V, D), bias (V,) or None): its result is what the model returns."""
+
+CHANGES_LOGITS = (
     "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap",
     "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier",
 )  # fmt: skip
-"""Settings by which models change their logits once more (Gemma, Cohere, Granite, Falcon-H1, …): f would not see it."""
+"""Settings of Gemma, Cohere, Granite, Falcon-H1 and others that change logits after the LM head.
+
+A function on the hidden states would miss that change.
+"""
 
 
 class HeadError(TypeError):
@@ -24,31 +29,38 @@ class HeadError(TypeError):
 
 
 def add_head(model: nn.Module) -> None:
-    """Teach a transformers causal LM, text or vision, `model(..., head=f)`: it returns f(hidden, weight, bias).
+    """Let a transformers causal LM, text or vision, answer `model(..., head=f)` with f's result.
 
-    `hidden` (B, L, D) are the final hidden states of all positions: f picks the rows that it needs before it projects
-    them. Tensors that f holds are not touched by DDP or FSDP, which would cast arguments of the model to bf16. What is
-    to have gradients must be in what f returns: a tensor, or tuples (GRPOLoss), lists and dicts of them, where FSDP2
-    finds it. A process whose batch has no row with loss calls the model all the same, with 0 rows. Without `head` the
-    model does as before, `generate` included.
+    - `hidden` (B, L, D) are the final hidden states of all positions; f selects the rows that it
+      needs and projects only those. `weight` (V, D) and `bias` (V,) or None are those of the LM
+      head.
+    - f may hold tensors, such as advantages: DDP and FSDP, which cast the model's arguments to
+      bf16, do not touch them.
+    - f returns what is to have gradients as a tensor, or in tuples (GRPOLoss is one), lists or
+      dicts, in which FSDP2 finds it.
+    - A process whose batch has no row with loss must call the model all the same, with 0 rows.
+    - Without `head` the model behaves as before, also in `generate`.
 
-    Call this before PEFT, DDP or FSDP2 wrap the model. Raises HeadError where f's rows times the weight would not be
-    the logits: an LM head that is not a plain linear layer, one with an adapter (at the call), a model that scales or
-    caps its logits, or one that adds a router's loss of its own.
+    Call this before PEFT, DDP or FSDP2 wrap the model. Raises HeadError if f's rows times the
+    weight would not be the logits: the LM head is not a plain linear layer, it has an adapter
+    (found when the model is called), or the model scales or caps its logits or adds a router loss
+    of its own.
     """
-    linears = _trained_copies(model.get_output_embeddings())
+    linears = _head_and_copies(model.get_output_embeddings())
     for linear in linears:
         if type(linear) is not nn.Linear:
             raise HeadError(
-                f"the LM head is a {type(linear).__name__}: add_head needs a torch.nn.Linear without adapters"
+                f"the LM head is a {type(linear).__name__}: add_head needs a torch.nn.Linear "
+                "without adapters"
             )
     config = model.config.get_text_config()
-    changed = [name for name in AFTER_HEAD if getattr(config, name, None) not in (None, 1)]
+    changes = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1)]
     if getattr(config, "output_router_logits", False):
-        changed.append("output_router_logits")
-    if changed:
+        changes.append("output_router_logits")
+    if changes:
         raise HeadError(
-            f"{type(model).__name__} has {', '.join(changed)}, which a loss on its LM head would pass over"
+            f"{type(model).__name__} has {', '.join(changes)}, which a loss on its LM head would "
+            "miss"
         )
     for linear in linears:
         linear.forward = MethodType(_linear_forward(_function(linear.forward)), linear)
@@ -58,12 +70,12 @@ def add_head(model: nn.Module) -> None:
 def in_dtype_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """An LM head in the dtype of the hidden states, in which TRL and Liger project."""
+    """Return weight and bias of an LM head in the dtype of `hidden`, as TRL and Liger project."""
     return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
 
 
-def _trained_copies(linear: nn.Module) -> list[nn.Module]:
-    """The LM head; or, where PEFT trains it whole (modules_to_save), the original and its copies."""
+def _head_and_copies(linear: nn.Module) -> list[nn.Module]:
+    """The LM head, or its original and copies if PEFT trains it as a whole (modules_to_save)."""
     if hasattr(linear, "modules_to_save"):
         return [linear.original_module, *linear.modules_to_save.values()]
     return [linear]
@@ -77,7 +89,7 @@ def _linear_forward(plain: Callable) -> Callable:
 
 
 def _model_forward(plain: Callable, signature: Callable) -> Callable:
-    @functools.wraps(signature)  # generate() reads it
+    @functools.wraps(signature)  # generate() reads the signature
     def forward(self: nn.Module, *args, head: HeadFunction | None = None, **kwargs):
         if head is None:
             return plain(self, *args, **kwargs)
@@ -93,7 +105,7 @@ def _model_forward(plain: Callable, signature: Callable) -> Callable:
 
 
 def _function(method: Callable) -> Callable:
-    """The method with `self` as an argument, so that a deep copy of the model calls its own."""
+    """The method as a function of `self`, so that a deep copy of the model calls its own."""
     return getattr(method, "__func__", None) or (
         lambda self, *args, **kwargs: method(*args, **kwargs)
     )

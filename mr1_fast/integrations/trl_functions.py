@@ -1,14 +1,14 @@
-"""Drop-ins for the functions of TRL that turn logits or hidden states into log-probabilities and entropy.
+"""Replacements for TRL's functions that compute log-probs and entropy from logits or hidden states.
 
-Same arguments and defaults as TRL 1.16; results are fp32 whatever the logits are, and differentiable. None needs TRL,
-but where a call asks for what this package does not compute: that goes to TRL's own function, with one warning.
+Arguments and defaults are those of TRL 1.16. Results are fp32 whatever the dtype of the logits, and
+differentiable. TRL itself is needed only if a call asks for what this package does not compute:
+TRL's own function then does it, with one warning.
 """
 
 import torch
 from torch import Tensor
 
-from mr1_fast.loss import linear_token_logprobs, token_logprobs
-
+from ..loss import linear_token_logprobs, token_logprobs
 from . import warn_once
 from .head import in_dtype_of
 
@@ -16,31 +16,29 @@ from .head import in_dtype_of
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Log-probabilities of `index` (...) or (..., K) under logits (..., V) / temperature, in the shape of `index`.
+    """Return log-probs of `index` (...) or (..., K) under logits (..., V) / temperature.
 
-    Where `row_mask`, (...) or in the shape of `index`, is 0, so is the result. Strided logits, such as a slice of
-    positions, are read where they are.
+    The result has the shape of `index`, and is 0 where `row_mask`, (...) or in the shape of
+    `index`, is 0. Strided logits, such as a slice of positions, are not copied.
     """
     several = index.ndim == logits.ndim
     targets = logits.detach().argmax(-1) if several else index
     logp, _ = _by_row(logits, targets, temperature)
     if several:
-        # log p_k − log p_top needs the two logits alone; the largest one is never −inf.
-        chosen, top = (
-            logits.gather(-1, each).to(logp.dtype) for each in (index, targets.unsqueeze(-1))
-        )
+        # log p_k − log p_top needs only the two logits, and the largest one is never −inf.
+        chosen = logits.gather(-1, index).to(logp.dtype)
+        top = logits.gather(-1, targets.unsqueeze(-1)).to(logp.dtype)
         logp = (chosen - top) / temperature + logp.unsqueeze(-1)
-        row_mask = (
-            row_mask.unsqueeze(-1)
-            if row_mask is not None and row_mask.ndim < index.ndim
-            else row_mask
-        )
+        if row_mask is not None and row_mask.ndim < index.ndim:
+            row_mask = row_mask.unsqueeze(-1)
     return logp if row_mask is None else torch.where(row_mask != 0, logp, 0.0)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy in nats of each row of logits (..., V): (...). `chunk_size` is TRL's, and not needed here."""
-    return _by_row(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64), 1.0)[1]
+    """Return the entropy (...), in nats, of logits (..., V); `chunk_size` has no effect."""
+    any_target = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
+    _, entropy = _by_row(logits, any_target, 1.0)
+    return entropy
 
 
 def selective_log_softmax_and_entropy(
@@ -50,7 +48,10 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both in one read of logits (..., V), for `index` (...); rows where `row_mask` (...) is 0 give 0."""
+    """Return log-probs of `index` (...) and entropy (...) of logits (..., V) / temperature.
+
+    The logits are read once. Both results are 0 where `row_mask` (...) is 0.
+    """
     results = _by_row(logits, index, temperature)
     if row_mask is not None:
         results = tuple(torch.where(row_mask != 0, each, 0.0) for each in results)
@@ -59,7 +60,7 @@ def selective_log_softmax_and_entropy(
 
 
 class ChunkedLogProbFunction:
-    """TRL's autograd function over hidden states: `ChunkedLogProbFunction.apply(...)`."""
+    """TRL's autograd function on hidden states, called as `ChunkedLogProbFunction.apply(...)`."""
 
     @staticmethod
     def apply(
@@ -73,10 +74,12 @@ class ChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Log-probs and entropy (N,) of hidden (N, H) @ weight (V, H)ᵀ + bias; three Nones for what is not asked.
+        """Return log-probs of targets (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,).
 
-        `outputs` beyond "log_probs" and "entropy", and soft-capped logits, are TRL's own work. `chunk_size` is not
-        needed: logits exist for as many whole rows as 512 MB hold (48 MB on a CPU).
+        Behind them come entropy and TRL's further `outputs`, None unless asked for. Soft-capped
+        logits, and outputs other than "log_probs" and "entropy", are left to TRL's own function.
+        `chunk_size` has no effect: logits exist for as many rows at a time as 512 MB hold (48 MB on
+        a CPU).
         """
         beyond = set(outputs) - {"log_probs", "entropy"}
         if beyond or final_logit_softcapping is not None or not logit_scale > 0:
@@ -87,16 +90,9 @@ class ChunkedLogProbFunction:
                 + (", ".join(sorted(beyond)) or "soft-capped or unscaled logits")
             )
             return TRLFunction.apply(
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                chunk_size,
-                final_logit_softcapping,
-                logit_scale,
-                outputs,
-            )
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
+                logit_scale, outputs,
+            )  # fmt: skip
         weight, bias = in_dtype_of(hidden, weight, bias)
         logp, entropy = linear_token_logprobs(
             hidden, weight, targets.long(), temperature / logit_scale, bias
@@ -105,17 +101,13 @@ class ChunkedLogProbFunction:
 
 
 def _by_row(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of each row, in the shape of `targets`, without a copy of the logits."""
+    """Log-probs of `targets` and entropy, in the shape of `targets`; the logits are not copied."""
     try:
         rows = logits.view(targets.numel(), logits.shape[-1])
-    except (
-        RuntimeError
-    ):  # a slice: one call for each part of the first dimension, whose gradients are stacked once
-        parts = [
-            _by_row(*each, temperature)
-            for each in zip(logits.unbind(), targets.unbind(), strict=True)
-        ]
-        return tuple(torch.stack(each) for each in zip(*parts, strict=True))
-    return tuple(
-        each.view(targets.shape) for each in token_logprobs(rows, targets.reshape(-1), temperature)
-    )
+    except RuntimeError:
+        # A slice: one call for each part of the first dimension. Their gradients are stacked once.
+        pairs = zip(logits.unbind(), targets.unbind(), strict=True)
+        logp, entropy = zip(*(_by_row(*pair, temperature) for pair in pairs), strict=True)
+        return torch.stack(logp), torch.stack(entropy)
+    logp, entropy = token_logprobs(rows, targets.reshape(-1), temperature)
+    return logp.view(targets.shape), entropy.view(targets.shape)

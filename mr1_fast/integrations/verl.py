@@ -1,20 +1,29 @@
-"""verl's fused LM heads on this package's kernels, with verl's arguments, on any device; verl itself is not needed.
+"""verl's fused LM heads on this package's kernels, with verl's arguments, on any device.
 
-    from importlib import import_module  # verl imports the functions anew at each forward, so that a model uses these
+verl itself is not needed. To put both functions into it:
+
+    from importlib import import_module
     from mr1_fast.integrations.verl import FusedLinearForPPO, linear_cross_entropy
 
-    # with fused_kernel_options.impl_backend=triton, and with =torch:
-    import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy = linear_cross_entropy
+    # with fused_kernel_options.impl_backend=triton:
+    kernel = import_module("verl.utils.kernel.linear_cross_entropy")
+    kernel.linear_cross_entropy = linear_cross_entropy
+    # with fused_kernel_options.impl_backend=torch:
     import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO = FusedLinearForPPO
 
-Where verl differs:
+verl imports these functions anew in each forward, so models use the replacements. Where verl
+differs:
 
-- it computes the gradient of the weight always, also of a frozen one; here that is no work.
-- its Triton kernels need CUDA and a hidden size that is a multiple of 128. Until 2026-02 they counted columns that are
-  not there where V is no multiple of 256, as Qwen2-VL-2B's is not: log-probs above 0 (verl#2656, fixed by #5349).
-- its PyTorch version divides by the temperature in bf16, and returns a bf16 entropy; here both are fp32.
-- it checks no labels. Here, on a CPU, one outside [0, V) is an error: give masked positions any token.
-- in its first version the fourth argument was `reduction`, the fifth `temperature`; here it is as it has been since.
+- verl always computes the gradient of the weight; here a frozen weight costs nothing.
+- verl's Triton kernels need CUDA and a hidden size that is a multiple of 128. Until February 2026
+  they counted columns beyond the vocabulary if V is not a multiple of 256, as for Qwen2-VL-2B, and
+  returned log-probs above 0 (verl#2656, fixed by #5349).
+- verl's PyTorch version divides by the temperature in bf16 and returns a bf16 entropy; here both
+  are fp32.
+- verl does not check labels. Here, on a CPU, a label outside [0, V) is an error: give masked
+  positions any token.
+- In verl's first version the fourth argument was `reduction` and the fifth `temperature`; the order
+  here is that of later versions.
 """
 
 from torch import Tensor, nn
@@ -34,27 +43,37 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group=None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the labels and entropy, fp32, of softmax(hidden @ weightᵀ / temperature); gradients through both.
+    """Return log-probs of the labels and entropy, fp32, of softmax(hidden @ weightᵀ / temperature).
 
-    `hidden` (T, D) or (B, T, D), `weight` (V, D), `labels` (T,) or (B, T): both results are flat, (T,) or (B·T,), as
-    verl's are. `reduction` "sum" or "mean" makes one number of the log-probs (they keep their sign: not a loss), and
-    leaves the entropy as it is. Raises ValueError, also for a `dist_process_group` of several processes.
+    Both are differentiable.
+
+    - hidden (T, D) or (B, T, D), weight (V, D), labels (T,) or (B, T). Both results are flat, (T,)
+      or (B·T,), as verl's are.
+    - reduction: "sum" or "mean" reduces the log-probs to one number; they keep their sign, so it is
+      not a loss. The entropy is never reduced.
+
+    Raises ValueError for another `reduction`, and for a `dist_process_group` of several processes.
     """
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise ValueError(
-            f"dist_process_group has {dist_process_group.size()} processes: an LM head whose vocabulary is split among "
-            "them is not supported; gather the weight, or keep verl's kernel"
+            f"dist_process_group has {dist_process_group.size()} processes: an LM head whose "
+            "vocabulary is split among them is not supported; gather the weight, or keep verl's "
+            "kernel"
         )
-    if reduction.lower() not in REDUCTIONS:
+    reduction = reduction.lower()
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-    logp, entropy = linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.flatten(), temperature
-    )
-    return logp if reduction.lower() == "none" else getattr(logp, reduction.lower())(), entropy
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logp, entropy = linear_token_logprobs(rows, weight, labels.flatten(), temperature)
+    if reduction == "sum":
+        logp = logp.sum()
+    elif reduction == "mean":
+        logp = logp.mean()
+    return logp, entropy
 
 
 class FusedLinearForPPO(nn.Module):
-    """The same in the shape of the labels, (T,) or (B, T); logits exist for `chunk_size` rows at a time."""
+    """verl's fused LM head as a module; logits exist for `chunk_size` rows at a time."""
 
     def __init__(self, chunk_size: int = 512):
         super().__init__()
@@ -67,11 +86,13 @@ class FusedLinearForPPO(nn.Module):
         input_ids: Tensor,
         temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy), fp32."""
+        """Return log-probs of `input_ids` (T,) or (B, T), and entropy, both fp32 and in its shape.
+
+        `hidden_states` (T, D) or (B, T, D), `vocab_weights` (V, D).
+        """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        budget = self.chunk_size * vocab_weights.shape[0] * hidden_states.element_size()
-        both = linear_token_logprobs(
-            rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=budget
+        chunk_bytes = self.chunk_size * vocab_weights.shape[0] * hidden_states.element_size()
+        logp, entropy = linear_token_logprobs(
+            rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=chunk_bytes
         )
-        logp, entropy = (each.view(input_ids.shape) for each in both)
-        return logp, entropy
+        return logp.view(input_ids.shape), entropy.view(input_ids.shape)

@@ -1,1 +1,1 @@
-"""Models: loading, the built-in tiny one, prompt encoding, attention over packed tokens, and the packed forward."""
+"""Models: loading them, encoding prompts, the forward pass over packed tokens, the reference."""

@@ -1,12 +1,16 @@
 """Attention over segments laid end to end, registered with transformers by name.
 
-`packed_attention` is called three ways:
-- packed text (training): one row of T tokens with `segments`, which share prefixes; causal, aligned at the end;
-- packed images (the vision tower): one row of P patches with `cu_seq_lens_q`; full attention within each image;
-- a padded batch (transformers' own `generate` on such a model): neither; its SDPA function with its mask.
+`packed_attention` is called in three ways:
+- for packed text, in training: one row of T tokens with `segments`, which share prefixes; the
+  attention is causal and aligned at the end;
+- for packed images, in the vision tower: one row of P patches with `cu_seq_lens_q`; each patch
+  attends to its whole image;
+- for a padded batch, as transformers' own `generate` passes it: with neither of the two;
+  transformers' SDPA function computes it.
 
-Three back ends: flash-attn's varlen function where installed, torch's varlen_attn on CUDA, and otherwise SDPA over
-segments padded on the right.
+Packed tokens are computed by one of three kernels: flash-attn's function for variable lengths where
+that package is installed, torch's `varlen_attn` on NVIDIA GPUs, and otherwise torch's SDPA over
+segments that are padded on the right.
 """
 
 import inspect
@@ -22,10 +26,12 @@ from transformers.masking_utils import sdpa_mask
 from ..segments import Segments
 
 TEXT_NAME = "mr1_packed"
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+"""The name of `packed_attention` in transformers, for the language model."""
 VISION_NAME = "mr1_packed_flash"
-"""transformers hands cu_seqlens to a vision tower's attention only if its name contains "flash"; otherwise it loops
-over the images in Python."""
+"""Its name for the vision tower. transformers passes `cu_seq_lens_q` only to an attention whose
+name contains "flash"; for any other it loops over the images in Python."""
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+"""The dtypes in which kernels for variable lengths compute."""
 
 
 def packed_attention(
@@ -41,11 +47,12 @@ def packed_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention within packed segments.
+    """Compute scaled dot-product attention within packed segments.
 
-    query (1, H, T, d), key and value (1, H_kv, T, d). Returns ((1, T, H, d), None). `segments` says which tokens see
-    which; with `cu_seq_lens_q` (S+1,) int32 tokens see all of their sequence, the longest of which has `max_length_q`;
-    with neither it is transformers' SDPA on a padded batch.
+    `query` is (1, H, T, d), `key` and `value` are (1, H_kv, T, d). Returns ((1, T, H, d), None), as
+    transformers expects it. `segments` says which tokens see which. With `cu_seq_lens_q` (S+1,)
+    int32 instead, a token sees its whole sequence, the longest of which has `max_length_q` tokens.
+    With neither, transformers' SDPA computes a padded batch.
     """
     if segments is None and cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -58,10 +65,10 @@ def packed_attention(
             is_causal=is_causal,
             **kwargs,
         )
-    query, key, value = (
-        x[0].transpose(0, 1) for x in (query, key, value)
-    )  # (T, heads, d), dense in memory
-    varlen = _varlen(backend(query.device.type, query.dtype))
+
+    # (T, heads, d), which is dense in memory
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    varlen = _varlen(attention_kernel(query.device.type, query.dtype))
     if segments is not None:
         if varlen is None:
             out = _padded_attention(query, key, value, segments, scaling)
@@ -79,20 +86,26 @@ def packed_attention(
     return out.unsqueeze(0), None
 
 
-# --- variable lengths ---------------------------------------------------------------------------------------------
+# --- variable lengths -----------------------------------------------------------------------------
+
+
+def uses_varlen(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether a recent card of this type computes packed attention without padding.
+
+    This needs no card, so a plan for another machine can ask it too. `attention_kernel` decides for
+    the card of this machine.
+    """
+    return device_type == "cuda" and dtype in VARLEN_DTYPES
 
 
 @lru_cache
-def backend(device: str, dtype: torch.dtype) -> str:
-    """What packed attention uses on a device type for a dtype: flash_attn, torch_varlen or sdpa.
+def attention_kernel(device_type: str, dtype: torch.dtype) -> str:
+    """Return which kernel computes packed attention here: `flash_attn`, `torch_varlen` or `sdpa`.
 
-    FlashAttention's kernels know 16-bit numbers, and devices from A100 and RTX 30 on; torch's own, NVIDIA's alone.
+    Kernels for variable lengths need an A100, an RTX 30 or a later card; torch's own needs
+    NVIDIA's.
     """
-    if (
-        device != "cuda"
-        or dtype not in VARLEN_DTYPES
-        or torch.cuda.get_device_capability() < (8, 0)
-    ):
+    if not uses_varlen(device_type, dtype) or torch.cuda.get_device_capability() < (8, 0):
         return "sdpa"
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -102,11 +115,14 @@ def backend(device: str, dtype: torch.dtype) -> str:
 
 
 @lru_cache
-def _varlen(name: str):
-    """The back end as f(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal=, scale=); None for `sdpa`."""
-    if name == "sdpa":
+def _varlen(kernel: str):
+    """Return the kernel as f(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal=, scale=).
+
+    Returns None for `sdpa`, which knows no variable lengths.
+    """
+    if kernel == "sdpa":
         return None
-    if name == "flash_attn":
+    if kernel == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
         return lambda *arguments, causal, scale: flash_attn_varlen_func(
@@ -127,13 +143,13 @@ def _varlen(name: str):
     return torch_varlen
 
 
-# --- SDPA ---------------------------------------------------------------------------------------------------------
+# --- SDPA -----------------------------------------------------------------------------------------
 
 
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
 ) -> Tensor:
-    """One SDPA call for the prompts and one for the completions; (T, H, d)."""
+    """Compute (T, H, d) with one SDPA call for the prompts and one for the completions."""
     outputs = []
     for rectangle in segments.padded.rectangles:
         count, length_q, length_k = rectangle.shape
@@ -143,8 +159,8 @@ def _padded_attention(
             rectangle.keys(value).unflatten(0, (count, length_k)).transpose(1, 2),
             attn_mask=rectangle.mask(query.dtype),
             scale=scale,
-            is_causal=rectangle.visible
-            is None,  # a causal query never reaches the padding behind it
+            # Without a mask, plain causal attention: a query never sees the padding behind it.
+            is_causal=rectangle.visible is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -154,17 +170,17 @@ def _padded_attention(
 def _full_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None
 ) -> Tensor:
-    """Full attention within each sequence; (P, H, d)."""
+    """Compute full attention (P, H, d) within each sequence, the longest of `longest` patches."""
     lengths = cu_seqlens.diff()
     count, num_tokens = len(lengths), len(query)
-    if count * longest == num_tokens:  # all of one length
+    if count * longest == num_tokens:  # all sequences have the same length
         rows = mask = None
     else:
         offsets = torch.arange(longest, device=query.device)
         rows = (cu_seqlens[:-1, None] + offsets).clamp(max=num_tokens - 1).flatten()
         mask = (offsets < lengths[:, None])[:, None, None, :]
 
-    def pad(x: Tensor) -> Tensor:  # (P, H, d) -> (S, H, longest, d)
+    def pad(x: Tensor) -> Tensor:  # from (P, H, d) to (S, H, longest, d)
         x = x if rows is None else x.index_select(0, rows)
         return x.unflatten(0, (count, longest)).transpose(1, 2)
 
@@ -176,9 +192,12 @@ def _full_attention(
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Make a `…ForConditionalGeneration` of the Qwen2-VL family use `packed_attention` in text and vision."""
+    """Make a `…ForConditionalGeneration` of the Qwen2-VL family use `packed_attention` throughout.
+
+    Both its language model and its vision tower then use it.
+    """
     model.set_attn_implementation({"text_config": TEXT_NAME})
-    # Set on the configuration: set_attn_implementation would look for a flash-attn package by that name.
+    # set_attn_implementation would take "flash" in the name for a wish for the package flash-attn.
     model.model.visual.config._attn_implementation = VISION_NAME
 
 

@@ -1,7 +1,10 @@
-"""The forward pass over packed tokens: images encoded once per prompt, no padding, hidden states only where loss is.
+"""The forward pass over packed tokens.
 
-Nothing here keeps state on the model: positions are always passed in, so transformers' `rope_deltas`, which
-`generate` leaves behind, can never reach a training forward.
+It computes no padding, encodes a prompt's images once for all of its completions, and returns
+hidden states only for the rows that carry loss.
+
+Nothing here keeps state on the model. Positions are always passed in, so transformers'
+`rope_deltas`, which `generate` leaves on the model, can never reach a training forward.
 """
 
 import torch
@@ -11,12 +14,12 @@ from ..types import PackedBatch
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The `…ForConditionalGeneration` under a PEFT wrapper, or the model itself."""
+    """Return the `…ForConditionalGeneration` under a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def lm_head_weight(model: nn.Module) -> torch.Tensor:
-    """The LM head's weight (V, D)."""
+    """Return the LM head's weight (V, D)."""
     return base_model(model).lm_head.weight
 
 
@@ -26,9 +29,10 @@ def embed(
     pixel_values: torch.Tensor | None,
     image_grid_thw: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Token embeddings (…, D) with image features in the place of image tokens.
+    """Return token embeddings (…, D) with image features in the place of image tokens.
 
-    `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) are the images in the order of their tokens.
+    `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) hold the images in the order of their
+    tokens; both are None for text alone.
     """
     inner = base_model(model).model
     embeddings = inner.get_input_embeddings()(input_ids)
@@ -42,17 +46,16 @@ def embed(
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch, past_key_values=None) -> torch.Tensor:
-    """Final hidden states (N, D) of the rows that carry loss, in the model's dtype.
+    """Return the final hidden states (N, D) of the rows that carry loss, in the model's dtype.
 
-    `past_key_values` is transformers' cache argument, for who wants the keys and values of each layer.
+    `past_key_values` is a transformers cache that collects each layer's keys and values, or None.
     """
     embeddings = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw)
     output = base_model(model).model.language_model(
         inputs_embeds=embeddings.unsqueeze(0),
         position_ids=batch.position_ids.unsqueeze(1),
-        attention_mask={
-            "full_attention": None
-        },  # completions are kept apart by `segments`, not by a mask
+        # Completions are kept apart by `segments`, not by a mask.
+        attention_mask={"full_attention": None},
         past_key_values=past_key_values,
         use_cache=past_key_values is not None,
         segments=batch.segments,

@@ -1,13 +1,14 @@
-"""Configurations of models that are planned for without a network, and of any other model by its name."""
+"""Finding a model's configuration by its name, without its weights."""
 
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
 from ..config import BUILT_IN
 from ..errors import UserError
-from ..hub import cache_only_without_hub
+from ..hub import model_access
 from .load import adapter_base, check_family
+from .tiny import tiny_config, tiny_processor
 
-SIZES = {
+QWEN2_VL_SIZES = {
     "2B": dict(
         hidden_size=1536,
         intermediate_size=8960,
@@ -25,37 +26,40 @@ SIZES = {
         tie_word_embeddings=False,
     ),
 }
-"""What Qwen2-VL's sizes differ in."""
+"""The settings in which Qwen2-VL's sizes differ, by the size's name on the hub."""
 
 
 def find_model_config(name: str) -> PretrainedConfig:
-    """The configuration behind `--model`: built in, of a local folder, or from the hub; UserError where it is none."""
-    if name in BUILT_IN:
-        from .tiny import tiny_config, tiny_processor
+    """Return the configuration behind `--model`: a built-in one, a local folder's, or the hub's.
 
+    Raises UserError if there is none that can be read, or if its family cannot be trained.
+    """
+    if name in BUILT_IN:
         return tiny_config(tiny_processor(), name)
     size = name.removeprefix("Qwen/Qwen2-VL-").removesuffix("-Instruct")
-    if name.startswith("Qwen/") and size in SIZES:
-        return qwen2_vl(**SIZES[size])
+    if name.startswith("Qwen/") and size in QWEN2_VL_SIZES:
+        return qwen2_vl(**QWEN2_VL_SIZES[size])
     if base := adapter_base(name):
         return find_model_config(base)
     try:
-        with cache_only_without_hub(name):
+        with model_access(name):
             config = AutoConfig.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # no network, no such name, or a folder without a readable config.json
-        hub = (f"Qwen/Qwen2-VL-{size}" for size in SIZES)
+    except Exception as error:  # no network, no such name, or a folder without a config.json
+        known = (*BUILT_IN, *(f"Qwen/Qwen2-VL-{size}" for size in QWEN2_VL_SIZES))
         raise UserError(
-            f"model {name} has no configuration that can be read here: check the name and the network, pass a local "
-            f"folder, or plan for one that is built in ({', '.join((*BUILT_IN, *hub))})."
+            f"model {name} has no configuration that can be read here: check the name and the "
+            f"network, pass a local folder, or plan for one that is built in ({', '.join(known)})."
         ) from error
     check_family(name, config.model_type)
     return config
 
 
 def qwen2_vl(hidden_size: int, tie_word_embeddings: bool, **text) -> Qwen2VLConfig:
-    """Qwen2-VL with its own depth of 28 decoder layers and 32 vision blocks of width 1280."""
+    """Return a Qwen2-VL configuration of any width, with the published depth.
+
+    That is 28 decoder layers and 32 vision blocks of width 1280. `text` are further settings of the
+    language model.
+    """
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2VLConfig(
         text_config=dict(

@@ -1,10 +1,12 @@
-"""Loading a policy: the built-in tiny model, a local folder or a hub name; whole, with LoRA, or in 4 bits."""
+"""Loading a model from a local folder or the hub, preparing it for training, and saving it.
+
+A model is trained whole or through LoRA adapters, over weights in the model's dtype or in 4 bits.
+"""
 
 import copy
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,54 +16,36 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..config import ModelConfig
 from ..errors import UserError
-from ..hub import cache_only_without_hub
-from ..loss import linear_token_logprobs
-from ..types import PackedBatch
+from ..hub import model_access
 from .attention import use_packed_attention
-from .forward import base_model, lm_head_weight, packed_hidden
+from .device import first_line, resolve_device, resolve_dtype
+from .forward import base_model
 from .patches import use_patch_projection
+from .policy import Policy
 from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-
-
-@dataclass
-class Policy:
-    """The model in training, with what turns examples into its inputs."""
-
-    model: nn.Module
-    processor: ImageTextProcessor
-    encode: PromptEncoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return lm_head_weight(self.model).device
-
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """Final hidden states (N, D) of the batch's loss rows, which the LM head turns into logits."""
-        return packed_hidden(self.model, batch)
-
-    def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy, fp32 (N,), of each target of the batch."""
-        return linear_token_logprobs(
-            self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature
-        )
+"""The families of models that can be trained, as transformers' `model_type` names them."""
 
 
 def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
-    """Wrap a loaded `…ForConditionalGeneration`: packed attention, adapters, checkpointing, and the device."""
+    """Prepare a loaded `…ForConditionalGeneration` for training.
+
+    Gives it packed attention, gradient checkpointing and adapters where the settings ask for them,
+    and moves it to its device. Raises UserError for adapters without the package peft.
+    """
     use_packed_attention(model)
     use_patch_projection(model)
     if config.gradient_checkpointing:
         _enable_checkpointing(model, config.offload_checkpoints)
-    if (
-        not config.load_in_4bit
-    ):  # bitsandbytes has placed a 4-bit model already, and its integers have no gradients
+
+    # bitsandbytes has already placed a 4-bit model, and its integers have no gradients.
+    if not config.load_in_4bit:
         model.requires_grad_(True).to(resolve_device(config))
     if config.lora:
         model = with_lora(model, config)
+
     encode = PromptEncoder(
         model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images
     )
@@ -69,95 +53,99 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
 
 
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
-    """Model and processor from a local folder or the hub; UserError names `model` and the way out."""
+    """Load the model and its processor from a local folder or the hub.
+
+    A folder with an adapter, as a 4-bit run saves it, gives the model under it with the adapter on
+    top. Raises UserError, which names `model` and the way out, for whatever cannot be loaded.
+    """
     name = config.model
     if base := adapter_base(name):
         model, processor = load_pretrained(dataclasses.replace(config, model=base))
         model.load_adapter(name)
         return model, processor
     try:
-        with cache_only_without_hub(name):
-            check_family(name, AutoConfig.from_pretrained(name).model_type)
-            options = dict(
-                dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config)
-            )
-            model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
-            if info["missing_keys"]:
-                raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
-            processor = ImageTextProcessor.load(name)
-            if (
-                processor.image_token_id != model.config.image_token_id
-                or not processor.chat_template
-            ):
-                raise ValueError(
-                    "its tokenizer is not there, or not the model's, or has no chat template"
-                )
-        for module in model.modules():
-            if hasattr(
-                module, "support_avx512bf16_for_cpu"
-            ):  # bitsandbytes' fast CPU product has no backward
-                module.support_avx512bf16_for_cpu = False
+        with model_access(name):
+            model, processor = _read(name, config)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that do not fit together fail in many ways
         if os.path.isdir(name):
-            hint = "the folder lacks a readable model, tokenizer or image processor in Hugging Face format"
+            hint = (
+                "the folder lacks a readable model, tokenizer or image processor in Hugging Face "
+                "format"
+            )
         else:
-            hint = "it is no local folder, and the hub did not answer with it: check the name and the network, or "
-            hint += "download it elsewhere and pass the folder"
-        raise UserError(f"model {name} cannot be loaded; {hint} ({_first_line(error)}).") from error
+            hint = (
+                "it is no local folder, and the hub did not answer with it: check the name and the "
+                "network, or download it elsewhere and pass the folder"
+            )
+        raise UserError(f"model {name} cannot be loaded; {hint} ({first_line(error)}).") from error
+    return model, processor
+
+
+def _read(name: str, config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
+    """Read model and processor with transformers, and check that they belong together."""
+    check_family(name, AutoConfig.from_pretrained(name).model_type)
+    options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
+    model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
+
+    processor = ImageTextProcessor.load(name)
+    is_its_own = processor.image_token_id == model.config.image_token_id
+    if not is_its_own or not processor.chat_template:
+        raise ValueError("its tokenizer is not there, or not the model's, or has no chat template")
+
+    for module in model.modules():
+        # The product that bitsandbytes uses on CPUs with AVX-512 has no backward pass.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model, processor
 
 
 def save_pretrained(policy: Policy, folder: Path) -> None:
-    """Save model and processor in Hugging Face format; LoRA is merged first, or saved as an adapter over 4 bits."""
+    """Save model and processor in Hugging Face format.
+
+    LoRA is merged into the weights first; over 4-bit weights, the adapter alone is saved.
+    """
     model = policy.model
-    if hasattr(model, "merge_and_unload") and not getattr(
-        base_model(model), "is_loaded_in_4bit", False
-    ):
+    has_adapter = hasattr(model, "merge_and_unload")
+    if has_adapter and not getattr(base_model(model), "is_loaded_in_4bit", False):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
     policy.processor.save_pretrained(folder)
 
 
-def resolve_device(config: ModelConfig) -> torch.device:
-    """The device that `auto` means here; UserError for one that does not exist."""
-    name = (
-        ("cuda" if torch.cuda.is_available() else "cpu")
-        if config.device == "auto"
-        else config.device
-    )
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device is {name}, which torch cannot use ({_first_line(error)}): try --device cpu."
-        ) from error
-    return torch.device(name)
-
-
-def resolve_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype that `auto` means here."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
-
-
 def adapter_base(name: str) -> str | None:
-    """The model under the adapter in folder `name`, as a 4-bit run saves it; None where `name` holds no adapter."""
+    """Return the name of the model under the adapter in folder `name`, or None if it holds none."""
     adapter = Path(name) / "adapter_config.json"
     return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
 
 
 def check_family(name: str, family: str) -> None:
-    """UserError unless models of `family`, transformers' model_type, can be trained."""
+    """Raise UserError unless models of `family`, a transformers `model_type`, can be trained."""
     if family not in FAMILIES:
         raise UserError(
             f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one."
         )
 
 
+def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Wrap the model with adapters on every linear layer of its language model.
+
+    Raises UserError without the package peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
+    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
+    return get_peft_model(model, lora)
+
+
 def _four_bit(config: ModelConfig) -> dict:
+    """Return the arguments of `from_pretrained` that load 4-bit weights, if they are asked for."""
     if not config.load_in_4bit:
         return {}
     try:
@@ -172,21 +160,20 @@ def _four_bit(config: ModelConfig) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=resolve_dtype(config),
-        llm_int8_skip_modules=[
-            "model.visual",
-            "lm_head",
-        ],  # the vision tower is small and its errors reach every token
+        # The vision tower is small, and its errors reach every token.
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
 
 
 def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
-    """Recompute every layer in the backward pass from its input, which is kept on the device or in host memory."""
-    # The name changed between the transformers versions that we support.
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
+    """Recompute each layer's activations in the backward pass, from the layer's stored input.
+
+    With `offload` the inputs are stored in host memory, otherwise on the device.
+    """
+    # The method's name changed between the versions of transformers that we support.
+    new_name = getattr(model, "activation_checkpointing_enable", None)
+    enable = new_name or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if not offload:
         return
@@ -197,21 +184,5 @@ def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
 
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = partial(
-                offloaded, module._gradient_checkpointing_func
-            )
-
-
-def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
-    """The model with adapters on every linear layer of its language model; UserError without peft."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
-    layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=layers)
-    return get_peft_model(model, lora)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            checkpoint = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = partial(offloaded, checkpoint)

@@ -1,4 +1,4 @@
-"""The vision tower's patch embedding as the matrix product that it is."""
+"""The vision tower's patch embedding, computed as a matrix product."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,23 @@ from torch import nn
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution whose input is one kernel's size: a product, where convolution libraries lay data out anew."""
+    """A 3D convolution whose input has exactly its kernel's size.
+
+    It is then a matrix product, which avoids the copies that convolution libraries make of their
+    data.
+    """
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """(P, C, T, H, W) -> (P, D, 1, 1, 1)."""
-        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[
-            :, :, None, None, None
-        ]
+        """Project patches (P, C, T, H, W) to (P, D, 1, 1, 1)."""
+        embedded = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return embedded[:, :, None, None, None]
 
 
 def use_patch_projection(model: nn.Module) -> None:
-    """Make a `…ForConditionalGeneration` of the Qwen2-VL family embed patches by a matrix product; weights stay."""
+    """Make a `…ForConditionalGeneration` of the Qwen2-VL family embed patches by a matrix product.
+
+    Its weights stay as they are. A projection that is not such a convolution is left alone.
+    """
     projection = model.model.visual.patch_embed.proj
     if type(projection) is nn.Conv3d and projection.stride == projection.kernel_size:
         projection.__class__ = PatchProjection

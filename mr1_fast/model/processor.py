@@ -29,10 +29,11 @@ class ImageTextProcessor(Qwen2VLProcessor):
 
     @classmethod
     def load(cls, name: str | Path) -> "ImageTextProcessor":
-        """Load from a local folder or hub name; OSError where it is neither."""
+        """Load from a local folder or a hub name; raises OSError if it is neither."""
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
-        if processor.chat_template is None:  # kept in a file of its own in older repositories
+        # Older repositories keep the chat template in a file of its own.
+        if processor.chat_template is None:
             processor.chat_template = cls.get_processor_dict(name)[0].get("chat_template")
         return processor

@@ -1,4 +1,8 @@
-"""The policy as it was when training began, for KL: without adapters, or a copy: as is, in 8 bits, or streamed."""
+"""The reference: the policy as it was when training began, from which the KL is measured.
+
+A policy with adapters is its own reference without them. Any other needs a frozen copy, which is
+held in the model's dtype, in 8 bits, or in host memory.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -10,15 +14,18 @@ from torch import Tensor, nn
 
 from ..types import PackedBatch
 from .forward import base_model
-from .load import Policy
+from .policy import Policy
 
 
 class Reference:
-    """Log-probabilities of the starting policy.
+    """The starting policy, which gives reference log-probabilities.
 
-    A policy with adapters is its own reference with them off. Otherwise `place` says where a frozen copy lives:
-    `resident` (on the policy's device), `8bit` (there, its layers' weights in 8 bits), or `offload` (in host memory,
-    layers streamed to the device ahead of their use; the same numbers as `resident`).
+    A policy with adapters is its own reference with the adapters switched off. Otherwise `place`
+    says where a frozen copy is held:
+    - `resident`: on the policy's device;
+    - `8bit`: on the policy's device, with the weights of its layers in 8 bits;
+    - `offload`: in host memory, from which layers are copied to the device ahead of their use. The
+      numbers are the same as with `resident`.
     """
 
     def __init__(self, policy: Policy, place: str = "resident"):
@@ -27,35 +34,39 @@ class Reference:
         self.stream: LayerStream | None = None
         if self.has_adapter:
             return
-        # What deepcopy finds in its memo it takes as it is, so a second full copy never exists on the device.
-        replaced = {"resident": lambda _: {}, "8bit": in_8_bits, "offload": on_host}[place]
-        frozen = copy.deepcopy(policy.model, replaced(policy.model)).requires_grad_(False).eval()
+        # deepcopy takes what its memo holds as it is, so the device never holds a second full copy.
+        replacements = {"resident": lambda _: {}, "8bit": in_8_bits, "offload": on_host}[place]
+        frozen = copy.deepcopy(policy.model, replacements(policy.model))
+        frozen = frozen.requires_grad_(False).eval()
         self.policy = Policy(frozen, policy.processor, policy.encode)
         if place == "offload":
             self.stream = LayerStream(frozen, policy.device)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> Tensor:
-        """Reference log-probabilities (N,), fp32."""
-        with (
-            self.policy.model.disable_adapter()
-            if self.has_adapter
-            else self.stream or nullcontext()
-        ):
+        """Return the reference's log-probability, (N,) fp32, of each target of the batch."""
+        if self.has_adapter:
+            context = self.policy.model.disable_adapter()
+        else:
+            context = self.stream or nullcontext()
+        with context:
             return self.policy.logprobs(batch, temperature)[0]
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """Vision blocks and decoder layers, in the order of their use."""
+    """Return the vision blocks and then the decoder layers, as a forward pass uses them."""
     inner = base_model(model).model
     return [*inner.visual.blocks, *inner.language_model.layers]
 
 
-# --- in host memory -----------------------------------------------------------------------------------------------
+# --- in host memory -------------------------------------------------------------------------------
 
 
 def on_host(model: nn.Module) -> dict[int, nn.Parameter]:
-    """A frozen copy of every parameter in host memory (page-locked for CUDA), by the parameter's id."""
+    """Copy every parameter, frozen, to host memory; returned by the parameter's id.
+
+    The copies of a model on CUDA are page-locked.
+    """
     copies = {}
     for parameter in model.parameters():
         host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
@@ -64,10 +75,12 @@ def on_host(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 class LayerStream:
-    """Context in which a model, whose parameters are in host memory, runs on `device`.
+    """A context in which a model whose parameters are in host memory runs on `device`.
 
-    Each layer's weights are copied on a stream of their own into one of two slots while the layer before computes; the
-    rest (embedding, LM head, norms, the vision tower's ends) is there from beginning to end. Outside nothing is.
+    While one layer computes, the next layer's weights are copied, on a stream of their own, into
+    one of two slots on the device. All other weights (embedding, LM head, norms, the ends of the
+    vision tower) are on the device from the beginning of the context to its end. Outside it the
+    device holds none.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -93,9 +106,8 @@ class LayerStream:
             raise
 
     def __exit__(self, *_) -> None:
-        if (
-            self.copies is not None
-        ):  # a slot that was filled ahead must not be used again before the copy has ended
+        # The memory of a slot that was filled ahead must not be reused before that copy has ended.
+        if self.copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copies)
         self.slots.clear()
         for parameter, host in self.others:
@@ -105,11 +117,11 @@ class LayerStream:
                 parameter.data = host
 
     def _slot(self, index: int) -> tuple:
-        """Layers of the same shapes take turns in two slots."""
+        """Return the key of a layer's slot: layers with the same shapes take turns in two slots."""
         return index % 2, *(tuple(host.shape) for host in self.host[index])
 
     def _load(self, index: int) -> None:
-        """Begin to copy a layer into its slot, once the layer that used it has been computed."""
+        """Begin to copy a layer into its slot, once the slot's last layer has been computed."""
         if index in self.ready or index >= len(self.layers):
             return
         key, hosts = self._slot(index), self.host[index]
@@ -120,35 +132,35 @@ class LayerStream:
                 target.copy_(host)
             self.ready[index] = None
             return
-        # Nothing in this slot was computed on yet: its memory may still be in use by what the allocator gave it to.
-        self.copies.wait_event(
-            self.free.get(key) or torch.cuda.current_stream(self.device).record_event()
-        )
+        # A new slot's memory may still be in use by work that is queued on the current stream.
+        last_use = self.free.get(key) or torch.cuda.current_stream(self.device).record_event()
+        self.copies.wait_event(last_use)
         with torch.cuda.stream(self.copies):
             for target, host in zip(self.slots[key], hosts, strict=True):
                 target.copy_(host, non_blocking=True)
             self.ready[index] = self.copies.record_event()
 
     def _before(self, index: int, *_) -> None:
+        """Make a layer use its slot's weights, and begin to load the layer after it."""
         self._load(index)
         if self.copies is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready[index])
-        for parameter, target in zip(
-            self.layers[index], self.slots[self._slot(index)], strict=True
-        ):
+        slot = self.slots[self._slot(index)]
+        for parameter, target in zip(self.layers[index], slot, strict=True):
             parameter.data = target
         self._load(index + 1)
 
     def _after(self, index: int, *_) -> None:
+        """Note when the layer's slot is free again."""
         if self.copies is not None:
             self.free[self._slot(index)] = torch.cuda.current_stream(self.device).record_event()
 
 
-# --- in 8 bits ----------------------------------------------------------------------------------------------------
+# --- in 8 bits ------------------------------------------------------------------------------------
 
 
 def in_8_bits(model: nn.Module) -> dict[int, nn.Module]:
-    """An Int8Linear for every linear layer of the layers, by the linear layer's id."""
+    """Make an Int8Linear for every nn.Linear inside the layers; returned by that module's id."""
     linears = (
         module for layer in layers(model) for module in layer.modules() if type(module) is nn.Linear
     )
@@ -156,9 +168,10 @@ def in_8_bits(model: nn.Module) -> dict[int, nn.Module]:
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer whose weight is int8 with a scale per output, its activations as they are.
+    """A frozen linear layer whose weight is int8 with one scale per output.
 
-    bitsandbytes' 8-bit layer would round activations too, and the KL near the start is smaller than that error.
+    Activations keep their dtype. bitsandbytes' 8-bit layer would round them too, and that error is
+    larger than the KL near the start of training.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -171,6 +184,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) -> (…, out)."""
+        """Map x (…, in) to (…, out), in the dtype of x."""
         out = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return out if self.bias is None else out + self.bias

@@ -1,4 +1,9 @@
-"""The built-in models, `tiny` and `small`: real Qwen2-VLs of 0.9M and 16.8M parameters, made without downloads."""
+"""The built-in models, `tiny` and `small`, which are made without downloads.
+
+They are real Qwen2-VL models, of 0.9M and 16.8M parameters.
+"""
+
+from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -18,21 +23,65 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-SIZES = {"tiny": (128, 3, 4, [4, 6, 6], 64, 2), "small": (384, 8, 6, [8, 12, 12], 192, 4)}
-"""Hidden size, layers, heads (of text and of vision), M-RoPE section; the vision tower's width and depth."""
+
+
+@dataclass(frozen=True)
+class BuiltInSize:
+    """The settings in which the built-in models differ."""
+
+    hidden_size: int
+    layers: int
+    """Number of decoder layers."""
+    heads: int
+    """Number of attention heads, both of the language model and of the vision tower."""
+    mrope_section: tuple[int, int, int]
+    """Pairs of a head's channels that turn with the temporal, height and width position."""
+    vision_width: int
+    vision_blocks: int
+
+
+BUILT_IN_SIZES = {
+    "tiny": BuiltInSize(
+        hidden_size=128,
+        layers=3,
+        heads=4,
+        mrope_section=(4, 6, 6),
+        vision_width=64,
+        vision_blocks=2,
+    ),
+    "small": BuiltInSize(
+        hidden_size=384,
+        layers=8,
+        heads=6,
+        mrope_section=(8, 12, 12),
+        vision_width=192,
+        vision_blocks=4,
+    ),
+}
+"""The built-in models by name."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Qwen2's pre-tokenisation: words with their leading space, every digit on its own.
-QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's pre-tokenization: words with their leading space, and every digit on its own."""
 
 
 def tiny_processor() -> ImageTextProcessor:
-    """Byte-level BPE trained on the drawn tasks' own sentences, Qwen2-VL's special tokens, and its image processor."""
+    """Make the processor of the built-in models.
+
+    Its tokenizer is a byte-level BPE trained on the drawn tasks' own sentences, with Qwen2-VL's
+    special tokens; its image processor is Qwen2-VL's.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -65,23 +114,23 @@ def tiny_processor() -> ImageTextProcessor:
 
 
 def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLConfig:
-    """The configuration of a built-in size: tiny has hidden size 128 and 3 layers, small has 384 and 8."""
+    """Return the configuration of a built-in model, by its name in BUILT_IN_SIZES."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
-    hidden_size, layers, heads, mrope_section, vision_width, vision_depth = SIZES[size]
+    sizes = BUILT_IN_SIZES[size]
     return Qwen2VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=3 * sizes.hidden_size,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
             num_key_value_heads=2,
             max_position_embeddings=1024,
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 10000.0,
-                "mrope_section": mrope_section,
+                "mrope_section": list(sizes.mrope_section),
             },
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -89,10 +138,10 @@ def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLCon
             tie_word_embeddings=True,
         ),
         vision_config=dict(
-            depth=vision_depth,
-            embed_dim=vision_width,
-            hidden_size=hidden_size,
-            num_heads=heads,
+            depth=sizes.vision_blocks,
+            embed_dim=sizes.vision_width,
+            hidden_size=sizes.hidden_size,
+            num_heads=sizes.heads,
             mlp_ratio=4,
             patch_size=14,
             spatial_merge_size=2,
@@ -110,12 +159,15 @@ def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLCon
 def tiny_model(
     processor: ImageTextProcessor, size: str = "tiny"
 ) -> Qwen2VLForConditionalGeneration:
-    """The model with fresh weights from torch's global generator; seed that first."""
+    """Make a built-in model with fresh weights.
+
+    They are drawn from torch's global generator: seed it first.
+    """
     return Qwen2VLForConditionalGeneration(tiny_config(processor, size))
 
 
 def _sentences(per_task: int = 200) -> list[str]:
-    """Text of every drawn task at two difficulties, to train the tokenizer on."""
+    """Return texts of every drawn task at two difficulties, for training the tokenizer."""
     sentences = []
     for task in TASKS.values():
         for difficulty in (1, 3):

@@ -4,7 +4,8 @@ import logging
 import sys
 import warnings
 
-from ..config import parse_config, profile_defaults
+from ..command_line import parse_settings
+from ..config import profile_defaults
 from ..model.known import find_model_config
 from .advice import advice
 from .plan import make_plan, planned_device, usable_bytes
@@ -19,10 +20,9 @@ def main() -> None:
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # peft asks transformers for a property with an old name
-    config = parse_config(
+    config = parse_settings(
         PlanConfig, sys.argv[1:], prog="python -m mr1_fast.plan", profile=profile_defaults
     )
-    config.check()
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     print(

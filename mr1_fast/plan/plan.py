@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PretrainedConfig
 
-from ..accuracy import BATCH_SIZE
-from ..config import TrainConfig
+from ..config import EVALUATION_BATCH_SIZE, TrainConfig
 from .phases import Moment, Step
 from .workload import Workload, patches_of
 
@@ -109,7 +108,9 @@ def make_plan(
     if config.algo != "sft":
         sampled["rollout"] = work
     if config.eval_samples and workload is None:
-        sampled["evaluation"] = Workload.largest(config, 1, min(BATCH_SIZE, config.eval_samples))
+        sampled["evaluation"] = Workload.largest(
+            config, 1, min(EVALUATION_BATCH_SIZE, config.eval_samples)
+        )
     cache_tokens = {
         phase: _cache_tokens(step, resident, each, usable) for phase, each in sampled.items()
     }

@@ -6,7 +6,7 @@ import torch
 
 from ..config import TrainConfig
 from ..model.forward import base_model, lm_head_weight
-from ..model.load import Policy
+from ..model.policy import Policy
 from .advice import advice
 from .out_of_memory import EVALUATED, SAMPLED, TOKENS
 from .plan import Plan, make_plan, usable_bytes

@@ -3,4 +3,5 @@
 from ..errors import exit_on_user_error
 from .run_report import main
 
-exit_on_user_error(main)
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,5 +1,25 @@
-"""Rewards, found by name; `reward` registers one of your own."""
+"""Rewards: functions of a completion and its example, found by name.
 
-from .registry import REWARDS, RewardFunction, load_plugin, require_rewards, reward, score
+A reward of your own is one decorator away, in a file that `--plugin` names:
 
-__all__ = ["REWARDS", "RewardFunction", "load_plugin", "require_rewards", "reward", "score"]
+    from mr1_fast.rewards import reward
+
+    @reward("brief")
+    def brief(completion, example):
+        return float(len(completion) < 400)
+"""
+
+from .judge import accuracy_reward, format_reward
+from .registry import REWARDS, RewardFunction, load_plugin, require_rewards, reward
+from .scoring import score
+
+__all__ = [
+    "REWARDS",
+    "RewardFunction",
+    "accuracy_reward",
+    "format_reward",
+    "load_plugin",
+    "require_rewards",
+    "reward",
+    "score",
+]

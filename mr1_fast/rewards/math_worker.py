@@ -1,13 +1,16 @@
-"""The process in which math-verify reads model output: started by math_check.
+"""The process in which math-verify reads model output; math_check starts it.
 
-    trainer ──request line──▶ zygote (imports math-verify once) ──the same line──▶ child (forked; parses, may die)
-            ◀──reply line────                                   ◀──reply line────
+    trainer ──request line──▶ zygote (imports math-verify once) ──the same line──▶ child (forked;
+    parses, may die) ◀──reply line────                                   ◀──reply line────
 
-A request is one line of JSON, [output, solution, seconds]; the reply is one too: `true` or `false`, or for a solution
-of null what math-verify reads in the output, a string or `null`. sympy can spend hours inside one C call (a power of
-big integers) where no Python signal handler runs, so the child arms a timer whose default action ends the process in
-the kernel. Whatever a child dies of (timer, memory limit, stack overflow), the zygote answers `null` in its place, to
-either kind of request, and forks the next one, which takes milliseconds.
+A request is one line of JSON, [output, solution, seconds], and so is its reply. The reply is `true`
+or `false`; if the solution is null, it is what math-verify reads in the output, a string or `null`.
+
+sympy can spend hours inside one C call (a power of big integers), during which no Python signal
+handler runs. The child therefore sets a timer whose default action, in the operating system's
+kernel, ends the process. Whatever a child dies of (timer, memory limit, stack overflow), the zygote
+replies `null` in its place, to either kind of request, and forks the next child, which takes
+milliseconds.
 """
 
 import contextlib
@@ -21,44 +24,48 @@ import sys
 from typing import BinaryIO
 
 MEMORY_BYTES = 2 << 30
-"""Address space of a child. A larger intermediate result raises MemoryError there, and the reply is `null`."""
+"""Address space of a child, in bytes. More raises MemoryError there, and the reply is `null`."""
 REQUESTS_PER_CHILD = 1000
-"""A child is replaced after so many requests, so that sympy's caches cannot grow without end."""
+"""Requests after which a child is replaced, so that sympy's caches cannot grow without end."""
 PEAK_KIB = 512 << 10
-"""A child is also replaced once its resident memory has peaked above this, in KiB."""
+"""Peak of a child's resident memory, in KiB, above which it is replaced too."""
 MAX_ANSWER_CHARS = 8192
-"""An expression whose text is longer is no answer: cut short, it would be another one."""
+"""The longest text of an expression that is an answer; cut short, it would be another answer."""
 LAST = b"last "
-"""Before a reply (no JSON begins so): this child asks to be replaced."""
-BLOCKED_EVENTS = frozenset(
-    (
-        *(
-            "os.system",
-            "os.exec",
-            "os.posix_spawn",
-            "os.spawn",
-            "os.fork",
-            "os.forkpty",
-            "pty.spawn",
-        ),
-        *(
-            "subprocess.Popen",
-            "socket.connect",
-            "socket.bind",
-            "os.kill",
-            "os.chmod",
-            "os.chown",
-            "os.truncate",
-        ),
-        *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink"),
-    )
-)
-"""Audit events that reading an expression never needs. math-verify does not evaluate its input as Python; this is for
-the day when some release does."""
+"""What a child that asks to be replaced puts before its reply; no JSON begins like this."""
+PROCESS_EVENTS = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "pty.spawn",
+    "subprocess.Popen",
+}
+NETWORK_EVENTS = {"socket.connect", "socket.bind"}
+FILE_EVENTS = {
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+}
+BLOCKED_EVENTS = PROCESS_EVENTS | NETWORK_EVENTS | FILE_EVENTS
+"""Audit events that reading an expression never raises. math-verify does not evaluate its input as
+Python; they are refused for the day when some release does."""
 
 
 def main() -> None:
-    """Serve requests from stdin to stdout until stdin closes. The first line written is `"ready"` or an error text."""
+    """Serve requests from stdin to stdout until stdin closes.
+
+    The first line written is `"ready"`, or the text of the error if math-verify cannot be imported.
+    """
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     quiet = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # a stray print() in a library must not read as a reply
@@ -76,7 +83,7 @@ def main() -> None:
 
 
 def _warm_up() -> None:
-    """Import math-verify and build its regular expressions and grammar tables, so that no child has to."""
+    """Import math-verify and build its expressions and grammar tables, once for all children."""
     for text in (
         r"The answer is $\frac{1}{2}+\sqrt{3}$",
         "<answer> 12.5 </answer>",
@@ -87,18 +94,19 @@ def _warm_up() -> None:
 
 
 def equal(output: str, solution: str) -> bool:
-    """math-verify's verdict, in R1-V's order of arguments, with its own timeouts off (they need SIGALRM)."""
-    from math_verify import (  # not at the top: its absence must reach the trainer as a message
-        parse,
-        verify,
-    )
+    """Return math-verify's verdict, with R1-V's order of arguments.
+
+    math-verify's own time limits are off, since they use the signal that the child's timer uses.
+    """
+    # Imported here, so that its absence can be reported to the trainer.
+    from math_verify import parse, verify
 
     answer, gold = parse(output, parsing_timeout=None), parse(solution, parsing_timeout=None)
     return bool(verify(answer, gold, timeout_seconds=None))
 
 
 def read_answer(output: str) -> str | None:
-    """The text of the first expression that math-verify reads in the output, as in R1-V's `extracted_answer`."""
+    """Return the first expression that math-verify reads in the output, as text, or None."""
     from math_verify import parse
 
     found = parse(output, parsing_timeout=None)
@@ -107,7 +115,7 @@ def read_answer(output: str) -> str | None:
 
 
 def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
-    """The zygote: pass requests and replies on, and answer for a child that dies."""
+    """Pass requests and replies on, and reply in place of a child that dies: the zygote's loop."""
     child = _Child(requests, replies)
     while line := requests.readline():
         for _ in range(2):
@@ -116,8 +124,10 @@ def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
                 break
             cause, reply = child.end(), b"null\n"
             child = _Child(requests, replies)
+            # A request that took too long is not tried again. One during which the child died of
+            # something else, such as the out-of-memory killer, may not have been the cause.
             if cause == signal.SIGALRM:
-                break  # it took too long; of anything else (the out-of-memory killer, say) it may not be the cause
+                break
         _write(replies, reply.removeprefix(LAST))
         if reply.startswith(LAST) or child.served == REQUESTS_PER_CHILD:
             child.end()
@@ -146,7 +156,10 @@ class _Child:
         self.to_child, self.from_child = os.fdopen(to_child, "wb"), os.fdopen(from_child, "rb")
 
     def ask(self, line: bytes) -> bytes:
-        """Pass a request on and return the reply line, which is cut short or empty if the child dies first."""
+        """Pass a request on and return the reply line.
+
+        It is cut short or empty if the child dies first.
+        """
         self.served += 1
         try:
             _write(self.to_child, line)
@@ -155,27 +168,25 @@ class _Child:
         return self.from_child.readline()
 
     def end(self) -> int:
-        """Kill and reap the process and close its pipes. Returns the signal that ended it."""
+        """Kill the process, wait for it, close its pipes, and return the signal that ended it."""
         os.kill(self.pid, signal.SIGKILL)  # without effect if it is already dead
         _, status = os.waitpid(self.pid, 0)
         for file in (self.to_child, self.from_child):
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # the rest of a request that the child did not read
+            # The child may not have read the rest of a request.
+            with contextlib.suppress(BrokenPipeError):
                 file.close()
         return os.WTERMSIG(status)
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """The child: limit what it may use and do, then answer until the pipe closes.
+    """Limit what this process may use and do, then reply until the pipe closes: the child's loop.
 
-    With LAST it asks to be replaced. Leaving by itself could lose a request already on its way.
+    A child asks to be replaced by LAST. If it left by itself, a request on its way could be lost.
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(
-        signal.SIGALRM, signal.SIG_DFL
-    )  # the default action ends the process even inside a C call
+    # The default action ends the process even inside a C call.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     sys.dont_write_bytecode = True
     sys.addaudithook(_refuse)
@@ -184,7 +195,9 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would mean: never
         try:
             reply = read_answer(output) if solution is None else equal(output, solution)
-        except Exception:  # MemoryError, RecursionError, …: what cannot be read is not right
+        except (
+            Exception
+        ):  # MemoryError, RecursionError and others: an unreadable answer is not right
             reply = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > PEAK_KIB
@@ -192,7 +205,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def _refuse(event: str, arguments: tuple) -> None:
-    """An audit hook: no commands, no network, no files changed."""
+    """Refuse commands, network connections and changes of files, as an audit hook."""
     writes = (
         event == "open"
         and isinstance(arguments[2], int)
@@ -203,6 +216,7 @@ def _refuse(event: str, arguments: tuple) -> None:
 
 
 def _write(file: BinaryIO, line: bytes) -> None:
+    """Write a line at once."""
     file.write(line)
     file.flush()
 

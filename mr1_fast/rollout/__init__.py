@@ -1,1 +1,1 @@
-"""Rollout: sampling G completions of each prompt from the current policy."""
+"""The rollout: sampling G completions of each prompt from the policy; read engine.py first."""

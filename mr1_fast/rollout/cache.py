@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that decoding looks back on: one pool for each layer, in spans.
+"""Keys and values of the tokens that decoding attends to: one pool for each layer, cut into spans.
 
-Row 0 of a pool is scratch. Then come spans for prompts, each read by all of a prompt's samples, and spans for samples,
-each as long as a completion can be.
+Token 0 of a pool is scratch. Then come the spans for prompts, each read by all of its prompt's
+samples, and the spans for samples, each as long as a completion can be.
 """
 
 from dataclasses import dataclass
@@ -18,29 +18,29 @@ class Layout:
     """How a pool is cut into spans."""
 
     prompt_spans: int
-    """Prompts that can be held at once."""
+    """Number of spans for prompts: prompts that can be held at once."""
     prompt_tokens: int
-    """Tokens of such a span."""
+    """Tokens of a prompt's span."""
     sample_spans: int
-    """Samples that can be decoded at once."""
+    """Number of spans for samples: samples that can be decoded at once."""
     sample_tokens: int
-    """Tokens of such a span."""
+    """Tokens of a sample's span."""
 
     @property
     def tokens(self) -> int:
-        """Of the whole pool."""
+        """Tokens of the whole pool."""
         return 1 + self.prompt_spans * self.prompt_tokens + self.sample_spans * self.sample_tokens
 
     def prompt_start(self, span: int) -> int:
-        """The first token of a prompt's span."""
+        """Compute the first token of a prompt's span (a number, or an array of numbers)."""
         return 1 + span * self.prompt_tokens
 
     def sample_start(self, span: int) -> int:
-        """The first token of a sample's span."""
+        """Compute the first token of a sample's span (a number, or an array of numbers)."""
         return 1 + self.prompt_spans * self.prompt_tokens + span * self.sample_tokens
 
     def covers(self, other: "Layout") -> bool:
-        """Whether what needs `other` can do with this one."""
+        """Tell whether this layout has at least the spans of `other`, and spans as long."""
         return (
             self.prompt_spans >= other.prompt_spans
             and self.prompt_tokens >= other.prompt_tokens
@@ -57,10 +57,14 @@ class Layout:
         most_samples: int,
         budget: int | None,
     ) -> "Layout":
-        """Room for as many samples at once as `most_samples` and `budget` (tokens; None: no limit) allow.
+        """Lay out as many samples at once as `most_samples` and `budget` allow.
 
-        The prompts of that many samples are held twice over where there is room, so that a group with one long sample
-        does not keep others out. UserError where not even one prompt with one sample fits.
+        lengths: tokens of each prompt.
+        budget: most tokens of the pool; None for no limit.
+
+        Where there is room, twice as many prompts are held as that many samples need, so that a
+        group with one long sample does not keep others out. Raises UserError where not even one
+        prompt with one sample fits.
         """
         longest, count = max(lengths), len(lengths)
         for samples in range(min(most_samples, count * num_generations), 0, -1):
@@ -68,34 +72,25 @@ class Layout:
             smallest = cls(min(count, needed), longest, samples, max_new_tokens)
             if budget is None or smallest.tokens <= budget:
                 spare = count if budget is None else (budget - smallest.tokens) // longest
-                return cls(
-                    min(count, 2 * needed, smallest.prompt_spans + spare),
-                    longest,
-                    samples,
-                    max_new_tokens,
-                )
+                prompts = min(count, 2 * needed, smallest.prompt_spans + spare)
+                return cls(prompts, longest, samples, max_new_tokens)
         raise UserError(
-            f"the longest prompt has {longest} tokens and a completion may have max_new_tokens = {max_new_tokens}, but "
-            f"the KV cache has room for {budget}: shorten the prompts (--max-pixels with --shrink-images true), or "
-            "lower --max-new-tokens."
+            f"the longest prompt has {longest} tokens and a completion may have "
+            f"max_new_tokens = {max_new_tokens}, but the KV cache has room for {budget}: shorten "
+            "the prompts (--max-pixels with --shrink-images true), or lower --max-new-tokens."
         )
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Channels of an attention head."""
+    """Read the channels of an attention head from a text model's configuration."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def token_bytes(text_model: nn.Module) -> int:
-    """Bytes of a token's keys and values in all layers."""
+    """Compute the bytes of one token's keys and values in all layers."""
     config = text_model.config
-    return (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * head_size(config)
-        * text_model.norm.weight.itemsize
-    )
+    elements = config.num_hidden_layers * config.num_key_value_heads * head_size(config)
+    return 2 * elements * text_model.norm.weight.itemsize
 
 
 class Pool:
@@ -113,12 +108,16 @@ class Pool:
         self.keys, self.values = (
             torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)
         )
-        # What a row has not written it does not read, but 0 · NaN is NaN where a kernel masks by multiplying.
-        self.keys.zero_(), self.values.zero_()
+        # No row reads what was not written, but 0 · NaN is NaN where a kernel masks by multiplying.
+        self.keys.zero_()
+        self.values.zero_()
 
 
 class PromptKeys:
-    """What transformers' layers take for a cache: stores the keys and values of packed prompts in a pool's rows."""
+    """Stands for a cache in transformers' layers, and stores the keys and values of packed prompts.
+
+    rows: (T,) int64, the tokens of the pool that the T packed tokens are stored in.
+    """
 
     def __init__(self, pool: Pool, rows: Tensor):
         self.pool, self.rows = pool, rows
@@ -126,11 +125,11 @@ class PromptKeys:
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values (1, Hkv, T, d); returns them, as nothing came before."""
+        """Store keys and values (1, Hkv, T, d), and return them, since no tokens came before."""
         self.pool.keys[layer].index_copy_(0, self.rows, keys[0].transpose(0, 1))
         self.pool.values[layer].index_copy_(0, self.rows, values[0].transpose(0, 1))
         return keys, values
 
     def get_seq_length(self, *args) -> int:
-        """Tokens before these: none."""
+        """Return the number of tokens that came before, 0."""
         return 0

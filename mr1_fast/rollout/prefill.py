@@ -1,4 +1,4 @@
-"""Prompts, with their images, once: packed as in training, their keys and values kept in the pool."""
+"""Encoding prompts with their images, packed as in training, and keeping their keys and values."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,13 @@ from .cache import Pool, PromptKeys
 
 
 def prefill(model: nn.Module, prompts: list[Prompt], pool: Pool, starts: list[int]) -> Tensor:
-    """Final hidden states (P, D) of the prompts' last tokens; the pool has their keys and values from `starts` on."""
+    """Encode P prompts: returns the final hidden states (P, D) of their last tokens.
+
+    The keys and values of prompt i go into the pool from token `starts[i]` on.
+    """
     device = lm_head_weight(model).device
-    first = [torch.zeros(1, dtype=torch.int64)] * len(
-        prompts
-    )  # no input, but what a prompt's last token predicts
+    # A completion of one token is no input, but makes the prompt's last token a row of the result.
+    first = [torch.zeros(1, dtype=torch.int64)] * len(prompts)
     batch = pack(prompts, first, list(range(len(prompts))))
     spans = [
         torch.arange(start, start + len(p.input_ids))

@@ -1,10 +1,12 @@
 """Area and perimeter of a figure made of unit squares: geometry that a small model can see.
 
-Difficulty d draws connected figures on a grid of (d+3)×(d+3) squares: 3–11 of 16 at difficulty 1, 3–17 of 25 at 2. The
-area is a count of squares, as in visual counting; the perimeter is not, so one skill carries over and the other
-does not. Which squares are filled decides the split, whatever is asked: thousands of figures, unlike the few hundred
-pairs of angles that `geometry` has at difficulty 1. Held-out items do not repeat: the same question about the same
-figure twice would be one item.
+Difficulty d draws connected figures on a grid of (d+3)×(d+3) squares: 3–11 of 16 squares at
+difficulty 1, and 3–17 of 25 at difficulty 2. The area is a count of squares, as in visual counting;
+the perimeter is not, so one skill carries over and the other does not.
+
+The filled squares decide the split, whatever is asked. There are thousands of figures, unlike the
+few hundred pairs of angles that `geometry` has at difficulty 1. Held-out items do not repeat: the
+same question about the same figure twice would be one item.
 """
 
 import random
@@ -21,18 +23,20 @@ __all__ = ["draw", "is_correct"]
 
 
 def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
-    """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the same item.
+    """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
+    same item.
 
-    The image is (28·(d+3))² pixels. A figure (its filled squares) belongs to exactly one split. Raises UserError for
-    more held-out items than there are.
+    The image is (28·(d+3))² pixels. A figure (its filled squares) belongs to exactly one split.
+    Raises UserError for more held-out items than there are.
     """
     if split != "train":
         index = _new_entry(split, seed, index, difficulty)
     side = difficulty + 3
     asked, squares, rng = _parameters(split, seed, index, difficulty)
-    perimeter = sum(
-        4 - sum(beside in squares for beside in _neighbours(square, side)) for square in squares
+    shared_sides = sum(
+        beside in squares for square in squares for beside in _neighbours(square, side)
     )
+    perimeter = 4 * len(squares) - shared_sides
     size, unit = (len(squares), "squares") if asked == "area" else (perimeter, "sides")
     return Example(
         problem=f"The figure is made of unit squares. What is its {asked}?",
@@ -46,7 +50,10 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
 def _parameters(
     split: str, seed: int, entry: int, difficulty: int
 ) -> tuple[str, tuple[int, ...], random.Random]:
-    """What is asked and which squares are filled in entry `entry` of the stream, and the generator for the looks."""
+    """Draw entry `entry` of the stream: what is asked, and which squares are filled.
+
+    Returns them with the generator, from which the figure's looks are drawn next.
+    """
     side = difficulty + 3
 
     def filled(rng: random.Random) -> tuple[int, ...]:
@@ -61,7 +68,7 @@ def _parameters(
 
 
 def _new_entry(split: str, seed: int, index: int, difficulty: int) -> int:
-    """The entry of the stream that is the `index`-th to bring a new question about a figure."""
+    """Return the entry of the stream with the `index`-th new question about a figure."""
     entries, seen = _first_entries(split, seed, difficulty)
     entry = entries[-1] + 1 if entries else 0
     while len(entries) <= index:
@@ -71,8 +78,8 @@ def _new_entry(split: str, seed: int, index: int, difficulty: int) -> int:
             entries.append(entry)
         elif entry - entries[-1] > 1000:
             raise UserError(
-                f"figures of difficulty {difficulty} have no {index + 1} different {split} items: ask for fewer, or "
-                "raise the difficulty."
+                f"figures of difficulty {difficulty} have no {index + 1} different {split} items: "
+                "ask for fewer, or raise the difficulty."
             )
         entry += 1
     return entries[index]
@@ -80,31 +87,31 @@ def _new_entry(split: str, seed: int, index: int, difficulty: int) -> int:
 
 @lru_cache(maxsize=16)
 def _first_entries(split: str, seed: int, difficulty: int) -> tuple[list[int], set]:
-    """Entries that brought something new, and what they brought, as far as anyone has asked."""
+    """Return the entries with a new question that are known so far, and those questions.
+
+    Both start empty; `_new_entry` extends them.
+    """
     return [], set()
 
 
 def _neighbours(square: int, side: int) -> list[int]:
-    """The squares that share a side with `square`, numbered by rows."""
+    """Return the squares that share a side with `square`; squares are numbered row by row."""
     row, column = divmod(square, side)
     steps = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
     return [y * side + x for y, x in steps if 0 <= y < side and 0 <= x < side]
 
 
 def _paint(squares: tuple[int, ...], side: int, rng: random.Random) -> Image.Image:
-    """Paint the figure with jittered place, scale and colours, every square outlined."""
-    scale = 4  # drawn larger and shrunk, for smooth edges
-    image = Image.new(
-        "RGB", (side * CELL * scale,) * 2, tuple(rng.randint(225, 255) for _ in range(3))
-    )
+    """Paint the figure at a random place and scale, in random colours, every square outlined."""
+    scale = 4  # painted larger and then shrunk, for smooth edges
+    paper = tuple(rng.randint(225, 255) for _ in range(3))
+    image = Image.new("RGB", (side * CELL * scale,) * 2, paper)
     pen = ImageDraw.Draw(image)
     width = rng.uniform(0.79, 0.93) * CELL
     margin = side * (CELL - width) / 2
     left, top = (margin + rng.uniform(-4, 4) for _ in range(2))
-    ink, fill = (
-        tuple(rng.randint(0, 130) for _ in range(3)),
-        tuple(rng.randint(60, 200) for _ in range(3)),
-    )
+    ink = tuple(rng.randint(0, 130) for _ in range(3))
+    fill = tuple(rng.randint(60, 200) for _ in range(3))
     for square in squares:
         x, y = left + square % side * width, top + square // side * width
         box = [x * scale, y * scale, (x + width) * scale, (y + width) * scale]

@@ -5,12 +5,25 @@ from collections.abc import Callable
 from typing import TypeVar
 from zlib import crc32
 
+from ..errors import UserError
+
 SPLITS = ("train", "validation", "test")
 Parameters = TypeVar("Parameters")
 
 
+def check_split(split: str) -> None:
+    """Raise UserError unless there is a split of that name."""
+    if split not in SPLITS:
+        raise UserError(
+            f"split is {split!r}, but the splits are {', '.join(SPLITS)}: choose one of them."
+        )
+
+
 def split_of(parameters: object) -> str:
-    """The one split that an item with these parameters belongs to (of ten: 7 train, 1 validation, 2 test)."""
+    """Return the one split to which an item with these parameters belongs.
+
+    Of ten items, 7 belong to train, 1 to validation and 2 to test.
+    """
     bucket = crc32(repr(parameters).encode()) % 10
     return "test" if bucket < 2 else "validation" if bucket == 2 else "train"
 
@@ -18,9 +31,11 @@ def split_of(parameters: object) -> str:
 def draw_for_split(
     draw: Callable[[random.Random], Parameters], split: str, stream: tuple
 ) -> tuple[Parameters, random.Random]:
-    """Redraw until the parameters fall in `split`; return them with the generator, for jitter.
+    """Draw parameters again and again until they belong to `split`.
 
-    `stream` names the random stream, so equal streams give equal items. The parameter space must reach every split.
+    Returns them with the random generator, from which the item's looks are drawn next. `stream`
+    names the random stream: equal streams give equal items. Some parameters that `draw` returns
+    must belong to every split.
     """
     rng = random.Random(repr((*stream, split)))
     while True:

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that need not be here: no spills, wide accesses, one compilation per run."""
+"""Triton kernels compiled for GPUs that are not here: no spills, wide accesses, one compilation."""
 
 import importlib.util
 from pathlib import Path
@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("on a GPU the kernels themselves run", allow_module_level=True)
 
+from triton.backends.compiler import GPUTarget
+
 from mr1_fast import grpo_loss, token_logprobs
 
 path = Path(__file__).parents[2] / "benchmarks" / "compile_table.py"
@@ -17,23 +19,23 @@ spec = importlib.util.spec_from_file_location("compile_table", path)
 compile_table = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compile_table)
 
+RTX_3090, H100 = GPUTarget("cuda", 86, 32), GPUTarget("cuda", 90, 32)
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", compile_table.TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("target", compile_table.TARGETS, ids=lambda target: str(target.arch))
 def test_every_kernel_compiles_without_spills_and_with_wide_accesses(target):
-    dtypes = (
-        ["bf16"] if target[1] in (80, 89) else ["fp32", "bf16"]
-    )  # the others differ least from their neighbours
-    rows = compile_table.table(dtypes, [151_936], [target])
+    # 80 and 89 differ least from their neighbours.
+    dtypes = ["bf16"] if target.arch in (80, 89) else ["fp32", "bf16"]
+    rows = compile_table.loss_table(dtypes, [151_936], [target])
     assert {row["kernel"] for row in rows} == {"grpo", "logprobs", "logprobs_backward", "scale"}
     assert [row for row in rows if not row["fits"]] == []
 
 
 def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
+    # One target and model only: python benchmarks/compile_table.py compiles for all.
     small = compile_table.MODELS[:1]
-    rows = compile_table.decode_table(
-        ["bf16"], [("cuda", 86, 32)], small
-    )  # all: python benchmarks/compile_table.py
+    rows = compile_table.decode_table(["bf16"], [RTX_3090], small)
     assert {row["kernel"] for row in rows} == {
         "attend",
         "linears",
@@ -46,11 +48,8 @@ def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
 
 
 def test_a_vocabulary_that_breaks_wide_accesses_is_told_apart():
-    (row,) = [
-        row
-        for row in compile_table.table(["bf16"], [151_937], [("cuda", 86, 32)])
-        if row["kernel"] == "logprobs"
-    ]
+    rows = compile_table.loss_table(["bf16"], [151_937], [RTX_3090])
+    (row,) = [row for row in rows if row["kernel"] == "logprobs"]
     assert not row["fits"] and row["short"] > 2
 
 
@@ -69,7 +68,7 @@ def test_a_new_beta_temperature_or_length_compiles_nothing(monkeypatch):
         logp, entropy = token_logprobs(logits, targets[part], temperature)
         (logp + entropy).sum().backward()
 
-    with compile_table.captured("cuda", 90, 32) as compiled:
+    with compile_table.captured(H100) as compiled:
         launch(64, 0.1, 1.0)
         first = {id(kernel) for _, kernel in compiled}
         for step in range(100):

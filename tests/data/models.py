@@ -17,13 +17,17 @@ from transformers.initialization import no_init_weights
 from mr1_fast.config import ModelConfig
 from mr1_fast.model import attention
 from mr1_fast.model.forward import base_model
-from mr1_fast.model.load import Policy, make_policy
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.policy import Policy
 from mr1_fast.model.tiny import tiny_config, tiny_model, tiny_processor
 from mr1_fast.types import Example
 
 
 def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **settings) -> Policy:
-    """A fresh tiny policy with seeded weights, large enough to make every token's distribution uneven."""
+    """Make a fresh tiny policy with seeded weights.
+
+    They are large enough to make every token's distribution uneven.
+    """
     processor = tiny_processor()
     torch.manual_seed(0)
     model = tiny_model(processor) if family == "qwen2_vl" else tiny_qwen2_5(processor)
@@ -36,7 +40,10 @@ def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **
 
 
 def tiny_qwen2_5(processor) -> torch.nn.Module:
-    """A Qwen2.5-VL of the tiny model's sizes, whose vision tower attends within windows in its first layer."""
+    """Make a Qwen2.5-VL of the tiny model's sizes.
+
+    The first layer of its vision tower attends within windows.
+    """
     base = tiny_config(processor).to_dict()
     vision = dict(
         depth=2,
@@ -67,7 +74,10 @@ def tiny_qwen2_5(processor) -> torch.nn.Module:
 
 
 def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
-    """A Qwen2 of two layers with seeded weights, large enough to make every token's distribution uneven."""
+    """Make a Qwen2 of two layers with seeded weights.
+
+    They are large enough to make every token's distribution uneven.
+    """
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -85,7 +95,10 @@ def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
 
 
 def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:
-    """Two layers of Qwen2-VL-2B's widths in text and vision, with a tied head over a small vocabulary."""
+    """Make a policy of two layers with Qwen2-VL-2B's widths in text and vision.
+
+    Its LM head is tied and has a small vocabulary.
+    """
     processor = tiny_processor()
     config = tiny_config(processor)
     text = dict(
@@ -122,7 +135,7 @@ def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:
 
 
 def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:
-    """LoRA in `dtype`, with a lora_B that is not zero, which would hide every gradient of lora_A."""
+    """Fill the adapters in `dtype`; a lora_B of zeros would hide every gradient of lora_A."""
     for name, parameter in policy.model.named_parameters():
         parameter.data = parameter.data.to(dtype)
         if "lora_B" in name:
@@ -130,7 +143,10 @@ def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:
 
 
 def mixed_examples() -> list[Example]:
-    """No image, one square image, one wide image, and two images of different sizes; prompts of different lengths."""
+    """Make examples with no image, a square one, a wide one, and two of different sizes.
+
+    Their prompts have different lengths.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def image(width: int, height: int) -> Image.Image:
@@ -150,7 +166,7 @@ def mixed_examples() -> list[Example]:
 
 
 def plain_inputs(policy: Policy, example: Example) -> dict[str, torch.Tensor]:
-    """What transformers' own processor call gives for one example."""
+    """Return what transformers' own call of the processor gives for one example."""
     from mr1_fast.tasks import format_problem
 
     content = [{"type": "image"} for _ in example.images] + [
@@ -164,12 +180,15 @@ def plain_inputs(policy: Policy, example: Example) -> dict[str, torch.Tensor]:
     )
 
 
-# --- transformers' own forward ------------------------------------------------------------------------------------
+# --- transformers' own forward --------------------------------------------------------------------
 
 
 @contextmanager
 def own_attention(policy: Policy):
-    """transformers' SDPA and its loop over images, also while a checkpointed backward recomputes."""
+    """Use transformers' SDPA and its loop over images in this context.
+
+    That holds also while the backward pass recomputes checkpointed layers.
+    """
     model = base_model(policy.model)
     model.set_attn_implementation("sdpa")  # eager would round its softmax to fp32
     try:
@@ -181,9 +200,10 @@ def own_attention(policy: Policy):
 def own_logprobs(
     policy: Policy, examples: list[Example], completions: list[Tensor], temperature: float
 ) -> Tensor:
-    """(N,) log-probs by the model's own forward over padded rows: an example, its images and a completion in each.
+    """Return log-probabilities (N,) by the model's own forward pass over padded rows.
 
-    The model computes its own positions. Prompts are padded on the left, completions on the right.
+    A row holds an example, its images and one completion. The model computes its own positions.
+    Prompts are padded on the left, completions on the right.
     """
     model = base_model(policy.model)
     rows = [plain_inputs(policy, example) for example in examples]
@@ -213,7 +233,7 @@ def own_logprobs(
 
 
 def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
-    """Of every trained parameter that the loss reaches, by name."""
+    """Return the gradient of every trained parameter that the loss reaches, by name."""
     policy.model.zero_grad()
     loss.backward()
     return {
@@ -224,7 +244,10 @@ def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(
     ours: dict[str, Tensor], expected: dict[str, Tensor], relative: float
 ) -> None:
-    """Each within `relative` of the largest entry expected, which must not be zero."""
+    """Assert that each gradient is within `relative` of its largest expected entry.
+
+    That entry must not be zero.
+    """
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = gradient.abs().max()

@@ -1,4 +1,4 @@
-"""Trainers of TRL on a small text model, batches of their loss, and the comparison of two."""
+"""TRL's trainers, batches for their loss, and a comparison of two trainers."""
 
 import pytest
 import torch
@@ -12,13 +12,16 @@ def reward(completion_ids, **kwargs):
     return [float(len(set(ids)) + ids[0] % 3) for ids in completion_ids]
 
 
-def make(cls, model, processor, folder, **settings):
+def make_trainer(cls, model, processor, folder, **settings):
+    """A trainer of class `cls` on the CPU; `settings` are those of GRPOConfig."""
     defaults = {
         "max_completion_length": COMPLETION,
         "num_generations": 4,
         "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "bf16": False,
+        "save_strategy": "no",
     }
-    defaults |= {"bf16": False, "per_device_eval_batch_size": 4, "save_strategy": "no"}
     config = GRPOConfig(
         output_dir=str(folder),
         report_to="none",
@@ -27,25 +30,24 @@ def make(cls, model, processor, folder, **settings):
         logging_steps=1,
         **defaults | settings,
     )
-    data = Dataset.from_dict(
-        {"prompt": [[{"role": "user", "content": text}] for text in ("how many", "items")] * 4}
+    prompts = [[{"role": "user", "content": text}] for text in ("how many", "items")] * 4
+    data = Dataset.from_dict({"prompt": prompts})
+    return cls(
+        model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=data,
+        eval_dataset=data.select([0, 1]),
+        processing_class=processor,
     )
-    given = {
-        "train_dataset": data,
-        "eval_dataset": data.select([0, 1]),
-        "processing_class": processor,
-    }
-    return cls(model, reward_funcs=reward, args=config, **given)
 
 
-def pictures(processor) -> dict:
+def image_prompts(processor) -> dict:
     """Prompts of unequal lengths with 0 to 3 images, as GRPOTrainer hands them to the model."""
     from PIL import Image
 
-    sizes, texts = (
-        [(56, 56), (84, 56), (56, 112)],
-        ["how many items", "count", "how many of the items are there"],
-    )
+    sizes = [(56, 56), (84, 56), (56, 112)]
+    texts = ["how many items", "count", "how many of the items are there"]
     counts = [1, 2, 0, 1, 3, 1]
     images = [
         Image.effect_noise(sizes[i % 3], 40 + 10 * i).convert("RGB") for i in range(sum(counts))
@@ -69,43 +71,53 @@ def pictures(processor) -> dict:
 
 
 def batch(seed: int, prompts: dict, lengths=(6, 0, 3, 6, 1, 4), **switches) -> dict:
-    """A batch of `_compute_loss`: two groups, the second without variance, one completion empty."""
+    """A batch for `_compute_loss`: two groups, one without variance; one completion is empty."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape, scale=1.0):
+    def normal(*shape, scale=1.0):
         return scale * torch.randn(shape, generator=generator)
 
     mask = (torch.arange(COMPLETION) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(3, 300, mask.shape, generator=generator)
+    if switches.get("zero_variance", True):
+        advantages = torch.cat([normal(3), torch.zeros(3)])
+    else:
+        advantages = normal(B)
     inputs = prompts | {
-        "completion_ids": torch.where(
-            mask == 1, torch.randint(3, 300, mask.shape, generator=generator), 0
-        ),
+        "completion_ids": torch.where(mask == 1, ids, 0),
         "completion_mask": mask,
-        "advantages": torch.cat([draw(3), torch.zeros(3)])
-        if switches.get("zero_variance", True)
-        else draw(B),
+        "advantages": advantages,
         "num_items_in_batch": mask.sum() + 5,
-        "ref_per_token_logps": (draw(B, COMPLETION) - 6) * mask,
+        "ref_per_token_logps": (normal(B, COMPLETION) - 6) * mask,
     }
     if switches.get("off_policy"):
-        inputs["old_per_token_logps"] = (draw(B, COMPLETION) - 6) * mask
+        inputs["old_per_token_logps"] = (normal(B, COMPLETION) - 6) * mask
     if switches.get("tools"):
         inputs["tool_mask"] = torch.randint(0, 2, mask.shape, generator=generator)
     if switches.get("token_advantages"):
-        inputs["advantages"] = draw(B, COMPLETION)
+        inputs["advantages"] = normal(B, COMPLETION)
     if width := switches.get("is_width"):
-        inputs["importance_sampling_ratio"] = draw(B, width, scale=0.3).exp()
+        inputs["importance_sampling_ratio"] = normal(B, width, scale=0.3).exp()
     return inputs
 
 
-def settings_of(trainer, **settings):
-    """Set what GRPOTrainer reads in `_compute_loss`; names with a dot are of its arguments."""
+def set_up(trainer, **settings):
+    """Set the attributes that GRPOTrainer reads in `_compute_loss`; "args.x" is its argument x."""
     defaults = {
-        "loss_type": "dapo", "importance_sampling_level": "token", "beta": 0.1, "use_vllm": False,
-        "epsilon_low": 0.2, "epsilon_high": 0.2, "current_gradient_accumulation_steps": 1,
-        "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "_entropy_bonus_enabled": False,
-        "vllm_importance_sampling_correction": True, "args.delta": None, "args.use_bias_correction_kl": False,
-    }  # fmt: skip
+        "loss_type": "dapo",
+        "importance_sampling_level": "token",
+        "beta": 0.1,
+        "use_vllm": False,
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "current_gradient_accumulation_steps": 1,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "_entropy_bonus_enabled": False,
+        "vllm_importance_sampling_correction": True,
+        "args.delta": None,
+        "args.use_bias_correction_kl": False,
+    }
     for name, value in (defaults | settings).items():
         holder = trainer.args if name.startswith("args.") else trainer
         setattr(holder, name.removeprefix("args."), value)
@@ -113,7 +125,8 @@ def settings_of(trainer, **settings):
 
 
 def run(trainer, inputs: dict, **settings):
-    settings_of(trainer, **settings)
+    """Loss, gradients and metrics of a batch."""
+    set_up(trainer, **settings)
     trainer.model.train()
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -121,22 +134,20 @@ def run(trainer, inputs: dict, **settings):
     gradients = {
         n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
     }
-    return (
-        loss.detach(),
-        gradients,
-        {name: value[-1] for name, value in trainer._metrics["train"].items()},
-    )
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return loss.detach(), gradients, metrics
 
 
 def assert_same(ours_run, their_run, tolerance: float = 1e-5):
     (loss, gradients, metrics), (their_loss, their_gradients, their_metrics) = ours_run, their_run
     assert gradients.keys() == their_gradients.keys() and metrics.keys() == their_metrics.keys()
-    # Its terms are of the size of the advantages and cancel: on policy, they leave nothing.
+    # The loss' terms are of the size of the advantages, and on policy they cancel to nothing.
     assert abs(loss - their_loss) <= tolerance * max(0.05, abs(their_loss)), (loss, their_loss)
     largest = max(g.abs().max() for g in their_gradients.values())
     assert largest > 1e-4, "nothing is compared"
     for name, right in their_gradients.items():
-        # What is 0 but for rounding, as the gradient of a key's bias, is compared with the largest gradient of all.
+        # A gradient that is 0 but for rounding, as that of a key's bias, is compared with the
+        # largest.
         scale = max(right.abs().max(), 1e-2 * largest)
         assert (gradients[name] - right).abs().max() <= tolerance * scale, name
     for name, right in their_metrics.items():

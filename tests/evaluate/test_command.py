@@ -1,64 +1,19 @@
-"""Evaluation: the statistics against values worked out otherwise, and the command on an untrained model."""
+"""`python -m mr1_fast.evaluate` on small models: records, figures, files and wrong flags."""
 
-import itertools
 import json
 import sys
 
 import pytest
 
-from mr1_fast import evaluate
-from mr1_fast.accuracy import pass_at_k, summarise, wilson_interval
+from mr1_fast.accuracy import pass_at_k, wilson_interval
 from mr1_fast.errors import UserError
-from mr1_fast.evaluate.settings import EvaluateConfig
+from mr1_fast.evaluate import command as evaluate_command
+from mr1_fast.evaluate.settings import parse as parse_evaluate
 from mr1_fast.files import write_json
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import run
 
-
-@pytest.mark.parametrize(
-    "correct, count, low, high",
-    [
-        (81, 263, 0.2553, 0.3662),  # R. G. Newcombe, Statistics in Medicine 17 (1998), table I
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_has_its_published_values(correct, count, low, high):
-    assert wilson_interval(correct, count) == (
-        pytest.approx(low, abs=5e-5),
-        pytest.approx(high, abs=5e-5),
-    )
-
-
-def test_wilson_interval_holds_the_share_and_is_symmetric():
-    for count in (1, 7, 200):
-        for correct in range(count + 1):
-            low, high = wilson_interval(correct, count)
-            assert 0 <= low <= correct / count <= high <= 1
-            assert wilson_interval(count - correct, count) == (
-                pytest.approx(1 - high),
-                pytest.approx(1 - low),
-            )
-
-
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
-    for n, k in ((1, 1), (4, 1), (4, 2), (4, 4), (6, 3)):
-        for c in range(n + 1):
-            correct = [True] * c + [False] * (n - c)
-            draws = list(itertools.combinations(correct, k))
-            share = sum(any(draw) for draw in draws) / len(draws)
-            assert pass_at_k([{"correct": correct}], k) == pytest.approx(share)
-    records = [{"correct": [True, False]}, {"correct": [False, False]}]
-    assert (pass_at_k(records, 1), pass_at_k(records, 2)) == (0.25, 0.5)
-
-
-def test_accuracy_counts_the_first_output():
-    records = [{"correct": [True, False]}, {"correct": [False, True]}, {"correct": [True, True]}]
-    summary = summarise(records)
-    assert (summary["accuracy"], summary["correct"], summary["count"]) == (2 / 3, 2, 3)
-    assert tuple(summary["interval"]) == wilson_interval(2, 3)
+from ..data.runs import run
 
 
 @pytest.fixture
@@ -70,7 +25,7 @@ def command(tiny_folder, tmp_path, monkeypatch):
         small = ["--samples=10", "--max-new-tokens=5", "--batch-size=4", "--device=cpu"]
         argv = ["--model", str(tiny_folder), *small, "--output", str(path), *map(str, flags)]
         monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
-        evaluate.main()
+        evaluate_command.run(parse_evaluate(sys.argv[1:]))
         assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -166,30 +121,6 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
         assert (f"<answer> {record['ground_truth']} </answer>" in record["outputs"][0]) == record[
             "correct"
         ][0]
-
-
-WRONG = {
-    "samples": ({"samples": 0}, "samples is 0, but must be at least 1"),
-    "batch": ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
-    "generations": ({"num_generations": 0}, "num_generations is 0, but must be at least 1"),
-    "tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
-    "temperature": ({"temperature": -1.0}, "temperature is -1.0, but must be 0 or"),
-    "greedy": (
-        {"num_generations": 4},
-        "num_generations is above 1, but greedy samples are all alike: set --temperature",
-    ),
-    "k": ({"pass_at": [1, 2]}, r"pass_at is \[1, 2\], but each k must lie in 1 … num_generations"),
-    "no k": ({"pass_at": []}, r"pass_at is \[\]"),
-    "k of 0": ({"pass_at": [0]}, r"pass_at is \[0\]"),
-    "top_p": ({"top_p": 0.0}, r"top_p is 0.0, but must lie in \(0, 1\]"),
-}
-
-
-@pytest.mark.parametrize("settings, message", WRONG.values(), ids=WRONG)
-def test_what_no_evaluation_could_mean(settings, message):
-    with pytest.raises(UserError, match=message):
-        EvaluateConfig(**settings).check()
-    EvaluateConfig(num_generations=4, temperature=1.0, pass_at=[1, 4]).check()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`model(..., head=f)`: the numbers of the model's own logits, through adapters, checkpointing, autocast and copies."""
+"""`model(..., head=f)` gives the numbers of the model's own logits, whatever wraps the model."""
 
 import copy
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def run(model, inputs, head) -> tuple[GRPOLoss, dict[str, torch.Tensor]]:
 
 
 def run_on_logits(model, inputs, data, num_tokens) -> tuple[GRPOLoss, dict[str, torch.Tensor]]:
-    """The same of the model's own logits, the way that a trainer without `head` takes them."""
+    """The same from the model's own logits, as a trainer without `head` computes it."""
     model.zero_grad()
     rows = [data[name][data["mask"]] for name in ("targets", "advantages")]
     weights = torch.full_like(rows[1], 1 / num_tokens)
@@ -150,8 +150,8 @@ def test_a_deep_copy_reads_its_own_weights():
 
 def test_a_head_that_does_not_make_the_logits_alone_is_refused():
     sizes = dict(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1,
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip
     with pytest.raises(TypeError, match="final_logit_softcapping"):
         add_head(Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8)))

@@ -1,4 +1,4 @@
-"""DDP and FSDP2: two processes, each with half of a batch, have the gradients of one process with all of it."""
+"""DDP and FSDP2: two processes with half a batch each have the gradients of one with all of it."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 
 def shard(model, head_group: bool = False, **settings):
-    """FSDP2 as trainers set it up: a group for each layer, and the rest, LM head and norm, in the root's or two."""
+    """FSDP2 as trainers set it up: a group for each layer; the LM head in the root's or its own."""
     for layer in model.model.layers:
         fully_shard(layer, **settings)
     if head_group:
@@ -72,11 +72,13 @@ def backward(
 def one_process(
     data: dict[str, Tensor], form: str, tied: bool, num_tokens: int, dtype: torch.dtype
 ):
-    """Loss and gradients of the whole batch; in bf16, the fp32 mean of the halves' gradients, as FSDP2 reduces them."""
-    parts, total = (
-        [data] if dtype == torch.float32 else [cut(data, rank) for rank in range(WORLD)],
-        [],
-    )
+    """Loss and gradients of the whole batch.
+
+    In bf16, they are the fp32 mean of the halves' gradients, as FSDP2 reduces them.
+    """
+    parts, total = [data], []
+    if dtype == torch.bfloat16:
+        parts = [cut(data, rank) for rank in range(WORLD)]
     model = text_model(tied)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -112,7 +114,7 @@ def compare(wrapper: str, form: str, head: str, rows: str, rank: int) -> dict:
 
 
 def outside_the_forward() -> list[str]:
-    """What calls with FSDP2's own parameter say, after the head's group has been resharded."""
+    """The errors of calls with FSDP2's own parameter, after the head's group has been resharded."""
     model, data = shard(text_model(), head_group=True), batch()
     targets, advantages = data["targets"].flatten(), data["advantages"].flatten()
     hidden = model(input_ids=data["ids"], head=lambda states, weight, bias: states.flatten(0, 1))
@@ -148,7 +150,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each process measured, by case. An exception in a process is raised here, with its traceback."""
+    """What each process measured, by case; an exception in a process is raised here."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(process, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -24,7 +24,7 @@ KINDS = [(loss_type, "token") for loss_type in LOSS_TYPES] + [
 ]
 TYPICAL = {"epsilon_low": 0.2, "epsilon_high": 0.28, "max_completion_length": 9, "temperature": 0.8}
 LOGPS = "old_per_token_logps ref_per_token_logps"
-# settings, and the inputs beside the five that must be given
+# Settings, and the names of the inputs beside the five that must be given.
 CASES = {
     "on-policy": ({"beta": 0.0, "use_ref_model": False}, ""),
     "old, reference": ({"beta": 0.07}, LOGPS),
@@ -56,8 +56,11 @@ MASKS = {
 }
 
 
-def make(names: str = "", mask: str = "padded", seed: int = 0) -> dict[str, torch.Tensor]:
-    """The inputs that must be given, and those named; the 2nd and last advantages are 0, as of groups of one reward."""
+def make_inputs(names: str = "", mask: str = "padded", seed: int = 0) -> dict[str, torch.Tensor]:
+    """The inputs that must be given, and those named.
+
+    The second and last advantages are 0, as in groups whose rewards are all equal.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -72,7 +75,7 @@ def make(names: str = "", mask: str = "padded", seed: int = 0) -> dict[str, torc
     logp = logits.log_softmax(-1).gather(-1, data["selected_token_ids"][..., None])[..., 0]
     ratio = torch.rand(B, T, generator=generator) * 2
     optional = {"bias": bias, "ref_bias": bias + normal(V, scale=0.2)}
-    # The reference is of another width, and near the policy, lest k3 blow rounding up.
+    # The reference has another width and is near the policy, because k3 would magnify rounding.
     optional["ref_input"] = torch.cat([data["_input"], normal(B, T, 1, scale=0.3)], -1)
     optional["ref_weight"] = torch.cat([data["lin_weight"], normal(V, 1)], -1)
     optional |= {
@@ -112,7 +115,10 @@ def results(loss, metrics, leaves: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
-    """Equal within the tolerance, relative to each tensor's largest value; a loss may be a small sum of large terms."""
+    """Equal within the tolerance, relative to each tensor's largest value.
+
+    A loss has a few ulps more, since it may be a small sum of large terms.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (
@@ -128,7 +134,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def pair(**settings) -> list[torch.nn.Module]:
-    """Ours and Liger's, of the same settings."""
+    """Ours and Liger's loss with the same settings."""
     kinds = ours.LigerFusedLinearGRPOLoss, chunked_loss.LigerFusedLinearGRPOLoss
     return [kind(**{"compiled": False, "chunk_size": B} | TYPICAL | settings) for kind in kinds]
 
@@ -140,7 +146,7 @@ def test_loss_metrics_and_gradients_are_ligers(loss_type, level, case):
     losses = pair(loss_type=loss_type, importance_sampling_level=level, **settings)
     # Liger's luspo counts padding, but in sequences without a token.
     for seed, mask in enumerate(["full or empty", "nothing"] if loss_type == "luspo" else MASKS):
-        inputs = make(names, mask, seed)
+        inputs = make_inputs(names, mask, seed)
         found, expected = (run(loss, inputs) for loss in losses)
         assert_close(found, expected)
         assert ("lin_weight" in found) == ("frozen" not in names)
@@ -166,9 +172,11 @@ def test_arguments_and_defaults_are_ligers():
 @pytest.mark.parametrize(
     "edit",
     [
-        {"beta": 0.07}, {"beta": 0.0}, {"use_ref_model": False}, {"epsilon_low": 0.0}, {"epsilon_high": 0.0},
+        {"beta": 0.07}, {"beta": 0.0}, {"use_ref_model": False},
+        {"epsilon_low": 0.0}, {"epsilon_high": 0.0},
         {"loss_type": "cispo"}, {"loss_type": "dr_grpo", "max_completion_length": 3},
-        {"importance_sampling_level": "sequence"}, {"loss_type": "sapo", "sapo_temperature_pos": 0.5},
+        {"importance_sampling_level": "sequence"},
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.5},
         {"loss_type": "sapo", "sapo_temperature_neg": 3.0}, {"temperature": 1.7}, {"delta": 1.1},
         {"use_bias_correction_kl": True},
     ],
@@ -176,7 +184,7 @@ def test_arguments_and_defaults_are_ligers():
 )  # fmt: skip
 def test_an_edited_setting_acts_at_the_next_call(edit):
     losses = pair(beta=0.02)
-    inputs = make(LOGPS, "holes", seed=2)
+    inputs = make_inputs(LOGPS, "holes", seed=2)
     before = run(losses[0], inputs)
     for loss in losses:
         for name, value in edit.items():
@@ -189,14 +197,14 @@ def test_an_edited_setting_acts_at_the_next_call(edit):
 def test_what_liger_does_not_take():
     loss, liger = pair(beta=0.07)
     loss.beta, loss.temperature = torch.tensor(loss.beta), torch.tensor(loss.temperature)
-    inputs = make(LOGPS)
+    inputs = make_inputs(LOGPS)
     per_token = inputs | {"advantages": inputs["advantages"][:, None].expand(B, T)}
     assert_close(run(loss, per_token), run(liger, inputs))
 
 
 @pytest.mark.parametrize("num_items", [None, 53, torch.tensor(53)])
 def test_tokens_are_counted_over_all_processes(num_items, monkeypatch):
-    inputs = make() | {"num_items_in_batch": num_items}
+    inputs = make_inputs() | {"num_items_in_batch": num_items}
     losses = pair(beta=0.0, use_ref_model=False)
     alone = losses[1](**inputs)[0].detach()
     monkeypatch.setattr(
@@ -213,7 +221,10 @@ def test_tokens_are_counted_over_all_processes(num_items, monkeypatch):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_luspo_leaves_out_the_padding_that_liger_adds_up(level):
-    inputs, settings = make(LOGPS), {"loss_type": "luspo", "importance_sampling_level": level}
+    inputs, settings = (
+        make_inputs(LOGPS),
+        {"loss_type": "luspo", "importance_sampling_level": level},
+    )
     found, liger = (run(loss, inputs) for loss in pair(beta=0.1, **settings))
     counts = inputs["attention_mask"].bool()
     assert liger["_input"][~counts].any() and not found["_input"][~counts].any()
@@ -226,7 +237,7 @@ def test_luspo_leaves_out_the_padding_that_liger_adds_up(level):
 
 
 def test_k3_is_bounded_where_ligers_overflows():
-    inputs = make("ref_per_token_logps")
+    inputs = make_inputs("ref_per_token_logps")
     inputs["ref_per_token_logps"] += 100
     found, liger = (run(loss, inputs) for loss in pair(beta=0.04))
     assert all(value.isfinite().all() for value in found.values())
@@ -242,16 +253,16 @@ def test_the_sequence_level_of_cispo_and_sapo_which_liger_refuses(loss_type):
     }
     loss, liger = pair(**settings)
     with pytest.raises(ValueError, match="not supported"):
-        liger(**make(LOGPS))
+        liger(**make_inputs(LOGPS))
     liger.importance_sampling_level = "token"  # the same where a sequence is a token
-    assert_close(*(run(each, make(LOGPS, "a token each")) for each in (loss, liger)))
-    inputs = make("old_per_token_logps")
+    assert_close(*(run(each, make_inputs(LOGPS, "a token each")) for each in (loss, liger)))
+    inputs = make_inputs("old_per_token_logps")
     inputs["old_per_token_logps"] += torch.linspace(-1, 1, T)
     loss.use_ref_model = liger.use_ref_model = False
     assert abs(loss(**inputs)[0] - liger(**inputs)[0]) > 1e-2  # and not where it is several
 
 
-# --- without Liger, and what is refused ---------------------------------------------------------------------------
+# --- without Liger, and what is refused -----------------------------------------------------------
 
 
 def test_vespo_is_ligers_with_one_warning():
@@ -259,10 +270,10 @@ def test_vespo_is_ligers_with_one_warning():
     loss, liger = pair(loss_type="vespo", beta=0.07, vespo_k_pos=1.5)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [run(loss, make(LOGPS)) for _ in range(2)]
+        found = [run(loss, make_inputs(LOGPS)) for _ in range(2)]
     assert len([w for w in caught if "vespo" in str(w.message)]) == 1
     for each in found:
-        assert_close(each, run(liger, make(LOGPS)))
+        assert_close(each, run(liger, make_inputs(LOGPS)))
 
 
 def test_liger_is_needed_for_vespo_alone(monkeypatch):
@@ -272,10 +283,10 @@ def test_liger_is_needed_for_vespo_alone(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     loss = module.LigerFusedLinearGRPOLoss(beta=0.0)  # no reference is asked for where β is 0
-    loss(**make())
+    loss(**make_inputs())
     loss.loss_type = "vespo"
     with pytest.raises(ImportError, match="pip install liger-kernel"):
-        loss(**make())
+        loss(**make_inputs())
     with pytest.raises(ImportError, match="choose another loss_type"):
         module.triton_grpo_loss(None, None, None, None, None, loss_type="vespo")
 
@@ -304,4 +315,4 @@ def test_liger_is_needed_for_vespo_alone(monkeypatch):
 )
 def test_what_is_refused_on_hidden_states(settings, change, message):
     with pytest.raises(ValueError, match=message):
-        ours.LigerFusedLinearGRPOLoss(**{"beta": 0.0} | settings)(**make() | change)
+        ours.LigerFusedLinearGRPOLoss(**{"beta": 0.0} | settings)(**make_inputs() | change)

@@ -1,6 +1,6 @@
-"""The drop-in replacements for Liger's functions on logits, held against the PyTorch of Liger's other loss in fp64.
+"""The replacements for Liger's functions on logits, compared with Liger's PyTorch in fp64.
 
-Its Triton kernels need a GPU or Triton's interpreter: kernels/test_liger_triton.py.
+Liger's Triton kernels need a GPU or Triton's interpreter: see tests/triton/test_liger_triton.py.
 """
 
 import pytest
@@ -13,12 +13,24 @@ from mr1_fast.kernels.grpo import operators
 pytest.importorskip("liger_kernel")
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
-from .test_liger import CASES, KINDS, LOGPS, MASKS, TYPICAL, B, T, V, assert_close, make, results
+from .test_liger import (
+    CASES,
+    KINDS,
+    LOGPS,
+    MASKS,
+    TYPICAL,
+    B,
+    T,
+    V,
+    assert_close,
+    make_inputs,
+    results,
+)
 
 
 def on_logits(names: str = "", mask: str = "padded", seed: int = 0) -> tuple[torch.Tensor, dict]:
-    """Logits (B, T+1, V), and the other tensors of triton_grpo_loss; ids of masked tokens are no tokens."""
-    data = make(names, mask, seed)
+    """Logits (B, T+1, V), and triton_grpo_loss' other tensors; ids of masked tokens are invalid."""
+    data = make_inputs(names, mask, seed)
     logits = torch.nn.functional.linear(
         data["_input"], data["lin_weight"], data.get("bias")
     ).detach()
@@ -38,10 +50,19 @@ def ligers_pytorch(logits, rest, level, **settings) -> dict[str, torch.Tensor]:
     logp = (leaf[:, :-1] / TYPICAL["temperature"]).log_softmax(-1)
     logp = logp.gather(-1, rest["completion_ids"].clamp(min=0)[..., None])[..., 0]
     mask, ratio = rest["completion_mask"], rest["vllm_is_ratio"]
+    if ratio is not None and ratio.ndim == 1:
+        ratio = ratio[:, None]
     loss, metrics = LigerFusedLinearGRPOFunction.ppo_loss_fn(
-        logp, mask, rest["advantages"], mask, rest["ref_logp"], rest["old_logp"], importance_sampling_level=level,
-        vllm_is_ratio=ratio[:, None] if ratio is not None and ratio.ndim == 1 else ratio, **settings,
-    )  # fmt: skip
+        logp,
+        mask,
+        rest["advantages"],
+        mask,
+        rest["ref_logp"],
+        rest["old_logp"],
+        importance_sampling_level=level,
+        vllm_is_ratio=ratio,
+        **settings,
+    )
     return {name: value.float() for name, value in results(loss, metrics, {"logits": leaf}).items()}
 
 
@@ -64,8 +85,8 @@ def test_the_loss_on_logits_is_ligers(loss_type, level, case):
         for inplace in (True, False):
             leaf = logits.clone().requires_grad_()
             loss, metrics = ours.triton_grpo_loss(
-                leaf * 1, **rest, **settings, temperature=TYPICAL["temperature"], eps_high=0.28, inplace=inplace,
-                reduce=True, importance_sampling_level=level,
+                leaf * 1, **rest, **settings, temperature=TYPICAL["temperature"], eps_high=0.28,
+                inplace=inplace, reduce=True, importance_sampling_level=level,
             )  # fmt: skip
             assert type(metrics) is list
             assert_close(results(loss, metrics, {"logits": leaf}), expected)

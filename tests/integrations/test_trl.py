@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with our loss against TRL's own, on one model, text and vision."""
+"""TRL's GRPOTrainer with our loss, compared with TRL's own on the same model, text and vision."""
 
 import warnings
 
@@ -10,19 +10,29 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 
 from mr1_fast import integrations
-from mr1_fast.integrations.objective import AVERAGES
+from mr1_fast.integrations.loss_options import AVERAGES
 from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
 from mr1_fast.model.tiny import tiny_processor
 
 from ..data.models import small_text_model, tiny_policy
-from ..data.trl import COMPLETION, PROMPT, B, assert_same, batch, make, pictures, run, settings_of
+from ..data.trl import (
+    COMPLETION,
+    PROMPT,
+    B,
+    assert_same,
+    batch,
+    image_prompts,
+    make_trainer,
+    run,
+    set_up,
+)
 
 LOSS_TYPES = list(AVERAGES)
 
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
-    """kind → (TRL's trainer, ours, the prompts): the same weights, the reference's differing from them."""
+    """kind → (TRL's trainer, ours, prompts): both have the same weights, and another reference."""
     processor = tiny_processor()
     made = {}
 
@@ -37,7 +47,7 @@ def trainers(tmp_path_factory):
         processing = processor.tokenizer if kind == "text" else processor
         options = {"beta": 0.1, "temperature": 0.7}
         pair = [
-            make(cls, str(folder), processing, folder / "runs", **options)
+            make_trainer(cls, str(folder), processing, folder / "runs", **options)
             for cls in (GRPOTrainer, FusedGRPOTrainer)
         ]
         if kind == "text":
@@ -45,7 +55,7 @@ def trainers(tmp_path_factory):
             ids = torch.randint(3, 300, (B, PROMPT), generator=torch.Generator().manual_seed(1))
             prompts = {"prompt_ids": torch.where(mask == 1, ids, 0), "prompt_mask": mask}
         else:
-            prompts = pictures(processor)
+            prompts = image_prompts(processor)
         made[kind] = (*pair, prompts)
         return made[kind]
 
@@ -111,7 +121,7 @@ def test_in_evaluation(trainers):
     inputs = batch(6, prompts)
     values = []
     for trainer in (fused, plain):
-        settings_of(trainer, current_gradient_accumulation_steps=4)
+        set_up(trainer, current_gradient_accumulation_steps=4)
         trainer.model.eval()
         with torch.no_grad():
             values.append(trainer._compute_loss(trainer.model, inputs).item())
@@ -218,7 +228,7 @@ def test_a_bf16_body_with_an_fp32_head(trainers):
 
 
 def test_where_trls_kl_overflows_ours_is_bounded(trainers):
-    """TRL: exp(ref − logp) of a log-ratio of 100 is inf, its loss with it. Here the log-ratio is held at ±20."""
+    """TRL's exp(ref − logp) of a log-ratio of 100 makes the loss inf; ours bounds it at ±20."""
     plain, fused, prompts = trainers("text")
     inputs = batch(11, prompts)
     inputs["ref_per_token_logps"] = (
@@ -235,7 +245,7 @@ def test_a_scaled_head_is_left_to_trl(tmp_path):
     processor = tiny_processor()
     small_text_model(len(processor.tokenizer), logit_scale=0.5).save_pretrained(tmp_path)
     plain, fused = (
-        make(cls, str(tmp_path), processor.tokenizer, tmp_path / "runs", beta=0.1)
+        make_trainer(cls, str(tmp_path), processor.tokenizer, tmp_path / "runs", beta=0.1)
         for cls in (GRPOTrainer, FusedGRPOTrainer)
     )
     mask = torch.ones(B, PROMPT, dtype=torch.int64)

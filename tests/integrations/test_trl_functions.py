@@ -1,4 +1,4 @@
-"""Drop-ins for TRL's functions on logits and hidden states, against TRL's."""
+"""The replacements for TRL's functions on logits and hidden states, compared with TRL's."""
 
 import pytest
 import torch
@@ -24,9 +24,8 @@ def test_selective_log_softmax_is_trls(k, cut):
     shape = view.shape[:-1] + ((k,) if k else ())
     index = torch.randint(0, 131, shape, generator=torch.Generator().manual_seed(1))
     row_mask = torch.arange(view[..., 0].numel()).view(view.shape[:-1]) % 3 > 0
-    row_mask = (
-        row_mask if k is None else row_mask.unsqueeze(-1).expand(index.shape)
-    )  # as TRL takes it
+    if k is not None:  # TRL wants the mask in the shape of the index
+        row_mask = row_mask.unsqueeze(-1).expand(index.shape)
     for options in ({}, {"temperature": 0.6}, {"row_mask": row_mask}):
         results = []
         for function in (ours.selective_log_softmax, trl_utils.selective_log_softmax):

@@ -16,7 +16,7 @@ from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
 from mr1_fast.model.tiny import tiny_processor
 
 from ..data.models import small_text_model
-from ..data.trl import make
+from ..data.trl import make_trainer
 
 
 def logged(trainer) -> list[dict]:
@@ -93,7 +93,9 @@ def test_steps_of_training_are_trls(case, tmp_path):
             "learning_rate": 1e-3,
             "num_iterations": 2,
         }
-        trainer = make(cls, model, processor.tokenizer, tmp_path / "runs", **options | settings)
+        trainer = make_trainer(
+            cls, model, processor.tokenizer, tmp_path / "runs", **options | settings
+        )
         assert getattr(trainer, "fused", True), trainer._why_not_fused()
         trainer.train()
         runs.append(
@@ -127,7 +129,7 @@ def test_the_schedule_reaches_a_trainer_that_began_at_beta_0(cls, lora, tmp_path
         "steps_per_generation": 2,
         "num_iterations": 2,
     }
-    trainer = make(cls, model, processor.tokenizer, tmp_path, **options)
+    trainer = make_trainer(cls, model, processor.tokenizer, tmp_path, **options)
     assert trainer.beta == 0 and trainer.ref_model is None
     trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.0, beta_max=0.02))
     trainer.train()
@@ -181,7 +183,7 @@ def process(rank: int, folder: str) -> None:
             "num_iterations": 2,
             "gradient_checkpointing": False,
         }
-        trainer = make(cls, model, tiny_processor().tokenizer, f"{folder}/runs", **options)
+        trainer = make_trainer(cls, model, tiny_processor().tokenizer, f"{folder}/runs", **options)
         trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.04, beta_max=0.1))
         trainer.train()
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
@@ -206,7 +208,7 @@ def test_a_resumed_run_goes_on_with_its_beta(tmp_path):
     for resumed in (False, True):
         model = small_text_model(len(processor.tokenizer))
         options = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
-        trainer = make(FusedGRPOTrainer, model, processor.tokenizer, tmp_path, **options)
+        trainer = make_trainer(FusedGRPOTrainer, model, processor.tokenizer, tmp_path, **options)
         trainer.add_callback(DynamicKLCallback(trainer, beta_min=0.0, beta_max=0.1))
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
         runs.append(steps(logged(trainer)))

@@ -1,4 +1,4 @@
-"""verl's fused LM heads, against verl's definition in plain PyTorch: in fp64, and in bf16 as verl's own code rounds."""
+"""verl's fused LM heads, compared with verl's definition in plain PyTorch, in fp64 and bf16."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def definition(hidden, weight, labels, temperature=1.0, reduction="none"):
-    """What verl's tests compare its kernels with, in the dtype of the inputs: verl's PyTorch version in bf16."""
+    """What verl's tests compare its kernels with; on bf16 inputs, verl's own PyTorch version."""
     logits = (hidden.flatten(0, -2) @ weight.T / temperature).to(
         torch.promote_types(hidden.dtype, torch.float32)
     )

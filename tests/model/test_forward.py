@@ -1,4 +1,4 @@
-"""Packed = padded: the packed forward equals transformers' own forward, sequence by sequence, with all gradients."""
+"""The packed forward pass equals transformers' own, sequence by sequence, with all gradients."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def packed_logprobs(policy, budget: int = 10**6) -> torch.Tensor:
 
 
 def plain_logprobs(policy) -> torch.Tensor:
-    """Each sequence alone through the model's own forward."""
+    """Compute each sequence alone, by the model's own forward pass."""
     examples = [mixed_examples()[index // 2] for index in range(len(LENGTHS))]
     pairs = zip(examples, completions(len(policy.processor.tokenizer)), strict=True)
     return torch.cat(
@@ -43,7 +43,7 @@ def plain_logprobs(policy) -> torch.Tensor:
 
 
 def weighted(logp: torch.Tensor) -> torch.Tensor:
-    """A sum in which no two tokens weigh the same."""
+    """Return a sum in which no two tokens have the same weight."""
     return (logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum()
 
 

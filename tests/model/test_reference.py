@@ -1,4 +1,4 @@
-"""Where the reference is kept changes nothing, or, in 8 bits, little; checkpoints in host memory change nothing."""
+"""The place of the reference and of checkpoints changes no number; 8 bits change them a little."""
 
 import pytest
 import torch
@@ -27,11 +27,8 @@ def test_offload_equals_resident_and_neither_moves_with_the_policy(dtype):
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.05)
-    for some in (
-        batch,
-        text_only,
-        batch,
-    ):  # text alone skips the vision tower, whose first block is what is loaded first
+    # Text alone skips the vision tower, whose first block is the layer that is loaded first.
+    for some in (batch, text_only, batch):
         assert torch.equal(
             offload.logprobs(some, TEMPERATURE), resident.logprobs(some, TEMPERATURE)
         )

@@ -7,11 +7,12 @@ from mr1_fast import train
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.plan.out_of_memory import SAMPLED, Room
+from mr1_fast.plan.out_of_memory import Room
 from mr1_fast.rollout import engine
 from mr1_fast.types import Rollout
 
 from ..data.models import mixed_examples, tiny_policy
+from ..data.runs import stage_run
 
 NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"
 
@@ -75,17 +76,10 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(mo
 
     pool = engine.Pool
     monkeypatch.setattr(engine, "Pool", cramped)
-    room = Room([].append, lambda: "", {SAMPLED: 10**6})
+    run = stage_run(policy, config)
     needed = engine.fitting(prompts, 3, config).tokens
     for _ in range(2):
-        drawn = [
-            room.attempt(
-                SAMPLED,
-                lambda tokens: train.sample(policy, mixed_examples(), prompts, 0, config, tokens),
-                needed,
-            )
-            for _ in range(2)
-        ]
+        drawn = [train.sample(run, mixed_examples(), 0) for _ in range(2)]
     assert [layout.tokens <= needed // 2 for layout in layouts] == [False, False, True, True, True]
     assert all(
         torch.equal(a, b) for a, b in zip(drawn[0].completions, drawn[1].completions, strict=True)
@@ -126,8 +120,8 @@ def test_rows_keep_their_data_when_packed_anew():
     policy = tiny_policy()
     rollout = drawn_rollout(policy)
     advantages = torch.arange(8.0).reshape(4, 2)
-    batches = train.grpo_batches(rollout, advantages, 10**6)
-    expected = train.grpo_batches(rollout, advantages, 150)
+    batches = train.pack_rollout(rollout, advantages, 10**6)
+    expected = train.pack_rollout(rollout, advantages, 150)
     batches.repack(150)
     assert len(batches) == len(expected) > 1
     for batch, other in zip(batches, expected, strict=True):
@@ -148,20 +142,20 @@ def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
             learning_rate=1e-3, updates_per_batch=2, tokens_per_microbatch=budget
         )
         optimizer, said, calls = make_optimizer(policy.model, config), [], []
-        batches = train.grpo_batches(
+        batches = train.pack_rollout(
             rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget
         )
-        train.add_logprobs(batches, policy, None, config, budget)
+        run = stage_run(policy, config, budget, said, optimizer=optimizer)
+        train.add_logprobs(run, batches)
 
-        def objective(policy, batch, config=config, calls=calls, budget=budget):
+        def batch_loss(policy, batch, config=config, calls=calls, budget=budget):
             calls.append(len(batch.input_ids))
             if budget == 200 and len(calls) == 2:
                 raise torch.OutOfMemoryError(NO_ROOM)
-            return train.grpo_objective(policy, batch, 0.0, config)
+            return train.grpo_batch_loss(policy, batch, 0.0, config)
 
-        room = room_for(budget, said)
         for step in range(2):
-            train.learn(policy, optimizer, batches, objective, step, config, room)
+            train.learn(run, batches, batch_loss, step)
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         assert len(batches) > 2 and max(len(batch.input_ids) for batch in batches) <= 100
         assert len(said) == (budget == 200)

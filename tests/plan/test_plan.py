@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from mr1_fast.config import TrainConfig, parse_train_config
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import make_policy
@@ -24,7 +25,7 @@ from mr1_fast.plan.settings import PlanConfig
 from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
-from mr1_fast.train import grpo_batches, grpo_objective
+from mr1_fast.train import grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 from ..data.memory_trace import peak_bytes
@@ -94,13 +95,13 @@ def measure(
     completions = [torch.randint(20, 200, (length,)) for length in lengths]
     logprobs = [torch.zeros(len(ids)) for ids in completions]
     rollout = Rollout([], prompts, completions, [], [], logprobs, config.num_generations)
-    batches = grpo_batches(
+    batches = pack_rollout(
         rollout, torch.randn(len(prompts), config.num_generations), config.tokens_per_microbatch
     )
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
-    objective = partial(grpo_objective, beta=0.04, config=config)
-    learn = partial(update, policy, optimizer, batches, objective, 0, 10, config)
+    batch_loss = partial(grpo_batch_loss, beta=0.04, config=config)
+    learn = partial(update, policy, optimizer, batches, batch_loss, 0, 10, config)
     learn()  # makes the optimizer's state
     always = nbytes(policy.model) + held(list(optimizer.state.values()))
     always += 0 if reference.has_adapter else nbytes(reference.policy.model)

@@ -1,14 +1,29 @@
-"""The answer that math-verify reads in an output: what it may be, and the worker with replies that are text."""
+"""Answers that math-verify reads in an output, hostile strings, and the process behind it."""
 
-import json
-import subprocess
-import sys
+import os
+import random
+import re
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mr1_fast.rewards import math_check, score
+from mr1_fast.rewards.judge import accuracy_reward, format_reward
 from mr1_fast.rewards.math_check import math_answer, math_equal
+from mr1_fast.tasks import counting
+
+from ..data.hostile import (
+    endless,
+    example,
+    injections,
+    megabytes,
+    nested,
+    random_strings,
+)
+from ..data.scripts import run_script
 
 HANGS = r"\boxed{" + "(" * 4000 + "}"
 """Keeps math-verify busy for longer than anyone would wait, with reading alone."""
@@ -59,36 +74,122 @@ def test_a_text_of_more_than_8192_characters_is_no_answer():
     assert math_answer(matrix.replace("&", "&1.1&"), seconds=20) is None
 
 
-@pytest.mark.parametrize(("peak_kib", "forks"), [("math_worker.PEAK_KIB", 1), (0, 7)])
-def test_a_child_is_replaced_once_it_has_grown_and_not_for_what_it_says(peak_kib, forks):
-    requests = [
-        ["$(a last b$", None, 20],
-        ["$(last$", None, 20],
-        ["3", "3", 20],
-        ["3", "4", 20],
-        ["4", None, 20],
-    ]
-    script = f"""
-import os
-import math_worker
-math_worker.PEAK_KIB = {peak_kib}
-forks, stdout = [], os.dup(1)
-os.register_at_fork(after_in_parent=lambda: forks.append(1))
-math_worker.main()
-os.write(stdout, str(len(forks)).encode())
-"""
-    text = "".join(json.dumps(request) + "\n" for request in [*requests, ["", None, 20]])
-    folder = Path(__file__).parents[2] / "mr1_fast" / "rewards"
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=text, cwd=folder, stdout=subprocess.PIPE, text=True
+@pytest.mark.slow
+def test_ten_thousand_hostile_strings(tmp_path):
+    """Nothing raises, takes more than 2 s or is executed, and a right answer is still found."""
+    marker, item = tmp_path / "executed", example("3")
+    special = [*injections(marker), *nested(), *endless(), *megabytes()]
+    strings = [*random_strings(10_000 - len(special), random.Random(11)), *special]
+    assert math_equal("<answer> 3 </answer>", "3")  # the worker has started
+    calls = {
+        "format": lambda text: format_reward(text, item),
+        "accuracy": lambda text: accuracy_reward(text, item),
+        "counting": lambda text: counting.is_correct(text, "3"),
+        "math_equal": lambda text: math_equal(text, "3", seconds=0.3),
+        "math_answer": lambda text: len(math_answer(text, seconds=0.3) or "") <= 8192 or "too long",
+    }
+    for text in strings:
+        for name, call in calls.items():
+            start = time.monotonic()
+            assert call(text) in (0.0, 1.0)
+            assert time.monotonic() - start < 2.0, (name, text[:80], len(text))
+    assert math_equal("<answer> 3 </answer>", "3")
+    assert not marker.exists()
+
+
+def test_a_hanging_string_does_not_lose_the_next_answer():
+    for text in endless()[:2]:
+        start = time.monotonic()
+        assert not math_equal(text, "3", seconds=0.2)
+        assert time.monotonic() - start < 5.0
+        assert math_equal("<answer> $\\frac{6}{2}$ </answer>", "3")
+        assert not math_equal("<answer> $\\frac{6}{2}$ </answer>", "4")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_child_or_zygote_is_replaced():
+    assert math_equal("1/2", "0.5", seconds=0.3)
+    zygote = math_check._client.worker.process.pid
+    (child,) = children(zygote)
+    time.sleep(0.4)  # the timer is off between requests
+    assert re.search(
+        r"Max address space +2147483648 +2147483648 ", Path(f"/proc/{child}/limits").read_text()
     )
-    assert done.stdout.split("\n") == [
-        '"ready"',
-        '"(a last b"',
-        '"(last"',
-        "true",
-        "false",
-        '"4"',
-        "null",
-        str(forks),
-    ]
+    os.kill(child, signal.SIGSEGV)
+    assert math_equal("1/2", "0.5")
+    assert math_check._client.worker.process.pid == zygote
+    assert children(zygote) not in ([], [child])
+    os.kill(*children(zygote), signal.SIGSEGV)
+    assert math_answer("1/2") == "1/2"
+    assert math_check._client.worker.process.pid == zygote
+    os.kill(zygote, signal.SIGKILL)
+    assert math_equal("1/2", "0.5")
+    assert math_check._client.worker.process.pid != zygote
+    os.kill(math_check._client.worker.process.pid, signal.SIGKILL)
+    assert math_answer("1/2") == "1/2"
+
+
+def test_threads_share_the_worker():
+    verdicts, answers = {}, {}
+
+    def ask(k: int) -> None:
+        verdicts[k] = score(
+            [f"<answer> {n}/1 </answer>" for n in range(8)], [example(str(k))], {"accuracy": 1.0}
+        )[0]
+
+    def read(k: int) -> None:
+        answers[k] = [math_answer(f"<answer> {n} </answer>") for n in range(k, k + 8)]
+
+    threads = [threading.Thread(target=act, args=(k,)) for k in range(8) for act in (ask, read)]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    assert {k: v[0].tolist() for k, v in verdicts.items()} == {
+        k: [float(n == k) for n in range(8)] for k in range(8)
+    }
+    assert answers == {k: [str(n) for n in range(k, k + 8)] for k in range(8)}
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_plain_script_without_main_guard_scores_and_leaves_no_process(tmp_path, end):
+    """Also after a fork, as in a DataLoader worker: parent and child must not share the pipes."""
+    script = f"""
+import os, signal
+from mr1_fast.rewards.math_check import _client, math_equal
+def right(k):
+    return all(math_equal(f"<answer> {{n}} </answer>", str(k)) == (n == k) for n in range(50))
+first = right(2)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if right(3) else 1)
+zygote = _client.worker.process.pid
+print(first, right(4), os.waitpid(pid, 0)[1], zygote, flush=True)
+print(open(f"/proc/{{zygote}}/task/{{zygote}}/children").read(), flush=True)
+{end}
+"""
+    words = (done := run_script(tmp_path / "plain.py", script)).stdout.split()
+    assert (words[:3], done.stderr, len(words)) == (["True", "True", "0"], "", 5)
+    deadline = time.monotonic() + 5
+    while any(map(is_running, words[3:])):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie does not run
+    except OSError:
+        return False
+
+
+def test_missing_math_verify_is_one_clear_error(tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not installed here')")
+    script = "from mr1_fast.errors import exit_on_user_error\n"
+    script += "from mr1_fast.rewards.math_check import math_equal\n"
+    script += "exit_on_user_error(lambda: math_equal('1', '1'))"
+    done = run_script(tmp_path / "script.py", script, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search("not installed here.*pip install math-verify", done.stderr)

@@ -1,4 +1,4 @@
-"""The engine against transformers' own generate and against the training forward, on a GPU where there is one."""
+"""The engine against transformers' generate and the training forward, on a GPU if there is one."""
 
 import gc
 import math
@@ -12,18 +12,19 @@ from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.forward import base_model
 from mr1_fast.packing import pack
-from mr1_fast.rollout.decoder import SIZES
 from mr1_fast.rollout.engine import Engine
-from mr1_fast.rollout.sampling import Sampling, draw
-from mr1_fast.train import add_logprobs, grpo_batches, grpo_objective
+from mr1_fast.rollout.graphs import GRAPH_ROWS
+from mr1_fast.rollout.sampling import Sampling, draw_tokens
+from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 
 from ..data.models import fill_adapters, mixed_examples, plain_inputs, tiny_policy, wide_policy
+from ..data.runs import stage_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def engine_of(policy) -> Engine:
-    """An engine on the test's device."""
+    """Make an engine on the tests' device."""
     policy.model.to(DEVICE)
     return Engine(policy.model, policy.processor, policy.encode)
 
@@ -39,7 +40,7 @@ def engine(policy):
 
 
 def own_generate(policy, example, **settings) -> list[int]:
-    """What transformers' generate continues an example with."""
+    """Continue an example by transformers' generate."""
     inputs = {name: value.to(DEVICE) for name, value in plain_inputs(policy, example).items()}
     model = base_model(policy.model)
     if "pixel_values" in inputs:
@@ -58,14 +59,13 @@ def lists(rollout) -> list[list[int]]:
 
 
 def training_logprobs(policy, rollout, temperature: float = 1.0) -> torch.Tensor:
-    batch = pack(rollout.prompts, rollout.completions, list(range(len(rollout.completions)))).to(
-        DEVICE
-    )
+    indices = list(range(len(rollout.completions)))
+    batch = pack(rollout.prompts, rollout.completions, indices)
     with torch.no_grad():
-        return policy.logprobs(batch, temperature)[0].cpu()
+        return policy.logprobs(batch.to(DEVICE), temperature)[0].cpu()
 
 
-# --- equal to transformers ----------------------------------------------------------------------------------------
+# --- equal to transformers ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -87,7 +87,7 @@ def test_greedy_equals_generate_at_the_2bs_widths():
 
 
 @pytest.mark.parametrize(
-    "count", sorted({n for size in SIZES if size <= 64 for n in (size, size + 1)})
+    "count", sorted({n for rows in GRAPH_ROWS if rows <= 64 for n in (rows, rows + 1)})
 )
 def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     example = mixed_examples()[1]
@@ -105,7 +105,7 @@ def test_a_repetition_penalty_equals_generates(policy, engine):
     )
 
 
-# --- equal to training --------------------------------------------------------------------------------------------
+# --- equal to training --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": True}, {"family": "qwen2_5_vl"}], ids=str)
@@ -166,7 +166,7 @@ def test_new_weights_count_at_once_and_nothing_stays_on_the_model():
     assert policy.model.model.rope_deltas is None
 
 
-# --- who runs when ------------------------------------------------------------------------------------------------
+# --- who runs when ------------------------------------------------------------------------------
 
 
 def test_a_small_cache_makes_samples_wait_and_changes_none(engine):
@@ -198,7 +198,7 @@ def test_a_sample_does_not_depend_on_what_runs_beside_it(engine):
     assert together[:3] == alone
 
 
-# --- ends ---------------------------------------------------------------------------------------------------------
+# --- ends ---------------------------------------------------------------------------------------
 
 
 def test_completions_end_at_eos_at_a_stop_text_or_at_the_limit():
@@ -221,10 +221,8 @@ def test_completions_end_at_eos_at_a_stop_text_or_at_the_limit():
 
 def test_every_id_that_the_model_ends_with_ends_a_completion():
     policy = tiny_policy()
-    engine, other = (
-        engine_of(policy),
-        policy.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-    )
+    engine = engine_of(policy)
+    other = policy.processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     plain = lists(engine.generate(mixed_examples(), 4, Sampling(12), seed=1))
     chosen = plain[0][3]
     policy.model.generation_config.eos_token_id = [other, chosen]
@@ -241,9 +239,8 @@ def test_a_stop_text_may_span_tokens_and_end_within_one(engine, policy):
         assert stop
         first = next(n for n in range(1, 13) if stop in tokenizer.decode(ids[:n]))
         ends = Engine._ends(engine, Sampling(stop=[stop]))
-        assert [ends(0, torch.tensor(ids[:n]).numpy()) for n in range(1, first + 1)] == [None] * (
-            first - 1
-        ) + ["stop"]
+        reasons = [ends(0, torch.tensor(ids[:n]).numpy()) for n in range(1, first + 1)]
+        assert reasons == [None] * (first - 1) + ["stop"]
 
 
 def test_placeholders_are_never_sampled_and_nothing_comes_from_the_generation_config():
@@ -266,11 +263,8 @@ def test_placeholders_are_never_sampled_and_nothing_comes_from_the_generation_co
 def test_nothing_to_do(engine):
     assert lists(engine.generate([], 3)) == []
     rollout = engine.generate(mixed_examples(), 2, Sampling(0))
-    assert (
-        lists(rollout) == [[]] * 8
-        and rollout.texts == [""] * 8
-        and rollout.reasons == ["length"] * 8
-    )
+    assert lists(rollout) == [[]] * 8
+    assert rollout.texts == [""] * 8 and rollout.reasons == ["length"] * 8
     assert lists(engine.generate(mixed_examples(), 0)) == []
     assert [len(ids) for ids in lists(engine.generate(mixed_examples(), 2, Sampling(1)))] == [1] * 8
 
@@ -315,17 +309,15 @@ def test_settings_that_mean_nothing(engine, name):
         engine.generate([], 1, Sampling(**{name: BAD.get(name, -1)}))
 
 
-# --- the drawn distribution ---------------------------------------------------------------------------------------
+# --- the drawn distribution ---------------------------------------------------------------------
 
 LOGITS = torch.tensor([1.5, 2.0, 1.0, 0.2, 0.0, -1.0, 9.0])
 BANNED = (6,)
 KEPT = {
     "temperature": (dict(temperature=0.6), [0, 1, 2, 3, 4, 5]),
     "top_k": (dict(top_k=3), [0, 1, 2]),
-    "top_p": (
-        dict(top_p=0.8),
-        [0, 1, 2],
-    ),  # 0.44 + 0.27 < 0.8 <= 0.44 + 0.27 + 0.16: the third crosses it and stays
+    # 0.44 + 0.27 < 0.8 <= 0.44 + 0.27 + 0.16: the third token crosses it and stays
+    "top_p": (dict(top_p=0.8), [0, 1, 2]),
     "top_p alone": (dict(top_p=0.4), [1]),
     "min_p": (dict(min_p=0.3), [0, 1, 2]),
     "all": (dict(temperature=2.0, top_k=5, top_p=0.9, min_p=0.4), [0, 1, 2, 3]),
@@ -337,7 +329,7 @@ def test_draws_follow_the_filtered_distribution(case):
     settings, kept = KEPT[case]
     count, sampling = 20_000, Sampling(1, **settings)
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw(
+    tokens, logprobs = draw_tokens(
         LOGITS.repeat(count, 1).to(DEVICE), uniform.to(DEVICE), sampling, BANNED
     )
     drawn = tokens.cpu().bincount(minlength=7).double()
@@ -352,7 +344,7 @@ def test_draws_follow_the_filtered_distribution(case):
 
 
 def test_an_engines_memory_is_free_when_it_is_gone(policy):
-    """At once: what waits for the garbage collector would lie beside the update's."""
+    """Memory that waits for the garbage collector would lie beside the update's, so it must not."""
     gc.disable()
     try:
         engine = engine_of(policy)
@@ -364,7 +356,7 @@ def test_an_engines_memory_is_free_when_it_is_gone(policy):
         gc.enable()
 
 
-# --- in training --------------------------------------------------------------------------------------------------
+# --- in training --------------------------------------------------------------------------------
 
 
 def test_training_uses_the_rollouts_logprobs_and_weighs_what_they_are_off_by():
@@ -374,27 +366,24 @@ def test_training_uses_the_rollouts_logprobs_and_weighs_what_they_are_off_by():
     lengths = [len(ids) for ids in rollout.completions]
     rollout.logprobs = [a + b for a, b in zip(rollout.logprobs, off.split(lengths), strict=True)]
     config = TrainConfig(updates_per_batch=2)
-    batches = grpo_batches(rollout, torch.ones(4, 2), 10_000)
+    batches = pack_rollout(rollout, torch.ones(4, 2), 10_000)
     (batch,) = batches
-    add_logprobs(batches, policy, None, config, 10_000)
-    assert (
-        torch.equal(batch.row_data["old_logp"], torch.cat(rollout.logprobs))
-        and "is_weights" not in batch.row_data
-    )
-    _, statistics = grpo_objective(policy, batch.to(DEVICE), 0.0, config)
+    add_logprobs(stage_run(policy, config, 10_000), batches)
+    assert torch.equal(batch.row_data["old_logp"], torch.cat(rollout.logprobs))
+    assert "is_weights" not in batch.row_data
+    _, metrics = grpo_batch_loss(policy, batch.to(DEVICE), 0.0, config)
     for name in ("rollout_gap_mean", "rollout_gap_max"):
-        torch.testing.assert_close(statistics[name].cpu(), off.abs(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(metrics[name].values.cpu(), off.abs(), atol=1e-4, rtol=0)
 
-    add_logprobs(batches, policy, None, replace(config, importance_cap=1.5), 10_000)
+    add_logprobs(stage_run(policy, replace(config, importance_cap=1.5), 10_000), batches)
     torch.testing.assert_close(
         batch.row_data["is_weights"].cpu(), (-off).exp().clamp(max=1.5), atol=1e-3, rtol=0
     )
     torch.testing.assert_close(
         batch.row_data["old_logp"].cpu(), torch.cat(rollout.logprobs) - off, atol=1e-4, rtol=0
     )
-    weighed, _ = grpo_objective(policy, batch.to(DEVICE), 0.0, config)
+    weighed, _ = grpo_batch_loss(policy, batch.to(DEVICE), 0.0, config)
     lengths = torch.tensor(lengths)
-    expected = -((-off).exp().clamp(max=1.5) / lengths.repeat_interleave(lengths)).sum() / len(
-        lengths
-    )
+    means = (-off).exp().clamp(max=1.5) / lengths.repeat_interleave(lengths)
+    expected = -means.sum() / len(lengths)
     torch.testing.assert_close(weighed.detach().cpu(), expected, atol=1e-4, rtol=0)

@@ -8,28 +8,28 @@ import pytest
 from mr1_fast.errors import UserError
 from mr1_fast.rollout.cache import Layout
 from mr1_fast.rollout.schedule import Schedule
+from mr1_fast.rollout.table import Columns
 
 EOS = 9
 
 
 class Device:
-    """Gives the n-th token of sample s as n, or EOS; sees only tables, and notes who writes where in the pool."""
+    """Gives n as the n-th token of a sample, or EOS; sees only tables, and checks them."""
 
     def __init__(self, lengths: np.ndarray, layout: Layout):
         self.lengths, self.previous = lengths, np.zeros(0, dtype=np.int64)
-        self.layout, self.samples = layout, {}
+        self.layout = layout
 
     def launch(self, table: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        known = table[:, 0] >= 0
-        before = np.where(
-            known, table[:, 0], self.previous[table[:, 1]] if len(self.previous) else 0
-        )
-        own_len = table[:, 6]
-        late = before == EOS  # of a sample that ended while this step was on its way
+        columns = Columns(*table.T)
+        previous = self.previous[columns.source] if len(self.previous) else 0
+        before = np.where(columns.token >= 0, columns.token, previous)
+        own_len = columns.own_len
+        late = before == EOS  # rows of samples that ended while this step was on its way
         assert (late | (before == own_len - 1)).all(), (
             "every row goes on from its sample's last token"
         )
-        assert len(set(table[:, 5])) == len(table), "no two rows write to one span"
+        assert len(set(columns.own_start)) == len(table), "no two rows write to one span"
         assert (own_len <= self.layout.sample_tokens).all()
         self.previous = np.where(own_len + 1 >= self.lengths[samples], EOS, own_len)
         return self.previous.copy(), -self.previous.astype(np.float32)
@@ -38,12 +38,11 @@ class Device:
 def simulate(
     lengths: np.ndarray, prompts: list[int], group: int, layout: Layout, ahead: int, most: int = 8
 ):
-    """Run to the end; returns the schedule and how many rows were computed."""
+    """Run to the end; returns the schedule, and how many rows were computed."""
     uniform = np.zeros((len(lengths), most), dtype=np.float32)
     ends = lambda sample, tokens: "eos" if tokens[-1] == EOS else None  # noqa: E731
-    schedule = Schedule(
-        prompts, [1000 * i for i in range(len(prompts))], group, layout, uniform, ends
-    )
+    positions = [1000 * i for i in range(len(prompts))]
+    schedule = Schedule(prompts, positions, group, layout, uniform, ends)
     device, pending, rows = Device(lengths, layout), deque(), 0
     for _ in range(10_000):
         if chosen := schedule.next_prompts(40):
@@ -54,7 +53,7 @@ def simulate(
             )
             continue
         samples, _, table, _ = schedule.next_step()
-        held = schedule.prompt_spans[np.unique(samples // group)]
+        held = schedule.span_of_prompt[np.unique(samples // group)]
         assert len(set(held)) == len(held) <= layout.prompt_spans, (
             "a prompt that is read keeps its span"
         )
@@ -90,12 +89,12 @@ def test_every_sample_runs_to_its_end(seed, ahead):
     assert least <= rows <= least + ahead * len(lengths), (
         "no more than a row too many for each sample"
     )
-    assert sorted(schedule.free_samples) == list(range(layout.sample_spans))
-    assert sorted(schedule.free_prompts) == list(range(layout.prompt_spans))
+    assert sorted(schedule.free_sample_spans) == list(range(layout.sample_spans))
+    assert sorted(schedule.free_prompt_spans) == list(range(layout.prompt_spans))
 
 
 def test_a_free_place_is_taken_in_the_same_step():
-    """Two places, one sample of eight tokens: the others pass through the second place without a gap."""
+    """One sample takes eight tokens; the others pass through the second of two places, gapless."""
     lengths = np.array([8, 3, 3, 3])
     _, rows = simulate(lengths, [5], 4, Layout(1, 5, 2, 8), ahead=0)
     assert rows == 7 + 2 + 2 + 2

@@ -15,19 +15,20 @@ STEPS = 3
 def inputs(
     n: int, weight_dtype: torch.dtype, gradient_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (n,) and gradients (STEPS, n) that differ in size, with zeros among them."""
+    """Draw weights (n,), and gradients (STEPS, n) that differ in size, with zeros among them."""
     generator = torch.Generator().manual_seed(n)
-    gradients = torch.randn(STEPS, n, generator=generator) * 10 ** (
-        -6 * torch.rand(n, generator=generator)
-    )
+    gradients = torch.randn(STEPS, n, generator=generator)
+    gradients = gradients * 10 ** (-6 * torch.rand(n, generator=generator))
     gradients[:, ::5] = 0
-    return (0.02 * torch.randn(n, generator=generator)).to(weight_dtype), gradients.to(
-        gradient_dtype
-    )
+    weight = 0.02 * torch.randn(n, generator=generator)
+    return weight.to(weight_dtype), gradients.to(gradient_dtype)
 
 
 def steps(weight, gradients, remainder: bool, grad_scale, device: str) -> list[torch.Tensor]:
-    """Weight and state after STEPS steps; 5 canaries follow each of them in memory and come last."""
+    """Return the weight and the state after STEPS steps.
+
+    5 canaries follow each of them in memory, and come last in it.
+    """
     weight = torch.cat([weight, torch.full((5,), 7.0, dtype=weight.dtype)]).to(device)
     n = len(weight) - 5
     whole = State.zeros(weight, remainder)

@@ -1,4 +1,4 @@
-"""Several linear layers in one kernel: no worse than twice PyTorch's own error in the same dtype."""
+"""Several linear layers in one kernel: the error is at most twice PyTorch's in the same dtype."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 def tensors(rows: int, d: int, widths: tuple[int, ...], dtype: torch.dtype, device: str):
-    """x, weights, biases; rows are of very different sizes and lie apart."""
+    """Draw x, weights and biases; the rows of x have very different sizes and lie apart."""
     generator = torch.Generator().manual_seed(rows)
     x = 10 ** torch.linspace(-2, 2, rows)[:, None] * torch.randn(rows, 2 * d, generator=generator)
     weights = [torch.randn(n, d, generator=generator) / d**0.5 for n in widths]
@@ -23,7 +23,7 @@ def tensors(rows: int, d: int, widths: tuple[int, ...], dtype: torch.dtype, devi
 
 
 def assert_within_bound(ours, eager, exact):
-    """|ours − fp64| ≤ 2·|eager − fp64| + tiny, the largest and on average."""
+    """Assert |ours − fp64| ≤ 2·|eager − fp64| + tiny, at the largest and on average."""
     mistakes, allowed = ((each.double() - exact).abs() for each in (ours, eager))
     tiny = 1e-6 * exact.abs().amax()
     assert mistakes.amax() <= 2 * allowed.amax() + tiny

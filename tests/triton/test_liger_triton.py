@@ -1,4 +1,4 @@
-"""The drop-in replacements on logits, held against Liger's own Triton kernels in fp32."""
+"""The replacements for Liger's functions on logits, compared with Liger's Triton kernels."""
 
 import warnings
 
@@ -14,7 +14,7 @@ LOSS_TYPES = ["grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo", "sapo"]
 KINDS = [(loss_type, "token") for loss_type in LOSS_TYPES] + [
     (loss_type, "sequence") for loss_type in LOSS_TYPES[:5]
 ]
-# settings, and which of mask, old and reference log-probs, ratio are given
+# Settings, and which of mask, old and reference log-probs and ratio are given.
 CASES = {
     "defaults": ({}, "mask old ref"),
     "on-policy": (
@@ -35,8 +35,8 @@ def theirs():
     return pytest.importorskip("liger_kernel.transformers.grpo_loss")
 
 
-def make(names: str, device: str, seed: int = 0) -> tuple[torch.Tensor, dict]:
-    """Logits (B, L+1, V), and what else the functions take, by name."""
+def make_inputs(names: str, device: str, seed: int = 0) -> tuple[torch.Tensor, dict]:
+    """Logits (B, L+1, V), and the functions' other arguments by name."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(B, L + 1, V, generator=generator)
     ids = torch.randint(0, V, (B, L), generator=generator)
@@ -93,7 +93,7 @@ def both(theirs, loss_type, level, case, device, **settings) -> list[dict]:
     settings |= given | {"loss_type": loss_type, "importance_sampling_level": level}
     if loss_type in ("cispo", "sapo"):
         settings.pop("delta", None)
-    logits, rest = make(names, device)
+    logits, rest = make_inputs(names, device)
     return [results(module.triton_grpo_loss, logits, rest, **settings) for module in (ours, theirs)]
 
 
@@ -115,22 +115,23 @@ def test_the_reduced_loss_is_that_of_ligers_kernels(loss_type, level, case, devi
 
 
 def test_luspo_weighs_a_token_by_its_own_sequence(device, theirs):
-    """Liger's backward passes weights (B, 1) by the strides of (B, L): token t of sequence i gets those of i + t."""
+    """Liger's backward reads weights (B, 1) as (B, L): token t of sequence i gets that of i + t."""
     found, liger = both(theirs, "luspo", "token", "defaults", device, reduce=True)
     wrong = liger.pop("gradient")
     gradient = found.pop("gradient")
     assert_close(found, liger)
-    logits, rest = make(CASES["defaults"][1], device)
+    logits, rest = make_inputs(CASES["defaults"][1], device)
     leaf = logits.clone().requires_grad_()
     loss, _, _ = theirs.triton_grpo_loss(leaf * 1, **rest, loss_type="luspo")
     (1.5 * loss * rest["completion_mask"].sum(-1, keepdim=True)).mean().backward()
     assert_close({"gradient": gradient}, {"gradient": leaf.grad})
-    # sequence 0 has 2 tokens; its second one gets the weight of sequence 1, whose length counts as 1
+    # sequence 0 has 2 tokens; its second one gets the weight of sequence 1, whose length counts as
+    # 1
     torch.testing.assert_close(2 * wrong[0, 1], gradient[0, 1], rtol=1e-3, atol=1e-7)
 
 
 def test_fused_selective_log_softmax_is_that_of_ligers_kernel(device, theirs):
-    logits, rest = make("mask", device)
+    logits, rest = make_inputs("mask", device)
     before = torch.ones(B, 2, dtype=torch.long, device=device)
     ids, mask = (
         torch.cat([before, rest[name]], 1) for name in ("completion_ids", "completion_mask")
@@ -143,7 +144,7 @@ def test_fused_selective_log_softmax_is_that_of_ligers_kernel(device, theirs):
 
 
 def test_log_probs_are_those_of_pytorch(device):
-    logits, rest = make("mask", device)
+    logits, rest = make_inputs("mask", device)
     ids, mask = rest["completion_ids"], rest["completion_mask"]
     expected = (logits.double()[:, :-1] / 0.9).log_softmax(-1).gather(-1, ids[..., None])[
         ..., 0
@@ -156,7 +157,7 @@ def test_log_probs_are_those_of_pytorch(device):
 
 def test_vespo_is_ligers_with_one_warning(device, theirs):
     warn_once.cache_clear()
-    logits, rest = make("mask old ref", device)
+    logits, rest = make_inputs("mask old ref", device)
     settings = {"loss_type": "vespo", "reduce": True, "vespo_k_neg": 2.0}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

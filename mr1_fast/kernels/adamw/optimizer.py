@@ -1,25 +1,30 @@
-"""x"""
+"""The torch optimizer around the steps of step.py: parameter groups, seeds and checkpoints."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from ...errors import UserError
-from .rounding import (
-    random_keys,
-)
+from .rounding import random_keys
 from .state import Scalars, State
 from .step import adamw_
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) with 8-bit states, whose update is not lost in bf16 weights.
+    """AdamW (arXiv 1711.05101) with 8-bit states, whose updates are not lost in bf16 weights.
 
-    `remainder`: 2 bytes per bf16 parameter complete it to an fp32 master, exactly; without, the weight is rounded
-    stochastically. fp32 parameters need neither. States exist from the start, so running out of memory shows there.
+    With `remainder`, 2 bytes per bf16 parameter complete it to an fp32 master, exactly; without,
+    the weight is rounded stochastically. fp32 parameters need neither. States are allocated at the
+    start, so that running out of memory shows there.
 
-    A weight that is set from outside keeps its remainder, less than half of bf16's step: load weights first. The caller
-    skips steps whose gradients are not finite. Same seed, gradients and settings: same bits, after a resume too.
+    The same seed, gradients and settings give the same bits, also after a resume. Load weights
+    before
+    making the optimizer: a weight that is set later keeps its old remainder, which is less than
+    half of bf16's step. Skip a step whose gradients are not finite: the optimizer does not check
+    them.
+
+    Raises ValueError for betas or eps outside their ranges, and for a parameter that is not
+    contiguous or neither bf16 nor fp32.
     """
 
     def __init__(
@@ -35,48 +40,57 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     ):
         if not (0 <= betas[0] < 1 and 0 < betas[1] < 1 and eps > 0):
             raise ValueError(
-                f"betas {betas} and eps {eps}: expected β₁ in [0, 1), β₂ in (0, 1), ε > 0"
+                f"betas are {betas} and eps is {eps}, but β₁ must lie in [0, 1), β₂ in (0, 1), and "
+                "ε must be greater than 0"
             )
         self.remainder, self.seed = remainder, seed
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add parameters, contiguous and in bf16 or fp32, and allocate their state."""
+        """Add a group of contiguous bf16 or fp32 parameters, and allocate their states."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in (torch.bfloat16, torch.float32) or not p.is_contiguous():
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is {p.dtype}: contiguous bf16 or fp32 expected"
+                    f"a parameter of shape {tuple(p.shape)} and strides {p.stride()} is {p.dtype}, "
+                    "but must be contiguous and bf16 or fp32"
                 )
-            state = State.zeros(p, self.remainder)._asdict()
-            step = torch.zeros((), dtype=torch.int64)  # on the CPU: read without synchronising
-            self.state[p] = {
-                "step": step,
-                **{name: value for name, value in state.items() if value is not None},
-            }
+            # The count of steps lies on the CPU: reading it does not wait for a GPU.
+            self.state[p] = {"step": torch.zeros((), dtype=torch.int64)}
+            for name, value in State.zeros(p, self.remainder)._asdict().items():
+                if value is not None:
+                    self.state[p][name] = value
 
     @torch.no_grad()
     def step(self, grad_scale: torch.Tensor | None = None) -> None:
-        """Update the parameters that have a gradient, which counts `grad_scale` times (0-d fp32, on its device)."""
+        """Update every parameter that has a gradient.
+
+        grad_scale: what gradients are multiplied with, a 0-d fp32 tensor on their device (None: 1).
+        """
         for index, (group, p) in enumerate(self._parameters()):
             if p.grad is None:
                 continue
-            state = self.state[p]
-            state["step"] += 1
-            step = state["step"].item()
+            tensors = dict(self.state[p])
+            count = tensors.pop("step")
+            count += 1
+            step = count.item()
+
             scalars = Scalars.at(
                 step, group["lr"], group["betas"], group["eps"], group["weight_decay"]
             )
-            tensors = State(**{name: value for name, value in state.items() if name != "step"})
-            adamw_(p, p.grad, tensors, scalars, random_keys(self.seed, index, step), grad_scale)
+            keys = random_keys(self.seed, index, step)
+            adamw_(p, p.grad, State(**tensors), scalars, keys, grad_scale)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Copy a saved state into this one, in its own dtypes; UserError where it is of another optimizer or model."""
+        """Copy a saved state into this optimizer's tensors, which keep their dtypes.
+
+        Raises UserError where the saved state is that of another optimizer or model.
+        """
         mine, saved = self.state, state_dict["state"]
-        super().load_state_dict(
-            {**state_dict, "state": {}}
-        )  # torch's would cast the scales to the weights' dtype
+        # torch loads the groups alone: it would cast the states' scales to the weights' dtype.
+        super().load_state_dict({**state_dict, "state": {}})
         self.state = mine
+
         parameters = [p for _, p in self._parameters()]
         if set(saved) != set(range(len(parameters))):
             raise UserError(
@@ -88,14 +102,16 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 ours, theirs = mine[p].get(name), saved[index].get(name)
                 if not _alike(ours, theirs):
                     raise UserError(
-                        f"the saved optimizer's {name} of parameter {index} does not fit this one's: resume with the "
-                        "--model and the --optimizer of that run."
+                        f"the saved optimizer's {name} of parameter {index} does not fit this "
+                        "one's: resume with the --model and the --optimizer of that run."
                     )
                 ours.copy_(theirs)
 
     def _parameters(self) -> Iterator[tuple[dict, torch.Tensor]]:
+        """Go through the parameters in order, each with its group."""
         return ((group, p) for group in self.param_groups for p in group["params"])
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Tell whether both tensors exist, with one shape and dtype."""
     return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)

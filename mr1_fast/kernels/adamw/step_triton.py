@@ -1,31 +1,35 @@
-"""The step of adamw.py in Triton: device functions, kernels, launchers.
+"""The step of AdamW in Triton: device functions, kernels, launchers.
 
-A program owns a tile of whole blocks, so the scales need nothing from other programs, and everything is read and
-written once. What changes from step to step (learning rate, bias correction, keys) is run-time data: nothing is
-compiled again. Launched without contraction of products and sums into fused ones: the bits are those of PyTorch.
+A program owns a tile of whole blocks, so it needs no scales from other programs, and everything is
+read and written once. What changes from step to step (learning rate, bias correction, keys) is
+run-time data, so nothing is compiled again. Products and sums are not contracted into fused
+operations: the bits are those of PyTorch on a CPU.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ..launch import launch
 from .rounding import HASH, SMALLEST_SCALE
 from .state import BLOCK, Scalars, State
 
 ROWS = 4
 """Blocks of 256 elements in a program's tile: 16 elements a thread, 128 bits of 8-bit states."""
-NUM_WARPS = 2
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED_ROWS = 64
+"""Blocks in a program's tile under Triton's interpreter, which takes its time for every program."""
+OPTIONS = dict(num_warps=2, enable_fp_fusion=False)
+"""Options of the launches; without fusion, a product and a sum are rounded one after the other."""
 _BLOCK = tl.constexpr(BLOCK)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _HASH0, _HASH1, _HASH2 = (tl.constexpr(each) for each in HASH)
 
-# --- device functions ---------------------------------------------------------------------------------------------
+# --- device functions ---------------------------------------------------------------------------
 
 
 @triton.jit
 def _random_bits(index, key0, key1):
-    """32 random bits for each uint32 index; all arithmetic is modulo 2^32."""
+    """Draw 32 random bits for each uint32 index; all arithmetic is modulo 2^32."""
     x = tl.add(index, key0.to(tl.uint32), sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 16), _HASH0, sanitize_overflow=False)
     x = tl.add(x, key1.to(tl.uint32), sanitize_overflow=False)
@@ -35,18 +39,20 @@ def _random_bits(index, key0, key1):
 
 @triton.jit
 def _more_bits(bits):
+    """Draw 16 further random bits from 32."""
     return tl.mul(bits ^ (bits >> 15), _HASH2, sanitize_overflow=False) >> 16
 
 
 @triton.jit
 def _round_stochastically(x, bits):
-    """fp32 → the bits of bf16, in int16."""
+    """Round fp32 to bf16, whose bits are returned in int16. NaN stays NaN."""
     bits = tl.where(x == x, bits.to(tl.int32), 0)
     return ((x.to(tl.int32, bitcast=True) + bits) >> 16).to(tl.int16)
 
 
 @triton.jit
 def _power(root, SQUARINGS: tl.constexpr):
+    """Raise to the power of 2^SQUARINGS."""
     for _ in tl.static_range(SQUARINGS):
         root = root * root
     return root
@@ -54,7 +60,10 @@ def _power(root, SQUARINGS: tl.constexpr):
 
 @triton.jit
 def _encode(values, scale, random16, LARGEST: tl.constexpr, SQUARINGS: tl.constexpr):
-    """fp32 codes 0 … LARGEST of values ≥ 0 (ROWS, 256) with scales (ROWS,), rounded so that the mean is right."""
+    """Encode values ≥ 0 (ROWS, 256) with scales (ROWS,) as codes 0 … LARGEST in fp32.
+
+    `random16` decides which way each value is rounded, so that the mean is right.
+    """
     x = values * tl.div_rn(1.0, scale)[:, None]
     root = x
     for _ in tl.static_range(SQUARINGS):
@@ -66,15 +75,17 @@ def _encode(values, scale, random16, LARGEST: tl.constexpr, SQUARINGS: tl.conste
     return code + tl.where(uniform * (high - low) < x - low, 1.0, 0.0)
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------
 
 _STEP_SCALARS = ["key0", "key1"]
 
 
 @triton.jit(do_not_specialize=_STEP_SCALARS, do_not_specialize_on_alignment=["GRAD_SCALE"])
 def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCALE, n,
-                  lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction1,
-                  inverse_correction2, eps, limit, key0, key1, ROWS: tl.constexpr):  # fmt: skip
+                  lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+                  inverse_correction1, inverse_correction2, eps, limit, key0, key1,
+                  ROWS: tl.constexpr):  # fmt: skip
+    """Update the tile of ROWS blocks at ROWS·program_id; n elements in all."""
     row = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)
     start = row * _BLOCK
@@ -99,10 +110,8 @@ def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCAL
     m = m_square * m_square * tl.load(M_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
     m = tl.where(m_code < 0, -m, m) * beta1 + gradient * one_minus_beta1
     v_code = tl.load(V + start + inside, mask=mask, other=0).to(tl.float32)
-    v = (
-        _power(v_code * (1 / 255), 3)
-        * tl.load(V_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
-    )
+    v = _power(v_code * (1 / 255), 3)
+    v = v * tl.load(V_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
     v = v * beta2 + gradient * one_minus_beta2 * gradient
 
     m_scale = tl.maximum(tl.max(tl.abs(m), 1), _SMALLEST_SCALE)
@@ -113,9 +122,8 @@ def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCAL
     ratio = tl.minimum(tl.maximum(ratio, -limit), limit)
     weight = weight - (weight * weight_decay + ratio) * lr
 
-    bits = _random_bits(
-        tl.add(start.to(tl.uint32), inside.to(tl.uint32), sanitize_overflow=False), key0, key1
-    )
+    index = tl.add(start.to(tl.uint32), inside.to(tl.uint32), sanitize_overflow=False)
+    bits = _random_bits(index, key0, key1)
     m_code = _encode(tl.abs(m), m_scale, bits & 0xFFFF, 127, 2)
     v_code = _encode(v, v_scale, bits >> 16, 255, 3)
     tl.store(M + start + inside, tl.where(m < 0, -m_code, m_code).to(tl.int8), mask=mask)
@@ -128,70 +136,63 @@ def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCAL
         tl.store(WEIGHT + start + inside, high.to(tl.int16), mask=mask)
         tl.store(REMAINDER + start + inside, (master - (high << 16)).to(tl.int16), mask=mask)
     elif WEIGHT.dtype.element_ty == tl.int16:
-        tl.store(
-            WEIGHT + start + inside, _round_stochastically(weight, _more_bits(bits)), mask=mask
-        )
+        rounded = _round_stochastically(weight, _more_bits(bits))
+        tl.store(WEIGHT + start + inside, rounded, mask=mask)
     else:
         tl.store(WEIGHT + start + inside, weight, mask=mask)
 
 
 @triton.jit(do_not_specialize=_STEP_SCALARS)
 def _add_stochastic_kernel(ACCUMULATOR, GRADIENT, n, key0, key1, SIZE: tl.constexpr):
+    """Add SIZE of n gradients to the accumulator, bf16 as int16."""
     start = tl.program_id(0).to(tl.int64) * SIZE
     inside = tl.arange(0, SIZE)
     mask = start + inside < n
-    total = (tl.load(ACCUMULATOR + start + inside, mask=mask, other=0).to(tl.int32) << 16).to(
-        tl.float32, bitcast=True
-    )
-    total = total + tl.load(GRADIENT + start + inside, mask=mask, other=0.0).to(tl.float32)
-    bits = _random_bits(
-        tl.add(start.to(tl.uint32), inside.to(tl.uint32), sanitize_overflow=False), key0, key1
-    )
-    tl.store(
-        ACCUMULATOR + start + inside, _round_stochastically(total, _more_bits(bits)), mask=mask
-    )
+    high = tl.load(ACCUMULATOR + start + inside, mask=mask, other=0).to(tl.int32) << 16
+    gradient = tl.load(GRADIENT + start + inside, mask=mask, other=0.0).to(tl.float32)
+    total = high.to(tl.float32, bitcast=True) + gradient
+    index = tl.add(start.to(tl.uint32), inside.to(tl.uint32), sanitize_overflow=False)
+    bits = _random_bits(index, key0, key1)
+    rounded = _round_stochastically(total, _more_bits(bits))
+    tl.store(ACCUMULATOR + start + inside, rounded, mask=mask)
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------
+# --- launchers ----------------------------------------------------------------------------------
 
 
 def adamw_(
-    weight, gradient, state: State, scalars: Scalars, keys: tuple[int, int], grad_scale
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    scalars: Scalars,
+    keys: tuple[int, int],
+    grad_scale: torch.Tensor | None,
 ) -> None:
-    """`adamw.adamw_` for flat contiguous tensors: one program per `ROWS` blocks."""
-    rows = 64 if INTERPRETED else ROWS
-    _launch(_adamw_kernel, triton.cdiv(len(weight), rows * BLOCK), weight,
-        _bits(weight), gradient, state.m, state.v, state.m_scale, state.v_scale, state.remainder, grad_scale,
-        len(weight), *scalars, *keys, ROWS=rows,
+    """`step.adamw_` for flat contiguous tensors, with a program for each `ROWS` blocks."""
+    n, rows = len(weight), _rows()
+    launch(
+        _adamw_kernel, (triton.cdiv(n, rows * BLOCK),), weight.device,
+        _bits(weight), gradient, state.m, state.v, state.m_scale, state.v_scale, state.remainder,
+        grad_scale, n, *scalars, *keys, ROWS=rows, **OPTIONS,
     )  # fmt: skip
 
 
-def add_stochastic_(accumulator, gradient, keys: tuple[int, int]) -> None:
-    """`adamw.add_stochastic_` for flat contiguous tensors."""
-    size = (64 if INTERPRETED else ROWS) * BLOCK
-    programs = triton.cdiv(len(accumulator), size)
-    _launch(
-        _add_stochastic_kernel,
-        programs,
-        accumulator,
-        _bits(accumulator),
-        gradient,
-        len(accumulator),
-        *keys,
-        SIZE=size,
-    )
+def add_stochastic_(
+    accumulator: torch.Tensor, gradient: torch.Tensor, keys: tuple[int, int]
+) -> None:
+    """`step.add_stochastic_` for flat contiguous tensors, with a program for each `ROWS` blocks."""
+    n, size = len(accumulator), _rows() * BLOCK
+    launch(
+        _add_stochastic_kernel, (triton.cdiv(n, size),), accumulator.device,
+        _bits(accumulator), gradient, n, *keys, SIZE=size, **OPTIONS,
+    )  # fmt: skip
+
+
+def _rows() -> int:
+    """Choose the blocks of a program's tile."""
+    return INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:
+    """View a bf16 weight as int16, which the kernels work on; leave an fp32 weight as it is."""
     return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
-
-
-def _launch(kernel, programs: int, weight: torch.Tensor, *args, **constants) -> None:
-    if programs == 0:
-        return
-    options = dict(num_warps=NUM_WARPS, enable_fp_fusion=False)
-    if weight.is_cuda:
-        with torch.cuda.device(weight.device):
-            kernel[(programs,)](*args, **constants, **options)
-    else:
-        kernel[(programs,)](*args, **constants, **options)

@@ -1,1 +1,29 @@
-"""The operations of one decode step: attention, norms, gating, linear layers and sampling."""
+"""The operations of one decode step: one new token for every row of a rollout.
+
+    attend        rotation of q and k, append to the pool, softmax(q·Kᵀ·scale)·V over two spans
+    add_rms_norm  r = x + delta, and weight · r / √(mean r² + ε)
+    silu_mul      silu(gate) · up
+    linears       x·Wᵀ + b of up to three weights W in one launch: queries, keys, values
+    swiglu        silu(x·gateᵀ) · (x·upᵀ)
+    sample        a token of softmax(logits / T) by its inverse distribution function, and its
+                  log-probability
+
+A row is one completion. Its cached tokens are two spans of a pool: a prefix, which the G samples of
+a prompt share, and its own tokens.
+
+Never stored: scores, repeated prefixes, probabilities over the vocabulary, the products inside
+swiglu. Bytes of a step: a span's keys and values once (a shared prefix is read again from L2 by
+each of its rows), the weights once, the logits once.
+
+dtype contract: fp32, bf16 or fp16, and fp64 through PyTorch. Softmax, sums and log-probabilities
+are computed in fp32, for fp64 in fp64. What transformers rounds to the model's dtype is rounded
+here, too, so that a rollout's log-probabilities stay close to those of training.
+
+    reference.py         the operations in PyTorch, which also run on a CPU
+    operations.py        the public functions, and which back end takes a call
+    attention_triton.py  attend on a GPU
+    attention_native.py  attend on a CPU, by csrc/decode_cpu.cpp
+    operations_triton.py the norm, the gating and sampling on a GPU
+    linear.py            the public functions of linear layers; linear_triton.py on a GPU
+    dot_triton.py        the matrix product that the Triton kernels share
+"""

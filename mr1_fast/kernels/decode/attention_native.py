@@ -1,6 +1,7 @@
-"""Decode attention on a CPU by csrc/decode_cpu.cpp: one new token in each row, one layer.
+"""Attention of a decode step on a CPU, by csrc/decode_cpu.cpp.
 
-A call takes a few µs besides the attention itself, so its arguments are packed in one go and passed as bytes.
+The arguments of a call are packed in one go and passed as bytes, so that it takes only a few µs
+besides the attention itself.
 """
 
 import struct
@@ -11,12 +12,13 @@ from torch import Tensor
 from ..native import DTYPES, status
 
 MAX_HEAD_SIZE = 256
+"""Most channels of a head: DECODE_MAX_D of csrc/decode.h."""
 _pack = struct.Struct("@9P9qd").pack
-"""`DecodeArguments` of csrc/decode.h."""
+"""Packs `DecodeArguments` of csrc/decode.h: nine pointers, nine integers, a scale."""
 
 
 def takes(q: Tensor) -> bool:
-    """Whether the native kernel handles these queries (R, H, d)."""
+    """Tell whether the native kernel handles these queries (R, H, d)."""
     return (
         q.device.type == "cpu"
         and q.dtype in DTYPES
@@ -37,11 +39,10 @@ def attend(
     spans: Tensor,
     scale: float,
 ) -> Tensor:
-    """Rotate the new tokens' q and k, append k and v to the pools `keys` and `values`, and attend: (R, H, d).
+    """`operations.attend`: (R, H, d).
 
-    q (R, H, d), k and v (R, H_kv, d) as projected, each row dense; cos, sin (R, d); the pools (T, H_kv, d). All have
-    one dtype. spans (R, 4) int32, in tokens of the pools: start and length of the shared prefix, start and length of
-    the row's own tokens. The own length counts the new token, which becomes the last of them. Spans are not checked.
+    Rows that are not dense are copied. Raises ValueError for shapes that do not fit together,
+    TypeError for dtypes that differ, spans that are not int32 or pools that are not contiguous.
     """
     rows, heads, d = q.shape
     kv_heads = k.shape[1]
@@ -63,27 +64,22 @@ def attend(
         raise TypeError("q, k, v, cos, sin and the pools are not of one dtype")
     if spans.dtype is not torch.int32 or not (keys.is_contiguous() and values.is_contiguous()):
         raise TypeError("spans must be int32 and the pools contiguous")
-    (q, q_stride), (k, k_stride), (v, v_stride) = (
-        _dense_rows(q, d),
-        _dense_rows(k, d),
-        _dense_rows(v, d),
-    )
+
+    q, k, v = _dense_rows(q, d), _dense_rows(k, d), _dense_rows(v, d)
     cos, sin, spans = cos.contiguous(), sin.contiguous(), spans.contiguous()
     out = q.new_empty((rows, heads, d))
     status()[0].mr1_decode(
         _pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), out.data_ptr(), spans.data_ptr(), q_stride, k_stride, v_stride,
-            rows, heads, kv_heads, d, DTYPES[dtype], torch.get_num_threads(), scale,
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), out.data_ptr(), spans.data_ptr(),
+            q.stride(0), k.stride(0), v.stride(0), rows, heads, kv_heads, d,
+            DTYPES[dtype], torch.get_num_threads(), scale,
         )
     )  # fmt: skip
     return out
 
 
-def _dense_rows(x: Tensor, d: int) -> tuple[Tensor, int]:
-    """(R, H, d) with dense rows, and the distance between them in elements."""
-    strides = x.stride()
-    if strides[2] == 1 and strides[1] == d:
-        return x, strides[0]
-    x = x.contiguous()
-    return x, x.stride(0)
+def _dense_rows(x: Tensor, d: int) -> Tensor:
+    """Return x (R, H, d) if each of its rows is dense, else a copy."""
+    _, head_stride, channel_stride = x.stride()
+    return x if channel_stride == 1 and head_stride == d else x.contiguous()

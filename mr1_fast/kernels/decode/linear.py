@@ -1,10 +1,11 @@
-"""Linear layers of a decode step, whose few rows make them a stream of weights: several in one launch.
+"""The public linear layers of a decode step: several in one launch.
 
-    linears   x·Wᵀ + b of up to three W at once: for queries, keys, values
+    linears   x·Wᵀ + b of up to three weights W at once: for queries, keys and values
     swiglu    silu(x·gateᵀ) · (x·upᵀ), without storing either product
 
-Bytes: the weights once, where they are; x once for each tile of weights, from L2. dtype contract: fp16 or bf16, sums
-and gating in fp32; other dtypes, and a CPU, through PyTorch. In Triton: linear_triton.py.
+A step has few rows, so its time is that of streaming the weights. Bytes: the weights once, where
+they are; x once for each tile of weights, from L2. dtype contract: fp16 or bf16, with sums and
+gating in fp32, through linear_triton.py; other dtypes, and a CPU, through PyTorch.
 """
 
 import torch
@@ -17,9 +18,9 @@ from .operations import silu_mul
 def linears(
     x: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """x (R, D) times each of 1 to 3 weights (N_i, D), and biases (N_i,) or None: a tuple of (R, N_i).
+    """Multiply x (R, D) with each of 1 to 3 weights (N_i, D), and add the biases (N_i,) or None.
 
-    On a GPU they are columns of one tensor.
+    Returns a tuple of (R, N_i); on a GPU, these are columns of one tensor.
     """
     if _fused(x):
         from . import linear_triton
@@ -29,7 +30,7 @@ def linears(
 
 
 def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(x·gateᵀ) · (x·upᵀ): (R, F) of x (R, D) and gate, up (F, D)."""
+    """Compute silu(x·gateᵀ) · (x·upᵀ), (R, F), of x (R, D) and gate, up (F, D)."""
     if _fused(x):
         from . import linear_triton
 
@@ -38,4 +39,5 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tenso
 
 
 def _fused(x: torch.Tensor) -> bool:
+    """Tell whether linear_triton.py takes these rows."""
     return use_triton(x) and x.dtype in (torch.float16, torch.bfloat16)

@@ -1,15 +1,17 @@
-"""The operations of decode_linear.py in Triton: one kernel for both, its tiles, launchers.
+"""The linear layers of a decode step in Triton: one kernel for both, its tiles, launchers.
 
-A program takes some columns of the output and multiplies their rows of the weights, streamed once, with all rows of x.
-Products are transposed: weights are the long side of the tensor cores' tiles, which is 64 on Hopper, and rows of x the
-short one. Gate and up are one product: half of a tile's rows are gate's, the other half the same ones of up.
+A program takes some columns of the output, and multiplies their rows of the weights, streamed once,
+with all rows of x. Products are transposed: weights are the long side of the tensor cores' tiles,
+which is 64 on Hopper, and rows of x are the short side. Gate and up are one product: half of a
+tile's rows are gate's, the other half are the same rows of up.
 
-The norm before them is a launch of its own: computed in this loop, from residual, update and norm, it took longer than
-that launch (benchmarks/RESULTS.md).
+The norm before these layers is a launch of its own. Computed in this loop, from residual, update
+and norm, it took longer than that launch (benchmarks/RESULTS.md).
 
-Nothing is read on the host: a CUDA graph can hold the launches, after a first one outside.
+Nothing is read on the host, so a CUDA graph can hold the launches, after a first one outside of it.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,24 +19,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .operations_triton import _dot, _launch
+from ..launch import launch
+from .dot_triton import dot
 
 
 class Tile(NamedTuple):
-    """What a program takes at a time, and how."""
+    """How much of a product a program computes at a time, and how."""
 
     columns: int
-    """Rows of weights; of gate and up together."""
+    """Rows of weights: those of gate and of up count together."""
     rows: int
-    """Rows of x at most; others are other programs', which read the weights again from L2."""
+    """Most rows of x; further rows are other programs', which read the weights again from L2."""
     depth: int
-    """Elements of D."""
+    """Elements of D that are multiplied at a time."""
     warps: int
+    """Warps of the program."""
     stages: int
+    """Tiles of weights and x in shared memory, the one being multiplied included."""
 
 
 LARGE = 160 * 2**10
-"""GPUs with so many bytes of shared memory take the first tiles below: A100, H100. RTX 3090, 4090, 5090 have 100 KB."""
+"""Bytes of shared memory from which a GPU takes the first of TILES: A100 and H100 do.
+
+RTX 3090, 4090 and 5090, with 100 KB, take the second.
+"""
 TILES = {
     ("linears", 32): (Tile(64, 16, 128, 4, 5), Tile(64, 16, 64, 4, 4)),
     ("linears", 64): (Tile(64, 16, 128, 4, 5), Tile(64, 32, 64, 4, 4)),
@@ -43,24 +51,28 @@ TILES = {
     ("swiglu", 64): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
     ("swiglu", 128): (Tile(128, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
 }
-"""For an operation and up to so many rows; the first ones are the best of benchmarks/bench_decode_step.py --sweep on an
-H100, the others fit where nothing was measured yet."""
+"""Two tiles for each operation and most rows: for GPUs with LARGE shared memory, and for others.
 
-# --- kernel -------------------------------------------------------------------------------------------------------
+The first are the best of benchmarks/bench_decode_step.py --sweep on an H100; the second fit smaller
+GPUs, on which nothing was measured yet.
+"""
+
+# --- kernel -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["R"])
-def _linears_kernel(X, x_stride, W0, W1, W2, B0, B1, B2, N0, N1, N2, OUT, R, D, SWIGLU: tl.constexpr,
-                    ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _linears_kernel(X, x_stride, W0, W1, W2, B0, B1, B2, N0, N1, N2, OUT, R, D,
+                    SWIGLU: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+                    ROWS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """Multiply ROWS rows of x with COLUMNS rows of the weights, and gate or add the bias."""
     tile = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(
-        0, ROWS
-    )  # neighbours read the same weights: L2 has them
+    # Programs of neighbouring rows read the same weights, which L2 holds
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     dtype = X.dtype.element_ty
 
-    # Rows of the weights, the last one again where there are no more
+    # Addresses of the weights' rows; where there are no more, the last row again
     if SWIGLU:
         WIDTH: tl.constexpr = COLUMNS // 2
         column = tile * WIDTH + index % WIDTH
@@ -71,14 +83,14 @@ def _linears_kernel(X, x_stride, W0, W1, W2, B0, B1, B2, N0, N1, N2, OUT, R, D, 
         column = tile * WIDTH + index
         w_rows = W0 + tl.minimum(column, N0 - 1).to(tl.int64) * D
         if W1 is not None:
-            w_rows = tl.where(
-                column < N0, w_rows, W1 + tl.minimum(column - N0, N1 - 1).to(tl.int64) * D
-            )
+            before = column < N0
+            w1_rows = W1 + tl.minimum(column - N0, N1 - 1).to(tl.int64) * D
+            w_rows = tl.where(before, w_rows, w1_rows)
         if W2 is not None:
-            w_rows = tl.where(
-                column < N0 + N1, w_rows, W2 + tl.minimum(column - N0 - N1, N2 - 1).to(tl.int64) * D
-            )
-    if ALIGNED:  # it does not see that through the choice
+            before = column < N0 + N1
+            w2_rows = W2 + tl.minimum(column - N0 - N1, N2 - 1).to(tl.int64) * D
+            w_rows = tl.where(before, w_rows, w2_rows)
+    if ALIGNED:  # the compiler does not see it through the choice of a weight
         w_rows = tl.multiple_of(w_rows, 16)
     w_at = w_rows[:, None] + depth[None, :]
     x_at = X + tl.minimum(row, R - 1)[:, None] * x_stride + depth[None, :]
@@ -88,7 +100,7 @@ def _linears_kernel(X, x_stride, W0, W1, W2, B0, B1, B2, N0, N1, N2, OUT, R, D, 
         inside = ((k + depth < D) | ALIGNED)[None, :]
         w = tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_at + k, mask=inside, other=0.0)
-        product = _dot(w, tl.trans(x), product)
+        product = dot(w, tl.trans(x), product)
 
     if SWIGLU:
         gate, up = tl.split(tl.permute(tl.reshape(product, (2, WIDTH, ROWS)), (1, 2, 0)))
@@ -111,32 +123,46 @@ def _linears_kernel(X, x_stride, W0, W1, W2, B0, B1, B2, N0, N1, N2, OUT, R, D, 
     tl.store(at, out.to(dtype), mask=(column < n)[:, None] & (row < R)[None, :])
 
 
-# --- launchers ----------------------------------------------------------------------------------------------------
+# --- launchers ----------------------------------------------------------------------------------
 
 
-def linears(x, weights, biases, tile: Tile | None = None) -> tuple[torch.Tensor, ...]:
-    """`decode_linear.linears`: programs take columns of the outputs beside one another."""
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """`linear.linears`: programs take columns of the outputs, which lie beside one another.
+
+    Raises ValueError unless there are 1 to 3 weights and as many biases.
+    """
     if not 1 <= len(weights) == len(biases) <= 3:
         raise ValueError(
-            f"{len(weights)} weights and {len(biases)} biases: 1 to 3, and as many, expected"
+            f"there are {len(weights)} weights and {len(biases)} biases, but 1 to 3 weights are "
+            "needed, and as many biases"
         )
     widths = [len(weight) for weight in weights]
     tile = tile or choose_tile("linears", x)
     return _run(x, weights, biases, sum(widths), tile.columns, tile).split(widths, dim=1)
 
 
-def swiglu(x, gate, up, tile: Tile | None = None) -> torch.Tensor:
-    """`decode_linear.swiglu`: programs take columns of gate and up."""
+def swiglu(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, tile: Tile | None = None
+) -> torch.Tensor:
+    """`linear.swiglu`: programs take the same columns of gate and up.
+
+    Raises ValueError unless gate and up have the same shape.
+    """
     if gate.shape != up.shape:
         raise ValueError(
-            f"gate of shape {tuple(gate.shape)}, up of {tuple(up.shape)}: alike expected"
+            f"gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}, but both need the same"
         )
     tile = tile or choose_tile("swiglu", x)
     return _run(x, (gate, up), (), len(gate), tile.columns // 2, tile)
 
 
 def choose_tile(operation: str, x: torch.Tensor) -> Tile:
-    """Of TILES, for rows x (R, D) and the GPU they are on."""
+    """Choose from TILES for rows x (R, D) and the GPU they are on."""
     bucket = min(max(triton.next_power_of_2(len(x)), 32), 128)
     large, small = TILES[operation, bucket]
     return large if _shared_memory(x.device) >= LARGE else small
@@ -144,27 +170,49 @@ def choose_tile(operation: str, x: torch.Tensor) -> Tile:
 
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes a multiprocessor has for programs; of what is not a GPU, none."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-        if device.type == "cuda"
-        else 0
-    )
+    """Look up the bytes of shared memory of a GPU's multiprocessor; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
-def _run(x, weights, biases, n: int, width: int, tile: Tile) -> torch.Tensor:
-    """n columns of output, of which a program takes `width`."""
+def _run(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    n: int,
+    width: int,
+    tile: Tile,
+) -> torch.Tensor:
+    """Compute n columns of output, of which each program takes `width`."""
     rows, d = x.shape
+    if x.stride(-1) != 1:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has strides {x.stride()}, but its columns must be "
+            "adjacent"
+        )
     for weight in weights:
         if weight.shape[1] != d or not weight.is_contiguous():
             raise ValueError(
-                f"weight of shape {tuple(weight.shape)}, strides {weight.stride()}: dense (N, {d}) expected"
+                f"a weight has shape {tuple(weight.shape)} and strides {weight.stride()}, but must "
+                f"be dense and (N, {d})"
             )
-    out, missing = x.new_empty(rows, n), (None,) * 3
-    _launch(_linears_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(n, width)), x,
-        x, x.stride(0), *(*weights, *missing)[:3], *(*biases, *missing)[:3], *(*map(len, weights), 0, 0)[:3], out,
-        rows, d, SWIGLU=width < tile.columns,
-        ALIGNED=d % tile.depth == 0 and all(w.data_ptr() % 16 == 0 for w in weights),
-        COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+
+    out = x.new_empty(rows, n)
+    aligned = d % tile.depth == 0 and all(weight.data_ptr() % 16 == 0 for weight in weights)
+    w0, w1, w2 = _three(weights, None)
+    b0, b1, b2 = _three(biases, None)
+    n0, n1, n2 = _three([len(weight) for weight in weights], 0)
+    launch(
+        _linears_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(n, width)), x.device,
+        x, x.stride(0), w0, w1, w2, b0, b1, b2, n0, n1, n2, out, rows, d,
+        SWIGLU=width < tile.columns, ALIGNED=aligned,
+        COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def _three(values: Sequence, missing: object) -> list:
+    """Fill up to three values with `missing`."""
+    return [*values, *[missing] * (3 - len(values))]

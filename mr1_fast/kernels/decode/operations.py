@@ -1,12 +1,12 @@
-"""x"""
+"""The public operations of a decode step: which back end takes a call, by device and dtype."""
 
 import math
 
 import torch
-from torch.nn.functional import silu
 
 from ..dispatch import use_triton
-from .reference import add_rms_norm_ref, attend_ref, sample_ref
+from . import attention_native
+from .reference import add_rms_norm_ref, attend_ref, sample_ref, silu_mul_ref
 
 
 def attend(
@@ -20,35 +20,34 @@ def attend(
     spans: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """One layer's attention of R rows with a new token each: (R, H, d).
+    """Compute one layer's attention of R rows with one new token each: (R, H, d).
 
-    Rotates q and k, writes the new token's key and value into the pool, attends over each row's two spans.
+    Rotates q and k, writes the new tokens' keys and values into the pool, and attends from each
+    row's new token over its two spans.
 
     q: (R, H, d); k, v: (R, Hkv, d), as projected; rows may lie apart, in one tensor of all three.
     cos, sin: (R, d) in the model's dtype.
-    keys, values: (T, Hkv, d) this layer's pool of cached tokens, keys rotated; written in place.
-    spans: (R, 4) int32 of prefix_start, prefix_len ≥ 0, own_start, own_len ≥ 1, in tokens of the pool. The new token is
-    the last of a row's own and goes to own_start + own_len − 1, which no other row may read. They are not checked: that
-    would wait for the GPU.
+    keys, values: (T, Hkv, d), this layer's pool of cached tokens, keys rotated; written in place.
+    spans: (R, 4) int32 of prefix_start, prefix_len ≥ 0, own_start, own_len ≥ 1, in tokens of the
+    pool. The new token is the last of a row's own and goes to own_start + own_len − 1, which no
+    other row may read. Spans are not checked, since that would wait for the GPU.
+    scale: what the products of queries and keys are multiplied with.
     """
     if use_triton(q):
-        from . import operations_triton
+        from . import attention_triton
 
-        return operations_triton.attend(q, k, v, cos, sin, keys, values, spans, scale)
-    if q.device.type == "cpu":
-        from . import attention_native
-
-        if attention_native.takes(q):
-            return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
+        return attention_triton.attend(q, k, v, cos, sin, keys, values, spans, scale)
+    if attention_native.takes(q):
+        return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
     return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
 
 
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual x + delta, and its RMS norm times weight: (R, D) each. Without delta, the residual is x itself.
+    """Compute the residual x + delta, and its RMS norm times weight: (R, D) each.
 
-    x, delta: (R, D); weight: (D,), all of one dtype.
+    x, delta: (R, D); weight: (D,); all of one dtype. Without delta, the residual is x itself.
     """
     if use_triton(x):
         from . import operations_triton
@@ -58,28 +57,33 @@ def add_rms_norm(
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up, (R, F) each; rows may lie apart, in one tensor of both."""
+    """Compute silu(gate) · up, (R, F) each; rows may lie apart, in one tensor of both."""
     if use_triton(gate):
         from . import operations_triton
 
         return operations_triton.silu_mul(gate, up)
-    return silu(gate) * up
+    return silu_mul_ref(gate, up)
 
 
 def sample(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float, banned: tuple[int, ...] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token per row: token (R,) int64 and its log-probability (R,) fp32.
+    """Draw a token for each row: tokens (R,) int64 and their log-probabilities (R,) fp32.
 
-    logits: (R, V), −inf for what a filter took out. uniform: (R,) fp32 in [0, 1). temperature: 0 takes the largest
-    logit, the first of equals. banned: ids that are never drawn.
+    logits: (R, V), −inf for what a filter took out.
+    uniform: (R,) fp32 in [0, 1).
+    temperature: divides the logits; 0 takes the largest logit, the first of equals.
+    banned: ids that are never drawn.
 
-    The token is the first, in order of ids, at which the cumulative probability of tokens that are not banned exceeds
-    uniform of their total. The log-probability counts all tokens, banned ones too, at the temperature (at 1 if that is
-    0): what training computes. Token −1 and NaN: a row that has NaN or +inf, or no token to draw.
+    The token is the first, in order of ids, at which the cumulative probability of the tokens that
+    are not banned exceeds `uniform` of their total. The log-probability is what training computes:
+    over all tokens, banned ones too, at the temperature (at 1 where that is 0). A row that has NaN
+    or +inf, or no token to draw, gives token −1 and NaN.
+
+    Raises ValueError for a temperature that is negative or not finite.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature {temperature}: a finite number ≥ 0 expected")
+        raise ValueError(f"temperature is {temperature}, but must be finite and ≥ 0")
     if use_triton(logits):
         from . import operations_triton
 

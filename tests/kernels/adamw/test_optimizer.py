@@ -1,6 +1,7 @@
-"""The optimizer whose bf16 weights lose no update: against fp32, against torch and bitsandbytes, its checkpoints.
+"""The optimizer whose bf16 weights lose no update: against fp32, torch, bitsandbytes; checkpoints.
 
-Statistical bounds are 6 standard deviations of the mean, computed where they are used; seeds are fixed.
+Statistical bounds are 6 standard deviations of the mean, computed where they are used. Seeds are
+fixed.
 """
 
 import importlib.util
@@ -24,14 +25,17 @@ BETAS = (0.9, 0.98)
 
 
 def weights(n: int, seed: int = 0) -> torch.Tensor:
-    """fp32 numbers of 0.01 … 0.04 that bf16 holds: updates of 1e-6 are 1 % of the distance to a neighbour."""
+    """Draw fp32 numbers of 0.01 … 0.04 that bf16 holds.
+
+    An update of 1e-6 is 1 % of their distance to a neighbour.
+    """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (n,), generator=generator) * 2 - 1
     return (signs * (0.01 + 0.03 * torch.rand(n, generator=generator))).bfloat16().float()
 
 
 def noisy_gradients(steps: int, n: int, seed: int = 1) -> torch.Tensor:
-    """(steps, n) bf16; magnitudes differ between elements, means are a tenth of the noise."""
+    """Draw (steps, n) in bf16; elements differ in magnitude, and means are a tenth of the noise."""
     generator = torch.Generator().manual_seed(seed)
     scale = 1e-4 * torch.exp(1.5 * torch.randn(n, generator=generator))
     mean = 0.1 * torch.randn(n, generator=generator)
@@ -56,7 +60,7 @@ def test_the_first_step_is_that_of_torch():
 
 
 def test_weight_and_remainder_are_the_fp32_master_bit_for_bit():
-    """1,000 steps at a rate at which bf16 alone would not move."""
+    """Compare after 1,000 steps, at a learning rate at which bf16 alone would not move."""
     weight, gradients = weights(1000), noisy_gradients(1000, 1000)
     exact, master = nn.Parameter(weight.bfloat16()), nn.Parameter(weight.clone())
     train(with_remainder := LowMemoryAdamW([exact], lr=1e-6), gradients)
@@ -74,11 +78,8 @@ def test_every_kind_of_fp32_number_splits_into_weight_and_remainder(bits, sign):
     master = torch.tensor([bits | sign], dtype=torch.int32)
     high = (master + 0x8000) >> 16
     remainder = (master - (high << 16)).to(torch.int16)
-    assert (
-        master_weight(high.to(torch.int16).view(torch.bfloat16), remainder)
-        .view(torch.int32)
-        .equal(master)
-    )
+    weight = high.to(torch.int16).view(torch.bfloat16)
+    assert master_weight(weight, remainder).view(torch.int32).equal(master)
 
 
 def test_stochastic_rounding_keeps_the_mean_where_rounding_to_nearest_loses_everything():
@@ -102,14 +103,15 @@ def test_stochastic_rounding_keeps_the_mean_where_rounding_to_nearest_loses_ever
         train(optimizer([parameter]), gradients)
         moved[name] = (parameter.detach().double() - weight).mean().item()
     assert moved["fp32"] == pytest.approx(-lr * steps, rel=0.01)
-    # A step of u is a neighbour's distance d with probability u/d: variance u·d, d = 2⁻¹² at most for weights < 0.0625
+    # A step of u moves by a neighbour's distance d with probability u/d, so its variance is u·d;
+    # for weights below 0.0625, d is at most 2⁻¹².
     sigma = math.sqrt(steps * lr * 2**-12 / n)
     assert abs(moved["stochastic"] - moved["fp32"]) < SIX_SIGMA * sigma < 0.05 * abs(moved["fp32"])
     assert moved["nearest"] == 0
 
 
 def test_second_moments_follow_gradients_that_become_small():
-    """Rounded to nearest, they would stay where they are: the reason for rounding at random."""
+    """Rounded to nearest they would stay where they are, which is why rounding is at random."""
     n = 4096
     scale = torch.where(torch.arange(n) % 2 == 0, 1.0, 1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -119,12 +121,13 @@ def test_second_moments_follow_gradients_that_become_small():
     train(optimizer, torch.randn(500, n, generator=generator) * scale)
     state = optimizer.state[parameter]
     v = rounding.decode_v(state["v"].view(-1, 256).float(), state["v_scale"][:, None]).view(-1)
-    # v averages 50 squared normal numbers (β₂ = 0.98): relative deviation √(2/99) of one, and more from its codes
+    # v averages about 50 squared normal numbers (β₂ = 0.98): each v deviates by √(2/99), and more
+    # through its code.
     assert v[scale < 1].mean().item() == pytest.approx(1e-4 + 0.98**500, rel=0.1)
     assert v[scale == 1].mean().item() == pytest.approx(1, rel=0.1)
 
 
-# --- bounds ---------------------------------------------------------------------------------------------------------
+# --- bounds -------------------------------------------------------------------------------------
 
 
 def gradients_of(kind: str, step: int, n: int) -> torch.Tensor:
@@ -157,9 +160,8 @@ def test_updates_are_bounded(kind, betas):
     for step in range(1, 101):
         before = parameter.detach().clone()
         train(optimizer, gradients_of(kind, step, n)[None])
-        assert (
-            (parameter - before).abs() <= 1.0001 * largest_ratio(betas, step) + 1e-5 * before.abs()
-        ).all()
+        bound = 1.0001 * largest_ratio(betas, step) + 1e-5 * before.abs()
+        assert ((parameter - before).abs() <= bound).all()
 
 
 def test_the_largest_ratio_is_one_at_first_then_that_of_the_worst_gradients():
@@ -184,11 +186,11 @@ def test_zero_gradients_change_nothing():
     )
 
 
-# --- the class ------------------------------------------------------------------------------------------------------
+# --- the class ----------------------------------------------------------------------------------
 
 
 class Mixed(nn.Module):
-    """bf16 and fp32 parameters; one is never used."""
+    """Has bf16 and fp32 parameters, one of which never gets a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -235,13 +237,12 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, remainder):
 
 
 def test_another_seed_rounds_otherwise():
-    through = [
-        run(
-            model := Mixed(), LowMemoryAdamW(model.parameters(), remainder=False, seed=s), range(2)
-        )[0]
-        for s in (1, 2)
-    ]
-    assert not torch.equal(*through)
+    weights_by_seed = []
+    for seed in (1, 2):
+        model = Mixed()
+        optimizer = LowMemoryAdamW(model.parameters(), remainder=False, seed=seed)
+        weights_by_seed.append(run(model, optimizer, range(2))[0])
+    assert not torch.equal(*weights_by_seed)
 
 
 def test_states_exist_from_the_start_and_take_4_bytes_a_parameter():
@@ -271,7 +272,7 @@ def test_chunks_do_not_show(monkeypatch):
     gradient = noisy_gradients(1, 2000)[0]
     results = []
     for chunk in (2**16, 512):
-        monkeypatch.setattr("mr1_fast.kernels.adamw.step.CHUNK", chunk)
+        monkeypatch.setattr("mr1_fast.kernels.adamw.step_torch.CHUNK", chunk)
         weight, accumulator = weights(2000).bfloat16(), weights(2000).bfloat16()
         state = State.zeros(weight, remainder=False)
         adamw_(weight, gradient, state, Scalars.at(1, 1e-3, BETAS, 1e-8, 0.01), (1, 2))
@@ -287,21 +288,19 @@ def test_1000_small_terms_add_up_that_bf16_would_lose():
     for index in range(terms):
         add_stochastic_(accumulator, term, seed=index)
         nearest += term
-    # Neighbours of numbers in 1 … 2 are 2⁻⁷ apart (2⁻⁶ from 2 on): each term adds a variance of term·2⁻⁶ at most
+    # Neighbours of numbers in 1 … 2 are 2⁻⁷ apart, 2⁻⁶ from 2 on, so that each term adds a variance
+    # of term·2⁻⁶ at most.
     sigma = math.sqrt(terms * 1e-3 * 2**-6 / n)
-    assert (
-        abs(accumulator.double().mean().item() - 1 - terms * term[0].item())
-        < SIX_SIGMA * sigma
-        < 0.01
-    )
+    error = abs(accumulator.double().mean().item() - 1 - terms * term[0].item())
+    assert error < SIX_SIGMA * sigma < 0.01
     assert (nearest == 1).all()
 
 
-# --- against others -------------------------------------------------------------------------------------------------
+# --- against others -----------------------------------------------------------------------------
 
 
 def regression(make, steps: int = 300, side: int = 64) -> torch.Tensor:
-    """Weights (side, side) after `steps` of noisy linear regression; features differ 100-fold in size."""
+    """Train weights (side, side) by noisy linear regression; features differ 100-fold in size."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-1, 1, side)
     solution = torch.randn(side, side, generator=generator) / side**0.5
@@ -323,10 +322,10 @@ def test_no_further_from_fp32_than_bitsandbytes():
         ((regression(make) - exact).norm() / exact.norm()).item()
         for make in (LowMemoryAdamW, bitsandbytes.optim.AdamW8bit)
     )
-    assert ours < theirs < 0.05  # 0.013 to 0.014 over seeds, and 0.016
+    assert ours < theirs < 0.05  # over seeds, ours is 0.013 to 0.014 and theirs is 0.016
 
 
-# --- Triton without a GPU -------------------------------------------------------------------------------------------
+# --- Triton without a GPU -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -342,9 +341,8 @@ def compile_table():
 
 
 def test_the_kernels_compile_without_spills_and_with_wide_accesses(compile_table):
-    rows = compile_table.adamw_table(
-        [("cuda", 86, 32)]
-    )  # all the others: python benchmarks/compile_table.py
+    # `python benchmarks/compile_table.py` compiles for all the others.
+    rows = compile_table.adamw_table([("cuda", 86, 32)])
     assert {row["kernel"] for row in rows} == {"adamw", "add_stochastic"}
     assert [row for row in rows if not row["fits"] or row["short"]] == []
 

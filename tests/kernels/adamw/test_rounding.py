@@ -1,6 +1,6 @@
-"""Rounding at random: the mean is right, the random numbers are uniform, 8-bit codes are neighbours of their values.
+"""Rounding at random: means are right, random numbers uniform, codes neighbours of their values.
 
-Statistical bounds are 6 standard deviations of the mean; seeds are fixed.
+Statistical bounds are 6 standard deviations of the mean. Seeds are fixed.
 """
 
 import math
@@ -17,9 +17,8 @@ SIX_SIGMA = 6.0
 def test_rounding_to_bf16_is_unbiased_and_goes_to_a_neighbour(value):
     n = 2**18
     x = torch.full((n,), value)
-    rounded = rounding.round_stochastically(
-        x, rounding.more_bits(rounding.random_bits(0, n, (1, 2), x.device))
-    ).double()
+    bits = rounding.more_bits(rounding.random_bits(0, n, (1, 2), x.device))
+    rounded = rounding.round_stochastically(x, bits).double()
     low, high = rounded.min().item(), rounded.max().item()
     exact = x[0].double().item()
     assert low <= exact <= high and high - low <= max(abs(exact) * 2**-7, 1e-40)
@@ -44,9 +43,8 @@ def test_random_bits_are_uniform_and_differ_between_keys_and_elements():
     bits = torch.stack(streams)[:, :, None] >> torch.arange(32) & 1
     sigma = 0.5 / math.sqrt(n)
     assert (bits.float().mean(1) - 0.5).abs().max() < SIX_SIGMA * sigma
-    signs = (
-        (bits * 2.0 - 1).transpose(1, 2).flatten(0, 1)
-    )  # every bit of every stream, with every other
+    # Every bit of every stream is compared with every other
+    signs = (bits * 2.0 - 1).transpose(1, 2).flatten(0, 1)
     correlation = signs @ signs.T / n - torch.eye(len(signs))
     assert correlation.abs().max() < SIX_SIGMA / math.sqrt(n)
     neighbours = (signs[:, 1:] * signs[:, :-1]).mean(1)
@@ -87,14 +85,12 @@ def test_a_code_is_a_neighbour_of_its_value(scale):
 @pytest.mark.parametrize(("encode", "decode"), [("encode_m", "decode_m"), ("encode_v", "decode_v")])
 def test_codes_keep_the_mean(encode, decode):
     n = 2**12
-    values = (10 ** (-8 * torch.rand(256, generator=torch.Generator().manual_seed(0)))).expand(
-        n, 256
-    )
+    generator = torch.Generator().manual_seed(0)
+    values = (10 ** (-8 * torch.rand(256, generator=generator))).expand(n, 256)
     scales = torch.ones(n, 1)
     uniform = rounding.uniforms(rounding.random_bits(0, n * 256, (5, 6), "cpu"))[0].view(n, 256)
-    decoded = getattr(rounding, decode)(
-        getattr(rounding, encode)(values, scales, uniform), scales
-    ).double()
+    codes = getattr(rounding, encode)(values, scales, uniform)
+    decoded = getattr(rounding, decode)(codes, scales).double()
     error = (decoded.mean(0) - values[0]).abs()
     gap = decoded.amax(0) - decoded.amin(0)
     assert (error <= SIX_SIGMA * gap / 2 / math.sqrt(n) + 1e-6 * values[0]).all()

@@ -1,4 +1,4 @@
-"""The native decode attention against fp64, and what it appends, on every instruction set of this machine."""
+"""The native decode attention against fp64, and what it appends, on every instruction set."""
 
 import math
 
@@ -19,7 +19,10 @@ def instruction_set(request):
 
 
 def problem(dtype, heads, kv_heads, d, lengths, seed=0):
-    """A call's arguments; rows by (group, prefix, own) lengths. Tokens that no row may read are NaN."""
+    """Make a call's arguments, with a row for each (group, prefix length, own length) of `lengths`.
+
+    Rows of a group share a prefix. Tokens that no row may read are NaN.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = len(lengths)
 
@@ -27,7 +30,7 @@ def problem(dtype, heads, kv_heads, d, lengths, seed=0):
         return torch.randn(shape, generator=generator).to(dtype)
 
     start, prefixes, spans = 3, {}, []
-    for group, prefix, own in reversed(lengths):  # own tokens before and behind prefixes
+    for group, prefix, own in reversed(lengths):  # so own tokens lie before and behind prefixes
         if group not in prefixes:
             prefixes[group] = start
             start += prefix + 2
@@ -52,7 +55,7 @@ def problem(dtype, heads, kv_heads, d, lengths, seed=0):
 
 
 def copy_of(arguments, dtype=None):
-    """The same, in another dtype if one is given."""
+    """Copy the arguments, and convert them to `dtype` if one is given."""
     return {
         name: x.to(dtype if x.is_floating_point() else None, copy=True) if torch.is_tensor(x) else x
         for name, x in arguments.items()
@@ -67,7 +70,7 @@ def assert_agrees(arguments, label="output"):
     assert_within_bound(out, expected, exact_output, label, scale=1.0)
     for pool in ("keys", "values"):
         same = torch.equal(arguments[pool].view(torch.uint8), eager[pool].view(torch.uint8))
-        assert same, f"{label}: {pool} that were appended, or others"
+        assert same, f"{label}: {pool} differ, those that were appended or others"
 
 
 LENGTHS = {
@@ -148,14 +151,18 @@ def test_what_it_takes_and_what_it_refuses():
     arguments = problem(torch.float32, 4, 2, 32, LENGTHS["few"])
     q = arguments["q"]
     assert attention_native.takes(q) and attention_native.takes(q.bfloat16())
-    assert not any(
-        map(attention_native.takes, (q.double(), q[..., :31], q.to("meta"), q.repeat(1, 1, 9)))
-    )
+    for refused in (q.double(), q[..., :31], q.to("meta"), q.repeat(1, 1, 9)):
+        assert not attention_native.takes(refused)
     wrong = {
-        "q": q.half(), "k": arguments["k"][:, :1], "v": arguments["v"][:2], "cos": arguments["cos"][:, :16],
-        "sin": arguments["sin"].half(), "keys": arguments["keys"][:, :1], "values": arguments["values"][1:],
+        "q": q.half(),
+        "k": arguments["k"][:, :1],
+        "v": arguments["v"][:2],
+        "cos": arguments["cos"][:, :16],
+        "sin": arguments["sin"].half(),
+        "keys": arguments["keys"][:, :1],
+        "values": arguments["values"][1:],
         "spans": arguments["spans"].long(),
-    }  # fmt: skip
+    }
     for name, value in wrong.items():
         with pytest.raises((ValueError, TypeError)):
             attention_native.attend(**arguments | {name: value})

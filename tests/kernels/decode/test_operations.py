@@ -1,4 +1,4 @@
-"""One decode step's operations on a CPU, against plain formulations in fp64, transformers, and the statistics."""
+"""A decode step's operations on a CPU, against plain fp64, transformers and statistics."""
 
 import math
 
@@ -16,13 +16,16 @@ LARGEST_UNIFORM = 1 - 2**-24
 
 
 def check_error(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
-    """The error is at most twice that of PyTorch in the same dtype, and some roundings of fp32."""
+    """Assert that our error is at most twice PyTorch's in the same dtype, and some roundings."""
     error, allowed = ((x.cpu().double() - exact).abs().max().item() for x in (ours, theirs))
     assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
 
 
 def attention_case(heads: int, kv_heads: int, d: int, spans: list, dtype: torch.dtype) -> list:
-    """Arguments of `attend` but the scale. q, k, v share a tensor, keys and values another; NaN is in unused rows."""
+    """Make the arguments of `attend` except the scale.
+
+    q, k and v share a tensor, keys and values another. Tokens that no row may read are NaN.
+    """
     generator = torch.Generator().manual_seed(heads)
     spans = torch.tensor(spans, dtype=torch.int32)
     rows, tokens = len(spans), int(spans[:, [0, 2]].max() + spans[:, [1, 3]].max()) + 3
@@ -33,34 +36,28 @@ def attention_case(heads: int, kv_heads: int, d: int, spans: list, dtype: torch.
         for start, length in ((prefix_start, prefix_len), (own_start, own_len - 1)):
             pool[start : start + length] = torch.randn(length, 2, kv_heads, d, generator=generator)
     q, k, v = projected.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
-    return [
-        q,
-        k,
-        v,
-        angles.cos().to(dtype),
-        angles.sin().to(dtype),
-        *pool.to(dtype).unbind(1),
-        spans,
-    ]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    keys, values = pool.to(dtype).unbind(1)
+    return [q, k, v, cos, sin, keys, values, spans]
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding by definition: channels i and i + d/2 are a complex number."""
+    """Apply the rotary embedding by its definition: channels i and i + d/2 are a complex number."""
     half = x.shape[-1] // 2
-    pairs = torch.complex(x[..., :half], x[..., half:]) * torch.complex(
-        cos[:, :half], sin[:, :half]
-    ).unsqueeze(1)
+    turns = torch.complex(cos[:, :half], sin[:, :half]).unsqueeze(1)
+    pairs = torch.complex(x[..., :half], x[..., half:]) * turns
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
 def plain_attention(q, k, v, cos, sin, keys, values, spans, scale: float) -> torch.Tensor:
-    """Row by row: gather the row's tokens, repeat kv heads, full softmax. Rotation as in transformers, but in fp64."""
-    rotate = (
-        turned
-        if q.dtype == torch.float64
-        else lambda x, *angles: apply_rotary_pos_emb(x, x, *angles)[0]
-    )
-    q, k = (rotate(x, cos, sin) for x in (q, k))
+    """Attend row by row, with the row's tokens gathered, kv heads repeated, and a full softmax.
+
+    The rotation is transformers', except in fp64.
+    """
+    if q.dtype == torch.float64:
+        q, k = (turned(x, cos, sin) for x in (q, k))
+    else:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
     out = []
     for row, (prefix_start, prefix_len, own_start, own_len) in enumerate(spans.tolist()):
         past = [
@@ -78,7 +75,10 @@ def plain_attention(q, k, v, cos, sin, keys, values, spans, scale: float) -> tor
 
 
 def check_draws(logits, uniform, temperature: float, banned: tuple, token, logp) -> None:
-    """Every token is the one of the inverse distribution function in fp64, up to rounding of fp32; and so is logp."""
+    """Assert that tokens and log-probabilities are those of fp64, up to rounding in fp32.
+
+    A token is that of the inverse distribution function.
+    """
     z = logits.double().cpu() / (temperature or 1.0)
     token, logp = token.cpu(), logp.cpu()
     assert token.dtype == torch.int64 and logp.dtype == torch.float32
@@ -97,12 +97,10 @@ def check_draws(logits, uniform, temperature: float, banned: tuple, token, logp)
 
 
 def logits_case(rows: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of rows that are flat, peaked, filtered at the start and at the end, and both ends of uniform."""
+    """Draw logits that are flat, peaked, or filtered at either end, and both ends of uniform."""
     generator = torch.Generator().manual_seed(v)
-    logits = (
-        torch.randn(rows, v, generator=generator)
-        * torch.tensor([0.1, 1, 4, 30])[torch.arange(rows) % 4, None]
-    )
+    sizes = torch.tensor([0.1, 1, 4, 30])[torch.arange(rows) % 4, None]
+    logits = torch.randn(rows, v, generator=generator) * sizes
     logits[1::3, : v // 2] = -torch.inf
     logits[2::3, v // 2 :] = -torch.inf
     uniform = torch.rand(rows, generator=generator)
@@ -111,16 +109,14 @@ def logits_case(rows: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def unsound_rows(v: int) -> torch.Tensor:
-    """Rows that have no token when 3 and 5 are banned, and a last one that has."""
+    """Make rows without a token to draw when 3 and 5 are banned, and a last one that has tokens."""
     rows = torch.zeros(6, v)
-    rows[0, v - 1], rows[1, 1], rows[2], rows[3], rows[4, 5] = (
-        torch.nan,
-        torch.inf,
-        -torch.inf,
-        -torch.inf,
-        torch.nan,
-    )
+    rows[0, v - 1] = torch.nan
+    rows[1, 1] = torch.inf
+    rows[2] = -torch.inf
+    rows[3] = -torch.inf
     rows[3, [3, 5]] = 1.0
+    rows[4, 5] = torch.nan
     rows[5, 3] = 300.0
     return rows
 
@@ -204,9 +200,8 @@ def test_rows_without_a_sound_distribution_give_no_token(v):
     for temperature in (1.0, 0.0):
         token, logp = sample_ref(unsound_rows(v), torch.rand(6), temperature, (3, 5))
         assert (token[:5] == -1).all() and logp[:5].isnan().all()
-        assert token[5] not in (-1, 3, 5) and logp[5].item() == pytest.approx(
-            -300
-        )  # a banned one has nearly all
+        assert token[5] not in (-1, 3, 5)
+        assert logp[5].item() == pytest.approx(-300)  # a banned token has nearly all probability
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -214,5 +209,5 @@ def test_greedy_takes_the_first_of_equals():
     logits[0, [5, 70, 8000]] = logits[1, [8000, 8500]] = 3.0
     token, _ = sample_ref(logits, torch.rand(2), 0.0, (5,))
     assert token.tolist() == [70, 8000]
-    with pytest.raises(ValueError, match=r"temperature -1"):
+    with pytest.raises(ValueError, match=r"temperature is -1"):
         operations.sample(logits, torch.rand(2), -1.0)

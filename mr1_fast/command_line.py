@@ -1,0 +1,274 @@
+"""Reads the settings of a command from flags and YAML files into a dataclass, and explains them.
+
+A value is looked up in this order: command-line flag, YAML file (`--config`), the profile's
+defaults (of the task's preset, the model and the algorithm), the default of the dataclass. The
+text of a flag and a value of a YAML file are converted in the same way, by the field's type.
+
+Nothing here imports torch. A command reads its settings with `start` before it imports what is
+slow to load, so that help and a wrong setting are answered at once.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
+
+import yaml
+
+from .config import TrainConfig, profile_defaults
+from .errors import UserError, exit_on_user_error
+from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
+
+PRECEDENCE = (
+    "A flag counts more than a YAML file, and both count more than the defaults below, which hold "
+    "for the other arguments of this call. A switch such as --lora needs no value; a list or a "
+    "mapping is written as YAML."
+)
+HELP = "Show this help, with the defaults that hold for the other arguments, and exit."
+CONFIG = (
+    "YAML file with any of the settings below, whose names are spelled with underscores there; "
+    "may be repeated, and the last file counts most."
+)
+
+
+class Settings(Protocol):
+    """A dataclass whose fields are settings, each with its help text as a string below it."""
+
+    def check(self) -> None:
+        """Raise UserError for values that cannot be used."""
+
+
+Config = TypeVar("Config", bound=Settings)
+Profile = Callable[[Any], dict[str, Any]]
+"""Defaults that depend on other settings, which it gets as an instance of the dataclass."""
+
+
+def start(parse: Callable[[list[str]], Config]) -> Config:
+    """Begin a command: prepare its process, and return the settings of its command line.
+
+    `parse` gets the words of the command line. A UserError becomes one line on stderr and exit
+    status 2. Call it before torch is imported:
+
+        if __name__ == "__main__":
+            config = start(parse_train_config)
+    """
+    prepare_process()
+    return exit_on_user_error(lambda: parse(sys.argv[1:]))
+
+
+def prepare_process() -> None:
+    """Set what libraries read from the environment once, when torch is imported.
+
+    torch's OpenMP threads spin for milliseconds while they wait, which makes a run on a CPU eight
+    times slower if another process is busy. A short spin costs a tenth on an idle machine. What
+    the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def parse_train_config(argv: list[str]) -> TrainConfig:
+    """The settings of a training run from the words of a command line; UserError for a bad one.
+
+    `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
+    """
+    parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
+    given = parser.read(argv)
+    resume = given.flags.get("resume")
+    if resume is not None:
+        saved = Path(resume) / "config.yaml"
+        if not saved.is_file():
+            raise UserError(
+                f"resume is {resume}, but there is no {saved}: name the folder of an earlier run."
+            )
+        given.files.insert(0, str(saved))
+        given.flags["output"] = resume
+    return parser.settle(given)
+
+
+def parse_settings(
+    cls: type[Config], argv: list[str], prog: str, profile: Profile | None = None
+) -> Config:
+    """A checked instance of the dataclass `cls` from the words of a command line.
+
+    Raises UserError for a bad one; prints the help and exits where the words contain `--help`.
+    `prog` is the command that messages and the help name.
+    """
+    parser = SettingsParser(cls, prog, profile)
+    return parser.settle(parser.read(argv))
+
+
+def write_config(config: object, path: Path) -> None:
+    """Write the settings as YAML that `--config` reads back.
+
+    `resume` is left out: it says how one process began, and not what the run is.
+    """
+    values = {name: value for name, value in vars(config).items() if name != "resume"}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+@dataclass
+class Given:
+    """What a command line says, before any conversion."""
+
+    files: list[str]
+    """Paths of YAML files; the last one counts most."""
+    flags: dict[str, str]
+    """Text of each flag, by the name of its setting."""
+    wants_help: bool
+    """Whether `--help` is among the words."""
+
+
+class SettingsParser(Generic[Config]):
+    """Reads command lines whose flags are the fields of the dataclass `cls`."""
+
+    def __init__(self, cls: type[Config], prog: str, profile: Profile | None = None):
+        self.cls, self.prog, self.profile = cls, prog, profile
+        self.kinds = get_type_hints(cls)
+        self.words = _Words(
+            prog=prog,
+            usage="%(prog)s [--config FILE] [--SETTING VALUE …]",
+            description=f"{inspect.getdoc(cls)} {PRECEDENCE}",
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        add = self.words.add_argument
+        add("-h", "--help", action="store_true", default=False, help=HELP)
+        add("--config", action="append", default=[], metavar="FILE", help=CONFIG)
+        self.flags = {name: action for group in groups(cls) for name, action in self._add(group)}
+
+    def _add(self, group: "Group") -> Iterator[tuple[str, argparse.Action]]:
+        """Add the flags of a group; yields each setting's name with its flag."""
+        section = self.words.add_argument_group(group.title, group.about)
+        for name in group.names:
+            kind = self.kinds[name]
+            bare = {"nargs": "?", "const": "true"} if kind is bool else {}
+            flag = f"--{name.replace('_', '-')}"
+            yield name, section.add_argument(flag, dest=name, metavar=metavar(kind), **bare)
+
+    def read(self, argv: list[str]) -> Given:
+        """Sort the words of a command line; UserError for one that is no flag of this command."""
+        found = vars(self.words.parse_args([_with_dashes(word) for word in argv]))
+        return Given(found.pop("config"), wants_help=found.pop("help"), flags=found)
+
+    def settle(self, given: Given) -> Config:
+        """The checked settings; where help is wanted, print it with them as defaults and exit."""
+        values: dict[str, Any] = {}
+        for path in given.files:
+            values |= self._read_yaml(path)
+        values |= {name: self._converted(name, text) for name, text in given.flags.items()}
+        if self.profile is not None:
+            values = self.profile(self.cls(**values)) | values
+        config = self.cls(**values)
+        if given.wants_help:
+            self.print_help(config)
+            sys.exit(0)
+        config.check()
+        return config
+
+    def print_help(self, config: Config) -> None:
+        """Print every flag with its help text, the values it may have, and that of `config`."""
+        texts = help_texts(self.cls)
+        for name, flag in self.flags.items():
+            default = f"default: {shown(getattr(config, name))}"
+            allowed = "; ".join(filter(None, (described(self.kinds[name]), default)))
+            flag.help = f"{texts[name]} ({allowed})".replace("%", "%%")
+        self.words.print_help()
+
+    def _read_yaml(self, path: str) -> dict[str, Any]:
+        """The settings in a YAML file; UserError, with its path, where it holds anything else."""
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=SettingsLoader)
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror}): check the path."
+            raise UserError(f"config {path} {reason}") from error
+        except ValueError as error:
+            reason = f"is not a text file ({error}): choose another."
+            raise UserError(f"config {path} {reason}") from error
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+            raise UserError(f"config {path} is not YAML ({reason}): correct it.") from error
+        if not isinstance(values, dict):
+            reason = "holds no settings: write a line such as `steps: 100` for each."
+            raise UserError(f"config {path} {reason}")
+        for name in values:
+            if name not in self.kinds:
+                reason = f"has {name!r}, which is no setting: see {self.prog} --help."
+                raise UserError(f"config {path} {reason}")
+        return {name: self._converted(name, value) for name, value in values.items()}
+
+    def _converted(self, name: str, value: Any) -> Any:
+        try:
+            return convert(value, self.kinds[name])
+        except Unfit as error:
+            sentence = f"{name} is {error}: see {self.prog} --help."
+            raise UserError(" ".join(sentence.split())) from error
+
+
+class _Words(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see {self.prog} --help.")
+
+
+def _with_dashes(word: str) -> str:
+    """`--top_p=1` as `--top-p=1`."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+@dataclass
+class Group:
+    """Settings that `--help` shows together: those that one dataclass adds."""
+
+    title: str
+    about: str | None
+    names: list[str]
+
+
+def groups(cls: type) -> list[Group]:
+    """The settings of a dataclass by the base that they come from, in the order of its fields."""
+    bases = [each for each in reversed(cls.__mro__) if dataclasses.is_dataclass(each)]
+    found: dict[type, list[str]] = {}
+    for name in (f.name for f in dataclasses.fields(cls)):
+        home = next(base for base in bases if name in inspect.get_annotations(base))
+        found.setdefault(home, []).append(name)
+    return [
+        Group(
+            title=home.__name__.removesuffix("Config").lower(),
+            about=None if home is cls else inspect.getdoc(home),
+            names=names,
+        )
+        for home, names in found.items()
+    ]
+
+
+def help_texts(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, or of its bases, in their source."""
+    texts = {}
+    for each in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        for statement, below in pairwise(_class_bodies(each.__module__)[each.__name__]):
+            match statement, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    texts[name] = " ".join(text.split())
+    return texts
+
+
+@cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}

@@ -1,0 +1,57 @@
+"""How the values of a step's rows become one number each in metrics.jsonl."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Values (N,) of a batch's rows, whose mean over all batches of a step is reported."""
+
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Values (N,) of a batch's rows, of which the largest in all batches of a step is reported."""
+
+    values: torch.Tensor
+
+
+RowMetric = Mean | Largest
+
+
+class RowMetrics:
+    """Combines the row metrics of batches, each of which has some of a step's rows.
+
+    >>> metrics = RowMetrics()
+    >>> metrics.add({"kl": Mean(torch.tensor([1.0, 2.0])), "gap": Largest(torch.tensor([5.0]))})
+    >>> metrics.add({"kl": Mean(torch.tensor([6.0])), "gap": Largest(torch.tensor([4.0]))})
+    >>> metrics.result()
+    {'kl': 3.0, 'gap': 5.0}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._rows: dict[str, int] = defaultdict(int)
+        self._largest: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, metrics: dict[str, RowMetric]) -> None:
+        """Add the row metrics of one more batch."""
+        for name, metric in metrics.items():
+            if isinstance(metric, Largest):
+                self._largest[name].append(metric.values)
+            else:
+                self._sums[name] += metric.values.float().sum().item()
+                self._rows[name] += len(metric.values)
+
+    def result(self) -> dict[str, float]:
+        """Return one number for each name; 0 where no batch had a row."""
+        means = {name: total / max(1, self._rows[name]) for name, total in self._sums.items()}
+        largest = {}
+        for name, parts in self._largest.items():
+            values = torch.cat(parts)
+            largest[name] = values.max().item() if len(values) else 0.0
+        return {**means, **largest}

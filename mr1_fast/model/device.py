@@ -1,0 +1,47 @@
+"""The device and the dtype that the settings mean, on this machine or on one that is planned."""
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError
+
+
+def device_name(config: ModelConfig, has_cuda: bool) -> str:
+    """Return the device's name, such as `cpu` or `cuda:1`, on a machine with or without CUDA."""
+    if config.device == "auto":
+        return "cuda" if has_cuda else "cpu"
+    return config.device
+
+
+def dtype_name(config: ModelConfig, device_type: str) -> str:
+    """Return the name of the weights' dtype, `bfloat16` or `float32`, on a type of device."""
+    if config.dtype == "auto":
+        return "bfloat16" if device_type == "cuda" else "float32"
+    return config.dtype
+
+
+def resolve_device(config: ModelConfig) -> torch.device:
+    """Return the device that the settings mean on this machine.
+
+    Raises UserError for a device that torch cannot use.
+    """
+    name = device_name(config, torch.cuda.is_available())
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device is {name}, which torch cannot use ({first_line(error)}): try --device cpu."
+        ) from error
+    return torch.device(name)
+
+
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
+    """Return the dtype that the settings mean on this machine."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return getattr(torch, dtype_name(config, resolve_device(config).type))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

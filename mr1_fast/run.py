@@ -1,0 +1,136 @@
+"""What the steps of a training run share, and how it is put together from the settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .errors import UserError
+from .kernels.self_test import self_test
+from .kl_schedule import DynamicKL
+from .log import RunLog
+from .model.attention import attention_kernel
+from .model.device import resolve_device
+from .model.forward import lm_head_weight
+from .model.policy import Policy
+from .model.reference import Reference
+from .optim import make_optimizer
+from .plan.out_of_memory import Room
+from .plan.run_memory import RunMemory
+from .rewards import load_plugin, require_rewards
+from .start import load_policy
+from .tasks import get_task
+from .tasks.data import DrawnExamples, LoadedExamples, configured_examples
+from .types import Example
+
+
+@dataclass
+class Run:
+    """A training run: its settings, the policy and all that its steps read or change."""
+
+    config: TrainConfig
+    policy: Policy
+    limits: Room
+    """How many tokens are computed on at once; halved where memory runs out."""
+    optimizer: torch.optim.Optimizer | None = None
+    reference: Reference | None = None
+    """The policy as it was before training; None where the loss has no KL term."""
+    schedule: DynamicKL | None = None
+    """β as a function of the optimizer step."""
+    source: DrawnExamples | LoadedExamples | None = None
+    """Where the examples of each step come from."""
+    held_out: list[Example] = field(default_factory=list)
+    """Items that are evaluated before and after training."""
+    log: RunLog | None = None
+    memory: RunMemory | None = None
+    """The memory plan, and beside it what the steps have used."""
+    start_fingerprint: str = ""
+    """Identifies the model that training started from, so that no other one is resumed."""
+    first_step: int = 0
+    """The step that comes next: 0, or where the checkpoint of a resumed run was saved."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.log.folder / "checkpoints"
+
+    def save(self, steps_done: int) -> None:
+        """Write the checkpoint of the state after `steps_done` steps."""
+        save_checkpoint(
+            self.checkpoints, steps_done, self.policy.model, self.optimizer, self.start_fingerprint
+        )
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Load data, model, optimizer and checkpoint as configured; nothing is written yet.
+
+    Raises UserError for settings, data or a model that cannot be used.
+    """
+    get_task(config.task)
+    if config.plugin:
+        load_plugin(config.plugin)
+    require_rewards(config.extra_rewards)
+    self_test(resolve_device(config))
+    source = configured_examples(config, "train", limit=config.train_samples)
+    if config.algo == "sft" and config.sft_target == "solution":
+        source.require_thinking()
+    held_out = held_out_items(config)
+
+    log = RunLog(config)
+    policy = load_policy(config)
+    start_fingerprint = fingerprint(policy.model)
+    reference = Reference(policy, config.reference) if config.needs_reference else None
+    optimizer = make_optimizer(policy.model, config, config.seed)
+    first_step = 0
+    if log.resuming:
+        first_step = load_checkpoint(
+            log.folder / "checkpoints", policy.model, optimizer, start_fingerprint
+        )
+    # Encoding the first prompts shows whether they are too long before anything is written.
+    policy.encode.many(source.take(first_step, config.prompts_per_step))
+
+    memory = RunMemory(policy, config)
+    run = Run(
+        config=config,
+        policy=policy,
+        limits=Room(log.say, memory.advise, memory.amounts()),
+        optimizer=optimizer,
+        reference=reference,
+        schedule=config.kl_schedule(),
+        source=source,
+        held_out=held_out,
+        log=log,
+        memory=memory,
+        start_fingerprint=start_fingerprint,
+        first_step=first_step,
+    )
+    log.say(describe(run) + "\n" + memory.render())
+    return run
+
+
+def held_out_items(config: TrainConfig) -> list[Example]:
+    """Return the items that a run evaluates; raises UserError where there are none."""
+    if not config.eval_samples:
+        return []
+    try:
+        return configured_examples(config, "test", config.eval_data).all(config.eval_samples)
+    except UserError as error:
+        raise UserError(
+            f"{error} This is about held-out data: name some with --eval-data, or pass "
+            "--eval-samples 0."
+        ) from error
+
+
+def describe(run: Run) -> str:
+    """Say in one line what was chosen where the settings leave a choice."""
+    if run.reference is None:
+        kept = "none"
+    elif run.config.lora:
+        kept = "the policy without adapters"
+    else:
+        kept = run.config.reference
+    attention = attention_kernel(run.policy.device.type, lm_head_weight(run.policy.model).dtype)
+    optimizer = type(run.optimizer).__name__
+    return f"optimizer {optimizer} · reference {kept} · packed attention {attention}"

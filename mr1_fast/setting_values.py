@@ -1,0 +1,150 @@
+"""Converts what a flag or a YAML file says into the type of a setting, and describes the types.
+
+The types ("kinds") are str, int, float (finite), bool, `Literal` of texts, `list[kind]`,
+`dict[str, kind]`, `kind | None` and `Any`.
+"""
+
+import json
+import math
+import re
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+
+class Unfit(Exception):
+    """A value that a setting cannot have: `many, but must be a whole number`."""
+
+    def __init__(self, value: Any, must_be: str):
+        super().__init__(f"{shown(value)}, but must be {must_be}")
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """The text of a flag, or a value of a YAML file, as the type `kind`; Unfit if it is none.
+
+    The text of a list or a mapping is YAML. For `kind | None`, null and ~ are None.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind != _without_none(kind):
+        return None if value in (None, "null", "~") else convert(value, _without_none(kind))
+    if origin is Literal:
+        if value not in arguments:
+            raise Unfit(value, f"one of {', '.join(arguments)}")
+        return value
+    if origin is list:
+        items = _from_yaml(value)
+        if not isinstance(items, list):
+            raise Unfit(value, "a list such as '[a, b]'")
+        return [convert(item, arguments[0]) for item in items]
+    if origin is dict:
+        items = _from_yaml(value)
+        if not isinstance(items, dict) or not all(isinstance(name, str) for name in items):
+            raise Unfit(value, "a mapping such as '{\"name\": 0.1}'")
+        return {name: convert(item, arguments[1]) for name, item in items.items()}
+    return value if kind is Any else _SCALARS[kind](value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Unfit(value, "a text (write it in quotes)")
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    try:
+        if isinstance(value, str) or type(value) is int:
+            return int(value)
+    except ValueError:
+        pass
+    raise Unfit(value, "a whole number")
+
+
+def _finite_number(value: Any) -> float:
+    try:
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise Unfit(value, "a finite number")
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "yes", "on"):
+        return True
+    if str(value).lower() in ("false", "no", "off"):
+        return False
+    raise Unfit(value, "true or false")
+
+
+_SCALARS = {str: _text, int: _whole_number, float: _finite_number, bool: _truth}
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 does and PyYAML does not, and a date as a text."""
+
+
+SettingsLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _from_yaml(value: Any) -> Any:
+    """What the text of a flag holds; the text itself if it is not YAML."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, Loader=SettingsLoader)
+    except yaml.YAMLError:
+        return value
+
+
+def metavar(kind: Any) -> str:
+    """What `--help` shows in the place of a flag's value."""
+    kind = _without_none(kind)
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    names = {bool: "true|false", int: "N", float: "X", list: "LIST", dict: "MAPPING"}
+    return names.get(get_origin(kind) or kind, "TEXT")
+
+
+def described(kind: Any) -> str:
+    """The values that a kind has, in words; empty where `metavar` says it all."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is str:
+        return ""
+    if kind != _without_none(kind):
+        return f"{_WORDS.get(_without_none(kind), 'value')} or null"
+    if origin is list:
+        [item] = arguments
+        choices = ", ".join(get_args(item))
+        return f"list of {choices or _WORDS[item] + 's'}"
+    if origin is dict:
+        return f"mapping of names to {_WORDS.get(arguments[1], 'value')}s"
+    return _WORDS.get(kind, "")
+
+
+_WORDS = {str: "text", int: "whole number", float: "number"}
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` for the kind `X | None`, and every other kind as it is."""
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    [kind] = [each for each in get_args(kind) if each is not NoneType]
+    return kind
+
+
+def shown(value: Any) -> str:
+    """A value as a command line has it."""
+    if isinstance(value, str):
+        return value or "''"
+    return json.dumps(value, ensure_ascii=False, default=str)
