@@ -1,19 +1,20 @@
-// Decode attention: one new token in each of n rows, one layer (decode_cpu.cpp).
+// Decode attention: one new token in each of n rows, in one layer (decode_cpu.cpp).
 #pragma once
 #include <stdint.h>
 
-// Packed in mr1_fast/kernels/decode/attention_native.py, in this order. Strides are a row's, in elements.
+// Packed in mr1_fast/kernels/decode/attention_native.py, in this order. Strides are a row's, in
+// elements.
 struct DecodeArguments {
     const void *q, *k, *v;      // (n, heads, d), (n, kv_heads, d) twice; not rotated
     const void *cos, *sin;      // (n, d)
     void *keys, *values, *out;  // (tokens, kv_heads, d) twice; (n, heads, d)
-    const int32_t (*spans)[4];  // start and length of the prefix, start and length of the row's own tokens
+    const int32_t (*spans)[4];  // start, length of the prefix; start, length of the row's own tokens
     int64_t q_stride, k_stride, v_stride, n, heads, kv_heads, d;
     int64_t dtype, threads;
     double scale;
 };
 
-// One row and one of its key heads, with the query heads that share it.
+// Computes one row and one of its key heads, with the query heads that share it.
 typedef void (*DecodeKernel)(const DecodeArguments* a, int64_t row, int64_t kv_head);
 
 enum { DECODE_MAX_D = 256 };

@@ -1,8 +1,10 @@
-// Decode attention of a row and a key head, compiled once per instruction set (setup.py, which keeps the compiler from
-// fusing multiplications and additions: the rotation rounds as PyTorch's does).
+// Decode attention of a row and a key head, compiled once per instruction set. setup.py keeps the
+// compiler from fusing multiplications and additions, so that the rotation rounds as PyTorch's
+// does.
 //
-// The query heads of a group go together, so that a key or a value is loaded and widened once for all of them. Online
-// softmax over tiles of tokens: nothing here grows with the context.
+// The query heads of a group are computed together, so that a key or a value is loaded and widened
+// once for all of them. The softmax goes online over tiles of tokens, so that no buffer grows with
+// the context.
 #include "decode.h"
 #include "row_kernels.h"
 #include "simd.h"
@@ -15,11 +17,11 @@
 
 namespace {
 
-constexpr int MOST_HEADS = WIDTH == 16 ? 8 : 4;  // whose sums fit in registers
+constexpr int MOST_HEADS = WIDTH == 16 ? 8 : 4;  // query heads whose sums fit in registers
 constexpr int TILE = 64;                         // tokens whose keys and values stay in L1
 constexpr int AHEAD = 16;                        // tokens
 constexpr float LOG2E = 1.44269504f;
-constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 is nothing beside 1; a subnormal power would take a hundred cycles
+constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 vanishes beside 1; subnormals take a hundred cycles
 
 template <class T> inline Floats rounded(Floats x) {
     T in_dtype[WIDTH];
@@ -27,7 +29,8 @@ template <class T> inline Floats rounded(Floats x) {
     return load(in_dtype);
 }
 
-// x·cos + cat(−x2, x1)·sin, of which x1, x2 are the halves; every operation rounds to T, as PyTorch's.
+// Computes x·cos + cat(−x2, x1)·sin, where x1 and x2 are the halves of x; every operation rounds to
+// T, as PyTorch's.
 template <class T> void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t d) {
     const int64_t half = d / 2;
     for (int64_t i = 0; i < half; i += WIDTH) {
@@ -40,7 +43,8 @@ template <class T> void rotate(const T* x, const T* cos, const T* sin, T* out, i
     }
 }
 
-// Columns of a head as vectors, of which pairs are in `load_pair`'s order; beyond d is 0.
+// Loads the columns of a head as vectors, of which pairs are in `load_pair`'s order; columns beyond
+// d are 0.
 template <class T> void load_head(const T* p, int64_t d, float* out) {
     int64_t c = 0;
     for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) {
@@ -68,7 +72,8 @@ template <class T> struct Context {
     int64_t offset(int64_t j) const { return stride * (j < prefix ? prefix_start + j : own_start + j - prefix); }
 };
 
-// The row AHEAD tokens further on: a pool is too big for L2. Past the end of a span it is one that nobody needs.
+// Prefetches the row AHEAD tokens further on, as a pool is too big for L2. Past the end of a span,
+// that row is not needed, which does no harm.
 template <class T> inline void prefetch(const T* row, int64_t stride, int64_t count) {
     const char* p = (const char*)(row + AHEAD * stride);
     for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64) __builtin_prefetch(p + bytes);
@@ -76,7 +81,7 @@ template <class T> inline void prefetch(const T* row, int64_t stride, int64_t co
 
 // Some heads of a group, after some of the tokens.
 template <int HEADS> struct Heads {
-    float q[HEADS][DECODE_MAX_D], sum[HEADS][DECODE_MAX_D];  // rotated; Σ weight·value. As `load_head` has it
+    float q[HEADS][DECODE_MAX_D], sum[HEADS][DECODE_MAX_D];  // rotated; Σ weight·value. In `load_head`'s order
     Floats weights[HEADS];                                   // Σ weight, by lane
     float peak[HEADS];                                       // of the scores
     float scores[HEADS][TILE];                               // of a tile; then its weights
@@ -116,7 +121,8 @@ inline void score(Heads<HEADS>& g, const Context<T>& context, const int64_t* row
     }
 }
 
-// Scores become weights, relative to the highest score so far; what came before is scaled to it.
+// Turns scores into weights, relative to the highest score so far; sums from earlier tiles are
+// scaled to it.
 void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int64_t d) {
     const auto exponential = [](Floats x) { return power_of_two<5>(larger(all(NEGLIGIBLE), multiply(x, all(LOG2E)))); };
     Floats best = all(-INFINITY);
@@ -137,7 +143,8 @@ void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int6
     }
 }
 
-// sum += weights · values, in VECTORS vectors of columns from c on: pairs, or a last one, which may be short.
+// Adds weights · values to the sums, in VECTORS vectors of columns from c on: pairs, or a last one,
+// which may be short.
 template <int VECTORS, class T, int HEADS>
 inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t* rows, int n, int64_t c) {
     Floats sum[HEADS][VECTORS];
@@ -184,7 +191,7 @@ template <class T, int HEADS> void attend_heads(const Context<T>& context, const
     for (int h = 0; h < HEADS; ++h) store_head(out + h * d, d, g.sum[h], all((float)(1.0 / sum(g.weights[h]))));
 }
 
-// attend_heads<T, heads>, of up to HEADS.
+// Calls attend_heads<T, heads>, where `heads` is at most HEADS.
 template <class T, int HEADS> inline void attend_up_to(int64_t heads, const Context<T>& context, const T* q, T* out) {
     if constexpr (HEADS > 1)
         if (heads < HEADS) return attend_up_to<T, HEADS - 1>(heads, context, q, out);

@@ -1,5 +1,6 @@
-// The row operations of mr1_fast/kernels/grpo_loss.py and the attention of decode.py on a CPU: a plain C interface,
-// threads, and the choice of the instruction set. The work itself: row_kernels.cpp, decode_cpu.cpp.
+// The native kernels on a CPU: a plain C interface, threads, and the choice of the instruction set.
+// The row operations are those of mr1_fast/kernels/grpo/rows.py, computed in row_kernels.cpp;
+// attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -19,7 +20,8 @@ extern const DecodeKernel mr1_decode_kernels_avx512bf16[DTYPES], mr1_decode_kern
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-// Below this, starting threads costs more than it saves: logits, and products of queries and keys.
+// Work below which starting threads costs more than it saves, in logits, and in products of queries
+// and keys.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
 
 struct InstructionSet {
@@ -28,7 +30,7 @@ struct InstructionSet {
 };
 #define MR1_SET(isa) {mr1_row_kernels_##isa, mr1_decode_kernels_##isa}
 
-// From the best to the plainest; each is there only if this machine can run it.
+// Returns the instruction sets that this machine can run, from the best to the plainest.
 std::vector<InstructionSet> supported() {
     std::vector<InstructionSet> found;
 #if defined(__x86_64__)
@@ -56,12 +58,12 @@ std::vector<InstructionSet> supported() {
 
 InstructionSet chosen = supported().front();
 
-// GOMP_parallel of the OpenMP runtime that torch has loaded. Its threads are awake after a torch operation and spin for
-// a while; threads of our own would have to fight them for the cores.
+// GOMP_parallel of the OpenMP runtime that torch has loaded. After a torch operation its threads
+// stay awake and spin for a while, and threads of our own would compete with them for the cores.
 using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 GompParallel gomp_parallel = nullptr;
 
-// task(0 … count−1), handed out in order to up to `threads` threads.
+// Runs task(0), …, task(count − 1), handed out in order to up to `threads` threads.
 template <class Task> void parallel(int64_t count, int threads, const Task& task) {
     std::atomic<int64_t> next{0};
     const auto work = [&] {
@@ -76,7 +78,7 @@ template <class Task> void parallel(int64_t count, int threads, const Task& task
     for (int t = 1; t < threads; ++t) {
         try {
             others.emplace_back(work);
-        } catch (...) {  // no more threads to be had: this one does the rest
+        } catch (...) {  // no more threads can be started: this one does the rest
             break;
         }
     }
@@ -100,15 +102,17 @@ struct Rows {
     static int64_t size(int dtype) { return dtype == FP32 ? 4 : 2; }
     const char* row(int64_t i) const { return logits + i * stride; }
     char* out_row(int64_t i) const { return out + i * out_stride; }
-    // NaN for a target outside [0, v), as on a GPU.
+    // Returns NaN for a target outside [0, v), as the GPU kernels do.
     float logit(int64_t i, int64_t target) const {
         return target < 0 || target >= v ? NAN : chosen.rows[dtype].get(row(i), target);
     }
-    // Columns of a part: a multiple of 64, so that no two threads write the same cache line.
+    // Returns the first column of a part, a multiple of 64, so that no two threads write the same
+    // cache line.
     int64_t begin(int64_t part) const { return part >= parts ? v : v / parts * part / 64 * 64; }
 };
 
-// Statistics of whole rows: `use(i, statistics)` for each. Rows are split where there are fewer than threads.
+// Calls use(i, statistics) for each row. Rows are split into parts where there are fewer rows than
+// threads.
 template <class Use> void for_each_row(const Rows& rows, float scale, const Use& use) {
     const RowKernels& kernels = chosen.rows[rows.dtype];
     if (rows.parts == 1) {
@@ -137,7 +141,7 @@ template <class Use> void for_each_row(const Rows& rows, float scale, const Use&
     }
 }
 
-// sweep(x, out, columns) over every part of row i.
+// Calls sweep(x, out, columns) on every part of row i.
 template <class Sweep> void sweep_row(const Rows& rows, int64_t i, const Sweep& sweep) {
     parallel(rows.parts, rows.threads, [&](int64_t part) {
         const int64_t begin = rows.begin(part), offset = begin * Rows::size(rows.dtype);
@@ -149,7 +153,7 @@ struct Target {
     float logp, entropy;
 };
 
-// log p of the target and entropy, from the rounded origin that every sweep uses.
+// Returns log p of the target and the entropy, from the rounded origin that every sweep uses.
 Target target_of(const Statistics& statistics, float x, float scale) {
     const double log2_s = std::log2(statistics.s), y = (double)x * scale - statistics.origin;
     return {(float)((y - log2_s) * LN2), (float)((log2_s - statistics.u / statistics.s) * LN2)};
@@ -248,7 +252,8 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
 void mr1_decode(const DecodeArguments* a) {
     int64_t tokens = 0;
     for (int64_t i = 0; i < a->n; ++i) tokens += a->spans[i][1] + a->spans[i][3];
-    // All threads or one: libgomp ends those that a smaller team leaves out, and torch starts them again.
+    // All threads or one: libgomp ends threads that a smaller team leaves out, and torch would
+    // start them again.
     const int threads = tokens * a->heads * a->d < PRODUCTS_PER_TEAM ? 1 : (int)a->threads;
     parallel(a->n * a->kv_heads, threads, [&](int64_t task) {
         chosen.decode[a->dtype](a, task / a->kv_heads, task % a->kv_heads);
@@ -259,7 +264,7 @@ void mr1_use_openmp(void* function) { gomp_parallel = (GompParallel)function; }
 
 const char* mr1_instruction_set() { return chosen.rows->name; }
 
-// 0 if this machine can run it.
+// Switches to an instruction set; returns 0 if this machine can run it, else 1.
 int mr1_use_instruction_set(const char* name) {
     for (const InstructionSet& set : supported())
         if (!strcmp(set.rows->name, name)) {

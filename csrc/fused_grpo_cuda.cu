@@ -1,9 +1,10 @@
-// The fused GRPO loss on CUDA, as an alternative to the Triton kernel: which is the default where is for a benchmark to
-// decide (benchmarks/bench_grpo_loss.py).
+// The fused GRPO loss on CUDA, an alternative to the Triton kernel; benchmarks/bench_grpo_loss.py
+// decides which is the default on an architecture.
 //
-// Hopper: a cluster of thread blocks holds a whole row in shared memory (4 × 76 KB for 152,064 bf16 logits), reduces
-// through distributed shared memory, and writes the gradient from there: device memory sees one read and one write,
-// whatever is in L2. Elsewhere: two kernels over groups of rows that fit in L2, a row split over blocks.
+// On Hopper, a cluster of thread blocks holds a whole row in shared memory (4 × 76 KB for 152,064
+// bf16 logits), reduces through distributed shared memory, and writes the gradient from there:
+// device memory sees one read and one write, whatever L2 holds. Elsewhere, two kernels go over
+// groups of rows that fit in L2, and a row is split over blocks.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -31,7 +32,7 @@ __device__ Statistics combine(Statistics a, Statistics b, float scale) {
     return {m, wa * a.s + wb * b.s, wa * (a.u + a.s * da) + wb * (b.u + b.s * db)};
 }
 
-// Every thread gets the block's statistics.
+// Returns the block's statistics to every thread.
 __device__ Statistics reduce_block(Statistics mine, float scale) {
     __shared__ Statistics warps[WARPS];
     for (int offset = 16; offset; offset /= 2) {
@@ -58,7 +59,8 @@ template <class T> struct Pack {
     };
 };
 
-// Adds a pack: its maximum first, so that there is one exponential per element.
+// Adds a pack to the statistics. Its maximum comes first, so that there is one exponential per
+// element.
 template <class T> __device__ void add(Statistics& total, const Pack<T>& pack, float scale) {
     float x[Pack<T>::SIZE], m = total.m;
     for (int k = 0; k < Pack<T>::SIZE; ++k) m = fmaxf(m, x[k] = float(pack.values[k]));
@@ -80,7 +82,7 @@ struct Row {
     int64_t target;
 };
 
-// The loss of row n from its statistics; the block with `write` stores what is to be logged.
+// Computes the loss of row n from its statistics; the thread with `write` stores the results.
 __device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float x_target, float scale, bool write) {
     const float log2_s = log2f(total.s), logp = ((x_target - total.m) * scale - log2_s) * LN2;
     LossSettings settings = a.settings;
@@ -117,7 +119,7 @@ template <class T> __device__ float target_logit(const GrpoArguments& a, int64_t
     return float(((const T*)a.logits)[n * a.stride + target]);
 }
 
-// --- Hopper -------------------------------------------------------------------------------------------------------
+// --- Hopper --------------------------------------------------------------------------------------
 
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 #define MR1_CLUSTERS
@@ -152,10 +154,10 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Grp
     }
     total = reduce_block(total, scale);
     if (threadIdx.x == 0) mine = total;
-    cluster.sync();  // also: every block has read the target's logit before anyone overwrites it
+    cluster.sync();  // also: every block has read the target's logit before any block overwrites it
     total = {-INFINITY, 0.0f, 0.0f};
     for (int other = 0; other < parts; ++other) total = combine(total, *cluster.map_shared_rank(&mine, other), scale);
-    cluster.sync();  // nobody leaves while its statistics are read
+    cluster.sync();  // no block may end while its statistics are read
 
     const Row row = finish(a, n, total, x_target, scale, part == 0 && threadIdx.x == 0);
     if (!a.out) return;
@@ -168,7 +170,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Grp
 #endif
 }
 
-// --- elsewhere ----------------------------------------------------------------------------------------------------
+// --- elsewhere -----------------------------------------------------------------------------------
 
 // grid: (parts, rows of the group)
 template <class T>
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(GrpoArguments a, int6
     }
 }
 
-// --- launching ----------------------------------------------------------------------------------------------------
+// --- launching -----------------------------------------------------------------------------------
 
 template <class T> cudaError_t launch_cluster(const GrpoArguments& a, cudaStream_t stream) {
     const int64_t packs = a.v / Pack<T>::SIZE;
@@ -252,8 +254,9 @@ cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t 
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Launches on `stream`; 0, or a cudaError_t. V and the strides must be multiples of 16 bytes. clusters = 0: `scratch`
-// holds (12·parts + 4)·scratch_rows bytes, and scratch_rows rows are in work at a time.
+// Launches on `stream`; returns 0 or a cudaError_t. V and the strides must be multiples of 16
+// bytes. With clusters = 0, `scratch` holds (12·parts + 4)·scratch_rows bytes, and scratch_rows
+// rows are computed at a time.
 EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int clusters, void* scratch, int64_t scratch_rows, int parts,
                               void* stream) {
     if (a->n == 0) return 0;

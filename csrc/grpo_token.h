@@ -1,5 +1,6 @@
-// The GRPO loss of one token and its derivative by the token's log-probability: the equations of `policy_loss_ref`
-// in mr1_fast/kernels/grpo_loss.py, where their sources stand. Shared by the CPU and the CUDA kernels.
+// The GRPO loss of one token and its derivative by the token's log-probability, for the CPU and the
+// CUDA kernels. The equations are those of `policy_loss_ref` in mr1_fast/kernels/grpo/reference.py,
+// which names their sources.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -20,8 +21,9 @@ struct LossSettings {
     int bias_corrected_kl;  // k3 times the ratio
 };
 
-// A call of the fused loss over rows of logits, on a CPU or a GPU; mirrored in mr1_fast/kernels/grpo_loss_native.py.
-// old_logp, ref_logp, is_weights and out may be null; out may be the logits. Strides in elements.
+// A call of the fused loss over rows of logits, on a CPU or a GPU, mirrored in
+// mr1_fast/kernels/grpo/rows_native.py. old_logp, ref_logp, is_weights and out may be null; out may
+// be the logits. Strides are in elements.
 struct GrpoArguments {
     const void* logits;
     void* out;
@@ -31,7 +33,7 @@ struct GrpoArguments {
     float *loss, *logp, *entropy, *kl;
     unsigned char *clipped, *kl_limited;
     struct LossSettings settings;  // its beta is read from the pointer above
-    int dtype, threads;            // threads: on a CPU
+    int dtype, threads;            // threads: of a CPU; unused on a GPU
 };
 
 struct TokenLoss {
@@ -41,7 +43,8 @@ struct TokenLoss {
     unsigned char clipped, kl_limited;
 };
 
-// old_logp = logp means on-policy; has_ref = 0 ignores ref_logp.
+// Computes the loss of a token. old_logp = logp means on-policy; with has_ref = 0, ref_logp is
+// ignored.
 MR1_INLINE struct TokenLoss grpo_token(const struct LossSettings* settings, float logp, float old_logp, int has_ref,
                                        float ref_logp, float advantage, float weight, float is_weight) {
     struct TokenLoss result = {0.0f, 0.0f, 0.0f, 0, 0};

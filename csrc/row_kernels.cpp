@@ -1,6 +1,8 @@
-// The sweeps over a row, compiled once per instruction set (setup.py): each object exports its three RowKernels.
+// The sweeps over a row, compiled once per instruction set (setup.py): each object exports
+// RowKernels for three dtypes.
 //
-// A row is read from memory once; the gradient sweep finds it in L2 (152,064 fp32 logits are 608 KB).
+// A row is read from memory once; the gradient sweep finds it in L2 (152,064 fp32 logits are 608
+// KB).
 #include <float.h>
 
 #include "row_kernels.h"
@@ -19,7 +21,7 @@ namespace {
 constexpr int UNROLL = WIDTH == 16 ? 4 : 2;  // independent chains; AVX2 has registers for two
 constexpr int64_t BLOCK = 256 * WIDTH;       // elements whose sums stay in fp32 lanes, before they join the row's double
 constexpr int AHEAD = 4096;                  // bytes
-constexpr float HEADROOM = 1.0f;  // more would cost the entropy digits: it is log s − u/s, and both would grow
+constexpr float HEADROOM = 1.0f;  // more would cost the entropy digits, as both terms of log s − u/s would grow
 
 template <class T> constexpr int degree();
 template <> constexpr int degree<float>() { return 5; }
@@ -32,7 +34,7 @@ template <class T> inline void prefetch(const T* p) {
         __builtin_prefetch((const char*)p + AHEAD + bytes);
 }
 
-// y = x·scale − origin, never below SMALLEST; NaN stays.
+// Returns y = x·scale − origin, never below SMALLEST; NaN stays.
 inline Floats shifted(Floats x, Floats scale, Floats minus_origin) {
     return larger(all(SMALLEST), multiply_add(x, scale, minus_origin));
 }
@@ -81,8 +83,9 @@ inline float origin_of(float peak, float scale) {  // finite for logits of −FL
     return fmaxf(peak * scale, -FLT_MAX);
 }
 
-// The origin need not be the maximum, only near it: a block is read for its sums and its maximum at once, and done again
-// if it rose more than HEADROOM (in powers of two) above the origin so far, which happens a few times in a row.
+// The origin need only be near the maximum. So a block is read for its sums and its maximum at
+// once, and read again if its maximum is more than HEADROOM (in powers of two) above the origin so
+// far, which happens a few times in a row.
 template <class T> Statistics statistics(const void* row, int64_t n, float scale) {
     const T* x = (const T*)row;
     Statistics result = {maximum(x, n < BLOCK ? n : BLOCK), 0.0f, 0.0, 0.0};

@@ -1,4 +1,4 @@
-// What one instruction set offers: sweeps over a row of logits, or over a part of one.
+// The kernels of one instruction set: sweeps over a row of logits, or over a part of one.
 #pragma once
 #include <stdint.h>
 
@@ -12,14 +12,14 @@ struct Statistics {
 
 struct RowKernels {
     const char* name;
-    // One read of the row.
+    // Reads the row once.
     struct Statistics (*statistics)(const void* x, int64_t n, float scale);
-    // out = factor·2^y. `out` may be `x`.
+    // Writes factor·2^y. `out` may be `x`.
     void (*gradient)(const void* x, void* out, int64_t n, float scale, float origin, float factor);
-    // out = 2^y·(constant + slope·y). `out` may be `x`.
+    // Writes 2^y·(constant + slope·y). `out` may be `x`.
     void (*entropy_gradient)(const void* x, void* out, int64_t n, float scale, float origin, float constant,
                              float slope);
-    // Single values, for the target's logit.
+    // Read and write a single value, for the target's logit.
     float (*get)(const void* x, int64_t index);
     void (*set)(void* out, int64_t index, float value);
 };

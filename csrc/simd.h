@@ -1,5 +1,5 @@
-// Vectors of WIDTH floats for the instruction set that this file is compiled for. Static, so that nothing compiled for
-// one instruction set is ever linked into the code of another.
+// Vectors of WIDTH floats for the instruction set that this file is compiled for. Functions are
+// static, so that none compiled for one instruction set is ever linked into the code of another.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -97,7 +97,8 @@ static inline void store_pair(bf16* p, Floats even, Floats odd) {
 static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// The second argument where either is NaN: the order decides whether NaN is kept or dropped.
+// Returns the second argument where either is NaN: the order decides whether NaN is kept or
+// dropped.
 static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 static inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 static inline double sum(Floats x) {
@@ -105,7 +106,8 @@ static inline double sum(Floats x) {
     const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
-// Lane i from lane i ^ STEP, and the lanes whose number has the bit STEP from b, the others from a.
+// `swapped` takes lane i from lane i ^ STEP; `mixed` takes lanes whose number has the bit STEP from
+// b, others from a.
 template <int STEP> static inline Floats swapped(Floats x) {
     if (STEP < 4) return _mm512_permute_ps(x, STEP == 1 ? 0xb1 : 0x4e);
     return _mm512_shuffle_f32x4(x, x, STEP == 4 ? 0xb1 : 0x4e);
@@ -239,8 +241,8 @@ static inline Floats times_power(Floats x, Floats y) {
 #endif
 
 #if WIDTH > 4
-// Lane i: the sum of x[i], of WIDTH vectors. Two of them become one that holds partial sums of both, in half as many
-// lanes each.
+// Returns the sums of WIDTH vectors, that of x[i] in lane i. Two vectors become one that holds
+// partial sums of both, in half as many lanes each.
 template <int STEP = 1> static inline Floats sums(const Floats* x) {
     if constexpr (STEP == WIDTH) return *x;
     else {
@@ -250,7 +252,7 @@ template <int STEP = 1> static inline Floats sums(const Floats* x) {
 }
 #endif
 
-// Up to WIDTH elements: beyond the last one is `fill` on loading, and nothing is stored.
+// Load or store up to WIDTH elements: lanes beyond the last one hold `fill`, and are not stored.
 template <class T> __attribute__((noinline)) static Floats load_part(const T* p, int64_t count, float fill) {
     T padded[WIDTH];
     for (int i = 0; i < WIDTH; ++i) {
@@ -271,7 +273,8 @@ template <class T> static inline void store_up_to(T* p, int64_t count, Floats x)
     count >= WIDTH ? store(p, x) : store_part(p, count, x);
 }
 
-// 2·WIDTH elements as two vectors, in whatever order is cheapest: `store_pair` puts them back in place.
+// Load 2·WIDTH elements as two vectors, in the order that is cheapest; `store_pair` puts them back
+// in place.
 template <class T> static inline void load_pair(const T* p, Floats* a, Floats* b) {
     *a = load(p);
     *b = load(p + WIDTH);
@@ -281,8 +284,9 @@ template <class T> static inline void store_pair(T* p, Floats a, Floats b) {
     store(p + WIDTH, b);
 }
 
-// 2^y for y up to a hundred: a polynomial on the fraction, minimax in relative error (Remez), times a power
-// of two. Degree 5: 7.5e-8, for sums and fp32; 4: 2.6e-6, for fp16; 3: 7.5e-5, for bf16, whose half step is 2e-3.
+// Returns 2^y for y up to a hundred: a polynomial on the fraction, minimax in relative error
+// (Remez), times a power of two. Relative errors: 7.5e-8 at degree 5, for sums and fp32; 2.6e-6 at
+// degree 4, for fp16; 7.5e-5 at degree 3, for bf16, whose half step is 2e-3.
 template <int DEGREE> static inline Floats power_of_two(Floats y) {
     const Floats f = fraction(y);
     Floats p;

@@ -25,8 +25,8 @@ def token_loss(
 ):  # fmt: skip
     """Return the loss of one token, its derivative by logp, k3, clipped and kl_limited.
 
-    The equations are those of `policy_loss_ref`; every kernel on every row calls this function.
-    tl.minimum and tl.maximum drop NaN, which must show in the loss: it is put back.
+    The equations are those of `policy_loss_ref`. tl.minimum and tl.maximum drop NaN, which must
+    show in the loss: it is put back.
     """
     ratio = tl.exp(logp - old_logp)
     low = 1 - clip_low
@@ -35,8 +35,8 @@ def token_loss(
     if SURROGATE == "clip":
         bounded = tl.minimum(ratio, delta)
         inside = tl.minimum(tl.maximum(ratio, low), high)
-        policy = -tl.minimum(bounded * advantage, inside * advantage)
         first = bounded * advantage
+        policy = -tl.minimum(first, inside * advantage)
         policy = tl.where(first == first, policy, float("nan"))  # ∞·0 is NaN too
         below = (ratio < low) & (advantage < 0)
         above = (ratio > tl.minimum(delta, high)) & (advantage > 0)

@@ -255,7 +255,7 @@ class InplaceGRPOLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, *objective):
-        """Overwrite the logits; autograd refuses the backward of who saved them."""
+        """Overwrite the logits; autograd then refuses the backward of others that saved them."""
         buffer = logits.detach()
         loss, *per_row = grpo_loss_(buffer, targets, *objective)
         ctx.save_for_backward(buffer)

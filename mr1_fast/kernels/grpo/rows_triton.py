@@ -211,41 +211,19 @@ def row_grpo(
             _grpo_kernel,
             (n * parts,),
             logits.device,
-            logits,
-            logits.stride(0),
-            out,
-            0 if out is None else out.stride(0),
-            targets,
-            objective.advantages,
-            objective.token_weights,
-            objective.old_logp,
-            objective.ref_logp,
-            objective.is_weights,
-            objective.beta,
-            objective.temperature,
-            objective.clip_low,
-            objective.clip_high,
-            objective.delta,
-            objective.tau_positive,
-            objective.tau_negative,
-            results.loss,
-            results.logp,
-            results.entropy,
-            results.kl,
-            results.clipped.view(torch.uint8),
-            results.kl_limited.view(torch.uint8),
-            partials,
-            arrived,
-            v,
-            SURROGATE=objective.surrogate,
-            BIAS_CORRECTED=objective.bias_corrected_kl,
-            PARTS=parts,
-            PADDED=triton.next_power_of_2(parts),
-            PART_COLUMNS=part_columns,
-            PHASE=phase,
-            BLOCK=block_size(logits),
-            num_warps=NUM_WARPS,
-        )
+            logits, logits.stride(0), out, 0 if out is None else out.stride(0), targets,
+            objective.advantages, objective.token_weights,
+            objective.old_logp, objective.ref_logp, objective.is_weights,
+            objective.beta, objective.temperature,
+            objective.clip_low, objective.clip_high, objective.delta,
+            objective.tau_positive, objective.tau_negative,
+            results.loss, results.logp, results.entropy, results.kl,
+            results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8),
+            partials, arrived, v,
+            SURROGATE=objective.surrogate, BIAS_CORRECTED=objective.bias_corrected_kl,
+            PARTS=parts, PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns,
+            PHASE=phase, BLOCK=block_size(logits), num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def row_logprobs(
@@ -258,15 +236,9 @@ def row_logprobs(
         _logprobs_kernel,
         (n,),
         logits.device,
-        logits,
-        logits.stride(0),
-        targets,
-        temperature,
-        *outputs,
-        v,
-        BLOCK=block_size(logits),
-        num_warps=NUM_WARPS,
-    )
+        logits, logits.stride(0), targets, temperature, *outputs, v,
+        BLOCK=block_size(logits), num_warps=NUM_WARPS,
+    )  # fmt: skip
     return outputs
 
 
@@ -288,37 +260,18 @@ def row_logprobs_backward(
         _logprobs_backward_kernel,
         (n * triton.cdiv(v, block),),
         logits.device,
-        logits,
-        logits.stride(0),
-        out,
-        out.stride(0),
-        targets,
-        temperature,
-        entropy,
-        peak,
-        log_sum,
-        grad_logp,
-        grad_entropy,
-        v,
-        BLOCK=block,
-        num_warps=NUM_WARPS,
-    )
+        logits, logits.stride(0), out, out.stride(0), targets, temperature,
+        entropy, peak, log_sum, grad_logp, grad_entropy, v,
+        BLOCK=block, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """`rows.scale_` of a contiguous tensor; programs end at once where the factor is 1."""
     size = gradient.numel()
     programs = min(triton.cdiv(size, BLOCK), 2048)
-    launch(
-        _scale_kernel,
-        (programs,),
-        gradient.device,
-        gradient,
-        factor,
-        size,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    options = dict(BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch(_scale_kernel, (programs,), gradient.device, gradient, factor, size, **options)
 
 
 def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
