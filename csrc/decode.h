@@ -8,7 +8,8 @@ struct DecodeArguments {
     const void *q, *k, *v;      // (n, heads, d), (n, kv_heads, d) twice; not rotated
     const void *cos, *sin;      // (n, d)
     void *keys, *values, *out;  // (tokens, kv_heads, d) twice; (n, heads, d)
-    const int32_t (*spans)[4];  // start, length of the prefix; start, length of the row's own tokens
+    // Start and length of the prefix; start and length of the row's own tokens.
+    const int32_t (*spans)[4];
     int64_t q_stride, k_stride, v_stride, n, heads, kv_heads, d;
     int64_t dtype, threads;
     double scale;

@@ -39,7 +39,8 @@ template <class T> void rotate(const T* x, const T* cos, const T* sin, T* out, i
         const auto product = [](Floats a, Floats b) { return rounded<T>(multiply(a, b)); };
         const Floats x1 = part(x), x2 = part(x + half), minus_x2 = multiply(x2, all(-1.0f));
         store_up_to(out + i, count, add(product(x1, part(cos)), product(minus_x2, part(sin))));
-        store_up_to(out + half + i, count, add(product(x2, part(cos + half)), product(x1, part(sin + half))));
+        store_up_to(out + half + i, count,
+                    add(product(x2, part(cos + half)), product(x1, part(sin + half))));
     }
 }
 
@@ -69,22 +70,26 @@ template <class T> struct Context {
     int64_t prefix_start, prefix, own_start, tokens, stride, d;
     float scale;
 
-    int64_t offset(int64_t j) const { return stride * (j < prefix ? prefix_start + j : own_start + j - prefix); }
+    int64_t offset(int64_t j) const {
+        return stride * (j < prefix ? prefix_start + j : own_start + j - prefix);
+    }
 };
 
 // Prefetches the row AHEAD tokens further on, as a pool is too big for L2. Past the end of a span,
 // that row is not needed, which does no harm.
 template <class T> inline void prefetch(const T* row, int64_t stride, int64_t count) {
     const char* p = (const char*)(row + AHEAD * stride);
-    for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64) __builtin_prefetch(p + bytes);
+    for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64)
+        __builtin_prefetch(p + bytes);
 }
 
 // Some heads of a group, after some of the tokens.
 template <int HEADS> struct Heads {
-    float q[HEADS][DECODE_MAX_D], sum[HEADS][DECODE_MAX_D];  // rotated; Σ weight·value. In `load_head`'s order
-    Floats weights[HEADS];                                   // Σ weight, by lane
-    float peak[HEADS];                                       // of the scores
-    float scores[HEADS][TILE];                               // of a tile; then its weights
+    // The rotated query, and Σ weight·value, both in `load_head`'s order.
+    float q[HEADS][DECODE_MAX_D], sum[HEADS][DECODE_MAX_D];
+    Floats weights[HEADS];      // Σ weight, by lane
+    float peak[HEADS];          // of the scores
+    float scores[HEADS][TILE];  // of a tile; then its weights
 };
 
 template <class T, int HEADS>
@@ -109,7 +114,8 @@ inline void score(Heads<HEADS>& g, const Context<T>& context, const int64_t* row
                 }
                 for (; c < d; c += WIDTH) {
                     const Floats a = load_up_to(key + c, d - c, 0.0f);
-                    for (int h = 0; h < HEADS; ++h) dot[h] = multiply_add(a, load(g.q[h] + c), dot[h]);
+                    for (int h = 0; h < HEADS; ++h)
+                        dot[h] = multiply_add(a, load(g.q[h] + c), dot[h]);
                 }
             }
             for (int h = 0; h < HEADS; ++h) dots[h][i] = dot[h];
@@ -124,9 +130,12 @@ inline void score(Heads<HEADS>& g, const Context<T>& context, const int64_t* row
 // Turns scores into weights, relative to the highest score so far; sums from earlier tiles are
 // scaled to it.
 void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int64_t d) {
-    const auto exponential = [](Floats x) { return power_of_two<5>(larger(all(NEGLIGIBLE), multiply(x, all(LOG2E)))); };
+    const auto exponential = [](Floats x) {
+        return power_of_two<5>(larger(all(NEGLIGIBLE), multiply(x, all(LOG2E))));
+    };
     Floats best = all(-INFINITY);
-    for (int j = 0; j < n; j += WIDTH) best = larger(load(scores + j), best);  // NaN is dropped here
+    for (int j = 0; j < n; j += WIDTH)
+        best = larger(load(scores + j), best);  // NaN is dropped here
     const float highest = largest(best);
     if (highest > peak) {
         if (peak > -INFINITY) {
@@ -146,7 +155,8 @@ void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int6
 // Adds weights · values to the sums, in VECTORS vectors of columns from c on: pairs, or a last one,
 // which may be short.
 template <int VECTORS, class T, int HEADS>
-inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t* rows, int n, int64_t c) {
+inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t* rows, int n,
+                       int64_t c) {
     Floats sum[HEADS][VECTORS];
     for (int h = 0; h < HEADS; ++h)
         for (int k = 0; k < VECTORS; ++k) sum[h][k] = load(g.sum[h] + c + k * WIDTH);
@@ -155,7 +165,8 @@ inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t
         Floats value[VECTORS];
         prefetch(row, context.stride, VECTORS * WIDTH);
         if (VECTORS == 1) value[0] = load_up_to(row, context.d - c, 0.0f);
-        for (int k = 0; k + 1 < VECTORS; k += 2) load_pair(row + k * WIDTH, &value[k], &value[k + 1]);
+        for (int k = 0; k + 1 < VECTORS; k += 2)
+            load_pair(row + k * WIDTH, &value[k], &value[k + 1]);
         for (int h = 0; h < HEADS; ++h) {
             const Floats weight = all(g.scores[h][j]);
             for (int k = 0; k < VECTORS; ++k) sum[h][k] = multiply_add(weight, value[k], sum[h][k]);
@@ -181,18 +192,21 @@ template <class T, int HEADS> void attend_heads(const Context<T>& context, const
         int64_t rows[TILE];
         for (int j = 0; j < n; ++j) rows[j] = context.offset(start + j);
         score(g, context, rows, n);
-        for (int h = 0; h < HEADS; ++h) soften(g.scores[h], n, g.peak[h], g.weights[h], g.sum[h], d);
+        for (int h = 0; h < HEADS; ++h)
+            soften(g.scores[h], n, g.peak[h], g.weights[h], g.sum[h], d);
         constexpr int MANY = HEADS > 2 ? 2 : 4;
         int64_t c = 0;
         for (; c + MANY * WIDTH <= d; c += MANY * WIDTH) add_values<MANY>(g, context, rows, n, c);
         for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) add_values<2>(g, context, rows, n, c);
         for (; c < d; c += WIDTH) add_values<1>(g, context, rows, n, c);
     }
-    for (int h = 0; h < HEADS; ++h) store_head(out + h * d, d, g.sum[h], all((float)(1.0 / sum(g.weights[h]))));
+    for (int h = 0; h < HEADS; ++h)
+        store_head(out + h * d, d, g.sum[h], all((float)(1.0 / sum(g.weights[h]))));
 }
 
 // Calls attend_heads<T, heads>, where `heads` is at most HEADS.
-template <class T, int HEADS> inline void attend_up_to(int64_t heads, const Context<T>& context, const T* q, T* out) {
+template <class T, int HEADS>
+inline void attend_up_to(int64_t heads, const Context<T>& context, const T* q, T* out) {
     if constexpr (HEADS > 1)
         if (heads < HEADS) return attend_up_to<T, HEADS - 1>(heads, context, q, out);
     attend_heads<T, HEADS>(context, q, out);
@@ -201,11 +215,20 @@ template <class T, int HEADS> inline void attend_up_to(int64_t heads, const Cont
 template <class T> void attend(const DecodeArguments* a, int64_t row, int64_t kv_head) {
     const int64_t d = a->d, group = a->heads / a->kv_heads;
     const int32_t* span = a->spans[row];
-    const Context<T> context = {
-        (T*)a->keys + kv_head * d, (T*)a->values + kv_head * d, (const T*)a->cos + row * d, (const T*)a->sin + row * d,
-        span[0], span[1], span[2], span[1] + (int64_t)span[3], a->kv_heads * d, d, (float)a->scale};
+    const Context<T> context = {(T*)a->keys + kv_head * d,
+                                (T*)a->values + kv_head * d,
+                                (const T*)a->cos + row * d,
+                                (const T*)a->sin + row * d,
+                                span[0],
+                                span[1],
+                                span[2],
+                                span[1] + (int64_t)span[3],
+                                a->kv_heads * d,
+                                d,
+                                (float)a->scale};
     const int64_t last = context.offset(context.tokens - 1);
-    rotate((const T*)a->k + row * a->k_stride + kv_head * d, context.cos, context.sin, context.keys + last, d);
+    rotate((const T*)a->k + row * a->k_stride + kv_head * d, context.cos, context.sin,
+           context.keys + last, d);
     memcpy(context.values + last, (const T*)a->v + row * a->v_stride + kv_head * d, d * sizeof(T));
     const T* q = (const T*)a->q + row * a->q_stride + kv_head * group * d;
     T* out = (T*)a->out + (row * a->heads + kv_head * group) * d;

@@ -12,10 +12,11 @@
 #include "row_kernels.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
-extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES], mr1_row_kernels_avx2[DTYPES],
-    mr1_row_kernels_neon[DTYPES], mr1_row_kernels_scalar[DTYPES];
+extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES],
+    mr1_row_kernels_avx2[DTYPES], mr1_row_kernels_neon[DTYPES], mr1_row_kernels_scalar[DTYPES];
 extern const DecodeKernel mr1_decode_kernels_avx512bf16[DTYPES], mr1_decode_kernels_avx512[DTYPES],
-    mr1_decode_kernels_avx2[DTYPES], mr1_decode_kernels_neon[DTYPES], mr1_decode_kernels_scalar[DTYPES];
+    mr1_decode_kernels_avx2[DTYPES], mr1_decode_kernels_neon[DTYPES],
+    mr1_decode_kernels_scalar[DTYPES];
 
 namespace {
 
@@ -35,9 +36,11 @@ std::vector<InstructionSet> supported() {
     std::vector<InstructionSet> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
     (void)avx512;
 #ifdef MR1_HAS_avx512bf16
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(MR1_SET(avx512bf16));
@@ -60,7 +63,8 @@ InstructionSet chosen = supported().front();
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded. After a torch operation its threads
 // stay awake and spin for a while, and threads of our own would compete with them for the cores.
-using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
+                              unsigned flags);
 GompParallel gomp_parallel = nullptr;
 
 // Runs task(0), …, task(count − 1), handed out in order to up to `threads` threads.
@@ -70,7 +74,8 @@ template <class Task> void parallel(int64_t count, int threads, const Task& task
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
     };
     if (gomp_parallel && threads > 1 && count > 1) {
-        gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work, (unsigned)threads, 0);
+        gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work,
+                      (unsigned)threads, 0);
         return;
     }
     if (threads > count) threads = (int)count;
@@ -92,9 +97,15 @@ struct Rows {
     int64_t stride, out_stride, n, v;
     int dtype, threads, parts;
 
-    Rows(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v, int dtype, int threads)
-        : logits((const char*)logits), out((char*)out), stride(stride * size(dtype)),
-          out_stride(out_stride * size(dtype)), n(n), v(v), dtype(dtype) {
+    Rows(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v,
+         int dtype, int threads)
+        : logits((const char*)logits),
+          out((char*)out),
+          stride(stride * size(dtype)),
+          out_stride(out_stride * size(dtype)),
+          n(n),
+          v(v),
+          dtype(dtype) {
         const int64_t useful = n * v / ELEMENTS_PER_THREAD + 1;
         this->threads = (int)(useful < threads ? useful : threads);
         parts = n < this->threads && n > 0 ? (int)((this->threads + n - 1) / n) : 1;
@@ -116,12 +127,14 @@ struct Rows {
 template <class Use> void for_each_row(const Rows& rows, float scale, const Use& use) {
     const RowKernels& kernels = chosen.rows[rows.dtype];
     if (rows.parts == 1) {
-        parallel(rows.n, rows.threads, [&](int64_t i) { use(i, kernels.statistics(rows.row(i), rows.v, scale)); });
+        parallel(rows.n, rows.threads,
+                 [&](int64_t i) { use(i, kernels.statistics(rows.row(i), rows.v, scale)); });
         return;
     }
     std::vector<Statistics> partial(rows.n * rows.parts);
     parallel((int64_t)partial.size(), rows.threads, [&](int64_t task) {
-        const int64_t begin = rows.begin(task % rows.parts), end = rows.begin(task % rows.parts + 1);
+        const int64_t begin = rows.begin(task % rows.parts),
+                      end = rows.begin(task % rows.parts + 1);
         const char* row = rows.row(task / rows.parts) + begin * Rows::size(rows.dtype);
         partial[task] = kernels.statistics(row, end - begin, scale);
     });
@@ -175,8 +188,9 @@ void mr1_grpo_rows(const GrpoArguments* a) {
         const Target t = target_of(statistics, rows.logit(i, target), scale);
         const float old_logp = a->old_logp ? a->old_logp[i] : t.logp;
         const TokenLoss token =
-            grpo_token(&settings, t.logp, old_logp, a->ref_logp != nullptr, a->ref_logp ? a->ref_logp[i] : 0.0f,
-                       a->advantages[i], a->token_weights[i], a->is_weights ? a->is_weights[i] : 1.0f);
+            grpo_token(&settings, t.logp, old_logp, a->ref_logp != nullptr,
+                       a->ref_logp ? a->ref_logp[i] : 0.0f, a->advantages[i], a->token_weights[i],
+                       a->is_weights ? a->is_weights[i] : 1.0f);
         a->loss[i] = token.loss;
         a->logp[i] = t.logp;
         a->entropy[i] = t.entropy;
@@ -184,7 +198,8 @@ void mr1_grpo_rows(const GrpoArguments* a) {
         a->clipped[i] = token.clipped;
         a->kl_limited[i] = token.kl_limited;
         if (!a->out) return;
-        const float coefficient = token.derivative / temperature, factor = -coefficient / (float)statistics.s;
+        const float coefficient = token.derivative / temperature,
+                    factor = -coefficient / (float)statistics.s;
         if (coefficient == 0.0f || !std::isfinite(coefficient)) {
             memset(rows.out_row(i), 0, rows.v * Rows::size(rows.dtype));
             return;
@@ -197,9 +212,9 @@ void mr1_grpo_rows(const GrpoArguments* a) {
     });
 }
 
-void mr1_logprob_rows(const void* logits, int64_t stride, int64_t n, int64_t v, int dtype, const int64_t* targets,
-                      const float* temperature, float* logp, float* entropy, float* peak, float* log_sum,
-                      int threads) {
+void mr1_logprob_rows(const void* logits, int64_t stride, int64_t n, int64_t v, int dtype,
+                      const int64_t* targets, const float* temperature, float* logp, float* entropy,
+                      float* peak, float* log_sum, int threads) {
     const Rows rows(logits, stride, nullptr, 0, n, v, dtype, threads);
     const float scale = (float)(LOG2E / *temperature);
     for_each_row(rows, scale, [&](int64_t i, const Statistics& statistics) {
@@ -208,20 +223,24 @@ void mr1_logprob_rows(const void* logits, int64_t stride, int64_t n, int64_t v, 
         entropy[i] = t.entropy;
         peak[i] = statistics.peak;
         // relative to the exact maximum, not to the rounded origin
-        log_sum[i] = (float)((std::log2(statistics.s) + statistics.origin - (double)statistics.peak * scale) * LN2);
+        log_sum[i] = (float)((std::log2(statistics.s) + statistics.origin -
+                              (double)statistics.peak * scale) *
+                             LN2);
     });
 }
 
-void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v,
-                               int dtype, const int64_t* targets, const float* temperature, const float* entropy,
-                               const float* peak, const float* log_sum, const float* grad_logp,
+void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, int64_t out_stride,
+                               int64_t n, int64_t v, int dtype, const int64_t* targets,
+                               const float* temperature, const float* entropy, const float* peak,
+                               const float* log_sum, const float* grad_logp,
                                const float* grad_entropy, int threads) {
     const Rows rows(logits, stride, out, out_stride, n, v, dtype, threads);
     const RowKernels& kernels = chosen.rows[dtype];
     const float scale = (float)(LOG2E / *temperature);
     const auto row = [&](int64_t i) {
         const bool outside = targets[i] < 0 || targets[i] >= v;
-        if (outside || (grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) || !std::isfinite(log_sum[i])) {
+        if (outside || (grad_logp[i] == 0.0f && grad_entropy[i] == 0.0f) ||
+            !std::isfinite(log_sum[i])) {
             memset(rows.out_row(i), 0, rows.v * Rows::size(dtype));
             return;
         }
@@ -231,10 +250,12 @@ void mr1_logprob_rows_backward(const void* logits, int64_t stride, void* out, in
         const double factor = -exp(-log_s) / *temperature;
         // −p·(grad_logp + grad_entropy·(log p + entropy))/T as 2^y·(constant + slope·y)
         const float slope = (float)(factor * grad_entropy[i] * LN2);
-        const float constant = (float)(factor * (grad_logp[i] + grad_entropy[i] * (entropy[i] - log_s)));
+        const float constant =
+            (float)(factor * (grad_logp[i] + grad_entropy[i] * (entropy[i] - log_s)));
         const float x = rows.logit(i, targets[i]);
         const double logp = ((double)x * scale - origin) * LN2 - log_s;
-        const double by_entropy = exp(logp) == 0.0 ? 0.0 : exp(logp) * (logp + entropy[i]) * grad_entropy[i];
+        const double by_entropy =
+            exp(logp) == 0.0 ? 0.0 : exp(logp) * (logp + entropy[i]) * grad_entropy[i];
         const double at_target = (grad_logp[i] * -expm1(logp) - by_entropy) / *temperature;
         sweep_row(rows, i, [&](const char* in, char* to, int64_t columns) {
             if (slope == 0.0f) kernels.gradient(in, to, columns, scale, origin, constant);

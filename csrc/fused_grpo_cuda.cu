@@ -83,7 +83,8 @@ struct Row {
 };
 
 // Computes the loss of row n from its statistics; the thread with `write` stores the results.
-__device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float x_target, float scale, bool write) {
+__device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float x_target,
+                      float scale, bool write) {
     const float log2_s = log2f(total.s), logp = ((x_target - total.m) * scale - log2_s) * LN2;
     LossSettings settings = a.settings;
     settings.beta = *a.beta;
@@ -100,15 +101,19 @@ __device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float
         a.kl_limited[n] = token.kl_limited;
     }
     const float coefficient = token.derivative / *a.temperature;
-    return {isfinite(coefficient) ? coefficient : 0.0f, total.m, log2_s, *a.temperature, a.targets[n]};
+    return {isfinite(coefficient) ? coefficient : 0.0f, total.m, log2_s, *a.temperature,
+            a.targets[n]};
 }
 
 template <class T>
 __device__ Pack<T> gradient(const Pack<T>& pack, const Row& row, int64_t column, float scale) {
     Pack<T> out;
     for (int k = 0; k < Pack<T>::SIZE; ++k) {
-        const float p = row.coefficient == 0 ? 0.0f : exp2f((float(pack.values[k]) - row.m) * scale - row.log2_s);
-        out.values[k] = T((column + k == row.target ? row.coefficient : 0.0f) - row.coefficient * p);
+        const float p = row.coefficient == 0
+                            ? 0.0f
+                            : exp2f((float(pack.values[k]) - row.m) * scale - row.log2_s);
+        out.values[k] =
+            T((column + k == row.target ? row.coefficient : 0.0f) - row.coefficient * p);
     }
     return out;
 }
@@ -135,7 +140,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Grp
     __shared__ Statistics mine;
     const auto cluster = cooperative_groups::this_cluster();
     const int part = cluster.block_rank(), parts = cluster.num_blocks();
-    const int64_t n = blockIdx.x / parts, packs = a.v / Pack<T>::SIZE, per_part = (packs + parts - 1) / parts;
+    const int64_t n = blockIdx.x / parts, packs = a.v / Pack<T>::SIZE,
+                  per_part = (packs + parts - 1) / parts;
     const int64_t begin = min(part * per_part, packs), count = min(per_part, packs - begin);
     const float scale = LOG2E / *a.temperature, x_target = target_logit<T>(a, n);
     const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride) + begin;
@@ -156,7 +162,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Grp
     if (threadIdx.x == 0) mine = total;
     cluster.sync();  // also: every block has read the target's logit before any block overwrites it
     total = {-INFINITY, 0.0f, 0.0f};
-    for (int other = 0; other < parts; ++other) total = combine(total, *cluster.map_shared_rank(&mine, other), scale);
+    for (int other = 0; other < parts; ++other)
+        total = combine(total, *cluster.map_shared_rank(&mine, other), scale);
     cluster.sync();  // no block may end while its statistics are read
 
     const Row row = finish(a, n, total, x_target, scale, part == 0 && threadIdx.x == 0);
@@ -174,8 +181,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(Grp
 
 // grid: (parts, rows of the group)
 template <class T>
-__global__ void __launch_bounds__(THREADS) statistics_kernel(GrpoArguments a, int64_t first, Statistics* partial,
-                                                             float* x_targets) {
+__global__ void __launch_bounds__(THREADS)
+    statistics_kernel(GrpoArguments a, int64_t first, Statistics* partial, float* x_targets) {
     const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
     const float scale = LOG2E / *a.temperature;
     const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride);
@@ -192,13 +199,16 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(GrpoArguments a, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) gradient_kernel(GrpoArguments a, int64_t first, const Statistics* partial,
-                                                           const float* x_targets) {
+__global__ void __launch_bounds__(THREADS)
+    gradient_kernel(GrpoArguments a, int64_t first, const Statistics* partial,
+                    const float* x_targets) {
     const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
     const float scale = LOG2E / *a.temperature;
     Statistics total = {-INFINITY, 0.0f, 0.0f};
-    for (int part = 0; part < gridDim.x; ++part) total = combine(total, partial[blockIdx.y * gridDim.x + part], scale);
-    const Row row = finish(a, n, total, x_targets[blockIdx.y], scale, blockIdx.x == 0 && threadIdx.x == 0);
+    for (int part = 0; part < gridDim.x; ++part)
+        total = combine(total, partial[blockIdx.y * gridDim.x + part], scale);
+    const Row row =
+        finish(a, n, total, x_targets[blockIdx.y], scale, blockIdx.x == 0 && threadIdx.x == 0);
     if (!a.out) return;
     const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride);
     uint4* out = (uint4*)((T*)a.out + n * a.out_stride);
@@ -214,10 +224,12 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(GrpoArguments a, int6
 template <class T> cudaError_t launch_cluster(const GrpoArguments& a, cudaStream_t stream) {
     const int64_t packs = a.v / Pack<T>::SIZE;
     int parts = 1;
-    while (parts < 8 && (packs + parts - 1) / parts * 16 > 80 * 1024) parts *= 2;  // two blocks or more on an SM
+    while (parts < 8 && (packs + parts - 1) / parts * 16 > 80 * 1024)
+        parts *= 2;  // two blocks or more on an SM
     const size_t shared = (packs + parts - 1) / parts * 16;
     const auto kernel = cluster_kernel<T>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 * 1024);
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 * 1024);
     if (error) return error;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -233,7 +245,8 @@ template <class T> cudaError_t launch_cluster(const GrpoArguments& a, cudaStream
 }
 
 template <class T>
-cudaError_t launch_plain(const GrpoArguments& a, void* scratch, int64_t scratch_rows, int parts, cudaStream_t stream) {
+cudaError_t launch_plain(const GrpoArguments& a, void* scratch, int64_t scratch_rows, int parts,
+                         cudaStream_t stream) {
     Statistics* partial = (Statistics*)scratch;
     float* x_targets = (float*)(partial + scratch_rows * parts);
     for (int64_t first = 0; first < a.n; first += scratch_rows) {
@@ -246,8 +259,10 @@ cudaError_t launch_plain(const GrpoArguments& a, void* scratch, int64_t scratch_
 }
 
 template <class T>
-cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t rows, int parts, cudaStream_t stream) {
-    return clusters ? launch_cluster<T>(a, stream) : launch_plain<T>(a, scratch, rows, parts, stream);
+cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t rows, int parts,
+                   cudaStream_t stream) {
+    return clusters ? launch_cluster<T>(a, stream)
+                    : launch_plain<T>(a, scratch, rows, parts, stream);
 }
 
 }  // namespace
@@ -257,8 +272,8 @@ cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t 
 // Launches on `stream`; returns 0 or a cudaError_t. V and the strides must be multiples of 16
 // bytes. With clusters = 0, `scratch` holds (12·parts + 4)·scratch_rows bytes, and scratch_rows
 // rows are computed at a time.
-EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int clusters, void* scratch, int64_t scratch_rows, int parts,
-                              void* stream) {
+EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int clusters, void* scratch,
+                              int64_t scratch_rows, int parts, void* stream) {
     if (a->n == 0) return 0;
     if (!clusters && (scratch_rows < 1 || parts < 1)) return cudaErrorInvalidValue;
     const cudaStream_t s = (cudaStream_t)stream;

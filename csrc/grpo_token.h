@@ -45,19 +45,22 @@ struct TokenLoss {
 
 // Computes the loss of a token. old_logp = logp means on-policy; with has_ref = 0, ref_logp is
 // ignored.
-MR1_INLINE struct TokenLoss grpo_token(const struct LossSettings* settings, float logp, float old_logp, int has_ref,
-                                       float ref_logp, float advantage, float weight, float is_weight) {
+MR1_INLINE struct TokenLoss grpo_token(const struct LossSettings* settings, float logp,
+                                       float old_logp, int has_ref, float ref_logp, float advantage,
+                                       float weight, float is_weight) {
     struct TokenLoss result = {0.0f, 0.0f, 0.0f, 0, 0};
     if (weight == 0.0f) return result;  // a token that does not count contributes exactly 0
     const float ratio = expf(logp - old_logp);
-    const float low = 1.0f - settings->clip_low, high = 1.0f + settings->clip_high, delta = settings->delta;
+    const float low = 1.0f - settings->clip_low, high = 1.0f + settings->clip_high,
+                delta = settings->delta;
     float policy, derivative;
     if (settings->surrogate == CLIP) {
         const float bounded = ratio > delta ? delta : ratio;
         const float inside = ratio < low ? low : ratio > high ? high : ratio;
         const float first = bounded * advantage, second = inside * advantage;
         policy = -(second < first ? second : first);
-        result.clipped = (ratio < low && advantage < 0) || (ratio > fminf(delta, high) && advantage > 0) ||
+        result.clipped = (ratio < low && advantage < 0) ||
+                         (ratio > fminf(delta, high) && advantage > 0) ||
                          (ratio > fmaxf(delta, high) && advantage < 0);
         derivative = result.clipped ? 0.0f : -ratio * advantage;
     } else if (settings->surrogate == CISPO) {

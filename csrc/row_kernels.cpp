@@ -19,9 +19,11 @@
 namespace {
 
 constexpr int UNROLL = WIDTH == 16 ? 4 : 2;  // independent chains; AVX2 has registers for two
-constexpr int64_t BLOCK = 256 * WIDTH;       // elements whose sums stay in fp32 lanes, before they join the row's double
+// Elements whose sums stay in fp32 lanes before they join the row's double.
+constexpr int64_t BLOCK = 256 * WIDTH;
 constexpr int AHEAD = 4096;                  // bytes
-constexpr float HEADROOM = 1.0f;  // more would cost the entropy digits, as both terms of log s − u/s would grow
+// More would cost the entropy digits, as both terms of log s − u/s would grow.
+constexpr float HEADROOM = 1.0f;
 
 template <class T> constexpr int degree();
 template <> constexpr int degree<float>() { return 5; }
@@ -41,12 +43,14 @@ inline Floats shifted(Floats x, Floats scale, Floats minus_origin) {
 
 template <class T> inline float maximum(const T* x, int64_t n) {
     Floats best = all(-INFINITY);
-    for (int64_t i = 0; i < n; i += WIDTH) best = larger(load_up_to(x + i, n - i), best);  // NaN is dropped here
+    for (int64_t i = 0; i < n; i += WIDTH)
+        best = larger(load_up_to(x + i, n - i), best);  // NaN is dropped here
     return largest(best);
 }
 
 // Adds Σ 2^y and Σ 2^y·y of a block to s and u; returns its maximum.
-template <class T> inline float add_block(const T* x, int64_t n, float scale, float origin, double* s, double* u) {
+template <class T>
+inline float add_block(const T* x, int64_t n, float scale, float origin, double* s, double* u) {
     const Floats scales = all(scale), shift = all(-origin);
     Floats ss[UNROLL], us[UNROLL], best[UNROLL];
     for (int k = 0; k < UNROLL; ++k) {
@@ -57,7 +61,8 @@ template <class T> inline float add_block(const T* x, int64_t n, float scale, fl
     for (; i + UNROLL * WIDTH <= n; i += UNROLL * WIDTH) {
         Floats values[UNROLL];
         prefetch(x + i);
-        for (int k = 0; k < UNROLL; k += 2) load_pair(x + i + k * WIDTH, &values[k], &values[k + 1]);
+        for (int k = 0; k < UNROLL; k += 2)
+            load_pair(x + i + k * WIDTH, &values[k], &values[k + 1]);
         for (int k = 0; k < UNROLL; ++k) {
             best[k] = larger(values[k], best[k]);
             const Floats y = shifted(values[k], scales, shift), p = power_of_two<5>(y);
@@ -66,7 +71,8 @@ template <class T> inline float add_block(const T* x, int64_t n, float scale, fl
         }
     }
     for (; i < n; i += WIDTH) {
-        const Floats value = load_up_to(x + i, n - i), y = shifted(value, scales, shift), p = power_of_two<5>(y);
+        const Floats value = load_up_to(x + i, n - i), y = shifted(value, scales, shift),
+                     p = power_of_two<5>(y);
         best[0] = larger(value, best[0]);
         ss[0] = add(ss[0], p);
         us[0] = multiply_add(p, y, us[0]);
@@ -79,7 +85,8 @@ template <class T> inline float add_block(const T* x, int64_t n, float scale, fl
     return largest(best[0]);
 }
 
-inline float origin_of(float peak, float scale) {  // finite for logits of −FLT_MAX, which often stands for a mask
+// Finite for logits of −FLT_MAX, which often stands for a mask.
+inline float origin_of(float peak, float scale) {
     return fmaxf(peak * scale, -FLT_MAX);
 }
 
@@ -94,7 +101,8 @@ template <class T> Statistics statistics(const void* row, int64_t n, float scale
         const int64_t count = n - begin < BLOCK ? n - begin : BLOCK;
         double s = result.s, u = result.u;
         const float peak = add_block(x + begin, count, scale, result.origin, &s, &u);
-        if (peak > -INFINITY && (result.peak == -INFINITY || peak * scale - result.origin > HEADROOM)) {
+        if (peak > -INFINITY &&
+            (result.peak == -INFINITY || peak * scale - result.origin > HEADROOM)) {
             const float origin = origin_of(peak, scale);
             const double shift = (double)result.origin - origin, alpha = exp2(shift);
             u = alpha > 0 ? alpha * (result.u + result.s * shift) : 0.0;
@@ -109,7 +117,8 @@ template <class T> Statistics statistics(const void* row, int64_t n, float scale
     return result;
 }
 
-template <class T> void gradient(const void* row, void* out_row, int64_t n, float scale, float origin, float factor) {
+template <class T>
+void gradient(const void* row, void* out_row, int64_t n, float scale, float origin, float factor) {
     const T* x = (const T*)row;
     T* out = (T*)out_row;
     const Floats scales = all(scale), shift = all(-origin), factors = all(factor);
@@ -117,7 +126,8 @@ template <class T> void gradient(const void* row, void* out_row, int64_t n, floa
     for (; i + UNROLL * WIDTH <= n; i += UNROLL * WIDTH) {
         Floats p[UNROLL];
         for (int k = 0; k < UNROLL; k += 2) load_pair(x + i + k * WIDTH, &p[k], &p[k + 1]);
-        for (int k = 0; k < UNROLL; ++k) p[k] = multiply(factors, power_of_two<degree<T>()>(shifted(p[k], scales, shift)));
+        for (int k = 0; k < UNROLL; ++k)
+            p[k] = multiply(factors, power_of_two<degree<T>()>(shifted(p[k], scales, shift)));
         for (int k = 0; k < UNROLL; k += 2) store_pair(out + i + k * WIDTH, p[k], p[k + 1]);
     }
     for (; i < n; i += WIDTH) {
@@ -127,19 +137,27 @@ template <class T> void gradient(const void* row, void* out_row, int64_t n, floa
 }
 
 template <class T>
-void entropy_gradient(const void* row, void* out_row, int64_t n, float scale, float origin, float constant,
-                      float slope) {
+void entropy_gradient(const void* row, void* out_row, int64_t n, float scale, float origin,
+                      float constant, float slope) {
     const T* x = (const T*)row;
     T* out = (T*)out_row;
     const Floats scales = all(scale), shift = all(-origin);
     for (int64_t i = 0; i < n; i += WIDTH) {
         const Floats y = shifted(load_up_to(x + i, n - i), scales, shift);
-        store_up_to(out + i, n - i, multiply(power_of_two<degree<T>()>(y), multiply_add(y, all(slope), all(constant))));
+        store_up_to(
+            out + i, n - i,
+            multiply(power_of_two<degree<T>()>(y), multiply_add(y, all(slope), all(constant))));
     }
 }
 
-template <class T> float get(const void* x, int64_t index) { return to_float(((const T*)x)[index]); }
-template <class T> void set(void* out, int64_t index, float value) { from_float((T*)out + index, value); }
+template <class T>
+float get(const void* x, int64_t index) {
+    return to_float(((const T*)x)[index]);
+}
+template <class T>
+void set(void* out, int64_t index, float value) {
+    from_float((T*)out + index, value);
+}
 
 template <class T> constexpr RowKernels kernels() {
     return {NAME(MR1_ISA), statistics<T>, gradient<T>, entropy_gradient<T>, get<T>, set<T>};

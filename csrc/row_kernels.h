@@ -5,7 +5,8 @@
 // With y = x·scale − origin, scale = log2(e)/T:
 struct Statistics {
     float peak;    // max x
-    float origin;  // near max x·scale, but rounded: every sweep over the row must use this very number
+    // Near max x·scale, but rounded: every sweep over the row must use this very number.
+    float origin;
     double s;      // Σ 2^y
     double u;      // Σ 2^y·y
 };
@@ -17,8 +18,8 @@ struct RowKernels {
     // Writes factor·2^y. `out` may be `x`.
     void (*gradient)(const void* x, void* out, int64_t n, float scale, float origin, float factor);
     // Writes 2^y·(constant + slope·y). `out` may be `x`.
-    void (*entropy_gradient)(const void* x, void* out, int64_t n, float scale, float origin, float constant,
-                             float slope);
+    void (*entropy_gradient)(const void* x, void* out, int64_t n, float scale, float origin,
+                             float constant, float slope);
     // Read and write a single value, for the target's logit.
     float (*get)(const void* x, int64_t index);
     void (*set)(void* out, int64_t index, float value);
