@@ -83,9 +83,9 @@ def test_a_plan_imports_neither_peft_nor_bitsandbytes():
     code = """if True:
         import sys
         sys.modules["peft"] = sys.modules["bitsandbytes"] = None  # as if not installed
-        sys.argv = ["plan", "--config", "recipes/qwen2vl_7b_lora_24gb.yaml"]
-        from mr1_fast.plan.__main__ import main
-        main()
+        from mr1_fast.plan.command import print_plan
+        from mr1_fast.plan.settings import parse
+        print_plan(parse(["--config", "recipes/qwen2vl_7b_lora_24gb.yaml"]))
     """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
