@@ -22,6 +22,7 @@ REPORT_SECONDS = 60.0
 
 def make_experiment(config: ExperimentConfig) -> Experiment:
     """The experiment that the settings describe; UserError for settings that no cell can have."""
+    config.check()
     scale, study = find_preset(config.preset)
     experiment = Experiment(
         scale,

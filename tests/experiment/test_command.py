@@ -11,8 +11,8 @@ import datasets
 import pytest
 import yaml
 
+from mr1_fast import run as run_module
 from mr1_fast import start as start_module
-from mr1_fast import train as train_module
 from mr1_fast.config import BUILT_IN, TaskConfig
 from mr1_fast.errors import UserError
 from mr1_fast.experiment import presets, run_cell
@@ -221,10 +221,10 @@ def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
             raise KeyboardInterrupt
         return test(experiment, config, cell, folder)
 
-    save_checkpoint, test = train_module.save_checkpoint, run_cell._test
+    save_checkpoint, test = run_module.save_checkpoint, run_cell._test
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if when == "between steps":
-            patch.setattr(train_module, "save_checkpoint", save_and_interrupt)
+            patch.setattr(run_module, "save_checkpoint", save_and_interrupt)
         else:
             patch.setattr(run_cell, "_test", interrupt_or_test)
         quick(tmp_path / "out")

@@ -342,7 +342,7 @@ def compile_table():
 
 def test_the_kernels_compile_without_spills_and_with_wide_accesses(compile_table):
     # `python benchmarks/compile_table.py` compiles for all the others.
-    rows = compile_table.adamw_table([("cuda", 86, 32)])
+    rows = compile_table.adamw_table([compile_table.GPUTarget("cuda", 86, 32)])
     assert {row["kernel"] for row in rows} == {"adamw", "add_stochastic"}
     assert [row for row in rows if not row["fits"] or row["short"]] == []
 
@@ -350,7 +350,7 @@ def test_the_kernels_compile_without_spills_and_with_wide_accesses(compile_table
 def test_a_new_step_learning_rate_or_seed_compiles_nothing(compile_table, monkeypatch):
     monkeypatch.setattr("mr1_fast.kernels.adamw.step.use_triton", lambda weight: True)
     parameter = nn.Parameter(torch.zeros(4096))
-    with compile_table.captured("cuda", 86, 32) as compiled:
+    with compile_table.captured(compile_table.GPUTarget("cuda", 86, 32)) as compiled:
         optimizer = LowMemoryAdamW([parameter])
         for step in range(50):
             parameter.grad = torch.zeros(4096)
