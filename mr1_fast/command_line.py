@@ -29,8 +29,8 @@ from .setting_values import SettingsLoader, Unfit, convert, described, metavar, 
 
 PRECEDENCE = (
     "A flag counts more than a YAML file, and both count more than the defaults below, which hold "
-    "for the other arguments of this call. A switch such as --lora needs no value; a list or a "
-    "mapping is written as YAML."
+    "for the other arguments of this call. A switch (true or false) needs no value; a list or "
+    "a mapping is written as YAML."
 )
 HELP = "Show this help, with the defaults that hold for the other arguments, and exit."
 CONFIG = (

@@ -86,7 +86,8 @@ class TaskConfig:
     or figures (area and perimeter)."""
     data: str = "drawn"
     """Where items come from: `drawn` makes them; otherwise the name of a hub data set, a folder, or
-    a parquet or jsonl file with the columns image, problem and solution (and thinking, for SFT)."""
+    a parquet, arrow, json, jsonl or csv file with the columns image, problem and solution (and
+    thinking, for SFT)."""
     image_root: str | None = None
     """Folder from which relative image paths in the data start; for the test sets superclevr200 and
     geoqa, the folder that holds R1-V's list of items and the images."""

@@ -26,10 +26,11 @@ class DynamicKL:
     This path is the `shape` "grpo-d". The others show, in ablations, what its turn and its
     direction are worth:
 
-        linear-up      β(s) = β_min + (β_max − β_min)·s/t     GRPO-D with w = 0, whatever
-        explore_fraction is linear-down    β(s) = β_max − (β_max − β_min)·s/t     linear-up read
-        backwards, t − s for s reversed       β(s) = β_grpo-d(t − s)                 β_max, β_min at
-        t − w, β_mid at t and beyond
+        linear-up     β(s) = β_min + (β_max − β_min)·s/t   GRPO-D with w = 0
+        linear-down   β(s) = β_max − (β_max − β_min)·s/t   linear-up backwards: t − s for s
+        reversed      β(s) = β_grpo-d(t − s)               β_max, β_min at t − w, β_mid from t on
+
+    The linear shapes do not use explore_fraction.
 
     Raises ValueError for a negative or non-finite β, β_min > β_max, total_steps < 1, a fraction
     outside [0, 1], or an unknown shape.

@@ -1,7 +1,7 @@
 """The process in which math-verify reads model output; math_check starts it.
 
-    trainer ──request line──▶ zygote (imports math-verify once) ──the same line──▶ child (forked;
-    parses, may die) ◀──reply line────                                   ◀──reply line────
+    trainer ──request line──▶ zygote, which imports ──the same line──▶ child, forked,
+            ◀──reply line──── math-verify once      ◀──reply line───── which parses and may die
 
 A request is one line of JSON, [output, solution, seconds], and so is its reply. The reply is `true`
 or `false`; if the solution is null, it is what math-verify reads in the output, a string or `null`.

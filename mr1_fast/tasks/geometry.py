@@ -3,11 +3,12 @@
 An item is a short problem in GeoQA's style, a figure that is true to its numbers, and an answer
 such as `145°`.
 
-| difficulty | families | numbers | pixels | |---|---|---|---| | 1 | third angle of a triangle |
-multiples of 5, in the problem | 84×84 | | 2 | + parallel lines, bisector; only the figure tells
-angle 1 from 2 | multiples of 5, in the problem | 84×84 | | 3 | + exterior angle, isosceles
-triangle, circle angles, tangent | integers, in the problem | 168×168 | | 4 | as 3 | integers, in
-the figure only | 224×224 |
+| difficulty | families | numbers | pixels |
+|---|---|---|---|
+| 1 | third angle of a triangle | multiples of 5, in the problem | 84×84 |
+| 2 | + parallel lines, bisector; only the figure tells angle 1 from 2 | as 1 | 84×84 |
+| 3 | + exterior angle, isosceles triangle, circle angles, tangent | integers, as 1 | 168×168 |
+| 4 | as 3 | integers, in the figure only | 224×224 |
 
 A family of problems samples its parameters (angles in degrees, then the variant) and builds a
 Figure from them, which diagram.py paints.
