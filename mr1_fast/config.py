@@ -333,8 +333,10 @@ _NOT_NEGATIVE = {
 
 
 def profile_defaults(config: TrainConfig) -> dict[str, Any]:
-    """Defaults that depend on other settings: on the task's preset, the algorithm and the model.
-    `config` holds what the user has set, and the defaults of the classes above for the rest."""
+    """Return the defaults that depend on other settings: on the task, the algorithm and the model.
+
+    `config` holds what the user has set, and the defaults of the classes above for the rest.
+    """
     preset = config.task if config.preset == "auto" else config.preset
     defaults = dict(PRESETS.get(preset, {}))
     if config.algo == "sft":
@@ -345,7 +347,9 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Folder of the built-in models' supervised starts. It is $MR1_FAST_CACHE, or mr1_fast in
-    $XDG_CACHE_HOME, or mr1_fast in ~/.cache."""
+    """Return the folder that keeps the supervised starts of the built-in models.
+
+    It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")

@@ -7,6 +7,7 @@ then renamed. Whatever goes wrong becomes a UserError that names the file and th
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write_text(path: Path, text: str, way_out: str = "choose another path") -> N
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
+        _sync_names(path.parent)
     except OSError as error:
         raise _cannot_write(path, error, way_out) from error
 
@@ -72,9 +73,10 @@ class atomic_folder:
 
     If the block raises, `path` stays as it was and the temporary folder is removed; a full disk, or
     a missing permission, becomes a UserError. A folder that `path` names already is moved aside,
-    the new one takes its name, and the old one is removed last. A process that is killed between
-    those two renames leaves no `path`, but the old folder beside it, as `.NAME.replaced`: the next
-    `atomic_folder(path)`, or `restore_folder(path)`, brings it back.
+    the new one takes its name, and the old one is removed last. A process that is killed after
+    the old folder has been moved and before the new one has its name leaves no `path`, but the old
+    folder as `.NAME.replaced`: the next `atomic_folder(path)`, or `restore_folder(path)` of whoever
+    reads it, brings it back.
     """
 
     def __init__(self, path: Path):
@@ -102,8 +104,9 @@ class atomic_folder:
             raise _cannot_save(self.path, error) from error
 
     def _take_the_name(self) -> None:
-        for path in (*self.temporary.rglob("*"), self.temporary):
-            _sync(path)
+        for path in self.temporary.rglob("*"):
+            _sync_names(path) if path.is_dir() else _sync(path)
+        _sync_names(self.temporary)
 
         replaced = _replaced(self.path)
         if self.path.exists():
@@ -115,7 +118,7 @@ class atomic_folder:
             raise
 
         # The new name must be on the disk before the old content is gone from it.
-        _sync(self.path.parent)
+        _sync_names(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -131,7 +134,7 @@ def restore_folder(path: Path) -> None:
         shutil.rmtree(replaced)
     else:
         replaced.rename(path)
-        _sync(path.parent)
+        _sync_names(path.parent)
 
 
 def _replaced(path: Path) -> Path:
@@ -139,8 +142,14 @@ def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
+def _sync_names(folder: Path) -> None:
+    """Force the names in a folder to the disk, where its file system can do that."""
+    with suppress(OSError):
+        _sync(folder)
+
+
 def _sync(path: Path) -> None:
-    """Force the content of a file, or the names in a folder, to the disk."""
+    """Force the content of a file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

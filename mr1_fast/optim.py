@@ -18,7 +18,7 @@ from .seeds import derive_seed
 from .types import PackedBatch
 
 BatchLoss = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, RowMetric]]]
-"""Computes the loss () of a batch, and what its rows tell for metrics.jsonl."""
+"""Computes the loss of a batch, a 0-d tensor, and what its rows tell for metrics.jsonl."""
 
 
 def make_optimizer(

@@ -28,7 +28,11 @@ from .types import Example
 
 @dataclass
 class Run:
-    """A training run: its settings, the policy and all that its steps read or change."""
+    """A training run: its settings, the policy and all that its steps read or change.
+
+    `prepare` fills in all of it. A run that is made for one stage alone, as benchmarks do, may
+    leave out what that stage does not use.
+    """
 
     config: TrainConfig
     policy: Policy

@@ -64,7 +64,7 @@ class _Gather(torch.autograd.Function):
 
 @dataclass
 class Segments:
-    """A segments of queries, which lie end to end over T packed tokens, with their K keys.
+    """The A segments of queries of a pack, end to end over T packed tokens, with their K keys.
 
     For a prompt with 3 input tokens and completions with 2 and 1 input tokens: cu_seqlens_q = 0 3 5
     6, cu_seqlens_k = 0 3 8 12, key_rows = 0 1 2 | 0 1 2 3 4 | 0 1 2 5.

@@ -21,9 +21,10 @@ class Unfit(Exception):
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """The text of a flag, or a value of a YAML file, as the type `kind`; Unfit if it is none.
+    """Convert the text of a flag, or a value of a YAML file, to the type `kind`.
 
-    The text of a list or a mapping is YAML. For `kind | None`, null and ~ are None.
+    Raises Unfit for a value that the type does not have. The text of a list or a mapping is YAML.
+    For `kind | None`, null and ~ are None.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind != _without_none(kind):

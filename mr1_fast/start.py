@@ -31,7 +31,7 @@ from .tasks import format_solution
 from .tasks.data import load_examples
 from .version import __version__
 
-Settings = TypeVar("Settings", bound=ModelConfig)
+Config = TypeVar("Config", bound=ModelConfig)
 """Settings of a command, which have those of a model and a task, and `seed`."""
 
 _TINY_START = OptimizerConfig(
@@ -103,9 +103,8 @@ def _train_start(
 
     Training ends with the steps of `settings` at the latest.
     """
-    stream = derive_seed(
-        seed, "start"
-    )  # a stream of its own, since a run's items must be new to it
+    # A stream of its own, since a run's items must be new to the model.
+    stream = derive_seed(seed, "start")
     sources, held_out = [], []
     for task in tasks:
         sources.append(load_examples(task.task, "drawn", "train", stream, task.difficulty))
@@ -135,14 +134,14 @@ def _train_start(
     tqdm.write(f"the supervised start ended at sampled accuracy {accuracy:.3f}, below {enough}")
 
 
-def with_start(config: Settings) -> Settings:
+def with_start(config: Config) -> Config:
     """Return the settings with a built-in model's name replaced by the folder of its start."""
     if config.model not in BUILT_IN:
         return config
     return replace(config, model=str(supervised_start(config.model, [config], config.seed)))
 
 
-def load_policy(config: Settings) -> Policy:
+def load_policy(config: Config) -> Policy:
     """Load the policy that a run starts from, a built-in one after its supervised start."""
     config = with_start(config)
     torch.manual_seed(derive_seed(config.seed, "adapters"))

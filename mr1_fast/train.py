@@ -169,7 +169,7 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
             if config.updates_per_batch > 1:
                 values["old_logp"] = batch.row_data["rollout_logp"]
             if config.importance_cap:
-                own = policy.logprobs(on_device, config.temperature)[0]
+                own, _ = policy.logprobs(on_device, config.temperature)
                 ratio = (own - on_device.row_data["rollout_logp"]).exp()
                 values["old_logp"] = own
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
@@ -201,7 +201,7 @@ def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float
 def grpo_batch_loss(
     policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig
 ) -> tuple[torch.Tensor, dict[str, RowMetric]]:
-    """Compute the GRPO loss () of one batch, and what its rows tell for the metrics.
+    """Compute the GRPO loss of one batch, a 0-d tensor, and what its rows tell for the metrics.
 
     Logits exist for a chunk of rows at a time.
     """

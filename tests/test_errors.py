@@ -340,5 +340,5 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
     with pytest.raises(
         UserError, match=r"the prompt of example '1.png' has .* raise --max-prompt-tokens"
     ):
-        evaluate_command.run(parse_evaluate(sys.argv[1:]))
+        evaluate_command.evaluate_model(parse_evaluate(sys.argv[1:]))
     assert not (tmp_path / "out").exists()

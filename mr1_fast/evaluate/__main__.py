@@ -7,6 +7,6 @@ from .settings import parse
 if __name__ == "__main__":
     config = start(parse)
 
-    from .command import run
+    from .command import evaluate_model
 
-    exit_on_user_error(lambda: run(config))
+    exit_on_user_error(lambda: evaluate_model(config))

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from ..accuracy import evaluate, pass_at_k, summarise
 from ..files import write_json
+from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
-from ..start import load_policy, with_start
+from ..start import with_start
 from ..tasks import get_task
 from ..tasks.data import load_examples
 from .r1v import write_r1v_results
 from .settings import EvaluateConfig
 
 
-def run(config: EvaluateConfig) -> None:
+def evaluate_model(config: EvaluateConfig) -> None:
     """Answer the items, print the accuracy and write the figures with a record of each item."""
     get_task(config.task)
     examples = load_examples(
@@ -24,8 +25,9 @@ def run(config: EvaluateConfig) -> None:
         image_root=config.image_root,
     ).all(config.samples)
     config = with_start(config)
+    policy = make_policy(*load_pretrained(config), config)
     records = evaluate(
-        load_policy(config),
+        policy,
         config.task,
         examples,
         Sampling.of(config),

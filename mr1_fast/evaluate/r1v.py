@@ -52,7 +52,6 @@ def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
     text = json.dumps(
         {"accuracy": accuracy, "results": results}, indent=2, ensure_ascii=not geometry
     )
-    text = text.encode(
-        errors="replace"
-    ).decode()  # half a surrogate pair, which data may hold, is not UTF-8
+    # Half a surrogate pair, which data may hold, is not UTF-8.
+    text = text.encode(errors="replace").decode()
     write_text(path, text)

@@ -12,9 +12,9 @@ def main(argv: list[str]) -> None:
     config = parse_settings(ExperimentConfig, argv, "python -m mr1_fast.experiment")
 
     # This imports torch, which `--help` and a wrong flag need not wait for.
-    from .command import run
+    from .command import run_experiment
 
-    run(config, argv)
+    run_experiment(config, argv)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
     return experiment
 
 
-def run(config: ExperimentConfig, argv: list[str]) -> None:
+def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     """Run the cells that are missing, and write the report.
 
     `argv` are the arguments that the report names as its command. Raises UserError at the end if
@@ -86,7 +86,7 @@ def run_cells(experiment: Experiment) -> list[str]:
             result = run_cell(experiment, cell)
             if result.error:
                 failed.append(f"{cell}: {result.error}")
-            print(f"[{number}/{len(cells)}] {cell}: {_shown(result)}", flush=True)
+            print(f"[{number}/{len(cells)}] {cell}: {_result_line(result)}", flush=True)
             if time.monotonic() - reported > REPORT_SECONDS:
                 write_report(experiment.output)
                 reported = time.monotonic()
@@ -96,7 +96,7 @@ def run_cells(experiment: Experiment) -> list[str]:
     return failed
 
 
-def _shown(result: CellResult) -> str:
+def _result_line(result: CellResult) -> str:
     if result.error:
         return f"FAILED: {result.error}"
     shares = (f"{role} {modes['greedy'].mean():.1%}" for role, modes in result.correct.items())

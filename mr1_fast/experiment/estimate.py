@@ -21,7 +21,7 @@ def dry_run(experiment: Experiment) -> str:
             seconds = estimated_seconds(experiment, cell)
         total += seconds
 
-        # Planning takes a while, and cells that differ in nothing but the seed have one plan.
+        # Planning takes a while: cells of one algorithm, group size and task share a plan.
         key = (config.algo, config.num_generations, cell.trained)
         if key not in memory:
             memory[key] = estimated_memory(experiment, cell)

@@ -25,7 +25,7 @@ from ..config import TrainConfig
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
-from ..files import append_line, keep_lines_before, write_json
+from ..files import append_line, keep_lines_before, restore_folder, write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
@@ -36,7 +36,7 @@ from ..types import Example
 from .cells import Cell, Experiment
 from .results import CellResult
 
-SHOWN = 4
+SHOWN_PER_TASK = 4
 """Number of test items of each task whose answers the report shows."""
 
 AGAIN = "make room there, then run the command again"
@@ -78,6 +78,7 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
     """Train the cell's model if it is not trained yet, and test it; the content of cell.json."""
     started, run = time.perf_counter(), experiment.run_folder(cell)
     config = experiment.settings(cell, experiment.base(cell.seed))
+    restore_folder(run / "final")
     if cell.trained and not (run / "final").exists():
         _train(experiment, config, run, folder / "curve.jsonl")
 
@@ -154,15 +155,17 @@ def _test(
             if mode == "greedy":
                 # The images are the same for all cells: the base model's folder holds them.
                 images = None if cell.trained else folder / "images"
-                shown += _shown(role, items, records, images)
+                shown += _record_samples(role, items, records, images)
     write_json(folder / "samples.json", shown, AGAIN)
     return correct
 
 
-def _shown(role: str, items: list[Example], records: list[dict], images: Path | None) -> list[dict]:
-    """The first SHOWN items with their answers; their images are written to the folder `images`."""
+def _record_samples(
+    role: str, items: list[Example], records: list[dict], images: Path | None
+) -> list[dict]:
+    """Return the first items with their answers, and write their images to the folder `images`."""
     shown = []
-    for index, (item, record) in enumerate(zip(items[:SHOWN], records, strict=False)):
+    for index, (item, record) in enumerate(zip(items[:SHOWN_PER_TASK], records, strict=False)):
         name = f"{role}-{index}.png" if item.images else None
         if images and name:
             images.mkdir(exist_ok=True)

@@ -192,10 +192,10 @@ class FusedGRPOTrainer(GRPOTrainer):
             mask = mask & (inputs["tool_mask"] != 0)
         rows, cu_seqlens = rows_with_loss(mask)  # the only place that waits for a GPU
 
-        def by_row(name: str) -> Tensor | None:
-            value = inputs.get(name)
-            return None if value is None else per_token(name, value, mask).flatten()[rows]
+        def by_row(name: str) -> Tensor:
+            return per_token(name, inputs[name], mask).flatten()[rows]
 
+        off_policy = inputs.get("old_per_token_logps") is not None
         bias_corrected_kl = self.beta != 0 and self.args.use_bias_correction_kl
         corrects_sampling = self.use_vllm and self.vllm_importance_sampling_correction
         options = loss_options(
@@ -209,7 +209,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         )
         options |= {
             "beta": self.beta,
-            "old_logp": by_row("old_per_token_logps"),
+            "old_logp": by_row("old_per_token_logps") if off_policy else None,
             "ref_logp": by_row("ref_per_token_logps") if self.beta != 0 else None,
             "is_weights": by_row("importance_sampling_ratio") if corrects_sampling else None,
             "cu_seqlens": cu_seqlens,

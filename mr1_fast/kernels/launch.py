@@ -19,8 +19,8 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options
         return
     if grid[0] > MOST_PROGRAMS:
         raise ValueError(
-            f"the launch needs {grid[0]} programs, more than a grid holds ({MOST_PROGRAMS}): pass "
-            "fewer rows at a time"
+            f"the launch needs {grid[0]} programs, more than a grid holds ({MOST_PROGRAMS}): work "
+            "on less at a time"
         )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)

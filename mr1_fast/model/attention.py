@@ -90,21 +90,13 @@ def packed_attention(
 
 
 def uses_varlen(device_type: str, dtype: torch.dtype) -> bool:
-    """Return whether a recent card of this type computes packed attention without padding.
+    """Return whether kernels for variable lengths exist for a device type and a dtype.
 
-    This needs no card, so a plan for another machine can ask it too. `attention_kernel` decides for
-    the card of this machine.
+    FlashAttention's kernels and torch's own compute 16-bit numbers on CUDA. No device is asked, so
+    that memory can be planned for a GPU that is not here; `attention_kernel` decides for the card
+    of this machine.
     """
     return device_type == "cuda" and dtype in VARLEN_DTYPES
-
-
-def takes_variable_lengths(device: str, dtype: torch.dtype) -> bool:
-    """Whether variable-length kernels exist for a device type and a dtype, whatever GPU it is.
-
-    FlashAttention's kernels and torch's own compute 16-bit numbers on CUDA. Asks no device, so
-    that memory can be planned for a GPU that is not here.
-    """
-    return device == "cuda" and dtype in VARLEN_DTYPES
 
 
 @lru_cache

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..files import restore_folder
 from ..hub import model_access
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
@@ -61,6 +62,7 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
     top. Raises UserError, which names `model` and the way out, for whatever cannot be loaded.
     """
     name = config.model
+    restore_folder(Path(name))
     if base := adapter_base(name):
         model, processor = load_pretrained(dataclasses.replace(config, model=base))
         model.load_adapter(name)

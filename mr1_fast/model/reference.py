@@ -50,7 +50,8 @@ class Reference:
         else:
             context = self.stream or nullcontext()
         with context:
-            return self.policy.logprobs(batch, temperature)[0]
+            logp, _ = self.policy.logprobs(batch, temperature)
+        return logp
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

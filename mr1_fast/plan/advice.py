@@ -18,7 +18,7 @@ LEAST_GAIN = 0.001
 LEAST_IMAGE_TOKENS, LEAST_GENERATIONS, LEAST_COMPLETION = 64, 4, 64
 """Smallest values that are proposed: image tokens, completions of a prompt, and their tokens."""
 
-Settings = dict[str, bool | int | str]
+Values = dict[str, bool | int | str]
 """New values of some settings, by name."""
 
 
@@ -27,7 +27,7 @@ class Change:
     """A setting, or a few that belong together, with values to try one after the other."""
 
     name: str
-    values: list[Settings]
+    values: list[Values]
 
 
 def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -> list[str]:
@@ -36,13 +36,13 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
     Empty if it fits as it is. If three are not enough, or nothing is, a last line says so.
     """
 
-    def plan(*changes: Settings) -> Plan:
+    def plan(*changes: Values) -> Plan:
         changed = replace(config, **{name: v for change in changes for name, v in change.items()})
         return make_plan(changed, model_config, usable=usable)
 
     before = plan()
     excess = before.excess(usable)
-    chosen: dict[str, Settings] = {}
+    chosen: dict[str, Values] = {}
     for change in _changes(config):
         for value in change.values:
             if not excess:
@@ -71,7 +71,8 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
 
 def _changes(config: TrainConfig) -> Iterator[Change]:
     """The changes that are tried, in the order of what a user loses by them."""
-    trains_bf16 = planned_device(config)[1] == torch.bfloat16 and not config.lora
+    _, dtype = planned_device(config)
+    trains_bf16 = dtype == torch.bfloat16 and not config.lora
     longest = config.max_prompt_tokens + config.max_new_tokens
 
     # The same numbers, or nearly, in more time.
@@ -116,14 +117,14 @@ def _halves(value: int, least: int) -> list[int]:
     return halves
 
 
-def _smaller_images(config: TrainConfig, pixels: int) -> Settings:
+def _smaller_images(config: TrainConfig, pixels: int) -> Values:
     """Images of at most `pixels` pixels, and prompts shorter by as many image tokens."""
     saved = image_tokens(config) - image_tokens(replace(config, max_pixels=pixels))
     prompt = config.max_prompt_tokens - saved
     return {"max_pixels": pixels, "max_prompt_tokens": prompt, "shrink_images": True}
 
 
-def _saving(before: Plan, after: Plan, change: Settings) -> str:
+def _saving(before: Plan, after: Plan, change: Values) -> str:
     """A change as flags, and bytes before and after it in the phase in which it saves most."""
     saved = {
         phase: before.total(phase) - (after.total(phase) if phase in after.phases else 0)

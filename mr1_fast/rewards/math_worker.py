@@ -195,9 +195,8 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would mean: never
         try:
             reply = read_answer(output) if solution is None else equal(output, solution)
-        except (
-            Exception
-        ):  # MemoryError, RecursionError and others: an unreadable answer is not right
+        except Exception:
+            # MemoryError, RecursionError and others: an unreadable answer is not right.
             reply = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > PEAK_KIB

@@ -47,16 +47,18 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
             f"difficulty is {difficulty}, but geometry has difficulties 1 to {max(SIDES)}: "
             "choose one."
         )
-    families = [name for name, family in FAMILIES.items() if family.first_difficulty <= difficulty]
+    families = [
+        name for name, family in PROBLEM_FAMILIES.items() if family.first_difficulty <= difficulty
+    ]
     step = 5 if difficulty <= 2 else 1
 
     def sample(rng: random.Random) -> tuple:
         name = rng.choice(families)
-        return (name, *FAMILIES[name].sample(rng, step))
+        return (name, *PROBLEM_FAMILIES[name].sample(rng, step))
 
     parameters, rng = draw_for_split(sample, split, ("geometry", seed, index, difficulty))
     name, *sizes_and_variant = parameters
-    figure = FAMILIES[name].build(tuple(sizes_and_variant), rng)
+    figure = PROBLEM_FAMILIES[name].build(tuple(sizes_and_variant), rng)
     sizes_in_figure = difficulty == 4
     told = [] if sizes_in_figure else figure.given
     given = [f"angle {angle.name} = {angle.degrees}" for angle in told]
@@ -234,7 +236,7 @@ class Family:
     """Makes its figure: (parameters, generator) to Figure."""
 
 
-FAMILIES = {
+PROBLEM_FAMILIES = {
     "third-angle": Family(1, _two_angles, _third_angle),
     "parallel": Family(
         2, _one_angle(40, 140, "corresponding", "alternate", "co-interior"), _parallel

@@ -25,7 +25,7 @@ def command(tiny_folder, tmp_path, monkeypatch):
         small = ["--samples=10", "--max-new-tokens=5", "--batch-size=4", "--device=cpu"]
         argv = ["--model", str(tiny_folder), *small, "--output", str(path), *map(str, flags)]
         monkeypatch.setattr(sys, "argv", ["evaluate", *argv])
-        evaluate_command.run(parse_evaluate(sys.argv[1:]))
+        evaluate_command.evaluate_model(parse_evaluate(sys.argv[1:]))
         assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
         return json.loads(path.read_text(encoding="utf-8"))
 

@@ -10,7 +10,7 @@ from mr1_fast.tasks import diagram, geometry
 
 
 def test_geometry_writes_sizes_into_the_figure():
-    figure = geometry.FAMILIES["third-angle"].build((50, 60), random.Random(0))
+    figure = geometry.PROBLEM_FAMILIES["third-angle"].build((50, 60), random.Random(0))
     plain, written = (
         diagram.paint(figure, 224, sizes, random.Random(1)) for sizes in (False, True)
     )
@@ -26,7 +26,7 @@ def measured(points, corners):
 
 
 def test_figures_are_turned_mirrored_scaled_and_shifted():
-    figure = geometry.FAMILIES["third-angle"].build((50, 60), random.Random(0))
+    figure = geometry.PROBLEM_FAMILIES["third-angle"].build((50, 60), random.Random(0))
     placed = [diagram.place(figure, 84, random.Random(seed))[0] for seed in range(200)]
     sides = [points["B"] - points["A"] for points in placed]
     assert {round(cmath.phase(side) / (math.pi / 4)) for side in sides} == set(range(-4, 5))
@@ -44,10 +44,13 @@ def test_figures_are_turned_mirrored_scaled_and_shifted():
     assert max(centre.real for centre in centres) - min(centre.real for centre in centres) > 10
 
 
-@pytest.mark.parametrize("family", geometry.FAMILIES)
+@pytest.mark.parametrize("family", geometry.PROBLEM_FAMILIES)
 @pytest.mark.parametrize("step", [1, 5])
 def test_figures_are_true_to_their_numbers(family, step):
-    sample, build = geometry.FAMILIES[family].sample, geometry.FAMILIES[family].build
+    sample, build = (
+        geometry.PROBLEM_FAMILIES[family].sample,
+        geometry.PROBLEM_FAMILIES[family].build,
+    )
     for seed in range(300):
         rng = random.Random(seed)
         figure = build(sample(rng, step), rng)

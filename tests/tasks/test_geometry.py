@@ -58,7 +58,9 @@ def test_geometry_answers_and_the_dial(difficulty):
     assert all(example.solution == f"{expected_answer(example.key)}°" for example in examples)
     families = {example.key.split(" ")[0] for example in examples}
     assert families == {
-        name for name, family in geometry.FAMILIES.items() if family.first_difficulty <= difficulty
+        name
+        for name, family in geometry.PROBLEM_FAMILIES.items()
+        if family.first_difficulty <= difficulty
     }
     numbers = [
         int(size) for example in examples for size in re.findall(r"= (\d+)", example.problem)
