@@ -105,7 +105,10 @@ class atomic_folder:
 
     def _take_the_name(self) -> None:
         for path in self.temporary.rglob("*"):
-            _sync_names(path) if path.is_dir() else _sync(path)
+            if path.is_dir():
+                _sync_names(path)
+            else:
+                _sync(path)
         _sync_names(self.temporary)
 
         replaced = _replaced(self.path)

@@ -37,6 +37,11 @@ class RunLog:
         self.loggers: list = []
         self.bar: tqdm | None = None
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
     def create(self) -> None:
         """Make the folder with the run's settings; call it once model and data have been loaded."""
         try:

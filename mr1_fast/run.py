@@ -1,7 +1,6 @@
 """What the steps of a training run share, and how it is put together from the settings."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -55,15 +54,14 @@ class Run:
     first_step: int = 0
     """The step that comes next: 0, or where the checkpoint of a resumed run was saved."""
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.log.folder / "checkpoints"
-
     def save(self, steps_done: int) -> None:
         """Write the checkpoint of the state after `steps_done` steps."""
         save_checkpoint(
-            self.checkpoints, steps_done, self.policy.model, self.optimizer, self.start_fingerprint
+            self.log.checkpoints,
+            steps_done,
+            self.policy.model,
+            self.optimizer,
+            self.start_fingerprint,
         )
 
 
@@ -89,9 +87,7 @@ def prepare(config: TrainConfig) -> Run:
     optimizer = make_optimizer(policy.model, config, config.seed)
     first_step = 0
     if log.resuming:
-        first_step = load_checkpoint(
-            log.folder / "checkpoints", policy.model, optimizer, start_fingerprint
-        )
+        first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
     # Encoding the first prompts shows whether they are too long before anything is written.
     policy.encode.many(source.take(first_step, config.prompts_per_step))
 
