@@ -4,9 +4,9 @@
 
 Widths are those of Qwen2-VL, in bf16; R is the number of rows. Each operation is a CUDA graph of 20
 launches, which rotate over sets of weights, keys and logits: as many sets, up to 20, as together
-exceed L2. A row shares 600 tokens with seven others and has 256 of its own. The limit is a copy's
-bandwidth in the same run, for the bytes that an operation must read and write: weights,
-activations, keys and values, a shared prefix once.
+exceed L2. A row shares 600 tokens with seven others and has 256 of its own. The limit is a read's
+bandwidth in the same run, for the bytes that an operation must read and write, which is little:
+weights, activations, keys and values, a shared prefix once. A copy's bandwidth is beside it.
 
 A whole step is the sum of its operations: in each layer add_rms_norm twice, linears, attend,
 o_proj, swiglu and down_proj; after the layers the last norm, head and sample.
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from device_time import read
 from measure import finish, make_parser, print_table, release
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -37,7 +38,7 @@ LAUNCHES = 20
 REPLAYS = 7
 PREFIX, OWN, GROUP = 600, 256, 8
 HEAD = 128
-COPY_BYTES = 2**30
+LIMIT_BYTES = 2**30
 LAYER = {"add_rms_norm": 2, "linears": 1, "attend": 1, "o_proj": 1, "swiglu": 1, "down_proj": 1}
 """Operations of a layer, and how often it has them."""
 AFTER_LAYERS = ("add_rms_norm", "head", "sample")
@@ -94,10 +95,14 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
     return milliseconds * 1000 / LAUNCHES
 
 
-def copy_bandwidth() -> float:
-    """Bytes that a copy reads and writes per microsecond."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    return 2 * COPY_BYTES / microseconds([partial(torch.empty_like(source).copy_, source)])
+def bandwidths() -> dict[str, float]:
+    """Bytes per microsecond that a read reads, and that a copy reads and writes."""
+    source = torch.zeros(LIMIT_BYTES, dtype=torch.uint8, device="cuda")
+    copied = microseconds([partial(torch.empty_like(source).copy_, source)])
+    return {
+        "read": LIMIT_BYTES / microseconds([partial(read, source)]),
+        "copy": 2 * LIMIT_BYTES / copied,
+    }
 
 
 # --- what is timed --------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def measured(model: str, rows: int, bandwidth: float) -> list[dict]:
             "operation": name,
             "microseconds": time,
             "megabytes": cost / 1e6,
-            "of_copy": cost / bandwidth / time,
+            "of_read": cost / bandwidth / time,
         }
         for name, (time, cost) in taken.items()
     ]
@@ -213,10 +218,10 @@ def print_measured(lines: list[dict], rows: list[int]) -> None:
     for line in lines:
         case = line["model"], line["operation"]
         table.setdefault(case, [*case]).append(
-            f"{line['microseconds']:,.1f} ({line['of_copy']:.0%})"
+            f"{line['microseconds']:,.1f} ({line['of_read']:.0%})"
         )
     columns = ["model", "operation", *(f"R = {r}" for r in rows)]
-    print_table("µs, and % of a copy's bandwidth", columns, list(table.values()))
+    print_table("µs, and % of a read's bandwidth", columns, list(table.values()))
 
 
 # --- sweep ----------------------------------------------------------------------------------------
@@ -302,12 +307,12 @@ def main() -> None:
         results = {"settings": [line for case in cases for line in swept(*case)]}
         print_swept(results["settings"])
     else:
-        bandwidth = copy_bandwidth()
-        print(f"copy: {bandwidth / 1e3:,.0f} GB/s, read and written")
-        lines = [line for case in cases for line in measured(*case, bandwidth)]
+        limits = bandwidths()
+        print(", ".join(f"{name}: {limit / 1e3:,.0f} GB/s" for name, limit in limits.items()))
+        lines = [line for case in cases for line in measured(*case, limits["read"])]
         print_measured(lines, rows)
-        results = {"copy_bytes_per_microsecond": bandwidth, "operations": lines}
-    finish("bench_decode_step", "cuda", **results)
+        results = {"bytes_per_microsecond": limits, "operations": lines}
+    finish("decode_step", "cuda", **results)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,20 @@
 
     python benchmarks/bench_default_run.py --seeds 0 1 2 [any flag of python -m mr1_fast.train]
 
+With --quick the supervised start ends after its first steps, to try the script out.
 Prints a Markdown table; the last line is one JSON document.
 """
 
 import json
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-import transformers
-from measure import make_parser
+from measure import finish, make_parser, pick_device
 
 from mr1_fast.command_line import parse_train_config
+from mr1_fast.start import supervised_start
 from mr1_fast.train import train
 
 STAGES = ("rollout", "reward", "reference", "update")
@@ -51,7 +50,11 @@ def measure(seed: int, flags: list[str]) -> dict:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true", help="hardly any supervised start")
     arguments, flags = parser.parse_known_args()
+    if arguments.quick:
+        config = parse_train_config(flags)
+        flags += ["--model", str(supervised_start(config.model, [config], config.seed, 0.0))]
     runs = [measure(seed, flags) for seed in arguments.seeds]
     print("\n| seed | sampled | greedy | whole run | rollout | reward | reference | update |")
     print("|---|---|---|---|---|---|---|---|")
@@ -59,15 +62,7 @@ def main() -> None:
         cells = [f"{run[mode][0]:.1%} → {run[mode][1]:.1%}" for mode in ("sampled", "greedy")]
         cells += [f"{run['seconds']:.0f} s", *(f"{run[stage] * 1000:.0f} ms" for stage in STAGES)]
         print(f"| {run['seed']} | {' | '.join(cells)} |")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {
-        "device": gpu or platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    document = {"benchmark": "default_run", "flags": flags, "machine": machine, "runs": runs}
-    print(json.dumps(document))
+    finish("default_run", pick_device("auto"), "one run a seed", flags=flags, runs=runs)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """The GRPO loss on logits, forward and backward, and log-probs alone: ours beside other libraries.
 
-    python benchmarks/bench_grpo_loss.py [--tokens 8192] [--vocab 151936] [--dtype bfloat16]
-    [--sweep]
+    python benchmarks/bench_grpo_loss.py [--tokens 8192 2048] [--vocab 151936] [--dtype bfloat16]
 
-Old and reference log-probs are given; β = 0.04. GB/s counts one read and one write of the logits,
-whatever a method really moves; the limit is a copy of as many bytes, timed in turn with the others.
-Peak memory excludes the inputs and includes the gradient. With --sweep, launch settings of our
-kernel are timed instead. Prints Markdown tables; the last line is one JSON document.
+Old and reference log-probs are given; β = 0.04. 2,048 rows are what a chunk of the fused head has.
+GB/s counts one read and one write of the logits, of log-probs one read, whatever a method really
+moves; the limit is a copy of the logits, of log-probs a kernel that reads them, timed in turn with
+the others. Peak memory excludes the inputs and includes the gradient. Launch settings are timed by
+sweep.py. Prints Markdown tables; the last line is one JSON document.
 """
 
-import contextlib
-import itertools
 import json
 import os
 from functools import partial
@@ -18,6 +16,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from loss_batch import BETA, CLIP, Batch, eager_loss
 from measure import (
     Case,
     copy_case,
@@ -25,10 +24,13 @@ from measure import (
     finish,
     make_parser,
     megabytes,
+    microseconds,
     peak,
     peak_in_subprocess,
     pick_device,
     print_table,
+    read_case,
+    release,
     time_alternating,
     warm_up,
 )  # fmt: skip
@@ -37,73 +39,11 @@ from torch import Tensor
 from mr1_fast.kernels.grpo import rows_cuda, rows_triton
 from mr1_fast.loss import grpo_loss, grpo_loss_ref, token_logprobs
 
-BETA, CLIP, SEQUENCES = 0.04, 0.2, 4
 DEFAULT_TOKENS = {"cuda": 8192, "cpu": 256}
+CHUNK_TOKENS = {"cuda": [2048], "cpu": []}
+"""Rows that are measured, too: those of a chunk of the fused head."""
 DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
-BLOCKS, WARPS, PROGRAMS = (2048, 4096, 8192), (4, 8, 16), (1, 2, 4, 6, 8, 12)
-COPY = "copy (the limit)"
-
-
-class Batch(NamedTuple):
-    """Logits and the loss' other inputs, for S sequences of equal length: all averages agree."""
-
-    logits: Tensor  # (N, V)
-    targets: Tensor  # (N,)
-    advantages: Tensor  # (S,)
-    old_logp: Tensor  # (N,)
-    ref_logp: Tensor  # (N,)
-
-    @classmethod
-    def random(cls, tokens: int, vocab: int, dtype: torch.dtype, device: str) -> "Batch":
-        """A batch with normal logits of standard deviation 2."""
-        torch.manual_seed(0)
-        logits = torch.empty(tokens, vocab, dtype=dtype, device=device).normal_(std=2.0)
-        targets = torch.randint(vocab, (tokens,), device=device)
-        return cls.near(logits, targets, token_logprobs(logits, targets)[0])
-
-    @classmethod
-    def near(cls, logits: Tensor, targets: Tensor, logp: Tensor) -> "Batch":
-        """A batch whose old and reference log-probs are near `logp`; some ratios are clipped."""
-        if len(targets) % SEQUENCES:
-            raise SystemExit(f"--tokens is {len(targets)}: expected a multiple of {SEQUENCES}")
-        around = [logp + 0.15 * torch.randn_like(logp) for _ in range(2)]
-        return cls(logits, targets, torch.linspace(-1, 2, SEQUENCES, device=logp.device), *around)
-
-    def per_sequence(self, tensor: Tensor) -> Tensor:
-        """The tensor (N, …) as (S, L, …)."""
-        return tensor.view(SEQUENCES, -1, *tensor.shape[1:])
-
-    @property
-    def loss_arguments(self) -> dict:
-        """The arguments of `grpo_loss` after logits and targets."""
-        n = len(self.targets)
-        return dict(
-            advantages=self.advantages.repeat_interleave(n // SEQUENCES, output_size=n),
-            token_weights=torch.full_like(self.old_logp, 1 / n),
-            beta=BETA,
-            old_logp=self.old_logp,
-            ref_logp=self.ref_logp,
-        )
-
-
-def eager_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """The loss as R1-V's grpo_trainer.py computes it, with PPO's clip for the old log-probs.
-
-    Its `_get_per_token_logps` loops over sequences and takes log_softmax in the dtype of the
-    logits. Behind it come k3 and the masked mean of each sequence.
-    """
-    rows = []
-    for sequence, ids in zip(
-        batch.per_sequence(logits), batch.per_sequence(batch.targets), strict=True
-    ):
-        rows.append(torch.gather(sequence.log_softmax(dim=-1), 1, ids.unsqueeze(1)).squeeze(1))
-    logp = torch.stack(rows)
-    old, ref = batch.per_sequence(batch.old_logp), batch.per_sequence(batch.ref_logp)
-    ratio, advantages = torch.exp(logp - old), batch.advantages.unsqueeze(1)
-    kl = torch.exp(ref - logp) - (ref - logp) - 1
-    policy = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    mask = torch.ones_like(old)
-    return ((-(policy - BETA * kl) * mask).sum(1) / mask.sum(1)).mean()
+COPY, READ = "copy (the limit)", "read (the limit)"
 
 
 # --- cases ----------------------------------------------------------------------------------------
@@ -225,119 +165,101 @@ LOGPROBS = {
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def compare(builders: dict, first: str, passes: int, batch: Batch, arguments, device: str) -> dict:
-    """Time and peak memory of every case; bytes are `passes` times those of the logits.
+class Part(NamedTuple):
+    """Cases with one limit."""
 
-    `first` names our case, with which the others are compared.
-    """
-    cases, off, skipped = warm_up(builders, batch, device, against=first)
-    cases_and_copy = {**cases, COPY: copy_case(batch.logits)}
-    times = time_alternating(cases_and_copy, arguments.rounds, device, skipped)
-    size = batch.logits.nbytes
-    copied = 2 * size / times[COPY]["least"]
-    flags = ("tokens", "vocab", "dtype", "device")
-    options = [f"--{flag}={getattr(arguments, flag)}" for flag in flags]
+    title: str
+    builders: dict
+    first: str
+    """Our case, with which the others are compared."""
+    passes: int
+    """How often the logits' bytes move."""
+    limit: str
+
+
+PARTS = {
+    "loss": Part("Loss and gradient", LOSS, "ours", 2, COPY),
+    "logprobs": Part("Log-probs alone", LOGPROBS, "ours, token_logprobs", 1, READ),
+}
+
+
+def compare(part: Part, batch: Batch, arguments) -> dict:
+    """Time and peak memory of every case of a part, and of its limit."""
+    device, tokens = arguments.device, len(batch.targets)
+    builders = {
+        name: build
+        for name, build in part.builders.items()
+        if arguments.dtype != "float32" or "fp32" not in name
+    }
+    cases, off, skipped = warm_up(builders, batch, device, against=part.first)
+    limit = copy_case(batch.logits) if part.limit == COPY else read_case(batch.logits)
+    limit.call()
+    times = time_alternating({**cases, part.limit: limit}, arguments.rounds, device, skipped)
+    moved = part.passes * batch.logits.nbytes
+    names = [name for name in cases if name in times]
     rows = []
-    for name in [name for name in cases if name in times]:
+    for name in names:
         memory = None
         with excused(name, skipped):
-            if device == "cuda":
+            if device == "cuda" or arguments.quick:
                 memory = peak(cases[name], device)
             else:
-                memory = peak_in_subprocess(__file__, name, options)
+                flags = [f"--{flag}={getattr(arguments, flag)}" for flag in ("vocab", "dtype")]
+                flags += [f"--tokens={tokens}", f"--device={device}"]
+                memory = peak_in_subprocess(__file__, name, flags)
         taken = times[name]
-        rate = passes * size / taken["median"]
         rows.append(
             {
                 "name": name,
                 **taken,
-                "bytes_per_second": rate,
-                "of_copy": rate / copied,
-                "ratio": taken["median"] / times[first]["median"],
+                "bytes_per_second": moved / taken["median"],
+                "of_limit": times[part.limit]["median"] / taken["median"],
+                "ratio": taken["median"] / times[part.first]["median"],
                 "peak": memory and memory["peak"],
                 "from_ours": off[name],
             }
         )
-    return {"rows": rows, "copy_bytes_per_second": copied, "skipped": skipped}
+    limit = {"name": part.limit, **times[part.limit]}
+    limit["bytes_per_second"] = moved / limit["median"]
+    return {"rows": rows, "limit": limit, "skipped": skipped}
 
 
 def show(title: str, result: dict) -> None:
     """Print the table of `compare`."""
-    columns = [
-        "what",
-        "ms",
-        "GB/s",
-        "of a copy",
-        "peak beside inputs, MiB",
-        "time / ours",
-        "loss / gradient off by",
-    ]
+    columns = ["what", "ms", "GB/s", "of the limit", "host µs a call", "peak beside inputs, MiB"]
+    columns += ["time / ours", "loss / gradient off by"]
     table = [
         [
             row["name"],
-            f"{row['median'] * 1000:,.2f}",
+            f"{row['median'] * 1000:,.3f}",
             f"{row['bytes_per_second'] / 1e9:,.1f}",
-            f"{row['of_copy']:.0%}",
+            f"{row['of_limit']:.0%}",
+            microseconds(row["host"]),
             megabytes(row["peak"]),
             f"{row['ratio']:.2f}",
             "{loss:.0e} / {gradient:.0e}".format(**row["from_ours"]),
         ]
         for row in result["rows"]
     ]
-    rate = result["copy_bytes_per_second"] / 1e9
-    print_table(f"{title}; a copy: {rate:,.1f} GB/s", columns, table)
+    limit = result["limit"]
+    rate = f"{limit['name']}: {limit['bytes_per_second'] / 1e9:,.1f} GB/s"
+    print_table(f"{title}; {rate}", columns, table)
 
 
-@contextlib.contextmanager
-def launched_with(block: int, warps: int, programs: int):
-    """Launch our Triton kernels with these settings inside."""
-    settings = {"BLOCK": block, "NUM_WARPS": warps, "PROGRAMS_PER_SM": programs}
-    with mock.patch.multiple(rows_triton, **settings):
-        yield
-
-
-def sweep(batch: Batch, rounds: int) -> dict:
-    """Time the in-place loss with every launch setting, once for settings that split rows alike."""
-    from triton.runtime.errors import OutOfResources
-
-    case, v = ours(batch, inplace=True), batch.logits.shape[1]
-    copied = time_alternating({COPY: copy_case(batch.logits)}, rounds, "cuda", {})[COPY]["least"]
-    rows = {}
-    for block, warps, programs in itertools.product(BLOCKS, WARPS, PROGRAMS):
-        with launched_with(block, warps, programs):
-            columns = rows_triton.split_columns(batch.logits)
-            if (block, warps, columns) in rows:
-                rows[block, warps, columns]["programs_per_sm"].append(programs)
-                continue
-            try:
-                time_alternating({"ours": case}, 2, "cuda", {})
-                taken = time_alternating({"ours": case}, rounds, "cuda", {})["ours"]
-            except OutOfResources as error:
-                print(f"skipped: block {block}, {warps} warps, {columns} columns: {error}")
-                continue
-        row = {"block": block, "warps": warps, "parts": -(-v // columns)}
-        row |= {"programs_per_sm": [programs], **taken, "of_copy": copied / taken["median"]}
-        rows[block, warps, columns] = row
-    ordered = sorted(rows.values(), key=lambda row: row["median"])
-    table = [
-        [
-            row["block"],
-            row["warps"],
-            " ".join(map(str, row["programs_per_sm"])),
-            row["parts"],
-            f"{row['median'] * 1000:.3f}",
-            f"{row['of_copy']:.0%}",
-        ]
-        for row in ordered
-    ]
-    columns = ["BLOCK", "NUM_WARPS", "PROGRAMS_PER_SM", "programs per row", "ms", "of a copy"]
-    print_table("Launch settings of the loss in place, best first", columns, table)
-    return {"rows": ordered, "copy_seconds": copied}
+def measure(tokens: int, arguments) -> dict:
+    """Measure both parts with this many rows."""
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    batch = Batch.random(tokens, arguments.vocab, dtype, device)
+    results = {name: compare(part, batch, arguments) for name, part in PARTS.items()}
+    shape = f"{tokens:,} × {arguments.vocab:,} {arguments.dtype} on {device}"
+    for name, part in PARTS.items():
+        show(f"{part.title}, {shape}", results[name])
+    return {"tokens": tokens, **results}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default 8192 2048, on a CPU 256")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument(
         "--dtype",
@@ -346,36 +268,30 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sweep", action="store_true", help="time launch settings; needs a GPU")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure memory on a CPU in this process, to try the script out",
+    )
     parser.add_argument("--peak", help="print the peak memory of this case, and nothing else")
     arguments = parser.parse_args()
     device = arguments.device = pick_device(arguments.device)
-    arguments.tokens = arguments.tokens or DEFAULT_TOKENS[device]
+    arguments.tokens = arguments.tokens or [DEFAULT_TOKENS[device], *CHUNK_TOKENS[device]]
     arguments.dtype = arguments.dtype or DEFAULT_DTYPE[device]
-    batch = Batch.random(arguments.tokens, arguments.vocab, getattr(torch, arguments.dtype), device)
     if arguments.peak:
+        dtype = getattr(torch, arguments.dtype)
+        batch = Batch.random(arguments.tokens[0], arguments.vocab, dtype, device)
         case = {**LOSS, **LOGPROBS}[arguments.peak](batch)
         case.restore()
         case.call()
         print(json.dumps(peak(case, device)))
         return
-    shape = f"{arguments.tokens:,} × {arguments.vocab:,} {arguments.dtype} on {device}"
     settings = {key: getattr(arguments, key) for key in ("tokens", "vocab", "dtype", "rounds")}
-    if arguments.sweep:
-        if device != "cuda":
-            raise SystemExit("--sweep needs a CUDA device")
-        finish("grpo_loss_sweep", device, settings=settings, **sweep(batch, arguments.rounds))
-        return
-    loss_cases = {
-        name: build
-        for name, build in LOSS.items()
-        if arguments.dtype != "float32" or "fp32" not in name
-    }
-    loss = compare(loss_cases, "ours", 2, batch, arguments, device)
-    logprobs = compare(LOGPROBS, "ours, token_logprobs", 1, batch, arguments, device)
-    show(f"Loss and gradient, {shape}", loss)
-    show(f"Log-probs alone (one read counted), {shape}", logprobs)
-    finish("grpo_loss", device, settings=settings, loss=loss, logprobs=logprobs)
+    results = []
+    for tokens in arguments.tokens:
+        results.append(measure(tokens, arguments))
+        release()
+    finish("grpo_loss", device, settings=settings, results=results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 from types import SimpleNamespace
 
 import torch
+from device_time import sm_clock
 from measure import (
     Case,
     differentiated,
@@ -193,8 +194,9 @@ def measure(arguments) -> tuple[list[dict], dict]:
         skipped |= failed
     floor = gemm_case(batch.hidden[batch.mask], batch.weight)
     times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
+    clock = sm_clock(floor.call, times[GEMMS]["median"], device)
     keys = list(cases)
-    if device == "cuda":
+    if device == "cuda" or arguments.quick:
         memory = {key: peak(cases[key], device) for key in keys}
     else:
         del cases, batch, floor  # leaves the memory to the processes that measure
@@ -204,7 +206,8 @@ def measure(arguments) -> tuple[list[dict], dict]:
     table = []
     for name in PAIRS:
         # A frozen head needs no weight gradient: two of the three products.
-        row = {"name": name, "gemms": times[GEMMS]["median"] * (2 / 3 if "frozen" in name else 1)}
+        gemms = times[GEMMS]["median"] * (2 / 3 if "frozen" in name else 1)
+        row = {"name": name, "gemms": gemms, "sm_mhz": clock}
         for side in SIDES:
             if (key := f"{side}: {name}") in times:
                 row[side] = times[key] | {"peak": memory[key]["peak"] - memory[key]["gradients"]}
@@ -255,6 +258,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="default float32, on a GPU bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, help="default 3, on a GPU 10")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure memory on a CPU in this process, to try the script out",
+    )
     parser.add_argument(
         "--peak",
         choices=CASES,

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, DEFAULT_TOKENS, Batch, eager_loss
+from device_time import sm_clock
 from measure import (
     Case,
     differentiated,
@@ -180,9 +181,10 @@ def compare(width: int, arguments) -> dict:
     floor = gemm_case(batch.hidden, batch.weight)
     floor.call()
     times = time_alternating({**cases, GEMMS: floor}, arguments.rounds, device, skipped)
+    clock = sm_clock(floor.call, times[GEMMS]["median"], device)
     del floor
     names = [name for name in cases if name in times]
-    if device == "cuda":
+    if device == "cuda" or arguments.quick:
         measured = lambda name: peak(cases[name], device)  # noqa: E731
     else:
         del cases, batch  # leaves the memory to the processes that measure
@@ -201,7 +203,7 @@ def compare(width: int, arguments) -> dict:
         row |= {"ratio": row["median"] / own, "from_ours": off[name]}
         rows.append({**row, "peak": m and m["peak"], "beside": m and m["peak"] - m["gradients"]})
     rate = 6 * tokens * width * arguments.vocab / floor_seconds
-    gemms = {**times[GEMMS], "flop_per_second": rate}
+    gemms = {**times[GEMMS], "flop_per_second": rate, "sm_mhz": clock}
     return {"width": width, "rows": rows, "gemms": gemms, "skipped": skipped}
 
 
@@ -259,6 +261,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="default 10, on a CPU 2")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="measure memory on a CPU in this process, to try the script out",
+    )
     parser.add_argument("--peak", help="print the peak memory of this case, and nothing else")
     arguments = parser.parse_args()
     device = arguments.device = pick_device(arguments.device)

@@ -110,7 +110,8 @@ def main() -> None:
             f"{arguments.tokens} × {arguments.vocab:,} {dtype}, {torch.get_num_threads()} threads"
         )
         print_table(title, ["what", "least ms", "median ms", "× a copy", "target"], rows)
-    finish("native", "cpu", settings=vars(arguments), active=status, results=results)
+    statistic = "ratios: least of alternating calls"
+    finish("native", "cpu", statistic, settings=vars(arguments), active=status, results=results)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ request. Continuous batching accepts only token ids: image tokens are text to it
 encoded. What lives longer than a call is made before: our KV cache and CUDA graphs, continuous
 batching's cache. Encoding prompts into tensors is not timed; ours also returns texts.
 
-The limit is a copy's bandwidth, in the same run, for the least that steps must read: weights
+The limit is a read's bandwidth, in the same run, for the least that steps must read: weights
 (layers, last norm, head), and the keys and values that running samples attend to, a prompt's once
 for its group. Steps are timed without the first tokens, whose time comes from a run of one token
 for each sample. Peak memory excludes the weights; on a CPU a process of its own measures it. Prints
@@ -68,7 +68,7 @@ RUNNERS = {
 }
 FIRST = ", first tokens"
 """Ends the name of a runner's case that samples one token each."""
-COPY = "copy"
+READ = "read"
 WORKS = {"tail": tail_work, "long": long_work}
 TARGETS = {"tail": {"generate": 3}, "long": {"generate": 5, "limit": 0.6}}
 measure.SLOW = 10.0  # `generate` takes longer with 2B weights, so it is timed once
@@ -154,22 +154,22 @@ def compare(part: str, arguments) -> dict:
     turns = Turns(names, work, device, skipped)
     width = 2**20 if device == "cuda" else 2**17
     source = torch.ones(1024, width, dtype=torch.uint8, device=device)
-    cases = {COPY: Case(measure.copy_case(source).call, turns.rest), **turns.cases()}
+    cases = {READ: Case(measure.read_case(source).call, turns.rest), **turns.cases()}
     times = time_alternating(cases, arguments.rounds, device, skipped)
     turns.rest()
-    if device == "cpu":
-        options = ["--parts", part, f"--device={device}", *(["--quick"] if arguments.quick else [])]
+    if device == "cpu" and not arguments.quick:
+        options = ["--parts", part, f"--device={device}"]
         for name in turns.runners:
             with excused(name, skipped):
                 turns.peaks[name] = peak_in_subprocess(__file__, name, options)["peak"]
-    bandwidth, least = 2 * source.nbytes / times[COPY]["median"], work.least_bytes()
+    bandwidth, least = source.nbytes / times[READ]["median"], work.least_bytes()
     names = [name for name in turns.runners if {name, name + FIRST} <= set(times)]
     rows = [row(name, times, work, least / bandwidth, turns.peaks.get(name)) for name in names]
     print_rows(part, rows, work, bandwidth, least / bandwidth)
     return {
         "settings": settings(work),
         "targets": TARGETS[part],
-        "copy": times[COPY],
+        "read": times[READ],
         "bandwidth": bandwidth,
         "least_bytes": least,
         "rows": rows,
@@ -237,7 +237,7 @@ def print_rows(part: str, rows: list[dict], work: Work, bandwidth: float, limit:
     title = (
         f"{part}: {s['prompts']} prompts of {s['prompt_tokens']} tokens × {s['group']} samples, "
         f"{s['tokens']:,} tokens in all (median {s['median']:.0f}, longest {s['longest']}); "
-        f"a copy's bandwidth: {bandwidth / 1e9:,.1f} GB/s"
+        f"a read's bandwidth: {bandwidth / 1e9:,.1f} GB/s"
     )
     print_table(title, columns, table)
 

@@ -44,7 +44,7 @@ from mr1_fast.optim import make_optimizer
 from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.run import Run
-from mr1_fast.start import load_policy, supervised_start
+from mr1_fast.start import START_ACCURACY, load_policy, supervised_start
 from mr1_fast.tasks.data import load_examples
 from mr1_fast.train import grpo_step
 
@@ -104,14 +104,13 @@ def peaks(
 ) -> dict[str, dict]:
     """Peak bytes of each case beside weights and gradients, with the embedding trained and frozen.
 
-    On a CPU, other processes measure them, with groups of their own.
+    Where `group` is None, other processes measure them, with groups of their own.
     """
     options = [f"--device={arguments.device}", f"--layers={arguments.layers}"]
-    options += ["--quick"] * arguments.quick
 
     def measured(name: str, frozen: bool) -> dict[str, int]:
-        if arguments.device == "cuda":  # the allocator of this process counts
-            return peak(peak_case(name, group, frozen), "cuda")
+        if group is not None:
+            return peak(peak_case(name, group, frozen), arguments.device)
         return peak_in_subprocess(__file__, name, options + ["--frozen"] * frozen)
 
     found = {name: {"peak": None, "peak_frozen": None} for name in names}
@@ -129,7 +128,7 @@ def measure_update(arguments) -> dict:
     group = Group.random(size, arguments.device, prompt_tokens, lengths)
     rows, skipped = compare(list(CASES), group, arguments)
     tokens = group.tokens
-    if arguments.device == "cpu":
+    if arguments.device == "cpu" and not arguments.quick:
         group = None  # leaves the memory to the processes that measure
         release()
     memory = peaks([row["name"] for row in rows], group, arguments, skipped)
@@ -251,7 +250,8 @@ def measure_step(arguments) -> dict:
         steps=steps + 1,
         tokens_per_microbatch=WHOLE,
     )
-    config.model = str(supervised_start(config.model, [config], config.seed))
+    enough = 0.0 if arguments.quick else START_ACCURACY  # 0: after its first steps
+    config.model = str(supervised_start(config.model, [config], config.seed, enough))
     policy = load_policy(config)
     run = Run(
         config=config,

@@ -3,6 +3,9 @@
 What is measured is a `Case`: a function of the batch builds it, and a dict of such functions names
 it. If a case of another library is missing or fails, one line says so and the run goes on; the name
 of a case of ours begins with "ours", and its failure ends the run.
+
+A figure is a median of calls that alternate with those of all other cases, and so is the limit that
+it is divided by: a copy, or a read where an operation writes next to nothing.
 """
 
 import argparse
@@ -16,20 +19,21 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from device_time import Seconds, Stopwatch, read
+from sources import digest
 from torch import Tensor
 
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+from mr1_fast.kernels.tuned import architecture
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 """Packages whose versions the JSON document holds."""
-FLUSH_BYTES = 512 * 2**20
-"""Bytes written before each timed call on a GPU: more than any L2 cache holds."""
-FLUSHES = 8
-"""How often they are written: it takes milliseconds, in which the host queues the call."""
+STATISTIC = "median of alternating calls"
+"""What a time in a document is, unless the benchmark says otherwise."""
 SLOW = 60.0
 """Seconds: a call that took longer is not timed again."""
 SAMPLE = 64
@@ -84,29 +88,6 @@ def excused(name: str, skipped: dict[str, str]):
 # --- timing ---------------------------------------------------------------------------------------
 
 
-def seconds(case: Case, device: str) -> float:
-    """Seconds of one call.
-
-    On a GPU between two CUDA events, with L2 flushed before; by then the host has queued the call.
-    On a CPU by the wall clock.
-    """
-    case.restore()
-    if device == "cpu":
-        start = time.perf_counter()
-        case.call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    waste = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    for _ in range(FLUSHES):
-        waste.zero_()
-    del waste
-    begin.record()
-    case.call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
 def warm_up(
     builders: Builders, batch, device: str, against: str | None = None
 ) -> tuple[dict, dict, dict]:
@@ -141,20 +122,33 @@ def warm_up(
 def time_alternating(
     cases: dict[str, Case], rounds: int, device: str, skipped: dict[str, str]
 ) -> dict[str, dict]:
-    """Median and least seconds of each case; all are called in turn, `rounds` times.
+    """Seconds of each case, as `summary` has them; all are called in turn, `rounds` times.
 
     A case that fails is left out and noted in `skipped`.
     """
     taken = {name: [] for name in cases}
+    stopwatches = {name: Stopwatch(device) for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
-            if name not in skipped and (not taken[name] or taken[name][0] < SLOW):
+            if name not in skipped and (not taken[name] or taken[name][0].device < SLOW):
                 with excused(name, skipped):
-                    taken[name].append(seconds(case, device))
-    done = {name: times for name, times in taken.items() if name not in skipped}
+                    taken[name].append(stopwatches[name](case.restore, case.call))
+    return {name: summary(times) for name, times in taken.items() if name not in skipped}
+
+
+def summary(taken: list[Seconds]) -> dict:
+    """Median and least seconds, the host's median, and the number of calls.
+
+    `exposed` counts the calls in which the GPU may have waited for the host.
+    """
+    device = [each.device for each in taken]
+    host = [each.host for each in taken if each.host is not None]
     return {
-        name: {"median": statistics.median(times), "least": min(times), "calls": len(times)}
-        for name, times in done.items()
+        "median": statistics.median(device),
+        "least": min(device),
+        "host": statistics.median(host) if host else None,
+        "calls": len(taken),
+        "exposed": sum(not each.hidden for each in taken),
     }
 
 
@@ -170,6 +164,11 @@ def copy_case(source: Tensor) -> Case:
     """A case that copies `source`: one read and one write of its bytes."""
     target = torch.empty_like(source)
     return Case(lambda: (target.copy_(source)[0, 0], []))
+
+
+def read_case(source: Tensor) -> Case:
+    """A case that reads `source`, whose bytes are a multiple of 4: one read of them, no write."""
+    return Case(lambda: (read(source), []))
 
 
 def gemm_case(hidden: Tensor, weight: Tensor) -> Case:
@@ -279,8 +278,22 @@ def megabytes(value: float | None) -> str | None:
     return None if value is None else f"{value / 2**20:,.0f}"
 
 
-def finish(benchmark: str, device: str, **results) -> None:
-    """Print the last line of a benchmark: settings, machine and results as one JSON document."""
-    command = " ".join(["python", *sys.argv])
-    document = {"benchmark": benchmark, "command": command, "machine": machine(device), **results}
+def microseconds(seconds: float | None) -> str | None:
+    """Seconds as a number of microseconds."""
+    return None if seconds is None else f"{seconds * 1e6:,.0f}"
+
+
+def finish(benchmark: str, device: str, statistic: str = STATISTIC, **results) -> None:
+    """Print the last line of a benchmark: settings, machine and results as one JSON document.
+
+    `sources` is the digest of the files that the results depend on, and of launch settings in use.
+    """
+    document = {
+        "benchmark": benchmark,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(device),
+        "sources": digest(benchmark, architecture(torch.device(device))),
+        "statistic": statistic,
+        **results,
+    }
     print("\n" + json.dumps(document))

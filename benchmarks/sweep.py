@@ -1,0 +1,332 @@
+"""Find the fastest launch settings of our kernels on this GPU, and write them to the table.
+
+    python benchmarks/sweep.py grpo [logprobs adamw linear] [--seconds 120] [--table PATH]
+
+First every setting of a kernel's list is compared with fp64; a wrong one is left out and named, and
+the exit status is then 1. The others are timed in turn, for at most --seconds, and the fastest in
+the mean of all sizes and modes is written to mr1_fast/kernels/tuned.json, which the launchers read,
+if it beats the default by more than noise. If it does not, the architecture has no entry, and the
+default stands. Nothing is written on a CPU, where kernels run in Triton's interpreter.
+
+With --check only the comparison is made, on fresh data again and again (of the loss 200 times): an
+error that comes and goes is a race. With --compile every setting is launched on one row, so that
+Triton's cache on the disk has it. Prints Markdown tables, and a JSON document for each kernel or,
+with --check, for all.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from device_time import Stopwatch
+from measure import finish, make_parser, pick_device, print_table, release, summary
+from sources import TABLE
+from sweep_checks import Size
+
+from mr1_fast.files import write_json
+from mr1_fast.kernels import tuned
+
+DEFAULT = "default"
+"""Stands for the setting that a launcher takes where the table has no entry."""
+LEAST_GAIN = 0.02
+"""Share of the default's time that a setting must save to be written: less may be noise."""
+MOST_ROUNDS = 30
+"""Rounds after which medians no longer change."""
+CHECKS_BEFORE_SWEEP = 3
+TINY = {
+    "grpo": Size(2, 9000),
+    "logprobs": Size(2, 3000),
+    "adamw": Size(1, 700),
+    "linear": Size(6, 96, 16),
+}
+"""Sizes with --quick, which Triton's interpreter gets through in a second."""
+
+Variant = tuple | str
+"""A setting, DEFAULT, or what a kernel has beside its settings."""
+
+
+def label(variant: Variant) -> str:
+    """The fields of a setting as one word each."""
+    if isinstance(variant, str):
+        return variant
+    return ", ".join(f"{name} {value}" for name, value in variant._asdict().items())
+
+
+def setting(variant: Variant) -> Variant | None:
+    """What the launcher gets."""
+    return None if variant == DEFAULT else variant
+
+
+def lacks_resources(error: Exception) -> bool:
+    """Whether an error says that the GPU is too small for a setting."""
+    return "out of resource" in str(error).lower()
+
+
+# --- correctness ----------------------------------------------------------------------------------
+
+
+class Checked(NamedTuple):
+    """What a check has found of a kernel."""
+
+    right: list[Variant]
+    worst: dict[str, dict[str, float]]
+    """Variant → output → largest error in units of its bound."""
+    wrong: dict[str, str]
+    """Variant → why it is wrong."""
+    too_large: dict[str, str]
+    """Variant → why it does not run on this GPU."""
+
+
+def check(kernel, sizes: list[Size], repeats: int, dtype: torch.dtype, device: str) -> Checked:
+    """Compare every variant with fp64 on fresh data; the first size `repeats` times."""
+    variants = [DEFAULT, *kernel.variants(), *kernel.others(device)]
+    worst: dict[Variant, dict[str, torch.Tensor]] = {variant: {} for variant in variants}
+    wrong, too_large = {}, {}
+    rounds = [(sizes[0], seed) for seed in range(repeats)]
+    rounds += [(size, seed) for size in sizes[1:] for seed in range(2)]
+    for size, seed in rounds:
+        inputs = kernel.inputs(size, dtype, device, seed)
+        for mode in kernel.modes:
+            launch = kernel.prepare(inputs, mode)
+            for variant in variants:
+                if label(variant) in wrong or label(variant) in too_large:
+                    continue
+                try:
+                    launch.restore()
+                    launch.call(setting(variant))
+                    errors = launch.errors()
+                except Exception as error:
+                    reason = f"{mode}, {size}: {error}".splitlines()[0]
+                    (too_large if lacks_resources(error) else wrong)[label(variant)] = reason
+                    continue
+                for name, error in errors.items():
+                    key = f"{mode}: {name}"
+                    worst[variant][key] = torch.maximum(worst[variant].get(key, error), error)
+    found = {
+        label(variant): {key: error.item() for key, error in errors.items()}
+        for variant, errors in worst.items()
+    }
+    for name, errors in found.items():
+        bad = [f"{key} {error:.3g} of its bound" for key, error in errors.items() if not error <= 1]
+        if bad and name not in wrong:
+            wrong[name] = ", ".join(bad)
+    right = [v for v in variants if label(v) not in wrong and label(v) not in too_large]
+    return Checked(right, found, wrong, too_large)
+
+
+def show_checked(name: str, checked: Checked) -> None:
+    """Print the largest error of each variant, and what is left out."""
+    table = []
+    for variant, errors in checked.worst.items():
+        worst = max(errors, key=errors.get, default=None)
+        verdict = "wrong" if variant in checked.wrong else "right"
+        verdict = "too large" if variant in checked.too_large else verdict
+        figure = worst and f"{errors[worst]:.2g} ({worst})"
+        table.append([variant, verdict, figure])
+    print_table(f"{name} against fp64", ["variant", "verdict", "largest error / bound"], table)
+    for variant, reason in (checked.wrong | checked.too_large).items():
+        print(f"{name}: {variant}: {reason}")
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def time_variants(kernel, variants: list[Variant], dtype, device: str, seconds: float) -> dict:
+    """Time the variants in turn on all sizes and in all modes: variant → case → `summary`."""
+    sizes = kernel.sizes()
+    times: dict[str, dict[str, dict]] = {label(variant): {} for variant in variants}
+    for size in sizes:
+        inputs = kernel.inputs(size, dtype, device, 0)
+        launches = {mode: kernel.prepare(inputs, mode) for mode in kernel.modes}
+        cases = [(mode, variant) for mode in kernel.modes for variant in variants]
+        watches = {case: Stopwatch(device) for case in cases}
+        taken = {case: [] for case in cases}
+        stop = time.monotonic() + seconds / len(sizes)
+        for turn in range(MOST_ROUNDS + 1):
+            for mode, variant in cases:
+                launch = launches[mode]
+                once = watches[mode, variant](
+                    launch.restore, partial(launch.call, setting(variant))
+                )
+                if turn:  # the first one is a warm-up
+                    taken[mode, variant].append(once)
+            if turn and time.monotonic() > stop:
+                break
+        for (mode, variant), each in taken.items():
+            times[label(variant)][f"{mode}, {size}"] = summary(each)
+        inputs = launches = launch = None
+        release()
+    return times
+
+
+def relative_times(times: dict[str, dict[str, dict]]) -> dict[str, float]:
+    """Geometric mean over all cases of a variant's median / the default's."""
+    default = times[DEFAULT]
+    return {
+        name: math.exp(
+            statistics.fmean(
+                math.log(cases[case]["median"] / default[case]["median"]) for case in default
+            )
+        )
+        for name, cases in times.items()
+    }
+
+
+def winner(ratios: dict[str, float], variants: list[Variant]) -> tuple | None:
+    """The fastest setting, if it saves more than LEAST_GAIN of the default's time."""
+    settings = [each for each in variants if not isinstance(each, str)]
+    best = min(settings, key=lambda each: ratios[label(each)], default=None)
+    return best if best is not None and ratios[label(best)] < 1 - LEAST_GAIN else None
+
+
+def write_entry(table: Path, architecture: str, kernel: str, best: tuple | None) -> None:
+    """Set the kernel's entry on the architecture, or remove it; others stay as they are."""
+    entries = json.loads(table.read_text()) if table.exists() else {}
+    of_architecture = entries.setdefault(architecture, {})
+    of_architecture.pop(kernel, None)
+    if best is not None:
+        of_architecture[kernel] = best._asdict()
+    write_json(table, {name: each for name, each in sorted(entries.items()) if each})
+
+
+def sweep(kernel, arguments) -> bool:
+    """Check and time a kernel's settings, and write the winner; return whether all were right."""
+    device, dtype = arguments.device, arguments.dtype
+    checks = min(CHECKS_BEFORE_SWEEP, arguments.repeats or CHECKS_BEFORE_SWEEP)
+    checked = check(kernel, kernel.checked_sizes(), checks, dtype, device)
+    show_checked(kernel.name, checked)
+    timed = [variant for variant in checked.right if variant not in kernel.others(device)]
+    results = {"wrong": checked.wrong, "too_large": checked.too_large}
+    if DEFAULT in timed:
+        times = time_variants(kernel, timed, dtype, device, arguments.seconds)
+        ratios = relative_times(times)
+        best = winner(ratios, timed)
+        table = [
+            [name, *(f"{case['median'] * 1e3:,.3f}" for case in cases.values()), f"{ratio:.3f}"]
+            for (name, cases), ratio in zip(times.items(), ratios.values(), strict=True)
+        ]
+        table.sort(key=lambda row: row[-1])
+        title = f"{kernel.name}: ms, best first; {dtype} on {device}"
+        print_table(title, ["setting", *times[DEFAULT], "time / default's"], table)
+        architecture = tuned.architecture(torch.device(device))
+        found = "the default stands" if best is None else label(best)
+        if architecture is not None:
+            write_entry(arguments.table, architecture, kernel.name, best)
+            print(f"\n{kernel.name} on {architecture}, in {arguments.table.name}: {found}")
+        results |= {"architecture": architecture, "best": best and best._asdict()}
+        results |= {"times": times, "of_default": ratios}
+    finish(f"sweep_{kernel.name}", device, **results)
+    return not checked.wrong
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def all_kernels() -> dict:
+    """Name in the table of launch settings → how to try the kernel."""
+    from sweep_kernels import AdamW, Logprobs, Loss  # imported when the interpreter is chosen
+    from sweep_linear import Linear
+
+    return {kernel.name: kernel for kernel in (Loss(), Logprobs(), AdamW(), Linear())}
+
+
+def compile_all(kernels: list, dtype: torch.dtype, device: str) -> None:
+    """Launch every variant of the kernels on one row, in threads: Triton lets others run."""
+
+    def launch_once(kernel, size: Size, mode: str, variant: Variant) -> None:
+        inputs = kernel.inputs(size._replace(rows=1), dtype, device, 0)
+        launch = kernel.prepare(inputs, mode)
+        launch.restore()
+        with contextlib.suppress(Exception):  # a check reports it
+            launch.call(setting(variant))
+
+    work = [
+        (kernel, size, mode, variant)
+        for kernel in kernels
+        for size in {size._replace(rows=1) for size in kernel.checked_sizes()}
+        for mode in kernel.modes
+        for variant in kernel.variants()
+    ]
+    # The interpreter is no compiler, and not made for threads.
+    with ThreadPoolExecutor(1 if device == "cpu" else os.cpu_count()) as pool:
+        list(pool.map(lambda each: launch_once(*each), work))
+    print(f"compiled {len(work)} launches")
+
+
+def check_all(kernels: list, arguments) -> bool:
+    """Check every kernel, print one document; return whether all variants were right."""
+    results = {}
+    for kernel in kernels:
+        repeats = arguments.repeats or kernel.repeats
+        sizes = kernel.checked_sizes()
+        checked = check(kernel, sizes, repeats, arguments.dtype, arguments.device)
+        show_checked(f"{kernel.name}, {repeats} times", checked)
+        results[kernel.name] = {**checked._asdict(), "right": [*map(label, checked.right)]}
+        release()
+    finish("check", arguments.device, statistic="largest error / bound", kernels=results)
+    return not any(result["wrong"] for result in results.values())
+
+
+class Tiny:
+    """A kernel with sizes that Triton's interpreter gets through."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getattr__(self, name: str):
+        return getattr(self.kernel, name)
+
+    def sizes(self) -> list[Size]:
+        return [TINY[self.kernel.name]]
+
+    def checked_sizes(self) -> list[Size]:
+        return self.sizes()
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("kernels", nargs="*", help="default: all")
+    parser.add_argument("--seconds", type=float, default=120, help="of timing, for a kernel")
+    parser.add_argument("--repeats", type=int, help="checks on fresh data; the kernel's own number")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", type=Path, default=TABLE, help="where the winner is written")
+    parser.add_argument("--check", action="store_true", help="compare with fp64, again and again")
+    parser.add_argument("--compile", action="store_true", help="fill Triton's cache on the disk")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script out")
+    arguments = parser.parse_args()
+    device = arguments.device = pick_device(arguments.device)
+    arguments.dtype = getattr(torch, arguments.dtype)
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    known = all_kernels()
+    unknown = set(arguments.kernels) - set(known)
+    if unknown:
+        raise SystemExit(f"{', '.join(unknown)}: expected kernels among {', '.join(known)}")
+    kernels = [known[name] for name in arguments.kernels or known]
+    if arguments.quick:
+        kernels = [Tiny(kernel) for kernel in kernels]
+    # An empty table: the default is the choice by arithmetic, whatever was found before.
+    with mock.patch.object(tuned, "read_table", dict):
+        if arguments.compile:
+            compile_all(kernels, arguments.dtype, device)
+            return
+        if arguments.check:
+            right = check_all(kernels, arguments)
+        else:
+            right = all([sweep(kernel, arguments) for kernel in kernels])
+    sys.exit(not right)
+
+
+if __name__ == "__main__":
+    main()
