@@ -113,9 +113,11 @@ class Queue:
         chosen: Sequence[str] = (),
         tiny: bool = False,
         begin: Callable[..., subprocess.Popen] = start,
+        root: Path = ROOT,
         table: Path = TABLE,
     ):
-        self.items, self.background, self.gpu, self.table = items, background, gpu, table
+        self.items, self.background, self.gpu = items, background, gpu
+        self.root, self.table = root, table
         self.results, self.out, self.chosen = results, out, chosen
         self.tiny, self.begin = tiny, begin
         self.started = time.monotonic()
@@ -267,8 +269,8 @@ class Queue:
         partial = self.out / ".results.tar.gz"
         with tarfile.open(partial, "w:gz") as archive:
             for path in [*self.new, *self.results.glob("*.png"), self.table]:
-                if path.is_relative_to(ROOT):
-                    archive.add(path, path.relative_to(ROOT))
+                if path.is_relative_to(self.root) and path.exists():
+                    archive.add(path, path.relative_to(self.root))
         partial.replace(self.out / "results.tar.gz")
 
     def summary(self) -> str:

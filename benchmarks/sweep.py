@@ -196,7 +196,8 @@ def write_entry(table: Path, architecture: str, kernel: str, best: tuple | None)
     of_architecture.pop(kernel, None)
     if best is not None:
         of_architecture[kernel] = best._asdict()
-    write_json(table, {name: each for name, each in sorted(entries.items()) if each})
+    kept = {name: each for name, each in sorted(entries.items()) if each}
+    write_json(table, kept, "choose another with --table")
 
 
 def sweep(kernel, arguments) -> bool:
