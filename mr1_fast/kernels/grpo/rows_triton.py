@@ -121,9 +121,16 @@ def _grpo_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _logprobs_kernel(
-    X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_SUM, V, BLOCK: tl.constexpr
+    X, x_stride, TARGET, TEMPERATURE, WEIGHT, LOGP, ENTROPY, PEAK, LOG_SUM, V, BLOCK: tl.constexpr
 ):
     n = tl.program_id(0).to(tl.int64)
+    if WEIGHT is not None:  # noqa: SIM102
+        if tl.load(WEIGHT + n) == 0:
+            tl.store(LOGP + n, 0.0)
+            tl.store(ENTROPY + n, 0.0)
+            tl.store(PEAK + n, 0.0)
+            tl.store(LOG_SUM + n, 0.0)
+            return
     row = X + n * x_stride
     scale = LOG2E / tl.load(TEMPERATURE)
     x_target = load_target(row, tl.load(TARGET + n), V)
@@ -227,7 +234,10 @@ def row_grpo(
 
 
 def row_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """`rows.row_logprobs`: one program per row, one read."""
     n, v = logits.shape
@@ -236,7 +246,7 @@ def row_logprobs(
         _logprobs_kernel,
         (n,),
         logits.device,
-        logits, logits.stride(0), targets, temperature, *outputs, v,
+        logits, logits.stride(0), targets, temperature, token_weights, *outputs, v,
         BLOCK=block_size(logits), num_warps=NUM_WARPS,
     )  # fmt: skip
     return outputs
