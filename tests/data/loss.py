@@ -116,12 +116,12 @@ def poisoned(data, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_logprobs(logits: torch.Tensor, targets: torch.Tensor, **options) -> tuple:
-    """Return logp, entropy, and the gradient of both; that of masked rows has NaN incoming."""
+    """Return logp, entropy, and the gradient of both; that of entropy is NaN in masked rows."""
     leaf = logits.detach().requires_grad_()
     results = token_logprobs(leaf, targets, 0.8, **options)
     incoming = torch.linspace(0.5, 2, len(targets)).to(results[0])
-    incoming[targets < 0] = torch.nan
-    return *results, *torch.autograd.grad(results, leaf, [incoming, 0.3 - incoming])
+    by_entropy = (0.3 - incoming).masked_fill(targets < 0, torch.nan)
+    return *results, *torch.autograd.grad(results, leaf, [incoming, by_entropy])
 
 
 def assert_within_bound(
