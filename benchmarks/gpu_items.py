@@ -75,8 +75,8 @@ TRAFFIC = ("--clock-control", "none", "--kernel-name", "regex:grpo", "--metrics"
 
 ITEMS = (
     module("env", 15, "mr1_fast.env", sources="limits"),
-    script("check", 60, "--check", file="sweep", after=("build", "compile"),
-           tiny=("--check", "--quick", "--repeats=2")),
+    script("check", 75, "--check", "--seconds=40", file="sweep", after=("build", "compile"),
+           tiny=("--check", "--quick", "--repeats=1")),
     script("limits", 15, tiny=("--megabytes=1", "--size=32", "--rounds=2")),
     sweep("grpo", 40, 60),
     sweep("linear", 60, 90),
@@ -86,6 +86,12 @@ ITEMS = (
     script("linear_grpo_loss", 120, tiny=(*SMALL_LOSS, "--peak-tokens=8", "--hidden=16")),
     script("adamw", 40, "--plot={results}/adamw.png",
            tiny=("--steps=2", "--elements=512", "--rounds=1", "--plot={results}/adamw.png")),
+    script("linear_stages", 60, "--stages", "--hidden", "1536", "4096",
+           file="bench_linear_grpo_loss",
+           tiny=("--stages", *SMALL_LOSS, "--hidden=16", "--dtype=bfloat16")),
+    script("linear_rows", 100, "--hidden", "1536", "4096", "--rows", "1024", "1664", "2048", "2816",
+           file="bench_linear_grpo_loss",
+           tiny=("--rows", "4", *SMALL_LOSS, "--hidden=16", "--dtype=bfloat16")),
     # The bytes that the loss really moves: one read and one write of 2,048 rows are 622 MB each.
     Item("loss_traffic", ("ncu",), TRAFFIC, 40, "grpo_loss", tiny=None, needs="ncu"),
     module("tests", 150, "pytest", "-m", "not slow", *WORKERS, *GPU_TESTS, sources="tests",

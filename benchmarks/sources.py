@@ -17,7 +17,7 @@ LOGPROBS = (
     "mr1_fast/kernels/launch.py",
 )
 LOSS = (*LOGPROBS, "mr1_fast/kernels/grpo/rows_cuda.py", "csrc/fused_grpo_cuda.cu", "csrc/*.h")
-HEAD = (*LOSS, "mr1_fast/kernels/grpo/linear.py")
+HEAD = (*LOSS, *(f"mr1_fast/kernels/grpo/{name}.py" for name in ("linear", "head", "chunks")))
 ADAMW = ("mr1_fast/kernels/adamw/*.py", "mr1_fast/kernels/launch.py")
 DECODE = ("mr1_fast/kernels/decode/*.py", "mr1_fast/kernels/launch.py")
 MODEL = ("mr1_fast/model/*.py",)
@@ -45,6 +45,8 @@ SOURCES = {
     "sweep_linear": Sources(HEAD, ("grpo",)),
     "grpo_loss": Sources(LOSS, LOSS_SETTINGS),
     "native": Sources(("mr1_fast/kernels/grpo/rows_native.py", "csrc/*")),
+    "linear_stages": Sources(HEAD, ("grpo",)),
+    "linear_rows": Sources(HEAD, ("grpo",)),
     "linear_grpo_loss": Sources(HEAD, ("grpo", "linear")),
     "integrations": Sources((*HEAD, "mr1_fast/integrations/*.py"), (*LOSS_SETTINGS, "linear")),
     "adamw": Sources(ADAMW, ("adamw",)),
