@@ -2,7 +2,7 @@
 
     python benchmarks/bench_default_run.py --seeds 0 1 2 [any flag of python -m mr1_fast.train]
 
-With --quick the supervised start ends after its first steps, to try the script out.
+With --quick the weights are random, to try the script out.
 Prints a Markdown table; the last line is one JSON document.
 """
 
@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench_memory import make_model
 from measure import finish, make_parser, pick_device
 
 from mr1_fast.command_line import parse_train_config
-from mr1_fast.start import supervised_start
 from mr1_fast.train import train
 
 STAGES = ("rollout", "reward", "reference", "update")
@@ -50,12 +50,13 @@ def measure(seed: int, flags: list[str]) -> dict:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="hardly any supervised start")
+    parser.add_argument("--quick", action="store_true", help="no supervised start")
     arguments, flags = parser.parse_known_args()
-    if arguments.quick:
-        config = parse_train_config(flags)
-        flags += ["--model", str(supervised_start(config.model, [config], config.seed, 0.0))]
-    runs = [measure(seed, flags) for seed in arguments.seeds]
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.quick:
+            make_model("tiny", Path(scratch), "cpu")
+            flags += ["--model", scratch]
+        runs = [measure(seed, flags) for seed in arguments.seeds]
     print("\n| seed | sampled | greedy | whole run | rollout | reward | reference | update |")
     print("|---|---|---|---|---|---|---|---|")
     for run in runs:

@@ -39,7 +39,7 @@ class Forked:
             return
         code = 1
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
             os.environ.update(environment)

@@ -80,7 +80,7 @@ def start(command: Sequence[str], log: BinaryIO, environment: dict[str, str]) ->
     """Start a command in a process group of its own, its output appended to `log`."""
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, start_new_session=True,
+        stdin=subprocess.DEVNULL, process_group=0,
     )  # fmt: skip
 
 

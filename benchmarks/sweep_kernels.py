@@ -184,14 +184,17 @@ class Logprobs(Loss):
 
 
 class AdamWInputs:
-    """A bf16 weight, its gradient and a state in the middle of a run, and the step in fp64."""
+    """A bf16 weight, its gradient and a state in the middle of a run, and the step in fp64.
+
+    `dtype` plays no part: other weights have no remainder.
+    """
 
     def __init__(self, size: Size, dtype: torch.dtype, device: str, seed: int):
         generator = torch.Generator(device).manual_seed(seed)
         n = size.rows * size.columns
         like = dict(device=device, generator=generator)
-        self.weight = (0.02 * torch.randn(n, **like)).to(dtype)
-        self.gradient = (1e-3 * torch.randn(n, **like)).to(dtype)
+        self.weight = (0.02 * torch.randn(n, **like)).bfloat16()
+        self.gradient = (1e-3 * torch.randn(n, **like)).bfloat16()
         state = State.zeros(self.weight, remainder=True)
         blocks = len(state.m_scale)
         self.state = state._replace(
