@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import lru_cache
 from typing import BinaryIO
 
 PACKAGES = (
@@ -89,9 +90,21 @@ def run(words: list[str]) -> int:
 def start(command: list[str], log: BinaryIO, environment: dict[str, str]) -> Forked:
     """Start a command of this Python, as gpu_queue.start does."""
     os.environ |= {**environment, "TRITON_INTERPRET": "1"}
+    prepare()
+    return Forked(command, log, environment)
+
+
+@lru_cache
+def prepare() -> None:
+    """Import what the commands need, once."""
+    sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])
     for name in PACKAGES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    sys.modules["torch"].set_num_threads(1)  # a fork has none of the threads that exist here
+    import torch
+
+    from mr1_fast.model.tiny import tiny_model, tiny_processor
+
+    torch.set_num_threads(1)  # a fork has none of the threads that exist here
+    tiny_model(tiny_processor())  # transformers imports a model's modules when they are used
     gc.freeze()  # measure.release collects garbage: not among all that was imported
-    return Forked(command, log, environment)

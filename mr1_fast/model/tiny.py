@@ -4,6 +4,7 @@ They are real Qwen2-VL models, of 0.9M and 16.8M parameters.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -166,8 +167,12 @@ def tiny_model(
     return Qwen2VLForConditionalGeneration(tiny_config(processor, size))
 
 
+@lru_cache
 def _sentences(per_task: int = 200) -> list[str]:
-    """Return texts of every drawn task at two difficulties, for training the tokenizer."""
+    """Return texts of every drawn task at two difficulties, for training the tokenizer.
+
+    Drawing them takes seconds, and a process makes several processors.
+    """
     sentences = []
     for task in TASKS.values():
         for difficulty in (1, 3):
