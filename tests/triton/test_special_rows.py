@@ -266,6 +266,21 @@ def test_a_mask_of_the_lowest_finite_number_leaves_entropy_and_gradient_finite(d
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_nothing_but_the_lowest_number_is_nan_and_not_infinite(
+    device, monkeypatch, dtype, native
+):
+    if native:  # the kernels of csrc/ on a CPU
+        monkeypatch.setattr("mr1_fast.kernels.grpo.rows.use_triton", lambda _: False)
+        device = "cpu"
+    data = loss_rows(2, 4099, dtype, device)
+    data["logits"][0] = torch.finfo(dtype).min
+    result, gradient = run(data["logits"], **objective_of(data), beta=0.0)
+    assert result.loss.isnan() and result.logp.isnan().tolist() == [True, False]
+    assert (gradient[0] == 0).all() and gradient[1].isfinite().all()
+
+
 def test_targets_may_be_strided(device):
     data = loss_rows(4, 97, device=device)
     columns = torch.stack([data["targets"], 96 - data["targets"]], 1)
