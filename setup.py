@@ -36,8 +36,11 @@ INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
 # Fused multiply-adds would make the rotation of decode_cpu.cpp round differently from PyTorch's.
 PER_SET = {"row_kernels": [], "decode_cpu": ["-ffp-contract=off"]}
 """Source files that are compiled once per instruction set, with their own compiler flags."""
-CUDA_ARCHITECTURES = (80, 86, 89, 90, 120)
-"""Compute capabilities of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
+CUDA_ARCHITECTURES = (90, 100, 120)
+"""Compute capabilities of H100, B200 and RTX 5090, which serve their whole families.
+
+GPUs before them have no thread block clusters, which fused_grpo_cuda.cu is made of.
+"""
 CPP = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 
 
@@ -75,7 +78,7 @@ def compile_cpu(output: str, objects: Path) -> None:
 def compile_cuda(output: str, objects: Path) -> str:
     """Compile fused_grpo_cuda.cu for every architecture; return the report of ptxas.
 
-    Hopper's PTX is included for other architectures. Raises CompileError.
+    The PTX of sm_90 is included for newer ones. Raises CompileError.
     """
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)

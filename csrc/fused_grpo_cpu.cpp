@@ -185,7 +185,9 @@ struct Target {
 };
 
 // Returns log p of the target and the entropy, from the rounded origin that every sweep uses.
+// NaN where the origin overflowed, as for a row whose logits all are the lowest number of fp32.
 Target target_of(const Statistics& statistics, float x, float scale) {
+    if (!(statistics.s > 0) || !std::isfinite(statistics.origin)) return {NAN, NAN};
     const double log2_s = std::log2(statistics.s), y = (double)x * scale - statistics.origin;
     return {(float)((y - log2_s) * LN2), (float)((log2_s - statistics.u / statistics.s) * LN2)};
 }

@@ -1,287 +1,350 @@
-// The fused GRPO loss on CUDA, an alternative to the Triton kernel; benchmarks/bench_grpo_loss.py
-// decides which is the default on an architecture.
+// The fused GRPO loss on GPUs with thread block clusters (sm_90 and newer), an alternative to the
+// Triton kernel; benchmarks/bench_grpo_loss.py decides which is the default on an architecture.
 //
-// On Hopper, a cluster of thread blocks holds a whole row in shared memory (4 × 76 KB for 152,064
-// bf16 logits), reduces through distributed shared memory, and writes the gradient from there:
-// device memory sees one read and one write, whatever L2 holds. Elsewhere, two kernels go over
-// groups of rows that fit in L2, and a row is split over blocks.
+// A cluster of thread blocks holds a row in its shared memory, a part in each block. A block
+//   1. fetches its part by a few bulk copies, and takes the maximum of each as it arrives;
+//   2. sums 2^y and 2^y·y over the part in one sweep relative to that exact maximum;
+//   3. sends the sums to every block of the cluster, and waits for theirs;
+//   4. writes the gradient from shared memory.
+// So device memory sees one read and one write, whatever L2 holds and whether in place or not.
+//
+// Steps overlap between the blocks of a multiprocessor: see BLOCKS_PER_SM. An element costs 12
+// instructions, two of them exponentials. For 8,192 × 151,936 bf16 on an H100 that is 0.5 ms of
+// issue, and 0.7 ms at 16 exponentials a clock and multiprocessor, beside 1.6 ms for a copy.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include "grpo_token.h"
+#include "cluster_ptx.h"
+#include "fused_grpo_part.h"
 
 namespace {
 
-constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr float FAR = -1e30f;  // a shift whose power is 0; −inf times 0 would be NaN
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int PIECES = 4;        // bulk copies per part
+constexpr int MOST_BLOCKS = 16;  // of a cluster; not every GPU runs more than 8
 
-// m = max x; with y = (x − m)·scale: s = Σ 2^y, u = Σ 2^y·y.
-struct Statistics {
-    float m, s, u;
-};
+// Blocks that a multiprocessor's shared memory should have room for: one loads, one computes, one
+// waits for its cluster, one stores. So 8 blocks hold a row of 151,936 bf16 logits on an sm_90,
+// 37.1 KiB each. With 1 KiB for the system and 0.4 for `Shared`, 5 of them fit in its 228 KiB: 186
+// KiB in flight, where a copy moves 23 KB in a µs, about the latency. In the 100 KiB of an sm_120
+// two fit, as its clusters have at most 8 blocks, beside 10 KB in a µs.
+constexpr int BLOCKS_PER_SM = 4;
+constexpr int RESIDENT = 5;  // blocks that registers must leave room for: 48 a thread
 
-__device__ Statistics combine(Statistics a, Statistics b, float scale) {
-    const float m = fmaxf(a.m, b.m);
-    if (m == -INFINITY) return {m, a.s + b.s, a.u + b.u};
-    const float da = a.m == -INFINITY ? 0.0f : fmaxf((a.m - m) * scale, FAR);
-    const float db = b.m == -INFINITY ? 0.0f : fmaxf((b.m - m) * scale, FAR);
-    const float wa = a.m == -INFINITY ? 0.0f : exp2f(da), wb = b.m == -INFINITY ? 0.0f : exp2f(db);
-    return {m, wa * a.s + wb * b.s, wa * (a.u + a.s * da) + wb * (b.u + b.s * db)};
-}
+// --- packs of 16 bytes, of pairs of logits -------------------------------------------------------
 
-// Returns the block's statistics to every thread.
-__device__ Statistics reduce_block(Statistics mine, float scale) {
-    __shared__ Statistics warps[WARPS];
-    for (int offset = 16; offset; offset /= 2) {
-        Statistics other;
-        other.m = __shfl_xor_sync(~0u, mine.m, offset);
-        other.s = __shfl_xor_sync(~0u, mine.s, offset);
-        other.u = __shfl_xor_sync(~0u, mine.u, offset);
-        mine = combine(mine, other, scale);
-    }
-    __syncthreads();  // `warps` may still be read from the last call
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
-    __syncthreads();
-    mine = warps[0];
-    for (int w = 1; w < WARPS; ++w) mine = combine(mine, warps[w], scale);
-    return mine;
-}
-
-// 16 bytes of logits.
-template <class T> struct Pack {
-    static constexpr int SIZE = 16 / sizeof(T);
+template <class Pair> struct Pack {
+    static constexpr int PAIRS = 16 / sizeof(Pair), SIZE = 2 * PAIRS;
     union {
         uint4 bits;
-        T values[SIZE];
+        Pair pairs[PAIRS];
     };
 };
 
-// Adds a pack to the statistics. Its maximum comes first, so that there is one exponential per
-// element.
-template <class T> __device__ void add(Statistics& total, const Pack<T>& pack, float scale) {
-    float x[Pack<T>::SIZE], m = total.m;
-    for (int k = 0; k < Pack<T>::SIZE; ++k) m = fmaxf(m, x[k] = float(pack.values[k]));
-    const float origin = m == -INFINITY ? 0.0f : m;
-    if (total.m < m) {
-        const float d = total.m == -INFINITY ? 0.0f : fmaxf((total.m - m) * scale, FAR);
-        const float w = total.m == -INFINITY ? 0.0f : exp2f(d);
-        total = {m, w * total.s, w * (total.u + total.s * d)};
-    }
-    for (int k = 0; k < Pack<T>::SIZE; ++k) {
-        const float y = (x[k] - origin) * scale, p = exp2f(y);
-        total.s += p;
-        total.u += p > 0 ? p * y : 0.0f;
-    }
+__device__ float2 floats(float2 x) { return x; }
+__device__ float2 floats(__nv_bfloat162 x) {
+    // __bfloat1622float2 takes an instruction more.
+    const uint32_t bits = *(const uint32_t*)&x;
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+__device__ float2 floats(__half2 x) { return __half22float2(x); }
+
+// The larger one of each; NaN is dropped.
+__device__ float2 larger(float2 a, float2 b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
+__device__ __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
+
+template <class Pair> __device__ Pair rounded(float x, float y);
+template <> __device__ float2 rounded(float x, float y) { return {x, y}; }
+template <> __device__ __nv_bfloat162 rounded(float x, float y) {
+    return __floats2bfloat162_rn(x, y);
+}
+template <> __device__ __half2 rounded(float x, float y) { return __floats2half2_rn(x, y); }
+
+// --- the kernel ----------------------------------------------------------------------------------
+
+__device__ float sum_over_warp(float x) {
+    for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
 }
 
-struct Row {
-    float coefficient, m, log2_s, temperature;
-    int64_t target;
+__device__ float maximum_over_warp(float x) {
+    for (int offset = 16; offset; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+    return x;
+}
+
+// A block's shared memory beside its part.
+struct __align__(16) Shared {
+    PartStatistics parts[MOST_BLOCKS];  // sent by the blocks of the cluster, this one too
+    RowGradient row;
+    float2 sums[WARPS];
+    float peaks[WARPS];
+    Barrier arrived[PIECES], exchanged;
 };
 
-// Computes the loss of row n from its statistics; the thread with `write` stores the results.
-__device__ Row finish(const GrpoArguments& a, int64_t n, Statistics total, float x_target,
-                      float scale, bool write) {
-    const float log2_s = log2f(total.s), logp = ((x_target - total.m) * scale - log2_s) * LN2;
-    LossSettings settings = a.settings;
-    settings.beta = *a.beta;
-    const TokenLoss token =
-        grpo_token(&settings, logp, a.old_logp ? a.old_logp[n] : logp, a.ref_logp != nullptr,
-                   a.ref_logp ? a.ref_logp[n] : 0.0f, a.advantages[n], a.token_weights[n],
-                   a.is_weights ? a.is_weights[n] : 1.0f);
-    if (write) {
-        a.loss[n] = token.loss;
-        a.logp[n] = logp;
-        a.entropy[n] = (log2_s - total.u / total.s) * LN2;
-        a.kl[n] = token.kl;
-        a.clipped[n] = token.clipped;
-        a.kl_limited[n] = token.kl_limited;
+// Starts the copies of the block's part, and prepares all barriers. By one thread.
+__device__ void fetch(const uint4* part, int count, int piece, int blocks, uint4* held,
+                      Shared& shared) {
+    for (int j = 0; j < PIECES; ++j) init(&shared.arrived[j]);
+    init(&shared.exchanged);
+    fence_init();
+    for (int j = 0; j < PIECES; ++j) {
+        const int begin = min(j * piece, count), packs = min(begin + piece, count) - begin;
+        // Where nothing is to come, as in a short or empty part, the phase ends at once.
+        arrive_and_expect(&shared.arrived[j], 16 * packs);
+        if (packs) copy_async(held + begin, part + begin, 16 * packs, &shared.arrived[j]);
     }
-    const float coefficient = token.derivative / *a.temperature;
-    return {isfinite(coefficient) ? coefficient : 0.0f, total.m, log2_s, *a.temperature,
-            a.targets[n]};
+    arrive_and_expect(&shared.exchanged, blocks * (int)sizeof(PartStatistics));
 }
 
-template <class T>
-__device__ Pack<T> gradient(const Pack<T>& pack, const Row& row, int64_t column, float scale) {
-    Pack<T> out;
-    for (int k = 0; k < Pack<T>::SIZE; ++k) {
-        const float p = row.coefficient == 0
-                            ? 0.0f
-                            : exp2f((float(pack.values[k]) - row.m) * scale - row.log2_s);
-        out.values[k] =
-            T((column + k == row.target ? row.coefficient : 0.0f) - row.coefficient * p);
+// Returns the maximum of the part to every thread, taken piece by piece as they arrive.
+template <class Pair>
+__device__ float maximum_of_part(const uint4* held, int count, int piece, Shared& shared) {
+    Pair largest = rounded<Pair>(-INFINITY, -INFINITY);
+    int i = threadIdx.x;
+#pragma unroll 1
+    for (int j = 0; j < PIECES; ++j) {
+        wait(&shared.arrived[j]);
+        for (const int end = min((j + 1) * piece, count); i < end; i += THREADS) {
+            Pack<Pair> pack;
+            pack.bits = held[i];
+            for (int k = 0; k < Pack<Pair>::PAIRS; ++k) largest = larger(largest, pack.pairs[k]);
+        }
     }
-    return out;
+    const float2 two = floats(largest);
+    float peak = maximum_over_warp(fmaxf(two.x, two.y));
+    if (threadIdx.x % 32 == 0) shared.peaks[threadIdx.x / 32] = peak;
+    __syncthreads();
+    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, shared.peaks[w]);
+    return peak;
 }
 
-template <class T> __device__ float target_logit(const GrpoArguments& a, int64_t n) {
-    const int64_t target = a.targets[n];
-    if (target < 0 || target >= a.v) return NAN;
-    return float(((const T*)a.logits)[n * a.stride + target]);
-}
-
-// --- Hopper --------------------------------------------------------------------------------------
-
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define MR1_CLUSTERS
-#endif
-}  // namespace
-#include <cooperative_groups.h>
-namespace {
-
-// grid: n × blocks of a cluster; shared memory: the block's packs.
-template <class T> __global__ void __launch_bounds__(THREADS) cluster_kernel(GrpoArguments a) {
-#ifdef MR1_CLUSTERS
-    extern __shared__ uint4 held[];
-    __shared__ Statistics mine;
-    const auto cluster = cooperative_groups::this_cluster();
-    const int part = cluster.block_rank(), parts = cluster.num_blocks();
-    const int64_t n = blockIdx.x / parts, packs = a.v / Pack<T>::SIZE,
-                  per_part = (packs + parts - 1) / parts;
-    const int64_t begin = min(part * per_part, packs), count = min(per_part, packs - begin);
-    const float scale = LOG2E / *a.temperature, x_target = target_logit<T>(a, n);
-    const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride) + begin;
-
-    Statistics total = {-INFINITY, 0.0f, 0.0f};
-    constexpr int AHEAD = 4;  // 16-byte loads in flight per thread
-    for (int64_t i = threadIdx.x; i < count; i += AHEAD * THREADS) {
-        Pack<T> pack[AHEAD];
-        for (int k = 0; k < AHEAD; ++k)
-            if (i + k * THREADS < count) pack[k].bits = __ldcs(in + i + k * THREADS);
-        for (int k = 0; k < AHEAD; ++k)
-            if (i + k * THREADS < count) {
-                held[i + k * THREADS] = pack[k].bits;
-                add(total, pack[k], scale);
-            }
-    }
-    total = reduce_block(total, scale);
-    if (threadIdx.x == 0) mine = total;
-    cluster.sync();  // also: every block has read the target's logit before any block overwrites it
-    total = {-INFINITY, 0.0f, 0.0f};
-    for (int other = 0; other < parts; ++other)
-        total = combine(total, *cluster.map_shared_rank(&mine, other), scale);
-    cluster.sync();  // no block may end while its statistics are read
-
-    const Row row = finish(a, n, total, x_target, scale, part == 0 && threadIdx.x == 0);
-    if (!a.out) return;
-    uint4* out = (uint4*)((T*)a.out + n * a.out_stride) + begin;
-    for (int64_t i = threadIdx.x; i < count; i += THREADS) {
-        Pack<T> pack;
+// Leaves Σ 2^y and Σ 2^y·y of each warp in `shared`.
+template <class Pair>
+__device__ void sum_part(const uint4* held, int count, float scale, float origin, Shared& shared) {
+    float s = 0.0f, u = 0.0f;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        Pack<Pair> pack;
         pack.bits = held[i];
-        __stcs(out + i, gradient(pack, row, (begin + i) * Pack<T>::SIZE, scale).bits);
+        for (int j = 0; j < Pack<Pair>::PAIRS; ++j) {
+            const float2 x = floats(pack.pairs[j]);
+            add_logit(x.x, scale, origin, &s, &u);
+            add_logit(x.y, scale, origin, &s, &u);
+        }
     }
-#endif
+    s = sum_over_warp(s);
+    u = sum_over_warp(u);
+    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = {s, u};
 }
 
-// --- elsewhere -----------------------------------------------------------------------------------
-
-// grid: (parts, rows of the group)
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    statistics_kernel(GrpoArguments a, int64_t first, Statistics* partial, float* x_targets) {
-    const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
-    const float scale = LOG2E / *a.temperature;
-    const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride);
-    Statistics total = {-INFINITY, 0.0f, 0.0f};
-    for (int64_t i = blockIdx.x * THREADS + threadIdx.x; i < packs; i += gridDim.x * THREADS) {
-        Pack<T> pack;
-        pack.bits = in[i];
-        add(total, pack, scale);
+// Sends the part's statistics to all blocks of the cluster, waits for theirs, and computes the
+// row's loss; leaves its gradient in `shared`. By the whole of warp 0.
+__device__ void exchange(const GrpoArguments& a, int64_t n, const RowInputs& in, float k,
+                         float x_target, int blocks, Shared& shared) {
+    const int lane = threadIdx.x, rank = rank_in_cluster();
+    float s = 0.0f, u = 0.0f;
+    for (int w = 0; w < WARPS; ++w) {
+        s += shared.sums[w].x;
+        u += shared.sums[w].y;
     }
-    total = reduce_block(total, scale);
-    if (threadIdx.x) return;
-    partial[blockIdx.y * gridDim.x + blockIdx.x] = total;
-    if (blockIdx.x == 0) x_targets[blockIdx.y] = target_logit<T>(a, n);
+    if (lane < blocks)
+        send(lane, (float4*)&shared.parts[rank], {k, s, u, x_target}, &shared.exchanged);
+    wait_for_cluster(&shared.exchanged);
+    PartStatistics part = {-INFINITY, 0.0f, 0.0f, 0.0f};
+    if (lane < blocks) part = shared.parts[lane];
+    const float origin = finite_origin(maximum_over_warp(part.k));
+    part = relative_to(part, origin);
+    const PartStatistics row = {origin, sum_over_warp(part.s), sum_over_warp(part.u),
+                                sum_over_warp(part.x_target)};
+    if (lane == 0) shared.row = finish_row(&a, n, &in, row, rank == 0);
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    gradient_kernel(GrpoArguments a, int64_t first, const Statistics* partial,
-                    const float* x_targets) {
-    const int64_t n = first + blockIdx.y, packs = a.v / Pack<T>::SIZE;
-    const float scale = LOG2E / *a.temperature;
-    Statistics total = {-INFINITY, 0.0f, 0.0f};
-    for (int part = 0; part < gridDim.x; ++part)
-        total = combine(total, partial[blockIdx.y * gridDim.x + part], scale);
-    const Row row =
-        finish(a, n, total, x_targets[blockIdx.y], scale, blockIdx.x == 0 && threadIdx.x == 0);
+template <class Pair>
+__device__ void write_gradient(uint4* out, const uint4* held, int count, float scale,
+                               RowGradient row) {
+    if (row.factor == 0.0f) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count; i += THREADS) __stcs(out + i, make_uint4(0, 0, 0, 0));
+        return;
+    }
+#pragma unroll 2
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        Pack<Pair> pack;
+        pack.bits = held[i];
+        for (int j = 0; j < Pack<Pair>::PAIRS; ++j) {
+            const float2 x = floats(pack.pairs[j]);
+            pack.pairs[j] = rounded<Pair>(column_gradient(x.x, scale, &row),
+                                          column_gradient(x.y, scale, &row));
+        }
+        __stcs(out + i, pack.bits);
+    }
+}
+
+// grid: rows × blocks of a cluster; dynamic shared memory: `per_part` packs.
+template <class Pair>
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    cluster_kernel(const __grid_constant__ GrpoArguments a, int per_part, int log2_blocks) {
+    extern __shared__ uint4 held[];
+    __shared__ Shared shared;
+    constexpr int SIZE = Pack<Pair>::SIZE;
+    using Element = decltype(Pair::x);
+    const int thread = threadIdx.x, blocks = 1 << log2_blocks;
+    // Not from %clusterid, which is computed in fp32 and wrong beyond 2^24 blocks.
+    const int64_t n = blockIdx.x >> log2_blocks;
+    const PackRange part = part_range((int)(a.v / SIZE), per_part, rank_in_cluster());
+    const uint4* const in = (const uint4*)((const Element*)a.logits + n * a.stride) + part.begin;
+    // Pieces are whole rounds of the block, so that only the last round of a part is ragged.
+    const int piece = (per_part + PIECES * THREADS - 1) / (PIECES * THREADS) * THREADS;
+
+    if (thread == 0) fetch(in, part.count, piece, blocks, held, shared);
+    __syncthreads();      // the barriers are there for this block,
+    arrive_at_cluster();  // and for the others as soon as these have waited for this arrival
+
+    RowInputs inputs = {};
+    if (thread < 32) inputs = row_inputs(&a, n);  // now, since device memory is far
+    const float scale = MR1_LOG2E / *a.temperature;
+    // The target's column in this part; −1 if it is in another one or in none.
+    const uint64_t column = (uint64_t)a.targets[n] - (uint64_t)part.begin * SIZE;
+    const int target = column < (uint64_t)part.count * SIZE ? (int)column : -1;
+
+    const float k = maximum_of_part<Pair>(held, part.count, piece, shared) * scale;
+    sum_part<Pair>(held, part.count, scale, finite_origin(k), shared);
+    wait_for_arrivals();  // long past: all blocks of a cluster start together
+    __syncthreads();
+    if (thread < 32) {
+        const float2 pair = floats(((const Pair*)held)[max(target, 0) / 2]);
+        const float x_target = target < 0 ? 0.0f : target % 2 ? pair.y : pair.x;
+        exchange(a, n, inputs, k, x_target, blocks, shared);
+    }
+    // A block may not end while others write to its shared memory; it has waited for all that they
+    // send. As no bulk copy follows, none can overtake the reads of `held`: a kernel that fetched
+    // another row from here on would need fence.proxy.async first.
+    __syncthreads();
+
     if (!a.out) return;
-    const uint4* in = (const uint4*)((const T*)a.logits + n * a.stride);
-    uint4* out = (uint4*)((T*)a.out + n * a.out_stride);
-    for (int64_t i = blockIdx.x * THREADS + threadIdx.x; i < packs; i += gridDim.x * THREADS) {
-        Pack<T> pack;
-        if (row.coefficient != 0) pack.bits = in[i];
-        __stcs(out + i, gradient(pack, row, i * Pack<T>::SIZE, scale).bits);
-    }
+    Element* const out = (Element*)a.out + n * a.out_stride + (int64_t)part.begin * SIZE;
+    write_gradient<Pair>((uint4*)out, held, part.count, scale, shared.row);
+    // By the thread that has just written the target's pack, so that this comes after it.
+    if (target >= 0 && target / SIZE % THREADS == thread)
+        out[target] = rounded<Pair>(shared.row.target_value, 0.0f).x;
 }
 
 // --- launching -----------------------------------------------------------------------------------
 
-template <class T> cudaError_t launch_cluster(const GrpoArguments& a, cudaStream_t stream) {
-    const int64_t packs = a.v / Pack<T>::SIZE;
-    int parts = 1;
-    while (parts < 8 && (packs + parts - 1) / parts * 16 > 80 * 1024)
-        parts *= 2;  // two blocks or more on an SM
-    const size_t shared = (packs + parts - 1) / parts * 16;
-    const auto kernel = cluster_kernel<T>;
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 * 1024);
-    if (error) return error;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {(unsigned)parts, 1, 1};
+using Kernel = void (*)(GrpoArguments, int, int);
+
+struct Dtype {
+    Kernel kernel;
+    int bytes;  // of a logit
+};
+
+// By the numbers of mr1_fast/kernels/native.py.
+const Dtype DTYPES[] = {{cluster_kernel<float2>, 4},
+                        {cluster_kernel<__nv_bfloat162>, 2},
+                        {cluster_kernel<__half2>, 2}};
+
+// The launch of a row of `packs` on a cluster of `blocks`.
+struct Launch {
+    int per_part;
+    cudaLaunchAttribute cluster{};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3((unsigned)(a.n * parts));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, a);
-}
 
-template <class T>
-cudaError_t launch_plain(const GrpoArguments& a, void* scratch, int64_t scratch_rows, int parts,
-                         cudaStream_t stream) {
-    Statistics* partial = (Statistics*)scratch;
-    float* x_targets = (float*)(partial + scratch_rows * parts);
-    for (int64_t first = 0; first < a.n; first += scratch_rows) {
-        const dim3 grid(parts, (unsigned)min(scratch_rows, a.n - first));
-        statistics_kernel<T><<<grid, THREADS, 0, stream>>>(a, first, partial, x_targets);
-        gradient_kernel<T><<<grid, THREADS, 0, stream>>>(a, first, partial, x_targets);
-        if (const cudaError_t error = cudaGetLastError()) return error;
+    Launch(int64_t n, int packs, int blocks, cudaStream_t stream)
+        : per_part(packs_per_part(packs, blocks)) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {(unsigned)blocks, 1, 1};
+        config.gridDim = dim3((unsigned)(n * blocks));
+        config.blockDim = dim3(THREADS);
+        config.dynamicSmemBytes = 16 * (size_t)per_part;
+        config.stream = stream;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
     }
-    return cudaSuccess;
-}
+    Launch(const Launch&) = delete;  // config points into it
+    // Allows what this launch needs beyond the default, on the current device; all of its shared
+    // memory, as another thread may launch with more meanwhile.
+    cudaError_t allow(Kernel kernel, int most_shared) const {
+        cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+        if (!error)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
+        if (!error && cluster.val.clusterDim.x > 8)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        return error;
+    }
+};
 
-template <class T>
-cudaError_t launch(const GrpoArguments& a, int clusters, void* scratch, int64_t rows, int parts,
-                   cudaStream_t stream) {
-    return clusters ? launch_cluster<T>(a, stream)
-                    : launch_plain<T>(a, scratch, rows, parts, stream);
-}
+// What the current device has; bytes of shared memory.
+struct Limits {
+    int clusters = 0, most_shared = 0, all_shared = 0, reserved = 0;
+    cudaError_t error;
+
+    Limits() {
+        int device;
+        error = cudaGetDevice(&device);
+        const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+            if (!error) error = cudaDeviceGetAttribute(value, attribute, device);
+        };
+        ask(&clusters, cudaDevAttrClusterLaunch);
+        ask(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        ask(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+        most_shared -= sizeof(Shared);  // what is left for a part
+        reserved += sizeof(Shared);
+    }
+};
 
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Launches on `stream`; returns 0 or a cudaError_t. V and the strides must be multiples of 16
-// bytes. With clusters = 0, `scratch` holds (12·parts + 4)·scratch_rows bytes, and scratch_rows
-// rows are computed at a time.
-EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int clusters, void* scratch,
-                              int64_t scratch_rows, int parts, void* stream) {
-    if (a->n == 0) return 0;
-    if (!clusters && (scratch_rows < 1 || parts < 1)) return cudaErrorInvalidValue;
-    const cudaStream_t s = (cudaStream_t)stream;
-    if (a->dtype == 0) return launch<float>(*a, clusters, scratch, scratch_rows, parts, s);
-    if (a->dtype == 1) return launch<__nv_bfloat16>(*a, clusters, scratch, scratch_rows, parts, s);
-    return launch<__half>(*a, clusters, scratch, scratch_rows, parts, s);
-}
-
 EXPORT const char* mr1_cuda_error(int error) { return cudaGetErrorString((cudaError_t)error); }
 
-EXPORT int mr1_cuda_device_count(int* count) { return cudaGetDeviceCount(count); }
+// Chooses how many blocks of the current device hold a row of `v` logits: the fewest whose parts
+// have at most `part_bytes` (0: so many that BLOCKS_PER_SM blocks fit on a multiprocessor), or else
+// as many as can run. That is 0 where no cluster can hold the row, as on a GPU without clusters.
+// Returns 0 or a cudaError_t.
+EXPORT int mr1_cuda_grpo_blocks(int dtype, int64_t v, int64_t part_bytes, int* blocks) {
+    const Kernel kernel = DTYPES[dtype].kernel;
+    const int64_t row_bytes = v * DTYPES[dtype].bytes;
+    const Limits limits;
+    *blocks = 0;
+    if (limits.error || !limits.clusters) return limits.error;
+    if (row_bytes == 0 || row_bytes % 16 || row_bytes / MOST_BLOCKS > limits.most_shared) return 0;
+    if (!part_bytes) part_bytes = limits.all_shared / BLOCKS_PER_SM - limits.reserved;
+    for (int candidate = 1; candidate <= MOST_BLOCKS; candidate *= 2) {
+        const Launch launch(1, (int)(row_bytes / 16), candidate, nullptr);
+        const int64_t bytes = (int64_t)launch.config.dynamicSmemBytes;
+        int running = 0;
+        if (bytes > limits.most_shared || launch.allow(kernel, limits.most_shared) ||
+            cudaOccupancyMaxActiveClusters(&running, kernel, &launch.config) || running < 1)
+            continue;  // such as 16 blocks on an sm_120
+        *blocks = candidate;
+        if (bytes <= part_bytes) break;
+    }
+    cudaGetLastError();  // a refused candidate is no error
+    return 0;
+}
+
+// Launches on `stream`, with as many blocks per row as mr1_cuda_grpo_blocks chose; returns 0 or a
+// cudaError_t. Rows of logits and of `out` must begin and end at multiples of 16 bytes.
+EXPORT int mr1_cuda_grpo_rows(const GrpoArguments* a, int blocks, void* stream) {
+    const Dtype& dtype = DTYPES[a->dtype];
+    const int64_t places =
+        (int64_t)a->logits | (int64_t)a->out | (a->v | a->stride | a->out_stride) * dtype.bytes;
+    if (a->n == 0) return 0;
+    if (places % 16) return cudaErrorMisalignedAddress;
+    int log2_blocks = 0;
+    while (1 << log2_blocks < blocks) ++log2_blocks;
+    if (1 << log2_blocks != blocks || blocks > MOST_BLOCKS || a->n > INT32_MAX / blocks)
+        return cudaErrorInvalidConfiguration;
+    const Limits limits;
+    if (limits.error) return limits.error;
+    const Launch launch(a->n, (int)(a->v * dtype.bytes / 16), blocks, (cudaStream_t)stream);
+    if (const cudaError_t error = launch.allow(dtype.kernel, limits.most_shared)) return error;
+    return cudaLaunchKernelEx(&launch.config, dtype.kernel, *a, launch.per_part, log2_blocks);
+}

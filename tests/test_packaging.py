@@ -219,6 +219,28 @@ def setup_module_of(source: Path):
     return module
 
 
+def assert_instructions(library: Path) -> None:
+    """Assert that each kernel copies in bulk, exchanges in shared memory, and writes 128 bits.
+
+    Read with triton's cuobjdump, if triton is installed: nvcc need not have one.
+    """
+    triton = importlib.util.find_spec("triton")
+    cuobjdump = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump or not cuobjdump.exists():
+        return
+    run = checked(
+        subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, timeout=60)
+    )
+    kernels = run.stdout.split("Function :")[1:]
+    assert len(kernels) == 9
+    for kernel in kernels:
+        for instruction in ("UBLKCP", "STAS.128", "SYNCS.PHASECHK", "LDS.128", "STG.E.EF.128"):
+            assert instruction in kernel, instruction
+        # Two exponentials a logit, in loops over two packs of 16 bytes, and a few a row.
+        assert 16 <= kernel.count("MUFU.EX2") < 64
+        assert "LDL" not in kernel and "STL" not in kernel
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_driver(
@@ -240,14 +262,13 @@ def test_cuda_kernels_of_every_architecture_spill_nothing_and_load_without_a_dri
         assert spilled == ["0", "0"], f"{function} on sm_{architecture}"
         by_architecture.setdefault(int(architecture), set()).add(function)
     assert set(by_architecture) == set(setup.CUDA_ARCHITECTURES)
-    kernels = ("cluster_kernel", "statistics_kernel", "gradient_kernel")
     for functions in by_architecture.values():
-        assert {
-            name: sum(name in function for function in functions) for name in kernels
-        } == dict.fromkeys(kernels, 3)
+        assert len(functions) == 3 and all("cluster_kernel" in name for name in functions)
+    assert_instructions(output)
     load = (
-        "import ctypes, sys; count = ctypes.CDLL(sys.argv[1]).mr1_cuda_device_count; "
-        "print(count(ctypes.byref(ctypes.c_int())))"
+        "import ctypes, sys; choose = ctypes.CDLL(sys.argv[1]).mr1_cuda_grpo_blocks; "
+        "sizes = ctypes.c_int64(4096), ctypes.c_int64(0); "
+        "print(choose(1, *sizes, ctypes.byref(ctypes.c_int())))"
     )
     error = int(checked(python("-c", load, str(output), cwd=tmp_path)).stdout)
     assert (error == 0) == torch.cuda.is_available()

@@ -11,13 +11,16 @@ from mr1_fast.kernels.grpo.objective import Objective, RowResults
 from mr1_fast.kernels.grpo.reference import token_logprobs_ref
 
 from ..data.loss import (
+    MASKS,
     SURROGATES,
     assert_results_within_bound,
     assert_within_bound,
     double,
     loss_rows,
     objective_of,
+    poisoned,
     reference,
+    run_logprobs,
 )
 
 EVERYTHING = ("old_logp", "ref_logp", "is_weights")
@@ -263,6 +266,21 @@ def test_a_mask_of_the_lowest_finite_number_leaves_entropy_and_gradient_finite(d
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_nothing_but_the_lowest_number_is_nan_and_not_infinite(
+    device, monkeypatch, dtype, native
+):
+    if native:  # the kernels of csrc/ on a CPU
+        monkeypatch.setattr("mr1_fast.kernels.grpo.rows.use_triton", lambda _: False)
+        device = "cpu"
+    data = loss_rows(2, 4099, dtype, device)
+    data["logits"][0] = torch.finfo(dtype).min
+    result, gradient = run(data["logits"], **objective_of(data), beta=0.0)
+    assert result.loss.isnan() and result.logp.isnan().tolist() == [True, False]
+    assert (gradient[0] == 0).all() and gradient[1].isfinite().all()
+
+
 def test_targets_may_be_strided(device):
     data = loss_rows(4, 97, device=device)
     columns = torch.stack([data["targets"], 96 - data["targets"]], 1)
@@ -270,3 +288,27 @@ def test_targets_may_be_strided(device):
     assert torch.equal(
         torch.stack(strided), torch.stack(token_logprobs(data["logits"], data["targets"]))
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "v"), [(1, 37), (5, 301), (4, 1)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_rows_are_zero_and_the_others_as_they_were(device, mask, n, v, dtype):
+    data = loss_rows(n, v, dtype, device)
+    counts = MASKS[mask](n).to(device)
+    logits, targets = poisoned(data, counts)
+    ours = run_logprobs(logits, targets, token_weights=counts)
+    for found, expected in zip(ours, run_logprobs(data["logits"], data["targets"]), strict=True):
+        assert torch.equal(found[counts], expected[counts])
+        assert (found[~counts] == 0).all()
+
+
+def test_only_a_weight_of_zero_masks(device):
+    data = loss_rows(5, 37, device=device)
+    temperature = torch.tensor(0.8, device=device)
+    rows = data["logits"], data["targets"], temperature
+    weights = torch.tensor([0.5, -1.0, 0.0, torch.nan, torch.inf], device=device)
+    logp, entropy, *_ = rows_triton.row_logprobs(*rows, weights)
+    expected, expected_entropy, *_ = rows_triton.row_logprobs(*rows)
+    assert torch.equal(logp, torch.where(weights != 0, expected, 0.0))
+    assert torch.equal(entropy, torch.where(weights != 0, expected_entropy, 0.0))

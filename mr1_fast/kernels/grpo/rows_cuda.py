@@ -1,8 +1,9 @@
 """`row_grpo` on a GPU by csrc/fused_grpo_cuda.cu, an alternative to the Triton kernel.
 
-It is the default on an architecture only once a benchmark there says so
-(benchmarks/bench_grpo_loss.py); MR1_FAST_CUDA=1 turns it on anywhere, MR1_FAST_CUDA=0 off. It needs
-rows whose bytes are a multiple of 16. The other row operations stay in Triton.
+It needs a GPU with thread block clusters (sm_90 and newer), and rows whose bytes are a multiple of
+16. It is the default on an architecture only once a benchmark there says so
+(benchmarks/bench_grpo_loss.py); MR1_FAST_CUDA=1 turns it on wherever it can run, MR1_FAST_CUDA=0
+off. The other row operations stay in Triton.
 """
 
 import ctypes
@@ -10,10 +11,12 @@ import os
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from ..native import DTYPES, load, pointer
+from ..native import DTYPES, load
+from ..tuned import tuned
 from .objective import Objective, RowResults
 from .rows_native import grpo_arguments
 
@@ -22,14 +25,16 @@ LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 FASTER_THAN_TRITON: frozenset[tuple[int, int]] = frozenset()
 """Compute capabilities on which the benchmark found it faster; none so far."""
 
-CLUSTERS = ((9, 0), (12, 0))
-"""Compute capabilities, from and below, whose thread blocks form clusters.
 
-Each block then has 227 KB of shared memory.
-"""
+class ClusterTile(NamedTuple):
+    """A launch setting: how much of a row a thread block holds."""
 
-LONGEST_ROW = 8 * 220 * 1024
-"""Bytes of a row that the shared memory of the 8 blocks of a cluster holds."""
+    part_kib: int
+    """KiB of a row per block, at most, if the cluster can be so large; 0: by the GPU's memory."""
+
+
+CLUSTER_VARIANTS = (ClusterTile(80), ClusterTile(40), ClusterTile(20))
+"""Settings worth timing: 4, 8 and 16 blocks for the 297 KiB of 151,936 bf16 logits."""
 
 
 @lru_cache
@@ -39,9 +44,11 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     if library is None:
         return None, reason
     library.mr1_cuda_error.restype = ctypes.c_char_p
-    error = library.mr1_cuda_device_count(ctypes.byref(ctypes.c_int(0)))
+    error, blocks = _ask_library(library, torch.bfloat16, 4096, 0)
     if error:
         return library, f"built, no GPU ({library.mr1_cuda_error(error).decode()})"
+    if blocks == 0:
+        return library, "built, off: this GPU has no thread block clusters (sm_90 or newer has)"
     if os.environ.get("MR1_FAST_CUDA") == "1":
         return library, "built, on"
     return library, "built, off: MR1_FAST_CUDA=1 turns it on"
@@ -62,7 +69,10 @@ def takes(logits: torch.Tensor) -> bool:
     row_bytes = logits.shape[1] * logits.element_size()
     stride_bytes = logits.stride(0) * logits.element_size()
     aligned = row_bytes % 16 == stride_bytes % 16 == logits.data_ptr() % 16 == 0
-    return aligned and row_bytes <= LONGEST_ROW and status()[0] is not None
+    if not aligned or status()[0] is None:
+        return False
+    error, blocks = cluster_blocks(logits, _tile(logits))
+    return not error and blocks > 0 and len(logits) * blocks < 2**31  # the most that a grid has
 
 
 def row_grpo(
@@ -71,36 +81,61 @@ def row_grpo(
     objective: Objective,
     results: RowResults,
     out: torch.Tensor | None,
+    tile: ClusterTile | None = None,
 ) -> None:
-    """`rows.row_grpo`; raises RuntimeError with CUDA's own words if the launch fails."""
+    """`rows.row_grpo`; `tile` None: as tuned for this GPU, or by its shared memory.
+
+    Raises RuntimeError if no cluster can hold a row, or with CUDA's own words if the launch fails.
+    """
     library = status()[0]
     if library is None:
         raise RuntimeError(f"the native CUDA kernels are {status()[1]}")
-    arguments = grpo_arguments(logits, targets, objective, results, out, threads=0)
-    clusters, rows, parts = False, 1, 1
-    scratch = stream = None
-    device = nullcontext()
-    if logits.is_cuda:
-        device = torch.cuda.device(logits.device)
-        stream = torch.cuda.current_stream(logits.device).cuda_stream
-        properties = torch.cuda.get_device_properties(logits.device)
-        clusters = CLUSTERS[0] <= (properties.major, properties.minor) < CLUSTERS[1]
-        if not clusters:
-            # A group of rows fills half of L2; the parts of its rows fill the multiprocessors.
-            row_bytes = logits.shape[1] * logits.element_size()
-            rows = max(1, properties.L2_cache_size // 2 // row_bytes)
-            rows = min(rows, 65_535)  # the most that the second axis of a grid holds
-            parts = max(1, 3 * properties.multi_processor_count // rows)
-            scratch = torch.empty((12 * parts + 4) * rows, dtype=torch.uint8, device=logits.device)
-    with device:
-        error = library.mr1_cuda_grpo_rows(
-            ctypes.byref(arguments),
-            int(clusters),
-            pointer(scratch),
-            ctypes.c_int64(rows),
-            parts,
-            ctypes.c_void_p(stream),
+    error, blocks = cluster_blocks(logits, _tile(logits) if tile is None else tile)
+    _check(library, error)
+    if blocks == 0:
+        raise RuntimeError(
+            f"no thread block cluster of this GPU can hold a row of {logits.shape[1]:,} logits "
+            f"({logits.dtype}): leave MR1_FAST_CUDA unset"
         )
+    arguments = grpo_arguments(logits, targets, objective, results, out, threads=0)
+    with _on(logits.device):
+        stream = torch.cuda.current_stream().cuda_stream if logits.is_cuda else None
+        error = library.mr1_cuda_grpo_rows(ctypes.byref(arguments), blocks, ctypes.c_void_p(stream))
+    _check(library, error)
+
+
+def cluster_blocks(logits: torch.Tensor, tile: ClusterTile) -> tuple[int, int]:
+    """Return CUDA's error, or 0, and how many thread blocks hold a row; 0 if no cluster can."""
+    return _choose_blocks(logits.device, logits.dtype, logits.shape[1], tile.part_kib * 1024)
+
+
+@lru_cache
+def _choose_blocks(
+    device: torch.device, dtype: torch.dtype, v: int, part_bytes: int
+) -> tuple[int, int]:
+    with _on(device):
+        return _ask_library(status()[0], dtype, v, part_bytes)
+
+
+def _ask_library(
+    library: ctypes.CDLL, dtype: torch.dtype, v: int, part_bytes: int
+) -> tuple[int, int]:
+    """Call `mr1_cuda_grpo_blocks`, for the current device."""
+    blocks = ctypes.c_int(0)
+    sizes = ctypes.c_int64(v), ctypes.c_int64(part_bytes)
+    error = library.mr1_cuda_grpo_blocks(DTYPES[dtype], *sizes, ctypes.byref(blocks))
+    return error, blocks.value
+
+
+def _tile(logits: torch.Tensor) -> ClusterTile:
+    return tuned("grpo_cuda", logits.device, ClusterTile(0))
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check(library: ctypes.CDLL, error: int) -> None:
     if error:
         words = library.mr1_cuda_error(error).decode()
         raise RuntimeError(f"the native CUDA kernel did not start: {words}")
