@@ -12,6 +12,7 @@
 # does. It gets few files, all up to date after each item:
 #
 #     results.tar.gz   all of the above; bring it back by   tar -xzf $OUT/results.tar.gz
+#                      here, before the next call, which then goes on where this one has ended
 #     tuned.json       the launch settings alone, for mr1_fast/kernels/tuned.json
 #     summary.txt, summary.json, log.txt      what became of each item, and all output
 #

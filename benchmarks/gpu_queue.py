@@ -268,7 +268,8 @@ class Queue:
             shutil.copy(self.table, self.out / "tuned.json")
         partial = self.out / ".results.tar.gz"
         with tarfile.open(partial, "w:gz") as archive:
-            for path in [*self.new, *self.results.glob("*.png"), self.table]:
+            beside = [*self.results.glob("*.png"), *self.results.glob("experiment_*")]
+            for path in [*self.new, *beside, self.table]:
                 if path.is_relative_to(self.root) and path.exists():
                     archive.add(path, path.relative_to(self.root))
         partial.replace(self.out / "results.tar.gz")

@@ -1,11 +1,23 @@
 """Sweeps: a wrong setting is named and left out, and the table gets what beats the default."""
 
 import json
+import time
+from argparse import Namespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from sweep import DEFAULT, check, label, relative_times, time_variants, winner, write_entry
+from sources import SOURCES, Sources
+from sweep import (
+    DEFAULT,
+    check,
+    label,
+    relative_times,
+    sweep,
+    time_variants,
+    winner,
+    write_entry,
+)
 from sweep_checks import Guards, Launch, Size, largest
 
 from mr1_fast.errors import UserError
@@ -23,7 +35,7 @@ RIGHT, NEAR, NAN, BEYOND, UNWRITTEN, RACE, RAISES, LARGE = tiles = [
 class Doubling:
     """A kernel that doubles its input, with the faults that a check has to find."""
 
-    modes = ("out of place",)
+    name, modes = "toy", ("out of place",)
 
     def __init__(self):
         self.launches = 0
@@ -37,6 +49,8 @@ class Doubling:
     def sizes(self):
         return [Size(2, 8)]
 
+    checked_sizes = sizes
+
     def inputs(self, size, dtype, device, seed):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(size.rows, size.columns, generator=generator)
@@ -48,6 +62,8 @@ class Doubling:
         def call(tile):
             self.launches += 1
             fault = tile.fault if tile else "none"
+            if tile is None:
+                time.sleep(0.01)  # the default is slow
             if fault == "raises":
                 raise RuntimeError("an illegal access\nand more")
             if fault == "large":
@@ -85,6 +101,23 @@ def test_every_variant_is_timed_on_every_size_and_in_every_mode():
     assert list(times) == [DEFAULT, label(RIGHT)]
     assert all(list(cases) == ["out of place, 2 × 8"] for cases in times.values())
     assert all(case["median"] > 0 for cases in times.values() for case in cases.values())
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", None])
+def test_a_sweep_writes_the_winner_and_tells_of_wrong_settings(
+    architecture, tmp_path, monkeypatch, capsys
+):
+    table = tmp_path / "tuned.json"
+    table.write_text("{}")
+    monkeypatch.setitem(SOURCES, "sweep_toy", Sources(()))
+    monkeypatch.setattr("mr1_fast.kernels.tuned.architecture", lambda device: architecture)
+    given = dict(device="cpu", dtype=torch.float32, seconds=0, repeats=10, table=table)
+    all_right = sweep(Doubling(), Namespace(**given))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not all_right and label(NEAR) in document["wrong"]
+    assert document["best"] == RIGHT._asdict()
+    written = {architecture: {"toy": RIGHT._asdict()}} if architecture else {}
+    assert json.loads(table.read_text()) == written
 
 
 def times_of(**variants: tuple[float, ...]) -> dict:
