@@ -3,9 +3,10 @@
     python benchmarks/bench_native.py [--tokens 256] [--vocab 151936] [--rounds 20]
 
 Measured are loss and gradient in place: the row operation alone on each instruction set, then the
-public function with autograd on the best. The copy reads and writes the bytes of the logits with
-the same threads. Ratios are between the least times of alternating calls. The last line is one JSON
-document.
+public function with autograd on the best. Behind them come log-probabilities, which read the logits
+alone: of all rows, and of every other one where the rest is masked. The copy reads and writes the
+bytes of the logits with the same threads. Ratios are between the least times of alternating calls.
+The last line is one JSON document.
 """
 
 from functools import partial
@@ -25,6 +26,7 @@ from measure import (
 from mr1_fast.kernels import native
 from mr1_fast.kernels.grpo import rows_native
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
+from mr1_fast.loss import token_logprobs
 
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neon", "scalar")
 TARGETS = {
@@ -72,11 +74,24 @@ def public_function(name: str, batch: Batch) -> Case:
     return Case(case.call, restore)
 
 
+def log_probs(name: str, weights: torch.Tensor | None, batch: Batch) -> Case:
+    """A case of `token_logprobs` on one instruction set, without its gradient."""
+
+    @torch.no_grad()
+    def call():
+        return token_logprobs(batch.logits, batch.targets, token_weights=weights)[0], []
+
+    return Case(call, lambda: native.status()[0].mr1_use_instruction_set(name.encode()))
+
+
 def measure(batch: Batch, rounds: int) -> dict:
     """Time every case."""
     builders = {name: partial(row_operation, name) for name in INSTRUCTION_SETS}
     best = native.status()[0].mr1_instruction_set().decode()
     builders[f"grpo_loss and backward, {best}"] = partial(public_function, best)
+    every_other = torch.arange(len(batch.targets)) % 2
+    builders[f"token_logprobs, {best}"] = partial(log_probs, best, None)
+    builders["token_logprobs, every other row masked"] = partial(log_probs, best, every_other)
     builders["eager (R1-V)"] = lambda batch: differentiated(
         batch.logits, lambda x: eager_loss(x, batch)
     )

@@ -5,30 +5,27 @@
 What is compiled is exactly what a launch would compile: the real launchers run on meta tensors,
 with a stand-in for the driver that names the target. The loss has 65,536 × V logits, the optimizer
 a weight of V × 1,536, decoding 64 rows. Registers, spills, shared memory and the width of memory
-accesses are read from the machine code. Prints a Markdown table; the last line is one JSON
-document. The exit status is 1 if a limit is exceeded.
+accesses are read from the machine code, and instructions per element are counted: of the loss and
+the optimizer, whose programs are straight, all of a thread's, and of log-probabilities those of the
+loop. Settings that a sweep may choose have rows of their own. For another version of Triton, put it
+first in PYTHONPATH. Prints a Markdown table; the last line is one JSON document. The exit status is
+1 if a limit is exceeded.
 """
 
-import contextlib
-import gc
 import json
-import re
-import subprocess
+import math
 import sys
-import tempfile
-from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
+from machine_code import captured, examine
 from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, linear_triton, operations_triton
-from mr1_fast.kernels.grpo import rows_triton
+from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
 
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)]
@@ -36,15 +33,6 @@ TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
 """Triton's names of A100, RTX 3090, RTX 4090, H100, RTX 5090 and MI300X, with threads per warp."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99, "gfx942": 64}
 """KB of shared memory that one program may use."""
-MULTIPROCESSORS = {
-    80: (108, 40),
-    86: (82, 6),
-    89: (128, 72),
-    90: (132, 50),
-    120: (170, 96),
-    "gfx942": (304, 4),
-}
-"""Multiprocessors and MB of L2 of each target; MI300X: the L2 of one die."""
 SHORT_ACCESSES = 2
 """16-bit accesses that a kernel may have: the target's logit is read alone."""
 MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}
@@ -53,65 +41,33 @@ MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}
 Attention reads the new token's angles, key (twice) and value, and writes two values, a channel a
 thread. Linear layers read biases, one or two columns a thread, or write the output of few rows.
 """
+ELEMENTS = {"grpo": "TILE", "logprobs": "BLOCK"}
+"""The constant of a kernel that says how many elements its instructions are counted for."""
+MOST_INSTRUCTIONS = {("grpo", 2): 23, ("grpo", 4): 33, ("logprobs", 2): 11, ("logprobs", 4): 11.5}
+"""Instructions per element, by kernel and bytes of an element, of the default settings.
+
+An H100 can issue 18 to 20 in the time in which it copies a 16-bit element.
+"""
 MODELS = ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064))
 """Heads, key heads, hidden size, MLP size and vocabulary of Qwen2-VL 2B and 7B."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TargetDriver:
-    """The part of a GPU's driver that Triton uses while it compiles."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def captured(target: GPUTarget):
-    """Let launches inside only compile for the target; yield a list of (name, compiled kernel)."""
-    compiled = []
-    run, active = JITFunction.run, driver._active
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__.removeprefix("_").removesuffix("_kernel"), kernel))
-        return kernel
-
-    functions = [each for each in gc.get_objects() if issubclass(type(each), JITFunction)]
-    driver.set_active(TargetDriver(target))
-    JITFunction.run = compile_only
-    try:
-        for function in functions:
-            function.device_caches.clear()  # the caches' key is the device number, not the target
-        yield compiled
-    finally:
-        JITFunction.run, driver._active = run, active
-        for function in functions:
-            function.device_caches.clear()
-
-
 def launch_loss(
-    dtype: torch.dtype, v: int, parts: int, device: str = "meta", n: int = 65_536
+    dtype: torch.dtype,
+    v: int,
+    device: str = "meta",
+    n: int = 65_536,
+    tile: rows_triton.LossTile | None = None,
 ) -> None:
-    """Launch the loss' kernels in every variant that compiles differently."""
+    """Launch the loss in every variant that compiles differently; with `tile` in one alone."""
     like = dict(device=device)
     logits = torch.empty(n, v, dtype=dtype, **like)
     targets = torch.empty(n, dtype=torch.int64, **like)
     rows = [torch.empty(n, **like) for _ in range(5)]
     scalar = torch.empty((), **like)
     results = RowResults.empty(logits)
-    for surrogate in ("clip", "cispo", "sapo"):
+    for surrogate in ("clip", "cispo", "sapo") if tile is None else ("clip",):
         objective = Objective(
             *rows[:2],
             scalar,
@@ -120,13 +76,22 @@ def launch_loss(
             surrogate=surrogate,
             bias_corrected_kl=surrogate == "clip",
         )
-        for split in {1, parts}:
-            rows_triton.row_grpo(logits, targets, objective, results, logits, split)
-    plain = Objective(*rows[:2], scalar, scalar)
-    rows_triton.row_grpo(logits, targets, plain, results, None, 1)
-    statistics = rows_triton.row_logprobs(logits, targets, scalar)
-    rows_triton.row_logprobs_backward(logits, targets, scalar, *statistics[1:], *rows[:2], logits)
-    rows_triton.scale_(logits, scalar)
+        rows_triton.row_grpo(logits, targets, objective, results, logits, tile)
+
+
+def launch_logprobs(
+    dtype: torch.dtype, v: int, tile: logprobs_triton.LogprobsTile | None = None
+) -> None:
+    """Launch log-probabilities; without `tile` with their gradient, which has no settings."""
+    logits = torch.empty(65_536, v, dtype=dtype, device="meta")
+    rows = [torch.empty(len(logits), device="meta") for _ in range(3)]
+    targets, scalar = rows[0].long(), torch.empty((), device="meta")
+    statistics = rows_triton.row_logprobs(logits, targets, scalar, rows[0], tile)
+    if tile is None:
+        rows_triton.row_logprobs_backward(
+            logits, targets, scalar, *statistics[1:], *rows[:2], logits
+        )
+        rows_triton.scale_(logits, scalar)
 
 
 def launch_adamw(device: str = "meta", n: int = 151_936 * 1536) -> None:
@@ -180,59 +145,6 @@ def launch_decode_linear(dtype: torch.dtype, arch, device: str = "meta") -> None
             linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
 
 
-def parts_on(arch, v: int, dtype: torch.dtype) -> int:
-    """Programs per row that `split_columns` chooses on this target."""
-    multiprocessors, megabytes = MULTIPROCESSORS[arch]
-    limits = multiprocessors, megabytes * 2**20
-    logits = torch.empty(65_536, v, dtype=dtype, device="meta")
-    with mock.patch.object(rows_triton, "_device_limits", return_value=limits):
-        return triton.cdiv(v, rows_triton.split_columns(logits))
-
-
-def examine(kernel, target: GPUTarget) -> dict:
-    """Registers, spills, KB of shared memory, and 128-bit and 16-bit accesses of machine code."""
-    return examine_amd(kernel) if target.backend == "hip" else examine_nvidia(kernel)
-
-
-def examine_amd(kernel) -> dict:
-    """`examine` for AMD's assembly."""
-    text = kernel.asm["amdgcn"]
-    access = r"(?:global|buffer)_(?:load|store)_"
-
-    def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
-
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count"),
-        "shared": number("group_segment_fixed_size") / 1024,
-        "wide": len(re.findall(access + r"(?:dwordx4|b128)", text)),
-        "short": len(re.findall(access + r"(?:\w+_)?(?:ushort|short|u16|b16)", text)),
-    }
-
-
-def examine_nvidia(kernel) -> dict:
-    """`examine` for NVIDIA's machine code; spills are instructions and bytes of local memory."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
-    registers, stack, shared, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage).group(1))
-        for name in ("REG", "STACK", "SHARED", "LOCAL")
-    )
-    access = r"\b(?:LDG|LDGSTS|STG)\.E(?:\.\w+)*"
-    return {
-        "registers": registers,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)) + stack + local,
-        "shared": max(shared, kernel.metadata.shared) / 1024,
-        "wide": len(re.findall(access + r"\.128\b", code)),
-        "short": len(re.findall(access + r"\.[US]16\b", code)),
-    }
-
-
 def loss_table(
     dtypes: list[str], vocabularies: list[int], targets: list[GPUTarget] = TARGETS
 ) -> list[dict]:
@@ -241,10 +153,26 @@ def loss_table(
     for target in targets:
         for dtype in dtypes:
             for v in vocabularies:
-                parts = parts_on(target.arch, v, DTYPES[dtype])
+                labels = {"dtype": dtype, "V": v, "setting": None}
                 with captured(target) as compiled:
-                    launch_loss(DTYPES[dtype], v, parts)
-                rows += _worst(compiled, target, {"dtype": dtype, "V": v, "parts": parts})
+                    launch_loss(DTYPES[dtype], v)
+                    launch_logprobs(DTYPES[dtype], v)
+                rows += _worst(compiled, target, labels)
+    return rows
+
+
+def variants_table(dtype: str, v: int, target: GPUTarget) -> list[dict]:
+    """One row per setting of the loss and of log-probabilities that is not the default."""
+    rows = []
+    for launch, variants in (
+        (launch_loss, rows_triton.LOSS_VARIANTS),
+        (launch_logprobs, logprobs_triton.LOGPROBS_VARIANTS),
+    ):
+        for tile in variants[1:]:
+            with captured(target) as compiled:
+                launch(DTYPES[dtype], v, tile=tile)
+            setting = "/".join(map(str, tile))
+            rows += _worst(compiled, target, {"dtype": dtype, "V": v, "setting": setting})
     return rows
 
 
@@ -254,7 +182,7 @@ def adamw_table(targets: list[GPUTarget] = TARGETS) -> list[dict]:
     for target in targets:
         with captured(target) as compiled:
             launch_adamw()
-        rows += _worst(compiled, target, {"dtype": "both", "V": None, "parts": 1})
+        rows += _worst(compiled, target, {"dtype": "both", "V": None, "setting": None})
     return rows
 
 
@@ -267,19 +195,23 @@ def decode_table(dtypes: list[str], targets: list[GPUTarget] = NVIDIA, models=MO
                 launch_decode(DTYPES[dtype], models)
                 if dtype != "fp32":  # in fp32, PyTorch computes linear layers
                     launch_decode_linear(DTYPES[dtype], target.arch)
-            rows += _worst(compiled, target, {"dtype": dtype, "V": None, "parts": 1})
+            rows += _worst(compiled, target, {"dtype": dtype, "V": None, "setting": None})
     return rows
 
 
 def _worst(compiled: list[tuple], target: GPUTarget, settings: dict) -> list[dict]:
     """One row per kernel, with the worst value of each figure over the kernel's variants."""
     worst: dict[str, dict] = {}
+    size = 4 if settings["dtype"] == "fp32" else 2
     choose = {"registers": max, "spills": max, "shared": max, "short": max, "wide": min}
     for name, kernel in compiled:
         figures = examine(kernel, target)
         row = worst.setdefault(name, {**figures, "variants": 0})
         row["variants"] += 1
         row |= {key: worse(row[key], figures[key]) for key, worse in choose.items()}
+        row["instructions"] = max(
+            row.get("instructions") or 0, _instructions_per_element(name, kernel, figures)
+        )
     label = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     rows = []
     for name, row in worst.items():
@@ -289,27 +221,40 @@ def _worst(compiled: list[tuple], target: GPUTarget, settings: dict) -> list[dic
             and row["wide"] > 0
             and row["short"] <= MORE_SHORT_ACCESSES.get(name, SHORT_ACCESSES)
         )
+        if settings["setting"] is None:
+            fits &= row["instructions"] <= MOST_INSTRUCTIONS.get((name, size), math.inf)
         rows.append({"target": label, **settings, "kernel": name, **row, "fits": fits})
     return rows
 
 
-def _output(*command) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _instructions_per_element(name: str, kernel, figures: dict) -> float:
+    """Instructions that a thread issues for each of its elements; 0 where they are not counted."""
+    if name not in ELEMENTS or figures["total"] is None:
+        return 0.0
+    constants = {
+        kernel.src.fn.arg_names[i]: value for (i, *_), value in kernel.src.constants.items()
+    }
+    elements = constants[ELEMENTS[name]] / (32 * kernel.metadata.num_warps)
+    return round(figures["loop" if name == "logprobs" else "total"] / elements, 1)
 
 
 def main() -> None:
-    rows = loss_table(list(DTYPES), [151_936]) + adamw_table() + decode_table(list(DTYPES))
-    columns = ["target", "dtype", "parts", "kernel", "variants", "registers", "spills"]
+    rows = loss_table(list(DTYPES), [151_936])
+    for target in TARGETS:
+        rows += variants_table("bf16", 151_936, target)
+    rows += adamw_table() + decode_table(list(DTYPES))
+    columns = ["target", "dtype", "kernel", "setting", "variants", "registers", "spills"]
     table = [
         [
-            *(row[column] for column in columns),
+            *("–" if row[column] is None else row[column] for column in columns),
             f"{row['shared']:.1f}",
             f"{row['wide']} / {row['short']}",
+            row["instructions"] or "–",
             "yes" if row["fits"] else "NO",
         ]
         for row in rows
     ]
-    columns += ["shared KB", "128/16-bit accesses", "fits"]
+    columns += ["shared KB", "128/16-bit accesses", "instructions per element", "fits"]
     for cells in (columns, ["---"] * len(columns), *table):
         print(f"| {' | '.join(map(str, cells))} |")
     print(json.dumps({"benchmark": "compile_table", "triton": triton.__version__, "rows": rows}))

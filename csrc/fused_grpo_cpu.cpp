@@ -96,20 +96,36 @@ struct Rows {
     char* out;  // may be null, may be the logits
     int64_t stride, out_stride, n, v;
     int dtype, threads, parts;
+    bool masked;
+    std::vector<int64_t> counting;  // the rows that are read, if `masked`
 
+    // Rows of weight 0 are left out; without weights, none is.
     Rows(const void* logits, int64_t stride, void* out, int64_t out_stride, int64_t n, int64_t v,
-         int dtype, int threads)
+         int dtype, int threads, const float* weights = nullptr)
         : logits((const char*)logits),
           out((char*)out),
           stride(stride * size(dtype)),
           out_stride(out_stride * size(dtype)),
           n(n),
           v(v),
-          dtype(dtype) {
-        const int64_t useful = n * v / ELEMENTS_PER_THREAD + 1;
-        this->threads = (int)(useful < threads ? useful : threads);
+          dtype(dtype),
+          masked(weights != nullptr) {
+        this->threads = useful(n, threads);
+        // Independent of the weights, since splitting a row changes how its sums are rounded.
         parts = n < this->threads && n > 0 ? (int)((this->threads + n - 1) / n) : 1;
+        if (!masked) return;
+        for (int64_t i = 0; i < n; ++i)
+            if (weights[i] != 0.0f) counting.push_back(i);
+        this->threads = useful(count(), threads);
     }
+    // Returns how many of the threads have enough to do with so many rows.
+    int useful(int64_t rows, int threads) const {
+        const int64_t most = rows * v / ELEMENTS_PER_THREAD + 1;
+        return (int)(most < threads ? most : threads);
+    }
+    // The rows that are read are index(0), …, index(count() − 1).
+    int64_t count() const { return masked ? (int64_t)counting.size() : n; }
+    int64_t index(int64_t k) const { return masked ? counting[k] : k; }
     static int64_t size(int dtype) { return dtype == FP32 ? 4 : 2; }
     const char* row(int64_t i) const { return logits + i * stride; }
     char* out_row(int64_t i) const { return out + i * out_stride; }
@@ -122,26 +138,28 @@ struct Rows {
     int64_t begin(int64_t part) const { return part >= parts ? v : v / parts * part / 64 * 64; }
 };
 
-// Calls use(i, statistics) for each row. Rows are split into parts where there are fewer rows than
-// threads.
+// Calls use(i, statistics) for each row that is read. Rows are split into parts where there are
+// fewer rows than threads.
 template <class Use> void for_each_row(const Rows& rows, float scale, const Use& use) {
     const RowKernels& kernels = chosen.rows[rows.dtype];
     if (rows.parts == 1) {
-        parallel(rows.n, rows.threads,
-                 [&](int64_t i) { use(i, kernels.statistics(rows.row(i), rows.v, scale)); });
+        parallel(rows.count(), rows.threads, [&](int64_t k) {
+            const int64_t i = rows.index(k);
+            use(i, kernels.statistics(rows.row(i), rows.v, scale));
+        });
         return;
     }
-    std::vector<Statistics> partial(rows.n * rows.parts);
+    std::vector<Statistics> partial(rows.count() * rows.parts);
     parallel((int64_t)partial.size(), rows.threads, [&](int64_t task) {
         const int64_t begin = rows.begin(task % rows.parts),
                       end = rows.begin(task % rows.parts + 1);
-        const char* row = rows.row(task / rows.parts) + begin * Rows::size(rows.dtype);
+        const char* row = rows.row(rows.index(task / rows.parts)) + begin * Rows::size(rows.dtype);
         partial[task] = kernels.statistics(row, end - begin, scale);
     });
-    for (int64_t i = 0; i < rows.n; ++i) {
-        Statistics total = partial[i * rows.parts];
+    for (int64_t k = 0; k < rows.count(); ++k) {
+        Statistics total = partial[k * rows.parts];
         for (int part = 1; part < rows.parts; ++part) {
-            const Statistics& other = partial[i * rows.parts + part];
+            const Statistics& other = partial[k * rows.parts + part];
             const bool higher = other.peak > total.peak;
             Statistics low = higher ? total : other;
             if (higher) total = other;
@@ -150,7 +168,7 @@ template <class Use> void for_each_row(const Rows& rows, float scale, const Use&
             total.u += alpha * (low.u + low.s * shift);
             total.s += alpha * low.s;
         }
-        use(i, total);
+        use(rows.index(k), total);
     }
 }
 
@@ -212,11 +230,15 @@ void mr1_grpo_rows(const GrpoArguments* a) {
     });
 }
 
+// `weights` may be null; a row of weight 0 is not read, and all of its results are 0.
 void mr1_logprob_rows(const void* logits, int64_t stride, int64_t n, int64_t v, int dtype,
-                      const int64_t* targets, const float* temperature, float* logp, float* entropy,
-                      float* peak, float* log_sum, int threads) {
-    const Rows rows(logits, stride, nullptr, 0, n, v, dtype, threads);
+                      const int64_t* targets, const float* temperature, const float* weights,
+                      float* logp, float* entropy, float* peak, float* log_sum, int threads) {
+    const Rows rows(logits, stride, nullptr, 0, n, v, dtype, threads, weights);
     const float scale = (float)(LOG2E / *temperature);
+    if (weights)
+        for (float* results : {logp, entropy, peak, log_sum})
+            memset(results, 0, n * sizeof(float));
     for_each_row(rows, scale, [&](int64_t i, const Statistics& statistics) {
         const Target t = target_of(statistics, rows.logit(i, targets[i]), scale);
         logp[i] = t.logp;

@@ -33,7 +33,7 @@ from ..loss import (
     token_logprobs,
     token_weights,
 )
-from ..loss.arguments import check_logits, scalar
+from ..loss.arguments import check_weighted_logits, scalar
 from . import check_version, warn_once
 from .head import in_dtype_of
 from .loss_options import AVERAGES, loss_options, per_token, rows_with_loss
@@ -180,6 +180,7 @@ def triton_grpo_loss(
     - advantages, vllm_is_ratio (B,), (B, 1) or (B, L)
     - eps_high: for cispo the cap of the ratio itself, for other losses the cap is 1 + eps_high
     - delta: None and 0 mean no bound; max_completion_length: None means L
+    - completion_mask: the logits of masked positions are not read, and their ids may be any numbers
     - inplace: the backward overwrites the logits with their gradient, so no second tensor of their
       size exists. The forward leaves them unchanged. A slice of longer logits is used as it is, and
       what surrounds it stays unchanged; with inplace=False it is copied. Autograd raises if another
@@ -203,7 +204,7 @@ def triton_grpo_loss(
             f"beta is {beta}, but ref_logp is None: pass the reference log-probs, or beta=0"
         )
     mask = (torch.ones_like(completion_ids) if completion_mask is None else completion_mask).float()
-    logp = _logprobs(logits, completion_ids.masked_fill(mask == 0, 0), temperature, inplace)
+    logp = _logprobs(logits, completion_ids, mask, temperature, inplace)
 
     def flat(name: str, value: Tensor | None) -> Tensor | None:
         return None if value is None else per_token(name, value, mask).flatten().to(logp.dtype)
@@ -234,35 +235,38 @@ def fused_selective_log_softmax(logits, input_ids, temperature=0.9, mask=None) -
     """Return fp32 log-probs (B, L) of the last L of `input_ids`, without a gradient.
 
     They are taken under logits (B, L+1, V) / temperature, whose last position is ignored, and are 0
-    where the last L of `mask` are 0. The logits may be a slice of longer ones.
+    where the last L of `mask` are 0: there, no logits are read. The logits may be a slice of longer
+    ones.
     """
     length = logits.shape[1] - 1
     ids = input_ids[:, input_ids.shape[1] - length :]
-    masked = torch.zeros_like(ids, dtype=torch.bool)
-    if mask is not None:
-        masked = mask[:, mask.shape[1] - length :] == 0
-    logp = _logprobs(logits, ids.masked_fill(masked, 0), temperature, inplace=True)
-    return logp.masked_fill(masked, 0.0)
+    mask = torch.ones_like(ids) if mask is None else mask[:, mask.shape[1] - length :]
+    return _logprobs(logits, ids, mask.float(), temperature, inplace=True)
 
 
-def _logprobs(logits: Tensor, ids: Tensor, temperature: float | Tensor, inplace: bool) -> Tensor:
-    """Log-probs (B, L) of ids (B, L) under logits (B, L+1, V)."""
-    if logits.ndim != 3 or ids.shape != (len(logits), logits.shape[1] - 1):
+def _logprobs(
+    logits: Tensor, ids: Tensor, mask: Tensor, temperature: float | Tensor, inplace: bool
+) -> Tensor:
+    """Log-probs (B, L) of ids (B, L) under logits (B, L+1, V), 0 where mask (B, L) is 0.
+
+    Logits of masked positions, and of the last position, are not read.
+    """
+    rows_agree = logits.ndim == 3 and ids.shape == (len(logits), logits.shape[1] - 1)
+    if not rows_agree or mask.shape != ids.shape:
         raise ValueError(
-            f"logits and completion ids have shapes {tuple(logits.shape)} and {tuple(ids.shape)}: "
-            "expected (B, L+1, V) and (B, L)"
+            f"logits, completion ids and mask have shapes {tuple(logits.shape)}, "
+            f"{tuple(ids.shape)} and {tuple(mask.shape)}: expected (B, L+1, V), (B, L) and (B, L)"
         )
-    # The last position may have any token: its gradient is 0.
-    targets = nn.functional.pad(ids.long(), (0, 1))
+    targets, weights = (nn.functional.pad(each, (0, 1)) for each in (ids.long(), mask))
     if not inplace or torch.compiler.is_compiling():
-        logp, _ = token_logprobs(logits.flatten(0, 1), targets.flatten(), temperature)
-        return logp.view_as(targets)[:, :-1]
+        rows = logits.flatten(0, 1), targets.flatten(), temperature, weights.flatten()
+        return token_logprobs(*rows)[0].view_as(targets)[:, :-1]
     if _rows_overlap(logits):
         logits = logits.contiguous()
-    for sequence, sequence_targets in zip(logits.detach(), targets, strict=True):
-        check_logits(sequence, sequence_targets)
+    for sequence in zip(logits.detach(), targets, weights, strict=True):
+        check_weighted_logits(*sequence)
     temperature = scalar("temperature", temperature, logits)
-    return InplaceTokenLogprobs.apply(logits, targets, temperature)[:, :-1]
+    return InplaceTokenLogprobs.apply(logits, targets, temperature, weights)[:, :-1]
 
 
 def _rows_overlap(logits: Tensor) -> bool:

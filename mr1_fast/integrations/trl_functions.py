@@ -19,19 +19,22 @@ def selective_log_softmax(
     """Return log-probs of `index` (...) or (..., K) under logits (..., V) / temperature.
 
     The result has the shape of `index`, and is 0 where `row_mask`, (...) or in the shape of
-    `index`, is 0. Strided logits, such as a slice of positions, are not copied.
+    `index`, is 0. With one id per row, logits whose mask is 0 are not read. Strided logits, such
+    as a slice of positions, are not copied.
     """
-    several = index.ndim == logits.ndim
-    targets = logits.detach().argmax(-1) if several else index
+    if index.ndim < logits.ndim:
+        return _by_row(logits, index, temperature, row_mask)[0]
+    targets = logits.detach().argmax(-1)
     logp, _ = _by_row(logits, targets, temperature)
-    if several:
-        # log p_k − log p_top needs only the two logits, and the largest one is never −inf.
-        chosen = logits.gather(-1, index).to(logp.dtype)
-        top = logits.gather(-1, targets.unsqueeze(-1)).to(logp.dtype)
-        logp = (chosen - top) / temperature + logp.unsqueeze(-1)
-        if row_mask is not None and row_mask.ndim < index.ndim:
-            row_mask = row_mask.unsqueeze(-1)
-    return logp if row_mask is None else torch.where(row_mask != 0, logp, 0.0)
+    # log p_k − log p_top needs only the two logits, and the largest one is never −inf.
+    chosen = logits.gather(-1, index).to(logp.dtype)
+    top = logits.gather(-1, targets.unsqueeze(-1)).to(logp.dtype)
+    logp = (chosen - top) / temperature + logp.unsqueeze(-1)
+    if row_mask is None:
+        return logp
+    if row_mask.ndim < index.ndim:
+        row_mask = row_mask.unsqueeze(-1)
+    return torch.where(row_mask != 0, logp, 0.0)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
@@ -50,12 +53,9 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of `index` (...) and entropy (...) of logits (..., V) / temperature.
 
-    The logits are read once. Both results are 0 where `row_mask` (...) is 0.
+    The logits are read once, and not at all where `row_mask` (...) is 0: there, both results are 0.
     """
-    results = _by_row(logits, index, temperature)
-    if row_mask is not None:
-        results = tuple(torch.where(row_mask != 0, each, 0.0) for each in results)
-    logp, entropy = results
+    logp, entropy = _by_row(logits, index, temperature, row_mask)
     return logp, entropy if entropy_requires_grad else entropy.detach()
 
 
@@ -100,14 +100,26 @@ class ChunkedLogProbFunction:
         return logp, entropy if "entropy" in outputs else None, None, None, None
 
 
-def _by_row(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets` and entropy, in the shape of `targets`; the logits are not copied."""
+def _by_row(
+    logits: Tensor, targets: Tensor, temperature: float, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets` and entropy, in the shape of `targets`; the logits are not copied.
+
+    Rows whose `row_mask`, in the shape of `targets`, is 0 are not read; their results are 0.
+    """
+    if row_mask is not None:
+        row_mask = row_mask.expand_as(targets)
     try:
         rows = logits.view(targets.numel(), logits.shape[-1])
     except RuntimeError:
         # A slice: one call for each part of the first dimension. Their gradients are stacked once.
-        pairs = zip(logits.unbind(), targets.unbind(), strict=True)
-        logp, entropy = zip(*(_by_row(*pair, temperature) for pair in pairs), strict=True)
+        masks = [None] * len(logits) if row_mask is None else row_mask.unbind()
+        parts = [
+            _by_row(part, part_targets, temperature, mask)
+            for part, part_targets, mask in zip(logits, targets, masks, strict=True)
+        ]
+        logp, entropy = zip(*parts, strict=True)
         return torch.stack(logp), torch.stack(entropy)
-    logp, entropy = token_logprobs(rows, targets.reshape(-1), temperature)
+    weights = None if row_mask is None else row_mask.reshape(-1)
+    logp, entropy = token_logprobs(rows, targets.reshape(-1), temperature, weights)
     return logp.view(targets.shape), entropy.view(targets.shape)

@@ -13,7 +13,6 @@ from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
 from .decode import operations as decode
 from .decode import reference as decode_reference
-from .dispatch import use_triton
 from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
@@ -53,7 +52,10 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
 
 
 def _loss_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Compute (ours, right) of the row operations, on bf16 logits of three blocks a row."""
+    """Compute (ours, right) of the row operations, on bf16 logits.
+
+    A row has several programs on a GPU, which wait for each other.
+    """
     generator = torch.Generator().manual_seed(0)
     n, v = 6, 10_000
     logits = torch.randn(n, v, generator=generator).bfloat16()
@@ -76,9 +78,6 @@ def _loss_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Ten
     on_device, targets = logits.to(device), targets.to(device)
     results, gradient = RowResults.empty(on_device), torch.full_like(on_device, torch.nan)
     row_grpo(on_device, targets, objective, results, gradient)
-    split_results = RowResults.empty(on_device)
-    split_gradient = torch.full_like(on_device, torch.nan)
-    _row_grpo_split(on_device, targets, objective, split_results, split_gradient)
 
     temperature = objective.temperature
     logp, *rest = row_logprobs(on_device, targets, temperature)
@@ -95,21 +94,9 @@ def _loss_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Ten
         "KL": (results.kl, expected.kl),
         "clipping": (results.clipped, expected.clipped),
         "the gradient of the loss": (gradient, exact.grad),
-        "the loss of rows split over programs": (split_results.loss.sum(), expected.loss),
-        "the gradient of rows split over programs": (split_gradient, exact.grad),
         "log-probabilities alone": (logp, expected.logp),
         "the gradient of log-probabilities": (by_logp, onehot - p),
     }
-
-
-def _row_grpo_split(logits, targets, objective: Objective, results: RowResults, out) -> None:
-    """`row_grpo` as on a GPU with a small L2, where a row has three programs."""
-    if use_triton(logits):
-        from .grpo import rows_triton
-
-        rows_triton.row_grpo(logits, targets, objective, results, out, parts=3)
-    else:
-        row_grpo(logits, targets, objective, results, out)
 
 
 def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,14 @@ from ..kernels.grpo.reference import (
     spread,
     token_logprobs_ref,
 )
-from .arguments import check_linear, check_logits, check_objective, chunk_budget, scalar
+from .arguments import (
+    check_linear,
+    check_logits,
+    check_objective,
+    check_weighted_logits,
+    chunk_budget,
+    scalar,
+)
 from .weights import LOSS_TYPES, token_weights
 
 __all__ = [
@@ -38,17 +45,24 @@ __all__ = [
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each target's log-probability and each row's entropy in nats, fp32 (N,).
 
     Both are differentiable. `logits` (N, V) in fp32, bf16 or fp16 are divided by `temperature`
     here; rows may be strided. `targets` (N,) are int64 in [0, V); on a GPU, where checking would
-    synchronise, a target outside gives NaN. Raises ValueError.
+    synchronise, a target outside gives NaN.
+
+    `token_weights` (N,) is a mask or weights of any dtype; None: every row counts. A row of weight
+    0 is not read: its log-probability, its entropy and its gradient are exactly 0, whatever its
+    logits and its target hold. Results are not multiplied by other weights. Raises ValueError.
     """
-    logits = check_logits(logits, targets)
+    logits, token_weights = check_weighted_logits(logits, targets, token_weights)
     temperature = scalar("temperature", temperature, logits)
-    logp, entropy, _, _ = token_logprobs_op(logits, targets, temperature)
+    logp, entropy, _, _ = token_logprobs_op(logits, targets, temperature, token_weights)
     return logp, entropy
 
 

@@ -128,6 +128,27 @@ def _per_token_or_sequence(
 
 def check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Tensor:
     """Return the logits (N, V) with unit column stride."""
+    _check_matrix(logits)
+    _check_targets(targets, logits, logits.shape[1])
+    if inplace and logits.requires_grad and torch.is_grad_enabled():
+        _check_inplace(logits)
+    return logits if _has_unit_stride(logits) else logits.contiguous()
+
+
+def check_weighted_logits(
+    logits: Tensor, targets: Tensor, token_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the logits (N, V) with unit column stride, and the weights (N,) for the operator.
+
+    The targets of rows of weight 0 may be any numbers.
+    """
+    _check_matrix(logits)
+    token_weights = _per_token("token_weights", token_weights, logits)
+    _check_targets(targets, logits, logits.shape[1], token_weights)
+    return logits if _has_unit_stride(logits) else logits.contiguous(), token_weights
+
+
+def _check_matrix(logits: Tensor) -> None:
     _check_no_dtensor("logits", logits)
     if logits.ndim != 2:
         raise ValueError(
@@ -142,14 +163,13 @@ def check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Tens
         raise ValueError(
             f"logits is {logits.dtype}: expected float32, bfloat16, float16 or float64"
         )
-    _check_targets(targets, logits, logits.shape[1])
-    unit_stride = logits.stride(1) == 1 or logits.shape[1] == 1
-    if inplace and logits.requires_grad and torch.is_grad_enabled():
-        _check_inplace(logits, unit_stride)
-    return logits if unit_stride else logits.contiguous()
 
 
-def _check_inplace(logits: Tensor, unit_stride: bool) -> None:
+def _has_unit_stride(logits: Tensor) -> bool:
+    return logits.stride(1) == 1 or logits.shape[1] == 1
+
+
+def _check_inplace(logits: Tensor) -> None:
     """Check that the gradient of logits that require one may overwrite them."""
     if logits.is_leaf:
         raise ValueError(
@@ -157,7 +177,7 @@ def _check_inplace(logits: Tensor, unit_stride: bool) -> None:
             "requires a gradient: pass the output of a layer, or inplace=False"
         )
     strides = f"logits has strides {logits.stride()}: inplace=False"
-    if not unit_stride:
+    if not _has_unit_stride(logits):
         raise ValueError(f"inplace needs rows of unit stride, {strides}")
     if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(f"inplace needs rows of their own, {strides}")
@@ -216,7 +236,9 @@ def check_linear(
     return hidden, weight, bias
 
 
-def _check_targets(targets: Tensor, rows: Tensor, v: int) -> None:
+def _check_targets(
+    targets: Tensor, rows: Tensor, v: int, token_weights: Tensor | None = None
+) -> None:
     _let_lengths_agree(targets, rows)
     if targets.shape != (len(rows),) or targets.dtype != torch.int64:
         raise ValueError(
@@ -224,7 +246,11 @@ def _check_targets(targets: Tensor, rows: Tensor, v: int) -> None:
             f"({len(rows)},)"
         )
     _check_device("targets", targets, rows)
-    if not readable(targets) or not len(targets):
+    if not readable(targets):
+        return
+    if token_weights is not None:
+        targets = targets[token_weights != 0]
+    if not len(targets):
         return
     if not (targets.min() >= 0 and targets.max() < v):
         bad = targets[(targets < 0) | (targets >= v)][0].item()

@@ -1,8 +1,5 @@
 """Triton kernels compiled for GPUs that are not here: no spills, wide accesses, one compilation."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,25 +7,33 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("on a GPU the kernels themselves run", allow_module_level=True)
 
+import compile_table
 from triton.backends.compiler import GPUTarget
 
 from mr1_fast import grpo_loss, token_logprobs
-
-path = Path(__file__).parents[2] / "benchmarks" / "compile_table.py"
-spec = importlib.util.spec_from_file_location("compile_table", path)
-compile_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compile_table)
+from mr1_fast.kernels.grpo.logprobs_triton import LOGPROBS_VARIANTS
+from mr1_fast.kernels.grpo.rows_triton import LOSS_VARIANTS
 
 RTX_3090, H100 = GPUTarget("cuda", 86, 32), GPUTarget("cuda", 90, 32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", compile_table.TARGETS, ids=lambda target: str(target.arch))
-def test_every_kernel_compiles_without_spills_and_with_wide_accesses(target):
-    # 80 and 89 differ least from their neighbours.
-    dtypes = ["bf16"] if target.arch in (80, 89) else ["fp32", "bf16"]
-    rows = compile_table.loss_table(dtypes, [151_936], [target])
+@pytest.mark.parametrize("arch", [86, 90, 120, "gfx942"])
+def test_the_loss_compiles_without_spills_and_with_wide_accesses(arch):
+    # `python benchmarks/compile_table.py` compiles for all targets and dtypes.
+    (target,) = [each for each in compile_table.TARGETS if each.arch == arch]
+    rows = compile_table.loss_table(
+        ["fp32", "bf16"] if arch == 90 else ["bf16"], [151_936], [target]
+    )
     assert {row["kernel"] for row in rows} == {"grpo", "logprobs", "logprobs_backward", "scale"}
+    assert [row for row in rows if not row["fits"]] == []
+    loss = [row for row in rows if row["kernel"] == "grpo"]
+    assert arch == "gfx942" or all(row["registers"] <= 96 and row["instructions"] for row in loss)
+
+
+def test_every_setting_that_a_sweep_may_choose_compiles_so():
+    rows = compile_table.variants_table("bf16", 151_936, H100)
+    assert len(rows) == len(LOSS_VARIANTS) + len(LOGPROBS_VARIANTS) - 2
     assert [row for row in rows if not row["fits"]] == []
 
 
@@ -48,9 +53,13 @@ def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
 
 
 def test_a_vocabulary_that_breaks_wide_accesses_is_told_apart():
-    rows = compile_table.loss_table(["bf16"], [151_937], [RTX_3090])
-    (row,) = [row for row in rows if row["kernel"] == "logprobs"]
-    assert not row["fits"] and row["short"] > 2
+    figures = []
+    for v in (151_936, 151_937):
+        with compile_table.captured(RTX_3090) as compiled:
+            compile_table.launch_logprobs(torch.bfloat16, v, LOGPROBS_VARIANTS[0])
+        figures.append(compile_table.examine(compiled[0][1], RTX_3090))
+    even, odd = figures
+    assert even["short"] <= compile_table.SHORT_ACCESSES < odd["short"]
 
 
 def test_a_new_beta_temperature_or_length_compiles_nothing(monkeypatch):

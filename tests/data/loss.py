@@ -2,6 +2,7 @@
 
 import torch
 
+from mr1_fast import token_logprobs
 from mr1_fast.kernels.grpo.reference import grpo_loss_ref
 
 SURROGATES = {
@@ -94,6 +95,33 @@ def logprobs_and_gradients(
         torch.autograd.grad((logp, entropy), leaf, [g.to(logp.dtype) for g in incoming])[0]
     )
     return logp, entropy, *gradients
+
+
+MASKS = {
+    "none": lambda n: torch.ones(n, dtype=torch.bool),
+    "all": lambda n: torch.zeros(n, dtype=torch.bool),
+    "every other": lambda n: torch.arange(n) % 2 == 1,
+    "all but the last": lambda n: torch.arange(n) == n - 1,
+}
+"""Names → functions that make the rows which count, of n."""
+
+
+def poisoned(data, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits as a slice of wider ones, and the targets; masked rows hold rubbish."""
+    n, v = data["logits"].shape
+    wide = data["logits"].new_full((n, v + 3), torch.nan)
+    wide[:, :v] = data["logits"]
+    wide[~counts] = wide.new_tensor([torch.nan, torch.inf, -torch.inf]).repeat(v + 1)[: v + 3]
+    return wide[:, :v], data["targets"].masked_fill(~counts, -100)
+
+
+def run_logprobs(logits: torch.Tensor, targets: torch.Tensor, **options) -> tuple:
+    """Return logp, entropy, and the gradient of both; that of entropy is NaN in masked rows."""
+    leaf = logits.detach().requires_grad_()
+    results = token_logprobs(leaf, targets, 0.8, **options)
+    incoming = torch.linspace(0.5, 2, len(targets)).to(results[0])
+    by_entropy = (0.3 - incoming).masked_fill(targets < 0, torch.nan)
+    return *results, *torch.autograd.grad(results, leaf, [incoming, by_entropy])
 
 
 def assert_within_bound(

@@ -142,6 +142,24 @@ def test_a_slice_of_longer_logits_is_taken_as_it_is(inplace):
     assert torch.equal(kept[:, 3:], leaf.grad if inplace else logits)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_masked_logits_and_those_of_the_last_position_may_hold_anything(inplace, level):
+    logits, rest = on_logits(LOGPS)
+    mask = torch.nn.functional.pad(rest["completion_mask"], (0, 1)) != 0
+    ids = torch.cat([torch.zeros(B, 1, dtype=torch.int64), rest["completion_ids"]], 1)
+    found = []
+    for values in (logits, logits.masked_fill(~mask[..., None], torch.nan)):
+        leaf = values.clone().requires_grad_()
+        loss, metrics = ours.triton_grpo_loss(
+            leaf * 1, **rest, inplace=inplace, reduce=True, importance_sampling_level=level
+        )
+        logp = ours.fused_selective_log_softmax(values, ids, mask=rest["completion_mask"])
+        found.append((loss, *metrics, logp, *torch.autograd.grad(loss, leaf)))
+    assert all(map(torch.equal, *found))
+    assert found[0][-1][mask].any() and not found[0][-1][~mask].any()
+
+
 def test_fused_selective_log_softmax_takes_the_last_ids_and_leaves_out_the_last_logits():
     logits, rest = on_logits()
     mask = torch.cat([torch.ones(B, 2), rest["completion_mask"]], 1)
@@ -204,6 +222,7 @@ def test_a_compiled_loss_on_logits_is_the_eager_one_and_a_new_beta_compiles_noth
             "have shapes",
         ),
         ({"completion_mask": None}, "targets holds -100"),
+        ({"completion_mask": torch.ones(B, T + 1)}, "mask have shapes"),
     ],
 )
 def test_what_is_refused_on_logits(change, message):

@@ -39,6 +39,24 @@ def test_selective_log_softmax_is_trls(k, cut):
 
 
 @pytest.mark.parametrize("cut", ["whole", "slice"])
+@pytest.mark.parametrize("function", ["selective_log_softmax", "selective_log_softmax_and_entropy"])
+def test_masked_rows_may_hold_anything(function, cut):
+    function, clean = getattr(ours, function), leaf(3, 5, 131)
+    row_mask = torch.arange(15).view(3, 5) % 3 > 0
+    index = torch.full((3, 5), 7).masked_fill(~row_mask, -100)
+    rubbish = clean.detach().masked_fill(~row_mask[..., None], torch.nan).requires_grad_()
+    results = []
+    for logits, ids in ((rubbish, index), (clean, index.clamp(min=0))):
+        part = slice(None) if cut == "whole" else slice(1, -1)
+        arguments = (logits[:, part], ids[:, part])
+        value = function(*arguments, temperature=0.6, row_mask=row_mask[:, part])
+        value = torch.stack(value) if isinstance(value, tuple) else value
+        results.append((value, *torch.autograd.grad(value.square().sum(), logits)))
+    assert all(map(torch.equal, *results))
+    assert not results[0][1][~row_mask].any()
+
+
+@pytest.mark.parametrize("cut", ["whole", "slice"])
 def test_entropy_is_trls(cut):
     logits = leaf(3, 5, 131)
     view = logits if cut == "whole" else logits[:, 1:-1]

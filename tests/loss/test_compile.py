@@ -83,14 +83,16 @@ def every_function(hidden, weight, bias, data, options):
     linear = linear_grpo_loss(hidden, weight, bias=bias, **data | without_inplace)
     linear_logp, linear_entropy = linear_token_logprobs(hidden, weight, data["targets"], bias=bias)
     logp, entropy = token_logprobs(logits, data["targets"])
+    weighted, _ = token_logprobs(logits, data["targets"], token_weights=data["token_weights"])
     plain = grpo_loss(logits * 1, **data | options)
     total = (
         2 * linear.loss
         + 3 * plain.loss
         + (linear_logp * linear_entropy).sum()
         + (logp * entropy).mean()
+        + weighted.square().sum()
     )
-    return total, linear, plain, linear_logp, entropy
+    return total, linear, plain, linear_logp, entropy, weighted
 
 
 def assert_compiles(leaves, data, options=COMMON):

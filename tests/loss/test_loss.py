@@ -358,6 +358,30 @@ def test_logits_refused(function, logits, message):
         function(logits, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"token_weights": torch.ones(N + 1)},
+            f"token_weights has shape ({N + 1},): expected ({N},)",
+        ),
+        ({"token_weights": torch.ones(N, device=meta)}, "token_weights is on meta: expected cpu"),
+        ({"token_weights": [1] * N}, "token_weights is a list: expected a tensor"),
+        ({"targets": torch.full((N,), -100)}, "targets holds -100: expected values in [0, 37)"),
+        ({"targets": torch.zeros(N + 1).long()}, "targets is torch.int64"),
+        ({"logits": torch.zeros(2, 3, V)}, "logits has shape (2, 3, 37): expected (N, V)"),
+    ],
+)
+def test_weighted_logprobs_refused(changes, message):
+    arguments = {
+        "logits": torch.zeros(N, V),
+        "targets": torch.zeros(N).long(),
+        "token_weights": torch.arange(N) > 0,
+    }
+    with pytest.raises(ValueError, match=re.escape(message)):
+        token_logprobs(**arguments | changes)
+
+
 LINEAR_CASES = {
     "hidden shape": (
         {"hidden": torch.zeros(2, 3, D)},

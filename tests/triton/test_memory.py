@@ -9,6 +9,8 @@ import torch
 from mr1_fast import grpo_loss, token_logprobs
 from mr1_fast.kernels.grpo import rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
+from mr1_fast.kernels.grpo.reference import token_logprobs_ref
+from mr1_fast.kernels.grpo.rows_triton import LossTile
 
 from ..data.loss import assert_within_bound, loss_rows, objective_of
 from .conftest import INTERPRETED
@@ -36,11 +38,17 @@ def objective(data, surrogate: str = "clip", beta=0.1) -> Objective:
     )
 
 
-def run_rows(data, out, parts=None, **settings) -> RowResults:
-    results = RowResults.empty(data["logits"])
-    rows_triton.row_grpo(
-        data["logits"], data["targets"], objective(data, **settings), results, out, parts
-    )
+def tile_of(columns: int, dtype: torch.dtype) -> LossTile:
+    """The setting by which a program holds `columns` logits of this dtype."""
+    return LossTile(columns * dtype.itemsize // 2, 4, 0)
+
+
+def run_rows(data, out, columns: int, **settings) -> RowResults:
+    """The loss where a program holds `columns` logits."""
+    logits = data["logits"]
+    results = RowResults.empty(logits)
+    tile = tile_of(columns, logits.dtype)
+    rows_triton.row_grpo(logits, data["targets"], objective(data, **settings), results, out, tile)
     return results
 
 
@@ -88,19 +96,20 @@ def with_gap(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return wide[:, : logits.shape[1]], wide[:, logits.shape[1] :]
 
 
-@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v", [37, 4099])
-def test_the_loss_writes_all_of_its_outputs_and_nothing_else(device, monkeypatch, v, dtype, parts):
+@pytest.mark.parametrize(("v", "columns"), [(37, 8192), (37, 16), (4099, 8192), (4099, 2048)])
+def test_the_loss_writes_all_of_its_outputs_and_nothing_else(
+    device, monkeypatch, v, dtype, columns
+):
     data = loss_rows(5, v, dtype, device)
     data["logits"], input_gap = with_gap(data["logits"])
     before = data["logits"].clone()
     expected_out = torch.empty_like(before)
-    expected = run_rows(data, expected_out, parts)
+    expected = run_rows(data, expected_out, columns)
     guards = Guards(monkeypatch)
     wide = data["logits"].new_empty(5, v + GAP)
     wide.view(torch.uint8).fill_(SENTINEL)
-    results = run_rows(data, wide[:, :v], parts)
+    results = run_rows(data, wide[:, :v], columns)
     guards.assert_untouched()
     assert (wide[:, v:].contiguous().view(torch.uint8) == SENTINEL).all()
     assert torch.equal(wide[:, :v], expected_out)
@@ -154,22 +163,21 @@ def test_scaling_touches_its_tensor_alone(device, monkeypatch, size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parts", [2, 3, 19])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_split_row_equals_a_whole_one(device, monkeypatch, inplace, parts, dtype):
-    monkeypatch.setattr(rows_triton, "block_size", lambda _: 1024)
+def test_a_split_row_equals_a_whole_one(device, inplace, parts, dtype):
+    columns = {2: 32_768, 3: 16_384, 19: 2048}[parts]
     v = 37 * 1024 + 500
     data = loss_rows(4, v, dtype, device)
-    assert -(-v // rows_triton.split_columns(data["logits"], parts)) == parts
-    # Targets in the first, the last and a middle part: with inplace, a part overwrites the logit of
-    # another's target
-    data["targets"] = torch.tensor([0, v - 1, 20000, 2048], device=device)
+    assert rows_triton.split_row(data["logits"], tile_of(columns, dtype))[2] == parts
+    # Targets in the first, the last and a middle part, and the last column of a part.
+    data["targets"] = torch.tensor([0, v - 1, 20_000, 2047], device=device)
     whole_out = torch.empty_like(data["logits"])
-    whole = run_rows(data, whole_out, parts=1)
+    whole = run_rows(data, whole_out, 65_536)
     exact_data = {name: t.double() if t.is_floating_point() else t for name, t in data.items()}
     exact = torch.log_softmax(exact_data["logits"] / 0.9, -1).gather(1, data["targets"][:, None])[
         :, 0
     ]
     out = data["logits"] if inplace else torch.empty_like(data["logits"])
-    split = run_rows(data, out, parts=parts)
+    split = run_rows(data, out, columns)
     for name in ("loss", "logp", "entropy", "kl"):
         # rounding of logp grows with the loss through the ratio
         torch.testing.assert_close(
@@ -183,16 +191,57 @@ def test_a_split_row_equals_a_whole_one(device, monkeypatch, inplace, parts, dty
     torch.testing.assert_close(out, whole_out, rtol=max(1e-4, step), atol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("v", [1, 37, 8192, 8193, 151_936, 152_064])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_cover_a_row_once_and_begin_at_wide_accesses(v, dtype):
+    logits = torch.empty(1, v, dtype=dtype, device="meta")
+    for tile in rows_triton.LOSS_VARIANTS:
+        columns, part_columns, parts = rows_triton.split_row(logits, tile)
+        assert part_columns <= columns and (parts - 1) * part_columns < v <= parts * part_columns
+        assert parts == 1 or part_columns % 64 == 0
+        assert part_columns * parts - v < 64 * parts  # balanced
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_part_that_does_not_come_gives_nan_and_ends(
+    device, monkeypatch, reverse_grid, last_first
+):
+    # In one launch, programs of the interpreter that run first wait in vain for those after them.
+    monkeypatch.setattr(rows_triton, "PHASES", (0,))
+    monkeypatch.setattr(rows_triton, "SPIN_LIMIT", 3)
+    if last_first:
+        reverse_grid()
+    data = loss_rows(3, 4099, torch.bfloat16, device)
+    data["token_weights"][1] = 0
+    out = torch.zeros_like(data["logits"])
+    results = run_rows(data, out, 2048)
+    first, last = slice(0, 1408), slice(2816, 4099)
+    waits, complete = (last, first) if last_first else (first, last)
+    assert out[:, waits].isnan().all()
+    assert out[:, complete].isfinite().all()
+    assert results.loss.isnan().all() != last_first  # the first part reports the loss
+    assert results.logp.isnan().all() != last_first
+
+
+def test_a_nan_whose_bits_are_all_one_is_a_value_and_not_a_part_that_is_absent(device):
+    data = loss_rows(2, 4099, device=device)
+    bits = data["logits"].view(torch.int32)
+    bits[0, 7], bits[1, data["targets"][1]] = -1, -1
+    out = torch.empty_like(data["logits"])
+    results = run_rows(data, out, 2048)
+    assert results.loss.isnan().all() and (out == 0).all()
+
+
+@pytest.mark.parametrize("columns", [8192, 2048])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_order_of_programs_does_not_matter(device, reverse_grid, inplace, parts):
+def test_the_order_of_programs_does_not_matter(device, reverse_grid, inplace, columns):
     data = loss_rows(5, 4099, torch.bfloat16, device)
     start = data["logits"].clone()
 
     def run():
         data["logits"] = start.clone()
         out = data["logits"] if inplace else torch.empty_like(start)
-        return *run_rows(data, out, parts), out
+        return *run_rows(data, out, columns), out
 
     forwards = run()
     reverse_grid()
@@ -316,10 +365,10 @@ def test_offsets_past_two_to_the_31_elements(device, no_copy_back, columns):
         far, data["targets"], temperature, *results[1:], *incoming, far
     )
     assert torch.equal(far, out)
-    for parts in (1, 2):
+    for per_program in (8192, 2048):
         far.copy_(data["logits"])
-        expected = run_rows(data, out, parts)
-        results = run_rows(data | {"logits": far}, far, parts)
+        expected = run_rows(data, out, per_program)
+        results = run_rows(data | {"logits": far}, far, per_program)
         assert torch.equal(far, out)
         for value, expected_value in zip(results, expected, strict=True):
             assert torch.equal(value, expected_value)
@@ -338,12 +387,22 @@ def test_row_outputs_of_strided_logits(device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="programs of the interpreter run one after the other")
-def test_split_rows_wait_for_each_other_on_a_gpu(device):
+@pytest.mark.parametrize("tile", rows_triton.LOSS_VARIANTS, ids=str)
+def test_parts_wait_for_each_other_on_a_gpu(device, tile):
     data = loss_rows(300, 151936, torch.bfloat16, device)
-    whole_out = torch.empty_like(data["logits"])
-    whole = run_rows(data, whole_out, parts=1)
+    exact = token_logprobs_ref(data["logits"].double(), data["targets"], 0.9)[0]
+    expected_out = torch.empty_like(data["logits"])
+    rows_triton.row_grpo(
+        data["logits"],
+        data["targets"],
+        objective(data),
+        RowResults.empty(expected_out),
+        expected_out,
+        rows_triton.LOSS_VARIANTS[0],
+    )
     for _ in range(20):
-        copy = data | {"logits": data["logits"].clone()}
-        split = run_rows(copy, copy["logits"], parts=19)
-        torch.testing.assert_close(split.logp, whole.logp, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(copy["logits"], whole_out, rtol=1e-2, atol=1e-6)
+        logits = data["logits"].clone()
+        results = RowResults.empty(logits)
+        rows_triton.row_grpo(logits, data["targets"], objective(data), results, logits, tile)
+        torch.testing.assert_close(results.logp.double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, expected_out, rtol=1e-2, atol=1e-6)

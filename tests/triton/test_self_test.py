@@ -6,12 +6,12 @@ import torch
 from mr1_fast.errors import UserError
 from mr1_fast.kernels import self_test
 from mr1_fast.kernels.adamw import step_triton
-from mr1_fast.kernels.grpo import rows_triton
+from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 
 KERNELS = [
     (rows_triton, "_grpo_kernel"),
-    (rows_triton, "_logprobs_kernel"),
-    (rows_triton, "_logprobs_backward_kernel"),
+    (logprobs_triton, "_logprobs_kernel"),
+    (logprobs_triton, "_logprobs_backward_kernel"),
     (step_triton, "_adamw_kernel"),
     (step_triton, "_add_stochastic_kernel"),
 ]

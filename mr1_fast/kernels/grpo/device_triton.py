@@ -1,20 +1,32 @@
 """The device functions of the row operations in Triton: what a program computes of its row.
 
-`token_loss` has the equations of `reference.policy_loss_ref` with their derivative. The others read
-a row's columns, share what the parts of a split row know, and write the gradient.
+`token_loss` has the equations of `reference.policy_loss_ref` with their derivative. The others sum
+over columns, and let the programs of a row share their sums.
+
+Sums are relative to an origin, for which all use y = x·scale − k with scale = log2(e)/T, where k is
+max x·scale, rounded. The rounded k is what is handed on, so that sums, the target's log-probability
+and the gradient are relative to the very same number, and its rounding cancels. A fused
+multiply-add makes y in one instruction, with one rounding.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from .objective import BANNED as BANNED_LOGP
 from .objective import KL_LOG_RATIO_LIMIT
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether the kernels run under Triton's interpreter, on a CPU."""
+_INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 KL_LIMIT = tl.constexpr(KL_LOG_RATIO_LIMIT)
 BANNED = tl.constexpr(BANNED_LOGP)
-SPIN_LIMIT = tl.constexpr(1 << 20)
-"""How often a program looks whether the other parts of its row have arrived."""
+LOWEST = tl.constexpr(-200.0)
+"""Least y: 2^−200 is 0 in fp32, and 0·y is no NaN, which it would be for a banned token's −inf."""
+ABSENT = tl.constexpr(-1)
+"""A word that was not written yet: all bits are 1, which is a NaN that `word` never yields."""
 
 
 @triton.jit
@@ -80,40 +92,67 @@ def token_loss(
 
 
 @triton.jit
-def statistics(row, start, stop, scale, BLOCK: tl.constexpr):
-    """Return m = max x, s = Σ 2^y and u = Σ 2^y·y over columns start … stop.
-
-    y = (x − m)·scale with scale = log2(e)/T. Sums stay vectors until the end; only the maximum is
-    reduced at every block.
-    """
-    m = -float("inf")
-    s = tl.zeros((BLOCK,), tl.float32)
-    u = tl.zeros((BLOCK,), tl.float32)
-    for begin in tl.range(start, stop, BLOCK, num_stages=3):
-        columns = begin + tl.arange(0, BLOCK)
-        x = tl.load(
-            row + columns, mask=columns < stop, other=-float("inf"), eviction_policy="evict_last"
-        )
-        x = x.to(tl.float32)
-        new_m = tl.maximum(m, tl.max(x, 0))
-        # A block may hold banned tokens alone, with logits of −inf.
-        origin = tl.where(new_m == -float("inf"), 0.0, new_m)
-        y = (x - origin) * scale
-        p = tl.exp2(y)
-        # At least BANNED, as 0·−inf would be NaN.
-        shift = tl.where(m == -float("inf"), 0.0, tl.maximum((m - origin) * scale, BANNED))
-        alpha = tl.where(m == -float("inf"), 0.0, tl.exp2(shift))
-        u = alpha * (u + s * shift) + tl.where(p > 0, p * y, 0.0)
-        s = alpha * s + p
-        m = new_m
-    return m, tl.sum(s, 0), tl.sum(u, 0)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def logprob_entropy(x_target, m, s, u, scale):
-    """Return logp, the entropy in nats, and log2(s)."""
-    log2_s = tl.log2(s)
-    return ((x_target - m) * scale - log2_s) * LN2, (log2_s - u / s) * LN2, log2_s
+def sum_pair(a, b):
+    """Return Σ a and Σ b of two vectors, in one reduction, so that warps meet once."""
+    if _INTERPRETED:  # It would reduce pairs in a loop of Python.
+        return tl.sum(a, 0), tl.sum(b, 0)
+    return tl.reduce((a, b), 0, _add_pairs)
+
+
+@triton.jit
+def origin_of(m, scale):
+    """Return k = m·scale, rounded; 0 where all logits are −inf, so that no y is −inf + inf."""
+    k = m * scale
+    return tl.where(k == -float("inf"), 0.0, k)
+
+
+@triton.jit
+def block_sums(x, k, scale):
+    """Return Σ 2^y and Σ 2^y·y over a block of fp32 logits. Logits of −inf contribute 0."""
+    y = tl.maximum(tl.fma(x, scale, -k), LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(y)
+    return sum_pair(p, p * y)
+
+
+@triton.jit
+def _add_block(m, k, s, u, x, scale):
+    """Add a block of logits to their maximum m, to k = m·scale, and to the sums relative to k."""
+    x = x.to(tl.float32)
+    m = tl.maximum(m, tl.max(x, 0))
+    origin = origin_of(m, scale)
+    block_s, block_u = block_sums(x, origin, scale)
+    # k is −inf at first, and 0·−inf would be NaN.
+    shift = tl.maximum(k - origin, LOWEST)
+    alpha = tl.exp2(shift)
+    k = tl.where(m == -float("inf"), m, origin)
+    return m, k, alpha * s + block_s, alpha * (u + s * shift) + block_u
+
+
+@triton.jit
+def stream_sums(row, V, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Return m = max x, k, s = Σ 2^y and u = Σ 2^y·y over a row's V columns, read once.
+
+    The sums are scalars: as vectors they would take the registers that keep loads in flight. Only
+    the last block is masked.
+    """
+    m = -float("inf")
+    k = -float("inf")
+    s = 0.0
+    u = 0.0
+    inside = tl.arange(0, BLOCK)
+    whole = V // BLOCK * BLOCK
+    for begin in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        m, k, s, u = _add_block(m, k, s, u, tl.load(row + begin + inside), scale)
+    if whole < V:
+        columns = whole + inside
+        x = tl.load(row + columns, mask=columns < V, other=-float("inf"))
+        m, k, s, u = _add_block(m, k, s, u, x, scale)
+    return m, k, s, u
 
 
 @triton.jit
@@ -128,68 +167,77 @@ def load_target(row, target, V):
 
 
 @triton.jit
-def write_gradient(
-    row, out, target, start, stop, scale, m, log2_s, coefficient, BLOCK: tl.constexpr
-):
-    """Write coefficient·(onehot − p) to columns start … stop; 0 needs no second read."""
-    if coefficient == 0:
-        for begin in tl.range(start, stop, BLOCK):
-            columns = begin + tl.arange(0, BLOCK)
-            tl.store(
-                out + columns,
-                tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty),
-                mask=columns < stop,
-            )
-    else:
-        for begin in tl.range(start, stop, BLOCK, num_stages=3):
-            columns = begin + tl.arange(0, BLOCK)
-            mask = columns < stop
-            x = tl.load(
-                row + columns, mask=mask, other=-float("inf"), eviction_policy="evict_first"
-            )
-            p = tl.exp2((x.to(tl.float32) - m) * scale - log2_s)
-            gradient = tl.where(columns == target, coefficient, 0.0) - coefficient * p
-            tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)
+def logprob_entropy(x_target, k, s, u, scale):
+    """Return the target's log-probability and the row's entropy, in nats, and log2(s)."""
+    log2_s = tl.log2(s)
+    return (tl.fma(x_target, scale, -k) - log2_s) * LN2, (log2_s - u / s) * LN2, log2_s
 
 
 @triton.jit
-def gather_parts(
-    parts, x_target, part, arrived, m, s, u, scale,
-    PARTS: tl.constexpr, PADDED: tl.constexpr, PHASE: tl.constexpr,
-):  # fmt: skip
-    """Share the sums of this part and wait for the others'.
+def word(value):
+    """Return the bits of an fp32 value as int32, of any NaN those of one that is not ABSENT."""
+    return tl.where(value == value, value, float("nan")).to(tl.int32, bitcast=True)
 
-    Returns x_target, m, s and u of the row, and whether all parts came.
 
-    Programs start in the order of their number, so the lowest row that is not finished always has
-    all its parts running, and waiting ends. Where programs cannot wait for each other, PHASE 1 and
-    PHASE 2 are launches of their own.
+@triton.jit
+def publish(words, part, k, s, u, PARTS: tl.constexpr):
+    """Write the sums of this part to the row's words: k of all parts, then s, then u.
+
+    The stores are atomic, though nobody else writes there, so that no reader sees half of one and
+    no compiler holds one back.
     """
-    if PHASE != 2:
-        tl.store(parts + part * 4, m)
-        tl.store(parts + part * 4 + 1, s)
-        tl.store(parts + part * 4 + 2, u)
-        tl.store(parts + part * 4 + 3, x_target)
-    complete = True
-    if PHASE == 0:
-        tl.debug_barrier()
-        seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") + 1
-        tries = 0
-        while (seen < PARTS) & (tries < SPIN_LIMIT):
-            seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-            tries += 1
-        tl.debug_barrier()
-        complete = seen >= PARTS
+    tl.atomic_xchg(words + part, word(k), sem="relaxed")
+    tl.atomic_xchg(words + PARTS + part, word(s), sem="relaxed")
+    tl.atomic_xchg(words + 2 * PARTS + part, word(u), sem="relaxed")
+
+
+@triton.jit
+def _read(words, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """Return k, s and u of all parts, the target's logit, and how many of them are absent."""
     index = tl.arange(0, PADDED)
-    mask = index < PARTS
-    ms = tl.load(parts + index * 4, mask=mask, other=-float("inf"), cache_modifier=".cg")
-    ss = tl.load(parts + index * 4 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    us = tl.load(parts + index * 4 + 2, mask=mask, other=0.0, cache_modifier=".cg")
-    # The logit itself may hold its gradient by now.
-    x_target = tl.load(parts + 3, cache_modifier=".cg")
-    m = tl.max(ms, 0)
-    shift = tl.where(ms == -float("inf"), 0.0, tl.maximum((ms - m) * scale, BANNED))
-    alpha = tl.where(ms == -float("inf"), 0.0, tl.exp2(shift))
-    # A part that did not come must show: the sum would be wrong without a word.
-    s = tl.where(complete, tl.sum(ss * alpha, 0), float("nan"))
-    return x_target, m, s, tl.sum((us + ss * shift) * alpha, 0), complete
+    real = index < PARTS
+    k = tl.load(words + index, mask=real, other=0, volatile=True)
+    s = tl.load(words + PARTS + index, mask=real, other=0, volatile=True)
+    u = tl.load(words + 2 * PARTS + index, mask=real, other=0, volatile=True)
+    x_target = tl.load(words + 3 * PARTS, volatile=True)
+    absent = tl.sum(((k == ABSENT) | (s == ABSENT) | (u == ABSENT)).to(tl.int32), 0)
+    return k, s, u, x_target, absent + (x_target == ABSENT).to(tl.int32)
+
+
+@triton.jit
+def gather(words, PARTS: tl.constexpr, PADDED: tl.constexpr, SPINS: tl.constexpr):
+    """Wait for the words of all parts of a row; return k, s, u and the target's logit of the row.
+
+    A word is its own flag, so there is no order between words to keep. Programs start in the order
+    of their number, so the lowest row that is not finished always has all its parts running, and
+    waiting ends. Were a part missing all the same, s is NaN after SPINS looks, and whether all came
+    is the fifth result.
+    """
+    k, s, u, x_target, absent = _read(words, PARTS, PADDED)
+    looks = 0
+    while (absent > 0) & (looks < SPINS):
+        k, s, u, x_target, absent = _read(words, PARTS, PADDED)
+        looks += 1
+    complete = absent == 0
+    # Padding has s = u = 0, and must not be the maximum.
+    ks = k.to(tl.float32, bitcast=True)
+    ss = s.to(tl.float32, bitcast=True)
+    us = u.to(tl.float32, bitcast=True)
+    holds_any = ss > 0
+    origin = tl.max(tl.where(holds_any, ks, -float("inf")), 0)
+    origin = tl.where(origin == -float("inf"), 0.0, origin)
+    shift = tl.where(holds_any, tl.maximum(ks - origin, LOWEST), LOWEST)
+    alpha = tl.exp2(shift)
+    # NaN of any part stays: NaN > 0 is false, but NaN·0 is NaN.
+    total, weighted = sum_pair(ss * alpha, (us + ss * shift) * alpha)
+    total = tl.where(complete, total, float("nan"))
+    return origin, total, weighted, x_target.to(tl.float32, bitcast=True), complete
+
+
+def interpreted_block(logits: torch.Tensor) -> int:
+    """Return the columns of a block under the interpreter, a power of 2.
+
+    A block costs a millisecond there, whatever its size; a row still has several, so that loops run
+    and parts wait.
+    """
+    return min(65536, triton.next_power_of_2(triton.cdiv(logits.shape[1], 3)))

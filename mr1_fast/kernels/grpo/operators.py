@@ -55,14 +55,14 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 @torch.library.custom_op("mr1_fast::token_logprobs", mutates_args=())
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: Tensor
+    logits: Tensor, targets: Tensor, temperature: Tensor, token_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `rows.row_logprobs` does, (N,) each, of logits (N, V) / temperature."""
-    return row_logprobs(logits, targets, temperature)
+    return row_logprobs(logits, targets, temperature, token_weights)
 
 
 @token_logprobs.register_fake
-def _(logits, targets, temperature):
+def _(logits, targets, temperature, token_weights=None):
     return fake_logprobs(logits)
 
 
@@ -98,15 +98,22 @@ def _(logits, *_):
 
 def _save_logprobs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    logits, targets, temperature = inputs
+    logits, targets, temperature, token_weights = inputs
     _, entropy, peak, log_sum = output
-    ctx.save_for_backward(logits, targets, temperature, entropy, peak, log_sum)
+    ctx.save_for_backward(logits, targets, temperature, entropy, peak, log_sum, token_weights)
 
 
 def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
-    *saved, log_sum = ctx.saved_tensors
-    by_row = incoming(grad_logp, grad_entropy, like=log_sum)
+    *saved, log_sum, token_weights = ctx.saved_tensors
+    by_row = _unmasked(incoming(grad_logp, grad_entropy, like=log_sum), token_weights)
     return input_gradients(ctx, token_logprobs_backward(*saved, log_sum, *by_row))
+
+
+def _unmasked(gradients: list[Tensor], token_weights: Tensor | None) -> list[Tensor]:
+    """Return incoming gradients, 0 where the weight is 0: the backward does not read those rows."""
+    if token_weights is None:
+        return gradients
+    return [torch.where(token_weights != 0, gradient, 0.0) for gradient in gradients]
 
 
 token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_logprobs)
@@ -137,28 +144,33 @@ def _(*_):
 class InplaceTokenLogprobs(torch.autograd.Function):
     """logp (B, R) of logits (B, R, V), with a backward that puts the gradient in their place.
 
-    Rows must have unit stride and not overlap; a slice of a longer sequence is not copied.
-    Autograd's version counter refuses a second backward, and the backward of any other operation
-    that saved the logits.
+    A row whose entry in token_weights (B, R) is 0 is not read; its logp and gradient are 0. Rows
+    must have unit stride and not overlap; a slice of a longer sequence is not copied. Autograd's
+    version counter refuses a second backward, and the backward of any other operation that saved
+    the logits.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, temperature: Tensor, token_weights: Tensor
+    ) -> Tensor:
         """Compute `token_logprobs` of each matrix that the logits consist of."""
+        matrices = _matrices(logits, targets, token_weights)
         parts = [
-            token_logprobs(*each, temperature)
-            for each in zip(*_matrices(logits, targets), strict=True)
+            token_logprobs(matrix, matrix_targets, temperature, matrix_weights)
+            for matrix, matrix_targets, matrix_weights in zip(*matrices, strict=True)
         ]
         logp, *kept = (torch.cat(part).view(targets.shape) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(logits, targets, temperature, *kept)
+        ctx.save_for_backward(logits, targets, temperature, token_weights, *kept)
         return logp
 
     @staticmethod
     def backward(ctx, grad_logp: Tensor):
         """Return the logits' own buffer, which now holds the gradient."""
-        logits, targets, temperature, *kept = ctx.saved_tensors
+        logits, targets, temperature, token_weights, *kept = ctx.saved_tensors
         buffer = logits.detach()
-        per_row = _matrices(buffer, targets, *kept, *incoming(grad_logp, None, like=grad_logp))
+        by_row = _unmasked(incoming(grad_logp, None, like=grad_logp), token_weights)
+        per_row = _matrices(buffer, targets, *kept, *by_row)
         for matrix, matrix_targets, *rest in zip(*per_row, strict=True):
             token_logprobs_backward_(matrix, matrix_targets, temperature, *rest)
         return input_gradients(ctx, buffer)

@@ -23,15 +23,24 @@ def kernels_for(logits: torch.Tensor) -> ModuleType:
 
 
 def row_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-probability of the target, entropy, peak and log_sum of each row, (N,) each.
 
     The last two are what the backward needs: peak is the row's largest logit, log_sum the logarithm
     of Σ exp((x_j − peak)/T), so that log p_j = (x_j − peak)/T − log_sum. Kept apart, they lose
     nothing; their sum would round.
+
+    A row whose entry in `token_weights` (N,), contiguous and in the dtype of statistics, is 0 is
+    not read: its log-probability and entropy are exactly 0, and its target may be any number. Other
+    weights change nothing. None: every row is read.
     """
-    return kernels_for(logits).row_logprobs(logits, targets.contiguous(), temperature)
+    return kernels_for(logits).row_logprobs(
+        logits, targets.contiguous(), temperature, token_weights
+    )
 
 
 def row_logprobs_backward(
@@ -47,8 +56,9 @@ def row_logprobs_backward(
 ) -> None:
     """Write the gradient by the logits into `out` (N, V), which may be the logits themselves.
 
-    A row whose incoming gradients are 0 or not finite, or whose logits hold NaN, gets a gradient of
-    exactly 0: what is wrong with it shows in its log-probability.
+    A row whose incoming gradients are 0 is not read, and gets a gradient of exactly 0. So does a
+    row whose incoming gradients are not finite, or whose logits hold NaN: what is wrong with it
+    shows in its log-probability.
     """
     grad_logp, grad_entropy = (g.nan_to_num(0.0, 0.0, 0.0) for g in (grad_logp, grad_entropy))
     kernels_for(logits).row_logprobs_backward(

@@ -103,14 +103,17 @@ def grpo_arguments(
 
 
 def row_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """`rows.row_logprobs`, on torch's number of threads."""
     outputs = tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(4))
     status()[0].mr1_logprob_rows(
         *_matrix(logits),
         *_sizes(logits),
-        *map(pointer, (targets, temperature, *outputs)),
+        *map(pointer, (targets, temperature, token_weights, *outputs)),
         torch.get_num_threads(),
     )
     return outputs

@@ -17,14 +17,22 @@ BLOCK_ELEMENTS = 2**20
 
 
 def row_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """`rows.row_logprobs`, block by block."""
     outputs = tuple(logits.new_empty(len(logits), dtype=statistics_dtype(logits)) for _ in range(4))
-    for rows in _blocks(logits):
+    masked = None if token_weights is None else token_weights == 0
+    if masked is not None:
+        targets = targets.masked_fill(masked, 0)
+    for rows in _blocks(logits, masked):
         *values, _ = _statistics(logits[rows], targets[rows], temperature)
         for output, value in zip(outputs, values, strict=True):
             output[rows] = value
+    if masked is not None:
+        outputs = tuple(output.masked_fill_(masked, 0.0) for output in outputs)
     return outputs
 
 
@@ -40,15 +48,17 @@ def row_logprobs_backward(
     out: torch.Tensor,
 ) -> None:
     """`rows.row_logprobs_backward`, block by block."""
-    for rows in _blocks(logits):
+    dead = ((grad_logp == 0) & (grad_entropy == 0)) | ~log_sum.isfinite()
+    targets = targets.masked_fill(dead, 0)
+    for rows in _blocks(logits, dead):
         logp = (logits[rows] - peak[rows, None]).div_(temperature).sub_(log_sum[rows, None])
         p = logp.exp()
         # d entropy / dz_j = −p_j·(log p_j + entropy), where −inf becomes finite: 0·log 0 = 0.
         logp.clamp_(min=BANNED).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
         p.mul_(logp.add_(grad_logp[rows, None])).neg_()
         p.scatter_add_(1, targets[rows, None], grad_logp[rows, None])
-        dead = ((grad_logp[rows] == 0) & (grad_entropy[rows] == 0)) | ~log_sum[rows].isfinite()
-        out[rows] = p.div_(temperature).masked_fill_(dead[:, None], 0.0)
+        out[rows] = p.div_(temperature).to(out.dtype)
+    out.masked_fill_(dead[:, None], 0.0)
 
 
 def row_grpo(
@@ -75,8 +85,17 @@ def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
         gradient.mul_(factor)
 
 
-def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+def _blocks(
+    logits: torch.Tensor, masked: torch.Tensor | None = None
+) -> Iterator[slice | torch.Tensor]:
+    """Return the rows of each block, as an index.
+
+    On a CPU, rows that are `masked` are left out. On a GPU, finding them would synchronise: there,
+    they are among the others, and the caller replaces what comes of them.
+    """
     size = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    if masked is not None and not masked.is_cuda and masked.any():
+        return iter((~masked).nonzero().squeeze(-1).split(size))
     return (slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size))
 
 

@@ -1,58 +1,92 @@
 """The row operations in Triton: kernels and launchers; device_triton.py has their device functions.
 
-A program owns a row of logits, or a part of one. Its first sweep reads the columns once and keeps
-max, Σ exp and Σ exp·x, after which everything about the token's loss is known; its second sweep
-reads the columns again, from L2, and writes the gradient. Device memory sees one read and one write
-as long as the rows in flight fit in L2. Where they would not (the 6 MB of a 3090), a row is split
-over programs, which wait for each other between the sweeps.
+The loss with its gradient moves every logit once in and once out of device memory, whatever L2
+holds. A row is cut into parts of some thousand columns. The program of a part loads it into
+registers at once, publishes its maximum and sums, waits for those of the row's other parts, after
+which everything about the token's loss is known, and writes the gradient from the registers.
+
+The loss without a gradient is made of log-probabilities, whose kernels are in logprobs_triton.py.
 
 β, temperature and the clip bounds are run-time data, and so is the number of rows: nothing is
 compiled again when they change. Only what a model or a run fixes (V, dtype, surrogate, which inputs
 exist) selects a kernel.
 """
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.driver import driver
 
-from ..dispatch import statistics_dtype
 from ..launch import launch
+from ..tuned import tuned
 from .device_triton import (
-    BANNED,
-    LN2,
-    gather_parts,
+    INTERPRETED,
+    LOG2E,
+    block_sums,
+    gather,
+    interpreted_block,
     load_target,
     logprob_entropy,
-    statistics,
+    origin_of,
+    publish,
     token_loss,
-    write_gradient,
+    word,
 )
+from .logprobs_triton import row_logprobs, row_logprobs_backward
 from .objective import Objective, RowResults
+from .reference import objective_loss_ref
 
-BLOCK = 4096
-"""Columns of 16-bit logits that a program handles at a time."""
+__all__ = ["row_grpo", "row_logprobs", "row_logprobs_backward", "scale_"]
 
-NUM_WARPS = 8
 
-PROGRAMS_PER_SM = 2
-"""Programs on 16-bit logits that a multiprocessor has the registers for.
+class LossTile(NamedTuple):
+    """The part of a row that a program of the loss holds in registers."""
 
-It holds twice as many on fp32, whose blocks have half the columns. benchmarks/compile_table.py
-prints the registers.
+    columns: int
+    """16-bit logits of a part; it has half as many in fp32, which are as many bytes."""
+
+    warps: int
+
+    registers: int
+    """Most registers of a thread, by which more programs fit on a multiprocessor; 0: no limit."""
+
+
+LOSS_VARIANTS = (
+    LossTile(8192, 4, 96),
+    LossTile(8192, 4, 0),
+    LossTile(8192, 8, 0),
+    LossTile(4096, 4, 0),
+    LossTile(16384, 8, 96),
+)
+"""Settings that a sweep tries; the first is the one by arithmetic.
+
+It has 96 registers, so 5 programs and 80 KB in flight on a multiprocessor, where 40 KB would hide
+the latency of an H100's memory. With 80 registers it would spill.
 """
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-LOG2E = tl.constexpr(1.4426950408889634)
+SPIN_LIMIT = 1 << 20
+"""How often a program looks whether the other parts of its row have published their sums.
+
+It is about a second, after which the row's loss is NaN: a wait that cannot end is no hang.
+"""
+
+SCALE_BLOCK = 4096
+"""Elements of a gradient that a program scales at a time."""
+
+PHASES = (1, 2) if INTERPRETED else (0,)
+"""Launches of the loss: one, or publishing and the rest in two.
+
+The interpreter runs one program after the other, which cannot wait for each other.
+"""
 
 # --- kernels ------------------------------------------------------------------------------------
 
 # A slice of these may start at any address, which must not select a kernel of its own.
 _ANY_ALIGNMENT = [
     "TARGET", "ADVANTAGE", "WEIGHT", "OLD", "REF", "IS_WEIGHT", "BETA", "TEMPERATURE", "FACTOR",
-    "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED", "KL_LIMITED", "PARTIALS", "ARRIVED",
-    "PEAK", "LOG_SUM", "GRAD_LOGP", "GRAD_ENTROPY",
+    "LOSS", "LOGP", "ENTROPY", "KL", "CLIPPED", "KL_LIMITED", "WORDS",
 ]  # fmt: skip
 
 
@@ -60,113 +94,83 @@ _ANY_ALIGNMENT = [
 def _grpo_kernel(
     X, x_stride, OUT, out_stride, TARGET, ADVANTAGE, WEIGHT, OLD, REF, IS_WEIGHT, BETA, TEMPERATURE,
     clip_low, clip_high, delta, tau_positive, tau_negative,
-    LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, PARTIALS, ARRIVED, V,
+    LOSS, LOGP, ENTROPY, KL, CLIPPED, KL_LIMITED, WORDS, V,
     SURROGATE: tl.constexpr, BIAS_CORRECTED: tl.constexpr, PARTS: tl.constexpr,
-    PADDED: tl.constexpr, PART_COLUMNS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, PART_COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    PHASE: tl.constexpr, SPINS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) // PARTS
     part = tl.program_id(0) % PARTS
-    start = part * PART_COLUMNS
-    stop = tl.minimum(start + PART_COLUMNS, V)
+    inside = tl.arange(0, TILE)
+    columns = part * PART_COLUMNS + inside
+    mask = (inside < PART_COLUMNS) & (columns < V)
     row = X + n * x_stride
+    x = tl.load(row + columns, mask=mask, other=-float("inf"))
+    # What the end needs is loaded now, while the logits are on their way.
     target = tl.load(TARGET + n)
     temperature = tl.load(TEMPERATURE)
+    advantage = tl.load(ADVANTAGE + n)
+    weight = tl.load(WEIGHT + n)
+    beta = tl.load(BETA)
+    old_logp = 0.0
+    if OLD is not None:
+        old_logp = tl.load(OLD + n)
+    ref_logp = 0.0
+    if REF is not None:
+        ref_logp = tl.load(REF + n)
+    is_weight = 1.0
+    if IS_WEIGHT is not None:
+        is_weight = tl.load(IS_WEIGHT + n)
+
     scale = LOG2E / temperature
+    has_target = (target >= 0) & (target < V)
+    column = tl.where(has_target, target, 0).to(tl.int32)
+    # Only the part that owns the target's column reads it, as only that part overwrites it.
+    owner = part == column // PART_COLUMNS
+    words = WORDS + n * (3 * PARTS + 1)
     x_target = 0.0
-    m = 0.0
-    s = 0.0
-    u = 0.0
-    if PHASE != 2:
+    if owner & (PHASE != 2):
         x_target = load_target(row, target, V)
-        m, s, u = statistics(row, start, stop, scale, BLOCK)
-    complete = True
-    if PARTS > 1:
-        x_target, m, s, u, complete = gather_parts(
-            PARTIALS + n * PARTS * 4, x_target, part, ARRIVED + n, m, s, u, scale, PARTS, PADDED,
-            PHASE
-        )  # fmt: skip
+        tl.atomic_xchg(words + 3 * PARTS, word(x_target), sem="relaxed")
+    if PHASE != 2:
+        x32 = x.to(tl.float32)
+        k = origin_of(tl.max(x32, 0), scale)
+        s, u = block_sums(x32, k, scale)
+        publish(words, part, k, s, u, PARTS)
     if PHASE != 1:
-        logp, entropy, log2_s = logprob_entropy(x_target, m, s, u, scale)
-        old_logp = logp
-        if OLD is not None:
-            old_logp = tl.load(OLD + n)
-        ref_logp = 0.0
-        if REF is not None:
-            ref_logp = tl.load(REF + n)
-        is_weight = 1.0
-        if IS_WEIGHT is not None:
-            is_weight = tl.load(IS_WEIGHT + n)
+        k, s, u, x_target, complete = gather(words, PARTS, PADDED, SPINS)
+        logp, entropy, _ = logprob_entropy(x_target, k, s, u, scale)
+        if OLD is None:
+            old_logp = logp
         loss, derivative, kl, clipped, kl_limited = token_loss(
-            logp, tl.load(ADVANTAGE + n), tl.load(WEIGHT + n), old_logp, ref_logp, is_weight,
-            tl.load(BETA), clip_low, clip_high, delta, tau_positive, tau_negative,
+            logp, advantage, weight, old_logp, ref_logp, is_weight,
+            beta, clip_low, clip_high, delta, tau_positive, tau_negative,
             SURROGATE, REF is not None, BIAS_CORRECTED,
         )  # fmt: skip
         if part == 0:
-            tl.store(LOSS + n, loss)
+            # Where a part did not come, even a weight of 0 must not hide it.
+            tl.store(LOSS + n, tl.where(complete, loss, float("nan")))
             tl.store(LOGP + n, logp)
             tl.store(ENTROPY + n, entropy)
             tl.store(KL + n, kl)
             tl.store(CLIPPED + n, clipped.to(tl.uint8))
             tl.store(KL_LIMITED + n, kl_limited.to(tl.uint8))
-        if OUT is not None:
-            coefficient = derivative / temperature
-            coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
-            # Where a part did not come, the others may have written a finite gradient.
-            coefficient = tl.where(complete, coefficient, float("nan"))
-            column = target.to(tl.int32)  # 64-bit comparisons in the sweep would be slow.
-            write_gradient(
-                row, OUT + n * out_stride, column, start, stop, scale, m, log2_s, coefficient, BLOCK
-            )
-
-
-@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
-def _logprobs_kernel(
-    X, x_stride, TARGET, TEMPERATURE, LOGP, ENTROPY, PEAK, LOG_SUM, V, BLOCK: tl.constexpr
-):
-    n = tl.program_id(0).to(tl.int64)
-    row = X + n * x_stride
-    scale = LOG2E / tl.load(TEMPERATURE)
-    x_target = load_target(row, tl.load(TARGET + n), V)
-    m, s, u = statistics(row, 0, V, scale, BLOCK)
-    logp, entropy, log2_s = logprob_entropy(x_target, m, s, u, scale)
-    tl.store(LOGP + n, logp)
-    tl.store(ENTROPY + n, entropy)
-    tl.store(PEAK + n, m)
-    tl.store(LOG_SUM + n, log2_s * LN2)
-
-
-@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
-def _logprobs_backward_kernel(
-    X, x_stride, OUT, out_stride, TARGET, TEMPERATURE, ENTROPY, PEAK, LOG_SUM,
-    GRAD_LOGP, GRAD_ENTROPY, V, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(V, BLOCK)
-    n = tl.program_id(0).to(tl.int64) // blocks
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < V
-    out = OUT + n * out_stride + columns
-    log_sum = tl.load(LOG_SUM + n)
-    grad_logp = tl.load(GRAD_LOGP + n)
-    grad_entropy = tl.load(GRAD_ENTROPY + n)
-    target = tl.load(TARGET + n)
-    dead = (
-        ((grad_logp == 0) & (grad_entropy == 0))
-        | ~(tl.abs(log_sum) < float("inf"))
-        | (target < 0)
-        | (target >= V)
-    )
-    if dead:
-        tl.store(out, tl.zeros((BLOCK,), tl.float32).to(OUT.dtype.element_ty), mask=mask)
-    else:
-        temperature = tl.load(TEMPERATURE)
-        x = tl.load(X + n * x_stride + columns, mask=mask, other=-float("inf"))
-        logp = (x.to(tl.float32) - tl.load(PEAK + n)) / temperature - log_sum
-        p = tl.exp(logp)
-        entropy_part = grad_entropy * (tl.maximum(logp, BANNED) + tl.load(ENTROPY + n))
-        gradient = tl.where(columns == target.to(tl.int32), grad_logp, 0.0) - p * (
-            grad_logp + entropy_part
-        )
-        tl.store(out, (gradient / temperature).to(OUT.dtype.element_ty), mask=mask)
+        coefficient = derivative / temperature
+        coefficient = tl.where(tl.abs(coefficient) < float("inf"), coefficient, 0.0)
+        coefficient = tl.where(complete, coefficient, float("nan"))
+        out = OUT + n * out_stride
+        if coefficient == 0:  # s may be NaN
+            tl.store(out + columns, tl.zeros((TILE,), OUT.dtype.element_ty), mask=mask)
+        else:
+            y = tl.fma(x.to(tl.float32), scale, -k)
+            gradient = tl.exp2(y) * (-coefficient / s)
+            tl.store(out + columns, gradient.to(OUT.dtype.element_ty), mask=mask)
+            if owner & has_target:
+                # One more store is cheaper than a comparison for each column.
+                tl.debug_barrier()
+                p = tl.exp2(tl.fma(x_target, scale, -k)) / s
+                gradient_target = coefficient - coefficient * p
+                tl.store(out + column, gradient_target.to(OUT.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -190,28 +194,29 @@ def row_grpo(
     objective: Objective,
     results: RowResults,
     out: torch.Tensor | None,
-    parts: int | None = None,
+    tile: LossTile | None = None,
 ) -> None:
-    """`rows.row_grpo` for logits (N, V) with unit column stride.
+    """`rows.row_grpo` for logits (N, V) with unit column stride: a program per part of a row.
 
-    `parts`: programs per row; None: as many as L2 needs.
+    `tile`: the launch setting; None: the one of this architecture.
     """
+    if out is None:
+        logp, entropy, _, _ = row_logprobs(logits, targets, objective.temperature)
+        per_token, *rest = objective_loss_ref(logp, objective)
+        for result, value in zip(results, (per_token, logp, entropy, *rest), strict=True):
+            result.copy_(value)
+        return
     n, v = logits.shape
-    part_columns = split_columns(logits, parts)
-    parts = triton.cdiv(v, part_columns)
-    partials = arrived = None
-    if parts > 1:
-        partials = logits.new_empty(n, parts, 4, dtype=torch.float32)
-        arrived = logits.new_zeros(n, dtype=torch.int32)
-    # The interpreter runs one program after the other, which cannot wait: there, the sweeps are two
-    # launches.
-    phases = (1, 2) if parts > 1 and INTERPRETED else (0,)
-    for phase in phases:
+    tile = tile or _default_tile(logits)
+    columns, part_columns, parts = split_row(logits, tile)
+    # All bits 1: no part has published yet.
+    words = torch.full((n, 3 * parts + 1), -1, dtype=torch.int32, device=logits.device)
+    for phase in PHASES:
         launch(
             _grpo_kernel,
             (n * parts,),
             logits.device,
-            logits, logits.stride(0), out, 0 if out is None else out.stride(0), targets,
+            logits, logits.stride(0), out, out.stride(0), targets,
             objective.advantages, objective.token_weights,
             objective.old_logp, objective.ref_logp, objective.is_weights,
             objective.beta, objective.temperature,
@@ -219,94 +224,43 @@ def row_grpo(
             objective.tau_positive, objective.tau_negative,
             results.loss, results.logp, results.entropy, results.kl,
             results.clipped.view(torch.uint8), results.kl_limited.view(torch.uint8),
-            partials, arrived, v,
+            words, v,
             SURROGATE=objective.surrogate, BIAS_CORRECTED=objective.bias_corrected_kl,
             PARTS=parts, PADDED=triton.next_power_of_2(parts), PART_COLUMNS=part_columns,
-            PHASE=phase, BLOCK=block_size(logits), num_warps=NUM_WARPS,
+            TILE=columns, PHASE=phase, SPINS=SPIN_LIMIT,
+            num_warps=tile.warps, **_register_limit(tile.registers),
         )  # fmt: skip
 
 
-def row_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """`rows.row_logprobs`: one program per row, one read."""
-    n, v = logits.shape
-    outputs = tuple(logits.new_empty(n, dtype=statistics_dtype(logits)) for _ in range(4))
-    launch(
-        _logprobs_kernel,
-        (n,),
-        logits.device,
-        logits, logits.stride(0), targets, temperature, *outputs, v,
-        BLOCK=block_size(logits), num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return outputs
+def split_row(logits: torch.Tensor, tile: LossTile) -> tuple[int, int, int]:
+    """Return a program's columns, a power of 2; how many of them it uses; and the parts of a row.
 
-
-def row_logprobs_backward(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: torch.Tensor,
-    entropy: torch.Tensor,
-    peak: torch.Tensor,
-    log_sum: torch.Tensor,
-    grad_logp: torch.Tensor,
-    grad_entropy: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """`rows.row_logprobs_backward`: one program per block of a row."""
-    n, v = logits.shape
-    block = block_size(logits)
-    launch(
-        _logprobs_backward_kernel,
-        (n * triton.cdiv(v, block),),
-        logits.device,
-        logits, logits.stride(0), out, out.stride(0), targets, temperature,
-        entropy, peak, log_sum, grad_logp, grad_entropy, v,
-        BLOCK=block, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    Parts are balanced, and begin at multiples of 64 columns, so that accesses are wide.
+    """
+    v = logits.shape[1]
+    columns = min(tile.columns * 2 // logits.element_size(), triton.next_power_of_2(v))
+    parts = triton.cdiv(v, columns)
+    step = min(64, columns)
+    part_columns = triton.cdiv(triton.cdiv(v, parts), step) * step
+    return columns, part_columns, triton.cdiv(v, part_columns)
 
 
 def scale_(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     """`rows.scale_` of a contiguous tensor; programs end at once where the factor is 1."""
     size = gradient.numel()
-    programs = min(triton.cdiv(size, BLOCK), 2048)
-    options = dict(BLOCK=BLOCK, num_warps=NUM_WARPS)
+    programs = min(triton.cdiv(size, SCALE_BLOCK), 2048)
+    options = dict(BLOCK=SCALE_BLOCK, num_warps=8)
     launch(_scale_kernel, (programs,), gradient.device, gradient, factor, size, **options)
 
 
-def split_columns(logits: torch.Tensor, parts: int | None = None) -> int:
-    """Return the columns per program, in whole blocks: so few that rows in flight fit in L2.
-
-    `parts` forces the number of programs per row. The number of rows plays no part, since every
-    choice is a compilation of its own.
-    """
-    block = block_size(logits)
-    if parts is None:
-        multiprocessors, l2_bytes = _device_limits(logits.device)
-        row_bytes = logits.shape[1] * logits.element_size()
-        programs = multiprocessors * PROGRAMS_PER_SM * logits.element_size() // 2
-        # Half of a row is alive on average: a margin of 2. All parts of a row must run at once.
-        parts = min(round(programs * row_bytes / l2_bytes), multiprocessors)
-    return triton.cdiv(triton.cdiv(logits.shape[1], block), max(1, parts)) * block
-
-
-def block_size(logits: torch.Tensor) -> int:
-    """Return the columns that a program handles at a time.
-
-    They have as many bytes in every dtype, since registers are the limit.
-    """
-    v = logits.shape[1]
+def _default_tile(logits: torch.Tensor) -> LossTile:
     if INTERPRETED:
-        # A block costs a millisecond, whatever its size; there are still several, so that loops
-        # run.
-        return min(65536, triton.next_power_of_2(triton.cdiv(v, 3)))
-    return min(BLOCK * 2 // logits.element_size(), triton.next_power_of_2(v))
+        return LossTile(interpreted_block(logits) * logits.element_size() // 2, 4, 0)
+    return tuned("grpo", logits.device, LOSS_VARIANTS[0])
 
 
-@lru_cache
-def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Return how many multiprocessors the device has, and the bytes of its L2."""
-    if device.type != "cuda":
-        return 1, 2**40
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
+def _register_limit(registers: int) -> dict[str, int]:
+    """Return Triton's option for the most registers of a thread, which AMD's compiler lacks."""
+    if not registers or INTERPRETED or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}

@@ -51,6 +51,10 @@ def calls() -> dict[str, tuple]:
     backward = (hidden, weight, bias, targets, temperature, *linear_kept, *incoming, CHUNK_BYTES)
     return {
         "token_logprobs": (operators.token_logprobs, (logits, targets, temperature)),
+        "token_logprobs, weighted": (
+            operators.token_logprobs,
+            (logits, targets, temperature, objective.token_weights),
+        ),
         "token_logprobs_backward": (
             operators.token_logprobs_backward,
             (constant, targets, temperature, *kept, *incoming),

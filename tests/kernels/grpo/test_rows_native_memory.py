@@ -132,29 +132,50 @@ sys.path.insert(0, sys.argv[1])
 from tests.data.loss import loss_rows
 from tests.data.native import DTYPES, INSTRUCTION_SETS, run_rows, threads
 from mr1_fast.kernels import native
-from mr1_fast.kernels.grpo import rows_native
+from mr1_fast.kernels.grpo import rows_native, rows_torch
 
 faulthandler.enable()
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE, kept = mmap.PAGESIZE, []
 
+def forbid(*pages):
+    for page in pages:
+        assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+
+def new_pages(count):
+    memory = mmap.mmap(-1, count * PAGE)
+    kept.append(memory)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
 def between_forbidden_pages(values, at_end):
     size = values.numel() * values.element_size()
     pages = -(-size // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    kept.append(memory)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for forbidden in (start, start + (pages + 1) * PAGE):
-        assert libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(PAGE), 0) == 0
+    _, start = new_pages(pages + 2)
+    forbid(start, start + (pages + 1) * PAGE)
     begin = start + PAGE + (pages * PAGE - size if at_end else 0)
     buffer = (ctypes.c_char * size).from_address(begin)
     return torch.frombuffer(buffer, dtype=values.dtype).view(values.shape).copy_(values)
+
+def log_probs_of_rows_on_forbidden_pages(kernels, dtype, weights):
+    memory, start = new_pages(len(weights))
+    logits = torch.frombuffer(memory, dtype=dtype).view(len(weights), -1)
+    logits.copy_(torch.linspace(-3, 3, logits.numel()).view(logits.shape))
+    forbid(*(start + row * PAGE for row, weight in enumerate(weights) if weight == 0))
+    row = logits, torch.zeros(len(weights), dtype=torch.int64), torch.tensor(0.8)
+    logp, *statistics = kernels.row_logprobs(*row, weights)
+    assert (logp != 0).tolist() == (weights != 0).tolist()
+    gradient = torch.empty_like(logits)
+    kernels.row_logprobs_backward(*row, *statistics, weights, weights, gradient)
+    assert gradient.any(1).tolist() == (weights != 0).tolist()
 
 library, runs = native.status()[0], 0
 for name in INSTRUCTION_SETS:
     if library.mr1_use_instruction_set(name.encode()):
         continue
     for dtype in DTYPES:
+        for weights in ([0.0, 1, 0, 0, 1, 0], [0.0, 0], [0.0, 1]):
+            for kernels in (rows_native, rows_torch):
+                log_probs_of_rows_on_forbidden_pages(kernels, dtype, torch.tensor(weights))
         for v in (1, 2, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129, 1023, 4099):
             for at_end in (True, False):
                 data = loss_rows(1, v, dtype)
@@ -177,7 +198,7 @@ if len(sys.argv) > 2:  # the pages are in fact forbidden
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
-def test_nothing_is_read_or_written_beside_a_row():
+def test_nothing_is_read_or_written_beside_a_row_nor_any_row_of_weight_zero():
     if native.status()[0] is None:
         pytest.skip("not built")
     folder = str(Path(__file__).parents[3])
