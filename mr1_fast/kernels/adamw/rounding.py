@@ -5,9 +5,9 @@ random numbers are a hash of the element's index and two keys in 32-bit arithmet
 nothing else: they are the same on every device, and after a resume. step_triton.py has the same
 operations for a GPU, with the same bits.
 
-A code c of L stands for p(c) = (c/L)⁴ or (c/L)⁸ times its block's scale: c·fl(1/L), squared twice or
-thrice, each product rounded to fp32, so that p is the same number everywhere. With x the value times
-fl(1/scale), and u random in (0, 1),
+A code c of L stands for p(c) = (c/L)⁴ or (c/L)⁸ times its block's scale. p is c·fl(1/L), squared
+twice or thrice, each product rounded to fp32, and so the same number everywhere. With x the value
+times fl(1/scale), and u random in (0, 1),
 
     k = the largest code with p(k) ≤ x
     code = k + 1 if u·(p(k+1) − p(k)) < x − p(k), else k
