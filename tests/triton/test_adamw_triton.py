@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from mr1_fast.kernels.adamw import state as adamw_state
 from mr1_fast.kernels.adamw import step as adamw_step
@@ -57,6 +59,36 @@ def test_steps_give_the_bits_of_pytorch(
     monkeypatch.setattr(adamw_step, "use_triton", lambda weight: False)
     assert all(map(torch.equal, ours, steps(weight, gradients, remainder, grad_scale, "cpu")))
     assert not torch.equal(ours[0][:n], weight) or n == 1
+
+
+@pytest.mark.parametrize("tile", step_triton.ADAMW_VARIANTS, ids=str)
+def test_every_tile_gives_the_same_bits(device, monkeypatch, tile):
+    weight, gradients = inputs(1300, torch.bfloat16, torch.bfloat16)
+    expected = steps(weight, gradients[:1], True, None, device)
+    monkeypatch.setattr(step_triton, "_tile", lambda device: tile)
+    assert all(map(torch.equal, expected, steps(weight, gradients[:1], True, None, device)))
+
+
+@triton.jit
+def bad_guess(x, LARGEST: tl.constexpr, SQUARINGS: tl.constexpr):
+    """A guess that is off by 0.4 codes, now up and now down."""
+    for _ in tl.static_range(SQUARINGS):
+        x = tl.sqrt(x)
+    guess = x * LARGEST
+    off = tl.where(guess * 64 - tl.floor(guess * 64) < 0.5, 0.4, -0.4)
+    return tl.floor(guess + off + 0.5)
+
+
+def test_codes_do_not_depend_on_the_guess_of_the_root(device, monkeypatch):
+    if device == "cuda":
+        pytest.skip("a compiled kernel keeps the functions that it was compiled with")
+    weight, gradients = inputs(16_384, torch.bfloat16, torch.bfloat16)
+    expected = steps(weight, gradients[:2], True, None, device)
+    calls = []
+    guess = lambda *arguments: calls.append(1) or bad_guess(*arguments)  # noqa: E731
+    monkeypatch.setattr(step_triton, "_guess", guess)
+    others = steps(weight, gradients[:2], True, None, device)
+    assert calls and all(map(torch.equal, expected, others))
 
 
 def test_the_order_of_programs_does_not_matter(device, reverse_grid):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .rounding import block_scale, decode_v, sqrt_
+from .rounding import block_scale, decode_v
 from .state import Scalars
 
 
@@ -19,11 +19,20 @@ def adamw_ref(
     v = v * scalars.beta2 + gradient * scalars.one_minus_beta2 * gradient
 
     smallest = decode_v(torch.ones_like(v[:, :1]), block_scale(v))
-    denominator = sqrt_(torch.maximum(v, smallest) * scalars.inverse_correction2) + scalars.eps
+    denominator = exact_sqrt(torch.maximum(v, smallest) * scalars.inverse_correction2) + scalars.eps
     ratio = m * scalars.inverse_correction1 / denominator
     ratio.clamp_(-scalars.limit, scalars.limit)
 
     return weight - (weight * scalars.weight_decay + ratio) * scalars.lr, m, v
+
+
+def exact_sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Take the square root of fp32 numbers, correctly rounded, on any device.
+
+    PyTorch's own on a CPU is one bit off in 0.7 % of all cases. In fp64, a root in 1 … 2 is off by
+    less than 2⁻⁵², and roots of fp32 numbers are 2⁻⁵⁰ or more away from where rounding changes.
+    """
+    return x.double().sqrt_().float()
 
 
 def master_weight(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:

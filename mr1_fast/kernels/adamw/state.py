@@ -10,8 +10,9 @@ So √v follows a fourth power, too. Lower powers ended 2 to 10 times further fr
 gradients of a block differ in size.
 
 A step computes with m and v in fp32; they are rounded afterwards, up or down at random so that the
-mean is right. Rounded to nearest, a v whose gradients have become small would never fall: β₂ = 0.98
-changes it by 2 % a step, and codes are 3 % apart.
+mean is right; rounding.py defines the codes to the bit, for every device. Rounded to nearest, a v
+whose gradients have become small would never fall: β₂ = 0.98 changes it by 2 % a step, and codes
+are 3 % apart.
 
 A bf16 weight w keeps the bits that complete it to its fp32 master as an int16 remainder:
 

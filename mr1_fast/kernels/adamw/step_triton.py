@@ -3,26 +3,54 @@
 A program owns a tile of whole blocks, so it needs no scales from other programs, and everything is
 read and written once. What changes from step to step (learning rate, bias correction, keys) is
 run-time data, so nothing is compiled again. Products and sums are not contracted into fused
-operations: the bits are those of PyTorch on a CPU.
+operations: the bits are those of PyTorch on a CPU. The only roots that a device approximates are
+guesses of codes, and rounding.py says why codes do not depend on them.
+
+A step is bound by instructions rather than by memory. So fp32 integers are rounded and stored by
+the bits of a sum with `_MAGIC`: conversions run at a fraction of the speed of sums.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from ..launch import launch
+from ..tuned import tuned
 from .rounding import HASH, SMALLEST_SCALE
 from .state import BLOCK, Scalars, State
 
-ROWS = 4
-"""Blocks of 256 elements in a program's tile: 16 elements a thread, 128 bits of 8-bit states."""
-INTERPRETED_ROWS = 64
-"""Blocks in a program's tile under Triton's interpreter, which takes its time for every program."""
-OPTIONS = dict(num_warps=2, enable_fp_fusion=False)
-"""Options of the launches; without fusion, a product and a sum are rounded one after the other."""
+
+class AdamWTile(NamedTuple):
+    """How the step is launched."""
+
+    rows: int
+    """Blocks of 256 elements in a program's tile."""
+    warps: int
+
+
+ADAMW_VARIANTS = (
+    AdamWTile(4, 4),
+    AdamWTile(2, 2),
+    AdamWTile(1, 1),
+    AdamWTile(4, 2),
+    AdamWTile(8, 4),
+)
+"""What a sweep on an NVIDIA GPU tries; the first is the default there.
+
+With 8 elements a thread, the first three, at most 127 registers let 16 to 20 warps share a
+multiprocessor; 16 elements a thread need 8 % fewer instructions, and leave room for 8 to 12 warps.
+"""
+INTERPRETED_TILE = AdamWTile(64, 4)
+"""Triton's interpreter takes its time for every program, so it gets few."""
+SUM_ELEMENTS, SUM_WARPS = 1024, 2
+"""Elements and warps of a program that adds gradients: 16 elements a thread."""
 _BLOCK = tl.constexpr(BLOCK)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _HASH0, _HASH1, _HASH2 = (tl.constexpr(each) for each in HASH)
+_MAGIC = tl.constexpr(1.5 * 2**23)  # neighbours of this fp32 number are 1 apart
 
 # --- device functions ---------------------------------------------------------------------------
 
@@ -35,6 +63,18 @@ def _random_bits(index, key0, key1):
     x = tl.add(x, key1.to(tl.uint32), sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 15), _HASH1, sanitize_overflow=False)
     return x ^ (x >> 16)
+
+
+@triton.jit
+def _uniforms(bits):
+    """Make two fp32 numbers in (0, 1) of the two halves of each 32 bits: 2⁻¹⁷, 3·2⁻¹⁷, …
+
+    The bits of 2²³ are 0x4B000000, so that h | 0x4B000000 is 2²³ + h for a half h. What follows is
+    exact.
+    """
+    low = (bits & 0xFFFF | 0x4B000000).to(tl.float32, bitcast=True)
+    high = (bits >> 16 | 0x4B000000).to(tl.float32, bitcast=True)
+    return tl.fma(low, 2**-16, 2**-17 - 2**7), tl.fma(high, 2**-16, 2**-17 - 2**7)
 
 
 @triton.jit
@@ -59,20 +99,35 @@ def _power(root, SQUARINGS: tl.constexpr):
 
 
 @triton.jit
-def _encode(values, scale, random16, LARGEST: tl.constexpr, SQUARINGS: tl.constexpr):
+def _guess(x, LARGEST: tl.constexpr, SQUARINGS: tl.constexpr):
+    """Guess the code of x in 0 … 1, (ROWS, 256), as the nearest to an approximate root."""
+    for _ in tl.static_range(SQUARINGS):
+        x = tl.sqrt(x)
+    return tl.fma(x, LARGEST, _MAGIC) - _MAGIC
+
+
+@triton.jit
+def _encode(values, scale, uniform, LARGEST: tl.constexpr, SQUARINGS: tl.constexpr):
     """Encode values ≥ 0 (ROWS, 256) with scales (ROWS,) as codes 0 … LARGEST in fp32.
 
-    `random16` decides which way each value is rounded, so that the mean is right.
+    `uniform` (ROWS, 256) decides which way each value is rounded. The result is that of
+    rounding.py, whose code below x and the next one are here the guess and its neighbour towards x.
     """
     x = values * tl.div_rn(1.0, scale)[:, None]
-    root = x
-    for _ in tl.static_range(SQUARINGS):
-        root = tl.sqrt_rn(root)
-    code = tl.minimum(tl.floor(root * LARGEST), LARGEST - 1)
-    low = _power(code * (1 / LARGEST), SQUARINGS)
-    high = _power((code + 1) * (1 / LARGEST), SQUARINGS)
-    uniform = random16.to(tl.float32) * (1 / 65536) + (1 / 131072)
-    return code + tl.where(uniform * (high - low) < x - low, 1.0, 0.0)
+    guess = _guess(x, LARGEST, SQUARINGS)
+    power = _power(guess * (1 / LARGEST), SQUARINGS)
+    below = x >= power
+    other = guess + tl.where(below, 1.0, -1.0)
+    other_power = _power(other * (1 / LARGEST), SQUARINGS)
+    low = tl.minimum(power, other_power)
+    up = uniform * tl.abs(power - other_power) < x - low
+    return tl.where(up == below, other, guess)
+
+
+@triton.jit
+def _integer(code):
+    """Convert fp32 integers −2¹⁵ … 2¹⁵ − 1 to int32 whose low 16 bits are theirs."""
+    return (code + _MAGIC).to(tl.int32, bitcast=True)
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -84,8 +139,9 @@ _STEP_SCALARS = ["key0", "key1"]
 def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCALE, n,
                   lr, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
                   inverse_correction1, inverse_correction2, eps, limit, key0, key1,
-                  ROWS: tl.constexpr):  # fmt: skip
-    """Update the tile of ROWS blocks at ROWS·program_id; n elements in all."""
+                  TILE: tl.constexpr):  # fmt: skip
+    """Update the TILE elements of whole blocks at TILE·program_id; n elements in all."""
+    ROWS: tl.constexpr = TILE // _BLOCK
     row = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)
     start = row * _BLOCK
@@ -106,9 +162,11 @@ def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCAL
         weight = tl.load(WEIGHT + start + inside, mask=mask, other=0.0)
 
     m_code = tl.load(M + start + inside, mask=mask, other=0).to(tl.float32)
-    m_square = _power(m_code * (1 / 127), 1)
-    m = m_square * m_square * tl.load(M_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
-    m = tl.where(m_code < 0, -m, m) * beta1 + gradient * one_minus_beta1
+    m_root = m_code * (1 / 127)
+    m_square = m_root * tl.abs(m_root)
+    m = m_square * tl.abs(m_square)
+    m = m * tl.load(M_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
+    m = m * beta1 + gradient * one_minus_beta1
     v_code = tl.load(V + start + inside, mask=mask, other=0).to(tl.float32)
     v = _power(v_code * (1 / 255), 3)
     v = v * tl.load(V_SCALE + row + rows, mask=rows_mask, other=0.0)[:, None]
@@ -124,10 +182,13 @@ def _adamw_kernel(WEIGHT, GRADIENT, M, V, M_SCALE, V_SCALE, REMAINDER, GRAD_SCAL
 
     index = tl.add(start.to(tl.uint32), inside.to(tl.uint32), sanitize_overflow=False)
     bits = _random_bits(index, key0, key1)
-    m_code = _encode(tl.abs(m), m_scale, bits & 0xFFFF, 127, 2)
-    v_code = _encode(v, v_scale, bits >> 16, 255, 3)
-    tl.store(M + start + inside, tl.where(m < 0, -m_code, m_code).to(tl.int8), mask=mask)
-    tl.store(V + start + inside, v_code.to(tl.int32).to(tl.uint8), mask=mask)
+    m_uniform, v_uniform = _uniforms(bits)
+    m_code = _encode(tl.abs(m), m_scale, m_uniform, 127, 2)
+    v_code = _encode(v, v_scale, v_uniform, 255, 3)
+    sign = m.to(tl.int32, bitcast=True) & -(2**31)
+    m_code = (m_code.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    tl.store(M + start + inside, _integer(m_code).to(tl.int8), mask=mask)
+    tl.store(V + start + inside, _integer(v_code).to(tl.uint8), mask=mask)
     tl.store(M_SCALE + row + rows, m_scale, mask=rows_mask)
     tl.store(V_SCALE + row + rows, v_scale, mask=rows_mask)
     if REMAINDER is not None:
@@ -167,30 +228,40 @@ def adamw_(
     scalars: Scalars,
     keys: tuple[int, int],
     grad_scale: torch.Tensor | None,
+    tile: AdamWTile | None = None,
 ) -> None:
-    """`step.adamw_` for flat contiguous tensors, with a program for each `ROWS` blocks."""
-    n, rows = len(weight), _rows()
+    """`step.adamw_` for flat contiguous tensors, with a program for each tile (None: the best)."""
+    n = len(weight)
+    tile = tile or _tile(weight.device)
     launch(
-        _adamw_kernel, (triton.cdiv(n, rows * BLOCK),), weight.device,
+        _adamw_kernel, (triton.cdiv(n, tile.rows * BLOCK),), weight.device,
         _bits(weight), gradient, state.m, state.v, state.m_scale, state.v_scale, state.remainder,
-        grad_scale, n, *scalars, *keys, ROWS=rows, **OPTIONS,
+        grad_scale, n, *scalars, *keys,
+        TILE=tile.rows * BLOCK, num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def add_stochastic_(
     accumulator: torch.Tensor, gradient: torch.Tensor, keys: tuple[int, int]
 ) -> None:
-    """`step.add_stochastic_` for flat contiguous tensors, with a program for each `ROWS` blocks."""
-    n, size = len(accumulator), _rows() * BLOCK
+    """`step.add_stochastic_` for flat contiguous tensors."""
+    n, size = len(accumulator), SUM_ELEMENTS
+    if triton.knobs.runtime.interpret:
+        size = INTERPRETED_TILE.rows * BLOCK
     launch(
         _add_stochastic_kernel, (triton.cdiv(n, size),), accumulator.device,
-        _bits(accumulator), gradient, n, *keys, SIZE=size, **OPTIONS,
+        _bits(accumulator), gradient, n, *keys,
+        SIZE=size, num_warps=SUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _rows() -> int:
-    """Choose the blocks of a program's tile."""
-    return INTERPRETED_ROWS if triton.knobs.runtime.interpret else ROWS
+def _tile(device: torch.device) -> AdamWTile:
+    """Choose the tile of a step."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETED_TILE
+    # 128 threads with 8 elements each; AMD's warps have 64 threads.
+    warps = 128 // driver.active.get_current_target().warp_size
+    return tuned("adamw", device, AdamWTile(4, warps))
 
 
 def _bits(weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Statistical bounds are 6 standard deviations of the mean. Seeds are fixed.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,62 @@ def test_a_code_is_a_neighbour_of_its_value(scale):
     assert torch.equal(
         rounding.encode_m(-values, scales, uniform), -rounding.encode_m(values, scales, uniform)
     )
+
+
+def power(codes: np.ndarray, largest: int, squarings: int) -> np.ndarray:
+    """(codes/largest)^(2^squarings), every product rounded to fp32."""
+    result = codes.astype(np.float32) * np.float32(1 / largest)
+    for _ in range(squarings):
+        result = result * result
+    return result
+
+
+def exact_codes(x: torch.Tensor, u: torch.Tensor, largest: int, squarings: int) -> tuple:
+    """The code below each x and the rounded code by their definition, by search: no root."""
+    powers = power(np.arange(largest + 2), largest, squarings)
+    assert (np.diff(powers) > 0).all() and powers[largest] == 1
+    below = np.searchsorted(powers, x.numpy(), side="right") - 1
+    low, high = powers[below], powers[below + 1]
+    return torch.tensor(below), torch.tensor(below + (u.numpy() * (high - low) < x.numpy() - low))
+
+
+@pytest.mark.parametrize(
+    ("encode", "largest", "squarings"), [("encode_m", 127, 2), ("encode_v", 255, 3)]
+)
+def test_codes_do_not_depend_on_the_guess_of_the_root(encode, largest, squarings):
+    """At every code and its fp32 neighbours, at the limits, at denormals, and in between."""
+    codes = torch.tensor(power(np.arange(largest + 1), largest, squarings))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat(
+        [
+            codes,
+            torch.nextafter(codes, torch.tensor(2.0)).clamp(max=1),
+            torch.nextafter(codes, torch.tensor(0.0)),
+            torch.tensor([0.0, 1e-45, 1e-40, 1.2e-38, 1.0]),
+            torch.exp(-50 * torch.rand(2**16, generator=generator)),
+        ]
+    )
+    random = rounding.uniforms(rounding.random_bits(0, len(x), (1, 2), "cpu"))[0]
+    for u in (torch.full_like(x, 2**-17), torch.full_like(x, 1 - 2**-17), random):
+        below, expected = exact_codes(x, u, largest, squarings)
+        assert torch.equal(getattr(rounding, encode)(x, torch.ones(1), u), expected.float())
+        root = largest * x.double().pow(0.5**squarings)
+        estimates = root + 0.499 * (2 * torch.rand(len(x), generator=generator) - 1)
+        for guess in (below, below + 1, estimates.round()):
+            code = rounding._round_code(x, guess.float(), u, largest, squarings)
+            assert torch.equal(code, expected.float())
+    assert expected.min() == 0 and expected.max() == largest
+
+
+def test_codes_mean_what_they_meant_in_checkpoints_of_before():
+    scales = torch.tensor([[3e-30], [0.37], [1e20]])
+    codes = np.arange(-127, 128)
+    root = codes.astype(np.float32) * np.float32(1 / 127)
+    square = root * abs(root)
+    m = torch.from_numpy(square * abs(square)) * scales
+    assert torch.equal(rounding.decode_m(torch.tensor(codes, dtype=torch.int8), scales), m)
+    v = torch.from_numpy(power(np.arange(256), 255, 3)) * scales
+    assert torch.equal(rounding.decode_v(torch.arange(256, dtype=torch.uint8), scales), v)
 
 
 @pytest.mark.parametrize(("encode", "decode"), [("encode_m", "decode_m"), ("encode_v", "decode_v")])
