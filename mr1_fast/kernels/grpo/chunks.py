@@ -64,7 +64,7 @@ def gemm_tile(device: torch.device) -> GemmTile:
     if device.type == "cpu":
         return GemmTile(16, 64)
     small = architecture(device) in SMALL_SHARED_MEMORY
-    return tuned("linear", device, GemmTile(128, 128 if small else 256))
+    return tuned("linear", device, GEMM_VARIANTS[1] if small else GEMM_VARIANTS[0])
 
 
 def processors(device: torch.device) -> int | None:
@@ -134,15 +134,18 @@ def chunk_rows(
 ) -> int:
     """Return the rows per chunk on this device, of hidden states (num_rows, width).
 
-    Without a gradient of the hidden states there is no dhidden: the GEMM of the logits counts.
+    Without any gradient there is no dhidden: the GEMM of the logits counts.
     """
+    found = processors(device)
+    if tile is None:
+        tile = gemm_tile(device) if found else GEMM_VARIANTS[0]
     return rows_per_chunk(
         num_rows,
         vocabulary,
         itemsize,
         width if trains_hidden or trains_head else vocabulary,
         chunk_bytes,
-        processors(device),
-        tile or gemm_tile(device),
+        found,
+        tile,
         least_memory=device.type == "cuda" and not trains_head,
     )
