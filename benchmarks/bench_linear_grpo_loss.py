@@ -1,7 +1,10 @@
 """LM head and GRPO loss, forward and backward: ours beside other libraries and three bare GEMMs.
 
-    python benchmarks/bench_linear_grpo_loss.py [--tokens 8192] [--hidden 4096 1536] [--vocab
-    151936]
+    python benchmarks/bench_linear_grpo_loss.py [--tokens 8192] [--hidden 4096 1536]
+    [--vocab 151936] [--stages] [--rows 1024 2816]
+
+With --stages, one chunk is timed by stage; with --rows, the whole loss at these rows per chunk: see
+head_parts.py. Without them, libraries are compared.
 
 Every case but the bare GEMMs yields the loss and the gradients of the hidden states and of the head
 (unless it is frozen). Peak memory excludes inputs and gradients: it is the most that a call holds
@@ -13,6 +16,7 @@ a wrong baseline shows. Prints Markdown tables; the last line is one JSON docume
 import json
 from functools import partial
 
+import head_parts
 import torch
 from bench_grpo_loss import BETA, CLIP, DEFAULT_DTYPE, DEFAULT_TOKENS, Batch, eager_loss
 from device_time import sm_clock
@@ -246,6 +250,17 @@ def print_peak(name: str, arguments) -> None:
     print(json.dumps(peak(case, device)))
 
 
+def time_parts(arguments) -> list[dict]:
+    """Time what --stages or --rows ask for, at each hidden size."""
+    time = head_parts.by_stage if arguments.stages else head_parts.by_rows
+    dtype, results = getattr(torch, arguments.dtype), []
+    for width in arguments.hidden:
+        b = LinearBatch.random(arguments.tokens, width, arguments.vocab, dtype, arguments.device)
+        inputs = b.hidden, b.weight, b.batch.targets, b.batch.loss_arguments
+        results.append(time(*inputs, arguments))
+    return results
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, help="default 8192, on a CPU 256")
@@ -267,6 +282,10 @@ def main() -> None:
         help="measure memory on a CPU in this process, to try the script out",
     )
     parser.add_argument("--peak", help="print the peak memory of this case, and nothing else")
+    parser.add_argument("--stages", action="store_true", help="time one chunk by stage")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", help="rows per chunk of --stages, or of the whole loss"
+    )
     arguments = parser.parse_args()
     device = arguments.device = pick_device(arguments.device)
     arguments.tokens = arguments.tokens or DEFAULT_TOKENS[device]
@@ -277,11 +296,15 @@ def main() -> None:
     if arguments.peak:
         print_peak(arguments.peak, arguments)
         return
+    keys = ("tokens", "peak_tokens", "vocab", "dtype", "rounds")
+    settings = {key: getattr(arguments, key) for key in keys}
+    if arguments.stages or arguments.rows:
+        name = "linear_stages" if arguments.stages else "linear_rows"
+        finish(name, device, settings=settings, results=time_parts(arguments))
+        return
     results = [compare(width, arguments) for width in arguments.hidden]
     for result in results:
         show(result, arguments)
-    keys = ("tokens", "peak_tokens", "vocab", "dtype", "rounds")
-    settings = {key: getattr(arguments, key) for key in keys}
     finish("linear_grpo_loss", device, settings=settings, results=results)
 
 

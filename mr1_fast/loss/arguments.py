@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import statistics_dtype
-from ..kernels.grpo.linear import CHUNK_BYTES
+from ..kernels.grpo.chunks import CHUNK_BYTES
 from ..kernels.grpo.objective import SURROGATES, Objective
 from ..kernels.grpo.reference import spread
 
@@ -234,6 +234,27 @@ def check_linear(
                 "hidden is"
             )
     return hidden, weight, bias
+
+
+def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, ratio_level: str) -> None:
+    """Check the tensor to which the gradient of `weight`, as check_linear returns it, is added."""
+    if weight_grad is None:
+        return
+    _check_tensor("weight_grad", weight_grad)
+    _check_no_dtensor("weight_grad", weight_grad)
+    _check_device("weight_grad", weight_grad, weight)
+    dtypes, shape = (weight.dtype, statistics_dtype(weight)), tuple(weight.shape)
+    if weight_grad.dtype not in dtypes or weight_grad.shape != weight.shape:
+        raise ValueError(
+            f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}: expected "
+            f"{' or '.join(dict.fromkeys(map(str, dtypes)))} {shape}"
+        )
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad requires a gradient itself: pass weight.grad, or zeros")
+    if not weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight_grad is given, but weight requires no gradient: leave it out")
+    if ratio_level == "sequence":
+        raise ValueError("weight_grad needs ratio_level='token': leave it out")
 
 
 def _check_targets(

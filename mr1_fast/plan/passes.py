@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..kernels.grpo.linear import CHUNK_BYTES, SLICE, rows_per_chunk
+from ..kernels.grpo.chunks import CHUNK_BYTES, chunk_rows
+from ..kernels.grpo.head import EXACT_CHUNKS, slice_rows
 from ..types import PackedBatch
 from .memory_use import MemoryUse
 from .meta_model import MetaModel
@@ -64,26 +66,40 @@ class HeadBytes:
 
 
 def loss_head(run: PlannedRun, rows: int, trains: bool) -> HeadBytes:
-    """Bytes of kernels/grpo/linear.py on so many rows with loss, or of log-probabilities alone."""
+    """Bytes of kernels/grpo/linear.py on so many rows with loss, or of log-probabilities alone.
+
+    A GPU that is not at hand is taken to use the largest chunks.
+    """
     model = run.policy
-    chunk = rows_per_chunk(rows, model.vocabulary, model.itemsize, CHUNK_BYTES[run.device])
+    trains_head = trains and model.trains_head
+    chunk = chunk_rows(
+        torch.device(run.device),
+        rows,
+        model.vocabulary,
+        model.width,
+        model.itemsize,
+        CHUNK_BYTES[run.device],
+        trains_hidden=trains,
+        trains_head=trains_head,
+    )
     logits = chunk * model.vocabulary * model.itemsize
     results = ROW_RESULTS * rows
     if not trains:
         return HeadBytes(logits + results, 0)
 
     dhidden = model.hidden_bytes(rows)
-    if not model.trains_head:
+    if not trains_head:
         return HeadBytes(dhidden + results + logits, dhidden + results)
     kept = dhidden + results + model.head_bytes
-    if model.itemsize == 4 or chunk == rows:
+    if model.itemsize == 4:
         return HeadBytes(kept + logits, kept)
 
-    # Over several chunks, the gradient of a 16-bit head is summed in fp32.
-    casts = 0
+    # A CPU computes the gradient of a 16-bit head in fp32 copies, a slice at a time.
+    in_fp32, casts = rows > EXACT_CHUNKS * chunk, 0
     if run.device == "cpu":
-        columns = min(model.vocabulary, 2 * SLICE)  # a slice is made while the last one exists
-        casts = 4 * chunk * (columns + model.width)
-    accumulator = 2 * model.head_bytes
-    most = dhidden + results + accumulator + max(logits + casts, model.head_bytes)
-    return HeadBytes(most, kept)
+        part = min(model.vocabulary, slice_rows(model.width))
+        casts = 4 * (chunk * (part + model.width) + part * model.width * (not in_fp32))
+    if not in_fp32:
+        return HeadBytes(kept + logits + casts, kept)
+    total = 2 * model.head_bytes
+    return HeadBytes(dhidden + results + total + max(logits + casts, model.head_bytes), kept)

@@ -116,6 +116,21 @@ def test_under_autocast():
         assert_compiles(*inputs())
 
 
+def test_the_weights_gradient_in_a_given_tensor():
+    def step(hidden, weight, bias, data, total):
+        options = COMMON | {"weight_grad": total}
+        return linear_grpo_loss(hidden, weight, bias=bias, **data, **options).loss, total
+
+    results = []
+    for each in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves, data = inputs()
+        loss, total = each(*leaves, data, torch.ones(V, D))
+        loss.backward()
+        results.append([loss.detach(), total, leaves[0].grad, leaves[2].grad])
+        assert leaves[1].grad is None
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
 def test_every_operator_is_checked():
     """By torch.library.opcheck, in test_operators.py or where the operator is used."""
     registered = {

@@ -427,6 +427,41 @@ def test_linear_inputs_refused(case, function):
         function(**arguments)
 
 
+WEIGHT_GRAD_CASES = {
+    "shape": (
+        torch.zeros(D, V),
+        {},
+        "weight_grad is torch.float32 (4, 37): expected torch.float32 (37, 4)",
+    ),
+    "dtype": (torch.zeros(V, D).double(), {}, "weight_grad is torch.float64 (37, 4): expected"),
+    "no tensor": (True, {}, "weight_grad is a bool: expected a tensor"),
+    "device": (torch.zeros(V, D, device=meta), {}, "weight_grad is on meta: expected cpu"),
+    "leaf": (torch.zeros(V, D, requires_grad=True), {}, "weight_grad requires a gradient itself"),
+    "frozen": (torch.zeros(V, D), {"weight": torch.zeros(V, D)}, "but weight requires no gradient"),
+    "sequence": (
+        torch.zeros(V, D),
+        {"ratio_level": "sequence", "cu_seqlens": torch.tensor([0, N])},
+        "weight_grad needs ratio_level='token'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_GRAD_CASES)
+def test_weight_grad_refused(case):
+    weight_grad, changes, message = WEIGHT_GRAD_CASES[case]
+    arguments = {
+        "hidden": torch.zeros(N, D),
+        "weight": torch.zeros(V, D, requires_grad=True),
+        "targets": torch.zeros(N).long(),
+        "advantages": torch.zeros(N),
+        "token_weights": torch.zeros(N),
+        "beta": 0.0,
+        "weight_grad": weight_grad,
+    } | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_grpo_loss(**arguments)
+
+
 INPLACE_CASES = {
     "a leaf": (lambda leaf: leaf, "which is a leaf that requires a gradient"),
     "saved by exp": (torch.exp, "which ExpBackward0 still needs for its own gradient"),

@@ -22,8 +22,9 @@ The chapters of this kernel, in the order to read them:
 2. `reference.py`: the equations in PyTorch, the specification of all that follows
 3. `rows_torch.py`, `rows_triton.py`, `rows_native.py` (csrc/ on a CPU) and `rows_cuda.py` (csrc/ on
    a GPU): the row operations, with their kernels and launchers; `rows.py` chooses among them
-4. `operators.py`: the operators of `torch.library` on logits, with gradients; `linear.py`: those on
-   hidden states
+4. `operators.py`: the operators of `torch.library` on logits, with gradients
+5. `chunks.py`: how many rows of logits the fused head makes at a time; `head.py`: its GEMMs and
+   sums; `linear.py`: the operators on hidden states
 
 The public functions, which check their arguments, stand in `mr1_fast.loss`.
 """

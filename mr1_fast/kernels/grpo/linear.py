@@ -6,17 +6,18 @@ for dhidden; and a GEMM that adds to dweight. These are three GEMMs in all, of 2
 loss that is not known in the forward needs a fourth, to make the logits again. A frozen head has no
 dweight and no third GEMM. Nothing synchronises, so the operators can be captured in a CUDA graph.
 
-Memory beside inputs and gradients: the buffer (`chunk_bytes`), and, for a 16-bit trainable head
-over more than one chunk, the fp32 accumulator of dweight, as rounding each chunk's share to 16 bits
-would bias the sum.
+Memory beside inputs and gradients: the buffer, which `chunk_bytes` bound; on a CPU some MiB of fp32
+copies where the head has 16 bits; and, where dweight of 16 bits is summed in fp32, that sum, and
+later the gradient beside it, but then the buffer is free. `chunks.py` chooses the rows of a chunk,
+`head.py` does the GEMMs.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
+from .chunks import GEMM_VARIANTS, GemmTile  # noqa: F401 - a sweep finds them with the kernel
+from .head import Head, NeedsGradient, head_rows
 from .objective import OBJECTIVE_SCHEMA, GRPOLoss, Objective, RowResults
 from .operators import (
     RESULTS_SCHEMA,
@@ -27,103 +28,7 @@ from .operators import (
     scaled,
     summed,
 )
-from .rows import row_grpo, row_logprobs, row_logprobs_backward
-
-CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 48 * 2**20}
-"""Default size of the logits buffer; a CPU needs fewer rows to keep a GEMM busy."""
-
-SLICE = 8192
-"""Vocabulary rows that a CPU casts to fp32 at a time while it accumulates dweight."""
-
-
-def rows_per_chunk(num_rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:
-    """Return how many rows of logits exist at a time: as many as `chunk_bytes` hold.
-
-    They are a multiple of 128 where that is possible, at least 1 and at most `num_rows`. A row has
-    `vocabulary` logits of `itemsize` bytes.
-    """
-    rows = max(1, chunk_bytes // (vocabulary * itemsize))
-    if rows > 128:
-        rows -= rows % 128
-    return min(rows, max(1, num_rows))
-
-
-class NeedsGradient(NamedTuple):
-    """Which inputs of the head need a gradient; a `bool[]` in an operator's schema."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Head:
-    """An LM head applied to hidden rows (N, D), chunk by chunk, and its gradients.
-
-    `weight` is (V, D), `bias` (V,) or None. Gradients that are not needed stay empty.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        chunk_bytes: int,
-        needs: NeedsGradient,
-    ):
-        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
-        self.rows = rows_per_chunk(len(hidden), weight.shape[0], hidden.element_size(), chunk_bytes)
-        self.buffer = hidden.new_empty(self.rows, weight.shape[0])
-        self.dhidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
-        self.dweight, self.dbias = weight.new_empty(0), weight.new_empty(0)
-        exact = statistics_dtype(weight)
-        if needs.weight:
-            # The first chunk writes, so nothing need be cleared; a single chunk needs no exact sum.
-            make = torch.empty if len(hidden) else torch.zeros
-            dtype = weight.dtype if len(hidden) <= self.rows else exact
-            self.dweight = make(weight.shape, dtype=dtype, device=weight.device)
-        if needs.bias:
-            self.dbias = torch.zeros(weight.shape[0], dtype=exact, device=weight.device)
-
-    def chunks(self):
-        """Yield (rows, logits of those rows), one after the other in the same buffer."""
-        for start in range(0, len(self.hidden), self.rows):
-            rows = slice(start, min(start + self.rows, len(self.hidden)))
-            logits = self.buffer[: rows.stop - start]
-            if self.bias is None:
-                torch.mm(self.hidden[rows], self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=logits)
-            yield rows, logits
-
-    def backward(self, rows: slice, dlogits: Tensor) -> None:
-        """Add the gradients of a chunk, of which `dlogits` (n, V) are those of the logits."""
-        if self.needs.hidden:
-            torch.mm(dlogits, self.weight, out=self.dhidden[rows])
-        if self.needs.bias:
-            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
-        if self.needs.weight:
-            self._add_to_dweight(dlogits, self.hidden[rows], first=rows.start == 0)
-
-    def _add_to_dweight(self, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-        if first and self.dweight.dtype == hidden.dtype:
-            torch.mm(dlogits.T, hidden, out=self.dweight)
-        elif self.dweight.dtype == hidden.dtype:
-            self.dweight.addmm_(dlogits.T, hidden)
-        elif hidden.is_cuda:
-            beta = 0 if first else 1
-            out = self.dweight
-            torch.addmm(out, dlogits.T, hidden, beta=beta, out_dtype=out.dtype, out=out)
-        else:
-            for start in range(0, len(self.weight), SLICE):
-                part = self.dweight[start : start + SLICE]
-                columns = dlogits[:, start : start + SLICE].T.to(part.dtype)
-                part.addmm_(columns, hidden.to(part.dtype), beta=0 if first else 1)
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dhidden, dweight and dbias in the dtypes of their tensors, and free the buffer."""
-        self.buffer = None
-        dbias = self.dbias.to(self.bias.dtype) if self.needs.bias else self.dbias
-        return self.dhidden, self.dweight.to(self.weight.dtype), dbias
+from .rows import row_grpo, row_logprobs, row_logprobs_backward, scale_
 
 
 def _fake_gradients(
@@ -150,11 +55,15 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `rows.row_logprobs` does of the logits hidden @ weightᵀ + bias, (N,) each."""
     outputs = tuple(hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden)) for _ in range(4))
-    head = Head(hidden, weight, bias, chunk_bytes, NeedsGradient(False, False, False))
-    for rows, logits in head.chunks():
+    needs = NeedsGradient(False, False, False)
+
+    def work(rows: slice, logits: Tensor) -> None:
         values = row_logprobs(logits, targets[rows], temperature)
         for output, value in zip(outputs, values, strict=True):
             output[rows] = value
+
+    rows = head_rows(hidden, weight, needs, chunk_bytes)
+    Head(hidden, weight, bias, needs, rows).for_each_chunk(work)
     return outputs
 
 
@@ -179,11 +88,15 @@ def linear_token_logprobs_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias; the logits are made again, chunk by chunk."""
-    head = Head(hidden, weight, bias, chunk_bytes, NeedsGradient(*needs))
-    for rows, logits in head.chunks():
+    needs = NeedsGradient(*needs)
+    head = Head(hidden, weight, bias, needs, head_rows(hidden, weight, needs, chunk_bytes))
+
+    def work(rows: slice, logits: Tensor) -> None:
         per_row = (tensor[rows] for tensor in (entropy, peak, log_sum, grad_logp, grad_entropy))
         row_logprobs_backward(logits, targets[rows], temperature, *per_row, out=logits)
         head.backward(rows, logits)
+
+    head.for_each_chunk(work)
     return head.gradients()
 
 
@@ -213,30 +126,41 @@ linear_token_logprobs.register_autograd(_logprobs_backward, setup_context=_save_
 
 # --- the fused loss -----------------------------------------------------------------------------
 
+_HEAD_SCHEMA = "int chunk_bytes, bool[] needs, bool? fp32_accumulation"
+
+
+def grpo_of_head(head: Head, targets: Tensor, objective: Objective) -> tuple[Tensor, ...]:
+    """Return the fields of GRPOLoss, and dhidden, dweight and dbias, empty where not needed."""
+    results, with_gradient = RowResults.empty(head.hidden), any(head.needs)
+
+    def work(rows: slice, logits: Tensor) -> None:
+        out = logits if with_gradient else None
+        row_grpo(logits, targets[rows], objective.rows(rows), results.rows(rows), out)
+        if with_gradient:
+            head.backward(rows, logits)
+
+    head.for_each_chunk(work)
+    return *summed(results), *head.gradients()
+
 
 @torch.library.custom_op(
     "mr1_fast::linear_grpo_loss",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int chunk_bytes, "
-    f"bool[] needs, {OBJECTIVE_SCHEMA}) -> ({RESULTS_SCHEMA}, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_HEAD_SCHEMA}, "
+    f"{OBJECTIVE_SCHEMA}) -> ({RESULTS_SCHEMA}, Tensor, Tensor, Tensor)",
 )
 def linear_grpo_loss(
-    hidden, weight, bias, targets, chunk_bytes, needs, *objective
+    hidden, weight, bias, targets, chunk_bytes, needs, fp32_accumulation, *objective
 ) -> tuple[Tensor, ...]:
-    """Return the fields of GRPOLoss, and dhidden, dweight and dbias, empty where not needed."""
-    objective, needs = Objective(*objective), NeedsGradient(*needs)
-    head = Head(hidden, weight, bias, chunk_bytes, needs)
-    results = RowResults.empty(hidden)
-    for rows, logits in head.chunks():
-        out = logits if any(needs) else None
-        row_grpo(logits, targets[rows], objective.rows(rows), results.rows(rows), out)
-        if any(needs):
-            head.backward(rows, logits)
-    return *summed(results), *head.gradients()
+    """Return what `grpo_of_head` does."""
+    needs = NeedsGradient(*needs)
+    rows = head_rows(hidden, weight, needs, chunk_bytes)
+    head = Head(hidden, weight, bias, needs, rows, fp32_accumulation)
+    return grpo_of_head(head, targets, Objective(*objective))
 
 
 @linear_grpo_loss.register_fake
-def _(hidden, weight, bias, targets, chunk_bytes, needs, *objective):
+def _(hidden, weight, bias, targets, chunk_bytes, needs, *_):
     gradients = _fake_gradients(hidden, weight, bias, NeedsGradient(*needs))
     return *fake_results(hidden), *gradients
 
@@ -260,6 +184,87 @@ def _scaled_gradients(ctx, grad_loss, *_):
 
 linear_grpo_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 
+# --- the fused loss, with the weight's gradient added to a given tensor -------------------------
+
+
+@torch.library.custom_op(
+    "mr1_fast::linear_grpo_loss_",
+    mutates_args=("weight_grad",),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor(a0!) weight_grad, "
+    f"{_HEAD_SCHEMA}, {OBJECTIVE_SCHEMA}) -> ({RESULTS_SCHEMA}, Tensor, Tensor)",
+)
+def linear_grpo_loss_(
+    hidden, weight, bias, targets, weight_grad, chunk_bytes, needs, fp32_accumulation, *objective
+) -> tuple[Tensor, ...]:
+    """Return what `grpo_of_head` does without dweight, which is added to `weight_grad`."""
+    needs = NeedsGradient(*needs)
+    rows = head_rows(hidden, weight, needs, chunk_bytes)
+    head = Head(hidden, weight, bias, needs, rows, fp32_accumulation, weight_grad)
+    *results, dhidden, _, dbias = grpo_of_head(head, targets, Objective(*objective))
+    return *results, dhidden, dbias
+
+
+@linear_grpo_loss_.register_fake
+def _(hidden, weight, bias, targets, weight_grad, chunk_bytes, needs, *_):
+    dhidden, _, dbias = _fake_gradients(hidden, weight, bias, NeedsGradient(*needs))
+    return *fake_results(hidden), dhidden, dbias
+
+
+@torch.library.custom_op("mr1_fast::require_one_", mutates_args=("gradient",))
+def require_one(gradient: Tensor, factor: Tensor) -> None:
+    """Check that a 0-d factor, which came too late for `gradient`, is 1.
+
+    On a CPU another one raises RuntimeError. On a GPU, where reading it would synchronise, it turns
+    the gradient to NaN; where it is 1, the gradient is not touched.
+    """
+    if factor.device.type != "cpu":
+        nan_unless_one_(gradient, factor)
+    elif factor.item() != 1:
+        raise RuntimeError(
+            f"the loss arrives with a gradient of {factor.item()}, but weight_grad was given its "
+            "weight's gradient in the forward, for 1: call backward on the loss itself, and put "
+            "factors into token_weights"
+        )
+
+
+@require_one.register_fake
+def _(gradient, factor):
+    return None
+
+
+def nan_unless_one_(gradient: Tensor, factor: Tensor) -> None:
+    """Turn the gradient to NaN in place where the 0-d factor is not 1."""
+    scale_(gradient, torch.where(factor == 1, 1.0, torch.nan).to(factor.dtype))
+
+
+class _IntoWeightGrad(torch.autograd.Function):
+    """`linear_grpo_loss_` with the gradients that it returns; the weight gets none."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weight_grad, *arguments):
+        """Add to `weight_grad`, which is no saved tensor, since others may add to it meanwhile."""
+        loss, *per_row, dhidden, dbias = linear_grpo_loss_(
+            hidden, weight, bias, targets, weight_grad, *arguments
+        )
+        ctx.needs, ctx.weight_grad = arguments[1], weight_grad
+        ctx.save_for_backward(dhidden, dbias)
+        ctx.mark_non_differentiable(*per_row)
+        ctx.set_materialize_grads(False)
+        return loss, *per_row
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        """Scale the gradients, and refuse a factor that `weight_grad` has missed."""
+        require_one(ctx.weight_grad, grad_loss)
+        dhidden, dbias = ctx.saved_tensors
+        needs_hidden, _, needs_bias = ctx.needs
+        return input_gradients(
+            ctx,
+            scaled(dhidden, grad_loss) if needs_hidden else None,
+            None,
+            scaled(dbias, grad_loss) if needs_bias else None,
+        )
+
 
 def linear_grpo_loss_with_gradient(
     hidden: Tensor,
@@ -268,10 +273,16 @@ def linear_grpo_loss_with_gradient(
     targets: Tensor,
     objective: Objective,
     chunk_bytes: int,
+    fp32_accumulation: bool | None = None,
+    weight_grad: Tensor | None = None,
 ) -> GRPOLoss:
     """Compute the loss of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,), differentiable."""
     with_gradient = torch.is_grad_enabled()
     needs = [with_gradient and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    outputs = linear_grpo_loss(hidden, weight, bias, targets, chunk_bytes, needs, *objective)
-    *results, _, _, _ = outputs
+    arguments = chunk_bytes, needs, fp32_accumulation, *objective
+    if weight_grad is not None and with_gradient:
+        return GRPOLoss(
+            *_IntoWeightGrad.apply(hidden, weight, bias, targets, weight_grad, *arguments)
+        )
+    *results, _, _, _ = linear_grpo_loss(hidden, weight, bias, targets, *arguments)
     return GRPOLoss(*results)

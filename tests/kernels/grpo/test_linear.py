@@ -111,7 +111,7 @@ def test_only_what_is_trained_gets_a_gradient(trainable, monkeypatch):
 
     def remember(self, *args):
         constructor(self, *args)
-        asked.append([t.numel() > 0 for t in (self.dhidden, self.dweight, self.dbias)])
+        asked.append([t.numel() > 0 for t in (self.dhidden, self.sum, self.dbias)])
 
     monkeypatch.setattr(linear.Head, "__init__", remember)
     for leaf, need in zip(leaves, trainable, strict=True):
@@ -133,41 +133,83 @@ def test_only_what_is_trained_gets_a_gradient(trainable, monkeypatch):
             torch.testing.assert_close(leaf.grad, right)
 
 
-def test_a_16_bit_head_accumulates_its_gradient_in_fp32():
+def test_over_many_chunks_a_16_bit_head_sums_its_gradient_in_fp32():
+    """Where all rows add to it with one sign, a sum in bf16 would stand still."""
+    n, dtype = 512, torch.bfloat16
     generator = torch.Generator().manual_seed(0)
-    n = 512
-    hidden = torch.randn(n, D, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(V, D, generator=generator).bfloat16().requires_grad_()
-    data = loss_rows(n, V, torch.bfloat16, logits=hidden @ weight.T)
+    hidden = torch.randn(n, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    data = loss_rows(n, V, dtype, logits=hidden @ weight.T)
     data["advantages"].abs_()
     data["targets"].fill_(5)
     arguments = objective_of(data) | {"beta": 0.0}
 
-    def by_weight(**options) -> torch.Tensor:
-        return torch.autograd.grad(
-            linear_grpo_loss(hidden, weight, **arguments, **options).loss, weight
-        )[0].double()
+    def of(rows: int, **options) -> torch.Tensor:
+        options["chunk_bytes"] = chunk_bytes(rows, dtype)
+        loss = fused(hidden, weight, None, **arguments, **options).loss
+        return torch.autograd.grad(loss, weight)[0].double()
 
-    exact_leaf = weight.detach().double().requires_grad_()
-    loss = whole_logits(hidden.detach().double(), exact_leaf, None, **double(arguments)).loss
-    exact = torch.autograd.grad(loss, exact_leaf)[0]
-    rounded = torch.zeros_like(weight)
-    for start in range(0, n, 4):
-        rows = slice(start, start + 4)
-        part = {
-            name: value[rows] if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        rounded += torch.autograd.grad(linear_grpo_loss(hidden[rows], weight, **part).loss, weight)[
-            0
-        ]
+    leaf = weight.detach().double().requires_grad_()
+    loss = whole_logits(hidden.detach().double(), leaf, None, **double(arguments)).loss
+    exact = torch.autograd.grad(loss, leaf)[0]
+    error = lambda gradient: (gradient - exact).abs().max().item()  # noqa: E731
+    assert error(of(4)) < error(of(4, fp32_accumulation=False)) / 3
+    assert error(of(4)) <= 2 * error(of(n))
+    assert torch.equal(of(4), of(4, fp32_accumulation=True))
+    assert torch.equal(of(64), of(64, fp32_accumulation=False)), "8 chunks are few"
 
-    def error(gradient: torch.Tensor) -> float:
-        return (gradient.double() - exact).abs().max().item()
 
-    chunked = by_weight(chunk_bytes=chunk_bytes(4, torch.bfloat16))
-    assert error(chunked) < error(rounded) / 3
-    assert error(chunked) <= 2 * error(by_weight())
+# --- the weight's gradient in a given tensor ----------------------------------------------------
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_is_added_to_a_given_tensor(dtype, rows, with_bias):
+    leaves, data = head(dtype)
+    leaves[2] = leaves[2] if with_bias else None
+    arguments = objective_of(data, "old_logp") | {"beta": 0.0}
+    arguments["chunk_bytes"] = chunk_bytes(rows, dtype)
+    trained = [leaf for leaf in leaves if leaf is not None]
+    result = fused(*leaves, **arguments)
+    dhidden, dweight, *dbias = torch.autograd.grad(result.loss, trained)
+    for wide in {dtype, torch.promote_types(dtype, torch.float32)}:
+        before = torch.randn(V, D).to(wide)
+        weight_grad = before.clone()
+        ours = fused(*leaves, **arguments, weight_grad=weight_grad)
+        expected = before + dweight
+        bound = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-10, atol=0)
+        torch.testing.assert_close(weight_grad, expected.to(wide), **bound)
+        for value, right in zip(ours, result, strict=True):
+            assert torch.equal(value, right)
+        ours = torch.autograd.grad(ours.loss, trained, allow_unused=True)
+        assert torch.equal(ours[0], dhidden) and ours[1] is None
+        assert not with_bias or torch.equal(ours[2], dbias[0])
+
+
+def test_losses_of_several_packs_add_to_the_weights_own_gradient():
+    leaves, data = head()
+    arguments = objective_of(data) | {"beta": 0.0}
+    once = run(fused, leaves, **arguments)[-2]
+    leaves[1].grad = torch.zeros_like(leaves[1])
+    losses = [fused(*leaves, **arguments, weight_grad=leaves[1].grad).loss for _ in range(2)]
+    sum(losses).backward()
+    torch.testing.assert_close(leaves[1].grad, once)  # `run` asks for that of twice the loss
+    with torch.no_grad():
+        fused(*leaves, **arguments, weight_grad=leaves[1].grad)
+    torch.testing.assert_close(leaves[1].grad, once)
+
+
+def test_a_factor_that_comes_too_late_does_not_pass_unseen():
+    leaves, data = head(torch.float32)
+    arguments = objective_of(data) | {"beta": 0.0, "weight_grad": torch.zeros(V, D)}
+    loss = fused(*leaves, **arguments).loss
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.5, .*put factors into token_weights"):
+        (0.5 * loss).backward()
+    for factor, finite in ((1.0, True), (0.5, False)):  # on a GPU, where nothing is read
+        linear.nan_unless_one_(arguments["weight_grad"], torch.tensor(factor))
+        assert arguments["weight_grad"].isfinite().all() == finite
+    assert finite or arguments["weight_grad"].isnan().all()
 
 
 @pytest.mark.parametrize("loss_rows_per_chunk", [6, 1000])

@@ -80,16 +80,24 @@ def calls() -> dict[str, tuple]:
         ),
         "linear_grpo_loss": (
             linear.linear_grpo_loss,
-            (*head, targets, CHUNK_BYTES, needs, *objective),
+            (*head, targets, CHUNK_BYTES, needs, None, *objective),
         ),
         "linear_grpo_loss, no bias, frozen head": (
             linear.linear_grpo_loss,
-            (head[0], weight, None, targets, CHUNK_BYTES, [True, False, False], *objective),
+            (head[0], weight, None, targets, CHUNK_BYTES, [True, False, False], None, *objective),
         ),
         "linear_grpo_loss without gradient": (
             linear.linear_grpo_loss,
-            (hidden, weight, None, targets, CHUNK_BYTES, [False] * 3, *objective),
+            (hidden, weight, None, targets, CHUNK_BYTES, [False] * 3, True, *objective),
         ),
+        "linear_grpo_loss_": (
+            linear.linear_grpo_loss_,
+            (
+                *(hidden, weight, bias, targets, torch.randn_like(weight)),
+                *(CHUNK_BYTES, needs, False, *objective),
+            ),
+        ),
+        "require_one_": (linear.require_one, (torch.randn_like(weight), torch.tensor(1.0))),
     }
 
 
