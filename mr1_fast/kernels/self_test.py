@@ -41,7 +41,8 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
     """Return the largest error of each result, relative to its largest value."""
     pairs = {
         **_loss_pairs(device),
-        "the weight gradient over chunks": _weight_gradients(device),
+        "the weight gradient over chunks": _weight_gradients(device, fp32_accumulation=False),
+        "its sum in fp32": _weight_gradients(device, fp32_accumulation=True),
         **_optimizer_pairs(device),
         **_decode_pairs(device),
     }
@@ -99,7 +100,9 @@ def _loss_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Ten
     }
 
 
-def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _weight_gradients(
+    device: torch.device, fp32_accumulation: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute dweight of a bf16 head over two chunks, and by autograd on the CPU in fp32."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = ((torch.randn(n, 64, generator=generator) / 4).bfloat16() for n in (256, 1000))
@@ -112,8 +115,9 @@ def _weight_gradients(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
         surrogate="cispo",
     )
     on_device = weight.to(device).requires_grad_()
+    inputs = hidden.to(device), on_device, None, targets.to(device), objective
     result = linear_grpo_loss_with_gradient(
-        hidden.to(device), on_device, None, targets.to(device), objective, chunk_bytes=128 * 2000
+        *inputs, chunk_bytes=128 * 2000, fp32_accumulation=fp32_accumulation
     )
     result.loss.backward()
     exact = weight.detach().float().requires_grad_()
