@@ -187,8 +187,7 @@ class Queue:
                 if reason is None:
                     self.export()
         finally:
-            for process in self.running.values():
-                end(process)
+            self.end_background()
             self.export()
         return not any(outcome.what.startswith(("failed", "stopped")) for outcome in self.outcomes)
 
@@ -207,6 +206,17 @@ class Queue:
                 with (self.out / f"{item.name}.txt").open("wb") as log:
                     process = self.begin(self.command(item), log, self.environment())
                 self.running[item.name] = process
+
+    def end_background(self) -> None:
+        """End what still runs, and note what became of the background: a failure must show."""
+        for item in self.background:
+            if process := self.running.get(item.name):
+                status = process.poll()
+                what = "ended with the queue" if status is None else "done"
+                what = f"failed: exit {status}, see {item.name}.txt" if status else what
+                self.outcomes.append(Outcome(item.name, what, item.seconds))
+        for process in self.running.values():
+            end(process)
 
     def run_item(self, item: Item) -> Outcome:
         """Run an item, and keep its document."""

@@ -40,9 +40,10 @@ SOURCES = {
     "limits": Sources(()),  # of the machine alone
     "check": Sources((*HEAD, *ADAMW)),
     "sweep_grpo": Sources(LOSS),
+    "sweep_grpo_cuda": Sources(LOSS),
     "sweep_logprobs": Sources(LOGPROBS),
     "sweep_adamw": Sources(ADAMW),
-    "sweep_linear": Sources(HEAD, ("grpo",)),
+    "sweep_linear": Sources(HEAD),
     "grpo_loss": Sources(LOSS, LOSS_SETTINGS),
     "native": Sources(("mr1_fast/kernels/grpo/rows_native.py", "csrc/*")),
     "linear_stages": Sources(HEAD, ("grpo",)),

@@ -1,6 +1,6 @@
 """Find the fastest launch settings of our kernels on this GPU, and write them to the table.
 
-    python benchmarks/sweep.py grpo [logprobs adamw linear] [--seconds 120] [--table PATH]
+    python benchmarks/sweep.py grpo [grpo_cuda logprobs adamw linear] [--seconds 120] [--table PATH]
 
 First every setting of a kernel's list is compared with fp64; a wrong one is left out and named, and
 the exit status is then 1. The others are timed in turn, for at most --seconds, and the fastest in
@@ -45,6 +45,7 @@ MOST_ROUNDS = 30
 CHECKS_BEFORE_SWEEP = 3
 TINY = {
     "grpo": Size(1, 4500),
+    "grpo_cuda": Size(1, 4608),
     "logprobs": Size(2, 1500),
     "adamw": Size(1, 700),
     "linear": Size(2, 96, 16),
@@ -52,7 +53,6 @@ TINY = {
 """Sizes with --quick, which Triton's interpreter gets through in a second."""
 
 Variant = tuple | str
-"""A setting, DEFAULT, or what a kernel has beside its settings."""
 
 
 def label(variant: Variant) -> str:
@@ -96,7 +96,7 @@ def check(
 
     The first size comes last: up to `repeats` times, as `seconds` allow.
     """
-    variants = [DEFAULT, *kernel.variants(), *kernel.others(device)]
+    variants = [DEFAULT, *kernel.variants()]
     worst: dict[Variant, dict[str, torch.Tensor]] = {variant: {} for variant in variants}
     wrong, too_large = {}, {}
     rounds = [(size, seed) for size in sizes[1:] for seed in range(2)]
@@ -112,8 +112,6 @@ def check(
             for variant in variants:
                 if label(variant) in wrong or label(variant) in too_large:
                     continue
-                if variant in kernel.others(device) and size != sizes[0]:
-                    continue  # csrc/ takes rows of whole 16 bytes
                 try:
                     launch.restore()
                     launch.call(setting(variant))
@@ -220,12 +218,11 @@ def sweep(kernel, arguments) -> bool:
     checks = min(CHECKS_BEFORE_SWEEP, arguments.repeats or CHECKS_BEFORE_SWEEP)
     checked = check(kernel, kernel.checked_sizes(), checks, dtype, device)
     show_checked(kernel.name, checked)
-    timed = [variant for variant in checked.right if variant not in kernel.others(device)]
     results = {"wrong": checked.wrong, "too_large": checked.too_large}
-    if DEFAULT in timed:
-        times = time_variants(kernel, timed, dtype, device, arguments.seconds)
+    if DEFAULT in checked.right:
+        times = time_variants(kernel, checked.right, dtype, device, arguments.seconds)
         ratios = relative_times(times)
-        best = winner(ratios, timed)
+        best = winner(ratios, checked.right)
         table = [
             [name, *(f"{case['median'] * 1e3:,.3f}" for case in cases.values()), f"{ratio:.3f}"]
             for (name, cases), ratio in zip(times.items(), ratios.values(), strict=True)
@@ -249,10 +246,12 @@ def sweep(kernel, arguments) -> bool:
 
 def all_kernels() -> dict:
     """Name in the table of launch settings → how to try the kernel."""
-    from sweep_kernels import AdamW, Logprobs, Loss  # imported when the interpreter is chosen
+    # Imported when the interpreter is chosen.
+    from sweep_kernels import AdamW, Logprobs, Loss, NativeLoss
     from sweep_linear import Linear
 
-    return {kernel.name: kernel for kernel in (Loss(), Logprobs(), AdamW(), Linear())}
+    kernels = Loss(), NativeLoss(), Logprobs(), AdamW(), Linear()
+    return {kernel.name: kernel for kernel in kernels}
 
 
 def compile_all(kernels: list, dtype: torch.dtype, device: str) -> None:
@@ -331,6 +330,10 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"{', '.join(unknown)}: expected kernels among {', '.join(known)}")
     kernels = [known[name] for name in arguments.kernels or known]
+    for kernel in list(kernels):
+        if reason := kernel.missing(device):
+            print(f"skipped: {kernel.name}: {reason}")
+            kernels.remove(kernel)
     if arguments.quick:
         kernels = [Tiny(kernel) for kernel in kernels]
     # An empty table: the default is the choice by arithmetic, whatever was found before.

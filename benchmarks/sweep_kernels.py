@@ -22,9 +22,12 @@ ROUNDING = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 9e-3}
 STATISTICS = 2e-5
 """Bound of errors in fp32 statistics, relative to their largest value, or to 1."""
 SAMPLE = 64
-"""Rows that are compared with fp64; the log-probabilities of all are with fp32."""
-NATIVE = "csrc/ on CUDA"
-"""csrc/'s kernel of the loss, which is checked beside the variants."""
+"""Rows that are compared with fp64; of all, the log-probabilities are with fp32."""
+BALANCE = 5e-3
+"""Bound of a row's summed gradient relative to that of its target, for all rows.
+
+Exactly it is 0. Rounding leaves some 3e-5; a warp that wrote nothing, about 1e-2.
+"""
 
 
 class LossInputs:
@@ -51,7 +54,9 @@ class LossInputs:
             beta=torch.tensor(0.04, device=device),
             temperature=self.temperature,
             old_logp=self.logp + normal(0.15),
-            ref_logp=self.logp + normal(0.15),
+            # Never near the policy's: a clipped row's gradient is β·(ref_logp − logp) alone, which
+            # has as few digits as the difference.
+            ref_logp=self.logp + 0.05 + 0.1 * torch.rand(n, **like),
         )
         self.picks = torch.randperm(n, **like)[:SAMPLE]
 
@@ -67,10 +72,24 @@ class LossInputs:
         return result._asdict(), gradient
 
 
-class Loss:
+class Kernel:
+    """A kernel of which nothing is missing."""
+
+    def missing(self, device: str) -> str | None:
+        """Say what it lacks to run here; None: nothing."""
+        return None
+
+
+class Loss(Kernel):
     """The loss and its gradient on logits."""
 
     name, modes, repeats = "grpo", ("in place", "out of place"), 200
+
+    def row_grpo(self, *arguments, tile: tuple | None) -> None:
+        """The launcher, with a setting."""
+        from mr1_fast.kernels.grpo.rows_triton import row_grpo
+
+        row_grpo(*arguments, tile)
 
     def variants(self) -> tuple[tuple, ...]:
         from mr1_fast.kernels.grpo.rows_triton import LOSS_VARIANTS
@@ -87,19 +106,14 @@ class Loss:
         return LossInputs(size, dtype, device, seed)
 
     def prepare(self, inputs: LossInputs, mode: str) -> Launch:
-        from mr1_fast.kernels.grpo import rows_cuda, rows_triton
-
         guards, logits = Guards(), inputs.logits
         results = RowResults(*map(guards.like, RowResults.empty(logits)))
         out = guards.like(logits)
         source = out if mode == "in place" else logits
 
-        def call(tile: tuple | str | None) -> None:
+        def call(tile: tuple | None) -> None:
             given = source, inputs.targets, inputs.objective, results, out
-            if tile == NATIVE:
-                rows_cuda.row_grpo(*given)
-            else:
-                rows_triton.row_grpo(*given, tile=tile)
+            self.row_grpo(*given, tile=tile)
 
         def restore() -> None:
             out.copy_(logits) if source is out else out.fill_(torch.nan)
@@ -116,23 +130,51 @@ class Loss:
                 )
                 for name in ("logp", "entropy", "kl")
             }
+            loss = exact["loss"]
+            at_target = out.gather(1, inputs.targets[:, None])[:, 0].double().abs()
+            unbalanced = out.sum(1, dtype=torch.float32).double() / (at_target + 1e-30)
             wrong = (results.clipped[picks] != exact["clipped"]).double().mean()
             error = relative(out[picks], gradient)
             return found | {
                 "clipped": wrong / 0.05,  # a ratio may lie at the bound
                 "logp of all rows": largest(results.logp - inputs.logp, 1e-4),
+                "loss": largest(results.loss[picks].sum() - loss, 1e-4 * (1 + loss.abs().item())),
                 "gradient": largest(error, ROUNDING[logits.dtype]),
+                "gradient of all rows": largest(unbalanced, BALANCE),
                 "NaN": torch.where(out.isnan().any() | results.loss.isnan().any(), torch.inf, 0.0),
                 "canaries": guards.broken(),
             }
 
         return Launch(call, restore, errors)
 
-    def others(self, device: str) -> tuple[str, ...]:
-        """What is checked beside the variants and the default."""
+
+class NativeLoss(Loss):
+    """The loss by csrc/ on CUDA."""
+
+    name = "grpo_cuda"
+
+    def missing(self, device: str) -> str | None:
         from mr1_fast.kernels.grpo import rows_cuda
 
-        return (NATIVE,) if device == "cuda" and rows_cuda.status()[0] is not None else ()
+        library, words = rows_cuda.status()
+        if library is None or device == "cpu":
+            return words
+        logits = torch.empty(1, VOCABULARY, dtype=torch.bfloat16, device=device)
+        _, blocks = rows_cuda.cluster_blocks(logits, rows_cuda.CLUSTER_VARIANTS[0])
+        return None if blocks else words
+
+    def variants(self) -> tuple[tuple, ...]:
+        from mr1_fast.kernels.grpo.rows_cuda import CLUSTER_VARIANTS
+
+        return CLUSTER_VARIANTS
+
+    def row_grpo(self, *arguments, tile: tuple | None) -> None:
+        from mr1_fast.kernels.grpo.rows_cuda import row_grpo
+
+        row_grpo(*arguments, tile)
+
+    def checked_sizes(self) -> list[Size]:
+        return [Size(2048, VOCABULARY), Size(5, 152_064)]  # whole 16 bytes
 
 
 class Logprobs(Loss):
@@ -178,10 +220,6 @@ class Logprobs(Loss):
 
         return Launch(call, outputs.clear, errors)
 
-    def others(self, device: str) -> tuple[str, ...]:
-        """Nothing is checked beside the variants."""
-        return ()
-
 
 class AdamWInputs:
     """A bf16 weight, its gradient and a state in the middle of a run, and the step in fp64.
@@ -194,6 +232,7 @@ class AdamWInputs:
         n = size.rows * size.columns
         like = dict(device=device, generator=generator)
         self.weight = (0.02 * torch.randn(n, **like)).bfloat16()
+        self.weight[self.weight == 0] = 0.02  # with a negative remainder, 0 is NaN
         self.gradient = (1e-3 * torch.randn(n, **like)).bfloat16()
         state = State.zeros(self.weight, remainder=True)
         blocks = len(state.m_scale)
@@ -224,7 +263,7 @@ def blocks_of(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
 
 
-class AdamW:
+class AdamW(Kernel):
     """A step of AdamW with 8-bit states."""
 
     name, modes, repeats = "adamw", ("exact", "stochastic"), 20
@@ -281,7 +320,3 @@ class AdamW:
             }
 
         return Launch(call, restore, errors)
-
-    def others(self, device: str) -> tuple[str, ...]:
-        """Nothing is checked beside the variants."""
-        return ()

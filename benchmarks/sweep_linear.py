@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from sweep_checks import Launch, Size, largest
-from sweep_kernels import SAMPLE, VOCABULARY
+from sweep_kernels import SAMPLE, VOCABULARY, Kernel
 from torch import Tensor
 
 from mr1_fast.kernels.grpo.objective import Objective
@@ -73,7 +73,7 @@ class HeadInputs:
         return torch.cat(logp), torch.cat(dhidden)[self.rows], dweight
 
 
-class Linear:
+class Linear(Kernel):
     """The fused head with a trained weight."""
 
     name, modes, repeats = "linear", ("trained head",), 2
@@ -93,26 +93,17 @@ class Linear:
         return HeadInputs(size, dtype, device, seed)
 
     def prepare(self, inputs: HeadInputs, mode: str) -> Launch:
-        from mr1_fast.kernels.grpo.chunks import CHUNK_BYTES, chunk_rows
-        from mr1_fast.kernels.grpo.head import Head, NeedsGradient
-
+        from mr1_fast.kernels.grpo.chunks import CHUNK_BYTES
+        from mr1_fast.kernels.grpo.head import Head, NeedsGradient, head_rows
         from mr1_fast.kernels.grpo.linear import grpo_of_head
 
         hidden, weight, outputs = inputs.hidden, inputs.weight, []
+        needs = NeedsGradient(hidden=True, weight=True, bias=False)
 
         def call(tile: tuple | None) -> None:
-            bytes_of_logits = hidden.element_size()
-            rows = chunk_rows(
-                hidden.device,
-                len(hidden),
-                *weight.shape,
-                bytes_of_logits,
-                CHUNK_BYTES[hidden.device.type],
-                trains_hidden=True,
-                trains_head=True,
-                tile=tile,
-            )
-            head = Head(hidden, weight, None, NeedsGradient(True, True, False), rows)
+            bound = CHUNK_BYTES[hidden.device.type]
+            rows = head_rows(hidden, weight, needs, bound, tile)
+            head = Head(hidden, weight, None, needs, rows)
             outputs[:] = grpo_of_head(head, inputs.targets, inputs.objective)
 
         def errors() -> dict[str, Tensor]:
@@ -129,7 +120,3 @@ class Linear:
             }
 
         return Launch(call, outputs.clear, errors)
-
-    def others(self, device: str) -> tuple[str, ...]:
-        """Nothing is checked beside the variants."""
-        return ()

@@ -75,6 +75,16 @@ def test_a_part_that_does_not_come_gives_nan_and_ends(
     assert results.logp.isnan().all() != last_first
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's part is above")
+def test_parts_that_never_come_give_nan_and_end_on_a_gpu(device, monkeypatch):
+    monkeypatch.setattr(rows_triton, "PHASES", (2,))  # nobody publishes
+    monkeypatch.setattr(rows_triton, "SPIN_LIMIT", 3)
+    data = loss_rows(64, 151_936, torch.bfloat16, device)
+    out = torch.zeros_like(data["logits"])
+    results = run_rows(data, out, 8192)
+    assert results.loss.isnan().all() and out.isnan().all()
+
+
 def test_a_nan_whose_bits_are_all_one_is_a_value_and_not_a_part_that_is_absent(device):
     data = loss_rows(2, 4099, device=device)
     bits = data["logits"].view(torch.int32)

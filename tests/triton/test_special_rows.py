@@ -266,6 +266,19 @@ def test_a_mask_of_the_lowest_finite_number_leaves_entropy_and_gradient_finite(d
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("column", [0, 20])
+def test_a_logit_beyond_what_its_scale_allows_shows_in_the_loss_alone(device, column, surrogate):
+    # 3e38·log2(e) is more than fp32 holds.
+    data = loss_rows(2, 37, device=device)
+    data["logits"][0, column] = 3e38
+    data["targets"][0] = 30
+    arguments = objective_of(data, "old_logp", "ref_logp") | SURROGATES[surrogate]
+    result, gradient = run(data["logits"], **arguments, beta=0.1)
+    assert result.loss.isnan() and result.logp.isnan().tolist() == [True, False]
+    assert (gradient[0] == 0).all() and gradient[1].isfinite().all()
+
+
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_nothing_but_the_lowest_number_is_nan_and_not_infinite(

@@ -193,15 +193,19 @@ def publish(words, part, k, s, u, PARTS: tl.constexpr):
 
 @triton.jit
 def _read(words, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """Return k, s and u of all parts, the target's logit, and how many of them are absent."""
+    """Return k, s and u of all parts, the target's logit (PADDED times), and how many are absent.
+
+    The logit is a vector as the others are, so that one sum over the program counts what is absent,
+    and its warps look again together: where there are more than 32 parts, they meet in that sum.
+    """
     index = tl.arange(0, PADDED)
     real = index < PARTS
     k = tl.load(words + index, mask=real, other=0, volatile=True)
     s = tl.load(words + PARTS + index, mask=real, other=0, volatile=True)
     u = tl.load(words + 2 * PARTS + index, mask=real, other=0, volatile=True)
-    x_target = tl.load(words + 3 * PARTS, volatile=True)
-    absent = tl.sum(((k == ABSENT) | (s == ABSENT) | (u == ABSENT)).to(tl.int32), 0)
-    return k, s, u, x_target, absent + (x_target == ABSENT).to(tl.int32)
+    x_target = tl.load(words + 3 * PARTS + index * 0, volatile=True)
+    absent = (k == ABSENT) | (s == ABSENT) | (u == ABSENT) | (x_target == ABSENT)
+    return k, s, u, x_target, tl.sum(absent.to(tl.int32), 0)
 
 
 @triton.jit
@@ -219,19 +223,23 @@ def gather(words, PARTS: tl.constexpr, PADDED: tl.constexpr, SPINS: tl.constexpr
         k, s, u, x_target, absent = _read(words, PARTS, PADDED)
         looks += 1
     complete = absent == 0
-    # Padding has s = u = 0, and must not be the maximum.
     ks = k.to(tl.float32, bitcast=True)
     ss = s.to(tl.float32, bitcast=True)
     us = u.to(tl.float32, bitcast=True)
-    holds_any = ss > 0
-    origin = tl.max(tl.where(holds_any, ks, -float("inf")), 0)
+    # The origin is that of parts that are not padding and not banned as a whole. A part whose k has
+    # overflowed has s = 0, too: its k = inf makes the row NaN.
+    counts = (ss > 0) | (ks == float("inf"))
+    origin = tl.max(tl.where(counts, ks, -float("inf")), 0)
     origin = tl.where(origin == -float("inf"), 0.0, origin)
-    shift = tl.where(holds_any, tl.maximum(ks - origin, LOWEST), LOWEST)
+    shift = tl.where(counts, tl.maximum(ks - origin, LOWEST), LOWEST)
     alpha = tl.exp2(shift)
     # NaN of any part stays: NaN > 0 is false, but NaN·0 is NaN.
     total, weighted = sum_pair(ss * alpha, (us + ss * shift) * alpha)
     total = tl.where(complete, total, float("nan"))
-    return origin, total, weighted, x_target.to(tl.float32, bitcast=True), complete
+    # All of its entries are the same.
+    first = tl.arange(0, PADDED) == 0
+    target = tl.sum(tl.where(first, x_target.to(tl.float32, bitcast=True), 0.0), 0)
+    return origin, total, weighted, target, complete
 
 
 def interpreted_block(logits: torch.Tensor) -> int:
