@@ -8,6 +8,7 @@ import torch
 
 from mr1_fast import grpo_loss, token_logprobs
 from mr1_fast.kernels.grpo import rows_triton
+from mr1_fast.kernels.grpo.logprobs_triton import LOGPROBS_VARIANTS
 from mr1_fast.kernels.grpo.objective import RowResults
 
 from ..data.loss import loss_rows, objective_of
@@ -99,6 +100,10 @@ def test_logprobs_write_all_of_their_outputs_and_nothing_else(device, monkeypatc
         data["logits"], data["targets"], temperature, *expected[1:], *incoming, expected_out
     )
     guards = Guards(monkeypatch)
+    for tile in LOGPROBS_VARIANTS:
+        variant = rows_triton.row_logprobs(logits, data["targets"], temperature, tile=tile)
+        for value, expected_value in zip(variant, expected, strict=True):
+            torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=2e-6)
     results = rows_triton.row_logprobs(logits, data["targets"], temperature)
     wide = logits.new_empty(5, v + GAP)
     wide.view(torch.uint8).fill_(SENTINEL)
