@@ -13,6 +13,7 @@ from ..kernels.dispatch import statistics_dtype
 from ..kernels.grpo.chunks import CHUNK_BYTES
 from ..kernels.grpo.objective import SURROGATES, Objective
 from ..kernels.grpo.reference import spread
+from .checks import check_device, check_no_dtensor, check_tensor, let_lengths_agree, readable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -93,11 +94,11 @@ def _per_token(name: str, value: Tensor | None, rows: Tensor, hint: str = "") ->
     """
     if value is None:
         return None
-    _check_tensor(name, value)
-    _let_lengths_agree(value, rows)
+    check_tensor(name, value)
+    let_lengths_agree(value, rows)
     if value.shape != (len(rows),):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},){hint}")
-    _check_device(name, value, rows)
+    check_device(name, value, rows)
     return value.detach().to(statistics_dtype(rows)).contiguous()
 
 
@@ -107,13 +108,13 @@ def _per_token_or_sequence(
     """Return a value per token (N,), or per sequence (S,) with cu_seqlens, per token."""
     if value is None or cu_seqlens is None:
         return _per_token(name, value, rows, " (per-sequence values need cu_seqlens)")
-    _check_tensor(name, value)
+    check_tensor(name, value)
     per_sequence = value.ndim == 1 and len(value) == len(cu_seqlens) - 1
     if per_sequence and len(value) != len(rows):
-        _check_device(name, value, rows)
+        check_device(name, value, rows)
         value = value.detach().to(statistics_dtype(rows))
         return spread(value, cu_seqlens, len(rows)).contiguous()
-    _let_lengths_agree(value, rows)
+    let_lengths_agree(value, rows)
     if value.shape != (len(rows),):
         # Only here may the text be made: to a compiler, a number in a text is a constant.
         raise ValueError(
@@ -149,7 +150,7 @@ def check_weighted_logits(
 
 
 def _check_matrix(logits: Tensor) -> None:
-    _check_no_dtensor("logits", logits)
+    check_no_dtensor("logits", logits)
     if logits.ndim != 2:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}: expected (N, V), flatten batch and length "
@@ -206,7 +207,7 @@ def check_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return hidden (N, D), weight (V, D) and bias (V,) in the dtype that the products run in."""
     for name, value in {"hidden": hidden, "weight": weight, "bias": bias}.items():
-        _check_no_dtensor(name, value)
+        check_no_dtensor(name, value)
     if hidden.ndim != 2:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}: expected (N, D), the packed rows that carry "
@@ -220,7 +221,7 @@ def check_linear(
         raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},)")
     for name, value in {"weight": weight, "bias": bias}.items():
         if value is not None:
-            _check_device(name, value, hidden)
+            check_device(name, value, hidden)
     _check_targets(targets, hidden, weight.shape[0])
 
     if torch.is_autocast_enabled(hidden.device.type):
@@ -240,9 +241,9 @@ def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, ratio_level: s
     """Check the tensor to which the gradient of `weight`, as check_linear returns it, is added."""
     if weight_grad is None:
         return
-    _check_tensor("weight_grad", weight_grad)
-    _check_no_dtensor("weight_grad", weight_grad)
-    _check_device("weight_grad", weight_grad, weight)
+    check_tensor("weight_grad", weight_grad)
+    check_no_dtensor("weight_grad", weight_grad)
+    check_device("weight_grad", weight_grad, weight)
     dtypes, shape = (weight.dtype, statistics_dtype(weight)), tuple(weight.shape)
     if weight_grad.dtype not in dtypes or weight_grad.shape != weight.shape:
         raise ValueError(
@@ -260,13 +261,13 @@ def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, ratio_level: s
 def _check_targets(
     targets: Tensor, rows: Tensor, v: int, token_weights: Tensor | None = None
 ) -> None:
-    _let_lengths_agree(targets, rows)
+    let_lengths_agree(targets, rows)
     if targets.shape != (len(rows),) or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {targets.dtype} {tuple(targets.shape)}: expected torch.int64 "
             f"({len(rows)},)"
         )
-    _check_device("targets", targets, rows)
+    check_device("targets", targets, rows)
     if not readable(targets):
         return
     if token_weights is not None:
@@ -286,53 +287,13 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: expected integers (S+1,)"
         )
-    _check_device("cu_seqlens", cu_seqlens, rows)
+    check_device("cu_seqlens", cu_seqlens, rows)
     if not readable(cu_seqlens):
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != len(rows) or ends != sorted(ends):
         raise ValueError(
             f"cu_seqlens is {ends}: expected 0, then increasing ends, the last being {len(rows)}"
-        )
-
-
-# --- what several checks share ------------------------------------------------------------------
-
-
-def readable(tensor: Tensor) -> bool:
-    """Tell whether values may be looked at: a GPU would synchronise, and a compiler has none."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _let_lengths_agree(value: Tensor, rows: Tensor) -> None:
-    """State to a compiler that a value has as many entries as there are rows.
-
-    Where a mask picks the rows, their number is known only when the graph runs, and comparing it
-    would fail.
-    """
-    if torch.compiler.is_compiling() and value.ndim == 1:
-        torch._check(value.shape[0] == len(rows))
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor")
-
-
-def _check_no_dtensor(name: str, value: Tensor | None) -> None:
-    if hasattr(value, "device_mesh"):  # told apart without importing DTensor
-        raise ValueError(
-            f"{name} is a DTensor, of which this process holds a part: compute the loss inside the "
-            "model's forward, where FSDP2 has gathered the weights "
-            "(mr1_fast.integrations.head.add_head does)"
-        )
-
-
-def _check_device(name: str, value: Tensor, rows: Tensor) -> None:
-    if value.device != rows.device:
-        raise ValueError(
-            f"{name} is on {value.device}: expected {rows.device}, where the logits or hidden "
-            "states are"
         )
 
 

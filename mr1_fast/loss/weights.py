@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.grpo.reference import spread
-from .arguments import readable, scalar
+from .arguments import scalar
+from .checks import readable
 
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "luspo")
 
