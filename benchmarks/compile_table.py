@@ -45,7 +45,7 @@ ELEMENTS = {"grpo": "TILE", "logprobs": "BLOCK", "adamw": "TILE"}
 """The constant of a kernel that says how many elements its instructions are counted for."""
 MOST_INSTRUCTIONS = {
     ("grpo", 2): 23,
-    ("grpo", 4): 33,
+    ("grpo", 4): 34,
     ("logprobs", 2): 11,
     ("logprobs", 4): 11.5,
     ("adamw", 2): 175,
