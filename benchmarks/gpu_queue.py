@@ -211,9 +211,10 @@ class Queue:
         """End what still runs, and note what became of the background: a failure must show."""
         for item in self.background:
             if process := self.running.get(item.name):
-                status = process.poll()
-                what = "ended with the queue" if status is None else "done"
-                what = f"failed: exit {status}, see {item.name}.txt" if status else what
+                what = "ended with the queue"
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(0)
+                    what = f"failed: exit {status}, see {item.name}.txt" if status else "done"
                 self.outcomes.append(Outcome(item.name, what, item.seconds))
         for process in self.running.values():
             end(process)

@@ -105,8 +105,8 @@ def _weight_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute dweight of a bf16 head over two chunks, and by autograd on the CPU in fp32."""
     generator = torch.Generator().manual_seed(1)
-    hidden, weight = ((torch.randn(n, 64, generator=generator) / 4).bfloat16() for n in (256, 1000))
-    targets, ones = torch.randint(1000, (256,), generator=generator), torch.ones(256)
+    hidden, weight = ((torch.randn(n, 64, generator=generator) / 4).bfloat16() for n in (12, 1000))
+    targets, ones = torch.randint(1000, (12,), generator=generator), torch.ones(12)
     objective = Objective(
         advantages=ones.to(device),
         token_weights=ones.to(device),
@@ -117,7 +117,7 @@ def _weight_gradients(
     on_device = weight.to(device).requires_grad_()
     inputs = hidden.to(device), on_device, None, targets.to(device), objective
     result = linear_grpo_loss_with_gradient(
-        *inputs, chunk_bytes=128 * 2000, fp32_accumulation=fp32_accumulation
+        *inputs, chunk_bytes=6 * 2000, fp32_accumulation=fp32_accumulation
     )
     result.loss.backward()
     exact = weight.detach().float().requires_grad_()

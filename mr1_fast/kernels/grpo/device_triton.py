@@ -248,4 +248,4 @@ def interpreted_block(logits: torch.Tensor) -> int:
     A block costs a millisecond there, whatever its size; a row still has several, so that loops run
     and parts wait.
     """
-    return min(65536, triton.next_power_of_2(triton.cdiv(logits.shape[1], 3)))
+    return min(65536, triton.next_power_of_2(triton.cdiv(logits.shape[1], 2)))
