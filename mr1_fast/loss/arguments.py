@@ -129,11 +129,10 @@ def _per_token_or_sequence(
 
 def check_logits(logits: Tensor, targets: Tensor, inplace: bool = False) -> Tensor:
     """Return the logits (N, V) with unit column stride."""
-    _check_matrix(logits)
-    _check_targets(targets, logits, logits.shape[1])
+    checked, _ = check_weighted_logits(logits, targets, None)
     if inplace and logits.requires_grad and torch.is_grad_enabled():
         _check_inplace(logits)
-    return logits if _has_unit_stride(logits) else logits.contiguous()
+    return checked
 
 
 def check_weighted_logits(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.grpo.chunks import CHUNK_BYTES, chunk_rows
-from ..kernels.grpo.head import EXACT_CHUNKS, slice_rows
+from ..kernels.grpo.head import slice_rows, sums_in_fp32
 from ..types import PackedBatch
 from .memory_use import MemoryUse
 from .meta_model import MetaModel
@@ -95,7 +95,7 @@ def loss_head(run: PlannedRun, rows: int, trains: bool) -> HeadBytes:
         return HeadBytes(kept + logits, kept)
 
     # A CPU computes the gradient of a 16-bit head in fp32 copies, a slice at a time.
-    in_fp32, casts = rows > EXACT_CHUNKS * chunk, 0
+    in_fp32, casts = sums_in_fp32(rows, chunk), 0
     if run.device == "cpu":
         part = min(model.vocabulary, slice_rows(model.width))
         casts = 4 * (chunk * (part + model.width) + part * model.width * (not in_fp32))

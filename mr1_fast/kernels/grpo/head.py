@@ -91,17 +91,17 @@ class Head:
     def _make_sum(self, fp32_accumulation: bool | None) -> None:
         """Set the tensor that sums dweight, and whether the first chunk adds to it or fills it."""
         wide = statistics_dtype(self.weight)
-        chunks = -(-len(self.hidden) // self.rows)
         if fp32_accumulation is None:
-            fp32_accumulation = chunks > EXACT_CHUNKS
+            fp32_accumulation = sums_in_fp32(len(self.hidden), self.rows)
         # A single share is rounded once in any case.
-        dtype = wide if fp32_accumulation and chunks > 1 else self.weight.dtype
+        several = len(self.hidden) > self.rows
+        dtype = wide if fp32_accumulation and several else self.weight.dtype
         buffer = self.weight_grad
         if buffer is not None and buffer.dtype in (wide, dtype):
             self.sum, self.adds = buffer, True
             return
         # The first chunk fills the sum, so that nothing need be cleared.
-        make = self.sum.new_empty if chunks else self.sum.new_zeros
+        make = self.sum.new_empty if len(self.hidden) else self.sum.new_zeros
         self.sum, self.adds = make(self.weight.shape, dtype=dtype), False
 
     def for_each_chunk(self, work: Callable[[slice, Tensor], None]) -> None:
@@ -165,6 +165,11 @@ class Head:
             for part in vocabulary_slices(self.weight):
                 self.weight_grad[part] += self.sum[part]
         return self.dhidden, self.weight.new_empty(0), dbias
+
+
+def sums_in_fp32(num_rows: int, rows: int) -> bool:
+    """Tell whether dweight of 16 bits is summed in fp32 by default, over chunks of `rows` rows."""
+    return num_rows > EXACT_CHUNKS * rows
 
 
 def slice_rows(width: int) -> int:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..dispatch import statistics_dtype
-from .chunks import GEMM_VARIANTS, GemmTile  # noqa: F401 - a sweep finds them with the kernel
 from .head import Head, NeedsGradient, head_rows
 from .objective import OBJECTIVE_SCHEMA, GRPOLoss, Objective, RowResults
 from .operators import (
