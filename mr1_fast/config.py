@@ -24,6 +24,12 @@ PRESETS = {
 PRESETS["figures"] = PRESETS["geometry"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
 
+R1V_SUFFIX = (
+    "Output the thinking process in <think> </think> and final answer (number) in "
+    "<answer> </answer> tags."
+)
+"""What R1-V appends to every problem, in training and in evaluation."""
+
 EVALUATION_BATCH_SIZE = 64
 """Items whose prompts an evaluation holds in memory at once unless told otherwise."""
 
@@ -74,7 +80,8 @@ class ModelConfig:
     max_pixels: int = 401_408
     """Largest image as width × height; the default, 401,408 pixels, is 512 image tokens."""
     shrink_images: bool = False
-    """Scale images that are larger than --max-pixels down to it, instead of refusing them."""
+    """Scale images that are larger than --max-pixels down to it, and pad those that are too thin
+    for the model, instead of refusing them."""
 
 
 @dataclass
@@ -82,15 +89,36 @@ class TaskConfig:
     """What the model is asked, and where the questions come from."""
 
     task: str = "counting"
-    """The task, which decides how answers are judged and which items are drawn: counting, geometry,
-    or figures (area and perimeter)."""
+    """The task, which decides which items are drawn: counting, geometry or figures (area and
+    perimeter); free, which draws none, is anything whose answers can be verified."""
     data: str = "drawn"
     """Where items come from: `drawn` makes them; otherwise the name of a hub data set, a folder, or
-    a parquet, arrow, json, jsonl or csv file with the columns image, problem and solution (and
-    thinking, for SFT)."""
+    a parquet, arrow, json, jsonl or csv file (docs/data.md shows the layouts)."""
+    data_split: str | None = None
+    """Name of the split in --data that is trained on, such as testmini; by default train."""
+    data_config: str | None = None
+    """Configuration of a hub data set that has several, such as Accounting of MMMU."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the data by what they hold (images, problem, solution, thinking), where they have
+    names that are not recognised, for example '{"problem": "query"}'."""
     image_root: str | None = None
-    """Folder from which relative image paths in the data start; for the test sets superclevr200 and
-    geoqa, the folder that holds R1-V's list of items and the images."""
+    """Folder from which relative image paths in the data start, and which no path may leave; for
+    the test sets superclevr200 and geoqa, the folder that holds R1-V's list and the images."""
+    allow_urls: bool = False
+    """Download images that the data names by http and https addresses."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """What happens to rows that cannot be used, which are found before the first step: stop, or
+    skip them."""
+    system_prompt: str | None = None
+    """System message of every prompt; by default that of the model's chat template."""
+    prompt_template: str | None = None
+    """Jinja template of the user's text, with the columns of the row, for example
+    '{{ problem }} Choose from {{ options }}.'; by default the problem and --prompt-suffix."""
+    prompt_suffix: str = R1V_SUFFIX
+    """What follows the problem, after a space; by default R1-V's words."""
+    judge: Literal["strict", "r1v"] = "strict"
+    """Who judges answers: the strict judge, which reads all of the answer tag, or R1-V's rules, for
+    comparison with published figures."""
     difficulty: int = 1
     """Difficulty of drawn items, from 1 (the easiest) upwards."""
 
@@ -150,9 +178,12 @@ class RewardConfig:
     format_weight: float = 1.0
     """Weight α of the format reward; the accuracy reward has weight 1."""
     extra_rewards: dict[str, float] = field(default_factory=dict)
-    """Weights of further registered rewards by name, for example '{"brief": 0.1}'."""
+    """Weights of further rewards, for example '{"brief": 0.1}': by registered name, as
+    package.module:function, or as file.py:function."""
     plugin: str | None = None
     """Python file that registers your own rewards with @reward."""
+    reward_seconds: float = 300.0
+    """How long a reward function may take for the completions of one step, in seconds."""
 
 
 @dataclass
@@ -249,6 +280,9 @@ class RunConfig:
     eval_data: str | None = None
     """Held-out data: like --data, or one of the test sets superclevr200 and geoqa, which need
     --image-root; by default the test split of --data."""
+    eval_split: str | None = None
+    """Name of the split that is held out, such as validation; by default test. A file that
+    --eval-data names is held out as a whole."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
 
@@ -324,7 +358,7 @@ class TrainConfig(
 _POSITIVE = {
     *("steps", "prompts_per_step", "updates_per_batch", "tokens_per_microbatch"),
     *("max_prompt_tokens", "max_new_tokens", "max_pixels", "lora_rank"),
-    *("learning_rate", "max_grad_norm", "temperature"),
+    *("learning_rate", "max_grad_norm", "temperature", "reward_seconds"),
 }
 _NOT_NEGATIVE = {
     *("seed", "save_every", "eval_samples", "weight_decay"),

@@ -8,6 +8,7 @@ tokens, N rows that carry loss, I images, P image patches, D hidden size, V voca
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,15 +24,26 @@ class Example:
     """
 
     problem: str
-    """The question as the user would ask it, without the prompt suffix."""
+    """The question as the user would ask it, without the prompt suffix.
+
+    Where it holds `<image>`, it does so once for each image, which is shown in that place."""
     images: tuple[Image.Image, ...]
-    """RGB images, shown before the question; may be empty."""
+    """RGB images, shown before the question unless it marks their places; may be empty."""
     solution: str
     """The bare text of the answer, for example `3` or `145°`, without answer tags."""
     thinking: str = ""
     """A worked solution for supervised training; empty if there is none."""
     key: str = ""
     """What identifies the item: its parameters if drawn, its row or image path if loaded."""
+    source: str = ""
+    """Where the item was loaded from, for messages: `row 38 of train.jsonl`; empty if drawn."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """All other columns of the row, by name, as the data has them; for rewards and templates."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the item: its row, or its key."""
+        return self.source or f"example {self.key!r}"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..files import write_text
 from ..rewards.math_check import math_answer
-from ..tasks.counting import tagged_integer
+from ..rewards.r1v import tagged_integer
 
 
 def write_r1v_results(path: Path, records: list[dict], task: str) -> None:

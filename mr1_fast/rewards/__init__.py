@@ -9,15 +9,21 @@ A reward of your own is one decorator away, in a file that `--plugin` names:
         return float(len(completion) < 400)
 """
 
-from .judge import accuracy_reward, format_reward
+from .accuracy import CompletionJudge, accuracy_reward, judge_completion
+from .answers import Verdict, judge
+from .format import format_reward
 from .registry import REWARDS, RewardFunction, load_plugin, require_rewards, reward
 from .scoring import score
 
 __all__ = [
     "REWARDS",
+    "CompletionJudge",
     "RewardFunction",
+    "Verdict",
     "accuracy_reward",
     "format_reward",
+    "judge",
+    "judge_completion",
     "load_plugin",
     "require_rewards",
     "reward",

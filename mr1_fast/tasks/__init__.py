@@ -1,53 +1,79 @@
-"""Tasks: what is asked, how items are drawn or loaded, and when an output counts as right.
+"""Tasks: which items are drawn, how a problem is put to the model, and when an output is right.
 
-Every task is one file.
+Every task that draws its items is one file.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from ..errors import UserError
+from ..rewards import CompletionJudge, judge_completion
+from ..rewards.r1v import r1v_counting, r1v_geometry, r1v_reward
 from ..types import Example
 from . import counting, figures, geometry
+from .prompts import PROMPT_SUFFIX, PromptFormat, format_answer, format_problem, format_solution
 
-TASKS: dict[str, ModuleType] = {"counting": counting, "geometry": geometry, "figures": figures}
-"""The task modules by name.
+__all__ = [
+    "PROMPT_SUFFIX",
+    "TASKS",
+    "PromptFormat",
+    "Task",
+    "format_answer",
+    "format_problem",
+    "format_solution",
+    "get_task",
+]
 
-Each has `draw(split, seed, index, difficulty) -> Example` and `is_correct(output, solution) ->
-bool`.
-"""
-
-PROMPT_SUFFIX = (
-    "Output the thinking process in <think> </think> and final answer (number) in "
-    "<answer> </answer> tags."
-)
-"""What R1-V appends to every problem, in training and in evaluation."""
+Judging = Literal["strict", "r1v"]
+"""The judges by name: the strict one, and R1-V's rules."""
 
 
-def get_task(name: str) -> ModuleType:
-    """Return the task module of that name; raises UserError if there is none."""
+@dataclass(frozen=True)
+class Task:
+    """What a model is asked, and how its completions are judged."""
+
+    name: str
+    draw: Callable[..., Example] | None
+    """`draw(split, seed, index, difficulty=1) -> Example`; None where items come from data alone.
+
+    The same arguments give the same item, and no item belongs to two splits."""
+    r1v_evaluation: CompletionJudge
+    """R1-V's rule by which it evaluates such a task; it trains every task by `r1v_reward`."""
+    untagged: bool = False
+    """Whether a completion without any answer tag is judged as a whole."""
+
+    def judge(self, judging: Judging, training: bool = False) -> CompletionJudge:
+        """Return the judge of completions by its name, in evaluation or in training.
+
+        The two differ for R1-V's rules alone.
+        """
+        if judging == "strict":
+            return partial(judge_completion, untagged=self.untagged)
+        return r1v_reward if training else self.r1v_evaluation
+
+    def is_correct(self, completion: str, solution: str) -> bool:
+        """Return whether a completion is right by the strict judge."""
+        return self.judge("strict")(completion, solution).right
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("counting", counting.draw, r1v_counting),
+        Task("geometry", geometry.draw, r1v_geometry),
+        Task("figures", figures.draw, r1v_counting),
+        Task("free", None, r1v_reward, untagged=True),
+    )
+}
+"""The tasks by name."""
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name; raises UserError if there is none."""
     if name not in TASKS:
         raise UserError(
             f"task is {name!r}, but the known tasks are {', '.join(TASKS)}: choose one of them."
         )
     return TASKS[name]
-
-
-def format_problem(example: Example) -> str:
-    """Return the user's message, which follows the images: the problem, a space and the suffix."""
-    return f"{example.problem} {PROMPT_SUFFIX}"
-
-
-def format_solution(example: Example) -> str:
-    """Return the completion that supervised training imitates.
-
-    For example: `<think>5 items</think><answer> 5 </answer>`.
-    """
-    return f"<think>{example.thinking}</think>{format_answer(example)}"
-
-
-def format_answer(example: Example) -> str:
-    """Return the answer alone, as R1-V's data has it: `<answer> 5 </answer>`.
-
-    The spaces are needed: math-verify overlooks the number in `<answer>5</answer>`.
-    """
-    return f"<answer> {example.solution} </answer>"

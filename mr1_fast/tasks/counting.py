@@ -8,7 +8,6 @@ that its answer then contradicted.
 
 import math
 import random
-import re
 
 from PIL import Image, ImageDraw
 
@@ -50,20 +49,6 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
         thinking=f"{len(items)} items",
         key=" ".join(f"{cell}:{colour} {shape}" for cell, shape, colour in items),
     )
-
-
-def is_correct(output: str, solution: str) -> bool:
-    """Return R1-V's published verdict: whether the first tagged integer equals the solution."""
-    return solution.strip().isdecimal() and tagged_integer(output) == int(solution)
-
-
-def tagged_integer(output: str) -> int | None:
-    """Return the integer in the first answer tag that holds one, or None.
-
-    Only integers of at most nine digits are read, since Python refuses to convert very long ones.
-    """
-    found = re.search(r"<answer>\s*(\d{1,9})\s*</answer>", output)
-    return int(found[1]) if found else None
 
 
 def _paint(items: tuple, side: int, rng: random.Random) -> Image.Image:

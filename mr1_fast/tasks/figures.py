@@ -16,10 +16,8 @@ from PIL import Image, ImageDraw
 
 from ..errors import UserError
 from ..types import Example
-from .counting import CELL, is_correct
+from .counting import CELL
 from .split import draw_for_split
-
-__all__ = ["draw", "is_correct"]
 
 
 def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..rewards.math_check import math_equal
 from ..types import Example
 from .diagram import Angle, Figure, direction, paint
 from .split import draw_for_split
@@ -69,11 +68,6 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
         thinking=figure.thinking,
         key=" ".join(map(str, parameters)),
     )
-
-
-def is_correct(output: str, solution: str) -> bool:
-    """Return R1-V's published verdict: whether the output equals the solution mathematically."""
-    return math_equal(output, solution)
 
 
 # Samplers turn a generator and the step between sizes, in degrees, into parameters.

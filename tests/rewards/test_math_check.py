@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mr1_fast.rewards import math_check, score
-from mr1_fast.rewards.judge import accuracy_reward, format_reward
+from mr1_fast.rewards import accuracy_reward, format_reward, math_check, score
 from mr1_fast.rewards.math_check import math_answer, math_equal
 from mr1_fast.tasks import counting
 

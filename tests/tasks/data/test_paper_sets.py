@@ -8,9 +8,9 @@ import pytest
 
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.tasks.paper_sets import TEST_SETS
+from mr1_fast.tasks.data.paper_sets import TEST_SETS
 
-from ..data.pictures import colour, picture, write_lines
+from ...data.pictures import colour, picture, write_lines
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

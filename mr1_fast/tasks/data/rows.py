@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..hub import load_splits
+from ...errors import UserError
+from ...hub import load_splits
+from ..split import SPLITS
 from .loaded import column_names
-from .split import SPLITS
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".csv": "csv"}
 """The name that `datasets` has for the format of a file, by the file's suffix."""

@@ -5,9 +5,9 @@ from PIL import Image
 
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.tasks.loaded import LoadedExamples
+from mr1_fast.tasks.data.loaded import LoadedExamples
 
-from ..data.pictures import (
+from ...data.pictures import (
     ROW,
     colour,
     encoded,

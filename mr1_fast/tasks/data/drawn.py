@@ -1,11 +1,10 @@
 """Examples that a task draws."""
 
-from types import ModuleType
-
-from ..errors import UserError
-from ..types import Example
+from ...errors import UserError
+from ...types import Example
+from .. import Task
+from ..split import check_split
 from .epochs import check_limit, shuffled
-from .split import check_split
 
 
 class DrawnExamples:
@@ -15,9 +14,13 @@ class DrawnExamples:
     """
 
     def __init__(
-        self, task: ModuleType, split: str, seed: int, difficulty: int = 1, limit: int | None = None
+        self, task: Task, split: str, seed: int, difficulty: int = 1, limit: int | None = None
     ) -> None:
-        """Raise UserError for an unknown split, and for a difficulty or limit below 1."""
+        """Raise UserError for an unknown split, a difficulty or limit below 1, and a task that
+        draws nothing.
+        """
+        if task.draw is None:
+            raise UserError(f"task {task.name} draws no items: name data with --data.")
         check_split(split)
         check_limit(limit)
         if difficulty < 1:

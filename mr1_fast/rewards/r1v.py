@@ -1,52 +1,55 @@
-"""Judging a completion: whether its format is right, and whether its answer is.
+"""R1-V's rules for whether a completion is right, which its published verdicts pin.
 
-Completions are hostile input, since a model exploits whatever a reward lets through. The rules are
-therefore strict, and they take time linear in the completion's length.
+They are kept for comparison with published figures (`--judge r1v`). They can be met without the
+answer: math-verify reads the whole completion and compares the number that it recognises.
 """
 
 import re
 from decimal import Decimal
 
-from ..types import Example
+from .answers import Verdict
 from .math_check import MAX_CHARS, math_equal
-from .registry import reward
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-@reward("format")
-def format_reward(completion: str, example: Example) -> float:
-    """Return 1.0 if the completion is `<think>…</think>` and `<answer>…</answer>`, otherwise 0.0.
+def r1v_reward(completion: str, solution: str) -> Verdict:
+    """Return the verdict of R1-V's accuracy reward, by which R1-V trains.
 
-    Only white space may stand between the two. Each tag must occur exactly once: R1-V's pattern
-    `<think>.*?</think>\\s*<answer>.*?</answer>` also matches repeated tags, so a model could put
-    several answers in one completion. As with R1-V's fullmatch, nothing may precede or follow, not
-    even white space.
-    """
-    if any(completion.count(tag) != 1 for tag in TAGS):
-        return 0.0
-    if not (completion.startswith("<think>") and completion.endswith("</answer>")):
-        return 0.0
-    thinking_ends, answer_starts = completion.find("</think>"), completion.find("<answer>")
-    between = completion[thinking_ends + len("</think>") : answer_starts]
-    is_blank = not between or between.isspace()
-    return float(thinking_ends < answer_starts and is_blank)
-
-
-@reward("accuracy")
-def accuracy_reward(completion: str, example: Example) -> float:
-    """Return 1.0 if the completion's answer is right by R1-V's rule, otherwise 0.0.
-
-    It is right if math-verify finds the solution in the completion (see math_equal), or if the text
+    The completion is right if math-verify finds the solution in it (see math_equal), or if the text
     of its first answer tag is the solution, apart from white space at the ends. Without an answer
     tag the whole completion is that text. The cheap tests come first, which does not change the
     verdict.
     """
-    solution = example.solution.strip()
+    solution = solution.strip()
     if solution and _answer_text(completion) == solution:
-        return 1.0
+        return Verdict(True, "the answer is the solution's text")
     verdict = number_verdict(completion[-MAX_CHARS:], solution)
-    return float(math_equal(completion, solution) if verdict is None else verdict)
+    right = math_equal(completion, solution) if verdict is None else verdict
+    return Verdict(right, "math-verify finds the solution" if right else "math-verify finds it not")
+
+
+def r1v_geometry(completion: str, solution: str) -> Verdict:
+    """Return the verdict of R1-V's evaluation on GeoQA: whether math-verify finds the solution."""
+    right = math_equal(completion, solution)
+    return Verdict(right, "math-verify finds the solution" if right else "math-verify finds it not")
+
+
+def r1v_counting(completion: str, solution: str) -> Verdict:
+    """Return the verdict of R1-V's evaluation on SuperCLEVR.
+
+    The completion is right if the first tagged integer equals the solution.
+    """
+    found = tagged_integer(completion)
+    right = solution.strip().isdecimal() and found == int(solution)
+    return Verdict(right, f"the first tagged integer is {found}")
+
+
+def tagged_integer(completion: str) -> int | None:
+    """Return the integer in the first answer tag that holds one, or None.
+
+    Only integers of at most nine digits are read, since Python refuses to convert very long ones.
+    """
+    found = re.search(r"<answer>\s*(\d{1,9})\s*</answer>", completion)
+    return int(found[1]) if found else None
 
 
 def _answer_text(completion: str) -> str:

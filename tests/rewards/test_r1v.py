@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mr1_fast.rewards.judge import accuracy_reward, format_reward, number_verdict
+from mr1_fast.rewards import accuracy_reward, format_reward, number_verdict
 from mr1_fast.rewards.math_check import math_equal
 from mr1_fast.tasks import counting
 

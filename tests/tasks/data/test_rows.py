@@ -6,7 +6,7 @@ import pytest
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data import load_examples
 
-from ..data.pictures import (
+from ...data.pictures import (
     ROW,
     colour,
     contents,

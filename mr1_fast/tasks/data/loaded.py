@@ -1,16 +1,13 @@
 """Examples made of rows of data, in the columns of R1-V's training data or test sets."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps
-
-from ..errors import UserError
-from ..types import Example
+from ...errors import UserError
+from ...types import Example
 from .epochs import check_limit, shuffled
+from .images import as_list, decode
 
 COLUMNS = {
     "images": ("image", "images", "image_path"),
@@ -101,12 +98,12 @@ class LoadedExamples:
         """Make an example of a row."""
         row = self.rows[index] if isinstance(self.rows, list) else self.rows[index].to_pylist()[0]
         name = f"row {index + 1} of {self.source}"
-        cells = _as_list(row.get(self.columns["images"]))
+        cells = as_list(row.get(self.columns["images"]))
         paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
         return Example(
             # Some data marks the image's place in the text; here images always come first.
             problem=self._text(row, "problem", name).replace("<image>", "").strip(),
-            images=tuple(_decode(cell, self.image_root, self.archive, name) for cell in cells),
+            images=tuple(decode(cell, self.image_root, self.archive, name) for cell in cells),
             solution=_inside("answer", self._text(row, "solution", name)),
             thinking=_inside("think", str(row.get("thinking") or "")),
             key=" ".join(path for path in paths if isinstance(path, str)) or f"row {index + 1}",
@@ -143,58 +140,6 @@ def _find_columns(names: list[str], source: str) -> dict[str, str]:
                 f"(found: {', '.join(names)}): rename the column that holds the {field}."
             )
     return columns
-
-
-def _as_list(cell: Any) -> list | tuple:
-    """Return the images of a cell that holds none, one or several."""
-    if cell is None:
-        return []
-    return cell if isinstance(cell, (list, tuple)) else [cell]
-
-
-def _decode(cell: Any, root: Path, archive: str | None, row: str) -> Image.Image:
-    """Decode an image as upright RGB, with white where it is transparent.
-
-    `cell` is a path, encoded bytes, `{"bytes", "path"}` or a PIL image. Raises UserError, which
-    names the row, for one that cannot be read.
-    """
-    if not isinstance(cell, dict):
-        cell = {"path" if isinstance(cell, str) else "bytes": cell}
-    content, name = cell.get("bytes"), f"the image in {row}"
-    if content is None:
-        if not isinstance(cell.get("path"), str):
-            raise UserError(f"{name} is neither a path nor encoded bytes: give one of them.")
-        content = _find_image(cell["path"], root, archive, row)
-        name = f"image file {content} ({row})"
-
-    try:
-        content = io.BytesIO(content) if isinstance(content, bytes) else content
-        image = content if isinstance(content, Image.Image) else Image.open(content)
-        image.load()
-    except Exception as error:  # Pillow raises many kinds of errors for broken files
-        raise UserError(
-            f"{name} cannot be decoded ({error}): replace it or leave its row out."
-        ) from error
-
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _find_image(path: str, root: Path, archive: str | None, row: str) -> Path:
-    """Return where an image file is; raises UserError if it is missing."""
-    within = Path(path)
-    if within.parts[:1] == (archive,) and not (root / archive).is_dir():
-        within = within.relative_to(archive)
-    file = root / within
-    if not file.is_file():
-        raise UserError(
-            f"image file {file} ({row}) is missing: put it there, or set image_root to the folder "
-            f"that holds {path}."
-        )
-    return file
 
 
 def _inside(tag: str, text: str) -> str:

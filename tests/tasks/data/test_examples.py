@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks import geometry
+from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import DrawnExamples, load_examples
 
-from ..data.pictures import (
+from ...data.pictures import (
     ROW,
     colour,
     contents,
@@ -21,7 +21,9 @@ from ..data.pictures import (
 
 def test_load_examples_draws():
     examples = load_examples("geometry", "drawn", "test", 3, difficulty=2, limit=9)
-    assert contents(examples.all(99)) == contents(DrawnExamples(geometry, "test", 3, 2, 9).all(9))
+    assert contents(examples.all(99)) == contents(
+        DrawnExamples(get_task("geometry"), "test", 3, 2, 9).all(9)
+    )
     examples.require_thinking()
     assert all(example.thinking for example in examples.all(9))
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..errors import UserError
+from ...errors import UserError
 
 TEST_SETS = {
     "superclevr200": "superclevr_test200_counting_problems.jsonl",

@@ -2,35 +2,35 @@
 
 import pytest
 
-from mr1_fast.tasks import counting, geometry
-from mr1_fast.tasks.drawn import DrawnExamples
+from mr1_fast.tasks import get_task
+from mr1_fast.tasks.data.drawn import DrawnExamples
 
-from ..data.pictures import contents
+from ...data.pictures import contents
 
 
 @pytest.mark.parametrize("limit", [None, 7])
 def test_drawn_examples_depend_on_the_arguments_alone(limit):
-    first, second = (DrawnExamples(counting, "train", 5, limit=limit) for _ in range(2))
+    first, second = (DrawnExamples(get_task("counting"), "train", 5, limit=limit) for _ in range(2))
     first.take(0, 4), first.take(1, 4)
     assert contents(first.take(2, 4)) == contents(second.take(2, 4))
     assert contents(first.all(5)) == contents(second.all(5))
     assert contents(first.take(2, 4)) != contents(
-        DrawnExamples(counting, "train", 6, limit=limit).take(2, 4)
+        DrawnExamples(get_task("counting"), "train", 6, limit=limit).take(2, 4)
     )
     assert contents(first.all(5)) != contents(
-        DrawnExamples(counting, "test", 5, limit=limit).all(5)
+        DrawnExamples(get_task("counting"), "test", 5, limit=limit).all(5)
     )
 
 
 def test_drawn_steps_follow_each_other():
-    examples = DrawnExamples(geometry, "train", 0, difficulty=2)
+    examples = DrawnExamples(get_task("geometry"), "train", 0, difficulty=2)
     assert contents(examples.take(0, 3) + examples.take(1, 3)) == contents(examples.all(6))
     with pytest.raises(TypeError, match="no length"):
         len(examples)
 
 
 def test_limited_drawn_examples_come_once_per_epoch_in_a_new_order():
-    examples = DrawnExamples(counting, "train", 0, limit=6)
+    examples = DrawnExamples(get_task("counting"), "train", 0, limit=6)
     items = contents(examples.all(100))
     assert len(examples) == len(items) == 6
     epochs = [

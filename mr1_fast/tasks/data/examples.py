@@ -7,23 +7,15 @@ the arguments alone. So a run that resumes at step n asks for step n, and needs 
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..errors import UserError
-from ..hub import hub_splits
-from . import get_task
+from ...config import TrainConfig
+from ...errors import UserError
+from ...hub import hub_splits
+from .. import get_task
+from ..split import check_split
 from .drawn import DrawnExamples
 from .loaded import LoadedExamples
 from .paper_sets import ARCHIVES, TEST_SETS, find_list
 from .rows import SUFFIXES, file_rows, folder_rows, pick
-from .split import check_split
-
-__all__ = [
-    "TEST_SETS",
-    "DrawnExamples",
-    "LoadedExamples",
-    "configured_examples",
-    "load_examples",
-]
 
 
 def load_examples(

@@ -3,7 +3,7 @@
 import random
 from functools import lru_cache
 
-from ..errors import UserError
+from ...errors import UserError
 
 
 def check_limit(limit: int | None) -> None:
