@@ -6,16 +6,16 @@ from tqdm import tqdm
 
 from .config import EVALUATION_BATCH_SIZE
 from .model.policy import Policy
+from .rewards import CompletionJudge
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
-from .tasks import get_task
 from .types import Example
 
 
 def evaluate(
     policy: Policy,
-    task: str,
+    judge: CompletionJudge,
     examples: list[Example],
     sampling: Sampling,
     num_generations: int = 1,
@@ -28,10 +28,9 @@ def evaluate(
     """Answer the examples; returns a record of each, in order.
 
     A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
-    `outputs` (texts) with `correct` (bools), which the task judges. `batch_size` prompts are held
-    in memory at once; `cache_tokens` and `prefill_tokens` are those of Engine.generate.
+    `outputs` (texts) with what `judged` adds. `batch_size` prompts are held in memory at once;
+    `cache_tokens` and `prefill_tokens` are those of Engine.generate.
     """
-    is_correct = get_task(task).is_correct
     engine = Engine(policy.model, policy.processor, policy.encode)
     records = []
     with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
@@ -46,19 +45,36 @@ def evaluate(
                 prefill_tokens=prefill_tokens,
             )
             for row, example in enumerate(chunk):
-                outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
-                verdicts = [is_correct(output, example.solution) for output in outputs]
                 records.append(
                     {
                         "key": example.key,
                         "question": example.problem,
                         "ground_truth": example.solution,
-                        "outputs": outputs,
-                        "correct": verdicts,
+                        "outputs": rollout.texts[
+                            row * num_generations : (row + 1) * num_generations
+                        ],
                     }
                 )
             bar.update(len(chunk))
-    return records
+    return judged(records, judge)
+
+
+def judged(records: list[dict], judge: CompletionJudge) -> list[dict]:
+    """Return the records with a judge's verdicts on their outputs.
+
+    `correct` has a bool for each output, and `why` the reason in words.
+    """
+    found = []
+    for record in records:
+        verdicts = [judge(output, record["ground_truth"]) for output in record["outputs"]]
+        found.append(
+            record
+            | {
+                "correct": [verdict.right for verdict in verdicts],
+                "why": [verdict.why for verdict in verdicts],
+            }
+        )
+    return found
 
 
 def summarise(records: list[dict]) -> dict:

@@ -27,7 +27,7 @@ from .optim import make_optimizer, update
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .sft import sft_loss, solution_batches
-from .tasks import format_solution
+from .tasks import format_solution, get_task
 from .tasks.data import load_examples
 from .version import __version__
 
@@ -125,7 +125,8 @@ def _train_start(
 
             accuracies = []
             for task, items in zip(tasks, held_out, strict=True):
-                records = evaluate(policy, task.task, items, sampling, seed=step)
+                judge = get_task(task.task).judge("strict")
+                records = evaluate(policy, judge, items, sampling, seed=step)
                 accuracies.append(summarise(records)["accuracy"])
             accuracy = min(accuracies)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f} · sampled accuracy {accuracy:.3f}")
@@ -138,7 +139,9 @@ def with_start(config: Config) -> Config:
     """Return the settings with a built-in model's name replaced by the folder of its start."""
     if config.model not in BUILT_IN:
         return config
-    return replace(config, model=str(supervised_start(config.model, [config], config.seed)))
+    # A task without drawn items has none to start on; counting teaches the form of an answer.
+    task = config if get_task(config.task).draw else TaskConfig(task="counting")
+    return replace(config, model=str(supervised_start(config.model, [task], config.seed)))
 
 
 def load_policy(config: Config) -> Policy:

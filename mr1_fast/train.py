@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .errors import exit_on_user_error
 from .evaluate.held_out import print_table, record_evaluation
 from .files import atomic_folder
+from .learning_signal import LearningSignal
 from .log import Stopwatch
 from .loss import linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
@@ -56,6 +57,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     if not run.log.resuming:
         record_evaluation(run, "before")
 
+    signal = LearningSignal(config.steps - run.first_step)
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
@@ -65,6 +67,8 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             examples = run.source.take(step, config.prompts_per_step)
             metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
             run.log.step(step, metrics)
+            for warning in signal.look(metrics):
+                run.log.say(warning)
             run.memory.record(metrics)
 
             steps_done = step + 1
@@ -244,6 +248,8 @@ def rollout_metrics(
     equal = (rewards == rewards[:, :1]).all(dim=1)
     return {
         "reward": rewards.mean().item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
         **{name: sum(values) / count for name, values in parts.items()},
         "zero_variance": equal.float().mean().item(),
         "completion_length": sum(map(len, rollout.completions)) / count,

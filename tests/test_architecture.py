@@ -94,7 +94,7 @@ def test_imports_are_found_in_every_form():
     assert (
         "mr1_fast.kernels.grpo.rows_triton" in EDGES["mr1_fast.kernels.grpo.rows"]
     )  # in a function
-    assert "mr1_fast.tasks.__init__" in EDGES["mr1_fast.tasks.data"]  # from . import
+    assert "mr1_fast.tasks.__init__" in EDGES["mr1_fast.tasks.data.examples"]  # from . import
     assert "mr1_fast.types" in EDGES["mr1_fast.train"]
     assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
     assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []

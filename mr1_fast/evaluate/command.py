@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
-from ..accuracy import evaluate, pass_at_k, summarise
+from ..accuracy import evaluate, judged, pass_at_k, summarise
 from ..files import write_json
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
 from ..tasks import get_task
 from ..tasks.data import load_examples
+from .explain import explanation
+from .judges import NAMES, accuracy_text, other_judges
 from .r1v import write_r1v_results
 from .settings import EvaluateConfig
 
 
 def evaluate_model(config: EvaluateConfig) -> None:
     """Answer the items, print the accuracy and write the figures with a record of each item."""
-    get_task(config.task)
+    task = get_task(config.task)
     examples = load_examples(
         config.task,
         config.data,
@@ -28,7 +30,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
     policy = make_policy(*load_pretrained(config), config)
     records = evaluate(
         policy,
-        config.task,
+        task.judge(config.judge),
         examples,
         Sampling.of(config),
         config.num_generations,
@@ -38,15 +40,21 @@ def evaluate_model(config: EvaluateConfig) -> None:
     )
 
     summary = summarise(records)
+    others = {
+        name: summarise(judged(records, task.judge(name)))
+        for name in other_judges(config.judge, config.data)
+    }
     passes = {str(k): pass_at_k(records, k) for k in config.pass_at}
-    result = {**summary, "pass_at": passes, "config": vars(config), "results": records}
-    write_json(Path(config.output), result)
+    result = {**summary, "judge": config.judge, "other_judges": others, "pass_at": passes}
+    write_json(Path(config.output), {**result, "config": vars(config), "results": records})
     if config.r1v_output:
         write_r1v_results(Path(config.r1v_output), records, config.task)
 
-    low, high = summary["interval"]
-    interval = f"95% interval {low:.1%}–{high:.1%}, {summary['count']} items"
-    print(f"accuracy {summary['accuracy']:.1%} ({interval})")
+    if config.explain:
+        print("\n".join(map(explanation, records)))
+    print(f"{accuracy_text(summary)}, {summary['count']} items, by {NAMES[config.judge]}")
+    for name, other in others.items():
+        print(f"{accuracy_text(other)}, the same outputs, by {NAMES[name]}")
     for k, value in passes.items():
         print(f"pass@{k} {value:.1%}")
     print(f"wrote {config.output}")

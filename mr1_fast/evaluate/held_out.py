@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from ..accuracy import evaluate, summarise
+from ..accuracy import evaluate, judged, summarise
 from ..config import TrainConfig
 from ..files import write_json
 from ..model.policy import Policy
@@ -12,7 +12,9 @@ from ..plan.out_of_memory import EVALUATION_CACHE, MemoryLimits
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed
+from ..tasks import get_task
 from ..types import Example
+from .judges import NAMES, accuracy_text, other_judges
 
 MODES = ("greedy", "sampled")
 """How held-out items are answered."""
@@ -28,19 +30,24 @@ def record_evaluation(run: Run, when: str) -> None:
     if not run.held_out:
         return
     path = run.log.folder / "evaluation.json"
-    result = {"task": run.config.task, "split": "test", "examples": []}
+    config = run.config
+    result = {"task": config.task, "split": "test", "judge": config.judge, "examples": []}
     # A run that was resumed with other --eval-samples may have no figures from before.
     if when == "after" and path.exists():
         result = json.loads(path.read_text())
     result[when] = {}
+    task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        records = answers(run.policy, run.config, run.held_out, mode, run.limits)
-        result[when][mode] = summary = summarise(records)
+        records = answers(run.policy, config, run.held_out, mode, run.limits)
         if mode == "greedy":
             _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
-        low, high = summary["interval"]
-        accuracy = f"{summary['accuracy']:.1%} (95% interval {low:.1%}–{high:.1%})"
-        run.log.say(f"{when:>6}: {mode} accuracy {accuracy}")
+        figures = {mode: summarise(records)}
+        for other in other_judges(config.judge, data):
+            by_other = summarise(judged(records, task.judge(other)))
+            figures[f"{mode}, {NAMES[other]}"] = by_other
+        for name, summary in figures.items():
+            run.log.say(f"{when:>6}: {name} {accuracy_text(summary)}")
+        result[when] |= figures
     write_json(path, result)
 
 
@@ -56,7 +63,7 @@ def answers(
     work = partial(
         evaluate,
         policy,
-        config.task,
+        get_task(config.task).judge(config.judge),
         items,
         Sampling.of(config, temperature=temperature),
         seed=derive_seed(config.seed, mode),
@@ -77,7 +84,11 @@ def _record_shown(
                 image.save(folder / path)
             question = {"problem": example.problem, "solution": example.solution}
             shown.append({**question, "images": paths})
-        shown[index][when] = {"text": record["outputs"][0], "correct": record["correct"][0]}
+        shown[index][when] = {
+            "text": record["outputs"][0],
+            "correct": record["correct"][0],
+            "why": record["why"][0],
+        }
 
 
 def print_table(folder: Path) -> None:
@@ -90,6 +101,6 @@ def print_table(folder: Path) -> None:
         return
     title = f"accuracy on held-out {result['task']}"
     print(f"\n{title:<34}{'before':>8}{'after':>8}{'points':>8}")
-    for mode in MODES:
-        before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))
+    for mode, summary in result["before"].items():
+        before, after = summary["accuracy"], result["after"][mode]["accuracy"]
         print(f"{mode:<34}{before:>8.1%}{after:>8.1%}{(after - before) * 100:>+8.1f}")

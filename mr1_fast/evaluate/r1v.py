@@ -16,19 +16,23 @@ R1-V's repository, which differ by task:
 import json
 from pathlib import Path
 
+from ..accuracy import judged
 from ..files import write_text
 from ..rewards.math_check import math_answer
 from ..rewards.r1v import tagged_integer
+from ..tasks import get_task
 
 
 def write_r1v_results(path: Path, records: list[dict], task: str) -> None:
     """Write the first output of each record as R1-V's script for `task` would, whole or not at all.
 
     `records` (at least one) are those of `evaluate`; a record's `key` becomes the image_path. A
-    task other than geometry gets the layout of counting. Raises UserError where the file cannot be
+    task other than geometry gets the layout of counting. The verdicts are those of R1-V's rule,
+    whatever judge the records have. Raises UserError where the file cannot be
     written, or where geometry finds no math-verify.
     """
     geometry = task == "geometry"
+    records = judged(records, get_task(task).judge("r1v"))
     outputs = [record["outputs"][0] for record in records]
     answers = map(math_answer if geometry else tagged_integer, outputs)
     results = []

@@ -29,7 +29,10 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     output: str = "evaluation.json"
     """Where the figures and the record of each item go."""
     r1v_output: str | None = None
-    """A second file, in the layout of R1-V's evaluation scripts, for whatever reads those."""
+    """A second file, in the layout of R1-V's evaluation scripts and judged by R1-V's rule, for
+    whatever reads those."""
+    explain: bool = False
+    """Print for each output why the judge found it right or wrong."""
 
     def check(self) -> None:
         """Raise UserError for values that no evaluation could mean."""

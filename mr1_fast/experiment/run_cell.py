@@ -31,6 +31,7 @@ from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
 from ..rollout.sampling import Sampling
 from ..start import load_policy
+from ..tasks import get_task
 from ..train import train
 from ..types import Example
 from .cells import Cell, Experiment
@@ -124,7 +125,8 @@ def _watch(
             return
         point = {"step": done}
         for role, task in scale.tasks.items():
-            records = evaluate(policy, task.test["task"], items[role], sampling)
+            judge = get_task(task.test["task"]).judge(config.judge)
+            records = evaluate(policy, judge, items[role], sampling)
             point[role] = summarise(records)["accuracy"]
         append_line(curve, point, AGAIN)
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ..tasks import TASKS, format_problem, format_solution
+from ..tasks import DRAWN_TASKS, format_problem, format_solution
 from .processor import ImageTextProcessor
 
 SPECIAL_TOKENS = (
@@ -174,7 +174,7 @@ def _sentences(per_task: int = 200) -> list[str]:
     Drawing them takes seconds, and a process makes several processors.
     """
     sentences = []
-    for task in TASKS.values():
+    for task in DRAWN_TASKS.values():
         for difficulty in (1, 3):
             for index in range(per_task):
                 example = task.draw("train", 0, index, difficulty)

@@ -141,11 +141,11 @@ def bar(value: float, low: float, high: float) -> str:
 <i style="left:{value:.2%}"></i></span>"""
 
 
-def answer(label: str, output: object, correct: bool) -> str:
-    """A model's output, below a label and the verdict on it; `label` is HTML."""
+def answer(label: str, output: object, correct: bool, why: object = "") -> str:
+    """A model's output, below a label and the verdict with its reason; `label` is HTML."""
     verdict, sign = ("right", "✓") if correct else ("wrong", "✗")
     shown = text(output) or '<span class="soft">(empty)</span>'
-    mark = f'<b class="mark {verdict}">{sign} {verdict}</b>'
+    mark = f'<b class="mark {verdict}">{sign} {verdict}</b>' + (f" {text(why)}" if why else "")
     return f'<p class="soft">{label} {mark}</p><div class="output">{shown}</div>'
 
 

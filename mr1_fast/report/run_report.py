@@ -120,6 +120,8 @@ def _accuracy_section(evaluation: dict) -> str:
     heads = "<th></th><th>Before</th>" + ("<th>After</th><th>Difference</th>" if after else "")
     head, body = f"<thead><tr>{heads}</tr></thead>", f"<tbody>{''.join(rows)}</tbody>"
     items = f"{text(evaluation.get('task', ''))}, {text(evaluation.get('split', ''))} items"
+    if judge := evaluation.get("judge"):
+        items += f" by the judge {text(judge)}"
     waiting = "" if after else " Not yet evaluated after training."
     return section(
         "Accuracy on held-out items",
@@ -227,7 +229,7 @@ def _sample(example: dict, run: Path) -> str:
     images = "".join(image(run, name) for name in example["images"])
     given = {when: example[when] for when in ("before", "after") if example.get(when)}
     answers = [
-        answer(f"{when.capitalize()} training", each["text"], each["correct"])
+        answer(f"{when.capitalize()} training", each["text"], each["correct"], each.get("why", ""))
         for when, each in given.items()
     ]
     return sample_card(images, example["problem"], example["solution"], "".join(answers))

@@ -16,6 +16,7 @@ from . import counting, figures, geometry
 from .prompts import PROMPT_SUFFIX, PromptFormat, format_answer, format_problem, format_solution
 
 __all__ = [
+    "DRAWN_TASKS",
     "PROMPT_SUFFIX",
     "TASKS",
     "PromptFormat",
@@ -68,6 +69,8 @@ TASKS: dict[str, Task] = {
     )
 }
 """The tasks by name."""
+DRAWN_TASKS: dict[str, Task] = {name: task for name, task in TASKS.items() if task.draw}
+"""Those that draw their items."""
 
 
 def get_task(name: str) -> Task:

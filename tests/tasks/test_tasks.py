@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks import TASKS, counting, format_problem, format_solution, get_task
+from mr1_fast.tasks import DRAWN_TASKS, counting, format_problem, format_solution, get_task
 from mr1_fast.tasks.split import SPLITS
 
 
@@ -25,7 +25,7 @@ def test_no_image_is_fixed_by_its_parameters(drawn):
         assert len({image_hash(example) for example in examples}) == len(examples)
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", DRAWN_TASKS.values(), ids=DRAWN_TASKS)
 def test_the_arguments_determine_the_item_and_each_matters(task):
     def fingerprint(*arguments):
         example = task.draw(*arguments)
@@ -36,14 +36,14 @@ def test_the_arguments_determine_the_item_and_each_matters(task):
     assert all(fingerprint("test", 3, 14, 1)[-1] != fingerprint(*other)[-1] for other in others)
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", DRAWN_TASKS.values(), ids=DRAWN_TASKS)
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 4])
 def test_images_are_square_rgb_in_whole_tokens(task, difficulty):
     image = task.draw("train", 0, 0, difficulty).images[0]
     assert image.mode == "RGB" and image.width == image.height and image.width % 28 == 0
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("task", DRAWN_TASKS.values(), ids=DRAWN_TASKS)
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 4])
 def test_what_supervised_training_imitates_counts_as_right(task, difficulty):
     for index in range(40):
@@ -56,9 +56,29 @@ def test_what_supervised_training_imitates_counts_as_right(task, difficulty):
 
 
 def test_unknown_task_lists_the_known_ones():
-    assert get_task("counting") is counting
+    assert get_task("counting").draw is counting.draw
     with pytest.raises(UserError, match="'chess', but the known tasks are counting, geometry"):
         get_task("chess")
+
+
+def test_the_judges_of_a_task():
+    """R1-V evaluates counting by the first tagged integer, and trains by math-verify."""
+    task = get_task("counting")
+    two = "<answer> 5 </answer> and <answer>6</answer>"
+    assert not task.is_correct(two, "5")
+    assert task.judge("r1v")(two, "5").right
+    hacked = "<think>5</think><answer></answer>"
+    assert task.judge("r1v", training=True)(hacked, "5").right
+    assert not task.judge("r1v")(hacked, "5").right
+    assert not task.judge("strict", training=True)(hacked, "5").right
+
+
+def test_the_free_task_draws_nothing_and_judges_a_completion_without_tags():
+    free = get_task("free")
+    assert free.draw is None
+    assert free.is_correct("B", "B") and free.is_correct("<answer>B</answer>", "B")
+    assert not free.is_correct("B <answer></answer>", "B")
+    assert not get_task("geometry").is_correct("B", "B")
 
 
 def test_prompt_and_completion_as_in_r1v():

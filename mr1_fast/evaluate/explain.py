@@ -1,0 +1,25 @@
+"""What the judge made of each output, for `--explain`."""
+
+SHOWN_CHARACTERS = 80
+"""How much of a text is shown."""
+
+
+def explanation(record: dict) -> str:
+    """Return a line for each output of a record of `accuracy.judged`.
+
+    For example: `wrong · the answer is '12 km' · 12 km is not 12 m · row 3`. Model text is shown
+    with its control characters escaped, since a terminal would obey them.
+    """
+    lines = []
+    for output, correct, why in zip(
+        record["outputs"], record["correct"], record["why"], strict=True
+    ):
+        verdict = "right" if correct else "wrong"
+        lines.append(f"{verdict} · {why} · {_shown(output)} · {_shown(record['key'])}")
+    return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """Return the end of a text, where the answer is, on one printable line."""
+    end = text.strip()[-SHOWN_CHARACTERS:]
+    return ("…" if len(text.strip()) > SHOWN_CHARACTERS else "") + repr(end)[1:-1]
