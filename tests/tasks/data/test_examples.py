@@ -66,7 +66,7 @@ def test_json_lines_beside_image_files(as_folder, tmp_path):
 BROKEN = encoded(Image.effect_noise((64, 64), 50))[:900]
 FAULTS = {
     "not JSON": ("rows.jsonl", b'{"a": 1}\n\n{"a": \n', "line 3 of .*rows.jsonl is not JSON"),
-    "not text": ("rows.jsonl", b'{"a": 1}\n\xff\xfe\n', "line 2 of .*rows.jsonl is not JSON"),
+    "not text": ("rows.jsonl", b'{"a": 1}\n\xff\xfe\n', "line 2 of .*rows.jsonl is not UTF-8 text"),
     "not an object": ("rows.jsonl", b"[1, 2]\n", "line 1 of .*rows.jsonl is not a JSON object"),
     "empty list": ("rows.jsonl", b"", "rows.jsonl is empty: give data with at least one row"),
     "empty folder": (".", None, "set is empty: give a folder or file that holds rows"),
@@ -78,19 +78,24 @@ FAULTS = {
     "unknown format": (
         "rows.xlsx",
         b"?",
-        "rows.xlsx has an unknown format: give one of .jsonl, .parquet",
+        "rows.xlsx has an unknown format: give one of .jsonl, .json, .csv, .tsv, .parquet",
     ),
     "broken table": ("rows.parquet", b"?", "rows.parquet could not be loaded"),
     "no such file": ("x.jsonl", None, "x.jsonl is missing: check the path"),
-    "no image column": (
+    "no problem column": (
         "rows.jsonl",
         [{"img": "1.png"}],
-        r"no column 'image' or .* \(found: img\): rename the column",
+        r"no column 'problem', 'question', .* \(found: img\): rename .* that holds the problem",
+    ),
+    "image column of another name": (
+        "rows.jsonl",
+        [{"picture": "1.PNG", "problem": "?", "solution": "1"}],
+        r"column 'picture' of .*rows.jsonl looks like images, .*--columns '{\"images\": \"pict",
     ),
     "no solution": (
         "rows.parquet",
         table(solution=None),
-        r"no column 'solution' or .* \(found: image, problem\)",
+        r"no column 'solution', .* \(found: image, problem\)",
     ),
     "empty cell": (
         "rows.jsonl",
@@ -148,7 +153,11 @@ def test_a_broken_image_file_is_named(tmp_path):
     "arguments, message",
     [
         (("chess", "drawn", "train", 0), "the known tasks are counting, geometry"),
-        (("counting", "drawn", "val", 0), "'val', but the splits are train, validation, test"),
+        (
+            ("counting", "drawn", "testmini", 0),
+            "drawn data has only the splits train, validation, test: for testmini, pass other",
+        ),
+        (("free", "drawn", "train", 0), "task free draws no items: name data with --data"),
         (("counting", "drawn", "train", 0, 0), "difficulty is 0"),
         (("counting", "drawn", "train", 0, 1, 0), "limit is 0: set it to 1 or more"),
         (

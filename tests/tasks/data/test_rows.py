@@ -29,15 +29,6 @@ def test_folder_with_a_split_each(form, tmp_path):
         load_examples("counting", str(tmp_path), "validation", 0)
 
 
-def test_rows_in_the_columns_of_a_test_set_are_not_for_training(tmp_path):
-    path = write_lines(
-        tmp_path / "rows.jsonl", [{"image_path": None, "question": "?", "ground_truth": 4}]
-    )
-    assert load_examples("counting", path, "test", 0).all(1)[0].solution == "4"
-    with pytest.raises(UserError, match="only the split test: for train, pass other data"):
-        load_examples("counting", path, "train", 0)
-
-
 # The paper's training sets, as `push_to_hub` laid them out and as `hf download` leaves them.
 
 TRAINING_SETS = {
