@@ -70,12 +70,17 @@ def check_columns(
         known = COLUMNS[field] + (CONVERSATIONS if field == "solution" else ())
         if field in columns or any(_head(column, names) in names for column in known):
             continue
-        *others, last = map(repr, COLUMNS[field])
         raise UserError(
-            f"{source} has no column {', '.join(others)} or {last} {found}: rename the column that "
+            f"{source} has no column {one_of(COLUMNS[field])} {found}: rename the column that "
             f"""holds the {field}, or name it as in --columns '{{"{field}": "its name"}}'."""
         )
     return columns
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Return names in quotes, with `or` before the last one."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def looks_like_images(value: Any) -> bool:

@@ -8,7 +8,7 @@ from ...errors import UserError
 from ...types import Example
 from .epochs import check_limit, shuffled
 from .images import decode
-from .layouts import COLUMNS, check_columns, looks_like_images, read_fields, read_thinking
+from .layouts import COLUMNS, check_columns, looks_like_images, one_of, read_fields, read_thinking
 from .options import DEFAULTS, DataOptions
 from .table import Table
 
@@ -125,9 +125,9 @@ class LoadedExamples:
         for column, value in self._table.row(0).items():
             if looks_like_images(value):
                 raise UserError(
-                    f"column {column!r} of {self.source} looks like images, but its name is none "
-                    f"of {', '.join(COLUMNS['images'])}: name it as in --columns "
-                    f"""'{{"images": "{column}"}}', or leave the column out."""
+                    f"{self.source} has no column {one_of(COLUMNS['images'])} (found: "
+                    f"{', '.join(names)}), but {column!r} looks like images: name it as in "
+                    f"""--columns '{{"images": "{column}"}}', or leave it out."""
                 )
 
     def _name(self, index: int) -> str:

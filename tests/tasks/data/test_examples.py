@@ -90,7 +90,7 @@ FAULTS = {
     "image column of another name": (
         "rows.jsonl",
         [{"picture": "1.PNG", "problem": "?", "solution": "1"}],
-        r"column 'picture' of .*rows.jsonl looks like images, .*--columns '{\"images\": \"pict",
+        r"no column 'image', .*but 'picture' looks like images: .*{\"images\": \"picture\"}",
     ),
     "no solution": (
         "rows.parquet",
