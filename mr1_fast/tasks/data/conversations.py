@@ -13,6 +13,8 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 """The role of a message by the word for it: OpenAI's words and ShareGPT's."""
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_TEXT_PARTS = ("text", "input_text")
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 
 
@@ -91,26 +93,21 @@ def _content(content: Any, column: str, name: str) -> tuple[str, list[Any]]:
     """Return a message's text, and for each mark in it the image that the message holds."""
     texts, marked = [], []
     for part in content if isinstance(content, list) else [content]:
-        image = None
+        kind, text = "text", part
         if isinstance(part, dict):
-            kind = part.get("type")
             image = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            if kind in ("image", "image_url", "input_image") or (kind is None and image):
-                texts.append(IMAGE)
-                marked.append(image)
-                continue
-            part = part.get("text") if kind in ("text", "input_text", None) else part
-        if part is None:
-            continue
-        if isinstance(part, int | float):
-            part = str(part)
-        if not isinstance(part, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            kind = part.get("type") or ("text" if image is None else "image")
+            text = part.get("text")
+        if kind in _IMAGE_PARTS:
+            texts.append(IMAGE)
+            marked.append(image)
+        elif kind in _TEXT_PARTS and (text is None or isinstance(text, str | int | float)):
+            text = "" if text is None else with_marks(str(text))
+            texts.append(text)
+            marked += [None] * text.count(IMAGE)
+        else:
             raise UserError(
-                f"{name} has in {column!r} a part of the type {kind!r}, but parts are texts and "
-                "images: leave the row out."
+                f"{name} has in {column!r} a part of the type {kind!r} that is not understood: "
+                "parts are texts and images."
             )
-        text = with_marks(part)
-        texts.append(text)
-        marked += [None] * text.count(IMAGE)
     return "".join(texts), marked

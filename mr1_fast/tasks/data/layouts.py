@@ -189,12 +189,13 @@ def _marked_images(marked: list[Any], images: list[Any], name: str) -> list[Any]
     """
     if all(cell is None for cell in marked):
         return images
+    places = marked.count(None)
     rest = iter(images)
     found = [next(rest, None) if cell is None else cell for cell in marked]
     if any(cell is None for cell in found) or (None in marked and next(rest, None) is not None):
         raise UserError(
-            f"{name} has {marked.count(None)} places for images whose messages hold none, but "
-            f"{len(images)} images: give as many images as places."
+            f"{name} has {places} place{'s' * (places != 1)} for images that its messages do not "
+            f"hold, but {len(images)} images beside them: give one for each place."
         )
     return found
 
