@@ -8,7 +8,7 @@ from ...errors import UserError
 from ...hub import hub_splits, load_splits, split_files
 from .options import DataOptions
 from .readers import READERS, Row
-from .splits import choose_split, split_in_name
+from .splits import SHARD, choose_split, split_in_name
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 """The name that `datasets` has for the format of a file, by the file's suffix."""
@@ -18,8 +18,6 @@ NOT_ROWS = {
     *("config.json", "state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 }
 """Files of a data set that describe it."""
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequence:
@@ -74,7 +72,7 @@ def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
         source = str(folder.resolve())
         splits = _configured(lambda config: split_files(str(folder), source, config), options)
     else:
-        splits = _row_files(folder)
+        splits = _row_files(folder, (options.split, options.trained))
         if splits and options.config and not options.lenient:
             raise UserError(
                 f"{folder} has no configurations, for its README.md names none: leave out "
@@ -131,7 +129,7 @@ def _has_configurations(folder: Path) -> bool:
     return head is not None and re.search(r"^configs:", head[1], re.MULTILINE) is not None
 
 
-def _row_files(folder: Path) -> dict[str, list[Path]]:
+def _row_files(folder: Path, own_names: Sequence[str | None]) -> dict[str, list[Path]]:
     """Return the text files that list the rows of a folder, by split: those at its top, or else
     those in folders below.
 
@@ -147,7 +145,8 @@ def _row_files(folder: Path) -> dict[str, list[Path]]:
     lists = [path for path in lists if path.stem != "metadata"] or lists
     splits: dict[str, list[Path]] = {}
     for path in lists:
-        splits.setdefault(split_in_name(path.relative_to(folder)) or "train", []).append(path)
+        mentioned = split_in_name(path.relative_to(folder), own_names)
+        splits.setdefault(mentioned or "train", []).append(path)
     return splits
 
 
@@ -160,7 +159,7 @@ def _may_hold_rows(path: Path, folder: Path) -> bool:
 
 def _check_shards(files: list[Path], split: str, folder: Path) -> None:
     """Raise UserError unless the files of a split are one, or shards with the Hub's numbers."""
-    if len(files) > 1 and not all(_SHARD.search(path.stem) for path in files):
+    if len(files) > 1 and not all(SHARD.search(path.stem) for path in files):
         names = ", ".join(path.name for path in files[:5]) + " …" * (len(files) > 5)
         raise UserError(
             f"{folder} holds {names}, not exactly one for {split}: pass the file itself as data."

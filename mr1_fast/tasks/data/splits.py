@@ -17,18 +17,26 @@ SPLIT_WORDS = {
 }
 """The words that name a split, by the split."""
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+"""The end of the name of a file that holds a part of a split."""
+
 _SPLITS = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _WORD = re.compile(r"[^-._ 0-9]+")
 """A word of a file name: the Hub has these delimiters."""
 
 
-def split_in_name(path: Path) -> str | None:
+def split_in_name(path: Path, own_names: Sequence[str | None] = ()) -> str | None:
     """Return the split that a file's path within the data mentions, as `val` in `my_val_2.jsonl`.
 
-    A word of the file's name counts before one of its folders, and train before validation before
-    test where one name mentions two.
+    A file or folder that has one of `own_names` is the split of that name. A word of the file's
+    name counts before one of its folders, and train before validation before test where one name
+    mentions two.
     """
-    for name in (path.stem, *(folder.name for folder in path.parents)):
+    names = (SHARD.sub("", path.stem), *(folder.name for folder in path.parents))
+    for name in names:
+        if name and name in own_names:
+            return name
+    for name in names:
         mentioned = {_SPLITS.get(word) for word in _WORD.findall(name.lower())}
         for split in SPLIT_WORDS:
             if split in mentioned:

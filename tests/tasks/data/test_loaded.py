@@ -122,7 +122,7 @@ def test_a_row_is_named_where_it_is_read():
     rows = [{"problem": "?", "solution": "1"}, {"problem": "?", "solution": None}]
     examples = LoadedExamples(rows, "rows.jsonl", 0)
     assert examples.read(0).source == "row 1 of rows.jsonl"
-    with pytest.raises(UserError, match="row 2 of rows.jsonl has no 'solution'"):
+    with pytest.raises(UserError, match=r"row 2 of rows.jsonl has no 'solution'"):
         examples.read(1)
 
 
