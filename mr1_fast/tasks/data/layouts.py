@@ -176,7 +176,7 @@ def _images(row: Row, columns: Mapping[str, str], name: str) -> tuple[str | None
         numbered = sorted(
             (int(found[1]), row[each])
             for each in row
-            if (found := _NUMBERED_IMAGE.fullmatch(each)) and row[each] is not None
+            if (found := _NUMBERED_IMAGE.fullmatch(each)) and not _missing(row[each])
         )
         images = [cell for _, cell in numbered]
     return column, images

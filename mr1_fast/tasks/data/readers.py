@@ -120,9 +120,13 @@ def _check_names(names: list[str], path: Path) -> None:
 
 def _text(path: Path) -> str:
     """Return the text of a file, without a byte order mark; raises UserError if it is none."""
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check its permissions."
+        ) from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(

@@ -26,7 +26,8 @@ def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequen
     Raises UserError, which names the way out, if they cannot be read or there is no such split.
     """
     if path.is_file():
-        return _file_rows(path, split, options)
+        _check_whole(split_in_name(Path(path.name)) or "train", path, split, options)
+        return _read_file(path)
     if path.is_dir():
         return _folder_rows(path, split, options)
     looks_like_a_path = (
@@ -38,17 +39,14 @@ def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequen
     return splits[choose_split(list(splits), split, options, data)]
 
 
-def _file_rows(path: Path, split: str, options: DataOptions) -> Sequence:
-    """Read a file, which is taken as a whole, unless the same rows are trained on."""
+def _check_whole(own: str, path: Path, split: str, options: DataOptions) -> None:
+    """Raise UserError if a run trains on the data `path`, which has the one split `own`.
+
+    Such data are otherwise taken as a whole, whatever they are called.
+    """
     if options.trained is not None:
-        own = split_in_name(Path(path.name)) or "train"
-        choose_split([own], split, _whole(own, options), str(path))
-    return _read_file(path)
-
-
-def _whole(own: str, options: DataOptions) -> DataOptions:
-    """Return the options for data of a single split, all of which is trained on."""
-    return DataOptions(split=options.split, held_out=options.held_out, trained=own)
+        only = DataOptions(split=options.split, held_out=options.held_out, trained=own)
+        choose_split([own], split, only, str(path))
 
 
 def _read_file(path: Path) -> Sequence:
@@ -67,9 +65,9 @@ def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
     """
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _saved_rows(folder, split, options)
+    source = str(folder.resolve())
     configured = _has_configurations(folder)
     if configured:
-        source = str(folder.resolve())
         splits = _configured(lambda config: split_files(str(folder), source, config), options)
     else:
         splits = _row_files(folder, (options.split, options.trained))
@@ -84,7 +82,6 @@ def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
         if not configured:
             _check_shards(chosen, split, folder)
         return [row for path in chosen for row in _rows_beside_images(path, folder)]
-    source = str(folder.resolve())
     splits = _configured(lambda config: load_splits(str(folder), source, config), options)
     return splits[choose_split(list(splits), split, options, str(folder))]
 
@@ -115,8 +112,7 @@ def _saved_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
         ) from error
     if isinstance(saved, dict):
         return saved[choose_split(list(saved), split, options, str(folder))]
-    if options.trained is not None:
-        choose_split(["train"], split, _whole("train", options), str(folder))
+    _check_whole("train", folder, split, options)
     return saved
 
 

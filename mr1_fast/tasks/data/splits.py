@@ -60,7 +60,9 @@ def choose_split(found: Sequence[str], split: str, options: DataOptions, source:
         return match
     flag = "--data-split" if split == "train" else "--eval-split (--split in mr1_fast.evaluate)"
     listed = f"split{'s' * (len(found) > 1)} {', '.join(found)}"
-    if len(found) > 1 and trained is not None and trained in matches:
+    if list(found) == [trained]:
+        raise UserError(f"{source} has only the {listed}: for {wanted[0]}, pass other data.")
+    if trained is not None and trained in matches:
         raise UserError(
             f"{source} has the {listed}, and {trained} is trained on: for {split}, name another "
             f"with {flag}, or pass other data."

@@ -204,7 +204,9 @@ def test_a_run_trains_on_one_split_and_evaluates_another(tmp_path):
     assert of_run(data=folder) == "val"
     with pytest.raises(UserError, match=r"the splits train, val, and val is trained on: for test"):
         of_run(data=folder, data_split="val")
-    with pytest.raises(UserError, match=r"has only the splits train, validation: for test.*--eval-split"):
+    with pytest.raises(
+        UserError, match=r"has only the splits train, validation: for test.*--eval-split"
+    ):
         of_run(data=folder, eval_split="test")
 
 
