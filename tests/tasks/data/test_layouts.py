@@ -3,11 +3,13 @@
 import datetime
 import decimal
 import math
+import random
 
 import pytest
 
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data.layouts import (
+    COLUMNS,
     check_columns,
     looks_like_images,
     read_fields,
@@ -223,3 +225,48 @@ def test_what_looks_like_images():
 def test_hostile_solutions_take_linear_time():
     for text in ("<answer>" * 300_000, "<think>" * 300_000 + "<answer>3</answer>"):
         assert fields(ROW | {"solution": text}).thinking == ""
+
+
+NUMBERS = [3, 2.5, math.nan, -math.inf, True, 10**300, None, b"x", {}, []]
+TEXTS = [
+    "",
+    " ",
+    "?",
+    "<image>",
+    "<image 1>",
+    "\ud800",
+    "user",
+    "gpt",
+    "<answer>",
+    "</think>4",
+    "[{",
+]
+
+
+def anything(rng, depth=3):
+    """A value as hostile data may hold it in any cell."""
+    if depth and rng.random() < 0.4:
+        keys = ["role", "content", "from", "value", "type", "text", "image", "url", "ground_truth"]
+        inner = [anything(rng, depth - 1) for _ in range(rng.randrange(4))]
+        return rng.choice([inner, {rng.choice(keys): each for each in inner}])
+    return rng.choice(rng.choice([NUMBERS, TEXTS]))
+
+
+def test_any_row_is_understood_or_refused():
+    rng = random.Random(0)
+    columns = [name for names in COLUMNS.values() for name in names if "." not in name]
+    understood = 0
+    for _ in range(20_000):
+        row = {name: anything(rng) for name in rng.sample(columns, 5)} | {"reward_model": {}}
+        if rng.random() < 0.5:
+            row |= {"problem": "<image>" * rng.randrange(2) + "?", "solution": rng.choice("ab")}
+        try:
+            read = read_fields(row, {}, "row 4 of set")
+        except UserError as error:
+            assert str(error).startswith("row 4 of set "), error
+            continue
+        understood += 1
+        assert read.problem and read.solution and isinstance(read.thinking, str)
+        (read.problem + read.solution + read.thinking).encode()
+        assert read.problem.count("<image>") in (0, len(read.images))
+    assert 2_000 < understood < 18_000
