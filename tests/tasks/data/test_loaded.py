@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -139,3 +140,20 @@ def test_keys_are_short():
     long = "data:image/png;base64," + "A" * 20
     for cell in (encoded(picture(1)), {"bytes": encoded(picture(1)), "path": long}):
         assert LoadedExamples([ROW | {"image": cell}], "rows", 0).read(0).key == "row 1"
+
+
+def test_conversations_in_tables(tmp_path):
+    """A table gives every part and row all keys, empty where they were missing."""
+    image = {"bytes": encoded(picture(1)), "path": None}
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]
+    rows = [
+        {"images": [image], "prompt": [{"role": "user", "content": parts}], "answer": "3"},
+        {"images": None, "prompt": [{"role": "user", "content": parts[1:]}], "answer": "4"},
+    ]
+    made = datasets.Dataset.from_list([row | {"reward_model": {"style": "rule"}} for row in rows])
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(tmp_path / "a.parquet")
+    first, second = load_examples("free", str(tmp_path / "a.parquet"), "train", 0).all(2)
+    assert (first.problem, first.solution, len(first.images)) == ("How many?", "3", 1)
+    assert (second.problem, second.solution, second.images) == ("How many?", "4", ())
+    assert first.extra["prompt"] == rows[0]["prompt"]
+    assert first.extra["reward_model"] == {"style": "rule"}
