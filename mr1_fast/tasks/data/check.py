@@ -19,7 +19,7 @@ from ...files import write_text
 from ...types import Example
 from .loaded import LoadedExamples
 
-SHOWN = 3
+SHOWN = 2
 """How many faults a message shows; a file has all of them."""
 BATCH = 512
 """Rows that are checked before their results are looked at."""
