@@ -22,6 +22,9 @@ KEYS = ("bytes", "path", "image", "url", "image_url")
 """The keys of a dictionary that may hold an image; the first that holds anything counts."""
 DEEPEST = 4
 """The most dictionaries around an image."""
+LONG = 500
+"""The characters from which on a text that can be base64 is taken for it, if no file has that name.
+"""
 
 
 def as_list(cell: Any) -> list | tuple:
@@ -35,9 +38,10 @@ def image_path(cell: Any) -> str | None:
     """Return the path or address of an image; None for one that is in the data itself."""
     if isinstance(cell, dict) and isinstance(cell.get("path"), str):
         return cell["path"]
-    _, content = _unwrapped(cell)
-    is_path = isinstance(content, str) and len(content) <= 500 and not _is_data(content)
-    return content if is_path else None
+    key, content = _unwrapped(cell)
+    if not isinstance(content, str) or key == "bytes":
+        return None
+    return content if len(content) <= LONG and not _is_data(content) else None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class ImageReader:
 
         content = _from_base64(text)
         # Nearly every short word is base64 of something, and more likely the name of a file.
-        if content is not None and (not may_be_path or len(text) > 500 or _is_image(content)):
+        if content is not None and (not may_be_path or len(text) > LONG or _is_image(content)):
             return io.BytesIO(content), f"the image in {row}"
         if may_be_path:
             raise find_nothing(text, *where, row)

@@ -42,7 +42,7 @@ def find_nothing(text: str, root: Path, fenced: bool, archive: str | None, row: 
     places = list(_places(text, root, archive))
     if not places:
         return UserError(f"the image in {row} has no path that is possible ({shortened(text)}).")
-    if fenced and leaves(places[0], root):
+    if fenced and any(leaves(place, root) for place in places):
         return UserError(
             f"image file {shortened(text)} ({row}) is outside {root}, the folder of --image-root, "
             "which no path may leave: put it there, or set --image-root to a folder above it."

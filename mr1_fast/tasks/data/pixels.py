@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
     "AVIF",  # not in every build of Pillow
 )
 """The formats that are read. All are read by Pillow itself; for others, such as EPS, it would start
