@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from .paths import find_file, find_nothing, open_file, shortened
+from .paths import ImageFolder, open_file, shortened
 from .pixels import open_image, to_rgb, upright_size
 from .urls import is_address, read_address
 
@@ -121,8 +121,8 @@ class ImageReader:
 
     def _from_text(self, text: str, may_be_path: bool, row: str) -> tuple[BinaryIO, str]:
         """Return the image that a text names as a path, or else holds in base64."""
-        where = (self.root, self.fenced, self.archive)
-        if may_be_path and (path := find_file(text, *where)):
+        folder = ImageFolder(self.root, self.fenced, self.archive)
+        if may_be_path and (path := folder.find(text)):
             return open_file(path, row), f"image file {shortened(path, 160)} ({row})"
 
         content = _from_base64(text)
@@ -130,7 +130,7 @@ class ImageReader:
         if content is not None and (not may_be_path or len(text) > LONG or _is_image(content)):
             return io.BytesIO(content), f"the image in {row}"
         if may_be_path:
-            raise find_nothing(text, *where, row)
+            raise folder.error(text, row)
         raise UserError(
             f"the image in {row} has 'bytes' that are neither bytes nor base64 "
             f"({shortened(text)}): encode them, or call it 'path'."

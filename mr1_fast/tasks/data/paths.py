@@ -3,12 +3,15 @@
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
 from ...errors import UserError
 
+LARGEST_FILE = 2**30
+"""The most bytes of an image file; Pillow reads files of some formats as a whole."""
 LONGEST_PATH = 4096
 LONGEST_NAME = 255
 """The bytes that Linux allows in a path and in each of its names."""
@@ -24,39 +27,63 @@ def shortened(text: object, length: int = 80) -> str:
     )
 
 
-def find_file(text: str, root: Path, fenced: bool, archive: str | None) -> Path | None:
-    """Return where the image file is that `text` names; None if there is none.
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder at which relative paths of images start."""
 
-    `text` is a path or a file:// address. If it has Windows separators, and no file has that
-    literal name, they are taken for `/`. A relative path starts at `root`. If `fenced`, only what
-    is below `root` counts, with `..` and symbolic links resolved.
-    """
-    for path in _places(text, root, archive):
-        if os.path.exists(path) and not (fenced and leaves(path, root)):
-            return path
-    return None
+    root: Path
+    fenced: bool = False
+    """Whether files outside the folder are refused, with `..` and symbolic links resolved."""
+    archive: str | None = None
+    """A first folder of paths that is left out if `root` has no folder of that name."""
 
+    def find(self, text: str) -> Path | None:
+        """Return where the image file is that `text` names; None if there is none.
 
-def find_nothing(text: str, root: Path, fenced: bool, archive: str | None, row: str) -> UserError:
-    """Return the error for a path for which `find_file` has found nothing."""
-    places = list(_places(text, root, archive))
-    if not places:
-        return UserError(f"the image in {row} has no path that is possible ({shortened(text)}).")
-    if fenced and any(leaves(place, root) for place in places):
+        `text` is a path or a file:// address. If it has Windows separators, and no file has that
+        literal name, they are taken for `/`.
+        """
+        allowed = (path for path in self._places(text) if not self._refuses(path))
+        return next((path for path in allowed if os.path.exists(path)), None)
+
+    def error(self, text: str, row: str) -> UserError:
+        """Return the error for a text for which `find` has found nothing."""
+        places, short = list(self._places(text)), shortened(text)
+        if not places:
+            return UserError(
+                f"the image in {row} is neither the path of a file nor base64 ({short}): give one "
+                "of them."
+            )
+        if any(map(self._refuses, places)):
+            return UserError(
+                f"image file {short} ({row}) is outside {self.root}, the folder of --image-root, "
+                "which no path may leave: put it there, or set --image-root to a folder above it."
+            )
+        file = shortened(places[0], len(str(self.root)) + 80)
         return UserError(
-            f"image file {shortened(text)} ({row}) is outside {root}, the folder of --image-root, "
-            "which no path may leave: put it there, or set --image-root to a folder above it."
+            f"image file {file} ({row}) is missing: put it there, or set image_root to the folder "
+            f"that holds {short}."
         )
-    file = shortened(places[0], len(str(root)) + 80)
-    return UserError(
-        f"image file {file} ({row}) is missing: put it there, or set image_root to the folder "
-        f"that holds {shortened(text)}."
-    )
 
+    def _refuses(self, path: Path) -> bool:
+        """Return whether the fence keeps a path out."""
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+        return self.fenced and not inside
 
-def leaves(path: Path, root: Path) -> bool:
-    """Return whether `path` is outside `root`, with symbolic links and `..` resolved."""
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    def _places(self, text: str) -> Iterator[Path]:
+        """Yield the paths that `text` may mean, the most literal first."""
+        names = [text]
+        if text[:5].lower() == "file:":
+            rest = text[5:].removeprefix("//")
+            rest = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+            names = [unquote(rest), rest]
+        for name in dict.fromkeys([*names, *(name.replace("\\", "/") for name in names)]):
+            if not _is_possible(name):
+                continue
+            within = Path(os.path.expanduser(name))
+            if within.parts[:1] == (self.archive,) and not (self.root / self.archive).is_dir():
+                within = within.relative_to(self.archive)
+            yield self.root / within
 
 
 def open_file(path: Path, row: str) -> BinaryIO:
@@ -66,27 +93,18 @@ def open_file(path: Path, row: str) -> BinaryIO:
     """
     name = f"image file {shortened(path, 160)} ({row})"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name} is not a regular file: give the path of an image file.")
+        if status.st_size > LARGEST_FILE:
+            raise UserError(f"{name} has more than {LARGEST_FILE // 2**30} GiB: make it smaller.")
+        # Some regular files, of the kernel, would be waited for as well.
         return open(path, "rb", opener=lambda *args: os.open(args[0], args[1] | os.O_NONBLOCK))
     except OSError as error:
-        raise UserError(f"{name} cannot be opened ({error.strerror}): correct that.") from error
-
-
-def _places(text: str, root: Path, archive: str | None) -> Iterator[Path]:
-    """Yield the paths that `text` may mean, the most literal first."""
-    names = [text]
-    if text[:5].lower() == "file:":
-        rest = text[5:].removeprefix("//")
-        rest = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
-        names = [unquote(rest), rest]
-    for name in dict.fromkeys([*names, *(name.replace("\\", "/") for name in names)]):
-        if not _is_possible(name):
-            continue
-        within = Path(os.path.expanduser(name))
-        if within.parts[:1] == (archive,) and not (root / archive).is_dir():
-            within = within.relative_to(archive)
-        yield root / within
+        raise UserError(
+            f"{name} cannot be opened ({error.strerror}): check its permissions, and that it is "
+            "still there."
+        ) from error
 
 
 def _is_possible(name: str) -> bool:

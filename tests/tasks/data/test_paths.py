@@ -6,11 +6,11 @@ import threading
 import pytest
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks.data.paths import find_file, find_nothing, leaves, open_file, shortened
+from mr1_fast.tasks.data.paths import LARGEST_FILE, ImageFolder, open_file, shortened
 
 
-def found(text, root, fenced=False, archive=None):
-    return find_file(text, root, fenced, archive)
+def found(text, root, fenced=False):
+    return ImageFolder(root, fenced).find(text)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_home_folder(root, monkeypatch):
 def test_the_fence(text, root):
     text = text.format(root.parent)
     assert found(text, root) and found(text, root, fenced=True) is None
-    error = find_nothing(text, root, True, None, "row 1 of d")
+    error = ImageFolder(root, fenced=True).error(text, "row 1 of d")
     assert "row 1 of d) is outside" in str(error) and "--image-root" in str(error)
 
 
@@ -85,7 +85,9 @@ def test_the_fence_holds_for_symbolic_links(root):
         assert found(text, root) and found(text, root, fenced=True) is None
     assert found("inside.png", root, fenced=True) and found("loop", root, fenced=True) is None
     # A sibling whose name begins alike is outside; a root that is itself a link is no obstacle.
-    assert leaves(root.parent / "root2", root) and not leaves(root, root)
+    (root.parent / "root2").mkdir()
+    (root.parent / "root2" / "a.png").touch()
+    assert found("../root2/a.png", root) and found("../root2/a.png", root, fenced=True) is None
     (root.parent / "link").symlink_to(root)
     assert found("img/a.png", root.parent / "link", fenced=True)
 
@@ -94,7 +96,7 @@ def test_the_fence_holds_for_symbolic_links(root):
     "text", ["", "a\0.png", "file://%00", "\ud800.png", "x" * 256, "a/" * 2100, "9" * 10**6]
 )
 def test_paths_that_no_file_can_have(text, root):
-    message = str(find_nothing(text, root, False, None, "row 2 of d"))
+    message = str(ImageFolder(root).error(text, "row 2 of d"))
     assert found(text, root) is None and len(message) < 400
     assert "row 2 of d" in message and message.isprintable()
 
@@ -121,6 +123,14 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
 def test_a_file_that_cannot_be_opened(tmp_path):
     with pytest.raises(UserError, match=r"cannot be opened \(No such file or directory\)"):
         open_file(tmp_path / "gone.png", "row 1 of d")
+
+
+def test_a_file_that_fills_the_memory(tmp_path):
+    """Pillow reads WebP and AVIF files as a whole."""
+    with open(tmp_path / "a.webp", "wb") as file:
+        file.truncate(LARGEST_FILE + 1)
+    with pytest.raises(UserError, match="has more than 1 GiB"):
+        open_file(tmp_path / "a.webp", "row 1 of d")
 
 
 def test_shortened_text_is_one_printable_line():

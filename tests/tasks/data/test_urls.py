@@ -1,4 +1,4 @@
-"""Images at http addresses: with limits, from a server that the tests start, and then from a cache."""
+"""Images at http addresses: downloaded with limits, from a server of the tests, and then kept."""
 
 import socket
 import threading
