@@ -84,7 +84,7 @@ def _download_in_time(address: str) -> bytes:
         except Exception as error:
             results.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name="download", daemon=True)
     thread.start()
     thread.join(DEADLINE)
     if not results:

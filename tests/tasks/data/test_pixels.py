@@ -118,6 +118,16 @@ def test_every_orientation_with_and_without_decoding(name, orientation):
     assert (read.size == (24, 48)) == (5 <= orientation <= 8 and orientation in TURNS)
 
 
+def test_an_orientation_behind_the_pixels():
+    """Programs that add one to a PNG file may write it there; only decoding finds it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = in_format(Image.new("RGB", (48, 24)), "PNG")
+    end = content.index(b"IEND") - 4
+    content = content[:end] + chunk(b"eXIf", exif.tobytes()[6:]) + content[end:]
+    assert to_rgb(opened(content)).size == (24, 48) and upright_size(opened(content)) == (48, 24)
+
+
 def test_deep_levels_are_turned_upright_too():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -159,7 +169,7 @@ def test_no_format_starts_a_program(tmp_path, monkeypatch):
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(ValueError, match="not an image in one of the formats PNG, JPEG"):
-        opened(EPS)
+        to_rgb(opened(EPS))
     assert not (tmp_path / "started").exists()
 
 
@@ -171,13 +181,14 @@ def test_what_is_no_image(content):
         opened(content)
 
 
+def chunk(kind, data):
+    """A part of a PNG file."""
+    check = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+
 def png_of(width, height):
     """A PNG that says it has this size and holds next to nothing."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

@@ -198,6 +198,16 @@ def test_a_slow_server_is_left_in_time(path, server, reader, monkeypatch):
     assert time.monotonic() - start < 5 and not kept()
 
 
+def test_a_download_that_is_left_ends_itself(server, reader, monkeypatch):
+    monkeypatch.setattr(urls, "DEADLINE", 0.5)
+    with pytest.raises(UserError, match="it takes more than"):
+        reader.read(f"{server.address}/dripping", "row 1")
+    end = time.monotonic() + 10
+    while any(thread.name == "download" for thread in threading.enumerate()):
+        assert time.monotonic() < end, "it still reads"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     "address",
     [
