@@ -143,7 +143,7 @@ ROWS = {
         [{"picture": "1.png", "problem": "?", "solution": "1"}],
         "no column 'image' .*found: picture",
     ),
-    "no solution": ([{"image": "1.png", "problem": "?"}], "no column 'solution' or 'ground_truth'"),
+    "no solution": ([{"image": "1.png", "problem": "?"}], "no column 'solution', 'answer'"),
     "missing image": (
         [ROW, ROW | {"image": "2.png"}],
         r"image file .*2.png \(row 2 of .*\) is missing: put it there",

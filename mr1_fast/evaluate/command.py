@@ -1,5 +1,6 @@
 """Accuracy of a model on items of a task, greedy or as pass@k: `python -m mr1_fast.evaluate`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
@@ -8,7 +9,7 @@ from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
 from ..tasks import get_task
-from ..tasks.data import load_examples
+from ..tasks.data import DataOptions, load_examples
 from .explain import explanation
 from .judges import NAMES, accuracy_text, other_judges
 from .r1v import write_r1v_results
@@ -25,6 +26,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
         config.seed,
         config.difficulty,
         image_root=config.image_root,
+        options=replace(DataOptions.of(config), split=config.split),
     ).all(config.samples)
     config = with_start(config)
     policy = make_policy(*load_pretrained(config), config)

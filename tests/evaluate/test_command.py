@@ -158,7 +158,7 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
             "unrecognized arguments: --stepz=3: see python -m mr1_fast.evaluate --help",
         ),
         (["--task=chess"], "the known tasks are counting, geometry"),
-        (["--split=dev"], "the splits are train, validation, test"),
+        (["--split=testmini"], "the splits train, validation, test"),
         (["--pass-at=[1,2]"], "pass_at is"),
     ],
 )

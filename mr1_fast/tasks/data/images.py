@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ def as_list(cell: Any) -> list | tuple:
 
 def image_path(cell: Any) -> str | None:
     """Return the path or address of an image; None for one that is in the data itself."""
-    if isinstance(cell, dict) and isinstance(cell.get("path"), str):
-        return cell["path"]
     key, content = _unwrapped(cell)
+    if isinstance(cell, dict) and isinstance(cell.get("path"), str):
+        key, content = "path", cell["path"]
     if not isinstance(content, str) or key == "bytes":
         return None
     return content if len(content) <= LONG and not _is_data(content) else None
@@ -75,6 +76,23 @@ class ImageReader:
         Raises UserError as `read` does, except for what only decoding can find.
         """
         return self._apply(upright_size, cell, row)
+
+    def stamp(self, cell: Any) -> tuple[str, int, int] | None:
+        """Return the place of an image's file, its size, and when it was last changed.
+
+        It is None for an image that is no file, or none that is there.
+        """
+        name = image_path(cell)
+        path = name and self._folder.find(name)
+        try:
+            status = os.stat(path) if path else None
+        except OSError:
+            return None
+        return status and (str(path), status.st_size, status.st_mtime_ns)
+
+    @property
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.root, self.fenced, self.archive)
 
     def _apply(self, function: Callable[[Image.Image], Result], cell: Any, row: str) -> Result:
         """Return what `function` makes of an image."""
@@ -121,8 +139,7 @@ class ImageReader:
 
     def _from_text(self, text: str, may_be_path: bool, row: str) -> tuple[BinaryIO, str]:
         """Return the image that a text names as a path, or else holds in base64."""
-        folder = ImageFolder(self.root, self.fenced, self.archive)
-        if may_be_path and (path := folder.find(text)):
+        if may_be_path and (path := self._folder.find(text)):
             return open_file(path, row), f"image file {shortened(path, 160)} ({row})"
 
         content = _from_base64(text)
@@ -130,7 +147,7 @@ class ImageReader:
         if content is not None and (not may_be_path or len(text) > LONG or _is_image(content)):
             return io.BytesIO(content), f"the image in {row}"
         if may_be_path:
-            raise folder.error(text, row)
+            raise self._folder.error(text, row)
         raise UserError(
             f"the image in {row} has 'bytes' that are neither bytes nor base64 "
             f"({shortened(text)}): encode them, or call it 'path'."
