@@ -24,7 +24,7 @@ def test_a_plugin_file_registers_its_rewards(registry, tmp_path):
     )
     for _ in range(2):  # a second time does nothing
         load_plugin(str(path))
-    assert score(["a"], [example("3")], {"two": 1.0})[0].tolist() == [[2.0]]
+    assert score(["a"], [example("3")], {"two": 1.0}).total.tolist() == [[2.0]]
 
 
 def test_a_failing_or_missing_plugin_names_the_file_and_registers_nothing(registry, tmp_path):
