@@ -253,20 +253,19 @@ def grpo_batch_loss(
     return result.loss, metrics
 
 
-def rollout_metrics(
-    rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]
-) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Average over the completions of a step.
 
     `zero_variance` is the share of groups without a learning signal.
     """
     count = len(rollout.completions)
+    rewards = scores.total
     equal = (rewards == rewards[:, :1]).all(dim=1)
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
-        **{name: sum(values) / count for name, values in parts.items()},
+        **scores.means(),
         "zero_variance": equal.float().mean().item(),
         "completion_length": sum(map(len, rollout.completions)) / count,
         "finished": sum(rollout.finished) / count,

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import UserError
 from .event_loop import give_up_loop, wait_in_loop
-from .functions import Batch, RewardFunction, arguments, is_batched, label
+from .functions import Batch, RewardFunction, arguments, is_batched, label, prompt_messages
 
 NAMED_ROWS = 3
 """How many rows a message names."""
@@ -34,6 +34,7 @@ class Job:
     def __init__(self, name: str, function: RewardFunction, batch: Batch):
         self.name, self.function, self.batch = name, function, batch
         self.batched = is_batched(name, function)
+        self.label = label(name, function)
         self.working: Iterable[int] = range(len(batch.completions))
         """The completions that the function works on now."""
         self.error: UserError | None = None
@@ -82,22 +83,22 @@ class Job:
         Where it raises, it is called again for one row after the other, to find the one that fails.
         """
         given = arguments(self.name, self.function, self.batch)
-        count = len(self.batch.completions)
         try:
-            with self._failures(range(count)):
+            with self._failures(range(len(self.batch.completions))):
                 result = self.function(**given)
                 if inspect.isawaitable(result):
                     result = wait_in_loop(result)
+                values = self._listed(result)
         except UserError as error:
             self.error = error
             raise self._narrowed(error) from error.__cause__
-        return [self._number_or_none(i, value) for i, value in enumerate(self._listed(result))]
+        return [self._number_or_none(i, value) for i, value in enumerate(values)]
 
     def _narrowed(self, error: UserError) -> UserError:
         """Return the error of the first row with which alone the function fails in the same way."""
-        for group in (
-            self.batch.groups() if error.__cause__ and len(self.batch.examples) > 1 else ()
-        ):
+        if error.__cause__ is None or len(self.batch.examples) == 1:
+            return error
+        for group in self.batch.groups():
             try:
                 Job(self.name, self.function, group).run()
             except UserError as alone:
@@ -110,42 +111,39 @@ class Job:
         """Raise UserError, which names the rows, for whatever the function raises."""
         try:
             yield
-        except UserError:
+        except (UserError, GeneratorExit):
             raise
-        except (Exception, SystemExit) as error:
-            said = " ".join(f"{type(error).__name__}: {error!s:.300}".split())
+        except BaseException as error:  # SystemExit, too: a thread would end without a word
             raise UserError(
-                f"{label(self.name, self.function)} raised {said} at {rows(self.batch, indices)}"
-                f"{self._hint(error)}: correct the function or the row."
+                f"{self.label} raised {type(error).__name__}: {_shown(str(error))} at "
+                f"{rows(self.batch, indices)}{self._hint(error)}: correct the function or the row."
             ) from error
 
     def _hint(self, error: BaseException) -> str:
         """Say why a completion is no list of messages, which most of TRL's functions expect."""
-        if not self.batched or not isinstance(error, TypeError):
+        if not self.batched or not isinstance(error, TypeError | IndexError):
             return ""
-        given = arguments(self.name, self.function, self.batch).get("completions", [None])
-        texts = isinstance(given[0], str)
-        return (
-            " (completions are texts, since the data's prompts are not messages)" if texts else ""
-        )
+        if any(prompt_messages(example) for example in self.batch.examples):
+            return ""
+        return " (completions are texts here, since the prompts of the data are not messages)"
 
     def _listed(self, result: Any) -> list:
         """Return a batched function's result as a list of the right length."""
         count = len(self.batch.completions)
         try:
-            if isinstance(result, str | bytes | dict | set):
-                raise TypeError
-            listed = list(itertools.islice(result, count + 1))
-        except TypeError as error:
+            values = None if isinstance(result, str | bytes | dict | set) else iter(result)
+        except TypeError:
+            values = None
+        if values is None:
             raise UserError(
-                f"{label(self.name, self.function)} must return a list of {count} numbers, one for "
-                f"each completion, not {result!r:.200}"
-            ) from error
+                f"{self.label} must return a list of {count} numbers, one for each completion, not "
+                f"{_shown(repr(result))}."
+            )
+        listed = list(itertools.islice(values, count + 1))
         if len(listed) != count:
             length = len(listed) if len(listed) < count else "more"
             raise UserError(
-                f"{label(self.name, self.function)} must return {count} numbers, one for each "
-                f"completion, not {length}."
+                f"{self.label} must return {count} numbers, one for each completion, not {length}."
             )
         return listed
 
@@ -161,8 +159,8 @@ class Job:
         number = _as_float(value)
         if number is None or not abs(number) <= torch.finfo(torch.float32).max:
             raise UserError(
-                f"{label(self.name, self.function)} must return a finite number, not "
-                f"{value!r:.200}, at {rows(self.batch, [index])}."
+                f"{self.label} must return a finite number, not {_shown(repr(value))}, at "
+                f"{rows(self.batch, [index])}."
             )
         return number
 
@@ -213,11 +211,14 @@ def _overdue(jobs: list[Job], seconds: float) -> UserError:
         if job.error is not None:
             return job.error
     where = " ".join(
-        f"{label(job.name, job.function)} had not ended after {seconds:g} seconds, at "
-        f"{job.where()}."
-        for job in jobs
+        f"{job.label} had not ended after {seconds:g} seconds, at {job.where()}." for job in jobs
     )
     return UserError(f"{where[:-1]}: make it faster, or raise --reward-seconds.")
+
+
+def _shown(text: str) -> str:
+    """Return the beginning of a text, in one line."""
+    return " ".join(text[:300].split())
 
 
 def _as_float(value: Any) -> float | None:
