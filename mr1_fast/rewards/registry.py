@@ -55,7 +55,7 @@ def find_reward(name: str) -> RewardFunction:
         own = [
             key
             for key, value in vars(module).items()
-            if callable(value) and not key.startswith("_")
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
         ]
         raise UserError(
             f"The reward {name!r} is not there: {place} has no function {attribute!r}, but "

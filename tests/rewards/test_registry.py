@@ -115,7 +115,7 @@ def test_a_dotted_path_is_found_in_the_current_folder_by_every_command(folder, m
 
 MISSING = {
     "none.py:brief": "The reward file {folder}/none.py does not exist.",
-    "mine.py:none": "'mine.py:none' is not there: mine.py has no function 'none', but .*brief, shou",
+    "mine.py:none": "'mine.py:none' is not there: mine.py has no function 'none', but brief, shou",
     "mine.py:LIMIT": "has no function 'LIMIT', but",
     "mine.py:Longer": r"'mine.py:Longer' \(function Longer\) is a class",
     "mine.py:alone": r"'mine.py:alone' .*takes \(completion\), but a reward function takes",
