@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter
 from typing import Any
 
 from ..errors import UserError
@@ -16,7 +17,7 @@ from ..types import Example
 RewardFunction = Callable[..., Any]
 """A function `f(completion, example) -> float`, or one of TRL's form; either may be async."""
 
-BATCHED = ("completions", "completion_ids", "prompts")
+BATCHED = {"completions", "completion_ids", "prompts"}
 """Parameters that only a function of TRL's form has."""
 
 
@@ -74,17 +75,13 @@ def is_batched(name: str, function: RewardFunction) -> bool:
             f"{label(name, function)} does not show its parameters: wrap it in a function "
             "f(completion, example)."
         ) from error
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if any(
-        parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        for parameter in map(signature.parameters.get, BATCHED)
-        if parameter is not None
-    ):
+    if BATCHED & _named(signature).keys():
         return True
-    takes_two = _binds(signature)
-    if takes_two and kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    takes_two = _takes_two(signature)
+    if takes_two and kinds != {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}:
         return False
-    if not takes_two and inspect.Parameter.VAR_KEYWORD in kinds:
+    if not takes_two and Parameter.VAR_KEYWORD in kinds:
         return True
     raise UserError(
         f"{label(name, function)} takes {signature}, but a reward function takes "
@@ -99,19 +96,17 @@ def arguments(name: str, function: RewardFunction, batch: Batch) -> dict[str, An
     Raises UserError if it needs a column that the data does not have.
     """
     offered = keyword_arguments(batch)
-    parameters = inspect.signature(function).parameters.values()
-    for parameter in parameters:
-        by_keyword = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        needed = parameter.default is parameter.empty and by_keyword
-        if needed and parameter.name not in offered:
+    signature = inspect.signature(function)
+    named = _named(signature)
+    for column, parameter in named.items():
+        if column not in offered and parameter.default is Parameter.empty:
             raise UserError(
-                f"{label(name, function)} needs the column {parameter.name!r}, which "
+                f"{label(name, function)} needs the column {column!r}, which "
                 f"{batch.examples[0].name} does not have: it has {', '.join(offered)}."
             )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
         return offered
-    accepted = {parameter.name for parameter in parameters}
-    return {key: value for key, value in offered.items() if key in accepted}
+    return {column: value for column, value in offered.items() if column in named}
 
 
 def keyword_arguments(batch: Batch) -> dict[str, Any]:
@@ -126,8 +121,9 @@ def keyword_arguments(batch: Batch) -> dict[str, Any]:
         {
             "problem": example.problem,
             "solution": example.solution,
-            "images": list(example.images),
+            "thinking": example.thinking,
             **example.extra,
+            "images": list(example.images),  # as PIL has them, not as the data does
         }
         for example in examples
     ]
@@ -172,7 +168,13 @@ def label(name: str, function: RewardFunction) -> str:
     return f"The reward {name!r} (function {own})"
 
 
-def _binds(signature: inspect.Signature) -> bool:
+def _named(signature: inspect.Signature) -> dict[str, Parameter]:
+    """Return the parameters that can be passed by their name."""
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return {name: each for name, each in signature.parameters.items() if each.kind in kinds}
+
+
+def _takes_two(signature: inspect.Signature) -> bool:
     """Return whether a function can be called as f(completion, example)."""
     try:
         signature.bind("", None)

@@ -70,7 +70,6 @@ OURS = {
     "decorated": plain_decorator(ours),
     "object": Ours(),
     "method": Ours().method,
-    "an item whose name is a column": lambda completion, solution: 1.0,
 }
 TRLS = {
     "function": trl,
@@ -145,6 +144,7 @@ def test_all_columns_reach_a_batched_function_once_for_each_completion():
         "completion_ids": [[1], [2, 3], [4], []],
         "problem": ["Problem 1?", "Problem 1?", "Problem 2?", "Problem 2?"],
         "solution": ["4", "4", "5", "5"],
+        "thinking": ["", "", "", ""],
         "images": [[], [], [], []],
         "level": [2, 2, 3, 3],
         "note": ["x", "x", None, None],
@@ -177,7 +177,7 @@ def test_a_function_is_given_only_what_it_accepts(registry):
 
     assert score(["a"], [row(1, level=2, other=3)], {"narrow": 1.0}).parts == {"narrow": [7.0]}
     reward("wide")(lambda completions, **columns: [len(columns)])
-    assert score(["a"], [row(1, level=2, other=3)], {"wide": 1.0}).parts == {"wide": [6.0]}
+    assert score(["a"], [row(1, level=2, other=3)], {"wide": 1.0}).parts == {"wide": [7.0]}
     with pytest.raises(UserError, match=r"'narrow'.*column 'level'.*row 1 of data.*has problem, "):
         score(["a"], [row(1, other=3)], {"narrow": 1.0})
 

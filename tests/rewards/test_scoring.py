@@ -1,13 +1,16 @@
 """Scores: group-major and weighted, and one clear sentence about a reward that fails."""
 
+import json
 import math
 from functools import partial
 
 import pytest
 import torch
 
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.rewards import Verdict, reward, score
+from mr1_fast.train import train
 
 from ..data.hostile import example
 from .conftest import row
@@ -142,3 +145,48 @@ def test_a_partial_and_an_object_are_rewards(registry):
     reward("partial")(partial(count, "a", factor=10))
     scores = score(["aa", "banana"], [example("3")], {"object": 1, "partial": 1})
     assert scores.parts == {"object": [1.0, 0.0], "partial": [20.0, 30.0]}
+
+
+def test_a_run_rewards_by_functions_of_a_file_and_records_why(run_args, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "async def progress(completions, completion_ids, trainer_state, solution):\n"
+        "    assert len(completions) == len(completion_ids) == len(solution) == 6\n"
+        "    assert trainer_state.max_steps == 2\n"
+        "    step = trainer_state.global_step\n"
+        "    return [None, *(step + len(ids) / 10 for ids in completion_ids[1:])]"
+    )
+    name = f"{path}:progress"
+    weights = {"letters": 1.0, name: 0.5}
+    folder = train(
+        parse_train_config(
+            run_args(tmp_path / "run", steps=2, eval_samples=0, extra_rewards=weights)
+        )
+    )
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    for step in range(2):
+        samples = [s for r in records if r["step"] == step for s in r["completions"]]
+        values = [sample[name] for sample in samples]
+        assert values[0] is None and all(step < value < step + 1 for value in values[1:])
+        assert metrics[step][name] == pytest.approx(sum(values[1:]) / 5)
+        for sample in samples:
+            total = sample["accuracy"] + sample["format"] + sample["letters"]
+            assert sample["reward"] == pytest.approx(total + 0.5 * (sample[name] or 0.0))
+            assert sample["why"] == "there is not exactly one answer tag"
+            assert sample["reason"] in ("eos", "length")
+
+
+def test_a_reward_that_hangs_ends_a_run_with_the_row(run_args, tmp_path):
+    path = tmp_path / "hangs.py"
+    path.write_text("import time\ndef wait(completion, example): time.sleep(20); return 0")
+    config = parse_train_config(
+        run_args(
+            tmp_path / "run",
+            eval_samples=0,
+            reward_seconds=0.2,
+            extra_rewards={f"{path}:wait": 1.0},
+        )
+    )
+    with pytest.raises(UserError, match=r"after 0.2 seconds, at example '.*raise --reward-seconds"):
+        train(config)
