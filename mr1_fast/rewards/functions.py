@@ -1,7 +1,9 @@
 """Reward functions in their two forms: telling them apart, and the arguments that each is given.
 
-ours   f(completion, example) -> float                        one completion
-TRL's  f(completions, prompts, **columns) -> list[float|None] all completions of a step
+    f(completion, example) -> float                              our form: one completion
+    f(completions, prompts, **columns) -> list[float | None]     TRL's form: all of a step
+
+Either may be async.
 """
 
 import inspect
@@ -15,7 +17,7 @@ from ..errors import UserError
 from ..types import Example
 
 RewardFunction = Callable[..., Any]
-"""A function `f(completion, example) -> float`, or one of TRL's form; either may be async."""
+"""A function of either form."""
 
 BATCHED = {"completions", "completion_ids", "prompts"}
 """Parameters that only a function of TRL's form has."""

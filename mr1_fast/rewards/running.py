@@ -44,10 +44,6 @@ class Job:
         """Return the function's values; raises UserError if it fails."""
         return self._all_at_once() if self.batched else self._one_by_one()
 
-    def where(self) -> str:
-        """Return the rows that the function works on now, for messages."""
-        return rows(self.batch, self.working)
-
     def _one_by_one(self) -> Values:
         """Call a function of our form; if it is async, all its completions are awaited together."""
         found = []
@@ -211,7 +207,8 @@ def _overdue(jobs: list[Job], seconds: float) -> UserError:
         if job.error is not None:
             return job.error
     where = " ".join(
-        f"{job.label} had not ended after {seconds:g} seconds, at {job.where()}." for job in jobs
+        f"{job.label} had not ended after {seconds:g} seconds, at {rows(job.batch, job.working)}."
+        for job in jobs
     )
     return UserError(f"{where[:-1]}: make it faster, or raise --reward-seconds.")
 
@@ -226,5 +223,5 @@ def _as_float(value: Any) -> float | None:
     try:
         # Texts have no __float__, though float() would read a number in them.
         return float(value) if hasattr(value, "__float__") else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # whatever a type of the user's raises
         return None

@@ -65,6 +65,7 @@ def test_none_counts_zero_in_the_sum_and_is_no_part_of_the_mean(registry):
 
 
 NOT_NUMBERS = ("None", "'1'", "[1]", "1j", "torch.ones(2)", "1 / 0", "completion.no_such_thing")
+NOT_NUMBERS += ("type('Odd', (), {'__float__': lambda self: {}['x']})()",)
 NOT_FINITE = ("float('nan')", "float('inf')", "-float('inf')", "10**400", "1e39")
 
 
