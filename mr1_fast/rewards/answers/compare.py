@@ -3,15 +3,7 @@
 import re
 
 from .formula import Formula, proportional
-from .reading import (
-    Choice,
-    Named,
-    Ratio,
-    Reading,
-    Relation,
-    Several,
-    Words,
-)
+from .kinds import Choice, Named, Ratio, Reading, Relation, Several, Words
 
 SHOWN_CHARS = 60
 """How much of a text a reason shows."""
@@ -69,7 +61,7 @@ def _same_named(a: Reading, b: Reading) -> bool:
 def _same_several(a: Several, b: Several) -> bool:
     if len(a.items) != len(b.items):
         return False
-    if a.opening and b.opening and not _same_brackets(a, b):
+    if not _same_brackets(a, b):
         return False
     names_both = all(isinstance(item, Named) for item in a.items + b.items)
     if (a.is_ordered or b.is_ordered) and not names_both:
@@ -84,13 +76,17 @@ def _same_several(a: Several, b: Several) -> bool:
 
 
 def _same_brackets(a: Several, b: Several) -> bool:
-    """Return whether the brackets say the same: for two items they may be those of an interval."""
+    """Return whether the brackets say the same.
+
+    Two items in brackets may be the ends of an interval, so their brackets count. Longer lists may
+    have any brackets or none.
+    """
     if "{" in (a.opening, b.opening):
-        return a.opening == b.opening
+        return {a.opening, b.opening} <= {"{", ""}
     return len(a.items) != 2 or (a.opening, a.closing) == (b.opening, b.closing)
 
 
-_ARTICLE = re.compile(r"\b(?:a|an|the) (?=.)")
+_ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?=.)|(?<= )(?:a|an|the) (?=.)")
 _FORMULA_SIGN = re.compile(r"[\\^_=<>+*/√|≤≥≠±]")
 
 
@@ -101,7 +97,7 @@ def folded(text: str) -> str:
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    return " ".join(_ARTICLE.sub("", text.casefold()).strip(" .!").split())
+    return " ".join(_ARTICLE.sub("", text).casefold().strip(" .!").split())
 
 
 def why_not(a: Reading, b: Reading, answer: str, solution: str) -> str:

@@ -37,13 +37,15 @@ _THIN_GROUPS = re.compile(
     r"(?<![\d.,])([1-9]\d{0,2}(?:(?:[\u2009\u202f]|\\,|\{,\}|,\\!)\d{3})+)(?![\d.]*[\u2009\u202f]|\d)"
 )
 
-_GREEK = (
-    "alpha α beta β gamma γ delta δ epsilon ε varepsilon ε zeta ζ eta η theta θ vartheta θ iota ι "
-    "kappa κ lambda λ mu μ nu ν xi ξ rho ρ sigma σ tau τ phi φ varphi φ chi χ psi ψ omega ω "
-    "Gamma Γ Delta Δ Theta Θ Lambda Λ Sigma Σ Phi Φ Psi Ψ Omega Ω"
-).split()
+_GREEK = {
+    **dict(alpha="α", beta="β", gamma="γ", delta="δ", epsilon="ε", varepsilon="ε", zeta="ζ"),
+    **dict(eta="η", theta="θ", vartheta="θ", iota="ι", kappa="κ", mu="μ", nu="ν", xi="ξ"),
+    **dict(rho="ρ", sigma="σ", tau="τ", phi="φ", varphi="φ", chi="χ", psi="ψ", omega="ω"),
+    **dict(Gamma="Γ", Delta="Δ", Theta="Θ", Lambda="Λ", Sigma="Σ", Phi="Φ", Psi="Ψ", Omega="Ω"),
+    "lambda": "λ",
+}
 _COMMANDS = {
-    **dict(zip(_GREEK[::2], _GREEK[1::2], strict=True)),
+    **_GREEK,
     "pi": "π",
     "times": "×",
     "cdot": "*",
@@ -74,9 +76,9 @@ _COMMANDS = {
     "rbrack": "]",
     "colon": ":",
     "prime": "'",
-    **dict.fromkeys("dfrac tfrac cfrac".split(), "\\frac"),
-    **dict.fromkeys("quad qquad enspace displaystyle textstyle limits nolimits".split(), " "),
-    **dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg".split(), ""),
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
+    **dict.fromkeys(("quad", "qquad", "enspace", "displaystyle", "textstyle", "limits"), " "),
+    **dict.fromkeys(("left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr"), ""),
 }
 _COMMAND = re.compile(r"\\([A-Za-z]+) ?|\\([^A-Za-z])")
 _SYMBOLS = {
@@ -186,6 +188,7 @@ _MARKS = [
     (re.compile(r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])"), "π"),
     (re.compile(r"(?<![A-Za-z\\])([kcdm]?m)([23])(?![\w.])"), r"\1^{\2}"),  # 5 cm2
     (re.compile(r"\\frac ?([0-9A-Za-zπ])"), r"\\frac{\1}"),
+    (re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?(?:\^|\*\*))"), "×"),  # 1.5 x 10^3
     (re.compile(r">="), "≥"),
     (re.compile(r"<="), "≤"),
     (re.compile(r"!="), "≠"),

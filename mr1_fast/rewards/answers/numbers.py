@@ -7,7 +7,7 @@ refused instead of computed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
 from fractions import Fraction
 
 MAX_BITS = 4000
@@ -20,12 +20,12 @@ as in 2.9999999999999996."""
 ROUNDED = Decimal("1e-6")
 """Relative difference at which a written decimal stands for a fraction, a root or π."""
 FUNCTION = Decimal("1e-9")
-"""Relative difference between values of sin, log and others, which are computed in double precision."""
+"""Relative difference between values of sin, log and others, computed in double precision."""
 EXACT = Decimal("1e-30")
 """Relative difference between two equal roots or multiples of π, computed to 60 digits."""
 
 _DIGITS = Context(
-    prec=60, Emax=9999, Emin=-9999, traps=[InvalidOperation, DivisionByZero, Overflow]
+    prec=60, Emax=9999, Emin=-9999, traps=[InvalidOperation, DivisionByZero, Overflow, Underflow]
 )
 _CANCELLED = Decimal("1e-40")
 
@@ -146,9 +146,10 @@ def written(text: str) -> Number:
 def same_number(a: Number, b: Number) -> bool:
     """Return whether two numbers are the same.
 
-    Whole numbers, fractions, roots and multiples of π must be exactly the same (to 30 digits, or to
-    1e-9 relative where sin, log and such went in). A written decimal may differ from another decimal
-    or whole number by 1e-12 relative, and from a fraction, root or multiple of π by 1e-6.
+    Whole numbers and fractions must be exactly the same, and roots and multiples of π to 30 digits,
+    or to 1e-9 relative where sin, log and such went in. A written decimal may differ by 1e-12
+    relative from another decimal or whole number, and by 1e-6 from a fraction, a root or a multiple
+    of π.
     """
     if a.value == b.value and _both_exact(a, b):
         return True

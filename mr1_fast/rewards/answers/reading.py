@@ -5,10 +5,10 @@ A text is read by the first reader that understands all of it. What none of them
 """
 
 import re
-from dataclasses import dataclass
 from datetime import date
 
 from .formula import Formula, difference
+from .kinds import Choice, Clock, Infinity, Named, Ratio, Reading, Relation, Several, Words
 from .notation import CLOSING, OPENING, closes_at_end
 from .numbers import Unreadable
 
@@ -16,81 +16,6 @@ MAX_ITEMS = 64
 """The most answers that are read in one text."""
 MAX_LEVELS = 6
 """How deep lists may nest."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """A text that only the same text equals."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Infinity:
-    """Positive or negative infinity."""
-
-    sign: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The letter of an option, with the option's text if that was written too."""
-
-    letter: str
-    rest: "Reading | None"
-
-
-@dataclass(frozen=True)
-class Relation:
-    """An equation or inequality `difference sign 0`, with the sign =, ≠, > or ≥."""
-
-    sign: str
-    difference: Formula
-
-
-@dataclass(frozen=True)
-class Named:
-    """`x = 5`: a name and what it is."""
-
-    name: str
-    value: "Reading"
-    relation: Relation | None = None
-    """The same as an equation of two formulas, if it is one."""
-
-
-@dataclass(frozen=True)
-class Several:
-    """Several answers: a list in brackets, or without brackets."""
-
-    items: tuple["Reading", ...]
-    opening: str = ""
-    closing: str = ""
-
-    @property
-    def is_ordered(self) -> bool:
-        """Whether the items' order says something: in round and square brackets, and in x = 3, y = 4."""
-        names = {item.name for item in self.items if isinstance(item, Named)}
-        return self.opening in ("(", "[") or len(names) > 1
-
-
-@dataclass(frozen=True)
-class Clock:
-    """A time of day or a duration such as 10:45."""
-
-    hours: int
-    minutes: int
-    seconds: int
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio such as 1:3, or dimensions such as 3×4."""
-
-    sign: str
-    parts: tuple[Formula, ...]
-
-
-Reading = Words | Infinity | Choice | Named | Relation | Several | Clock | Ratio | date | Formula
 
 
 def read(text: str, level: int = 0) -> Reading:
@@ -149,7 +74,8 @@ _LONE_CHOICE = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|选项|选) ?)?(?:\( ?([A-J]) ?\)[.:]?|([A-J]) ?[).:、])(?!=) ?(?=[^ ])(.{1,200})",
+    r"(?:(?:option|choice|选项|选) ?)?"
+    r"(?:\( ?([A-J]) ?\)[.:]?|([A-J]) ?(?:[):、]|\.(?![A-Za-z]))) ?([^ =].{0,200})",
     re.IGNORECASE,
 )
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z0-9'])(?:[A-J]|[b-j])(?![A-Za-z0-9'])")
@@ -172,7 +98,7 @@ def _read_choice(text: str, level: int) -> Choice | None:
     return Choice((found[1] or found[2]).upper(), rest)
 
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = (
     r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
     r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
@@ -282,30 +208,60 @@ def _read_both_signs(text: str, level: int) -> Several | None:
 _RELATION = re.compile("[=<>≤≥≠≈]")
 _NAME = re.compile(
     r"(?:(?:the )?(?:area|perimeter|length|volume|angle|radius|width|height|distance|speed)|"
-    r"m? ?[∠△]? ?(?:[A-Za-z]{1,3}|[α-ωΑ-Ω]|[0-9])(?:_(?:\w|\{\w{1,8}\}))?'{0,2}|"
-    r"[A-Za-z] ?\( ?[A-Za-z] ?\))",
+    r"m? ?[∠△] ?(?:[A-Za-z]{1,3}|[0-9])|"
+    r"(?:[A-Za-z]{1,3}|[α-ωΑ-Ω])(?:_(?:\w|\{\w{1,8}\}))?'{0,2}|[A-Za-z] ?\( ?[A-Za-z] ?\))",
     re.IGNORECASE,
 )
 
 
 def _read_relation(text: str, level: int) -> Reading | None:
-    """Read an equation or inequality; a name on one side of `=` is a name."""
+    """Read an equation or inequality, or what has a name on one side of `=`."""
     signs = _RELATION.findall(text)
     if not signs:
         return None
-    if len(signs) > 1:
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if set(signs) <= {"=", "≈"}:
+        if len(signs) > 1 or signs == ["≈"] or not any(_has_letters(side) for side in sides):
+            return _chain(signs, sides, level) or Words(text)
+        for name, value in (sides, sides[::-1]):
+            if _is_name(name) and not _is_name(value) and _says_nothing_of(name, value):
+                return Named(_name(name), read(value, level + 1), _equation(*sides))
+    elif len(signs) > 1:
         return Words(text)
-    left, right = (side.strip() for side in _RELATION.split(text))
-    sign = signs[0]
-    if sign == "≈":
-        return Named(_name(left), read(right, level + 1)) if _is_name(left) else Words(text)
-    if sign == "=":
-        for name, value in ((left, right), (right, left)):
-            if _is_name(name) and not _is_name(value) and _stands_alone(name, value):
-                return Named(_name(name), read(value, level + 1), _equation(left, right))
+    sign, (left, right) = signs[0], sides
     if sign in "<≤":
         left, right, sign = right, left, {"<": ">", "≤": "≥"}[sign]
     return Relation(sign, difference(left, right))
+
+
+def _chain(signs: list[str], sides: list[str], level: int) -> Reading | None:
+    """Read a calculation such as `AB = 2·3 = 6` or `2√3 ≈ 3.46` as the number it comes to.
+
+    All numbers in it must be the same, and behind ≈ within one per cent: then it gives one answer
+    only. The number is the last one before ≈.
+    """
+    name = ""
+    if _is_name(sides[0]):
+        name, signs, sides = _name(sides[0]), signs[1:], sides[1:]
+    formulas = [Formula(side) for side in sides]
+    exact = signs.index("≈") if "≈" in signs else len(signs)
+    result = formulas[exact]
+    if result.has_letters:
+        return None
+    for place, formula in enumerate(formulas):
+        if formula.has_letters:
+            continue
+        is_same = result.close_to(formula) if place > exact else result.same(formula)
+        if not is_same:
+            return None
+    return Named(name, result) if name else result
+
+
+def _has_letters(text: str) -> bool:
+    try:
+        return Formula(text).has_letters
+    except Unreadable:
+        return True
 
 
 def _equation(left: str, right: str) -> Relation | None:
@@ -316,24 +272,26 @@ def _equation(left: str, right: str) -> Relation | None:
 
 
 def _is_name(text: str) -> bool:
-    return (
-        bool(_NAME.fullmatch(text)) and not text.isdecimal() and text.lower() not in ("not", "no")
-    )
+    return bool(_NAME.fullmatch(text)) and text.lower() not in ("not", "no")
 
 
 def _name(text: str) -> str:
-    return re.sub("[ {}]", "", text)
+    return re.sub("[ {}]|m? ?[∠△]", "", text)
 
 
-def _stands_alone(name: str, value: str) -> bool:
-    """Return whether a value that is not empty says nothing about the name itself, as in x = 2x + 1."""
+def _says_nothing_of(name: str, value: str) -> bool:
+    """Return whether there is a value, and the name is not part of it, as it is in x = 2x + 1."""
     return bool(value) and not (len(name) == 1 and re.search(rf"(?<![\\A-Za-z]){name}", value))
 
 
-def _read_ratio(text: str, level: int) -> Ratio | None:
+_COLON = re.compile(":")
+
+
+def _read_ratio(text: str, level: int) -> Ratio | Words | None:
     """Read a ratio; or dimensions, whole numbers with × between, which are not worked out."""
     if ":" in text:
-        return Ratio(":", tuple(Formula(part) for part in _split(text, re.compile(":"))))
+        terms = tuple(Formula(part) for part in _split(text, _COLON))
+        return Words(text) if any(term.dimensions for term in terms) else Ratio(":", terms)
     parts = re.split(" ?[×x] ?", text)
     if len(parts) > 1 and all(part.isdecimal() for part in parts) and len(parts) <= 4:
         return Ratio("×", tuple(Formula(part) for part in parts))

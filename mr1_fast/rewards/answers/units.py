@@ -116,6 +116,7 @@ def read_units(tokens: list[str]) -> tuple[Dimensions, Number] | None:
     Returns what it measures and its size, or None unless all of the tokens were understood.
     """
     dimensions: Dimensions = {}
+    names: set[str] = set()
     size, place, sign = integer(1), 0, 1
     while place < len(tokens):
         power = _POWER_BEFORE.get(tokens[place].casefold(), 1)
@@ -123,8 +124,9 @@ def read_units(tokens: list[str]) -> tuple[Dimensions, Number] | None:
         if power > 1 and tokens[place : place + 1] == ["."]:
             place += 1
         name = unit_name(tokens[place]) if place < len(tokens) else None
-        if name is None:
+        if name is None or name in names:
             return None
+        names.add(name)
         place += 1
         after, place = _power(tokens, place)
         if after is None:
