@@ -19,6 +19,8 @@ from .numbers import PI, Number, Undefined, Unreadable, integer, written
 
 MAX_DEPTH = 40
 """How deep brackets may nest."""
+MAX_SLOW_STEPS = 12
+"""How many powers that are not whole, higher roots and functions a formula may have."""
 POINTS = range(5)
 """The points, each of which gives every letter a number."""
 
@@ -85,7 +87,7 @@ class _Reader:
 
     def __init__(self, tokens: list[str], point: int) -> None:
         self.tokens, self.place, self.point = tokens, 0, point
-        self.depth, self.in_function = 0, 0
+        self.depth, self.in_function, self.slow_steps = 0, 0, 0
 
     def read(self) -> Number:
         value = self.sum()
@@ -97,6 +99,11 @@ class _Reader:
         """Return a token that was not read yet; the empty text after the last one."""
         place = self.place + ahead
         return self.tokens[place] if place < len(self.tokens) else ""
+
+    def count_slow_step(self) -> None:
+        self.slow_steps += 1
+        if self.slow_steps > MAX_SLOW_STEPS:
+            raise Unreadable
 
     def take(self, token: str) -> None:
         if self.next() != token:
@@ -151,7 +158,10 @@ class _Reader:
             base = base.factorial()
         if self.next() == "^":
             self.place += 1
-            base = base ** self.exponent()
+            exponent = self.exponent()
+            if exponent.value != int(exponent.value):
+                self.count_slow_step()
+            base = base**exponent
         if self.next() == "°" and self.in_function:
             self.place += 1
             base = base * PI / integer(180)
@@ -221,6 +231,8 @@ class _Reader:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable
+        if degree > 2:
+            self.count_slow_step()
         value = self.atom().root(degree)
         self.depth -= 1
         return value
@@ -235,6 +247,7 @@ class _Reader:
         return self.atom()
 
     def function(self, function: Callable[[float], float]) -> Number:
+        self.count_slow_step()
         exponent = integer(1)
         if self.next() == "^":
             self.place += 1

@@ -99,10 +99,11 @@ class Number:
             bottom = _integer_root(self.value.denominator, degree)
             if top and bottom:
                 return Number(Fraction(top, bottom), self.is_rounded, self.is_rough)
-        power = _DIGITS.divide(Decimal(1), Decimal(degree))
-        value = _computed(_DIGITS.power, decimal(self), power)
         if degree == 2:
             value = _DIGITS.sqrt(decimal(self))
+        else:
+            power = _DIGITS.divide(Decimal(1), Decimal(degree))
+            value = _computed(_DIGITS.power, decimal(self), power)
         return Number(value, self.is_rounded, self.is_rough)
 
     def factorial(self) -> "Number":
