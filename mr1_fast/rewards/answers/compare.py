@@ -43,8 +43,6 @@ def _same_choice(a: Reading, b: Reading) -> bool:
             return False
         return a.rest is None or b.rest is None or same(a.rest, b.rest)
     choice, other = (a, b) if isinstance(a, Choice) else (b, a)
-    if isinstance(other, Named):
-        return choice.rest is None and same(choice, other.value)
     return choice.rest is not None and same(choice.rest, other)
 
 
@@ -93,11 +91,14 @@ _FORMULA_SIGN = re.compile(r"[\\^_=<>+*/√|≤≥≠±]")
 def folded(text: str) -> str:
     """Return a text without what words may differ in: case, articles, closing marks and spaces.
 
-    Where signs of formulas stand in it, only spaces are left out.
+    Beside a number, words of up to three letters keep their case, since mW is not MW. Where signs
+    of formulas stand in the text, only spaces are left out.
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    return " ".join(_ARTICLE.sub("", text).casefold().strip(" .!").split())
+    words = _ARTICLE.sub("", text).strip(" .!").split()
+    has_number = any(char.isdecimal() for char in text)
+    return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)
 
 
 def why_not(a: Reading, b: Reading, answer: str, solution: str) -> str:

@@ -3,6 +3,8 @@
 Two formulas with letters are the same where their values at several points are.
 """
 
+import copy
+import re
 from functools import cached_property
 
 from .evaluation import FUNCTIONS, POINTS, evaluate, is_letters, tokens_of
@@ -11,6 +13,8 @@ from .units import PERCENT, Dimensions, read_units, unit_name
 
 _CURRENCIES = {"dollar", "€", "£", "¥"}
 _SIGNS_OF_UNITS = {"°", "%", "°C", "°F"}
+_UNIT_OR_LETTER = re.compile(r"[0-9)}π][shglLNJWVK]$")
+"""`4s` may mean four seconds, or four times s."""
 
 
 class Formula:
@@ -24,6 +28,7 @@ class Formula:
         if tokens[0] in _CURRENCIES:
             tokens = [*tokens[1:], tokens[0]]
         self.tokens, self.dimensions, self.size = _unit_at_end(tokens)
+        self.may_leave_unit_out = not _UNIT_OR_LETTER.search(text.rstrip())
         self.has_letters = any(is_letters(token) for token in self.tokens)
         if not any(self.values):
             raise Unreadable  # it has no value anywhere
@@ -45,6 +50,13 @@ class Formula:
         is_same = len(both) >= 2 and all(same_number(a, b) for a, b in both)
         return is_same or _percent_left_out(self, other)
 
+    def with_unit_of(self, other: "Formula") -> "Formula":
+        """Return this formula with the unit of another."""
+        united = copy.copy(self)
+        united.dimensions, united.size = other.dimensions, other.size
+        united.may_leave_unit_out = other.may_leave_unit_out
+        return united
+
     def close_to(self, other: "Formula") -> bool:
         """Return whether two numbers of one unit, or without, are within one per cent."""
         if self.dimensions and other.dimensions and self.dimensions != other.dimensions:
@@ -56,15 +68,16 @@ class Formula:
     def _scales(self, other: "Formula") -> tuple[Number | None, Number | None]:
         """Return the factors that make the values of both comparable; None if nothing does."""
         one = integer(1)
-        if self.dimensions == other.dimensions and self.dimensions is not None:
-            return self.size, other.size
-        if PERCENT in (self.dimensions, other.dimensions):
-            if None not in (self.dimensions, other.dimensions):
-                return None, None
+        if self.dimensions is None and other.dimensions is None:
+            return one, one
+        if self.dimensions == other.dimensions:
             return self.size, other.size
         if self.dimensions is not None and other.dimensions is not None:
             return None, None
-        return one, one
+        if PERCENT in (self.dimensions, other.dimensions):
+            return self.size, other.size  # 50% is 0.5
+        may_be_left_out = self.may_leave_unit_out and other.may_leave_unit_out
+        return (one, one) if may_be_left_out else (None, None)
 
 
 def _percent_left_out(a: Formula, b: Formula) -> bool:
@@ -118,6 +131,10 @@ def _unit_at_end(tokens: list[str]) -> tuple[list[str], Dimensions | None, Numbe
         rest = tokens[:place]
         if token == "°" and any(part.removeprefix("\\") in FUNCTIONS for part in rest):
             continue  # sin 30°
+        if (token.isascii() and len(token) == 1 and token.isalpha()) and (
+            _is_sum(rest) or any(map(is_letters, rest))
+        ):
+            continue  # a letter of algebra: 3x + 2h, πr²h
         unit = read_units(tokens[place:])
         if unit:
             if _is_sum(rest) or any(_is_clear_unit(token) for token in rest):

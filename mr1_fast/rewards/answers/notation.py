@@ -188,7 +188,9 @@ _MARKS = [
     (re.compile(r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])"), "π"),
     (re.compile(r"(?<![A-Za-z\\])([kcdm]?m)([23])(?![\w.])"), r"\1^{\2}"),  # 5 cm2
     (re.compile(r"\\frac ?([0-9A-Za-zπ])"), r"\\frac{\1}"),
+    (re.compile(r"(\\frac ?\{[^{}]*\}) ?([0-9A-Za-zπ])"), r"\1{\2}"),
     (re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?(?:\^|\*\*))"), "×"),  # 1.5 x 10^3
+    (re.compile(r"nautical miles?"), "nmi"),
     (re.compile(r">="), "≥"),
     (re.compile(r"<="), "≤"),
     (re.compile(r"!="), "≠"),

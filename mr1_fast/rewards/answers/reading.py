@@ -11,6 +11,7 @@ from .formula import Formula, difference
 from .kinds import Choice, Clock, Infinity, Named, Ratio, Reading, Relation, Several, Words
 from .notation import CLOSING, OPENING, closes_at_end
 from .numbers import Unreadable
+from .units import PERCENT
 
 MAX_ITEMS = 64
 """The most answers that are read in one text."""
@@ -88,14 +89,20 @@ def _read_choice(text: str, level: int) -> Choice | None:
     if not found or level:
         return None
     rest = read(found[3], level + 1)
-    if isinstance(rest, (Choice, Named, Relation)):
+    if isinstance(rest, Choice):
         return None
-    understood = not isinstance(rest, (Words, Several)) and not (
-        isinstance(rest, Formula) and rest.has_letters
-    )
-    if not understood and _OTHER_LETTER.search(found[3]):
+    if not _is_plain(rest) and _OTHER_LETTER.search(found[3]):
         return None  # "C. B is wrong" names two
     return Choice((found[1] or found[2]).upper(), rest)
+
+
+def _is_plain(reading: Reading) -> bool:
+    """Return whether an option's text was understood, and holds no letters of its own."""
+    if isinstance(reading, Named):
+        return len(reading.name) > 1 and _is_plain(reading.value)
+    if isinstance(reading, Formula):
+        return not reading.has_letters
+    return not isinstance(reading, (Words, Several, Relation, Ratio))
 
 
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
@@ -222,7 +229,7 @@ def _read_relation(text: str, level: int) -> Reading | None:
     sides = [side.strip() for side in _RELATION.split(text)]
     if set(signs) <= {"=", "≈"}:
         if len(signs) > 1 or signs == ["≈"] or not any(_has_letters(side) for side in sides):
-            return _chain(signs, sides, level) or Words(text)
+            return _chain(signs, sides) or Words(text)
         for name, value in (sides, sides[::-1]):
             if _is_name(name) and not _is_name(value) and _says_nothing_of(name, value):
                 return Named(_name(name), read(value, level + 1), _equation(*sides))
@@ -234,7 +241,7 @@ def _read_relation(text: str, level: int) -> Reading | None:
     return Relation(sign, difference(left, right))
 
 
-def _chain(signs: list[str], sides: list[str], level: int) -> Reading | None:
+def _chain(signs: list[str], sides: list[str]) -> Reading | None:
     """Read a calculation such as `AB = 2·3 = 6` or `2√3 ≈ 3.46` as the number it comes to.
 
     All numbers in it must be the same, and behind ≈ within one per cent: then it gives one answer
@@ -248,6 +255,9 @@ def _chain(signs: list[str], sides: list[str], level: int) -> Reading | None:
     result = formulas[exact]
     if result.has_letters:
         return None
+    for formula in formulas:
+        if formula.dimensions not in (None, PERCENT) and result.dimensions is None:
+            result = result.with_unit_of(formula)
     for place, formula in enumerate(formulas):
         if formula.has_letters:
             continue
@@ -272,11 +282,11 @@ def _equation(left: str, right: str) -> Relation | None:
 
 
 def _is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text)) and text.lower() not in ("not", "no")
+    return bool(_NAME.fullmatch(text)) and text.lower() not in ("not", "no", "π")
 
 
 def _name(text: str) -> str:
-    return re.sub("[ {}]|m? ?[∠△]", "", text)
+    return re.sub("[ {}]|m? ?∠", "", text)
 
 
 def _says_nothing_of(name: str, value: str) -> bool:

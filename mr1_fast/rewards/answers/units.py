@@ -1,5 +1,6 @@
 """Units of measurement: their names, what they measure, and how large they are."""
 
+import re
 from fractions import Fraction
 
 from .numbers import PI, Number, integer
@@ -143,20 +144,20 @@ def read_units(tokens: list[str]) -> tuple[Dimensions, Number] | None:
     return None
 
 
+_EXPONENT = re.compile(r"-?[1-9]|\{-?[1-9]\}|\(-?[1-9]\)")
+
+
 def _power(tokens: list[str], place: int) -> tuple[int | None, int]:
-    """Read the exponent that follows a unit: `^2`, `^{-1}`, `squared`, or none, which is 1."""
+    """Read the exponent that follows a unit: `^2`, `^{-1}`, `squared`, or none, which is 1.
+
+    Returns the exponent, None if it is not a small whole number, and the place behind it.
+    """
     if place < len(tokens) and tokens[place].casefold() in _POWER_AFTER:
         return _POWER_AFTER[tokens[place].casefold()], place + 1
     if tokens[place : place + 1] != ["^"]:
         return 1, place
-    text, end = "", place + 1
-    while end < len(tokens) and end < place + 6 and tokens[end] in "{}()-0123456789":
-        text, end = text + tokens[end], end + 1
-        if tokens[end - 1] in "})" or (text.lstrip("-").isdecimal()):
-            break
-    digits = text[1:-1] if text[:1] in ("{", "(") else text
-    if not digits.lstrip("-").isdecimal() or not digits.isascii():
-        digits = ""
-    if text[:1] in ("{", "(") and end > place + 1 and tokens[end - 1] not in "})":
-        digits = ""
-    return (int(digits) if digits and 1 <= abs(int(digits)) <= 9 else None), end
+    for end in range(place + 2, place + 6):
+        text = "".join(tokens[place + 1 : end])
+        if _EXPONENT.fullmatch(text):
+            return int(text.strip("{}()")), end
+    return None, place
