@@ -7,7 +7,7 @@ from ..files import write_json
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
-from ..tasks import get_task
+from ..tasks import PromptFormat, get_task
 from ..tasks.data import load_examples
 from .explain import explanation
 from .judges import NAMES, accuracy_text, other_judges
@@ -18,6 +18,7 @@ from .settings import EvaluateConfig
 def evaluate_model(config: EvaluateConfig) -> None:
     """Answer the items, print the accuracy and write the figures with a record of each item."""
     task = get_task(config.task)
+    prompt_format = PromptFormat.of(config)
     examples = load_examples(
         config.task,
         config.data,
@@ -27,7 +28,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
         image_root=config.image_root,
     ).all(config.samples)
     config = with_start(config)
-    policy = make_policy(*load_pretrained(config), config)
+    policy = make_policy(*load_pretrained(config), config, prompt_format)
     records = evaluate(
         policy,
         task.judge(config.judge),
