@@ -80,7 +80,9 @@ class ImageSizes:
         width, height = (max(1, round(side * scale)) for side in image.size)
         canvas = Image.new("RGB", size, "white")
         place = (size[0] - width) // 2, (size[1] - height) // 2
-        canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), place)
+        # Pillow cannot scale a row of 100 million pixels in one go; it first averages some.
+        content = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
+        canvas.paste(content, place)
         return canvas
 
     @cached_property

@@ -10,7 +10,15 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, nodes, pass_context
+from jinja2 import (
+    StrictUndefined,
+    Template,
+    TemplateError,
+    TemplateSyntaxError,
+    Undefined,
+    nodes,
+    pass_context,
+)
 from jinja2.filters import FILTERS
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -89,7 +97,7 @@ def _compiled(source: str) -> Template:
         tree = environment.parse(source)
         _check_nodes(tree)
         return environment.from_string(_Bounded().visit(tree))
-    except Exception as error:  # Python itself refuses what is nested too deep
+    except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
         where = f" on line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
         raise UserError(
             f"the prompt template is not valid{where} ({_reason(error)}): correct "
@@ -108,7 +116,7 @@ def _check_nodes(node: nodes.Node, depth: int = 0) -> None:
         raise SecurityError(f"it has a recursive loop on line {node.lineno}")
     # Lists of lists of the same thing, written out, would double in length with every level.
     children = list(node.iter_child_nodes())
-    is_list = isinstance(node, nodes.List | nodes.Tuple) and node.ctx == "load"
+    is_list = isinstance(node, nodes.List | nodes.Tuple) and getattr(node, "ctx", "load") == "load"
     if is_list and not all(isinstance(child, nodes.Const) for child in children):
         raise SecurityError(f"its list on line {node.lineno} holds something else than constants")
     for child in children:
@@ -125,7 +133,7 @@ class _Bounded(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        parts = nodes.List(node.nodes, "load", lineno=node.lineno, environment=node.environment)
+        parts = nodes.List(node.nodes, lineno=node.lineno, environment=node.environment)
         return _filter(node, "join", parts)
 
 
