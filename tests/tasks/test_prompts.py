@@ -1,12 +1,21 @@
 """The words of a prompt: the problem with its suffix, the system message, a user's template."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mr1_fast.config import TaskConfig
 from mr1_fast.errors import UserError
 from mr1_fast.tasks import PROMPT_SUFFIX, PromptFormat, format_problem
+from mr1_fast.tasks.prompt_template import (
+    MAX_NESTING,
+    MAX_TEMPLATE,
+    MAX_TEXT,
+    MAX_TURNS,
+    _Sandbox,
+)
 from mr1_fast.types import Example
 
 
@@ -50,3 +59,16 @@ def test_a_template_has_the_problem_and_all_other_columns_but_never_an_answer():
 def test_a_template_that_no_row_can_fill_in_is_refused_at_once():
     with pytest.raises(UserError, match="the prompt template is not valid on line 1"):
         PromptFormat.of(TaskConfig(prompt_template="{{ problem"))
+
+
+def test_the_page_says_what_is_there():
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    assert f"How many items are there? {PROMPT_SUFFIX}\n" in page
+    template = re.search(r"--prompt-template \\\n  '(.*)'\n", page)[1]
+    written = PromptFormat(template=template).user_text(example(options=["35°", "70°"]))
+    assert written.startswith("How many? A. 35° B. 70° Think in <think> </think>")
+    listed = re.search(r"the filters (.*), and all", page, re.DOTALL)[1]
+    filters = set(re.findall(r"\w+", listed)) - {"and"}
+    assert filters == set(_Sandbox().filters) - {"_turns"}
+    for bound in (MAX_TEMPLATE, MAX_TEXT, MAX_TURNS, MAX_NESTING):
+        assert f"{bound:,}" in page
