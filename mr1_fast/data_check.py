@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from .config import TaskConfig, cache_folder
+from .errors import UserError
 from .model.policy import Policy
-from .rewards import check_solution
+from .rewards.answers import kind_of
 from .tasks.data import DrawnExamples, LoadedExamples
 from .tasks.data.check import RowMemory, check_rows, settle_bad_rows
 from .types import Example
@@ -36,12 +37,23 @@ def check_data(
 
     def check(example: Example) -> None:
         policy.encode.length(example)
-        check_solution(example)
+        if config.judge == "strict":
+            check_solution(example)
 
     folder, key = cache_folder() / "rows", _settings_digest(policy, config)
     bad = check_rows(source, check, RowMemory(folder / f"{key}.txt"), count)
     report = folder / f"{key}-bad.txt"
     settle_bad_rows(source, bad, config.bad_rows == "skip", report, say)
+
+
+def check_solution(example: Example) -> None:
+    """Raise UserError for a solution that no answer can equal by the strict judge."""
+    kind = kind_of(example.solution)
+    if kind in ("empty", "too long"):
+        raise UserError(
+            f"the solution of {example.name} is {kind}, so no answer can be right: give the bare "
+            "answer."
+        )
 
 
 def _settings_digest(policy: Policy, config: TaskConfig) -> str:

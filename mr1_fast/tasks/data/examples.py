@@ -50,7 +50,15 @@ def load_examples(
     path = Path(data).expanduser()
     rows = _rows(data, path, split)
     folder = path.parent if path.is_file() else path
-    return LoadedExamples(rows, data, seed, limit, image_root or folder, ARCHIVES.get(path.name))
+    return LoadedExamples(
+        rows,
+        data,
+        seed,
+        limit,
+        image_root or folder,
+        ARCHIVES.get(path.name),
+        fenced=image_root is not None,
+    )
 
 
 def configured_examples(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...errors import UserError
 from ...types import Example
 from .epochs import check_limit, shuffled
-from .images import as_list, decode
+from .images import ImageReader, as_list, image_path
 
 COLUMNS = {
     "images": ("image", "images", "image_path"),
@@ -35,12 +35,15 @@ class LoadedExamples:
         limit: int | None = None,
         image_root: str | Path = ".",
         archive: str | None = None,
+        fenced: bool = False,
+        allow_urls: bool = False,
     ) -> None:
         """Prepare to read `rows`; `source` names the data in messages.
 
         A relative image path starts at the folder `image_root`. If the path's first folder is
         called `archive` and `image_root` has no folder of that name, the rest of the path starts
-        there.
+        there. If `fenced`, no path may leave that folder. Images at http(s) addresses are
+        downloaded if `allow_urls`.
         """
         check_limit(limit)
         if not len(rows):
@@ -52,8 +55,7 @@ class LoadedExamples:
             # The format "arrow" leaves images encoded, so that a broken one is reported with its
             # row.
             self.rows = rows.with_format("arrow")
-        self.image_root = Path(image_root).expanduser()
-        self.archive = archive
+        self.images = ImageReader(Path(image_root).expanduser(), fenced, archive, allow_urls)
         self.columns = _find_columns(column_names(rows), source)
         self.size = len(rows) if limit is None else min(limit, len(rows))
 
@@ -99,14 +101,14 @@ class LoadedExamples:
         row = self.rows[index] if isinstance(self.rows, list) else self.rows[index].to_pylist()[0]
         name = f"row {index + 1} of {self.source}"
         cells = as_list(row.get(self.columns["images"]))
-        paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
+        paths = [image_path(cell) for cell in cells]
         return Example(
             # Some data marks the image's place in the text; here images always come first.
             problem=self._text(row, "problem", name).replace("<image>", "").strip(),
-            images=tuple(decode(cell, self.image_root, self.archive, name) for cell in cells),
+            images=tuple(self.images.read(cell, name) for cell in cells),
             solution=_inside("answer", self._text(row, "solution", name)),
             thinking=_inside("think", str(row.get("thinking") or "")),
-            key=" ".join(path for path in paths if isinstance(path, str)) or f"row {index + 1}",
+            key=" ".join(path for path in paths if path) or f"row {index + 1}",
         )
 
     def _text(self, row: dict, field: str, name: str) -> str:
