@@ -105,7 +105,9 @@ class TaskConfig:
     """Folder from which relative image paths in the data start, and which no path may leave; for
     the test sets superclevr200 and geoqa, the folder that holds R1-V's list and the images."""
     allow_urls: bool = False
-    """Download images that the data names by http and https addresses."""
+    """Download images that the data names by http and https addresses, each at most 20 MiB and for
+    60 s, and keep them in the cache. The data then decides which addresses this machine asks for,
+    also in its own network: only for data that is trusted this far."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What happens to rows that cannot be used, which are found before the first step: stop, or
     skip them."""
@@ -381,7 +383,7 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps the supervised starts of the built-in models.
+    """Return the folder of the built-in models' supervised starts and of downloaded images.
 
     It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache.
     """

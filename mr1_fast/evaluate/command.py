@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
+from ..data_check import check_data
 from ..files import write_json
+from ..log import printable
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
-from ..tasks import get_task
+from ..tasks import PromptFormat, get_task
 from ..tasks.data import DataOptions, load_examples
 from .explain import explanation
 from .judges import NAMES, accuracy_text, other_judges
@@ -19,7 +21,8 @@ from .settings import EvaluateConfig
 def evaluate_model(config: EvaluateConfig) -> None:
     """Answer the items, print the accuracy and write the figures with a record of each item."""
     task = get_task(config.task)
-    examples = load_examples(
+    prompt_format = PromptFormat.of(config)
+    source = load_examples(
         config.task,
         config.data,
         config.split,
@@ -27,9 +30,12 @@ def evaluate_model(config: EvaluateConfig) -> None:
         config.difficulty,
         image_root=config.image_root,
         options=replace(DataOptions.of(config), split=config.split),
-    ).all(config.samples)
+    )
     config = with_start(config)
-    policy = make_policy(*load_pretrained(config), config)
+    policy = make_policy(*load_pretrained(config), config, prompt_format)
+    check_data(source, policy, config, config.samples)
+    examples = source.all(config.samples)
+    print(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
     records = evaluate(
         policy,
         task.judge(config.judge),

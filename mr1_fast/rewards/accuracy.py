@@ -14,15 +14,21 @@ CompletionJudge = Callable[[str, str], Verdict]
 def judge_completion(completion: str, solution: str, untagged: bool = False) -> Verdict:
     """Return the strict verdict on a completion: its one answer tag must hold the solution.
 
-    Nothing outside the tag counts. A completion without any answer tag is wrong, or with
-    `untagged` judged as a whole.
+    Nothing outside the tag counts, neither for the answer nor against it. A completion with no
+    answer tag is wrong; with `untagged` it is judged as a whole, without the reasoning that ends
+    with `</think>`. A completion with several answer tags is always wrong.
     """
     answer = tagged_answer(completion)
-    if answer is None and untagged and not ("<answer>" in completion or "</answer>" in completion):
-        answer = completion
-    if answer is None:
-        return Verdict(False, "there is not exactly one answer tag")
-    return judge(answer, solution)
+    if answer is not None:
+        return judge(answer, solution)
+    tags = max(completion.count("<answer>"), completion.count("</answer>"))
+    if tags == 0 and untagged:
+        return judge(completion.rpartition("</think>")[2], solution)
+    if tags == 0:
+        return Verdict(False, "there is no answer tag")
+    if tags > 1:
+        return Verdict(False, f"there are {tags} answer tags")
+    return Verdict(False, "the answer tag is not complete")
 
 
 @reward("accuracy")

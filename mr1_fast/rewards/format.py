@@ -10,19 +10,21 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def format_reward(completion: str, example: Example) -> float:
     """Return 1.0 if the completion is `<think>…</think>` and `<answer>…</answer>`, otherwise 0.0.
 
-    Only white space may stand between the two. Each tag must occur exactly once: R1-V's pattern
-    `<think>.*?</think>\\s*<answer>.*?</answer>` also matches repeated tags, so a model could put
-    several answers in one completion. As with R1-V's fullmatch, nothing may precede or follow, not
-    even white space.
+    Each tag must occur exactly once, and hold more than white space. Only white space may stand
+    before, between and after the two: models often end with a line break, which says nothing.
+
+    R1-V's pattern `<think>.*?</think>\\s*<answer>.*?</answer>` differs in three ways: it accepts
+    empty tags, which a model can write without an answer; it accepts repeated tags, and so several
+    answers; and it refuses white space at the ends.
     """
     if any(completion.count(tag) != 1 for tag in TAGS):
         return 0.0
-    if not (completion.startswith("<think>") and completion.endswith("</answer>")):
-        return 0.0
-    thinking_ends, answer_starts = completion.find("</think>"), completion.find("<answer>")
-    between = completion[thinking_ends + len("</think>") : answer_starts]
-    is_blank = not between or between.isspace()
-    return float(thinking_ends < answer_starts and is_blank)
+    before, _, rest = completion.partition("<think>")
+    thinking, _, rest = rest.partition("</think>")
+    between, _, rest = rest.partition("<answer>")
+    answer, closing, after = rest.partition("</answer>")
+    is_in_order = bool(closing) and not (before + between + after).strip()
+    return float(is_in_order and bool(thinking.strip()) and bool(answer.strip()))
 
 
 def tagged_answer(completion: str) -> str | None:

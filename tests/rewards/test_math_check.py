@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mr1_fast.rewards import accuracy_reward, format_reward, math_check, score
+from mr1_fast.rewards import accuracy_reward, format_reward, judge, judge_completion, math_check
+from mr1_fast.rewards.answers import kind_of
 from mr1_fast.rewards.math_check import math_answer, math_equal
-from mr1_fast.tasks import counting
+from mr1_fast.rewards.r1v import r1v_counting, r1v_reward
 
 from ..data.hostile import (
     endless,
@@ -83,7 +84,12 @@ def test_ten_thousand_hostile_strings(tmp_path):
     calls = {
         "format": lambda text: format_reward(text, item),
         "accuracy": lambda text: accuracy_reward(text, item),
-        "counting": lambda text: counting.is_correct(text, "3"),
+        "judge": lambda text: judge(text, "2√3 cm").right,
+        "judge's solution": lambda text: judge("3 or 4", text[:1000]).right,
+        "judge of itself": lambda text: judge(text[:1000], text[-1000:]).right,
+        "judge_completion": lambda text: judge_completion(text, "3x + 2", untagged=True).right,
+        "kind_of": lambda text: len(kind_of(text)) < 20,
+        "r1v_counting": lambda text: r1v_counting(text, "3").right,
         "math_equal": lambda text: math_equal(text, "3", seconds=0.3),
         "math_answer": lambda text: len(math_answer(text, seconds=0.3) or "") <= 8192 or "too long",
     }
@@ -135,9 +141,7 @@ def test_threads_share_the_worker():
     verdicts, answers = {}, {}
 
     def ask(k: int) -> None:
-        verdicts[k] = score(
-            [f"<answer> {n}/1 </answer>" for n in range(8)], [example(str(k))], {"accuracy": 1.0}
-        )[0]
+        verdicts[k] = [r1v_reward(f"<answer> {n}/1 </answer>", str(k)).right for n in range(8)]
 
     def read(k: int) -> None:
         answers[k] = [math_answer(f"<answer> {n} </answer>") for n in range(k, k + 8)]
@@ -146,9 +150,7 @@ def test_threads_share_the_worker():
     for act in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             act(thread)
-    assert {k: v[0].tolist() for k, v in verdicts.items()} == {
-        k: [float(n == k) for n in range(8)] for k in range(8)
-    }
+    assert verdicts == {k: [n == k for n in range(8)] for k in range(8)}
     assert answers == {k: [str(n) for n in range(k, k + 8)] for k in range(8)}
 
 

@@ -1,4 +1,4 @@
-"""Verdicts on a completion's format and answer, beside R1-V's rule and its published verdicts."""
+"""R1-V's rules: what they read in a completion, and the published verdicts that pin them."""
 
 import json
 import random
@@ -7,80 +7,63 @@ from pathlib import Path
 
 import pytest
 
-from mr1_fast.rewards import accuracy_reward, format_reward, number_verdict
 from mr1_fast.rewards.math_check import math_equal
-from mr1_fast.tasks import counting
-
-from ..data.hostile import example
+from mr1_fast.rewards.r1v import (
+    number_verdict,
+    r1v_counting,
+    r1v_geometry,
+    r1v_reward,
+    tagged_integer,
+)
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 published = pytest.mark.skipif(not DATA.is_dir(), reason="the published outputs are not here")
 
 
-def test_format():
-    good = "<think>a\n</think>\n \t<answer>\n3</answer>"
-    bad = [
-        "",
-        "3",
-        " " + good,
-        good + "\n",
-        good + "<answer>4</answer>",
-        good.upper(),
-        good.replace("\t", "so"),
-    ]
-    bad += ["<answer>3</answer><think>a</think>", "<think>a<answer>3</think></answer>"]
-    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-        bad += [
-            good.replace(tag, ""),
-            good.replace(tag, 2 * tag),
-            good.replace("a\n", tag),
-            good.replace("3", tag),
-        ]
-    for text in (good, "<think>a</think><answer>3</answer>", "<think></think><answer></answer>"):
-        assert format_reward(text, example("3")) == 1.0
-    for text in bad:
-        assert format_reward(text, example("3")) == 0.0, text
-
-
-def test_accuracy():
+def test_the_reward_reads_the_whole_completion_as_r1v_does():
     cases = [
-        (" 3 ", "3", 1.0),
-        (" 3 ", "4", 0.0),
-        (" 145° ", "145", 1.0),
-        ("3.0", "3", 0.0),
-        (" -3 ", "3", 0.0),
+        (" 3 ", "3", True),
+        (" 3 ", "4", False),
+        (" 145° ", "145", True),
+        ("3.0", "3", False),
+        (" -3 ", "3", False),
+        (r" $\frac{2}{4}$ ", r"\frac{1}{2}", True),
+        (r" $\frac{2}{5}$ ", r"\frac{1}{2}", False),
+        ("", "", False),
+        ("\n    3\n", "3", True),
+        (" (√{3}+1)小时 ", "(√{3}+1)小时", True),
+        (" (√{3}+1)小时 ", "(√{3}+2)小时", False),
     ]
-    cases += [
-        (r" $\frac{2}{4}$ ", r"\frac{1}{2}", 1.0),
-        (r" $\frac{2}{5}$ ", r"\frac{1}{2}", 0.0),
-        ("", "", 0.0),
-    ]
-    cases += [
-        ("\n    3\n", "3", 1.0),
-        (" (√{3}+1)小时 ", "(√{3}+1)小时", 1.0),
-        (" (√{3}+1)小时 ", "(√{3}+2)小时", 0.0),
-    ]
-    for answer, solution, value in cases:
-        assert (
-            accuracy_reward(f"<think>so 7</think><answer>{answer}</answer>", example(solution))
-            == value
-        ), answer
+    for answer, solution, right in cases:
+        text = f"<think>so 7</think><answer>{answer}</answer>"
+        assert r1v_reward(text, solution).right == right, answer
     # R1-V reads the number after the word "answer", or, without a space in the tag, the last one.
-    assert accuracy_reward("the answer is 7 <answer>\n    3 </answer>", example("7")) == 1.0
-    assert accuracy_reward("so it is 7. <answer>3</answer>", example("7")) == 1.0
-    assert (
-        accuracy_reward("so it is 7. <answer>3</answer>", example("3")) == 1.0
-    )  # the exact text counts as well
-    assert (
-        accuracy_reward("<answer> 3/1 </answer>" + " so" * 3000, example("3")) == 0.0
-    )  # only the end is read
+    assert r1v_reward("the answer is 7 <answer>\n    3 </answer>", "7").right
+    assert r1v_reward("so it is 7. <answer>3</answer>", "7").right
+    assert r1v_reward("so it is 7. <answer>3</answer>", "3").right  # the exact text counts as well
+    # Only the end of a long completion is read.
+    assert not r1v_reward("<answer> 3/1 </answer>" + " so" * 3000, "3").right
 
 
-def r1v_accuracy(output: str, solution: str) -> float:
+def test_the_first_tagged_integer_is_what_evaluation_counts():
+    assert r1v_counting("<answer>\n 4 </answer>", "4").right
+    assert r1v_counting("<answer> four </answer> <answer> 4 </answer>", "4").right
+    for text in (
+        "<answer> 4.0 </answer>",
+        "4",
+        "<answer> 5 </answer>",
+        "<answer> 4 apples </answer>",
+    ):
+        assert not r1v_counting(text, "4").right
+    assert tagged_integer("<answer> 1234567890 </answer>") is None
+    assert not r1v_counting("<answer> 4 </answer>", "four").right
+
+
+def plain_reward(output: str, solution: str) -> bool:
     """R1-V's accuracy_reward without short cuts, as the reference."""
     found = re.search(r"<answer>(.*?)</answer>", output)
     text = found.group(1).strip() if found else output.strip()
-    return float(math_equal(output, solution) or text == solution.strip())
+    return math_equal(output, solution) or text == solution.strip()
 
 
 def test_the_fast_path_for_numbers_agrees_with_math_verify():
@@ -140,11 +123,11 @@ def test_published_geometry_verdicts():
     results = json.loads((DATA / "geoqa_test_qwen2vl_7b_instruct_outputs.json").read_text())[
         "results"
     ]
-    verdicts = [math_equal(r["model_output"], r["ground_truth"]) for r in results]
+    verdicts = [r1v_geometry(r["model_output"], r["ground_truth"]).right for r in results]
     assert verdicts == [r["is_correct"] for r in results]
     assert (len(verdicts), sum(verdicts)) == (754, 231)
-    scored = [accuracy_reward(r["model_output"], example(r["ground_truth"])) for r in results]
-    assert scored == [r1v_accuracy(r["model_output"], r["ground_truth"]) for r in results]
+    scored = [r1v_reward(r["model_output"], r["ground_truth"]).right for r in results]
+    assert scored == [plain_reward(r["model_output"], r["ground_truth"]) for r in results]
     # The two whose tag is right in text, while math-verify reads a number from the reasoning.
     assert [i for i, (a, b) in enumerate(zip(scored, verdicts, strict=True)) if a != b] == [
         361,
@@ -163,8 +146,7 @@ def test_published_counting_verdicts():
     )
     for r in results:
         output, solution = r["model_output"], str(r["ground_truth"])
-        assert counting.is_correct(output, solution) == (r["extracted_answer"] == r["ground_truth"])
-        verdict = math_equal(output, solution)
-        assert (
-            accuracy_reward(output, example(solution)) == r1v_accuracy(output, solution) == verdict
-        )
+        right = r["extracted_answer"] == r["ground_truth"]
+        assert r1v_counting(output, solution).right == right
+        reward = r1v_reward(output, solution).right
+        assert reward == plain_reward(output, solution) == math_equal(output, solution)

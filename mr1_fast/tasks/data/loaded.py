@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError
 from ...types import Example
+from .digests import digest_of
 from .epochs import check_limit, shuffled
-from .images import decode
+from .images import ImageReader, image_path
 from .layouts import COLUMNS, check_columns, looks_like_images, one_of, read_fields, read_thinking
 from .options import DEFAULTS, DataOptions
 from .table import Table
@@ -44,17 +44,25 @@ class LoadedExamples:
             raise UserError(f"{source} is empty: give data with at least one row.")
         self.source = source
         self.seed = seed
-        self.image_root = Path(image_root).expanduser()
-        self.archive = archive
-        self.rows = len(rows) if limit is None else min(limit, len(rows))
-        """How many rows there are to read, which are the first ones of the data."""
+        self._images = ImageReader(
+            Path(image_root).expanduser(), fenced, archive, options.allow_urls
+        )
+        self._limit = len(rows) if limit is None else limit
         self._table = Table(rows)
-        self._kept: Sequence[int] = range(self.rows)
+        self._kept: Sequence[int] = range(len(rows))
         self._columns = check_columns(self._table.names, options.columns, source, options.lenient)
         self._check_images()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return min(self._limit, len(self._kept))
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The numbers of all rows that are not left out, counted from 0, in their order.
+
+        Examples are taken from the first of them.
+        """
+        return self._kept
 
     def take(self, step: int, count: int) -> list[Example]:
         """Return the `count` examples of training step `step`, counted from 0.
@@ -69,7 +77,7 @@ class LoadedExamples:
 
         There may be fewer.
         """
-        return [self.read(index) for index in self._kept[:count]]
+        return [self.read(index) for index in self._kept[: min(count, len(self))]]
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Take no examples from the rows of these numbers, counted from 0, from now on.
@@ -90,21 +98,31 @@ class LoadedExamples:
         fields = read_fields(self._table.row(index), self._columns, name)
         return Example(
             problem=fields.problem,
-            images=tuple(
-                decode(cell, self.image_root, self.archive, name) for cell in fields.images
-            ),
+            images=tuple(self._images.read(cell, name) for cell in fields.images),
             solution=fields.solution,
             thinking=fields.thinking,
-            key=_key(fields.images) or f"row {index + 1}",
+            key=" ".join(filter(None, map(image_path, fields.images))) or f"row {index + 1}",
             source=name,
             extra=fields.extra,
         )
+
+    def digest(self, index: int) -> str:
+        """Return what identifies the content of a row: its cells, and its image files as they are.
+
+        Of a file, that is its place, its size and when it was last changed.
+        """
+        row = self._table.row(index)
+        try:
+            images = read_fields(row, self._columns, self._name(index)).images
+        except UserError:
+            images = []
+        return digest_of(row, *map(self._images.stamp, images))
 
     def require_thinking(self) -> None:
         """Raise UserError unless every row has a worked solution for supervised training."""
         names = self._table.names
         table = self._table.without(COLUMNS["images"])
-        for index in self._kept:
+        for index in self._kept[: len(self)]:
             if read_thinking(table.row(index), self._columns, self._name(index)):
                 continue
             if "thinking" not in names and index == self._kept[0]:
@@ -133,13 +151,3 @@ class LoadedExamples:
     def _name(self, index: int) -> str:
         """Return what messages call a row."""
         return f"row {index + 1} of {self.source}"
-
-
-def _key(images: list[Any]) -> str:
-    """Return the names of the images that have short ones."""
-    names = [cell.get("path") if isinstance(cell, dict) else cell for cell in images]
-    return " ".join(
-        name
-        for name in names
-        if isinstance(name, str) and len(name) < 300 and not name.startswith("data:")
-    )

@@ -111,7 +111,7 @@ FAULTS = {
     "number as image": (
         "rows.jsonl",
         [ROW | {"image": 7}],
-        "the image in row 1 of .* cannot be decoded",
+        "the image in row 1 of .* is neither a path nor encoded bytes",
     ),
     "no content": (
         "rows.jsonl",

@@ -93,19 +93,37 @@ def test_supervised_training_reads_the_reasoning_in_solutions():
 
 def test_rows_that_are_left_out_are_not_taken():
     rows = [{"problem": "?", "solution": str(index)} for index in range(10)]
-    examples = LoadedExamples(rows, "rows", 0, limit=8)
-    assert (examples.rows, len(examples)) == (8, 8)
+    examples = LoadedExamples(rows, "rows", 0, limit=6)
+    assert (list(examples.indices), len(examples)) == (list(range(10)), 6)
     examples.leave_out([0, 3])
-    examples.leave_out([3, 7, 9])
-    assert (examples.rows, len(examples)) == (8, 5)
-    assert [item.solution for item in examples.all(99)] == list("12456")
+    examples.leave_out([3, 7])
+    assert [item.solution for item in examples.all(99)] == list("124568")  # the next take its place
     assert [item.solution for item in examples.all(2)] == list("12")
-    epochs = [[item.solution for item in examples.take(step, 5)] for step in range(3)]
-    assert all(sorted(epoch) == list("12456") for epoch in epochs)
+    epochs = [[item.solution for item in examples.take(step, 6)] for step in range(3)]
+    assert all(sorted(epoch) == list("124568") for epoch in epochs)
+    examples.leave_out([8, 9])
+    assert (list(examples.indices), len(examples)) == ([1, 2, 4, 5, 6], 5)
     third = examples.read(3)  # also what is left out
     assert (third.solution, third.source, third.key) == ("3", "row 4 of rows", "row 4")
     with pytest.raises(UserError, match="rows has no row that can be used: correct its rows"):
         examples.leave_out(range(10))
+
+
+def test_a_digest_follows_the_cells_and_the_files(tmp_path):
+    for name in ("1.png", "2.png"):
+        picture(1).save(tmp_path / name)
+    rows = [ROW, ROW | {"image": "2.png"}, ROW | {"solution": "2"}, dict(ROW), {"solution": "1"}]
+    rows[-1]["problem"] = ["not understood"]
+
+    def digests():
+        examples = LoadedExamples(rows, "rows", 0, image_root=tmp_path)
+        return [examples.digest(index) for index in range(len(rows))]
+
+    before = digests()
+    assert before[0] == before[3] and len(set(before)) == 4
+    picture(2).resize((40, 40)).save(tmp_path / "1.png")
+    after = digests()
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -115,7 +133,7 @@ def test_rows_may_be_read_from_several_threads(as_list, tmp_path):
         list(rows.with_format("arrow").to_list()) if as_list else rows, "r", 0
     )
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(examples.read, list(range(examples.rows)) * 5))
+        read = list(pool.map(examples.read, list(examples.indices) * 5))
     assert contents(read) == contents(examples.all(40)) * 5
 
 
