@@ -97,7 +97,7 @@ class TaskConfig:
     data_split: str | None = None
     """Name of the split in --data that is trained on, such as testmini; by default train."""
     data_config: str | None = None
-    """Configuration of a hub data set that has several, such as Accounting of MMMU."""
+    """Configuration of a data set that has several, such as Accounting of MMMU."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of the data by what they hold (images, problem, solution, thinking), where they have
     names that are not recognised, for example '{"problem": "query"}'."""
@@ -283,8 +283,8 @@ class RunConfig:
     """Held-out data: like --data, or one of the test sets superclevr200 and geoqa, which need
     --image-root; by default the test split of --data."""
     eval_split: str | None = None
-    """Name of the split that is held out, such as validation; by default test. A file that
-    --eval-data names is held out as a whole."""
+    """Name of the split that is held out, such as validation; by default test, or validation where
+    there is no test split. A file that --eval-data names is held out as a whole."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
 

@@ -80,14 +80,9 @@ class LoadedExamples:
         return [self.read(index) for index in self._kept[: min(count, len(self))]]
 
     def leave_out(self, indices: Iterable[int]) -> None:
-        """Take no examples from the rows of these numbers, counted from 0, from now on.
-
-        Raises UserError if no row is left.
-        """
+        """Take no examples from the rows of these numbers, counted from 0, from now on."""
         left_out = set(indices)
         self._kept = [index for index in self._kept if index not in left_out]
-        if not self._kept:
-            raise UserError(f"{self.source} has no row that can be used: correct its rows.")
 
     def read(self, index: int) -> Example:
         """Return the example of the row `index`, counted from 0, whether or not it is left out.
