@@ -105,7 +105,7 @@ def prepare(config: TrainConfig) -> Run:
         reference=reference,
         schedule=config.kl_schedule(),
         source=source,
-        held_out=held_out.all(config.eval_samples) if held_out else [],
+        held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         log=log,
         memory=memory,
         start_fingerprint=start_fingerprint,

@@ -141,7 +141,7 @@ ROWS = {
     "no rows": ([], "data is empty: give data with at least one row"),
     "wrong column": (
         [{"picture": "1.png", "problem": "?", "solution": "1"}],
-        "no column 'image' .*found: picture",
+        "no column 'image', .*found: picture",
     ),
     "no solution": ([{"image": "1.png", "problem": "?"}], "no column 'solution', 'answer'"),
     "missing image": (
