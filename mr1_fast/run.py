@@ -76,10 +76,7 @@ def prepare(config: TrainConfig) -> Run:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
     self_test(resolve_device(config))
-    source = configured_examples(config, "train", limit=config.train_samples)
-    if config.algo == "sft" and config.sft_target == "solution":
-        source.require_thinking()
-    held_out = held_out_examples(config)
+    source, held_out = load_data(config)
 
     log = RunLog(config)
     policy = load_policy(config)
@@ -114,6 +111,25 @@ def prepare(config: TrainConfig) -> Run:
     log.say(f"the first prompt:\n{printable(policy.encode.rendered(first[0]))}\n")
     log.say(describe(run) + "\n" + memory.render())
     return run
+
+
+def load_data(
+    config: TrainConfig,
+) -> tuple[DrawnExamples | LoadedExamples, DrawnExamples | LoadedExamples | None]:
+    """Return where training items and held-out items come from; None for no evaluation.
+
+    Raises UserError for data that cannot be used, as far as that shows without a model.
+    """
+    source = configured_examples(config, "train", limit=config.train_samples)
+    if config.algo == "sft" and config.sft_target == "solution":
+        source.require_thinking()
+    held_out = held_out_examples(config)
+    if config.bad_rows == "stop":
+        # What is wrong with all rows shows here, before a model is loaded or made.
+        source.all(1)
+        if held_out is not None:
+            held_out.all(1)
+    return source, held_out
 
 
 def held_out_examples(config: TrainConfig) -> DrawnExamples | LoadedExamples | None:
