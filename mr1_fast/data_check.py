@@ -7,8 +7,9 @@ from dataclasses import fields
 
 from .config import TaskConfig, cache_folder
 from .errors import UserError
-from .model.policy import Policy
+from .model.prompt import PromptWriter
 from .rewards.answers import kind_of
+from .start import load_writer
 from .tasks.data import DrawnExamples, LoadedExamples
 from .tasks.data.check import RowMemory, check_rows, settle_bad_rows
 from .types import Example
@@ -20,27 +21,27 @@ LIMITS = ("max_prompt_tokens", "max_pixels", "shrink_images")
 
 def check_data(
     source: DrawnExamples | LoadedExamples | None,
-    policy: Policy,
     config: TaskConfig,
     count: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Check every row of loaded data, or as many as give `count` good ones, for use with a policy.
+    """Check every row of loaded data, or as many as give `count` good ones, for use with a model.
 
-    `config` has the settings of the task and of the model.
+    `config` has the settings of the task and of the model, whose weights are not loaded.
     A row must load, its images must decode, its prompt must keep the limits of the settings, and
     its solution must be one that the judge can read. With `--bad-rows skip`, the others are left
     out of `source`; otherwise UserError is raised, which names them. Drawn examples need no check.
     """
     if not isinstance(source, LoadedExamples):
         return
+    writer = load_writer(config)
 
     def check(example: Example) -> None:
-        policy.encode.length(example)
+        writer.length(example)
         if config.judge == "strict":
             check_solution(example)
 
-    folder, key = cache_folder() / "rows", _settings_digest(policy, config)
+    folder, key = cache_folder() / "rows", _settings_digest(writer, config)
     bad = check_rows(source, check, RowMemory(folder / f"{key}.txt"), count)
     report = folder / f"{key}-bad.txt"
     settle_bad_rows(source, bad, config.bad_rows == "skip", report, say)
@@ -56,11 +57,11 @@ def check_solution(example: Example) -> None:
         )
 
 
-def _settings_digest(policy: Policy, config: TaskConfig) -> str:
+def _settings_digest(writer: PromptWriter, config: TaskConfig) -> str:
     """Return what identifies all that a row's verdict depends on beside the row itself."""
     settings = {f.name: getattr(config, f.name) for f in fields(TaskConfig)}
     settings |= {name: getattr(config, name) for name in LIMITS}
-    processor = policy.processor
+    processor = writer.processor
     model = [
         len(processor.tokenizer),
         processor.chat_template,

@@ -79,9 +79,9 @@ def prepare(config: TrainConfig) -> Run:
     source, held_out = load_data(config)
 
     log = RunLog(config)
+    check_data(source, config, say=log.say)
+    check_data(held_out, config, config.eval_samples, log.say)
     policy = load_policy(config)
-    check_data(source, policy, config, say=log.say)
-    check_data(held_out, policy, config, config.eval_samples, log.say)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
@@ -116,19 +116,11 @@ def prepare(config: TrainConfig) -> Run:
 def load_data(
     config: TrainConfig,
 ) -> tuple[DrawnExamples | LoadedExamples, DrawnExamples | LoadedExamples | None]:
-    """Return where training items and held-out items come from; None for no evaluation.
-
-    Raises UserError for data that cannot be used, as far as that shows without a model.
-    """
+    """Return where training items and held-out items come from; None for no evaluation."""
     source = configured_examples(config, "train", limit=config.train_samples)
     if config.algo == "sft" and config.sft_target == "solution":
         source.require_thinking()
     held_out = held_out_examples(config)
-    if config.bad_rows == "stop":
-        # What is wrong with all rows shows here, before a model is loaded or made.
-        source.all(1)
-        if held_out is not None:
-            held_out.all(1)
     return source, held_out
 
 

@@ -19,9 +19,10 @@ from .config import (
     cache_folder,
 )
 from .files import atomic_folder
-from .model.load import load_pretrained, make_policy
+from .model.load import load_pretrained, load_processor, make_policy
 from .model.policy import Policy
 from .model.processor import ImageTextProcessor
+from .model.prompt import PromptWriter
 from .model.tiny import tiny_config, tiny_model, tiny_processor
 from .optim import make_optimizer, update
 from .rollout.sampling import Sampling
@@ -142,6 +143,14 @@ def with_start(config: Config) -> Config:
     # A task without drawn items has none to start on; counting teaches the form of an answer.
     task = config if get_task(config.task).draw else TaskConfig(task="counting")
     return replace(config, model=str(supervised_start(config.model, [task], config.seed)))
+
+
+def load_writer(config: Config) -> PromptWriter:
+    """Load what writes the prompts of a run, without the weights of its model."""
+    is_built_in = config.model in BUILT_IN
+    processor = tiny_processor() if is_built_in else load_processor(config)
+    limits = (config.max_prompt_tokens, config.max_pixels, config.shrink_images)
+    return PromptWriter(processor, *limits, PromptFormat.of(config))
 
 
 def load_policy(config: Config) -> Policy:

@@ -184,11 +184,11 @@ def test_a_single_file_needs_held_out_data_too(run_args, tmp_path):
 SIZES = {
     "image too large": (
         {"max_pixels": 3000},
-        r"an image of example '1.png' has 56×56 pixels, more than max_pixels = 3000",
+        r"4 rows of .* be used: an image of row 1 of .*/data has 56×56 pixels, more than max_pix",
     ),
     "prompt too long": (
         {"max_prompt_tokens": 20},
-        r"the prompt of example '1.png' has \d+ tokens, more than max_prompt",
+        r"4 rows of .* be used: the prompt of row 1 of .*/data has \d+ tokens, more than max_",
     ),
 }
 
@@ -294,11 +294,11 @@ COMMANDS = {
     "no network": (["-m", "mr1_fast.train", "--model", "Qwen/Qwen2-VL-2B-Instruct"], "model Qwen/"),
     "missing image": (
         ["-m", "mr1_fast.train", "--algo", "sft", "--data", "data"],
-        "image file data/2.png (row 2 of data) is missing",
+        "1 row of data cannot be used: image file data/2.png (row 2 of data) is missing",
     ),
     "evaluation": (
         ["-m", "mr1_fast.evaluate", "--model", "TINY", "--data", "data", "--max-pixels=9"],
-        "an image of",
+        "2 rows of data cannot be used: an image of row 1 of data has 56×56 pixels",
     ),
 }
 
@@ -335,7 +335,7 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
         sys, "argv", ["evaluate", *argv, "--output", str(tmp_path / "out" / "evaluation.json")]
     )
     with pytest.raises(
-        UserError, match=r"the prompt of example '1.png' has .* raise --max-prompt-tokens"
+        UserError, match=r"the prompt of row 1 of .* has .* raise --max-prompt-tokens"
     ):
         evaluate_command.evaluate_model(parse_evaluate(sys.argv[1:]))
     assert not (tmp_path / "out").exists()

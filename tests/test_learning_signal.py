@@ -2,6 +2,8 @@
 
 from mr1_fast.learning_signal import STEPS, LearningSignal
 
+from .data.runs import run
+
 FLAT = {"finished": 1.0, "zero_variance": 1.0, "reward_min": 1.0, "reward_max": 1.0}
 
 
@@ -44,3 +46,11 @@ def test_cut_completions_are_named_whether_or_not_rewards_differ():
 
 def test_supervised_training_has_no_rewards_to_watch():
     assert said([{"loss": 1.0}] * 20) == []
+
+
+def test_a_flat_run_says_so_on_the_screen(run_args, tmp_path, capsys):
+    settings = dict(max_new_tokens=4, steps=3, eval_samples=0, extra_rewards="{}")
+    run(run_args(tmp_path / "run", **settings))
+    said = capsys.readouterr().out
+    assert said.count("nothing is learnt: in no group of the last 3 steps") == 1
+    assert said.count("completions are cut: ") == 1 and "--max-new-tokens" in said

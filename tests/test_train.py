@@ -26,6 +26,8 @@ from .data.runs import run
 
 KEYS = {
     "reward",
+    "reward_min",
+    "reward_max",
     "accuracy",
     "format",
     "letters",

@@ -31,9 +31,9 @@ def evaluate_model(config: EvaluateConfig) -> None:
         image_root=config.image_root,
         options=replace(DataOptions.of(config), split=config.split),
     )
+    check_data(source, config, config.samples)
     config = with_start(config)
     policy = make_policy(*load_pretrained(config), config, prompt_format)
-    check_data(source, policy, config, config.samples)
     examples = source.all(config.samples)
     print(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
     records = evaluate(

@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -78,9 +80,29 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
         model, processor = load_pretrained(dataclasses.replace(config, model=base))
         model.load_adapter(name)
         return model, processor
+    with _loading(name):
+        return _read(name, config)
+
+
+def load_processor(config: ModelConfig) -> ImageTextProcessor:
+    """Load the processor alone of a model in a local folder or on the hub.
+
+    Raises UserError as load_pretrained does.
+    """
+    name = config.model
+    restore_folder(Path(name))
+    if base := adapter_base(name):
+        return load_processor(dataclasses.replace(config, model=base))
+    with _loading(name):
+        return ImageTextProcessor.load(name)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises for the model `name` into one sentence."""
     try:
         with model_access(name):
-            model, processor = _read(name, config)
+            yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that do not fit together fail in many ways
@@ -95,7 +117,6 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
                 "network, or download it elsewhere and pass the folder"
             )
         raise UserError(f"model {name} cannot be loaded; {hint} ({first_line(error)}).") from error
-    return model, processor
 
 
 def _read(name: str, config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:

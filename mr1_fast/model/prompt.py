@@ -18,27 +18,25 @@ from .processor import ImageTextProcessor
 from .prompt_text import PromptText
 
 
-class PromptEncoder:
-    """Encodes examples with a model's processor, within limits that the user sets.
+class PromptWriter:
+    """Writes examples as text and token ids, within limits that the user sets.
 
     `max_prompt_tokens` limits the text and image tokens of a prompt, `max_pixels` the width ×
     height of an image. A prompt is never cut: a longer one raises UserError. So does an image that
     is larger, or thinner than the model takes, unless `shrink_images` is true. `prompt_format` puts
     examples into words.
 
-    `length` and `rendered` may be called from several threads.
+    It needs a model's processor and not its weights, and may be used from several threads.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         processor: ImageTextProcessor,
         max_prompt_tokens: int = 1024,
         max_pixels: int = 401_408,
         shrink_images: bool = False,
         prompt_format: PromptFormat | None = None,
     ):
-        self.inner = base_model(model).model
         self.processor = processor
         self.max_prompt_tokens = max_prompt_tokens
         self.max_pixels = max_pixels
@@ -54,30 +52,6 @@ class PromptEncoder:
     def text(self) -> PromptText:
         """The chat template and the tokenizer."""
         return PromptText(self.processor)
-
-    def __call__(self, example: Example) -> Prompt:
-        """Encode one example; the tensors are on the CPU."""
-        input_ids = torch.tensor(self._ids(example))
-        encoded = {}
-        if example.images:
-            with _named(example):
-                fitted = [self.sizes.fit(image) for image in example.images]
-                encoded = self.processor.image_processor(images=fitted, return_tensors="pt")
-        grids = encoded.get("image_grid_thw")
-        is_image = input_ids == self.processor.image_token_id
-        position_ids = self._positions(input_ids, is_image, grids)
-        return Prompt(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            next_position=int(position_ids.max()) + 1,
-            pixel_values=encoded.get("pixel_values"),
-            image_grid_thw=grids,
-            num_image_tokens=int(is_image.sum()),
-        )
-
-    def many(self, examples: list[Example]) -> list[Prompt]:
-        """Encode examples one after the other; the tensors are on the CPU."""
-        return [self(example) for example in examples]
 
     def length(self, example: Example) -> int:
         """Return how many tokens the example's prompt has, without a look at its pixels.
@@ -136,6 +110,46 @@ class PromptEncoder:
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         return messages
+
+
+class PromptEncoder(PromptWriter):
+    """Encodes examples as the inputs of a model; the other arguments are those of PromptWriter."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ImageTextProcessor,
+        max_prompt_tokens: int = 1024,
+        max_pixels: int = 401_408,
+        shrink_images: bool = False,
+        prompt_format: PromptFormat | None = None,
+    ):
+        super().__init__(processor, max_prompt_tokens, max_pixels, shrink_images, prompt_format)
+        self.inner = base_model(model).model
+
+    def __call__(self, example: Example) -> Prompt:
+        """Encode one example; the tensors are on the CPU."""
+        input_ids = torch.tensor(self._ids(example))
+        encoded = {}
+        if example.images:
+            with _named(example):
+                fitted = [self.sizes.fit(image) for image in example.images]
+                encoded = self.processor.image_processor(images=fitted, return_tensors="pt")
+        grids = encoded.get("image_grid_thw")
+        is_image = input_ids == self.processor.image_token_id
+        position_ids = self._positions(input_ids, is_image, grids)
+        return Prompt(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            next_position=int(position_ids.max()) + 1,
+            pixel_values=encoded.get("pixel_values"),
+            image_grid_thw=grids,
+            num_image_tokens=int(is_image.sum()),
+        )
+
+    def many(self, examples: list[Example]) -> list[Prompt]:
+        """Encode examples one after the other; the tensors are on the CPU."""
+        return [self(example) for example in examples]
 
     def _positions(
         self, ids: torch.Tensor, is_image: torch.Tensor, grids: torch.Tensor | None

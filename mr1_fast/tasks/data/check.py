@@ -20,7 +20,7 @@ from ...types import Example
 from .loaded import LoadedExamples
 
 SHOWN = 2
-"""How many faults a message shows; a file has all of them."""
+"""How many faults a message shows; of more it shows the first, and a file has all of them."""
 BATCH = 512
 """Rows that are checked before their results are looked at."""
 
@@ -47,10 +47,10 @@ class RowMemory:
         except (OSError, ValueError):
             return set()
 
-    def write(self, digests: set[str]) -> None:
-        """Replace the file's digests; a cache that cannot be written is no reason to stop."""
+    def add(self, digests: set[str]) -> None:
+        """Add digests to the file; a cache that cannot be written is no reason to stop."""
         try:
-            write_text(self.path, "\n".join(sorted(digests)) + "\n")
+            write_text(self.path, "\n".join(sorted(self.read() | digests)) + "\n")
         except UserError:
             return
 
@@ -92,7 +92,8 @@ def check_rows(
                     found += 1
                 else:
                     bad.append(BadRow(index, fault))
-    memory.write(good)
+    if not good <= known:
+        memory.add(good)
     return bad
 
 
@@ -110,10 +111,10 @@ def settle_bad_rows(
     if not bad:
         return
     faults = [row.fault for row in bad]
-    shown = " ".join(faults[:SHOWN])
+    shown = " ".join(faults)
     if len(bad) > SHOWN:
         write_text(report, "\n".join(faults) + "\n")
-        shown += f" … (all in {report})"
+        shown = f"{faults[0]} All are in {report}."
     rows = "row" if len(bad) == 1 else "rows"
     if not skip:
         raise UserError(
