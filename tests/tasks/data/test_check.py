@@ -119,7 +119,8 @@ def test_bad_rows_may_be_left_out(tmp_path):
 
 
 def test_many_faults_are_all_in_a_file(tmp_path):
-    with pytest.raises(UserError, match=rf"^5 rows .* row 2 of rows is refused. All are in {tmp_path}/bad.txt. Mend"):
+    sentence = rf"^5 rows .* row 2 of rows is refused. All are in {tmp_path}/bad.txt. Mend"
+    with pytest.raises(UserError, match=sentence):
         settle(examples(9), list("12345"), tmp_path, skip=False)
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 5
 
