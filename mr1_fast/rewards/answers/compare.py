@@ -96,7 +96,8 @@ def folded(text: str) -> str:
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    words = _ARTICLE.sub("", text).strip(" .!").split()
+    text = re.sub(r" ?([^\w ]) ?", r"\1", _ARTICLE.sub("", text).strip(" .!"))
+    words = text.split()
     has_number = any(char.isdecimal() for char in text)
     return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)
 

@@ -216,7 +216,8 @@ _RELATION = re.compile("[=<>≤≥≠≈]")
 _NAME = re.compile(
     r"(?:(?:the )?(?:area|perimeter|length|volume|angle|radius|width|height|distance|speed)|"
     r"m? ?[∠△] ?(?:[A-Za-z]{1,3}|[0-9])|"
-    r"(?:[A-Za-z]{1,3}|[α-ωΑ-Ω])(?:_(?:\w|\{\w{1,8}\}))?'{0,2}|[A-Za-z] ?\( ?[A-Za-z] ?\))",
+    r"(?:[A-Za-z]{1,3}|[α-ωΑ-Ω])(?:_(?:\w|\{[\w△∠ ]{1,8}\}))?'{0,2}|[A-Za-z] ?\( ?[A-Za-z] ?\)|"
+    r"\( ?[A-Za-z] ?(?:, ?[A-Za-z] ?){1,3}\))",
     re.IGNORECASE,
 )
 
