@@ -25,6 +25,8 @@ def same(a: Reading, b: Reading) -> bool:
         is_equality = a.sign in "=≠"
         return a.sign == b.sign and proportional([a.difference], [b.difference], is_equality)
     if isinstance(a, Ratio):
+        if a.sign != b.sign:
+            return False
         if a.sign == "×":
             return len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
         return proportional(list(a.parts), list(b.parts), negative=False)
