@@ -256,8 +256,9 @@ def _chain(signs: list[str], sides: list[str]) -> Reading | None:
     formulas = [Formula(side) for side in sides]
     exact = signs.index("≈") if "≈" in signs else len(signs)
     result = formulas[exact]
-    if result.has_letters:
-        return None
+    for place, formula in enumerate(formulas):
+        if formula.has_letters and (place >= exact or not name):
+            return None  # 2x = 3 + 3 = 6 does not say that anything is 6
     for formula in formulas:
         if formula.dimensions not in (None, PERCENT) and result.dimensions is None:
             result = result.with_unit_of(formula)

@@ -81,7 +81,9 @@ def test_a_calculation_gives_one_number_or_none():
     assert read("2√3 ≈ 3.46 cm").dimensions == {"length": 1}
     assert isinstance(read("AB = 2*3 = 7"), Words)
     assert isinstance(read("2√3 ≈ 4"), Words)
-    assert isinstance(read("2x = 2*3 = 2x"), Words)
+    for text in ("2x = 2*3 = 2x", "2x = 3+3 = 6", "6 ≈ 2x", "x = 6 = 2y", "2x ≈ 6"):
+        assert isinstance(read(text), Words), text
+    assert read("x = 2y = 6").value.values[0].value == 6
 
 
 def test_very_long_or_deep_lists_are_words():
