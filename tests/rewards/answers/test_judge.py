@@ -5,6 +5,7 @@ import random
 import re
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -182,6 +183,20 @@ def test_different_solutions_are_right_for_each_other_only_by_value_and_unit():
 )  # fmt: skip
 def test_the_reason_is_one_printable_clause(answer, solution, why):
     assert judge(answer, solution).why == why
+
+
+def test_the_table_of_the_documentation_is_what_the_judge_does():
+    """In each group of examples the first is the same as all others, or as none."""
+    lines = (Path(__file__).parents[3] / "docs" / "judge.md").read_text().splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("| ") and "`" in line]
+    assert len(rows) == 10
+    for _, same, different in rows:
+        for cell, expected in ((same, True), (different, False)):
+            for group in cell.split(";"):
+                first, *others = re.findall(r"`([^`]+)`", group)
+                assert others
+                for other in others:
+                    assert judge(first, other).right == expected, (first, other)
 
 
 def test_the_kind_of_a_solution_says_what_is_read():
