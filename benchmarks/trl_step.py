@@ -128,7 +128,8 @@ def trl_step_seconds(
         group = config.num_generations
         texts = [completion[0]["content"] for completion in completions]
         weights = {"accuracy": 1.0, "format": config.format_weight}
-        return score(texts, [examples[i] for i in index[::group]], weights)[0].flatten().tolist()
+        scores = score(texts, [examples[i] for i in index[::group]], weights)
+        return scores.total.flatten().tolist()
 
     rows = {
         "prompt": [[{"role": "user", "content": format_problem(example)}] for example in examples],

@@ -97,7 +97,7 @@ class TaskConfig:
     data_split: str | None = None
     """Name of the split in --data that is trained on, such as testmini; by default train."""
     data_config: str | None = None
-    """Configuration of a hub data set that has several, such as Accounting of MMMU."""
+    """Configuration of a data set that has several, such as Accounting of MMMU."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of the data by what they hold (images, problem, solution, thinking), where they have
     names that are not recognised, for example '{"problem": "query"}'."""
@@ -105,7 +105,9 @@ class TaskConfig:
     """Folder from which relative image paths in the data start, and which no path may leave; for
     the test sets superclevr200 and geoqa, the folder that holds R1-V's list and the images."""
     allow_urls: bool = False
-    """Download images that the data names by http and https addresses."""
+    """Download images that the data names by http and https addresses, each at most 20 MiB and for
+    60 s, and keep them in the cache. The data then decides which addresses this machine asks for,
+    also in its own network: only for data that is trusted this far."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What happens to rows that cannot be used, which are found before the first step: stop, or
     skip them."""
@@ -281,8 +283,8 @@ class RunConfig:
     """Held-out data: like --data, or one of the test sets superclevr200 and geoqa, which need
     --image-root; by default the test split of --data."""
     eval_split: str | None = None
-    """Name of the split that is held out, such as validation; by default test. A file that
-    --eval-data names is held out as a whole."""
+    """Name of the split that is held out, such as validation; by default test, or validation where
+    there is no test split. A file that --eval-data names is held out as a whole."""
     loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
 
@@ -381,7 +383,7 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps the supervised starts of the built-in models.
+    """Return the folder of the built-in models' supervised starts and of downloaded images.
 
     It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache.
     """

@@ -20,12 +20,16 @@ RESUME = "make room there, then go on with --resume"
 
 
 def write_text(path: Path, text: str, way_out: str = "choose another path") -> None:
-    """Write `text` to `path` in UTF-8, and create the folders above it.
+    """Write `text` to `path` in UTF-8, on the terms of `write_bytes`."""
+    write_bytes(path, text.encode(), way_out)
+
+
+def write_bytes(path: Path, content: bytes, way_out: str = "choose another path") -> None:
+    """Write `content` to `path`, and create the folders above it.
 
     Raises UserError, which ends with `way_out`, where that fails; `path` is then as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    content = text.encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -6,8 +6,10 @@ library is told to look only in its local cache.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import huggingface_hub.constants
@@ -32,11 +34,12 @@ def model_access(name: str) -> AbstractContextManager[None]:
     )
 
 
-def hub_splits(name: str) -> dict[str, Sequence]:
+def hub_splits(name: str, config: str | None = None) -> dict[str, Sequence]:
     """Load a data set from the Hub, or from the local cache while the Hub is out of reach.
 
-    Returns the rows of each split. Raises UserError, within seconds even without a network, for a
-    name that the Hub does not know or for data that cannot be loaded.
+    `config` is its configuration, if it has several. Returns the rows of each split. Raises
+    UserError, within seconds even without a network, for a name that the Hub does not know or for
+    data that cannot be loaded.
     """
     import datasets  # takes seconds to import, and runs on drawn data never need it
 
@@ -46,18 +49,37 @@ def hub_splits(name: str) -> dict[str, Sequence]:
     )
     ask = huggingface_hub.HfApi().dataset_info
     with _cache_only_without_hub(ask, name, datasets.config, unknown):
-        return load_splits(name, name)
+        return load_splits(name, name, config)
 
 
-def load_splits(source: str, *args: str, **kwargs: str) -> dict[str, Sequence]:
+def load_splits(source: str, *args: str | None, **kwargs: str) -> dict[str, Sequence]:
     """Call `datasets.load_dataset(*args, **kwargs)` and return the rows of every split.
 
     Raises UserError with one sentence about `source` for each of the many ways in which this fails.
     """
     import datasets
 
-    try:
+    with _one_sentence(source):
         return datasets.load_dataset(*args, **kwargs)
+
+
+def split_files(source: str, folder: str, config: str | None = None) -> dict[str, list[Path]]:
+    """Return the files of every split of a local folder, as `datasets` finds them.
+
+    Raises UserError with one sentence about `source` where it finds none.
+    """
+    import datasets
+
+    with _one_sentence(source):
+        files = datasets.load_dataset_builder(folder, config).config.data_files
+    return {str(split): [Path(file) for file in files[split]] for split in files or ()}
+
+
+@contextmanager
+def _one_sentence(source: str) -> Iterator[None]:
+    """Turn whatever `datasets` raises about `source` into a UserError."""
+    try:
+        yield
     except ConnectionError as error:
         raise UserError(
             f"{source} is neither a local path nor in the local cache, and the Hugging Face Hub "
@@ -82,6 +104,12 @@ def _loading_fault(source: str, error: Exception) -> str:
             f"{source} does not hold the rows that its README.md counts: download the rest, or "
             "pass a file as data."
         )
+
+    configurations = re.search(r"[Aa]vailable[^\[\]]*:\s*\[([^\]]*)\]", str(error))
+    if configurations:
+        names = configurations[1].replace("'", "")
+        wanted = "several configurations" if "is missing" in str(error) else "no such configuration"
+        return f"{source} has {wanted}: name one of {names} with --data-config."
 
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())[:300]

@@ -10,6 +10,7 @@ from .command_line import write_config
 from .config import TrainConfig
 from .errors import UserError
 from .files import append_line, keep_lines_before
+from .rewards import Scores
 from .types import Rollout
 
 
@@ -71,20 +72,16 @@ class RunLog:
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
         self.bar.update()
 
-    def completions(
-        self, step: int, rollout: Rollout, parts: dict[str, list[float]], rewards
-    ) -> None:
-        """Record the completions of a step with their rewards: a line for each prompt.
-
-        `rewards` (B, G) are the weighted sums; `parts` has the B·G values of each reward by name.
-        """
+    def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
+        """Record the completions of a step with their rewards: a line for each prompt."""
         size = rollout.num_generations
         for row, example in enumerate(rollout.examples):
             samples = [
                 {
                     "text": rollout.texts[i],
-                    "reward": float(rewards[row, i - row * size]),
-                    **{name: values[i] for name, values in parts.items()},
+                    "reward": float(scores.total[row, i - row * size]),
+                    **{name: values[i] for name, values in scores.parts.items()},
+                    "why": scores.why[i],
                     "reason": rollout.reasons[i],
                 }
                 for i in range(row * size, (row + 1) * size)
@@ -107,6 +104,16 @@ class RunLog:
             self.bar.close()
         for logger in self.loggers:
             logger.close()
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped, which a terminal would obey.
+
+    Line breaks stay. Data and model output may hold anything.
+    """
+    return "".join(
+        each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
+    )
 
 
 def _holds_a_run(folder: Path) -> bool:

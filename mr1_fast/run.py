@@ -6,10 +6,11 @@ import torch
 
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .data_check import check_data
 from .errors import UserError
 from .kernels.self_test import self_test
 from .kl_schedule import DynamicKL
-from .log import RunLog
+from .log import RunLog, printable
 from .model.attention import attention_kernel
 from .model.device import resolve_device
 from .model.forward import lm_head_weight
@@ -75,21 +76,22 @@ def prepare(config: TrainConfig) -> Run:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
     self_test(resolve_device(config))
-    source = configured_examples(config, "train", limit=config.train_samples)
-    if config.algo == "sft" and config.sft_target == "solution":
-        source.require_thinking()
-    held_out = held_out_items(config)
+    source, held_out = load_data(config)
 
     log = RunLog(config)
     policy = load_policy(config)
+    check_data(source, policy, config, say=log.say)
+    check_data(held_out, policy, config, config.eval_samples, log.say)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
     first_step = 0
     if log.resuming:
         first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
-    # Encoding the first prompts shows whether they are too long before anything is written.
-    policy.encode.many(source.take(first_step, config.prompts_per_step))
+    # Drawn prompts differ little: the first show whether they are too long.
+    first = source.take(first_step, config.prompts_per_step)
+    for example in first:
+        policy.encode.length(example)
 
     memory = RunMemory(policy, config)
     run = Run(
@@ -100,22 +102,45 @@ def prepare(config: TrainConfig) -> Run:
         reference=reference,
         schedule=config.kl_schedule(),
         source=source,
-        held_out=held_out,
+        held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         log=log,
         memory=memory,
         start_fingerprint=start_fingerprint,
         first_step=first_step,
     )
+    log.say(f"the first prompt:\n{printable(policy.encode.rendered(first[0]))}\n")
     log.say(describe(run) + "\n" + memory.render())
     return run
 
 
-def held_out_items(config: TrainConfig) -> list[Example]:
-    """Return the items that a run evaluates; raises UserError where there are none."""
+def load_data(
+    config: TrainConfig,
+) -> tuple[DrawnExamples | LoadedExamples, DrawnExamples | LoadedExamples | None]:
+    """Return where training items and held-out items come from; None for no evaluation.
+
+    Raises UserError for data that cannot be used, as far as that shows without a model.
+    """
+    source = configured_examples(config, "train", limit=config.train_samples)
+    if config.algo == "sft" and config.sft_target == "solution":
+        source.require_thinking()
+    held_out = held_out_examples(config)
+    if config.bad_rows == "stop":
+        # What is wrong with all rows shows here, before a model is loaded or made.
+        source.all(1)
+        if held_out is not None:
+            held_out.all(1)
+    return source, held_out
+
+
+def held_out_examples(config: TrainConfig) -> DrawnExamples | LoadedExamples | None:
+    """Return where a run's held-out items come from, or None if it evaluates none.
+
+    Raises UserError where there are none though it should.
+    """
     if not config.eval_samples:
-        return []
+        return None
     try:
-        return configured_examples(config, "test", config.eval_data).all(config.eval_samples)
+        return configured_examples(config, "test", config.eval_data)
     except UserError as error:
         raise UserError(
             f"{error} This is about held-out data: name some with --eval-data, or pass "

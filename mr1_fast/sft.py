@@ -2,7 +2,6 @@
 
 import torch
 
-from .errors import UserError
 from .loss import linear_grpo_loss, token_weights
 from .metrics import Mean, RowMetric
 from .model.forward import lm_head_weight
@@ -17,19 +16,14 @@ def solution_batches(
 ) -> MicroBatches:
     """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
-    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Raises
-    UserError where a solution contains an image placeholder.
+    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Special
+    tokens that a solution contains are text.
     """
     written = format_solution if target == "solution" else format_answer
-    tokenizer = policy.processor.tokenizer
-    targets = []
-    for example in examples:
-        ids = [*tokenizer(written(example)).input_ids, tokenizer.eos_token_id]
-        if policy.processor.image_token_id in ids or policy.processor.video_token_id in ids:
-            raise UserError(
-                f"the solution of example {example.key!r} contains an image placeholder: remove it."
-            )
-        targets.append(torch.tensor(ids))
+    end = policy.processor.tokenizer.eos_token_id
+    targets = [
+        torch.tensor([*policy.encode.text_ids(written(example)), end]) for example in examples
+    ]
     batches = MicroBatches(policy.encode.many(examples), targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(

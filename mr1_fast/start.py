@@ -27,7 +27,7 @@ from .optim import make_optimizer, update
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .sft import sft_loss, solution_batches
-from .tasks import format_solution, get_task
+from .tasks import PromptFormat, format_solution, get_task
 from .tasks.data import load_examples
 from .version import __version__
 
@@ -146,6 +146,7 @@ def with_start(config: Config) -> Config:
 
 def load_policy(config: Config) -> Policy:
     """Load the policy that a run starts from, a built-in one after its supervised start."""
+    prompt_format = PromptFormat.of(config)
     config = with_start(config)
     torch.manual_seed(derive_seed(config.seed, "adapters"))
-    return make_policy(*load_pretrained(config), config)
+    return make_policy(*load_pretrained(config), config, prompt_format)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -34,12 +35,13 @@ from .optim import BatchLoss, update
 from .packing import MicroBatches
 from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE
 from .report.run_report import write_report
-from .rewards import score
+from .rewards import Scores, score
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
 from .run import Run, prepare
 from .seeds import derive_seed, seed_step
 from .sft import sft_loss, solution_batches
+from .tasks import get_task
 from .types import Example, PackedBatch, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
@@ -98,9 +100,9 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     rollout = sample(run, examples, step)
     clock.lap("rollout")
 
-    rewards, parts = score(rollout.texts, examples, run.config.reward_weights)
-    advantages = group_advantages(rewards)
-    run.log.completions(step, rollout, parts, rewards)
+    scores = score_rollout(run, rollout, step)
+    advantages = group_advantages(scores.total)
+    run.log.completions(step, rollout, scores)
     clock.lap("reward")
 
     batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS])
@@ -109,7 +111,21 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
 
     metrics = update_policy(run, batches, step)
     clock.lap("update")
-    return {**rollout_metrics(rollout, rewards, parts), **metrics, **clock.laps}
+    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps}
+
+
+def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
+    """Reward the completions of a step, as configured."""
+    config = run.config
+    return score(
+        rollout.texts,
+        rollout.examples,
+        config.reward_weights,
+        accuracy=get_task(config.task).judge(config.judge, training=True),
+        seconds=config.reward_seconds,
+        completion_ids=[ids.tolist() for ids in rollout.completions],
+        trainer_state=SimpleNamespace(global_step=step, max_steps=config.steps),
+    )
 
 
 def sample(run: Run, examples: list[Example], step: int) -> Rollout:
@@ -237,20 +253,19 @@ def grpo_batch_loss(
     return result.loss, metrics
 
 
-def rollout_metrics(
-    rollout: Rollout, rewards: torch.Tensor, parts: dict[str, list[float]]
-) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Average over the completions of a step.
 
     `zero_variance` is the share of groups without a learning signal.
     """
     count = len(rollout.completions)
+    rewards = scores.total
     equal = (rewards == rewards[:, :1]).all(dim=1)
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
-        **{name: sum(values) / count for name, values in parts.items()},
+        **scores.means(),
         "zero_variance": equal.float().mean().item(),
         "completion_length": sum(map(len, rollout.completions)) / count,
         "finished": sum(rollout.finished) / count,

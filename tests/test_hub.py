@@ -17,7 +17,7 @@ from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
 from mr1_fast.hub import model_access
 from mr1_fast.model.load import load_pretrained
-from mr1_fast.tasks.data import load_examples
+from mr1_fast.tasks.data import DataOptions, load_examples
 
 from .data.pictures import table
 
@@ -78,6 +78,11 @@ def test_a_hub_out_of_reach_leaves_the_cache(hub, tmp_path):
     described = json.loads(info.read_text()) | {"config_name": "default", "dataset_name": "set"}
     (target / "dataset_info.json").write_text(json.dumps(described))
     assert len(load_examples("counting", "owner/set", "train", 0).all(9)) == 4
+    options = DataOptions(config="hard")
+    with pytest.raises(
+        UserError, match=r"owner/set has no such configuration: .* default with --d"
+    ):
+        load_examples("counting", "owner/set", "train", 0, options=options)
 
 
 @pytest.mark.parametrize("hub", ["not found"], indirect=True)

@@ -1,14 +1,17 @@
 """Accuracy of a model on items of a task, greedy or as pass@k: `python -m mr1_fast.evaluate`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
+from ..data_check import check_data
 from ..files import write_json
+from ..log import printable
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
-from ..tasks import get_task
-from ..tasks.data import load_examples
+from ..tasks import PromptFormat, get_task
+from ..tasks.data import DataOptions, load_examples
 from .explain import explanation
 from .judges import NAMES, accuracy_text, other_judges
 from .r1v import write_r1v_results
@@ -18,16 +21,21 @@ from .settings import EvaluateConfig
 def evaluate_model(config: EvaluateConfig) -> None:
     """Answer the items, print the accuracy and write the figures with a record of each item."""
     task = get_task(config.task)
-    examples = load_examples(
+    prompt_format = PromptFormat.of(config)
+    source = load_examples(
         config.task,
         config.data,
         config.split,
         config.seed,
         config.difficulty,
         image_root=config.image_root,
-    ).all(config.samples)
+        options=replace(DataOptions.of(config), split=config.split),
+    )
     config = with_start(config)
-    policy = make_policy(*load_pretrained(config), config)
+    policy = make_policy(*load_pretrained(config), config, prompt_format)
+    check_data(source, policy, config, config.samples)
+    examples = source.all(config.samples)
+    print(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
     records = evaluate(
         policy,
         task.judge(config.judge),

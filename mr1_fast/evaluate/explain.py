@@ -1,5 +1,7 @@
 """What the judge made of each output, for `--explain`."""
 
+from ..log import printable
+
 SHOWN_CHARACTERS = 80
 """How much of a text is shown."""
 
@@ -22,4 +24,5 @@ def explanation(record: dict) -> str:
 def _shown(text: str) -> str:
     """Return the end of a text, where the answer is, on one printable line."""
     end = text.strip()[-SHOWN_CHARACTERS:]
-    return ("…" if len(text.strip()) > SHOWN_CHARACTERS else "") + repr(end)[1:-1]
+    shown = printable(end).replace("\n", "\\n")
+    return ("…" if len(text.strip()) > SHOWN_CHARACTERS else "") + shown

@@ -15,7 +15,8 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     temperature: float = 0.0
     """0 is greedy, as in the paper; sampling needs more than 0."""
     split: str = "test"
-    """Which split of the data: train, validation or test."""
+    """Which split of the data: train, validation or test, or a name that the data has for one. A
+    single file is taken as a whole."""
     samples: int = 200
     """How many items."""
     num_generations: int = 1
@@ -40,6 +41,11 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         self.check_sampling()
+        if self.data_split is not None:
+            raise UserError(
+                f"data_split is {self.data_split}, but it names the split that is trained on: "
+                "name the one that is evaluated with --split."
+            )
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError(
                 "num_generations is above 1, but greedy samples are all alike: set --temperature 1."

@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..files import restore_folder
 from ..hub import model_access
+from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
 from .forward import base_model
@@ -32,8 +33,13 @@ LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pr
 """Regular expression of the full names of the linear layers that get adapters."""
 
 
-def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelConfig) -> Policy:
-    """Prepare a loaded `…ForConditionalGeneration` for training.
+def make_policy(
+    model: nn.Module,
+    processor: ImageTextProcessor,
+    config: ModelConfig,
+    prompt_format: PromptFormat | None = None,
+) -> Policy:
+    """Prepare a loaded `…ForConditionalGeneration` for training on prompts of a format.
 
     Gives it packed attention, gradient checkpointing and adapters where the settings ask for them,
     and moves it to its device. Raises UserError for adapters without the package peft.
@@ -50,7 +56,12 @@ def make_policy(model: nn.Module, processor: ImageTextProcessor, config: ModelCo
         model = with_lora(model, config)
 
     encode = PromptEncoder(
-        model, processor, config.max_prompt_tokens, config.max_pixels, config.shrink_images
+        model,
+        processor,
+        config.max_prompt_tokens,
+        config.max_pixels,
+        config.shrink_images,
+        prompt_format,
     )
     return Policy(model.train(), processor, encode)
 

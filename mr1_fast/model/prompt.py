@@ -1,22 +1,32 @@
 """Encoding an Example as the token ids, image patches and M-RoPE positions that the model sees."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
 import torch
-from PIL import Image
 from torch import nn
 
 from ..errors import UserError
-from ..tasks import format_problem
+from ..tasks import PromptFormat
+from ..tasks.prompts import IMAGE_MARK
 from ..types import Example, Prompt
+from .device import first_line
 from .forward import base_model
+from .image_size import ImageSizes
 from .processor import ImageTextProcessor
+from .prompt_text import PromptText
 
 
 class PromptEncoder:
     """Encodes examples with a model's processor, within limits that the user sets.
 
     `max_prompt_tokens` limits the text and image tokens of a prompt, `max_pixels` the width ×
-    height of an image. A prompt is never cut: a longer one raises UserError. So does a larger
-    image, unless `shrink_images` is true.
+    height of an image. A prompt is never cut: a longer one raises UserError. So does an image that
+    is larger, or thinner than the model takes, unless `shrink_images` is true. `prompt_format` puts
+    examples into words.
+
+    `length` and `rendered` may be called from several threads.
     """
 
     def __init__(
@@ -26,101 +36,131 @@ class PromptEncoder:
         max_prompt_tokens: int = 1024,
         max_pixels: int = 401_408,
         shrink_images: bool = False,
+        prompt_format: PromptFormat | None = None,
     ):
         self.inner = base_model(model).model
         self.processor = processor
         self.max_prompt_tokens = max_prompt_tokens
         self.max_pixels = max_pixels
         self.shrink_images = shrink_images
+        self.prompt_format = prompt_format or PromptFormat()
+
+    @cached_property
+    def sizes(self) -> ImageSizes:
+        """The sizes of images that are allowed."""
+        return ImageSizes(self.processor.image_processor, self.max_pixels, self.shrink_images)
+
+    @cached_property
+    def text(self) -> PromptText:
+        """The chat template and the tokenizer."""
+        return PromptText(self.processor)
 
     def __call__(self, example: Example) -> Prompt:
         """Encode one example; the tensors are on the CPU."""
-        return self.many([example])[0]
+        input_ids = torch.tensor(self._ids(example))
+        encoded = {}
+        if example.images:
+            with _named(example):
+                fitted = [self.sizes.fit(image) for image in example.images]
+                encoded = self.processor.image_processor(images=fitted, return_tensors="pt")
+        grids = encoded.get("image_grid_thw")
+        is_image = input_ids == self.processor.image_token_id
+        position_ids = self._positions(input_ids, is_image, grids)
+        return Prompt(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            next_position=int(position_ids.max()) + 1,
+            pixel_values=encoded.get("pixel_values"),
+            image_grid_thw=grids,
+            num_image_tokens=int(is_image.sum()),
+        )
 
     def many(self, examples: list[Example]) -> list[Prompt]:
-        """Encode examples in one call of the processor; the tensors are on the CPU.
+        """Encode examples one after the other; the tensors are on the CPU."""
+        return [self(example) for example in examples]
 
-        That takes half the time of one call per example.
+    def length(self, example: Example) -> int:
+        """Return how many tokens the example's prompt has, without a look at its pixels.
+
+        Raises UserError where encoding would.
         """
-        if not examples:
-            return []
-        images = [self._allowed(image, example) for example in examples for image in example.images]
-        encoded = self.processor(
-            text=[self._text(example) for example in examples],
-            images=images or None,
-            padding=len(examples) > 1,
-            return_tensors="pt",
-        )
-        present = encoded["attention_mask"].bool()
-        for example, length in zip(examples, present.sum(1).tolist(), strict=True):
-            if length > self.max_prompt_tokens:
-                raise UserError(
-                    f"the prompt of example {example.key!r} has {length} tokens, more than "
-                    f"max_prompt_tokens = {self.max_prompt_tokens}: raise --max-prompt-tokens, or "
-                    "lower --max-pixels with --shrink-images true (a prompt is never cut, since a "
-                    "cut may fall inside an image)."
-                )
-        return self._split(examples, encoded, present, self._positions(encoded))
+        return len(self._ids(example))
 
-    def _allowed(self, image: Image.Image, example: Example) -> Image.Image:
-        """Return the image, shrunk if it is too large; UserError if the settings forbid that."""
-        if image.width * image.height <= self.max_pixels:
-            return image
-        if self.shrink_images:
-            return _shrunk(image, self.max_pixels)
-        raise UserError(
-            f"an image of example {example.key!r} has {image.width}×{image.height} pixels, more "
-            f"than max_pixels = {self.max_pixels}: raise --max-pixels, or pass --shrink-images "
-            "true."
-        )
+    def rendered(self, example: Example) -> str:
+        """Return the text that the model reads, with each image as one image token."""
+        with _named(example):
+            return self.text.shown(self.text.written(self._messages(example)))
 
-    def _text(self, example: Example) -> str:
-        """Return the prompt as the chat template writes it, up to where the assistant answers."""
-        content = [{"type": "image"} for _ in example.images]
-        content.append({"type": "text", "text": format_problem(example)})
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+    def text_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text such as a solution, in which no token is special."""
+        return self.text.text_ids(text)
 
-    def _positions(self, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return M-RoPE positions (3, B, L); those of padding mean nothing."""
-        if "image_grid_thw" not in encoded:
-            return (encoded["attention_mask"].cumsum(1) - 1).expand(3, -1, -1)
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        return self.inner.get_rope_index(**{name: encoded[name] for name in names})[0]
-
-    def _split(
-        self, examples, encoded, present: torch.Tensor, positions: torch.Tensor
-    ) -> list[Prompt]:
-        """Make a Prompt of each row: without its padding, and with its own images alone."""
-        grids = encoded.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.int64))
-        patches = encoded.get("pixel_values", torch.zeros(0, 0)).split(grids.prod(1).tolist())
-        prompts = []
-        first_image = 0
-        for row, (example, inside) in enumerate(zip(examples, present, strict=True)):
-            own = slice(first_image, first_image + len(example.images))
-            first_image = own.stop
-            ids = encoded["input_ids"][row, inside]
-            places = positions[:, row, inside]
-            prompts.append(
-                Prompt(
-                    input_ids=ids,
-                    position_ids=places,
-                    next_position=int(places.max()) + 1,
-                    pixel_values=torch.cat(patches[own]) if example.images else None,
-                    image_grid_thw=grids[own] if example.images else None,
-                    num_image_tokens=int((ids == self.processor.image_token_id).sum()),
-                )
+    def _ids(self, example: Example) -> list[int]:
+        """Return the prompt's token ids; UserError if the settings or the model forbid it."""
+        with _named(example):
+            for image in example.images:
+                self.sizes.check(image.size, example.name)
+            image_tokens = [self.sizes.num_tokens(image.size) for image in example.images]
+            ids = self.text.ids(self.text.written(self._messages(example)), image_tokens)
+        if len(ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"the prompt of {example.name} has {len(ids)} tokens, more than "
+                f"max_prompt_tokens = {self.max_prompt_tokens}: raise --max-prompt-tokens, or "
+                "lower --max-pixels with --shrink-images true (a prompt is never cut, since a "
+                "cut may fall inside an image)."
             )
-        return prompts
+        return ids
+
+    def _messages(self, example: Example) -> list[dict]:
+        """Return the messages that the chat template writes: the system's, if any, and the user's.
+
+        Images stand where the text marks them, and first where it does not.
+        """
+        texts = self.prompt_format.user_text(example).split(IMAGE_MARK)
+        count, marks = len(example.images), len(texts) - 1
+        if marks == 0:
+            texts = [""] * count + texts
+        elif marks != count:
+            raise UserError(
+                f"the prompt of {example.name} has {marks} {IMAGE_MARK} marks, but the example "
+                f"has {count} images: write one mark for each image, or none to show them first."
+            )
+        content = []
+        for index, text in enumerate(texts):
+            if text:
+                content.append({"type": "text", "text": text})
+            if index < count:
+                content.append({"type": "image"})
+        messages = [{"role": "user", "content": content}]
+        system = self.prompt_format.system_text(example)
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        return messages
+
+    def _positions(
+        self, ids: torch.Tensor, is_image: torch.Tensor, grids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the M-RoPE positions (3, L) of a prompt."""
+        if grids is None:
+            return torch.arange(len(ids)).expand(3, -1)
+        positions, _ = self.inner.get_rope_index(
+            input_ids=ids[None],
+            mm_token_type_ids=is_image.int()[None],
+            image_grid_thw=grids,
+            attention_mask=torch.ones_like(ids)[None],
+        )
+        return positions[:, 0]
 
 
-def _shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Scale the image, near its aspect ratio, to at most `max_pixels` and to whole 28×28 image
-    tokens.
-
-    A side never becomes shorter than one image token.
-    """
-    scale = (max_pixels / (image.width * image.height)) ** 0.5
-    width, height = (max(28, int(side * scale) // 28 * 28) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+@contextmanager
+def _named(example: Example) -> Iterator[None]:
+    """Turn whatever a model's processor raises into a UserError that names the example."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # templates, tokenizers and image processors fail in many ways
+        raise UserError(
+            f"the prompt of {example.name} cannot be encoded ({first_line(error)}): repair or "
+            "remove it."
+        ) from error

@@ -1,4 +1,4 @@
-"""Rewards: functions of a completion and its example, found by name.
+"""Rewards: functions of a completion and its example, found by name (docs/rewards.md).
 
 A reward of your own is one decorator away, in a file that `--plugin` names:
 
@@ -12,13 +12,15 @@ A reward of your own is one decorator away, in a file that `--plugin` names:
 from .accuracy import CompletionJudge, accuracy_reward, judge_completion
 from .answers import Verdict, judge
 from .format import format_reward
-from .registry import REWARDS, RewardFunction, load_plugin, require_rewards, reward
-from .scoring import score
+from .functions import RewardFunction
+from .registry import REWARDS, load_plugin, require_rewards, reward
+from .scoring import Scores, score
 
 __all__ = [
     "REWARDS",
     "CompletionJudge",
     "RewardFunction",
+    "Scores",
     "Verdict",
     "accuracy_reward",
     "format_reward",

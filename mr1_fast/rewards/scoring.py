@@ -1,66 +1,81 @@
 """Scoring completions: the weighted sum of the named rewards."""
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..errors import UserError
 from ..types import Example
-from .registry import RewardFunction, find_reward, require_rewards
+from .accuracy import CompletionJudge, judge_completion
+from .functions import Batch
+from .registry import find_reward
+from .running import Job, Values, run_jobs
+
+SECONDS = 300.0
+"""How long a reward function may take for the completions of a step, unless told otherwise."""
+
+
+@dataclass
+class Scores:
+    """The rewards of B·G completions; completion i belongs to example i // G."""
+
+    total: torch.Tensor
+    """(B, G) float32: the weighted sums, in which None counts 0."""
+    parts: dict[str, Values]
+    """B·G values of each reward by its name; None where it says nothing about a completion."""
+    why: list[str]
+    """B·G reasons of the accuracy judge; empty texts where accuracy is not rewarded."""
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each reward over the completions that it says something about.
+
+        A reward that says nothing at all has no mean.
+        """
+        known = {name: [v for v in values if v is not None] for name, values in self.parts.items()}
+        return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def score(
-    completions: list[str], examples: list[Example], weights: dict[str, float]
-) -> tuple[torch.Tensor, dict[str, list[float]]]:
+    completions: list[str],
+    examples: list[Example],
+    weights: dict[str, float],
+    accuracy: CompletionJudge = judge_completion,
+    seconds: float = SECONDS,
+    completion_ids: list[list[int]] | None = None,
+    trainer_state: Any = None,
+) -> Scores:
     """Compute the weighted sum of the named rewards for B examples with G completions each.
 
     `completions` has B·G texts; text i belongs to example i // G. `weights` maps the names of
-    rewards to their weights; a reward of weight 0 is computed too, for the log. Returns the sums,
-    (B, G) float32, and each reward's B·G values by its name. Raises UserError for an unknown name,
-    and for a function that raises or returns anything but a finite number.
+    rewards to their weights; a reward of weight 0 is computed too, for the log. `accuracy` judges
+    completions for the reward of that name. The functions run at the same time, each for at most
+    `seconds`. `completion_ids` and `trainer_state` are passed on to functions of TRL's form.
+
+    Raises UserError for an unknown name, and for a function that raises, does not end in time, or
+    returns anything but finite numbers.
     """
     if not examples or len(completions) % len(examples):
         raise ValueError(
             f"{len(completions)} completions cannot be shared out evenly among "
             f"{len(examples)} examples."
         )
-    require_rewards(weights)
+    why: list[str] = []
 
-    group_size = len(completions) // len(examples)
-    values = {}
-    for name in weights:
-        function = find_reward(name)
-        values[name] = [
-            _value(name, function, completion, examples[i // group_size])
-            for i, completion in enumerate(completions)
-        ]
+    def accuracy_reward(completion: str, example: Example) -> float:
+        verdict = accuracy(completion, example.solution)
+        why.append(verdict.why)
+        return float(verdict.right)
+
+    functions = {name: find_reward(name) for name in weights}
+    if "accuracy" in weights:
+        functions["accuracy"] = accuracy_reward
+    batch = Batch(completions, examples, completion_ids, trainer_state)
+    jobs = [Job(name, function, batch) for name, function in functions.items()]
+    parts = run_jobs(jobs, seconds)
 
     total = torch.zeros(len(completions), dtype=torch.float64)
     for name, weight in weights.items():
-        total += weight * torch.tensor(values[name], dtype=torch.float64)
-    return total.float().view(len(examples), group_size), values
-
-
-def _value(name: str, function: RewardFunction, completion: str, example: Example) -> float:
-    """Return one reward of one completion, checked: a single NaN would spoil every weight."""
-    try:
-        value = function(completion, example)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"The reward {name!r} (function {function.__qualname__}) raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-    try:
-        # Texts have no __float__, though float() would read a number in them.
-        number = float(value) if hasattr(value, "__float__") else math.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
-    if not abs(number) <= torch.finfo(torch.float32).max:
-        raise UserError(
-            f"The reward {name!r} (function {function.__qualname__}) must return a finite number, "
-            f"not {value!r:.200}"
-        )
-    return number
+        known = [0.0 if value is None else value for value in parts[name]]
+        total += weight * torch.tensor(known, dtype=torch.float64)
+    total = total.float().view(len(examples), batch.group_size)
+    return Scores(total, parts, why or [""] * len(completions))

@@ -60,3 +60,15 @@ def folder_of_lines(folder, **columns):
         folder / "train.jsonl", [ROW | {"image": f"{index}.png"} | columns for index in range(3)]
     )
     return folder
+
+
+def in_format(image, name, **options):
+    """The bytes of an image in one of Pillow's formats."""
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def noise(size=80):
+    """A picture whose file is not small."""
+    return Image.effect_noise((size, size), 50)

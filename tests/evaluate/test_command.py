@@ -11,8 +11,9 @@ from mr1_fast.evaluate import command as evaluate_command
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 from mr1_fast.files import write_json
 from mr1_fast.tasks import get_task
-from mr1_fast.tasks.data import load_examples
+from mr1_fast.tasks.data import TEST_SETS, load_examples
 
+from ..data.pictures import picture, write_lines
 from ..data.runs import run
 
 
@@ -49,7 +50,10 @@ def test_greedy_evaluation_records_every_item(task, command, capsys):
     assert result["interval"] == list(wilson_interval(correct, 10))
     assert result["pass_at"] == {"1": correct / 10}
     assert result["config"]["task"] == task and result["config"]["temperature"] == 0
-    assert "accuracy 0.0% (95% interval 0.0%–27.8%, 10 items)" in capsys.readouterr().out
+    assert (
+        "accuracy 0.0% (95% interval 0.0%–27.8%), 10 items, by the strict judge"
+        in capsys.readouterr().out
+    )
     again = command("--task", task, "--batch-size=10", "--seed=0")
     assert again["results"] == records  # greedy decoding does not depend on how items are batched
 
@@ -78,6 +82,29 @@ def test_results_go_into_a_file_for_r1vs_scripts_too(command, tmp_path):
     assert [(r["question"]["image_path"], r["model_output"]) for r in found] == [
         (record["key"], record["outputs"][0]) for record in records
     ]
+
+
+def test_every_verdict_is_explained(command, capsys):
+    result = command("--explain")
+    lines = capsys.readouterr().out.splitlines()
+    explained = [line for line in lines if line.startswith("wrong · ")]
+    for record, line in zip(result["results"], explained, strict=True):
+        assert line.startswith(f"wrong · {record['why'][0]} · ")
+        assert line.endswith(record["key"][-20:])
+
+
+def test_a_published_test_set_has_the_figures_of_both_judges(command, tmp_path, capsys):
+    picture(1).save(tmp_path / "a.png")
+    row = {"image_path": "a.png", "question": "How many?", "ground_truth": 3}
+    write_lines(tmp_path / TEST_SETS["superclevr200"], [row] * 3)
+    result = command("--data", "superclevr200", "--image-root", tmp_path)
+    assert (result["judge"], result["count"]) == ("strict", 3)
+    assert result["other_judges"].keys() == {"r1v"}
+    said = capsys.readouterr().out
+    assert "3 items, by the strict judge\naccuracy" in said
+    assert "the same outputs, by R1-V's rule" in said
+    flipped = command("--data", "superclevr200", "--image-root", tmp_path, "--judge=r1v")
+    assert (flipped["judge"], *flipped["other_judges"]) == ("r1v", "strict")
 
 
 def test_each_split_has_its_own_items(command):
@@ -131,7 +158,7 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
             "unrecognized arguments: --stepz=3: see python -m mr1_fast.evaluate --help",
         ),
         (["--task=chess"], "the known tasks are counting, geometry"),
-        (["--split=dev"], "the splits are train, validation, test"),
+        (["--split=testmini"], "the splits train, validation, test"),
         (["--pass-at=[1,2]"], "pass_at is"),
     ],
 )

@@ -21,34 +21,25 @@ HANGS = r"\boxed{" + "(" * 4000 + "}"
 """Keeps math-verify busy for longer than anyone would wait."""
 
 
-def record(key, question, truth, task, *outputs):
-    """A record as `evaluate` makes it."""
-    correct = [get_task(task).is_correct(output, truth) for output in outputs]
-    return {
-        "key": key,
-        "question": question,
-        "ground_truth": truth,
-        "outputs": list(outputs),
-        "correct": correct,
-    }
+def record(key, question, truth, *outputs):
+    """A record of outputs before any judge has seen them."""
+    return {"key": key, "question": question, "ground_truth": truth, "outputs": list(outputs)}
 
 
-def published_results(name, task):
+def published_results(name):
     """A published file's text, its results, and what `evaluate` would record of its outputs."""
     text = (DATA / name).read_text(encoding="utf-8")
     results, records = json.loads(text)["results"], []
     for result in results:
         question = result["question"]
         names = question["image_path"], question["question"], str(question["ground_truth"])
-        records.append(record(*names, task, result["model_output"]))
+        records.append(record(*names, result["model_output"]))
     return text, results, records
 
 
 @published
 def test_the_published_counting_file_is_written_byte_for_byte(tmp_path):
-    text, results, records = published_results(
-        "superclevr200_qwen2vl_2b_instruct_outputs.json", "counting"
-    )
+    text, results, records = published_results("superclevr200_qwen2vl_2b_instruct_outputs.json")
     write_r1v_results(tmp_path / "results.json", records, "counting")
     assert (tmp_path / "results.json").read_text(encoding="utf-8") == text
     assert (len(results), sum(result["extracted_answer"] is None for result in results)) == (
@@ -59,9 +50,7 @@ def test_the_published_counting_file_is_written_byte_for_byte(tmp_path):
 
 @published
 def test_the_published_geometry_file_is_written_but_for_upper_case(tmp_path):
-    text, results, records = published_results(
-        "geoqa_test_qwen2vl_7b_instruct_outputs.json", "geometry"
-    )
+    text, results, records = published_results("geoqa_test_qwen2vl_7b_instruct_outputs.json")
     write_r1v_results(tmp_path / "results.json", records, "geometry")
     # An output that was cut off at a formula. math-verify has since come to read all symbols as
     # lower case.
@@ -83,7 +72,7 @@ def test_the_published_geometry_file_is_written_but_for_upper_case(tmp_path):
 def test_the_layout_of_each_task(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_r1v_results(
-        path, [record("a.png", "Wie β?", "4", "counting", "<answer> 4 </answer>", "no")], "counting"
+        path, [record("a.png", "Wie β?", "4", "<answer> 4 </answer>", "no")], "counting"
     )
     assert path.read_text() == (
         '{\n  "accuracy": 100.0,\n  "results": [\n    {\n'
@@ -93,7 +82,7 @@ def test_the_layout_of_each_task(tmp_path):
         '      "model_output": "<answer> 4 </answer>",\n      "extracted_answer": 4\n    }\n  ]\n}'
     )
     write_r1v_results(
-        path, [record("a.png", "Wie β?", "4°", "geometry", "x", "<answer> 4 </answer>")], "geometry"
+        path, [record("a.png", "Wie β?", "4°", "x", "<answer> 4 </answer>")], "geometry"
     )
     assert path.read_text(encoding="utf-8") == (
         '{\n  "accuracy": 0.0,\n  "results": [\n    {\n'
@@ -110,8 +99,9 @@ def test_the_layout_of_each_task(tmp_path):
 def test_records_of_an_evaluation(task, model, processor, tmp_path):
     examples = load_examples(task, "drawn", "test", 0).all(3)
     policy = make_policy(model, processor, ModelConfig(device="cpu", gradient_checkpointing=False))
+    judge = get_task(task).judge("strict")
     records = evaluate(
-        policy, task, examples, Sampling(max_new_tokens=4, temperature=1.0), num_generations=2
+        policy, judge, examples, Sampling(max_new_tokens=4, temperature=1.0), num_generations=2
     )
     write_r1v_results(tmp_path / "results.json", records, task)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
@@ -129,11 +119,7 @@ def test_what_counts_as_an_integer(tmp_path):
         "12",
         f"<answer>{'9' * 5000}</answer>",
     ]
-    records = [
-        record("a.png", "?", truth, "counting", output)
-        for output in outputs
-        for truth in ("12", "2.5")
-    ]
+    records = [record("a.png", "?", truth, output) for output in outputs for truth in ("12", "2.5")]
     write_r1v_results(tmp_path / "results.json", records, "counting")
     written = json.loads((tmp_path / "results.json").read_text())
     assert [result["extracted_answer"] for result in written["results"]] == [12, 12, *[None] * 6]
@@ -143,7 +129,7 @@ def test_what_counts_as_an_integer(tmp_path):
 
 def test_an_output_that_is_never_read_through_has_no_answer(tmp_path):
     outputs = ["<answer> 1 </answer>", HANGS, "<answer> 2.5 </answer>", r"$9^{9^{9^{9}}}$", ""]
-    records = [record("a.png", "?", "1", "counting", output) for output in outputs]
+    records = [record("a.png", "?", "1", output) for output in outputs]
     write_r1v_results(tmp_path / "results.json", records, "geometry")
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     answers = ["1", None, "2.50000000000000", "9**(9**(9**9))", None]
@@ -157,9 +143,7 @@ def test_a_missing_math_verify_is_told(monkeypatch, tmp_path):
     with pytest.raises(
         UserError, match=r"math-verify cannot be imported \(gone\): run `pip install"
     ):
-        write_r1v_results(
-            tmp_path / "results.json", [record("a.png", "?", "4", "counting", "4")], "geometry"
-        )
+        write_r1v_results(tmp_path / "results.json", [record("a.png", "?", "4", "4")], "geometry")
     assert [file.name for file in tmp_path.iterdir()] == ["math_verify.py"]
 
 
@@ -168,7 +152,5 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"folder cannot be written \(Is a directory\): choose another path"
     ):
-        write_r1v_results(
-            tmp_path / "folder", [record("a.png", "?", "4", "counting", "4")], "counting"
-        )
+        write_r1v_results(tmp_path / "folder", [record("a.png", "?", "4", "4")], "counting")
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]

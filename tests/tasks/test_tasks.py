@@ -67,7 +67,7 @@ def test_the_judges_of_a_task():
     two = "<answer> 5 </answer> and <answer>6</answer>"
     assert not task.is_correct(two, "5")
     assert task.judge("r1v")(two, "5").right
-    hacked = "<think>5</think><answer></answer>"
+    hacked = "<think>the total is 5</think><answer></answer>"
     assert task.judge("r1v", training=True)(hacked, "5").right
     assert not task.judge("r1v")(hacked, "5").right
     assert not task.judge("strict", training=True)(hacked, "5").right

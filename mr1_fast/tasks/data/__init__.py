@@ -7,10 +7,12 @@ the arguments alone. So a run that resumes at step n asks for step n, and needs 
 from .drawn import DrawnExamples
 from .examples import configured_examples, load_examples
 from .loaded import LoadedExamples
+from .options import DataOptions
 from .paper_sets import TEST_SETS
 
 __all__ = [
     "TEST_SETS",
+    "DataOptions",
     "DrawnExamples",
     "LoadedExamples",
     "configured_examples",

@@ -1,30 +1,24 @@
-"""Examples made of rows of data, in the columns of R1-V's training data or test sets."""
+"""Examples made of rows of data."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...errors import UserError
 from ...types import Example
+from .digests import digest_of
 from .epochs import check_limit, shuffled
-from .images import as_list, decode
-
-COLUMNS = {
-    "images": ("image", "images", "image_path"),
-    "problem": ("problem", "question"),
-    "solution": ("solution", "ground_truth"),
-}
-"""The columns that may hold a field of an example; that of R1-V's training data comes first."""
+from .images import ImageReader, image_path
+from .layouts import COLUMNS, check_columns, looks_like_images, one_of, read_fields, read_thinking
+from .options import DEFAULTS, DataOptions
+from .table import Table
 
 
 class LoadedExamples:
-    """Examples from rows with the columns `image` or `images`, `problem`, `solution` and
-    `thinking`.
+    """Examples from rows in one of the layouts of `layouts.py`.
 
-    The column `thinking` may be missing. `rows` is a list of dictionaries or a `datasets.Dataset`.
     A row is read, and its images are decoded, only when it is taken. What `take` returns depends on
     the arguments alone. Raises UserError for missing columns at once, and for a bad row or image
-    when it is taken.
+    when it is read. Rows may be read from several threads at once.
     """
 
     def __init__(
@@ -35,114 +29,120 @@ class LoadedExamples:
         limit: int | None = None,
         image_root: str | Path = ".",
         archive: str | None = None,
+        options: DataOptions = DEFAULTS,
+        fenced: bool = False,
     ) -> None:
-        """Prepare to read `rows`; `source` names the data in messages.
+        """Prepare to read `rows`, a list of dictionaries or a `datasets.Dataset`.
 
-        A relative image path starts at the folder `image_root`. If the path's first folder is
+        `source` names the data in messages. A relative image path starts at the folder
+        `image_root`, which no path may leave if it is `fenced`. If the path's first folder is
         called `archive` and `image_root` has no folder of that name, the rest of the path starts
         there.
         """
         check_limit(limit)
         if not len(rows):
             raise UserError(f"{source} is empty: give data with at least one row.")
-        self.rows = rows
         self.source = source
         self.seed = seed
-        if not isinstance(rows, list):
-            # The format "arrow" leaves images encoded, so that a broken one is reported with its
-            # row.
-            self.rows = rows.with_format("arrow")
-        self.image_root = Path(image_root).expanduser()
-        self.archive = archive
-        self.columns = _find_columns(column_names(rows), source)
-        self.size = len(rows) if limit is None else min(limit, len(rows))
+        self._images = ImageReader(
+            Path(image_root).expanduser(), fenced, archive, options.allow_urls
+        )
+        self._limit = len(rows) if limit is None else limit
+        self._table = Table(rows)
+        self._kept: Sequence[int] = range(len(rows))
+        self._columns = check_columns(self._table.names, options.columns, source, options.lenient)
+        self._check_images()
 
     def __len__(self) -> int:
-        return self.size
+        return min(self._limit, len(self._kept))
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The numbers of all rows that are not left out, counted from 0, in their order.
+
+        Examples are taken from the first of them.
+        """
+        return self._kept
 
     def take(self, step: int, count: int) -> list[Example]:
         """Return the `count` examples of training step `step`, counted from 0.
 
         They are shuffled again in every epoch.
         """
-        return [self._read(index) for index in shuffled(self.size, self.seed, step * count, count)]
+        order = shuffled(len(self), self.seed, step * count, count)
+        return [self.read(self._kept[entry]) for entry in order]
 
     def all(self, count: int) -> list[Example]:
         """Return the first `count` examples, for evaluation, in the order of the data.
 
         There may be fewer.
         """
-        return [self._read(index) for index in range(min(count, self.size))]
+        return [self.read(index) for index in self._kept[: min(count, len(self))]]
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Take no examples from the rows of these numbers, counted from 0, from now on."""
+        left_out = set(indices)
+        self._kept = [index for index in self._kept if index not in left_out]
+
+    def read(self, index: int) -> Example:
+        """Return the example of the row `index`, counted from 0, whether or not it is left out.
+
+        Raises UserError, which names the row, if it is not understood or an image cannot be read.
+        """
+        name = self._name(index)
+        fields = read_fields(self._table.row(index), self._columns, name)
+        return Example(
+            problem=fields.problem,
+            images=tuple(self._images.read(cell, name) for cell in fields.images),
+            solution=fields.solution,
+            thinking=fields.thinking,
+            key=" ".join(filter(None, map(image_path, fields.images))) or f"row {index + 1}",
+            source=name,
+            extra=fields.extra,
+        )
+
+    def digest(self, index: int) -> str:
+        """Return what identifies the content of a row: its cells, and its image files as they are.
+
+        Of a file, that is its place, its size and when it was last changed.
+        """
+        row = self._table.row(index)
+        try:
+            images = read_fields(row, self._columns, self._name(index)).images
+        except UserError:
+            images = []
+        return digest_of(row, *map(self._images.stamp, images))
 
     def require_thinking(self) -> None:
         """Raise UserError unless every row has a worked solution for supervised training."""
-        names = column_names(self.rows)
-        if "thinking" not in names:
-            raise UserError(
-                f"{self.source} has no column 'thinking' (found: {', '.join(names)}): add it, for "
-                "supervised training imitates it, or imitate the answers alone with "
-                "--sft-target answer."
-            )
-        if isinstance(self.rows, list):
-            texts = [row.get("thinking") for row in self.rows]
-        else:
-            texts = self.rows.select_columns("thinking")[:]["thinking"].to_pylist()
-        for index, text in enumerate(texts[: self.size]):
-            if not str(text or "").strip():
+        names = self._table.names
+        table = self._table.without(COLUMNS["images"])
+        for index in self._kept[: len(self)]:
+            if read_thinking(table.row(index), self._columns, self._name(index)):
+                continue
+            if "thinking" not in names and index == self._kept[0]:
                 raise UserError(
-                    f"row {index + 1} of {self.source} has no 'thinking': fill it in or leave the "
-                    "row out."
+                    f"{self.source} has no column 'thinking' (found: {', '.join(names)}): add it, "
+                    "for supervised training imitates it, or imitate the answers alone with "
+                    "--sft-target answer."
+                )
+            raise UserError(
+                f"{self._name(index)} has no 'thinking': fill it in or leave the row out."
+            )
+
+    def _check_images(self) -> None:
+        """Raise UserError where the images are in a column that is not recognised."""
+        names = self._table.names
+        if "images" in self._columns or any(name in names for name in COLUMNS["images"]):
+            return
+        for column, value in self._table.row(0).items():
+            if looks_like_images(value):
+                raise UserError(
+                    f"{self.source} has no column {one_of(COLUMNS['images'])} (found: "
+                    f"{', '.join(names)}), but {column!r} looks like images: name it as in "
+                    f"""--columns '{{"images": "{column}"}}', or leave it out."""
                 )
 
-    def _read(self, index: int) -> Example:
-        """Make an example of a row."""
-        row = self.rows[index] if isinstance(self.rows, list) else self.rows[index].to_pylist()[0]
-        name = f"row {index + 1} of {self.source}"
-        cells = as_list(row.get(self.columns["images"]))
-        paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
-        return Example(
-            # Some data marks the image's place in the text; here images always come first.
-            problem=self._text(row, "problem", name).replace("<image>", "").strip(),
-            images=tuple(decode(cell, self.image_root, self.archive, name) for cell in cells),
-            solution=_inside("answer", self._text(row, "solution", name)),
-            thinking=_inside("think", str(row.get("thinking") or "")),
-            key=" ".join(path for path in paths if isinstance(path, str)) or f"row {index + 1}",
-        )
-
-    def _text(self, row: dict, field: str, name: str) -> str:
-        """Return a field's text; raises UserError, which calls the row `name`, if it is empty."""
-        value = row.get(self.columns[field])
-        # A column of whole numbers turns into one of fractions if a number is missing.
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is None or not str(value).strip():
-            raise UserError(
-                f"{name} has no {self.columns[field]!r}: fill it in or leave the row out."
-            )
-        return str(value).strip()
-
-
-def column_names(rows: Sequence) -> list[str]:
-    """Return the names of all columns of a list of dictionaries or of a `datasets.Dataset`."""
-    if isinstance(rows, list):
-        return list(dict.fromkeys(name for row in rows for name in row))
-    return list(rows.column_names)
-
-
-def _find_columns(names: list[str], source: str) -> dict[str, str]:
-    """Return the column that holds each field of an example."""
-    columns = {}
-    for field, candidates in COLUMNS.items():
-        columns[field] = next((name for name in candidates if name in names), None)
-        if columns[field] is None:
-            raise UserError(
-                f"{source} has no column {' or '.join(map(repr, candidates))} "
-                f"(found: {', '.join(names)}): rename the column that holds the {field}."
-            )
-    return columns
-
-
-def _inside(tag: str, text: str) -> str:
-    """Return the text inside a tag, or all of it without one: `<answer> 3 </answer>` gives `3`."""
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return (found[1] if found else text).strip()
+    def _name(self, index: int) -> str:
+        """Return what messages call a row."""
+        return f"row {index + 1} of {self.source}"

@@ -1,112 +1,173 @@
-"""Reading the rows of one split from a file or a folder."""
+"""Reading the rows of one split from a file, a folder or the Hub."""
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError
-from ...hub import load_splits
-from ..split import SPLITS
-from .loaded import column_names
+from ...hub import hub_splits, load_splits, split_files
+from .options import DataOptions
+from .readers import READERS, Row
+from .splits import SHARD, choose_split, split_in_name
 
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".csv": "csv"}
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 """The name that `datasets` has for the format of a file, by the file's suffix."""
-SUFFIXES = (".jsonl", *FILE_FORMATS)
-"""The suffixes of files that can be read; lines of JSON (`.jsonl`) are read here."""
+SUFFIXES = (*READERS, *FILE_FORMATS)
+"""The suffixes of files that can be read."""
+NOT_ROWS = {
+    *("config.json", "state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+}
+"""Files of a data set that describe it."""
 
 
-def file_rows(path: Path, split: str) -> Sequence:
-    """Read a file, which belongs to one split.
+def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequence:
+    """Read the rows of a split from the file or folder `path`, or of the Hub's data set `data`.
 
-    That is the split that the file's name mentions, or else test if it has the columns of R1-V's
-    test sets, or else train. Raises UserError for a file that cannot be read or belongs to another
-    split.
+    Raises UserError, which names the way out, if they cannot be read or there is no such split.
     """
-    if path.suffix == ".jsonl":
-        rows = _read_json_lines(path)
-    elif path.suffix in FILE_FORMATS:
-        rows = load_splits(str(path), FILE_FORMATS[path.suffix], data_files=str(path))["train"]
-    else:
+    if path.is_file():
+        _check_whole(split_in_name(Path(path.name)) or "train", path, split, options)
+        return _read_file(path)
+    if path.is_dir():
+        return _folder_rows(path, split, options)
+    looks_like_a_path = (
+        path.suffix in SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1
+    )
+    if looks_like_a_path:
+        raise UserError(f"{data} is missing: check the path of the data.")
+    splits = _configured(lambda config: hub_splits(data, config), options)
+    return splits[choose_split(list(splits), split, options, data)]
+
+
+def _check_whole(own: str, path: Path, split: str, options: DataOptions) -> None:
+    """Raise UserError if a run trains on the data `path`, which has the one split `own`.
+
+    Such data are otherwise taken as a whole, whatever they are called.
+    """
+    if options.trained is not None:
+        only = DataOptions(split=options.split, held_out=options.held_out, trained=own)
+        choose_split([own], split, only, str(path))
+
+
+def _read_file(path: Path) -> Sequence:
+    """Read all rows of a file."""
+    suffix = path.suffix.lower()
+    if suffix in READERS:
+        return READERS[suffix](path)
+    if suffix not in FILE_FORMATS:
         raise UserError(f"{path} has an unknown format: give one of {', '.join(SUFFIXES)}.")
-    is_test_set = len(rows) and "ground_truth" in column_names(rows)
-    its_split = _split_in_name(path) or ("test" if is_test_set else "train")
-    return pick({its_split: rows}, split, str(path))
+    return load_splits(str(path), FILE_FORMATS[suffix], data_files=str(path))["train"]
 
 
-def folder_rows(folder: Path, split: str) -> Sequence:
-    """Read a folder: lists of JSON lines, what `save_to_disk` wrote, or what `datasets`
-    understands.
-
-    Raises UserError if that fails, or if the folder has not exactly one list for the split.
+def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
+    """Read a folder: what `save_to_disk` wrote, the files of a README.md, files of rows, or what
+    `datasets` understands.
     """
-    # A metadata.jsonl describes a folder of images to `datasets`; other lists hold R1-V's rows.
-    lists = sorted(path for path in folder.glob("*.jsonl") if path.name != "metadata.jsonl")
-    if len(lists) == 1:
-        return file_rows(lists[0], split)
-    if lists:
-        named = [path for path in lists if (_split_in_name(path) or "train") == split]
-        if len(named) != 1:
-            names = ", ".join(path.name for path in lists)
-            raise UserError(
-                f"{folder} holds {names}, not exactly one for {split}: pass the file itself as "
-                "data."
-            )
-        return file_rows(named[0], split)
     if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return _saved_rows(folder, split)
-    return pick(load_splits(str(folder), str(folder.resolve())), split, str(folder))
+        return _saved_rows(folder, split, options)
+    source = str(folder.resolve())
+    configured = _has_configurations(folder)
+    if configured:
+        splits = _configured(lambda config: split_files(str(folder), source, config), options)
+    else:
+        splits = _row_files(folder, (options.split, options.trained))
+        if splits and options.config and not options.lenient:
+            raise UserError(
+                f"{folder} has no configurations, for its README.md names none: leave out "
+                "--data-config."
+            )
+    files = [path for paths in splits.values() for path in paths]
+    if files and all(path.suffix.lower() in READERS for path in files):
+        chosen = splits[choose_split(list(splits), split, options, str(folder))]
+        if not configured:
+            _check_shards(chosen, split, folder)
+        return [row for path in chosen for row in _rows_beside_images(path, folder)]
+    splits = _configured(lambda config: load_splits(str(folder), source, config), options)
+    return splits[choose_split(list(splits), split, options, str(folder))]
 
 
-def pick(splits: dict[str, Sequence], split: str, source: str) -> Sequence:
-    """Return the rows of one split; raises UserError, which lists the others, if it is missing."""
-    if split not in splits:
-        found = ", ".join(splits)
-        raise UserError(
-            f"{source} has only the split {found}: for {split}, pass other data or a file named "
-            "after it."
-        )
-    return splits[split]
+def _configured(read: Callable[[str | None], dict], options: DataOptions) -> dict:
+    """Return what `read(configuration)` returns for the configuration that is wanted.
+
+    Held-out data of their own need not have the configuration of the training data.
+    """
+    if options.config is None or not options.lenient:
+        return read(options.config)
+    try:
+        return read(options.config)
+    except UserError:
+        return read(None)
 
 
-def _saved_rows(folder: Path, split: str) -> Sequence:
-    """Read what `save_to_disk` wrote: a DatasetDict, or a Dataset, which is taken for train."""
+def _saved_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
+    """Read what `save_to_disk` wrote: a DatasetDict, or a Dataset, which is taken as a whole."""
     import datasets  # takes seconds to import, and runs on drawn data never need it
 
-    loaded = datasets.load_from_disk(str(folder))
-    return pick(loaded if isinstance(loaded, dict) else {"train": loaded}, split, str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder} could not be loaded ({type(error).__name__}: {reason}): save it again."
+        ) from error
+    if isinstance(saved, dict):
+        return saved[choose_split(list(saved), split, options, str(folder))]
+    _check_whole("train", folder, split, options)
+    return saved
 
 
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object per line; raises UserError, which names the line, for another.
+def _has_configurations(folder: Path) -> bool:
+    """Return whether the head of a folder's README.md says which files are which split."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    head = re.match(r"---\r?\n(.*?)\r?\n---", readme.read_text("utf-8", "replace"), re.DOTALL)
+    return head is not None and re.search(r"^configs:", head[1], re.MULTILINE) is not None
 
-    `datasets` would guess types (dates, or numbers mixed with text) and would not name the bad
-    line.
+
+def _row_files(folder: Path, own_names: Sequence[str | None]) -> dict[str, list[Path]]:
+    """Return the text files that list the rows of a folder, by split: those at its top, or else
+    those in folders below.
+
+    There are none where the folder holds tables, unless lines of JSON lie at its top.
     """
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"line {number} of {path} is not JSON ({error}): correct or remove it."
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"line {number} of {path} is not a JSON object: write one object with columns "
-                "a line."
-            )
-        rows.append(row)
+    files = [path for path in sorted(folder.rglob("*")) if _may_hold_rows(path, folder)]
+    lists = [path for path in files if path.suffix.lower() in READERS]
+    lists = [path for path in lists if path.parent == folder] or lists
+    has_lines = any(path.suffix == ".jsonl" and path.parent == folder for path in lists)
+    if len(lists) < len(files) and not has_lines and any(p.suffix in FILE_FORMATS for p in files):
+        return {}
+    # A file of that name lists images for `datasets`; others hold rows in the layouts read here.
+    lists = [path for path in lists if path.stem != "metadata"] or lists
+    splits: dict[str, list[Path]] = {}
+    for path in lists:
+        mentioned = split_in_name(path.relative_to(folder), own_names)
+        splits.setdefault(mentioned or "train", []).append(path)
+    return splits
+
+
+def _may_hold_rows(path: Path, folder: Path) -> bool:
+    """Return whether a file of a folder has a known format and is not hidden."""
+    hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    known = path.suffix.lower() in SUFFIXES and path.name not in NOT_ROWS
+    return known and not hidden and path.is_file()
+
+
+def _check_shards(files: list[Path], split: str, folder: Path) -> None:
+    """Raise UserError unless the files of a split are one, or shards with the Hub's numbers."""
+    if len(files) > 1 and not all(SHARD.search(path.stem) for path in files):
+        names = ", ".join(path.name for path in files[:5]) + " …" * (len(files) > 5)
+        raise UserError(
+            f"{folder} holds {names}, not exactly one for {split}: pass the file itself as data."
+        )
+
+
+def _rows_beside_images(path: Path, folder: Path) -> list[Row]:
+    """Read a file of rows; the images of a metadata file lie in the folder of that file."""
+    rows = READERS[path.suffix.lower()](path)
+    if path.stem == "metadata":
+        within = path.parent.resolve().relative_to(folder.resolve())
+        for row in rows:
+            if isinstance(row.get("file_name"), str):
+                row["file_name"] = (within / row["file_name"]).as_posix()
     return rows
-
-
-def _split_in_name(path: Path) -> str | None:
-    """Return the split that is a word of the file's name, as in `geoqa_test_prompts.jsonl`."""
-    name = path.stem.lower()
-    for split in SPLITS:
-        if re.search(rf"(?<![a-z]){split}(?![a-z])", name):
-            return split
-    return None

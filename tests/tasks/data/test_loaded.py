@@ -1,15 +1,19 @@
 """Loaded examples: every kind of row and image that data may hold, read when it is taken."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
 import pytest
 from PIL import Image
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks.data import load_examples
+from mr1_fast.tasks.data import DataOptions, load_examples
 from mr1_fast.tasks.data.loaded import LoadedExamples
 
 from ...data.pictures import (
     ROW,
     colour,
+    contents,
     encoded,
     picture,
     table,
@@ -78,3 +82,96 @@ def test_supervised_training_needs_thinking(tmp_path):
     with pytest.raises(UserError, match=r"row 3 of .* has no 'thinking'"):
         load_examples("counting", str(tmp_path), "train", 0).require_thinking()
     load_examples("counting", str(tmp_path), "train", 0, limit=2).require_thinking()
+
+
+def test_supervised_training_reads_the_reasoning_in_solutions():
+    worked = ROW | {"solution": "<think>1</think><answer>1</answer>", "image": "nowhere.png"}
+    LoadedExamples([worked] * 3, "rows", 0).require_thinking()
+    with pytest.raises(UserError, match=r"row 3 of rows has no 'thinking'"):
+        LoadedExamples([worked, worked, ROW], "rows", 0).require_thinking()
+
+
+def test_rows_that_are_left_out_are_not_taken():
+    rows = [{"problem": "?", "solution": str(index)} for index in range(10)]
+    examples = LoadedExamples(rows, "rows", 0, limit=6)
+    assert (list(examples.indices), len(examples)) == (list(range(10)), 6)
+    examples.leave_out([0, 3])
+    examples.leave_out([3, 7])
+    assert [item.solution for item in examples.all(99)] == list("124568")  # the next take its place
+    assert [item.solution for item in examples.all(2)] == list("12")
+    epochs = [[item.solution for item in examples.take(step, 6)] for step in range(3)]
+    assert all(sorted(epoch) == list("124568") for epoch in epochs)
+    examples.leave_out([8, 9])
+    assert (list(examples.indices), len(examples)) == ([1, 2, 4, 5, 6], 5)
+    third = examples.read(3)  # also what is left out
+    assert (third.solution, third.source, third.key) == ("3", "row 4 of rows", "row 4")
+    examples.leave_out(range(10))
+    assert len(examples) == 0
+
+
+def test_a_digest_follows_the_cells_and_the_files(tmp_path):
+    for name in ("1.png", "2.png"):
+        picture(1).save(tmp_path / name)
+    rows = [ROW, ROW | {"image": "2.png"}, ROW | {"solution": "2"}, dict(ROW), {"solution": "1"}]
+    rows[-1]["problem"] = ["not understood"]
+
+    def digests():
+        examples = LoadedExamples(rows, "rows", 0, image_root=tmp_path)
+        return [examples.digest(index) for index in range(len(rows))]
+
+    before = digests()
+    assert before[0] == before[3] and len(set(before)) == 4
+    picture(2).resize((40, 40)).save(tmp_path / "1.png")
+    after = digests()
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_rows_may_be_read_from_several_threads(as_list, tmp_path):
+    rows = table(40)
+    examples = LoadedExamples(
+        list(rows.with_format("arrow").to_list()) if as_list else rows, "r", 0
+    )
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(examples.read, list(examples.indices) * 5))
+    assert contents(read) == contents(examples.all(40)) * 5
+
+
+def test_a_row_is_named_where_it_is_read():
+    rows = [{"problem": "?", "solution": "1"}, {"problem": "?", "solution": None}]
+    examples = LoadedExamples(rows, "rows.jsonl", 0)
+    assert examples.read(0).source == "row 1 of rows.jsonl"
+    with pytest.raises(UserError, match=r"row 2 of rows.jsonl has no 'solution'"):
+        examples.read(1)
+
+
+def test_columns_that_are_named_must_be_there():
+    row = {"query": "?", "label": "1", "solution": "no"}
+    options = DataOptions(columns={"problem": "query", "solution": "label"})
+    item = LoadedExamples([row], "rows", 0, options=options).read(0)
+    assert (item.problem, item.solution, item.extra) == ("?", "1", {"query": "?", "label": "1"})
+    with pytest.raises(UserError, match=r"rows has no column 'label' .*\(found: query\)"):
+        LoadedExamples([{"query": "?"}], "rows", 0, options=options)
+
+
+def test_keys_are_short():
+    long = "data:image/png;base64," + "A" * 20
+    for cell in (encoded(picture(1)), {"bytes": encoded(picture(1)), "path": long}):
+        assert LoadedExamples([ROW | {"image": cell}], "rows", 0).read(0).key == "row 1"
+
+
+def test_conversations_in_tables(tmp_path):
+    """A table gives every part and row all keys, empty where they were missing."""
+    image = {"bytes": encoded(picture(1)), "path": None}
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]
+    rows = [
+        {"images": [image], "prompt": [{"role": "user", "content": parts}], "answer": "3"},
+        {"images": None, "prompt": [{"role": "user", "content": parts[1:]}], "answer": "4"},
+    ]
+    made = datasets.Dataset.from_list([row | {"reward_model": {"style": "rule"}} for row in rows])
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(tmp_path / "a.parquet")
+    first, second = load_examples("free", str(tmp_path / "a.parquet"), "train", 0).all(2)
+    assert (first.problem, first.solution, len(first.images)) == ("How many?", "3", 1)
+    assert (second.problem, second.solution, second.images) == ("How many?", "4", ())
+    assert first.extra["prompt"] == rows[0]["prompt"]
+    assert first.extra["reward_model"] == {"style": "rule"}

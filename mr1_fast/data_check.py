@@ -1,0 +1,71 @@
+"""The check of loaded rows before the first step, with the prompts and the judge of a run."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import fields
+
+from .config import TaskConfig, cache_folder
+from .errors import UserError
+from .model.policy import Policy
+from .rewards.answers import kind_of
+from .tasks.data import DrawnExamples, LoadedExamples
+from .tasks.data.check import RowMemory, check_rows, settle_bad_rows
+from .types import Example
+from .version import __version__
+
+LIMITS = ("max_prompt_tokens", "max_pixels", "shrink_images")
+"""The settings of a model on which it depends whether a prompt can be encoded."""
+
+
+def check_data(
+    source: DrawnExamples | LoadedExamples | None,
+    policy: Policy,
+    config: TaskConfig,
+    count: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Check every row of loaded data, or as many as give `count` good ones, for use with a policy.
+
+    `config` has the settings of the task and of the model.
+    A row must load, its images must decode, its prompt must keep the limits of the settings, and
+    its solution must be one that the judge can read. With `--bad-rows skip`, the others are left
+    out of `source`; otherwise UserError is raised, which names them. Drawn examples need no check.
+    """
+    if not isinstance(source, LoadedExamples):
+        return
+
+    def check(example: Example) -> None:
+        policy.encode.length(example)
+        if config.judge == "strict":
+            check_solution(example)
+
+    folder, key = cache_folder() / "rows", _settings_digest(policy, config)
+    bad = check_rows(source, check, RowMemory(folder / f"{key}.txt"), count)
+    report = folder / f"{key}-bad.txt"
+    settle_bad_rows(source, bad, config.bad_rows == "skip", report, say)
+
+
+def check_solution(example: Example) -> None:
+    """Raise UserError for a solution that no answer can equal by the strict judge."""
+    kind = kind_of(example.solution)
+    if kind in ("empty", "too long"):
+        raise UserError(
+            f"the solution of {example.name} is {kind}, so no answer can be right: give the bare "
+            "answer."
+        )
+
+
+def _settings_digest(policy: Policy, config: TaskConfig) -> str:
+    """Return what identifies all that a row's verdict depends on beside the row itself."""
+    settings = {f.name: getattr(config, f.name) for f in fields(TaskConfig)}
+    settings |= {name: getattr(config, name) for name in LIMITS}
+    processor = policy.processor
+    model = [
+        len(processor.tokenizer),
+        processor.chat_template,
+        processor.image_processor.to_json_string(),
+        config.model,
+    ]
+    text = json.dumps([__version__, settings, model], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""Rows by their number: the same from a list and from a `datasets.Dataset`, images encoded."""
+
+import datasets
+import pytest
+
+from mr1_fast.tasks.data.table import Table
+
+from ...data.pictures import encoded, picture
+
+needs_json = pytest.mark.skipif(
+    not hasattr(datasets, "Json"), reason="this version of datasets has no type for mixed values"
+)
+
+MIXED = [
+    {"solution": 3, "parts": [{"text": "a"}, "b"], "n": 1},
+    {"solution": "145°", "parts": [], "n": None},
+    {"solution": None, "parts": None, "n": 3},
+]
+
+
+@needs_json
+def test_mixed_values_that_datasets_keeps_as_json():
+    rows = datasets.Dataset.from_list(MIXED, on_mixed_types="use_json")
+    assert any(type(feature).__name__ == "Json" for feature in rows.features.values())
+    table = Table(rows)
+    assert table.names == Table(MIXED).names == ["solution", "parts", "n"]
+    assert [table.row(index) for index in range(len(table))] == MIXED
+
+
+@needs_json
+def test_json_inside_lists_and_objects():
+    features = datasets.Features(
+        {
+            "a": datasets.List(datasets.Json()),
+            "b": {"c": datasets.Json(), "d": datasets.Value("int64")},
+        }
+    )
+    rows = [{"a": [{"x": 1}, 2, "y"], "b": {"c": [1, "z"], "d": 4}}, {"a": None, "b": None}]
+    table = Table(datasets.Dataset.from_list(rows, features=features))
+    assert table.row(0) == rows[0]
+    assert table.row(1)["a"] is None
+
+
+def test_images_stay_encoded():
+    cell = {"bytes": encoded(picture(1)), "path": None}
+    rows = datasets.Dataset.from_dict({"image": [cell], "problem": ["?"]})
+    table = Table(rows.cast_column("image", datasets.Image()))
+    assert table.row(0) == {"image": cell, "problem": "?"}
+    assert table.without(["image", "images"]).row(0) == {"problem": "?"}
+
+
+def test_names_of_rows_that_differ():
+    assert Table([{"a": 1}, {"b": 2, "a": 3}]).names == ["a", "b"]
