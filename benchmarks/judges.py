@@ -130,19 +130,20 @@ def other_unit(parts: Parts) -> str:
     return f"{parts.number} apples"
 
 
+IN_REASONING = "nothing in the tag, the answer before it"
 WRONG: dict[str, Callable[[Parts], str]] = {
-    "another number under the root": other_root,
-    "the bare coefficient, or π times it": bare_coefficient,
-    "another unit, or apples": other_unit,
-    "the answer and another one": lambda parts: f"{parts.whole} or 999",
-    "the negative": lambda parts: f"-{parts.whole}",
-    "times 10^3": lambda parts: f"{parts.latex}·10^3{parts.unit}",
-    "a ratio: 2√{3}:7": lambda parts: f"{parts.number}:7",
-    "a sum: 2√{3}+1": lambda parts: f"{parts.number}+1",
-    "a denial: not 2√{3}": lambda parts: f"not {parts.whole}",
-    "nothing in the tag, the answer before it": lambda parts: "",
+    "another number under the root": lambda parts: f" {other_root(parts)} ",
+    "the bare coefficient, or π times it": lambda parts: f" {bare_coefficient(parts)} ",
+    "another unit, or apples": lambda parts: f" {other_unit(parts)} ",
+    "the answer and another one": lambda parts: f" {parts.whole} or 999 ",
+    "the negative": lambda parts: f" -{parts.whole} ",
+    "times 10^3": lambda parts: f" {parts.latex}·10^3{parts.unit} ",
+    "a ratio: 2√{3}:7": lambda parts: f" {parts.number}:7 ",
+    "a sum: 2√{3}+1": lambda parts: f" {parts.number}+1 ",
+    "a denial: not 2√{3}": lambda parts: f" not {parts.whole} ",
+    IN_REASONING: lambda parts: "",
 }
-"""Wrong answers that begin like the solution, end like it, or let it stand outside of the tag."""
+"""Wrong answers that begin like the solution, end like it, or leave it outside of the tag."""
 
 JUDGES: dict[str, Callable[[str, str], Verdict]] = {
     "strict": judge_completion,
@@ -180,7 +181,8 @@ def count_forms(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
         for form, write in forms.items():
             counts[kind][form] = Counter()
             for parts in solutions:
-                text = f"<think>It comes to {parts.whole}.</think><answer>{write(parts)}</answer>"
+                thinking = f"It comes to {parts.whole}." if form == IN_REASONING else "so"
+                text = f"<think>{thinking}</think><answer>{write(parts)}</answer>"
                 for name, judge in JUDGES.items():
                     is_right = judge(text, parts.whole).right
                     counts[kind][form][name] += is_right == (kind == "right")

@@ -25,6 +25,8 @@ def same(a: Reading, b: Reading) -> bool:
         is_equality = a.sign in "=≠"
         return a.sign == b.sign and proportional([a.difference], [b.difference], is_equality)
     if isinstance(a, Ratio):
+        if a.sign != b.sign:
+            return False
         if a.sign == "×":
             return len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
         return proportional(list(a.parts), list(b.parts), negative=False)
@@ -96,7 +98,8 @@ def folded(text: str) -> str:
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    words = _ARTICLE.sub("", text).strip(" .!").split()
+    text = re.sub(r" ?([^\w ]) ?", r"\1", _ARTICLE.sub("", text).strip(" .!"))
+    words = text.split()
     has_number = any(char.isdecimal() for char in text)
     return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)
 

@@ -100,6 +100,11 @@ class _Reader:
         place = self.place + ahead
         return self.tokens[place] if place < len(self.tokens) else ""
 
+    def refuse_two_letters(self) -> None:
+        """Refuse `a^bc` and `√ab`, where the second letter may be meant outside."""
+        if len(self.next()) == 2 and self.next().isalpha():
+            raise Unreadable
+
     def count_slow_step(self) -> None:
         self.slow_steps += 1
         if self.slow_steps > MAX_SLOW_STEPS:
@@ -168,6 +173,7 @@ class _Reader:
         return base
 
     def exponent(self) -> Number:
+        self.refuse_two_letters()
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable
@@ -228,6 +234,7 @@ class _Reader:
                 raise Unreadable
             degree = int(self.next(1)[:4])
             self.place += 3
+        self.refuse_two_letters()
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable

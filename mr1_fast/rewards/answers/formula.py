@@ -131,15 +131,17 @@ def _unit_at_end(tokens: list[str]) -> tuple[list[str], Dimensions | None, Numbe
         rest = tokens[:place]
         if token == "°" and any(part.removeprefix("\\") in FUNCTIONS for part in rest):
             continue  # sin 30°
-        if (token.isascii() and len(token) == 1 and token.isalpha()) and (
-            _is_sum(rest) or any(map(is_letters, rest))
-        ):
-            continue  # a letter of algebra: 3x + 2h, πr²h
         unit = read_units(tokens[place:])
-        if unit:
-            if _is_sum(rest) or any(_is_clear_unit(token) for token in rest):
-                raise Unreadable
-            return rest, *unit
+        if not unit:
+            continue
+        if any(map(_is_clear_unit, rest)):
+            raise Unreadable
+        is_letter = token.isascii() and len(token) == 1 and token.isalpha()
+        if is_letter and (_is_sum(rest) or any(map(is_letters, rest))):
+            continue  # a letter of algebra: 3x + 2h, πr²h
+        if _is_sum(rest):
+            raise Unreadable
+        return rest, *unit
     return tokens, None, integer(1)
 
 

@@ -91,6 +91,7 @@ _SYMBOLS = {
     "_": "_",
     "\\": "\\\\",
     "!": "",
+    **dict.fromkeys(" ,;:>", " "),
 }
 _WRAPPERS = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textup|mathrm|mathbf|mathit|mathsf|mathbb|mbox|"
@@ -178,7 +179,7 @@ def _plain_command(found: re.Match) -> str:
     if found[1]:
         known = _COMMANDS.get(found[1])
         return found[0] if known is None else known
-    return _SYMBOLS.get(found[2], " ")
+    return _SYMBOLS.get(found[2], found[0])
 
 
 _MARKS = [

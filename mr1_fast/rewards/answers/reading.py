@@ -214,10 +214,11 @@ def _read_both_signs(text: str, level: int) -> Several | None:
 
 _RELATION = re.compile("[=<>≤≥≠≈]")
 _NAME = re.compile(
-    r"(?:(?:the )?(?:area|perimeter|length|volume|angle|radius|width|height|distance|speed)|"
-    r"m? ?[∠△] ?(?:[A-Za-z]{1,3}|[0-9])|"
-    r"(?:[A-Za-z]{1,3}|[α-ωΑ-Ω])(?:_(?:\w|\{\w{1,8}\}))?'{0,2}|[A-Za-z] ?\( ?[A-Za-z] ?\))",
-    re.IGNORECASE,
+    r"(?i:(?:the )?(?:area|perimeter|length|volume|angle|radius|width|height|distance|speed))|"
+    r"m? ?[∠△] ?(?:[A-Z]{1,3}|[a-z0-9])|"
+    r"(?:[A-Z]{1,4}|[a-zα-ωΑ-Ω])(?:_(?:\w|\{[\w△∠ ]{1,8}\}))?'{0,2}|"
+    r"[A-Za-z] ?\( ?[A-Za-z] ?\)|"
+    r"\( ?[A-Za-z] ?(?:, ?[A-Za-z] ?){1,3}\)"
 )
 
 
@@ -238,7 +239,9 @@ def _read_relation(text: str, level: int) -> Reading | None:
     sign, (left, right) = signs[0], sides
     if sign in "<≤":
         left, right, sign = right, left, {"<": ">", "≤": "≥"}[sign]
-    return Relation(sign, difference(left, right))
+    relation = Relation(sign, difference(left, right))
+    values = {value.value for value in relation.difference.values if value}
+    return relation if len(values) > 1 else Words(text)  # 2 < 3 says nothing that 1 < 2 does not
 
 
 def _chain(signs: list[str], sides: list[str]) -> Reading | None:
@@ -253,8 +256,9 @@ def _chain(signs: list[str], sides: list[str]) -> Reading | None:
     formulas = [Formula(side) for side in sides]
     exact = signs.index("≈") if "≈" in signs else len(signs)
     result = formulas[exact]
-    if result.has_letters:
-        return None
+    for place, formula in enumerate(formulas):
+        if formula.has_letters and (place >= exact or not name):
+            return None  # 2x = 3 + 3 = 6 does not say that anything is 6
     for formula in formulas:
         if formula.dimensions not in (None, PERCENT) and result.dimensions is None:
             result = result.with_unit_of(formula)
@@ -282,7 +286,7 @@ def _equation(left: str, right: str) -> Relation | None:
 
 
 def _is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text)) and text.lower() not in ("not", "no", "π")
+    return bool(_NAME.fullmatch(text)) and text not in ("NOT", "NO", "OR", "AND", "π")
 
 
 def _name(text: str) -> str:
