@@ -181,7 +181,8 @@ def test_every_setting_is_explained_in_help(cls, capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split("options:")[1].split())
     for setting in dataclasses.fields(cls):
         flag = f"--{setting.name.replace('_', '-')}"
-        found = re.search(rf" {flag} (\S+) (.*?) \(([^()]*; )?default: (.*?)\)(?= --| \w+: |$)", text)
+        ends = r"\)(?= --| \w+: |$)"  # another flag follows, a group of them, or nothing
+        found = re.search(rf" {flag} (\S+) (.*?) \(([^()]*; )?default: (.*?){ends}", text)
         assert found, setting.name
         explained = found[2]
         assert len(explained.split()) >= 3 and explained.endswith("."), setting.name
