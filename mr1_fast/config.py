@@ -316,6 +316,11 @@ class TrainConfig(
         """Whether the loss has a KL term, for which a reference model must be kept."""
         return self.algo != "sft" and self.kl_schedule().beta_max > 0
 
+    @property
+    def needs_thinking(self) -> bool:
+        """Whether worked solutions are imitated."""
+        return self.algo == "sft" and self.sft_target == "solution"
+
     def check(self) -> None:
         """Raise UserError for values with which no run is possible."""
         for name, value in vars(self).items():

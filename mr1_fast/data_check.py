@@ -24,12 +24,14 @@ def check_data(
     config: TaskConfig,
     count: int | None = None,
     say: Callable[[str], None] = print,
+    needs_thinking: bool = False,
 ) -> None:
     """Check every row of loaded data, or as many as give `count` good ones, for use with a model.
 
     `config` has the settings of the task and of the model, whose weights are not loaded.
     A row must load, its images must decode, its prompt must keep the limits of the settings, and
-    its solution must be one that the judge can read. With `--bad-rows skip`, the others are left
+    its solution must be one that the judge can read; with `needs_thinking`, it must also have a
+    worked solution. With `--bad-rows skip`, the others are left
     out of `source`; otherwise UserError is raised, which names them. Drawn examples need no check.
     """
     if not isinstance(source, LoadedExamples):
@@ -40,8 +42,10 @@ def check_data(
         writer.length(example)
         if config.judge == "strict":
             check_solution(example)
+        if needs_thinking and not example.thinking:
+            raise UserError(f"{example.name} has no 'thinking': fill it in or leave the row out.")
 
-    folder, key = cache_folder() / "rows", _settings_digest(writer, config)
+    folder, key = cache_folder() / "rows", _settings_digest(writer, config, needs_thinking)
     bad = check_rows(source, check, RowMemory(folder / f"{key}.txt"), count)
     report = folder / f"{key}-bad.txt"
     settle_bad_rows(source, bad, config.bad_rows == "skip", report, say)
@@ -57,7 +61,7 @@ def check_solution(example: Example) -> None:
         )
 
 
-def _settings_digest(writer: PromptWriter, config: TaskConfig) -> str:
+def _settings_digest(writer: PromptWriter, config: TaskConfig, needs_thinking: bool) -> str:
     """Return what identifies all that a row's verdict depends on beside the row itself."""
     settings = {f.name: getattr(config, f.name) for f in fields(TaskConfig)}
     settings |= {name: getattr(config, name) for name in LIMITS}
@@ -68,5 +72,5 @@ def _settings_digest(writer: PromptWriter, config: TaskConfig) -> str:
         processor.image_processor.to_json_string(),
         config.model,
     ]
-    text = json.dumps([__version__, settings, model], sort_keys=True, default=str)
+    text = json.dumps([__version__, settings, model, needs_thinking], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

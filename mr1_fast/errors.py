@@ -1,4 +1,4 @@
-"""The exception that is meant for the user, and how a command ends with it."""
+"""What is shown to the user: the exception that is meant for it, and text that may be hostile."""
 
 import errno
 import sys
@@ -8,8 +8,24 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped, which a terminal would obey.
+
+    Line breaks stay. Data and model output may hold anything.
+    """
+    return "".join(
+        each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
+    )
+
+
 class UserError(Exception):
-    """Bad input; its message is one sentence that names the field or file and the way out."""
+    """Bad input; its message is one sentence that names the field or file and the way out.
+
+    The names of columns and files may hold anything, so what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def exit_on_user_error(main: Callable[[], Result]) -> Result:

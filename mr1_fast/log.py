@@ -106,16 +106,6 @@ class RunLog:
             logger.close()
 
 
-def printable(text: str) -> str:
-    """Return a text with its control characters escaped, which a terminal would obey.
-
-    Line breaks stay. Data and model output may hold anything.
-    """
-    return "".join(
-        each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text
-    )
-
-
 def _holds_a_run(folder: Path) -> bool:
     """Say whether a folder holds anything that must be kept.
 

@@ -7,10 +7,10 @@ import torch
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data_check import check_data
-from .errors import UserError
+from .errors import UserError, printable
 from .kernels.self_test import self_test
 from .kl_schedule import DynamicKL
-from .log import RunLog, printable
+from .log import RunLog
 from .model.attention import attention_kernel
 from .model.device import resolve_device
 from .model.forward import lm_head_weight
@@ -79,7 +79,7 @@ def prepare(config: TrainConfig) -> Run:
     source, held_out = load_data(config)
 
     log = RunLog(config)
-    check_data(source, config, say=log.say)
+    check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
     check_data(held_out, config, config.eval_samples, log.say)
     policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
@@ -118,7 +118,7 @@ def load_data(
 ) -> tuple[DrawnExamples | LoadedExamples, DrawnExamples | LoadedExamples | None]:
     """Return where training items and held-out items come from; None for no evaluation."""
     source = configured_examples(config, "train", limit=config.train_samples)
-    if config.algo == "sft" and config.sft_target == "solution":
+    if config.needs_thinking:
         source.require_thinking()
     held_out = held_out_examples(config)
     return source, held_out

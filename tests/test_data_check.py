@@ -89,3 +89,16 @@ def test_the_first_prompt_is_shown_once(arguments, capsys):
     said = capsys.readouterr().out
     assert said.count("the first prompt:") == 1
     assert "You count." in said and "How many? Be brief.\\x1b[2J" in said and "\x1b[2J" not in said
+
+
+def test_a_row_without_a_worked_solution_is_named_or_left_out(run_args, tmp_path, capsys):
+    worked = ROW | {"image": None, "thinking": "One, two, three."}
+    lines = [json.dumps(row) for row in [worked] * 3 + [worked | {"thinking": " "}]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    settings = dict(data=str(tmp_path / "rows.jsonl"), eval_samples=0, prompts_per_step=3, steps=1)
+    # What is good for GRPO is remembered, but does not count for supervised training.
+    run(run_args(tmp_path / "grpo", **settings))
+    with pytest.raises(UserError, match=r"^1 row of .*row 4 of .* has no 'thinking'"):
+        run(run_args(tmp_path / "run", algo="sft", **settings))
+    run(run_args(tmp_path / "run", algo="sft", bad_rows="skip", **settings))
+    assert "left out 1 row of" in capsys.readouterr().out

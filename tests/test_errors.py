@@ -339,3 +339,8 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
     ):
         evaluate_command.evaluate_model(parse_evaluate(sys.argv[1:]))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_message_escapes_what_a_terminal_would_obey():
+    error = UserError("no column \x1b[31m, \ud800 or é\n")
+    assert str(error) == "no column \\x1b[31m, \\ud800 or é\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
 from ..data_check import check_data
+from ..errors import printable
 from ..files import write_json
-from ..log import printable
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start

@@ -1,6 +1,6 @@
 """What the judge made of each output, for `--explain`."""
 
-from ..log import printable
+from ..errors import printable
 
 SHOWN_CHARACTERS = 80
 """How much of a text is shown."""

@@ -17,6 +17,9 @@ from .image_size import ImageSizes
 from .processor import ImageTextProcessor
 from .prompt_text import PromptText
 
+LONGEST_TOKEN = 256
+"""More characters than a token of a vocabulary has."""
+
 
 class PromptWriter:
     """Writes examples as text and token ids, within limits that the user sets.
@@ -75,10 +78,15 @@ class PromptWriter:
             for image in example.images:
                 self.sizes.check(image.size, example.name)
             image_tokens = [self.sizes.num_tokens(image.size) for image in example.images]
-            ids = self.text.ids(self.text.written(self._messages(example)), image_tokens)
-        if len(ids) > self.max_prompt_tokens:
+            messages = self._messages(example)
+            # A text of many megabytes would take minutes and gigabytes to split into tokens.
+            characters = sum(len(p.get("text", "")) for m in messages for p in m["content"])
+            fits = characters <= LONGEST_TOKEN * self.max_prompt_tokens
+            ids = self.text.ids(self.text.written(messages), image_tokens) if fits else []
+        if not fits or len(ids) > self.max_prompt_tokens:
+            size = f"{len(ids)} tokens," if fits else f"{characters:,} characters, which is"
             raise UserError(
-                f"the prompt of {example.name} has {len(ids)} tokens, more than "
+                f"the prompt of {example.name} has {size} more than "
                 f"max_prompt_tokens = {self.max_prompt_tokens}: raise --max-prompt-tokens, or "
                 "lower --max-pixels with --shrink-images true (a prompt is never cut, since a "
                 "cut may fall inside an image)."

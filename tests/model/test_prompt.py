@@ -297,6 +297,12 @@ def test_length_refuses_what_encoding_refuses_without_a_look_at_the_pixels():
         assert raised[0] == raised[1] and "row 38 of train.jsonl" in raised[0]
 
 
+@pytest.mark.parametrize("text", ["x", "<|im_end|>", " "])
+def test_a_text_of_many_megabytes_is_refused_before_it_is_split_into_tokens(text):
+    with pytest.raises(UserError, match=r"has [\d,]+ characters, which is more than max_prompt_to"):
+        encoder().length(Example(text * (20_000_000 // len(text)), (), "1", source="row 1 of data"))
+
+
 def test_lengths_may_be_taken_from_threads():
     encode = encoder()
     texts = TEXTS + HOSTILE

@@ -69,8 +69,9 @@ def check_rows(
     known, good, bad = memory.read(), set(), []
 
     def look(index: int) -> tuple[int, str, str | None]:
-        digest = source.digest(index)
+        digest = ""
         try:
+            digest = source.digest(index)
             if digest not in known:
                 check(source.read(index))
         except UserError as error:

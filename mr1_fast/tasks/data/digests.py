@@ -1,6 +1,7 @@
 """Identifying the content of rows, so that what has not changed is not checked again."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,26 @@ def digest_of(*values: Any) -> str:
     True
     """
     digest = hashlib.blake2b(digest_size=8)
-    _feed(digest, values)
+    left = [values]  # and no recursion, which data could make too deep
+    while left:
+        value = left.pop()
+        digest.update(type(value).__name__.encode())
+        parts = _parts(value)
+        if parts is None:
+            content = value if isinstance(value, bytes) else repr(value).encode(errors="replace")
+            digest.update(b"%d " % len(content) + content)
+        else:
+            digest.update(b"%d " % len(parts))
+            left += parts
     return digest.hexdigest()
 
 
-def _feed(digest: "hashlib.blake2b", value: Any) -> None:
-    """Add a value and its type; containers are entered, and bytes taken as they are."""
-    digest.update(type(value).__name__.encode())
+def _parts(value: Any) -> Sequence | None:
+    """Return what a container or an image consists of; None for any other value."""
     if isinstance(value, dict):
-        value = [part for item in value.items() for part in item]
+        return [part for item in value.items() for part in item]
     if isinstance(value, Image.Image):
-        value = value.mode, value.size, value.tobytes()
+        return value.mode, value.size, value.tobytes()
     if isinstance(value, np.ndarray):
-        value = value.shape, value.tobytes()
-    if isinstance(value, (list, tuple)):
-        digest.update(b"%d " % len(value))
-        for each in value:
-            _feed(digest, each)
-        return
-    content = value if isinstance(value, bytes) else repr(value).encode(errors="replace")
-    digest.update(b"%d " % len(content))
-    digest.update(content)
+        return value.shape, value.tobytes()
+    return value if isinstance(value, (list, tuple)) else None

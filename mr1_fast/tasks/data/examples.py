@@ -4,6 +4,7 @@ There is one class for each source, and both have the same methods. What `take` 
 the arguments alone. So a run that resumes at step n asks for step n, and needs no saved state.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load_examples(
         return DrawnExamples(module, split, seed, difficulty, limit)
     if data in TEST_SETS:
         data = find_list(data, image_root)
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.name in ARCHIVES and split == "train" and options.split is None:
         raise UserError(f"{data} is a test set of the paper: for train, pass other data.")
     return LoadedExamples(

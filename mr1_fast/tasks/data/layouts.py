@@ -27,6 +27,9 @@ COLUMNS = {
 CONVERSATIONS = ("prompt", "messages", "conversations")
 """The columns whose last message may be the solution."""
 
+SHOWN = 30
+"""The most columns of data that a message names."""
+
 Row = Mapping[str, Any]
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _NUMBERED_IMAGE = re.compile(r"image_?(\d{1,3})")
@@ -53,7 +56,7 @@ def check_columns(
     `names` are all columns of the data. Raises UserError for an unknown field, for a column that is
     missing (unless `lenient`), and for data without a column for the problem or the solution.
     """
-    found = f"(found: {', '.join(names)})"
+    found = found_names(names)
     for field, column in columns.items():
         if field not in COLUMNS:
             raise UserError(
@@ -77,10 +80,20 @@ def check_columns(
     return columns
 
 
+def found_names(names: Sequence[str]) -> str:
+    """Return the columns that data has, as messages name them; only the first of many."""
+    return f"(found: {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})"
+
+
 def one_of(names: Sequence[str]) -> str:
     """Return names in quotes, with `or` before the last one."""
     *others, last = map(repr, names)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def holds_images(name: str) -> bool:
+    """Return whether a column of this name is recognised as one of images."""
+    return name in COLUMNS["images"] or _NUMBERED_IMAGE.fullmatch(name) is not None
 
 
 def looks_like_images(value: Any) -> bool:

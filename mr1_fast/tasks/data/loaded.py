@@ -1,5 +1,6 @@
 """Examples made of rows of data."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,16 @@ from ...types import Example
 from .digests import digest_of
 from .epochs import check_limit, shuffled
 from .images import ImageReader, image_path
-from .layouts import COLUMNS, check_columns, looks_like_images, one_of, read_fields, read_thinking
+from .layouts import (
+    COLUMNS,
+    check_columns,
+    found_names,
+    holds_images,
+    looks_like_images,
+    one_of,
+    read_fields,
+    read_thinking,
+)
 from .options import DEFAULTS, DataOptions
 from .table import Table
 
@@ -45,7 +55,7 @@ class LoadedExamples:
         self.source = source
         self.seed = seed
         self._images = ImageReader(
-            Path(image_root).expanduser(), fenced, archive, options.allow_urls
+            Path(os.path.expanduser(image_root)), fenced, archive, options.allow_urls
         )
         self._limit = len(rows) if limit is None else limit
         self._table = Table(rows)
@@ -114,32 +124,35 @@ class LoadedExamples:
         return digest_of(row, *map(self._images.stamp, images))
 
     def require_thinking(self) -> None:
-        """Raise UserError unless every row has a worked solution for supervised training."""
+        """Raise UserError if no row seems to have a worked solution for supervised training.
+
+        That is if there is no column for it, and none in the solution of the first row.
+        """
         names = self._table.names
-        table = self._table.without(COLUMNS["images"])
-        for index in self._kept[: len(self)]:
-            if read_thinking(table.row(index), self._columns, self._name(index)):
-                continue
-            if "thinking" not in names and index == self._kept[0]:
-                raise UserError(
-                    f"{self.source} has no column 'thinking' (found: {', '.join(names)}): add it, "
-                    "for supervised training imitates it, or imitate the answers alone with "
-                    "--sft-target answer."
-                )
+        if "thinking" in self._columns or "thinking" in names:
+            return
+        index = self._kept[0]
+        try:
+            thinking = read_thinking(self._table.row(index), self._columns, self._name(index))
+        except UserError:  # which the check of all rows reports
+            return
+        if not thinking:
             raise UserError(
-                f"{self._name(index)} has no 'thinking': fill it in or leave the row out."
+                f"{self.source} has no column 'thinking' {found_names(names)}: add it, "
+                "for supervised training imitates it, or imitate the answers alone with "
+                "--sft-target answer."
             )
 
     def _check_images(self) -> None:
         """Raise UserError where the images are in a column that is not recognised."""
         names = self._table.names
-        if "images" in self._columns or any(name in names for name in COLUMNS["images"]):
+        if "images" in self._columns or any(map(holds_images, names)):
             return
         for column, value in self._table.row(0).items():
             if looks_like_images(value):
                 raise UserError(
-                    f"{self.source} has no column {one_of(COLUMNS['images'])} (found: "
-                    f"{', '.join(names)}), but {column!r} looks like images: name it as in "
+                    f"{self.source} has no column {one_of(COLUMNS['images'])} "
+                    f"{found_names(names)}, but {column!r} looks like images: name it as in "
                     f"""--columns '{{"images": "{column}"}}', or leave it out."""
                 )
 

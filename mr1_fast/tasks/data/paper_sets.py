@@ -1,5 +1,6 @@
 """The paper's two test sets, which are known by name."""
 
+import os
 from pathlib import Path
 
 from ...errors import UserError
@@ -32,7 +33,7 @@ def find_list(name: str, image_root: str | None) -> str:
         raise UserError(
             f"data {name} needs image_root: the folder with {file_name} and the images it names."
         )
-    root = Path(image_root).expanduser()
+    root = Path(os.path.expanduser(image_root))
     for path in (root / file_name, root / "prompts" / file_name):
         if path.is_file():
             return str(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from ...errors import UserError
+from ...errors import UserError, printable
 
 LARGEST_FILE = 2**30
 """The most bytes of an image file; Pillow reads files of some formats as a whole."""
@@ -21,10 +21,7 @@ def shortened(text: object, length: int = 80) -> str:
     """Return the start of a text for a message, without control characters."""
     text = str(text)
     text = text if len(text) <= length else f"{text[: length - 1]}…"
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return printable(text).replace("\n", "\\n")
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,9 @@ class ImageFolder:
 
     def _refuses(self, path: Path) -> bool:
         """Return whether the fence keeps a path out."""
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
-        return self.fenced and not inside
+        if not self.fenced:
+            return False
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
 
     def _places(self, text: str) -> Iterator[Path]:
         """Yield the paths that `text` may mean, the most literal first."""

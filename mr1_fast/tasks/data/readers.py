@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,9 @@ READERS = {
 
 def _check_names(names: list[str], path: Path) -> None:
     """Raise UserError where two columns have the same name."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{path} has two columns {twice!r}: give each its own name.")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: give each its own name.")
 
 
 def _text(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Reading the rows of one split from a file, a folder or the Hub."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequen
 
     Raises UserError, which names the way out, if they cannot be read or there is no such split.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # the method would raise an error for a name that is too long
         _check_whole(split_in_name(Path(path.name)) or "train", path, split, options)
         return _read_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder_rows(path, split, options)
     looks_like_a_path = (
         path.suffix in SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1

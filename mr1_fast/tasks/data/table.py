@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import UserError
+
 
 class Table:
     """Rows of data, each of which is read as a dictionary; images stay encoded.
@@ -30,19 +32,22 @@ class Table:
         return len(self._rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return a row, which the caller must not change."""
+        """Return a row, which the caller must not change.
+
+        Raises UserError for a cell that should hold JSON and does not.
+        """
         if isinstance(self._rows, list):
             return self._rows[index]
         row = self._rows[index].to_pylist()[0]
         for name, feature in self._features.items():
-            row[name] = _parsed(feature, row[name])
+            try:
+                row[name] = _parsed(feature, row[name])
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"row {index + 1} has in {name!r} no JSON ({error}): correct it, or leave the "
+                    "row out."
+                ) from error
         return row
-
-    def without(self, names: Sequence[str]) -> "Table":
-        """Return a table that reads no columns of those names, where they cost time."""
-        if isinstance(self._rows, list):
-            return self
-        return Table(self._rows.remove_columns([name for name in names if name in self.names]))
 
 
 def _is_json(feature: Any) -> bool:

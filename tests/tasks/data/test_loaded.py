@@ -8,6 +8,7 @@ from PIL import Image
 
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data import DataOptions, load_examples
+from mr1_fast.tasks.data.digests import digest_of
 from mr1_fast.tasks.data.loaded import LoadedExamples
 
 from ...data.pictures import (
@@ -78,17 +79,37 @@ def test_supervised_training_needs_thinking(tmp_path):
         UserError, match=r"no column 'thinking' \(found: image, problem, solution\): add it"
     ):
         load_examples("counting", str(tmp_path), "train", 0).require_thinking()
-    table(thinking=["1", "2", " ", "4", "5"]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"row 3 of .* has no 'thinking'"):
-        load_examples("counting", str(tmp_path), "train", 0).require_thinking()
-    load_examples("counting", str(tmp_path), "train", 0, limit=2).require_thinking()
+    table(thinking=[" ", "2", "3", "4", "5"]).to_parquet(tmp_path / "train.parquet")
+    load_examples("counting", str(tmp_path), "train", 0).require_thinking()
 
 
 def test_supervised_training_reads_the_reasoning_in_solutions():
     worked = ROW | {"solution": "<think>1</think><answer>1</answer>", "image": "nowhere.png"}
-    LoadedExamples([worked] * 3, "rows", 0).require_thinking()
-    with pytest.raises(UserError, match=r"row 3 of rows has no 'thinking'"):
-        LoadedExamples([worked, worked, ROW], "rows", 0).require_thinking()
+    LoadedExamples([worked, ROW], "rows", 0).require_thinking()
+    LoadedExamples([worked | {"problem": ""}, ROW], "rows", 0).require_thinking()
+    with pytest.raises(UserError, match="no column 'thinking'"):
+        LoadedExamples([ROW, worked], "rows", 0).require_thinking()
+
+
+def test_numbered_columns_of_images_are_recognised():
+    rows = [{"problem": "<image 2> or <image 1>?", "answer": "A"}]
+    rows[0] |= {f"image_{number}": encoded(picture(number)) for number in (1, 2)}
+    (example,) = LoadedExamples(rows, "rows", 0).all(1)
+    assert len(example.images) == 2 and example.problem == "<image> or <image>?"
+
+
+def test_a_message_names_only_the_first_of_many_columns():
+    rows = [{f"c{number}": 1 for number in range(100_000)}]
+    with pytest.raises(UserError, match=r"found: c0, c1, .*, c29, …\)") as raised:
+        LoadedExamples(rows, "rows", 0)
+    assert len(str(raised.value)) < 600
+
+
+def test_a_row_that_is_deep_has_a_digest():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert digest_of(deep) != digest_of([deep])
 
 
 def test_rows_that_are_left_out_are_not_taken():

@@ -88,3 +88,12 @@ def test_a_bad_line_is_named(name, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
         read(tmp_path / name, content)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def test_many_columns_are_compared_in_linear_time(tmp_path):
+    names = [f"c{number}" for number in range(100_000)]
+    (tmp_path / "rows.csv").write_text(",".join(names))
+    assert READERS[".csv"](tmp_path / "rows.csv") == []
+    (tmp_path / "rows.csv").write_text(",".join([*names, "c7"]))
+    with pytest.raises(UserError, match="two columns 'c7'"):
+        READERS[".csv"](tmp_path / "rows.csv")

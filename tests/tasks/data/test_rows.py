@@ -333,3 +333,9 @@ def test_a_download_that_lacks_a_shard_is_told(tmp_path):
         match=r"set does not hold the rows that its README.md counts: download the rest, or",
     ):
         load_examples("counting", str(folder), "train", 0)
+
+
+@pytest.mark.parametrize("name", ["/" + "x" * 300 + ".jsonl", "~no-such-user/rows.jsonl"])
+def test_a_path_that_cannot_be_is_missing(name):
+    with pytest.raises(UserError, match=r"(rows|x)\.jsonl is missing"):
+        load_examples("counting", name, "train", 0)

@@ -1,8 +1,10 @@
 """Rows by their number: the same from a list and from a `datasets.Dataset`, images encoded."""
 
 import datasets
+import pyarrow as pa
 import pytest
 
+from mr1_fast.errors import UserError
 from mr1_fast.tasks.data.table import Table
 
 from ...data.pictures import encoded, picture
@@ -41,12 +43,21 @@ def test_json_inside_lists_and_objects():
     assert table.row(1)["a"] is None
 
 
+@needs_json
+@pytest.mark.parametrize("cell", ["{", "[" * 100_000])
+def test_broken_json_in_a_cell_is_named(cell):
+    cells = pa.ExtensionArray.from_storage(pa.json_(), pa.array([cell]))
+    info = datasets.DatasetInfo(features=datasets.Features({"a": datasets.Json()}))
+    rows = datasets.Dataset(pa.table({"a": cells}), info=info)
+    with pytest.raises(UserError, match=r"^row 1 has in 'a' no JSON .*leave the row out\.$"):
+        Table(rows).row(0)
+
+
 def test_images_stay_encoded():
     cell = {"bytes": encoded(picture(1)), "path": None}
     rows = datasets.Dataset.from_dict({"image": [cell], "problem": ["?"]})
     table = Table(rows.cast_column("image", datasets.Image()))
     assert table.row(0) == {"image": cell, "problem": "?"}
-    assert table.without(["image", "images"]).row(0) == {"problem": "?"}
 
 
 def test_names_of_rows_that_differ():
