@@ -86,19 +86,22 @@ def _same_brackets(a: Several, b: Several) -> bool:
     return len(a.items) != 2 or (a.opening, a.closing) == (b.opening, b.closing)
 
 
-_ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?=.)|(?<= )(?:a|an|the) (?=.)")
-_FORMULA_SIGN = re.compile(r"[\\^_=<>+*/√|≤≥≠±]")
+_ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?= ?\w)|(?<= )(?:a|an|the) (?= ?\w)")
+_FORMULA_SIGN = re.compile(r"[\\^_=<>*√|≤≥≠±]")
+_FULL_STOP = re.compile(r"(?<=\b[A-Za-z])\.|(?<=[A-Za-z])\.(?= )")
 
 
 def folded(text: str) -> str:
-    """Return a text without what words may differ in: case, articles, closing marks and spaces.
+    """Return a text without what words may differ in: case, articles, closing marks and spaces,
+    and the full stops of `U.S.` and `Dr. No`.
 
     Beside a number, words of up to three letters keep their case, since mW is not MW. Where signs
     of formulas stand in the text, only spaces are left out.
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    text = re.sub(r" ?([^\w ]) ?", r"\1", _ARTICLE.sub("", text).strip(" .!"))
+    text = _FULL_STOP.sub("", _ARTICLE.sub("", text)).strip(" .!,")
+    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
     words = text.split()
     has_number = any(char.isdecimal() for char in text)
     return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)

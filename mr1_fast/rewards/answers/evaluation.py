@@ -278,11 +278,11 @@ class _Reader:
         return self.next().removeprefix("\\") in FUNCTIONS
 
     def letters(self, name: str) -> Number:
-        """Read one letter, with its subscript, or two letters, which are their product."""
+        """Read one letter, with its subscript, or two, which are their product or a segment."""
         if "_" in name:
             names = [name.replace("{", "").replace("}", "")]
         elif len(name) <= 2:
-            names = list(name)
+            names = [name] if name.isupper() else list(name)
         else:
             raise Unreadable  # a word
         while self.next() == "'":

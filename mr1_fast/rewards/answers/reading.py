@@ -9,6 +9,7 @@ from datetime import date
 
 from .formula import Formula, difference
 from .kinds import Choice, Clock, Infinity, Named, Ratio, Reading, Relation, Several, Words
+from .labels import is_label
 from .notation import CLOSING, OPENING, closes_at_end
 from .numbers import Unreadable
 from .units import PERCENT
@@ -28,6 +29,7 @@ def read(text: str, level: int = 0) -> Reading:
         _read_choice,
         _read_date,
         _read_clock,
+        _read_label,
         _read_matrix,
         _read_brackets,
         _read_list,
@@ -119,11 +121,9 @@ _DATES = [
         (3, 2, 1),
     ),
 ]
-_NO_ARITHMETIC = re.compile(r"\d+ ?- ?\d+|\d+ ?(?:[-/.]) ?\d+ ?(?:[-/.]) ?\d+")
 
 
 def _read_date(text: str, level: int) -> date | Words | None:
-    """Read a date. Two numbers with a hyphen, a range or a score, are no difference."""
     for pattern, (year, month, day) in _DATES:
         if found := pattern.fullmatch(text):
             name = found[month][:3].lower()
@@ -132,7 +132,7 @@ def _read_date(text: str, level: int) -> date | Words | None:
                 return date(int(found[year]), number, int(found[day]))
             except ValueError:
                 return Words(text)
-    return Words(text) if _NO_ARITHMETIC.fullmatch(text) else None
+    return None
 
 
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?: ?([ap])\.?m\.?)?", re.IGNORECASE)
@@ -148,6 +148,10 @@ def _read_clock(text: str, level: int) -> Clock | None:
             return None
         hours = hours % 12 + (12 if half == "p" else 0)
     return Clock(hours, int(found[2]), int(found[3] or 0))
+
+
+def _read_label(text: str, level: int) -> Words | None:
+    return Words(text) if is_label(text) else None
 
 
 _MATRIX = re.compile(r"\\begin ?\{ ?([pb]?matrix) ?\}(.*)\\end ?\{ ?\1 ?\}", re.DOTALL)
@@ -304,7 +308,10 @@ _COLON = re.compile(":")
 def _read_ratio(text: str, level: int) -> Ratio | Words | None:
     """Read a ratio; or dimensions, whole numbers with × between, which are not worked out."""
     if ":" in text:
-        terms = tuple(Formula(part) for part in _split(text, _COLON))
+        parts = _split(text, _COLON)
+        if any(map(is_label, parts)):
+            return Words(text)  # from 9:05-10:00
+        terms = tuple(map(Formula, parts))
         return Words(text) if any(term.dimensions for term in terms) else Ratio(":", terms)
     parts = re.split(" ?[×x] ?", text)
     if len(parts) > 1 and all(part.isdecimal() for part in parts) and len(parts) <= 4:

@@ -125,6 +125,11 @@ RIGHT = {
         ("a red ball", "The red ball"),
         ("3 Apples", "3 apples."),
         ("Room A", "room a"),
+        ("U.S.A.", "USA"),
+        ("Dr. Pepper", "dr pepper"),
+        ("Sony/Ericsson", "sony/ericsson"),
+        ("C++", "c++"),
+        ("Yes,", "yes"),
     ],
     "expressions": [
         ("(x+1)^2", "x^2+2x+1"),
