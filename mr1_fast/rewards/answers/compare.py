@@ -15,6 +15,10 @@ def same(a: Reading, b: Reading) -> bool:
         return _same_choice(a, b)
     if isinstance(a, Named) or isinstance(b, Named):
         return _same_named(a, b)
+    if isinstance(a, Several) and isinstance(b, Words):
+        return _same_letters(a, b)
+    if isinstance(a, Words) and isinstance(b, Several):
+        return _same_letters(b, a)
     if type(a) is not type(b):
         return False
     if isinstance(a, Formula):
@@ -58,7 +62,15 @@ def _same_named(a: Reading, b: Reading) -> bool:
     return same(named.value, other)
 
 
+def _same_letters(choices: Several, word: Words) -> bool:
+    """Return whether a word such as `AC` names the chosen options, and no others."""
+    letters = [item.letter for item in choices.items if isinstance(item, Choice) and not item.rest]
+    is_all = len(letters) == len(choices.items)
+    return is_all and not choices.opening and sorted(letters) == sorted(word.text)
+
+
 def _same_several(a: Several, b: Several) -> bool:
+    a, b = _as_tuple(a, b), _as_tuple(b, a)
     if len(a.items) != len(b.items):
         return False
     if not _same_brackets(a, b):
@@ -73,6 +85,14 @@ def _same_several(a: Several, b: Several) -> bool:
             return False
         del left[match]
     return True
+
+
+def _as_tuple(a: Several, b: Several) -> Several:
+    """Return `x = 3, y = 4` as (3, 4) where b is such a tuple."""
+    is_system = not a.opening and a.is_ordered and all(isinstance(x, Named) for x in a.items)
+    if not is_system or b.opening != "(":
+        return a
+    return Several(tuple(sorted(a.items, key=lambda item: item.name)), "(", ")")
 
 
 def _same_brackets(a: Several, b: Several) -> bool:

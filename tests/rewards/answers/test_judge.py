@@ -12,8 +12,9 @@ import pytest
 from mr1_fast.rewards import judge
 from mr1_fast.rewards.answers import MAX_CHARS, kind_of
 
-from .pairs import RIGHT, WRONG
+from .pairs import RIGHT
 from .solutions import DATA, SOLUTIONS
+from .wrong_pairs import WRONG
 
 
 @pytest.mark.parametrize("kind", RIGHT)
