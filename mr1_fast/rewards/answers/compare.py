@@ -108,6 +108,7 @@ def _same_brackets(a: Several, b: Several) -> bool:
 
 _ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?= ?\w)|(?<= )(?:a|an|the) (?= ?\w)")
 _FORMULA_SIGN = re.compile(r"[\\^_=<>*√|≤≥≠±]")
+_NO_SYMBOL = re.compile(r"(?<![^\W_])(?<!\d )[^\W\d_]+|[^\W\d_]{4,}|(?<=\d)(?i:st|nd|rd|th)(?!\w)")
 _FULL_STOP = re.compile(r"(?<=\b[A-Za-z])\.|(?<=[A-Za-z])\.(?= )")
 
 
@@ -115,16 +116,14 @@ def folded(text: str) -> str:
     """Return a text without what words may differ in: case, articles, closing marks and spaces,
     and the full stops of `U.S.` and `Dr. No`.
 
-    Beside a number, words of up to three letters keep their case, since mW is not MW. Where signs
-    of formulas stand in the text, only spaces are left out.
+    Up to three letters behind a number keep their case, since mW is not MW. Where signs of formulas
+    stand in the text, only spaces are left out.
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
     text = _FULL_STOP.sub("", _ARTICLE.sub("", text)).strip(" .!,")
-    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
-    words = text.split()
-    has_number = any(char.isdecimal() for char in text)
-    return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)
+    text = " ".join(re.sub(r" ?([^\w ]) ?", r"\1", text).split())
+    return _NO_SYMBOL.sub(lambda found: found[0].casefold(), text)
 
 
 def why_not(a: Reading, b: Reading, answer: str, solution: str) -> str:

@@ -21,11 +21,15 @@ _UNIT_OR_LETTER = re.compile(r"[0-9)}π][shglALNJWVK]$")
 class Formula:
     """A formula that was read as a whole, with the unit that follows it, if any."""
 
-    def __init__(self, text: str) -> None:
-        """Read a normalised text; raises Unreadable unless all of it is one formula."""
+    def __init__(self, text: str, is_side: bool = False) -> None:
+        """Read a normalised text; raises Unreadable unless all of it is one formula.
+
+        `xy` alone is a word, but a formula as a side of an equation.
+        """
         tokens = tokens_of(text)
-        if not tokens or (len(tokens) == 1 and len(tokens[0]) > 1 and tokens[0].isalpha()):
-            raise Unreadable  # one word
+        is_word = len(tokens) == 1 and len(tokens[0]) > 1 and tokens[0].isalpha()
+        if not tokens or (is_word and not is_side):
+            raise Unreadable
         sign, rest = (tokens[:1], tokens[1:]) if tokens[0] == "-" else ([], tokens)
         if rest[:1] and rest[0] in _CURRENCIES:
             tokens = [*sign, *rest[1:], rest[0]]  # -$5
@@ -116,7 +120,7 @@ def proportional(a: list[Formula], b: list[Formula], negative: bool = True) -> b
 
 def difference(left: str, right: str) -> Formula:
     """Return the formula of the left side minus the right side."""
-    Formula(left), Formula(right)  # each side is a formula of its own
+    Formula(left, is_side=True), Formula(right, is_side=True)  # 1)+(2 is none
     return Formula(f"({left})-({right})")
 
 

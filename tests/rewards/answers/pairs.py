@@ -143,6 +143,10 @@ RIGHT = {
         ("3 × 4", "3x4"),
     ],
     "choices and words": [
+        ("may 2019", "May 2019"),
+        ("10 Years Old", "10 years old"),
+        ("Q3 2019", "q3 2019"),
+        ("5TH AVENUE", "5th Avenue"),
         ("cafe\u0301", "caf\u00c9"),
         ("B.", "B"),
         ("(B)", "B"),
@@ -169,6 +173,7 @@ RIGHT = {
         ("Yes,", "yes"),
     ],
     "expressions": [
+        ("AB = CD", "CD=AB"),
         ("AB ⊥ CD", r"AB \perp CD"),
         ("AB∥CD", r"AB \parallel CD"),
         ("(x+1)^2", "x^2+2x+1"),

@@ -43,6 +43,7 @@ def test_labels_that_come_to_the_same_are_different(pair):
         ("1,000-2,000", "1000 - 2000"),
         ("Wi-Fi", "wi-fi"),
         ("N/A", "n/a"),
+        ("1ST", "1st"),
         ("ad - bc", "ad-bc"),
         ("B - C - A", "B-C-A"),
     ],

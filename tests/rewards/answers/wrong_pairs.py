@@ -74,6 +74,8 @@ WRONG = {
         ("about 3", "3"),
     ],
     "another unit": [
+        ("about 5 mW", "about 5 MW"),
+        ("about 5mW", "about 5MW"),
         ("20°C", "20 degrees Fahrenheit"),
         ("1 h 30 min", "1.3 h"),
         ("1 h 30 min", "1 h"),
@@ -193,6 +195,9 @@ WRONG = {
         (r"\boxed{}", "3"),
     ],
     "expressions": [
+        ("xy = 6", "xz = 6"),
+        ("AB = CD", "AB = CE"),
+        ("1)+(2 = x", "x = 3"),
         ("2x+3", "2x+5"),
         ("xy", "x"),
         ("x^2", "x^3"),
