@@ -31,13 +31,22 @@ def give_up_loop() -> None:
     with _lock:
         if _running is not None:
             loop, _ = _running
-            loop.call_soon_threadsafe(_cancel_all, loop)
+            asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
         _running = None
 
 
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    for task in asyncio.all_tasks(loop):
+async def _cancel_all() -> None:
+    """Cancel all other tasks of the loop, and stop it when they have ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
         task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    asyncio.get_running_loop().stop()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
 
 async def _wait_for(awaitable: Awaitable) -> Any:
@@ -51,7 +60,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
         if _running is None or not _running[1].is_alive():
             loop = asyncio.new_event_loop()
             loop.set_default_executor(DaemonThreads(THREADS))
-            thread = threading.Thread(target=loop.run_forever, daemon=True, name="async rewards")
+            thread = threading.Thread(target=_run, args=(loop,), daemon=True, name="async rewards")
             thread.start()
             _running = loop, thread
         return _running[0]

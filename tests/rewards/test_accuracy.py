@@ -6,7 +6,8 @@ from mr1_fast.rewards import accuracy_reward, judge_completion
 from mr1_fast.tasks import get_task
 
 from ..data.hostile import example
-from .answers.pairs import RIGHT, WRONG
+from .answers.pairs import RIGHT
+from .answers.wrong_pairs import WRONG
 
 
 def right(completion: str, solution: str) -> bool:

@@ -45,6 +45,16 @@ def test_what_runs_in_a_loop_is_cancelled_when_it_is_given_up():
     assert not thread.is_alive()
 
 
+def test_the_thread_of_a_loop_that_is_given_up_ends():
+    async def thread():
+        return threading.current_thread()
+
+    given_up = wait_in_loop(thread())
+    give_up_loop()
+    given_up.join(60)
+    assert not given_up.is_alive()
+
+
 def test_a_forked_child_has_a_loop_of_its_own():
     wait_in_loop(running_loop())
     child = os.fork()

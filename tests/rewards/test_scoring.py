@@ -38,7 +38,7 @@ def test_accuracy_is_by_the_judge_that_is_given_and_its_reasons_are_kept():
 
     strict = score(completions, examples, {"accuracy": 1.0})
     assert strict.parts == {"accuracy": [0.0, 0.0, 1.0, 0.0]}
-    assert strict.why[0] == strict.why[3] == "there is not exactly one answer tag"
+    assert strict.why[0] == strict.why[3] == "there is no answer tag"
     assert score(completions, examples, {"format": 1.0}).why == [""] * 4
 
 
@@ -174,7 +174,7 @@ def test_a_run_rewards_by_functions_of_a_file_and_records_why(run_args, tmp_path
         for sample in samples:
             total = sample["accuracy"] + sample["format"] + sample["letters"]
             assert sample["reward"] == pytest.approx(total + 0.5 * (sample[name] or 0.0))
-            assert sample["why"] == "there is not exactly one answer tag"
+            assert sample["why"] == "there is no answer tag"
             assert sample["reason"] in ("eos", "length")
 
 

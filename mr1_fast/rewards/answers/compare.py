@@ -15,6 +15,10 @@ def same(a: Reading, b: Reading) -> bool:
         return _same_choice(a, b)
     if isinstance(a, Named) or isinstance(b, Named):
         return _same_named(a, b)
+    if isinstance(a, Several) and isinstance(b, Words):
+        return _same_letters(a, b)
+    if isinstance(a, Words) and isinstance(b, Several):
+        return _same_letters(b, a)
     if type(a) is not type(b):
         return False
     if isinstance(a, Formula):
@@ -58,7 +62,15 @@ def _same_named(a: Reading, b: Reading) -> bool:
     return same(named.value, other)
 
 
+def _same_letters(choices: Several, word: Words) -> bool:
+    """Return whether a word such as `AC` names the chosen options, and no others."""
+    letters = [item.letter for item in choices.items if isinstance(item, Choice) and not item.rest]
+    is_all = len(letters) == len(choices.items)
+    return is_all and not choices.opening and sorted(letters) == sorted(word.text)
+
+
 def _same_several(a: Several, b: Several) -> bool:
+    a, b = _as_tuple(a, b), _as_tuple(b, a)
     if len(a.items) != len(b.items):
         return False
     if not _same_brackets(a, b):
@@ -75,6 +87,14 @@ def _same_several(a: Several, b: Several) -> bool:
     return True
 
 
+def _as_tuple(a: Several, b: Several) -> Several:
+    """Return `x = 3, y = 4` as (3, 4) where b is such a tuple."""
+    is_system = not a.opening and a.is_ordered and all(isinstance(x, Named) for x in a.items)
+    if not is_system or b.opening != "(":
+        return a
+    return Several(tuple(sorted(a.items, key=lambda item: item.name)), "(", ")")
+
+
 def _same_brackets(a: Several, b: Several) -> bool:
     """Return whether the brackets say the same.
 
@@ -86,22 +106,24 @@ def _same_brackets(a: Several, b: Several) -> bool:
     return len(a.items) != 2 or (a.opening, a.closing) == (b.opening, b.closing)
 
 
-_ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?=.)|(?<= )(?:a|an|the) (?=.)")
-_FORMULA_SIGN = re.compile(r"[\\^_=<>+*/√|≤≥≠±]")
+_ARTICLE = re.compile(r"^(?:[Aa]|[Aa]n|[Tt]he) (?= ?\w)|(?<= )(?:a|an|the) (?= ?\w)")
+_FORMULA_SIGN = re.compile(r"[\\^_=<>*√|≤≥≠±]")
+_NO_SYMBOL = re.compile(r"(?<![^\W_])(?<!\d )[^\W\d_]+|[^\W\d_]{4,}|(?<=\d)(?i:st|nd|rd|th)(?!\w)")
+_FULL_STOP = re.compile(r"(?<=\b[A-Za-z])\.|(?<=[A-Za-z])\.(?= )")
 
 
 def folded(text: str) -> str:
-    """Return a text without what words may differ in: case, articles, closing marks and spaces.
+    """Return a text without what words may differ in: case, articles, closing marks and spaces,
+    and the full stops of `U.S.` and `Dr. No`.
 
-    Beside a number, words of up to three letters keep their case, since mW is not MW. Where signs
-    of formulas stand in the text, only spaces are left out.
+    Up to three letters behind a number keep their case, since mW is not MW. Where signs of formulas
+    stand in the text, only spaces are left out.
     """
     if _FORMULA_SIGN.search(text):
         return re.sub(r"(?<!\w) | (?!\w)", "", text)
-    text = re.sub(r" ?([^\w ]) ?", r"\1", _ARTICLE.sub("", text).strip(" .!"))
-    words = text.split()
-    has_number = any(char.isdecimal() for char in text)
-    return " ".join(word if has_number and len(word) <= 3 else word.casefold() for word in words)
+    text = _FULL_STOP.sub("", _ARTICLE.sub("", text)).strip(" .!,")
+    text = " ".join(re.sub(r" ?([^\w ]) ?", r"\1", text).split())
+    return _NO_SYMBOL.sub(lambda found: found[0].casefold(), text)
 
 
 def why_not(a: Reading, b: Reading, answer: str, solution: str) -> str:

@@ -29,9 +29,9 @@ _TOKEN = re.compile(
     r"(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4}(?![\w.]))?)"
     r"|(?P<command>\\[A-Za-z]+)"
     r"|(?P<name>[A-Za-zα-ωΑ-Ω]_(?:[0-9A-Za-z]|\{ ?[0-9A-Za-z]{1,8} ?\})'*)"
-    r"|(?P<degree>° ?[CF](?![A-Za-z]))"
+    r"|(?P<degree>° ?[CF](?![A-Za-z])|kΩ)"
     r"|(?P<word>[A-Za-z]+|[α-ωΑ-Ω]|[\u4e00-\u9fff]+)"
-    r"|(?P<sign>\*\*|[-+*/^(){}\[\]!°%√∛π×.€£¥'])"
+    r"|(?P<sign>\*\*|[-+*/^(){}\[\]!°%√∛π×.€£¥₹'])"
     r")"
 )
 FUNCTIONS: dict[str, Callable[[float], float]] = {
@@ -49,6 +49,9 @@ FUNCTIONS: dict[str, Callable[[float], float]] = {
     "lg": math.log10,
     "exp": math.exp,
 }
+
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Words that multiply the number before them."""
 
 
 def tokens_of(text: str) -> list[str]:
@@ -79,7 +82,7 @@ def evaluate(tokens: list[str], point: int) -> Number | None:
 
 def is_letters(token: str) -> bool:
     """Return whether a token stands for letters of algebra."""
-    return token[0].isalpha() and token != "π" and token not in (*FUNCTIONS, "sqrt", "cbrt")
+    return token[0].isalpha() and token not in ("π", *FUNCTIONS, *SCALES, "sqrt", "cbrt")
 
 
 class _Reader:
@@ -219,6 +222,9 @@ class _Reader:
             if a.isdecimal() and b.isdecimal() and int(a) < int(b):
                 self.place += 7
                 return value + integer(int(a)) / integer(int(b))
+        if self.next() in SCALES:
+            value = value * integer(SCALES[self.next()])
+            self.place += 1
         if is_number(self.next()):
             raise Unreadable
         return value
@@ -278,11 +284,11 @@ class _Reader:
         return self.next().removeprefix("\\") in FUNCTIONS
 
     def letters(self, name: str) -> Number:
-        """Read one letter, with its subscript, or two letters, which are their product."""
+        """Read one letter, with its subscript, or two, which are their product or a segment."""
         if "_" in name:
             names = [name.replace("{", "").replace("}", "")]
         elif len(name) <= 2:
-            names = list(name)
+            names = [name] if name.isupper() else list(name)
         else:
             raise Unreadable  # a word
         while self.next() == "'":

@@ -5,29 +5,35 @@ Two formulas with letters are the same where their values at several points are.
 
 import copy
 import re
+from fractions import Fraction
 from functools import cached_property
 
-from .evaluation import FUNCTIONS, POINTS, evaluate, is_letters, tokens_of
+from .evaluation import FUNCTIONS, POINTS, evaluate, is_letters, is_number, tokens_of
 from .numbers import Number, Unreadable, decimal, integer, same_number
-from .units import PERCENT, Dimensions, read_units, unit_name
+from .units import PERCENT, UNITS, Dimensions, read_units, unit_name
 
-_CURRENCIES = {"dollar", "€", "£", "¥"}
+_CURRENCIES = {"dollar", "€", "£", "¥", "₹"}
 _SIGNS_OF_UNITS = {"°", "%", "°C", "°F"}
-_UNIT_OR_LETTER = re.compile(r"[0-9)}π][shglLNJWVK]$")
+_UNIT_OR_LETTER = re.compile(r"[0-9)}π][shglALNJWVK]$")
 """`4s` may mean four seconds, or four times s."""
 
 
 class Formula:
     """A formula that was read as a whole, with the unit that follows it, if any."""
 
-    def __init__(self, text: str) -> None:
-        """Read a normalised text; raises Unreadable unless all of it is one formula."""
+    def __init__(self, text: str, is_side: bool = False) -> None:
+        """Read a normalised text; raises Unreadable unless all of it is one formula.
+
+        `xy` alone is a word, but a formula as a side of an equation.
+        """
         tokens = tokens_of(text)
-        if not tokens or (len(tokens) == 1 and len(tokens[0]) > 1 and tokens[0].isalpha()):
-            raise Unreadable  # one word
-        if tokens[0] in _CURRENCIES:
-            tokens = [*tokens[1:], tokens[0]]
-        self.tokens, self.dimensions, self.size = _unit_at_end(tokens)
+        is_word = len(tokens) == 1 and len(tokens[0]) > 1 and tokens[0].isalpha()
+        if not tokens or (is_word and not is_side):
+            raise Unreadable
+        sign, rest = (tokens[:1], tokens[1:]) if tokens[0] == "-" else ([], tokens)
+        if rest[:1] and rest[0] in _CURRENCIES:
+            tokens = [*sign, *rest[1:], rest[0]]  # -$5
+        self.tokens, self.dimensions, self.size = _one_quantity(tokens) or _unit_at_end(tokens)
         self.may_leave_unit_out = not _UNIT_OR_LETTER.search(text.rstrip())
         self.has_letters = any(is_letters(token) for token in self.tokens)
         if not any(self.values):
@@ -114,8 +120,32 @@ def proportional(a: list[Formula], b: list[Formula], negative: bool = True) -> b
 
 def difference(left: str, right: str) -> Formula:
     """Return the formula of the left side minus the right side."""
-    Formula(left), Formula(right)  # each side is a formula of its own
+    Formula(left, is_side=True), Formula(right, is_side=True)  # 1)+(2 is none
     return Formula(f"({left})-({right})")
+
+
+def _one_quantity(tokens: list[str]) -> tuple[list[str], Dimensions, Number] | None:
+    """Read tokens such as `1 h 30 min` or `35 ° 20 '` as one number of the last unit.
+
+    Each unit is a whole number of the next one. Returns None for anything else.
+    """
+    numbers, names = tokens[::2], tokens[1::2]
+    if names[:1] == ["°"]:
+        names = ["arcmin" if name == "'" else name for name in names]
+    units = [UNITS.get(unit_name(name) or "") for name in names]
+    if len(units) < 2 or len(numbers) != len(units) or not all(units):
+        return None
+    if not all(map(str.isdecimal, numbers[:-1])) or not is_number(numbers[-1]):
+        return None
+    total = numbers[:1]
+    for number, (measure, size), (next_measure, next_size) in zip(
+        numbers[1:], units[:-1], units[1:], strict=True
+    ):
+        times = Fraction((size / next_size).value)
+        if measure != next_measure or times.denominator != 1 or times == 1:
+            return None
+        total = ["(", *total, ")", "*", str(times), "+", number]
+    return total, *units[-1]
 
 
 def _unit_at_end(tokens: list[str]) -> tuple[list[str], Dimensions | None, Number]:

@@ -19,7 +19,7 @@ _CHARACTERS = {
     **dict.fromkeys("；", ";"),
     **dict.fromkeys("。．｡", "."),
     **dict.fromkeys("“”„″", '"'),
-    **dict.fromkeys("‘’", "'"),
+    **dict.fromkeys("‘’′", "'"),
     "∡": "∠",
     "Ω": "Ω",
     "㎝": "cm",
@@ -33,9 +33,11 @@ _CHARACTERS = {
 }
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_THIN_GROUPS = re.compile(
-    r"(?<![\d.,])([1-9]\d{0,2}(?:(?:[\u2009\u202f]|\\,|\{,\}|,\\!)\d{3})+)(?![\d.]*[\u2009\u202f]|\d)"
+_GROUPS = re.compile(
+    r"(?<![\d.,])(?<!\d[ \xa0])([1-9]\d{0,2}(?:(?:[ \xa0\u2009\u202f]|\\,|\{,\}|,\\!)\d{3})+)"
+    r"(?![\d.]*[\u2009\u202f]| ?[\d/]| ?\\[dt]?frac)"
 )
+"""Thousands with spaces between, as in 12 345."""
 
 _GREEK = {
     **dict(alpha="α", beta="β", gamma="γ", delta="δ", epsilon="ε", varepsilon="ε", zeta="ζ"),
@@ -76,6 +78,10 @@ _COMMANDS = {
     "rbrack": "]",
     "colon": ":",
     "prime": "'",
+    "parallel": "∥",
+    "perp": "⊥",
+    "cong": "≅",
+    "in": "∈",
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
     **dict.fromkeys(("quad", "qquad", "enspace", "displaystyle", "textstyle", "limits"), " "),
     **dict.fromkeys(("left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr"), ""),
@@ -105,7 +111,8 @@ _QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'", re.DOTALL)
 
 def normalise(text: str) -> str:
     """Return the text in one way of writing, for example `2√{3}cm^{2}` for `$2\\sqrt3\\,cm²$`."""
-    text = _plain_characters(_THIN_GROUPS.sub(_without_separators, text))
+    text = unicodedata.normalize("NFC", text)
+    text = _plain_characters(_GROUPS.sub(_without_separators, text))
     text = _EMPHASIS.sub(r" \2 ", text)
     text = _without_dollars(text)
     text = _unwrapped(text)
@@ -182,8 +189,13 @@ def _plain_command(found: re.Match) -> str:
     return _SYMBOLS.get(found[2], found[0])
 
 
+def _temperature(found: re.Match) -> str:
+    return "°" + found[1][0].upper()
+
+
 _MARKS = [
     (re.compile(r"\^ ?\{ ?° ?\}|\^ ?°|\^ ?\{ ?o ?\}"), "°"),
+    (re.compile(r"\^ ?\{ ?' ?\}|\^ ?'"), "'"),
     (re.compile(r"\^(-?[0-9]{1,3})\^"), r"^{\1}"),  # 5cm^2^
     (re.compile(r"<sup>(-?[0-9]{1,3})</sup>"), r"^{\1}"),
     (re.compile(r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])"), "π"),
@@ -192,6 +204,10 @@ _MARKS = [
     (re.compile(r"(\\frac ?\{[^{}]*\}) ?([0-9A-Za-zπ])"), r"\1{\2}"),
     (re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?(?:\^|\*\*))"), "×"),  # 1.5 x 10^3
     (re.compile(r"nautical miles?"), "nmi"),
+    (re.compile(r"per cent\b"), "%"),
+    (re.compile(r"(?:degrees?|°) ?([CF]|[Cc]elsius|[Ff]ahrenheit)\b"), _temperature),
+    (re.compile(r"\b[Ii]nfinity\b"), "∞"),
+    (re.compile(r"\b(?:US|USD) ?dollar "), "dollar "),  # US$5
     (re.compile(r">="), "≥"),
     (re.compile(r"<="), "≤"),
     (re.compile(r"!="), "≠"),

@@ -5,10 +5,11 @@ A text is read by the first reader that understands all of it. What none of them
 """
 
 import re
-from datetime import date
 
+from .dates import read_clock, read_date
 from .formula import Formula, difference
-from .kinds import Choice, Clock, Infinity, Named, Ratio, Reading, Relation, Several, Words
+from .kinds import Choice, Infinity, Named, Ratio, Reading, Relation, Several, Words
+from .labels import is_label
 from .notation import CLOSING, OPENING, closes_at_end
 from .numbers import Unreadable
 from .units import PERCENT
@@ -26,10 +27,12 @@ def read(text: str, level: int = 0) -> Reading:
         return Words(text)
     readers = (
         _read_choice,
-        _read_date,
-        _read_clock,
+        read_date,
+        read_clock,
+        _read_label,
         _read_matrix,
         _read_brackets,
+        _read_point,
         _read_list,
         _read_both_signs,
         _read_relation,
@@ -105,49 +108,8 @@ def _is_plain(reading: Reading) -> bool:
     return not isinstance(reading, (Words, Several, Relation, Ratio))
 
 
-_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-_MONTH = (
-    r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
-    r"sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
-_DATES = [
-    (re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})"), (1, 3, 4)),
-    (re.compile(r"(\d{4}) ?年 ?(\d{1,2}) ?月 ?(\d{1,2}) ?日"), (1, 2, 3)),
-    (re.compile(rf"{_MONTH} (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})", re.IGNORECASE), (3, 1, 2)),
-    (
-        re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?(?: of)? {_MONTH},? (\d{{4}})", re.IGNORECASE),
-        (3, 2, 1),
-    ),
-]
-_NO_ARITHMETIC = re.compile(r"\d+ ?- ?\d+|\d+ ?(?:[-/.]) ?\d+ ?(?:[-/.]) ?\d+")
-
-
-def _read_date(text: str, level: int) -> date | Words | None:
-    """Read a date. Two numbers with a hyphen, a range or a score, are no difference."""
-    for pattern, (year, month, day) in _DATES:
-        if found := pattern.fullmatch(text):
-            name = found[month][:3].lower()
-            number = _MONTHS.index(name) + 1 if name in _MONTHS else int(found[month])
-            try:
-                return date(int(found[year]), number, int(found[day]))
-            except ValueError:
-                return Words(text)
-    return Words(text) if _NO_ARITHMETIC.fullmatch(text) else None
-
-
-_CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?: ?([ap])\.?m\.?)?", re.IGNORECASE)
-
-
-def _read_clock(text: str, level: int) -> Clock | None:
-    found = _CLOCK.fullmatch(text)
-    if not found:
-        return None
-    hours, half = int(found[1]), (found[4] or "").lower()
-    if half:
-        if not 1 <= hours <= 12:
-            return None
-        hours = hours % 12 + (12 if half == "p" else 0)
-    return Clock(hours, int(found[2]), int(found[3] or 0))
+def _read_label(text: str, level: int) -> Words | None:
+    return Words(text) if is_label(text) else None
 
 
 _MATRIX = re.compile(r"\\begin ?\{ ?([pb]?matrix) ?\}(.*)\\end ?\{ ?\1 ?\}", re.DOTALL)
@@ -173,6 +135,18 @@ def _read_brackets(text: str, level: int) -> Reading | None:
     if len(items) > 1:
         return _several(items, level, "{" if is_set else text[0], "}" if is_set else text[-1])
     return read(text[1:-1], level + 1)
+
+
+_POINT = re.compile(r"(?:(?:the )?point ?)?([A-Z]'?)? ?(\(.+\))")
+
+
+def _read_point(text: str, level: int) -> Reading | None:
+    """Read `A(2, 3)` as the name of a point and its coordinates."""
+    found = _POINT.fullmatch(text)
+    place = _read_brackets(found[2], level) if found else None
+    if not isinstance(place, Several) or place.closing != ")":
+        return None
+    return Named(found[1], place) if found[1] else place
 
 
 _COMMA = re.compile(r" ?[,;、] ?")
@@ -212,7 +186,7 @@ def _read_both_signs(text: str, level: int) -> Several | None:
     return _several([text.replace("±", "+"), text.replace("±", "-")], level)
 
 
-_RELATION = re.compile("[=<>≤≥≠≈]")
+_RELATION = re.compile("[=<>≤≥≠≈∈]")
 _NAME = re.compile(
     r"(?i:(?:the )?(?:area|perimeter|length|volume|angle|radius|width|height|distance|speed))|"
     r"m? ?[∠△] ?(?:[A-Z]{1,3}|[a-z0-9])|"
@@ -234,14 +208,32 @@ def _read_relation(text: str, level: int) -> Reading | None:
         for name, value in (sides, sides[::-1]):
             if _is_name(name) and not _is_name(value) and _says_nothing_of(name, value):
                 return Named(_name(name), read(value, level + 1), _equation(*sides))
-    elif len(signs) > 1:
-        return Words(text)
+    elif len(signs) > 1 or signs == ["∈"]:
+        return _interval(signs, sides, level) or Words(text)
     sign, (left, right) = signs[0], sides
     if sign in "<≤":
         left, right, sign = right, left, {"<": ">", "≤": "≥"}[sign]
     relation = Relation(sign, difference(left, right))
     values = {value.value for value in relation.difference.values if value}
     return relation if len(values) > 1 else Words(text)  # 2 < 3 says nothing that 1 < 2 does not
+
+
+def _interval(signs: list[str], sides: list[str], level: int) -> Named | None:
+    """Read `0 ≤ x < 5` as the interval [0, 5) with the name x, and `x ∈ [0, 5)` as the same."""
+    if signs == ["∈"]:
+        name, value = sides
+        return Named(_name(name), read(value, level + 1)) if _is_name(name) and value else None
+    if set(signs) <= {">", "≥"}:
+        signs, sides = signs[::-1], sides[::-1]
+    elif not set(signs) <= {"<", "≤"}:
+        return None
+    if len(signs) != 2 or not _is_name(sides[1]):
+        return None
+    opening, closing = (
+        strict if sign in "<>" else loose
+        for sign, strict, loose in zip(signs, "()", "[]", strict=True)
+    )
+    return Named(_name(sides[1]), _several(sides[::2], level, opening, closing))
 
 
 def _chain(signs: list[str], sides: list[str]) -> Reading | None:
@@ -304,7 +296,10 @@ _COLON = re.compile(":")
 def _read_ratio(text: str, level: int) -> Ratio | Words | None:
     """Read a ratio; or dimensions, whole numbers with × between, which are not worked out."""
     if ":" in text:
-        terms = tuple(Formula(part) for part in _split(text, _COLON))
+        parts = _split(text, _COLON)
+        if any(map(is_label, parts)):
+            return Words(text)  # from 9:05-10:00
+        terms = tuple(map(Formula, parts))
         return Words(text) if any(term.dimensions for term in terms) else Ratio(":", terms)
     parts = re.split(" ?[×x] ?", text)
     if len(parts) > 1 and all(part.isdecimal() for part in parts) and len(parts) <= 4:
