@@ -174,7 +174,7 @@ def test_a_run_rewards_by_functions_of_a_file_and_records_why(run_args, tmp_path
         for sample in samples:
             total = sample["accuracy"] + sample["format"] + sample["letters"]
             assert sample["reward"] == pytest.approx(total + 0.5 * (sample[name] or 0.0))
-            assert sample["why"] == "there is no answer tag"
+            assert "answer tag" in sample["why"]
             assert sample["reason"] in ("eos", "length")
 
 
