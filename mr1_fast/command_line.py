@@ -23,8 +23,9 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from .config import TrainConfig, profile_defaults
+from .config import TrainConfig
 from .errors import UserError, exit_on_user_error
+from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
 PRECEDENCE = (

@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from .accuracy import evaluate, summarise
 from .config import (
-    BUILT_IN,
-    TINY,
     ModelConfig,
     OptimizerConfig,
     TaskConfig,
@@ -25,6 +23,7 @@ from .model.processor import ImageTextProcessor
 from .model.prompt import PromptWriter
 from .model.tiny import tiny_config, tiny_model, tiny_processor
 from .optim import make_optimizer, update
+from .profiles import BUILT_IN, TINY
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .sft import sft_loss, solution_batches

@@ -20,11 +20,12 @@ from mr1_fast.command_line import (
     prepare_process,
     write_config,
 )
-from mr1_fast.config import SFT, TINY, Sampling, TrainConfig
+from mr1_fast.config import Sampling, TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.evaluate.settings import EvaluateConfig
 from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.plan.settings import PlanConfig
+from mr1_fast.profiles import SFT, TINY
 from mr1_fast.setting_values import shown
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

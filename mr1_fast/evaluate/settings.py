@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..command_line import parse_settings
-from ..config import BUILT_IN, EVALUATION_BATCH_SIZE, TINY, ModelConfig, Sampling, TaskConfig
+from ..config import EVALUATION_BATCH_SIZE, ModelConfig, Sampling, TaskConfig
 from ..errors import UserError
+from ..profiles import BUILT_IN, TINY
 
 
 @dataclass

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..command_line import parse_train_config
-from ..config import BUILT_IN, TaskConfig, TrainConfig
+from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
 from ..files import atomic_folder
+from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples
 from ..types import Example

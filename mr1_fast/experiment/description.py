@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from ..config import BUILT_IN
 from ..errors import UserError
 from ..files import write_json
+from ..profiles import BUILT_IN
 from ..version import __version__
 from .cells import BASE, Experiment
 from .presets import ROLES, Variant

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import BUILT_IN, TINY
-from ..config import PRESETS as PAPER
 from ..errors import UserError
+from ..profiles import BUILT_IN, TINY
+from ..profiles import PRESETS as PAPER
 
 ROLES = ("counting", "geometry")
 """The paper's two tasks, visual counting and geometry reasoning.

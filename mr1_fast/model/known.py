@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 
-from ..config import BUILT_IN
 from ..errors import UserError
 from ..hub import model_access
+from ..profiles import BUILT_IN
 from .load import adapter_base, check_family
 from .tiny import tiny_config, tiny_processor
 

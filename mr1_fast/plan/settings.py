@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from ..command_line import parse_settings
-from ..config import TrainConfig, profile_defaults
+from ..config import TrainConfig
 from ..errors import UserError
+from ..profiles import profile_defaults
 
 
 @dataclass

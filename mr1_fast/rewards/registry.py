@@ -81,7 +81,7 @@ def load_plugin(path: str | Path) -> None:
 
 def _run_file(path: str | Path) -> ModuleType:
     """Return the module of a Python file, which is run once in a process."""
-    path = Path(path).expanduser().resolve()
+    path = Path(os.path.expanduser(path)).resolve()
     if not path.is_file():
         raise UserError(f"The reward file {path} does not exist.")
     name = f"mr1_fast_plugin:{path}"

@@ -13,7 +13,7 @@ import yaml
 
 from mr1_fast import run as run_module
 from mr1_fast import start as start_module
-from mr1_fast.config import BUILT_IN, TaskConfig
+from mr1_fast.config import TaskConfig
 from mr1_fast.errors import UserError
 from mr1_fast.experiment import presets, run_cell
 from mr1_fast.experiment.__main__ import main
@@ -29,6 +29,7 @@ from mr1_fast.experiment.presets import (
 )
 from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.profiles import BUILT_IN
 from mr1_fast.tasks.data import TEST_SETS, load_examples
 
 from ..data.pictures import encoded, picture, write_lines
