@@ -45,14 +45,13 @@ def evaluate(
                 prefill_tokens=prefill_tokens,
             )
             for row, example in enumerate(chunk):
+                outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
                 records.append(
                     {
                         "key": example.key,
                         "question": example.problem,
                         "ground_truth": example.solution,
-                        "outputs": rollout.texts[
-                            row * num_generations : (row + 1) * num_generations
-                        ],
+                        "outputs": outputs,
                     }
                 )
             bar.update(len(chunk))

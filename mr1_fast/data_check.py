@@ -28,11 +28,11 @@ def check_data(
 ) -> None:
     """Check every row of loaded data, or as many as give `count` good ones, for use with a model.
 
-    `config` has the settings of the task and of the model, whose weights are not loaded.
-    A row must load, its images must decode, its prompt must keep the limits of the settings, and
-    its solution must be one that the judge can read; with `needs_thinking`, it must also have a
-    worked solution. With `--bad-rows skip`, the others are left
-    out of `source`; otherwise UserError is raised, which names them. Drawn examples need no check.
+    `config` has the settings of the task and of the model, whose weights are not loaded. A row must
+    load, its images must decode, its prompt must keep the limits of the settings, and its solution
+    must be one that the judge can read; with `needs_thinking`, it must also have a worked solution.
+    With `--bad-rows skip`, the others are left out of `source`; otherwise UserError is raised,
+    which names them. Drawn examples need no check.
     """
     if not isinstance(source, LoadedExamples):
         return

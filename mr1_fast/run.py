@@ -89,8 +89,7 @@ def prepare(config: TrainConfig) -> Run:
     if log.resuming:
         first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
     # Drawn prompts differ little: the first show whether they are too long.
-    first = source.take(first_step, config.prompts_per_step)
-    for example in first:
+    for example in source.take(first_step, config.prompts_per_step):
         policy.encode.length(example)
 
     memory = RunMemory(policy, config)
@@ -108,7 +107,8 @@ def prepare(config: TrainConfig) -> Run:
         start_fingerprint=start_fingerprint,
         first_step=first_step,
     )
-    log.say(f"the first prompt:\n{printable(policy.encode.rendered(first[0]))}\n")
+    first_prompt = policy.encode.rendered(source.all(1)[0])
+    log.say(f"the first prompt:\n{printable(first_prompt)}\n")
     log.say(describe(run) + "\n" + memory.render())
     return run
 

@@ -9,8 +9,9 @@ SHOWN_CHARACTERS = 80
 def explanation(record: dict) -> str:
     """Return a line for each output of a record of `accuracy.judged`.
 
-    For example: `wrong · the answer is '12 km' · 12 km is not 12 m · row 3`. Model text is shown
-    with its control characters escaped, since a terminal would obey them.
+    It has the verdict, the reason, the end of the output and the item's key, for example
+    `wrong · 12 km is not 12 m · <answer>12 km</answer> · row 3`. Control characters of a model are
+    escaped, since a terminal would obey them.
     """
     lines = []
     for output, correct, why in zip(

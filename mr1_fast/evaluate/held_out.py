@@ -31,7 +31,8 @@ def record_evaluation(run: Run, when: str) -> None:
         return
     path = run.log.folder / "evaluation.json"
     config = run.config
-    result = {"task": config.task, "split": "test", "judge": config.judge, "examples": []}
+    split = config.eval_split or ("held-out" if config.eval_data else "test")
+    result = {"task": config.task, "split": split, "judge": config.judge, "examples": []}
     # A run that was resumed with other --eval-samples may have no figures from before.
     if when == "after" and path.exists():
         result = json.loads(path.read_text())
@@ -101,6 +102,7 @@ def print_table(folder: Path) -> None:
         return
     title = f"accuracy on held-out {result['task']}"
     print(f"\n{title:<34}{'before':>8}{'after':>8}{'points':>8}")
-    for mode, summary in result["before"].items():
-        before, after = summary["accuracy"], result["after"][mode]["accuracy"]
+    # A run that was resumed with another judge has not the same figures before and after.
+    for mode in [mode for mode in result["before"] if mode in result["after"]]:
+        before, after = (result[when][mode]["accuracy"] for when in ("before", "after"))
         print(f"{mode:<34}{before:>8.1%}{after:>8.1%}{(after - before) * 100:>+8.1f}")

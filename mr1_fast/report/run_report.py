@@ -111,7 +111,7 @@ def _accuracy_section(evaluation: dict) -> str:
     rows = []
     for mode, result in before.items():
         cells = f"<th>{text(mode).capitalize()}</th>{_accuracy_cell(result)}"
-        if after:
+        if after and mode in after:
             points = f"{100 * (after[mode]['accuracy'] - result['accuracy']):+.1f}"
             cells += _accuracy_cell(after[mode])
             cells += f"<td><b>{points.replace('-', '−')}</b> points</td>"
