@@ -121,7 +121,7 @@ def _accuracy_section(evaluation: dict) -> str:
     head, body = f"<thead><tr>{heads}</tr></thead>", f"<tbody>{''.join(rows)}</tbody>"
     items = f"{text(evaluation.get('task', ''))}, {text(evaluation.get('split', ''))} items"
     if judge := evaluation.get("judge"):
-        items += f" by the judge {text(judge)}"
+        items += f", judge: {text(judge)}"
     waiting = "" if after else " Not yet evaluated after training."
     return section(
         "Accuracy on held-out items",
