@@ -19,6 +19,9 @@ R1V_SUFFIX = (
 )
 """What R1-V appends to every problem, in training and in evaluation."""
 
+Judging = Literal["strict", "r1v"]
+"""The judges by name: the strict one, and R1-V's rules."""
+
 EVALUATION_BATCH_SIZE = 64
 """Items whose prompts an evaluation holds in memory at once unless told otherwise."""
 
@@ -88,7 +91,7 @@ class TaskConfig:
     '{{ problem }} Choose from {{ options }}.'; by default the problem and --prompt-suffix."""
     prompt_suffix: str = R1V_SUFFIX
     """What follows the problem, after a space; by default R1-V's words."""
-    judge: Literal["strict", "r1v"] = "strict"
+    judge: Judging = "strict"
     """Who judges answers: the strict judge, which reads all of the answer tag, or R1-V's rules, for
     comparison with published figures."""
     difficulty: int = 1

@@ -6,8 +6,8 @@ Every task that draws its items is one file.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
+from ..config import Judging
 from ..errors import UserError
 from ..rewards import CompletionJudge, judge_completion
 from ..rewards.r1v import r1v_counting, r1v_geometry, r1v_reward
@@ -26,9 +26,6 @@ __all__ = [
     "format_solution",
     "get_task",
 ]
-
-Judging = Literal["strict", "r1v"]
-"""The judges by name: the strict one, and R1-V's rules."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import UserError
-from .marks import IMAGE, with_marks
+from ..prompts import IMAGE_MARK
+from .marks import with_marks
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -99,12 +100,12 @@ def _content(content: Any, column: str, name: str) -> tuple[str, list[Any]]:
             kind = part.get("type") or ("text" if image is None else "image")
             text = part.get("text")
         if kind in _IMAGE_PARTS:
-            texts.append(IMAGE)
+            texts.append(IMAGE_MARK)
             marked.append(image)
         elif kind in _TEXT_PARTS and (text is None or isinstance(text, str | int | float)):
             text = "" if text is None else with_marks(str(text))
             texts.append(text)
-            marked += [None] * text.count(IMAGE)
+            marked += [None] * text.count(IMAGE_MARK)
         else:
             raise UserError(
                 f"{name} has in {column!r} a part of the type {kind!r} that is not understood: "
