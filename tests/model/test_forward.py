@@ -51,9 +51,9 @@ def weighted(logp: torch.Tensor) -> torch.Tensor:
     "settings",
     [
         {},
-        {"gradient_checkpointing": True},
+        {"recompute": "all"},
         {"lora": True, "lora_rank": 4},
-        {"lora": True, "lora_rank": 4, "gradient_checkpointing": True},
+        {"lora": True, "lora_rank": 4, "recompute": "all"},
         {"family": "qwen2_5_vl"},
     ],
     ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "full",
