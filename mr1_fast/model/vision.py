@@ -1,9 +1,9 @@
 """The vision tower with its loop over blocks in our hands.
 
-transformers' forward of the tower embeds the patches, makes rotary angles and, for Qwen2.5-VL, sorts
-patches into windows; then it calls its blocks, one after the other, and merges. Here the blocks are
-replaced, for the time of a call, by stand-ins that note what each block is told. The last one of
-them hands over all blocks at once.
+transformers' forward of the tower embeds the patches, makes rotary angles and, for Qwen2.5-VL,
+sorts patches into windows; then it calls its blocks, one after the other, and merges. Here the
+blocks are replaced, for the time of a call, by stand-ins that note what each block is told. The
+last one of them hands over all blocks at once.
 """
 
 import copy
