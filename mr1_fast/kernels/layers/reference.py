@@ -1,0 +1,180 @@
+"""The operations of layers in PyTorch: their specification, and what runs on a CPU.
+
+On a CPU they are a training run's own code, so they make few passes over memory. A product that
+several results need is computed once, and sums over columns or rows are matrix-vector products.
+"""
+
+import torch
+from torch.nn.functional import layer_norm, silu
+
+from ..dispatch import statistics_dtype
+
+GELU_SLOPE = 1.702
+"""The factor inside the sigmoid by which OpenAI's CLIP approximates GELU."""
+
+# --- norms --------------------------------------------------------------------------------------
+
+
+def norm_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`operations.norm`, as Qwen2RMSNorm of transformers and layer_norm of PyTorch compute it."""
+    if bias is not None:
+        return layer_norm(x, weight.shape, weight, bias, eps)
+    h = x.float()
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
+    return normed.to(x.dtype).mul_(weight)
+
+
+def add_norm_ref(
+    x: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.add_norm`."""
+    residual = x + update
+    return residual, norm_ref(residual, weight, bias, eps)
+
+
+def norm_backward_ref(
+    dnormed: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    with_normed: bool,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`operations.norm_backward`, with all rows in one part."""
+    dtype = statistics_dtype(x)
+    dy, h, w = dnormed.to(dtype), x.to(dtype), weight.to(dtype)
+    if bias is None:
+        dx, partial = _rms_norm_backward(dy, h, w, eps, with_weights)
+    else:
+        dx, partial = _layer_norm_backward(dy, h, w, bias.to(dtype), eps, with_weights)
+    if dresidual is not None:
+        dx.add_(dresidual)
+    normed = norm_ref(x, weight, bias, eps) if with_normed else x.new_empty(0)
+    return dx.to(x.dtype), normed, partial
+
+
+def _rms_norm_backward(
+    dy: torch.Tensor, h: torch.Tensor, w: torch.Tensor, eps: float, with_weights: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute dx = r·(w·dy − h·r²·mean(w·dy·h)) with r = 1/√(mean h² + ε), and Σ dy·h·r."""
+    r = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
+    products = dy * h
+    slope = (products @ w).unsqueeze(1).mul_(r.pow(3).div_(h.shape[1]))
+    partial = (r.T @ products).unsqueeze(0) if with_weights else h.new_empty(0)
+    dx = torch.mul(dy, w, out=products).mul_(r).addcmul_(h, slope, value=-1)
+    return dx, partial
+
+
+def _layer_norm_backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor,
+    eps: float,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute dx, and the sums of dweight and dbias, by PyTorch's own operator."""
+    _, mean, r = torch.native_layer_norm(h, w.shape, w, b, eps)
+    needs = [True, with_weights, with_weights]
+    dx, *sums = torch.ops.aten.native_layer_norm_backward(dy, h, w.shape, mean, r, w, b, needs)
+    return dx, torch.stack(sums).unsqueeze(0) if with_weights else h.new_empty(0)
+
+
+# --- the rotary embedding -----------------------------------------------------------------------
+
+
+def rotary_ref(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.rotary`, with the roundings of transformers' `apply_rotary_pos_emb`."""
+    if bias is not None:
+        qkv = qkv + bias
+    tokens, d = cos.shape
+    q, k, v = qkv.unflatten(1, (-1, d)).split([heads, kv_heads, kv_heads], dim=1)
+    rotated = qkv.new_empty(tokens, heads, d)
+    kv = qkv.new_empty(tokens, 2 * kv_heads, d)
+    _rotate(q, cos, sin, out=rotated)
+    _rotate(k, cos, sin, out=kv[:, :kv_heads])
+    kv[:, kv_heads:] = v
+    return rotated, kv
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    """Write x·cos + (−x2, x1)·sin of x (T, H, d), with halves x1 and x2, into `out`."""
+    cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), x.shape[-1] // 2
+    total = x * cos
+    total[..., :half] -= x[..., half:] * sin[..., :half]
+    total[..., half:] += x[..., :half] * sin[..., half:]
+    out.copy_(total)
+
+
+def rotary_backward_ref(
+    dq: torch.Tensor, dkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """`operations.rotary_backward`: the transposed rotation."""
+    (tokens, heads, d), kv_heads = dq.shape, dkv.shape[1] // 2
+    dqkv = dq.new_empty(tokens, heads + 2 * kv_heads, d)
+    # The sine moves with the channel that it multiplied
+    sin = -sin.roll(d // 2, dims=-1)
+    _rotate(dq, cos, sin, out=dqkv[:, :heads])
+    _rotate(dkv[:, :kv_heads], cos, sin, out=dqkv[:, heads : heads + kv_heads])
+    dqkv[:, heads + kv_heads :] = dkv[:, kv_heads:]
+    return dqkv.flatten(1)
+
+
+# --- gating -------------------------------------------------------------------------------------
+
+
+def silu_mul_ref(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`operations.silu_mul`."""
+    gate, up = _gate_and_up(gate_up, bias)
+    return silu(gate).mul_(up)
+
+
+def silu_mul_backward_ref(
+    dout: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.silu_mul_backward`."""
+    gate, up = _gate_and_up(gate_up, bias)
+    dgate_up = gate_up.new_empty(gate_up.shape)
+    dgate, dup = dgate_up.chunk(2, dim=1)
+    activated = silu(gate)
+    torch.mul(dout, activated, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
+    return dgate_up, activated.mul_(up)
+
+
+def _gate_and_up(
+    gate_up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (gate_up if bias is None else gate_up + bias).chunk(2, dim=1)
+
+
+def quick_gelu_ref(x: torch.Tensor) -> torch.Tensor:
+    """`operations.quick_gelu`, as transformers' QuickGELUActivation computes it."""
+    return (GELU_SLOPE * x).sigmoid_().mul_(x)
+
+
+def quick_gelu_backward_ref(
+    dout: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.quick_gelu_backward`.
+
+    x·sigmoid(a·x) is silu(a·x)/a, so the derivative is silu's at a·x.
+    """
+    scaled = GELU_SLOPE * x
+    dx = torch.ops.aten.silu_backward(dout, scaled)
+    return dx, scaled.sigmoid_().mul_(x)
