@@ -2,7 +2,6 @@
 
 import torch
 
-from ..dispatch import use_triton
 from . import reference
 
 

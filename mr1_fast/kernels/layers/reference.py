@@ -7,6 +7,7 @@ several results need is computed once, and sums over columns or rows are matrix-
 import torch
 from torch.nn.functional import layer_norm, silu
 
+from ..decode.reference import rotate
 from ..dispatch import statistics_dtype
 
 GELU_SLOPE = 1.702
@@ -22,8 +23,14 @@ def norm_ref(
     if bias is not None:
         return layer_norm(x, weight.shape, weight, bias, eps)
     h = x.float()
-    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
-    return normed.to(x.dtype).mul_(weight)
+    r, buffer = _inverse_rms(h, eps)
+    return torch.mul(h, r, out=buffer).to(x.dtype).mul_(weight)
+
+
+def _inverse_rms(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return 1/√(mean h² + ε), (T, 1), and a buffer of h's shape that is free for other use."""
+    squares = h.square()
+    return squares.mean(-1, keepdim=True).add_(eps).rsqrt_(), squares
 
 
 def add_norm_ref(
@@ -49,43 +56,42 @@ def norm_backward_ref(
     with_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`operations.norm_backward`, with all rows in one part."""
+    backward = _rms_norm_backward if bias is None else _layer_norm_backward
+    dx, normed, partial = backward(
+        dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights
+    )
+    return (
+        dx.to(x.dtype),
+        normed if with_normed else x.new_empty(0),
+        partial if with_weights else x.new_empty(0, dtype=statistics_dtype(x)),
+    )
+
+
+def _rms_norm_backward(dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights):
+    """Compute dx = r·w·dy − x·r³·mean(w·dy·x), with r = 1/√(mean x² + ε), and Σ dy·x·r."""
     dtype = statistics_dtype(x)
     dy, h, w = dnormed.to(dtype), x.to(dtype), weight.to(dtype)
-    if bias is None:
-        dx, partial = _rms_norm_backward(dy, h, w, eps, with_weights)
-    else:
-        dx, partial = _layer_norm_backward(dy, h, w, bias.to(dtype), eps, with_weights)
-    if dresidual is not None:
-        dx.add_(dresidual)
-    normed = norm_ref(x, weight, bias, eps) if with_normed else x.new_empty(0)
-    return dx.to(x.dtype), normed, partial
+    r, buffer = _inverse_rms(h, eps)
+    products = torch.mul(dy, h, out=buffer)
+    slope = (products @ w).unsqueeze(1).mul_(r.pow(3).div_(-h.shape[1]))
+    partial = (r.T @ products).unsqueeze(0) if with_weights else None
+    dx = h * slope if dresidual is None else torch.addcmul(dresidual.to(dtype), h, slope)
+    dx.addcmul_(torch.mul(dy, w, out=buffer), r)
+    if not with_normed or dtype == torch.float64:  # whose r the forward computes in fp32
+        return dx, norm_ref(x, weight, None, eps) if with_normed else None, partial
+    return dx, torch.mul(h, r, out=buffer).to(x.dtype).mul_(weight), partial
 
 
-def _rms_norm_backward(
-    dy: torch.Tensor, h: torch.Tensor, w: torch.Tensor, eps: float, with_weights: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute dx = r·(w·dy − h·r²·mean(w·dy·h)) with r = 1/√(mean h² + ε), and Σ dy·h·r."""
-    r = torch.rsqrt(h.square().mean(-1, keepdim=True).add_(eps))
-    products = dy * h
-    slope = (products @ w).unsqueeze(1).mul_(r.pow(3).div_(h.shape[1]))
-    partial = (r.T @ products).unsqueeze(0) if with_weights else h.new_empty(0)
-    dx = torch.mul(dy, w, out=products).mul_(r).addcmul_(h, slope, value=-1)
-    return dx, partial
-
-
-def _layer_norm_backward(
-    dy: torch.Tensor,
-    h: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor,
-    eps: float,
-    with_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute dx, and the sums of dweight and dbias, by PyTorch's own operator."""
-    _, mean, r = torch.native_layer_norm(h, w.shape, w, b, eps)
+def _layer_norm_backward(dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights):
+    """Compute dx and the sums of dweight and dbias by PyTorch's own operator."""
+    dtype = statistics_dtype(x)
+    dy, h, w, b = (t.to(dtype) for t in (dnormed, x, weight, bias))
+    normed, mean, r = torch.native_layer_norm(h, w.shape, w, b, eps)
     needs = [True, with_weights, with_weights]
     dx, *sums = torch.ops.aten.native_layer_norm_backward(dy, h, w.shape, mean, r, w, b, needs)
-    return dx, torch.stack(sums).unsqueeze(0) if with_weights else h.new_empty(0)
+    if dresidual is not None:
+        dx.add_(dresidual)
+    return dx, normed.to(x.dtype), torch.stack(sums).unsqueeze(0) if with_weights else None
 
 
 # --- the rotary embedding -----------------------------------------------------------------------
@@ -113,12 +119,17 @@ def rotary_ref(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    """Write x·cos + (−x2, x1)·sin of x (T, H, d), with halves x1 and x2, into `out`."""
+    """Write x·cos + (−x2, x1)·sin of x (T, H, d), with halves x1 and x2, into `out`.
+
+    In fp32 and fp64 the second product is added without a rounding of its own.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or cos.dtype != x.dtype:
+        out.copy_(rotate(x, cos, sin))
+        return
     cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), x.shape[-1] // 2
-    total = x * cos
-    total[..., :half] -= x[..., half:] * sin[..., :half]
-    total[..., half:] += x[..., :half] * sin[..., half:]
-    out.copy_(total)
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
 
 
 def rotary_backward_ref(
@@ -153,7 +164,8 @@ def silu_mul_backward_ref(
     dgate, dup = dgate_up.chunk(2, dim=1)
     activated = silu(gate)
     torch.mul(dout, activated, out=dup)
-    torch.ops.aten.silu_backward.grad_input(dout * up, gate, grad_input=dgate)
+    torch.mul(dout, up, out=dgate)
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return dgate_up, activated.mul_(up)
 
 
