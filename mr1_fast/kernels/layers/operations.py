@@ -65,30 +65,29 @@ def rotary(
     sin: torch.Tensor,
     heads: int,
     kv_heads: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add the bias, and rotate queries and keys by their positions' angles.
 
     qkv: (T, (H + 2K)·d), heads of queries, then of keys, then of values; rows may lie apart.
     bias: ((H + 2K)·d,) or None, added first, which rounds to the dtype of qkv.
     cos, sin: (T, d). Sections of M-RoPE and the two dimensions of the vision tower are already in
-    them. Products are rounded to promote_types(qkv.dtype, cos.dtype), and the results to the dtype
-    of qkv.
+    them. Products are rounded to their dtype, as in transformers, whose vision tower rotates in
+    fp32 whatever the model's dtype; the results are rounded to the dtype of qkv.
     heads, kv_heads: H and K.
 
-    Returns the rotated queries (T, H, d), and the K rotated keys followed by the K values of each
-    token (T, 2K, d).
+    Returns the rotated queries (T, H, d) and keys (T, K, d), and the values (T, K, d).
     """
     return reference.rotary_ref(qkv, bias, cos, sin, heads, kv_heads)
 
 
 def rotary_backward(
-    dq: torch.Tensor, dkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """Compute the gradient by qkv, (T, (H + 2K)·d), which is that by the sum with the bias, too.
 
-    dq: (T, H, d); dkv: (T, 2K, d); only the channels of a head must be adjacent.
+    dq: (T, H, d); dk, dv: (T, K, d); only the channels of a head must be adjacent.
     """
-    return reference.rotary_backward_ref(dq, dkv, cos, sin)
+    return reference.rotary_backward_ref(dq, dk, dv, cos, sin)
 
 
 def silu_mul(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -132,12 +132,12 @@ def add_norm(
 
 def _fake_rotary(qkv, bias, cos, sin, heads, kv_heads):
     tokens, d = cos.shape
-    return qkv.new_empty(tokens, heads, d), qkv.new_empty(tokens, 2 * kv_heads, d)
+    return tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads, kv_heads))
 
 
-def _fake_rotary_backward(dq, dkv, cos, sin):
+def _fake_rotary_backward(dq, dk, dv, cos, sin):
     tokens, heads, d = dq.shape
-    return dq.new_empty(tokens, (heads + dkv.shape[1]) * d)
+    return dq.new_empty(tokens, (heads + 2 * dk.shape[1]) * d)
 
 
 _rotary = _operator(operations.rotary, _fake_rotary)
@@ -157,21 +157,21 @@ class _Rotary(torch.autograd.Function):
         sin: Tensor,
         heads: int,
         kv_heads: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         return _rotary(qkv, bias, cos, sin, heads, kv_heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq: Tensor, dkv: Tensor):
-        dqkv = rotary_backward(_adjacent(dq), _adjacent(dkv), *ctx.saved_tensors)
+    def backward(ctx, *gradients: Tensor):
+        dqkv = rotary_backward(*map(_adjacent, gradients), *ctx.saved_tensors)
         dbias = dqkv.sum(0) if ctx.needs_input_grad[1] else None
         return dqkv, dbias, None, None, None, None
 
 
 def rotary(
     qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `operations.rotary`, differentiable by qkv and bias."""
     apply = _Rotary.apply if _differentiable(qkv, bias) else _rotary
     return apply(qkv, bias, cos, sin, heads, kv_heads)

@@ -104,18 +104,16 @@ def rotary_ref(
     sin: torch.Tensor,
     heads: int,
     kv_heads: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`operations.rotary`, with the roundings of transformers' `apply_rotary_pos_emb`."""
     if bias is not None:
         qkv = qkv + bias
     tokens, d = cos.shape
     q, k, v = qkv.unflatten(1, (-1, d)).split([heads, kv_heads, kv_heads], dim=1)
-    rotated = qkv.new_empty(tokens, heads, d)
-    kv = qkv.new_empty(tokens, 2 * kv_heads, d)
-    _rotate(q, cos, sin, out=rotated)
-    _rotate(k, cos, sin, out=kv[:, :kv_heads])
-    kv[:, kv_heads:] = v
-    return rotated, kv
+    rotated = tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads))
+    for x, out in zip((q, k), rotated, strict=True):
+        _rotate(x, cos, sin, out)
+    return *rotated, v.clone(memory_format=torch.contiguous_format)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
@@ -124,7 +122,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     In fp32 and fp64 the second product is added without a rounding of its own.
     """
     if x.dtype not in (torch.float32, torch.float64) or cos.dtype != x.dtype:
-        out.copy_(rotate(x, cos, sin))
+        out.copy_(rotate(x.to(cos.dtype), cos, sin))
         return
     cos, sin, half = cos.unsqueeze(1), sin.unsqueeze(1), x.shape[-1] // 2
     torch.mul(x, cos, out=out)
@@ -133,16 +131,17 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
 
 
 def rotary_backward_ref(
-    dq: torch.Tensor, dkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """`operations.rotary_backward`: the transposed rotation."""
-    (tokens, heads, d), kv_heads = dq.shape, dkv.shape[1] // 2
+    (tokens, heads, d), kv_heads = dq.shape, dk.shape[1]
     dqkv = dq.new_empty(tokens, heads + 2 * kv_heads, d)
     # The sine moves with the channel that it multiplied
     sin = -sin.roll(d // 2, dims=-1)
-    _rotate(dq, cos, sin, out=dqkv[:, :heads])
-    _rotate(dkv[:, :kv_heads], cos, sin, out=dqkv[:, heads : heads + kv_heads])
-    dqkv[:, heads + kv_heads :] = dkv[:, kv_heads:]
+    by_q, by_k, by_v = dqkv.split([heads, kv_heads, kv_heads], dim=1)
+    _rotate(dq, cos, sin, by_q)
+    _rotate(dk, cos, sin, by_k)
+    by_v.copy_(dv)
     return dqkv.flatten(1)
 
 
