@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels.layers.operators import add_norm
@@ -73,16 +72,8 @@ def packed_hidden(
 
 def text_angles(text: nn.Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines (T, d) of M-RoPE positions (3, T), in the dtype of x (T, D)."""
-    angles = text.rotary_emb(x[None], positions.unsqueeze(1))
-    if angles[0].ndim == 3:
-        return tuple(each[0] for each in angles)
-    # Older versions of transformers give the angles of each axis, (3, 1, T, d), whose channels
-    # belong to the axes in turn.
-    sections = 2 * list(text.config.rope_parameters["mrope_section"])
-    return tuple(
-        torch.cat([part[i % 3, 0] for i, part in enumerate(each.split(sections, -1))], -1)
-        for each in angles
-    )
+    cos, sin = text.rotary_emb(x[None], positions.unsqueeze(1))
+    return cos[0], sin[0]
 
 
 def text_layers(
