@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from mr1_fast.model.attention import packed_attention
+from mr1_fast.model.blocks import run_block, text_block, vision_block
+from mr1_fast.model.recompute import run_layers
 
 COMPILED_NAME = "bench_layers_flash"
 """The name in transformers of packed attention that torch.compile leaves as it is."""
@@ -39,18 +41,29 @@ def transformers(part: Part) -> Way:
     return Way(lambda x: (part.call(part.layer, x),))
 
 
-# >>> TO BE FILLED IN once mr1_fast/model/blocks.py exists: return
-#     Way(call, pieces=2, recomputed=…) of the fused block over part.layer, where call maps
-#     (residual, update) to (residual, update). Then rename it in VARIANTS to "ours", so that its
-#     failure ends the run. Nothing else in the benchmark has to change.
-def fused(part: Part) -> Way:
-    """Our fused operators and hand-written backward."""
-    from mr1_fast.model import blocks  # noqa: F401
+def ours(part: Part) -> Way:
+    """Our fused operators, with the backward passes of mr1_fast/model/blocks.py.
 
-    raise NotImplementedError("bench_layers.py does not call mr1_fast/model/blocks.py yet")
+    Raises NotImplementedError for a layer that they do not take apart.
+    """
+    is_text = part.segments is not None
+    block = (text_block if is_text else vision_block)(part.layer)
+    if block is None:
+        raise NotImplementedError("a linear layer of a kind that blocks.py does not know")
+    if is_text:
+        arguments = dict(segments=part.segments)
+    else:
+        arguments = dict(cu_seq_lens_q=part.bounds, max_length_q=part.longest, is_causal=False)
+    angles = tuple(each.flatten(0, -2) for each in part.angles)
 
+    def run(residual: Tensor, update: Tensor, recomputed: int) -> tuple[Tensor, ...]:
+        # Taken apart anew, as in every forward pass.
+        block = (text_block if is_text else vision_block)(part.layer)
+        layer = partial(run_block, block, angles=angles, **arguments)
+        carry = residual.flatten(0, -2), update.flatten(0, -2)
+        return tuple(x.view_as(residual) for x in run_layers([layer], carry, recomputed))
 
-# <<<
+    return Way(partial(run, recomputed=0), pieces=2, recomputed=partial(run, recomputed=1))
 
 
 def liger(part: Part) -> Way:
@@ -106,7 +119,7 @@ def compiled(part: Part) -> Way:
 
 AttentionInterface.register(COMPILED_NAME, torch.compiler.disable(packed_attention))
 
-VARIANTS = {"transformers": transformers, "fused": fused, "liger": liger, "compiled": compiled}
+VARIANTS = {"transformers": transformers, "ours": ours, "liger": liger, "compiled": compiled}
 """Ways to compute a part, by name."""
 
 
