@@ -97,6 +97,7 @@ ITEMS = (
     Item("loss_traffic", ("ncu",), TRAFFIC, 40, "grpo_loss", tiny=None, needs="ncu"),
     module("tests", 150, "pytest", "-m", "not slow", *WORKERS, *GPU_TESTS, sources="tests",
            tiny=("-p", "no:cacheprovider", "tests/kernels/test_tuned.py")),
+    script("layers", 200, tiny=("--quick", "--rounds=1")),
     script("decode_step", 60),
     script("rollout", 120, tiny=("--quick", "--rounds=1")),
     script("train_step", 150, tiny=("--parts", "curve", "step", "--quick", "--rounds=1")),

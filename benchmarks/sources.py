@@ -53,6 +53,7 @@ SOURCES = {
     "adamw": Sources(ADAMW, ("adamw",)),
     "decode_step": Sources(DECODE),
     "rollout": Sources(ROLLOUT),
+    "layers": Sources((*MODEL, "mr1_fast/plan/stand_ins.py", "mr1_fast/segments.py")),
     "train_step": Sources(STEP, STEP_SETTINGS),
     "memory": Sources((*STEP, "mr1_fast/plan/*.py"), STEP_SETTINGS),
     "default_run": Sources(STEP, STEP_SETTINGS),

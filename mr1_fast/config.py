@@ -44,10 +44,14 @@ class ModelConfig:
     device: str = "auto"
     """Device of the model, such as cpu, cuda or cuda:1; `auto` is cuda if there is a GPU, else
     cpu."""
-    gradient_checkpointing: bool = True
-    """Save memory: recompute each layer's activations in the backward pass."""
+    recompute: Literal["auto", "all", "none"] = "auto"
+    """Which layers are computed again in the backward pass, to save memory: `all` store their input
+    alone, `none` keep the results of their matrix products and of attention, `auto` keeps them in
+    as many layers as memory allows."""
     offload_checkpoints: bool = False
-    """Move the layer inputs that gradient checkpointing stores to host memory."""
+    """Move the stored inputs of layers that are computed again to host memory."""
+    fused_layers: bool = True
+    """Compute the layers by fused kernels; false takes transformers' own modules."""
     max_prompt_tokens: int = 1024
     """Longest prompt, in text and image tokens; a longer one is an error and is never truncated."""
     max_pixels: int = 401_408
@@ -317,10 +321,10 @@ class TrainConfig(
             raise UserError(
                 "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
             )
-        if self.offload_checkpoints and not self.gradient_checkpointing:
+        if self.offload_checkpoints and self.recompute == "none":
             raise UserError(
-                "offload_checkpoints is true, but without gradient checkpointing nothing is stored "
-                "to offload: add --gradient-checkpointing true."
+                "offload_checkpoints is true, but with recompute none no layer's input is stored "
+                "to be offloaded: pass --recompute auto or all."
             )
         longest = self.max_prompt_tokens + self.max_new_tokens
         if longest > self.tokens_per_microbatch:

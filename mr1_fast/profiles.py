@@ -25,7 +25,7 @@ TINY = dict(
     warmup_fraction=0.04,
     steps=120,
     tokens_per_microbatch=16_384,
-    gradient_checkpointing=False,
+    recompute="none",
     save_every=25,
     eval_samples=400,
 )

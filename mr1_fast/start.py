@@ -71,7 +71,7 @@ def supervised_start(
     torch.manual_seed(derive_seed(seed, model))
     # The tiny model is the same wherever it is made, but the small one would take a CPU an hour.
     device = "cpu" if model == "tiny" else "auto"
-    where = ModelConfig(device=device, dtype="float32", gradient_checkpointing=False)
+    where = ModelConfig(device=device, dtype="float32", recompute="none")
     policy = make_policy(tiny_model(processor, model), processor, where)
     _train_start(policy, tasks, seed, START[model], enough)
     with atomic_folder(folder) as temporary:

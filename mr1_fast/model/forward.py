@@ -1,16 +1,40 @@
 """The forward pass over packed tokens.
 
 It computes no padding, encodes a prompt's images once for all of its completions, and returns
-hidden states only for the rows that carry loss.
+hidden states only for the rows that carry loss. Its loop over the layers is our own; a layer is
+computed by fused operators (blocks.py), or by transformers' module.
 
 Nothing here keeps state on the model. Positions are always passed in, so transformers'
 `rope_deltas`, which `generate` leaves on the model, can never reach a training forward.
 """
 
-import torch
-from torch import nn
+from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..kernels.layers.operators import add_norm
+from ..segments import Segments
 from ..types import PackedBatch
+from .blocks import Norm, run_block, text_block, vision_block
+from .recompute import Carry, Layer, run_layers
+from .vision import BlockCall, encode_patches
+
+
+@dataclass
+class LayerRun:
+    """How the layers of a model are computed."""
+
+    fused: bool = True
+    """By fused operators; else by transformers' own modules."""
+    recompute_text: int = 0
+    """How many text layers, the first ones, are run again in the backward pass."""
+    recompute_vision: int = 0
+    """The same for the blocks of the vision tower."""
+    offload: bool = False
+    """Store the inputs of layers that are run again in host memory."""
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -18,17 +42,105 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def lm_head_weight(model: nn.Module) -> torch.Tensor:
+def lm_head_weight(model: nn.Module) -> Tensor:
     """Return the LM head's weight (V, D)."""
     return base_model(model).lm_head.weight
 
 
+def packed_hidden(
+    model: nn.Module,
+    batch: PackedBatch,
+    run: LayerRun | None = None,
+    past_key_values: object | None = None,
+) -> Tensor:
+    """Return the final hidden states (N, D) of the rows that carry loss, in the model's dtype.
+
+    `past_key_values` is a cache like those of transformers, which collects each layer's keys and
+    values, or None.
+    """
+    run = run or LayerRun()
+    text = base_model(model).model.language_model
+    x = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw, run)
+    angles = text_angles(text, x, batch.position_ids)
+    layers = text_layers(text, angles, batch.segments, run.fused, past_key_values)
+    carry = run_layers(layers, (x, None), run.recompute_text, run.offload)
+    return final_hidden(text, carry, run.fused).index_select(0, batch.loss_rows)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def text_angles(text: nn.Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the cosines and sines (T, d) of M-RoPE positions (3, T), in the dtype of x (T, D)."""
+    cos, sin = text.rotary_emb(x[None], positions.unsqueeze(1))
+    return cos[0], sin[0]
+
+
+def text_layers(
+    text: nn.Module,
+    angles: tuple[Tensor, Tensor],
+    segments: Segments,
+    fused: bool = True,
+    cache: object | None = None,
+) -> list[Layer]:
+    """Return the text layers as functions of (residual, update)."""
+    layers: list[Layer] = []
+    for layer in text.layers:
+        if fused and (block := text_block(layer)):
+            layers.append(partial(run_block, block, angles=angles, segments=segments, cache=cache))
+            continue
+        arguments = dict(
+            attention_mask=None,
+            position_embeddings=tuple(each[None] for each in angles),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            segments=segments,
+        )
+        layers.append(partial(_run_module, layer, arguments=arguments, as_batch=True))
+    return layers
+
+
+def final_hidden(text: nn.Module, carry: Carry, fused: bool = True) -> Tensor:
+    """Compute the final norm (T, D) of the last layer's hidden state."""
+    residual, update = carry
+    if update is None or not fused:
+        return text.norm(residual if update is None else residual + update)
+    norm = Norm.of(text.norm)
+    return add_norm(residual, update, norm.weight, norm.bias, norm.eps)[1]
+
+
+def _run_module(
+    module: nn.Module,
+    residual: Tensor,
+    update: Tensor | None,
+    arguments: dict,
+    as_batch: bool = False,
+    remember=None,
+    again: bool = False,
+) -> Carry:
+    """Compute a layer by transformers' own module, as `run_block` does by fused operators.
+
+    as_batch: whether the module takes (1, T, D).
+    """
+    hidden = residual if update is None else residual + update
+    if remember is not None:
+        remember(hidden)
+    if not as_batch:
+        return module(hidden, **arguments), None
+    output = module(hidden[None], **arguments)
+    return (output[0] if isinstance(output, Tensor) else output[0][0]), None
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
 def embed(
     model: nn.Module,
-    input_ids: torch.Tensor,
-    pixel_values: torch.Tensor | None,
-    image_grid_thw: torch.Tensor | None,
-) -> torch.Tensor:
+    input_ids: Tensor,
+    pixel_values: Tensor | None,
+    image_grid_thw: Tensor | None,
+    run: LayerRun | None = None,
+) -> Tensor:
     """Return token embeddings (…, D) with image features in the place of image tokens.
 
     `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) hold the images in the order of their
@@ -38,26 +150,33 @@ def embed(
     embeddings = inner.get_input_embeddings()(input_ids)
     if pixel_values is None:
         return embeddings
-    features = torch.cat(
-        inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
-    )
+    blocks = partial(_run_vision_blocks, run or LayerRun())
+    features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
     image_tokens = (input_ids == inner.config.image_token_id).unsqueeze(-1)
     return embeddings.masked_scatter(image_tokens, features.to(embeddings.dtype))
 
 
-def packed_hidden(model: nn.Module, batch: PackedBatch, past_key_values=None) -> torch.Tensor:
-    """Return the final hidden states (N, D) of the rows that carry loss, in the model's dtype.
+def _run_vision_blocks(run: LayerRun, patches: Tensor, calls: list[BlockCall]) -> Tensor:
+    """Run the blocks of the vision tower on embedded patches (P, D)."""
+    layers = [vision_layer(call, run.fused) for call in calls]
+    carry = run_layers(layers, (patches, None), run.recompute_vision, run.offload)
+    residual, update = carry
+    return residual if update is None else residual + update
 
-    `past_key_values` is a transformers cache that collects each layer's keys and values, or None.
-    """
-    embeddings = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw)
-    output = base_model(model).model.language_model(
-        inputs_embeds=embeddings.unsqueeze(0),
-        position_ids=batch.position_ids.unsqueeze(1),
-        # Completions are kept apart by `segments`, not by a mask.
-        attention_mask={"full_attention": None},
-        past_key_values=past_key_values,
-        use_cache=past_key_values is not None,
-        segments=batch.segments,
+
+def vision_layer(call: BlockCall, fused: bool = True) -> Layer:
+    """Return a vision block as a function of (residual, update)."""
+    block = vision_block(call.block) if fused else None
+    if block is None:
+        return partial(_run_module, call.block, arguments=call.arguments)
+    bounds, longest = call.arguments["cu_seqlens"], call.arguments.get("max_seqlen")
+    return partial(
+        run_block,
+        block,
+        angles=call.arguments["position_embeddings"],
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=longest,
+        max_length_k=longest,
+        is_causal=False,
     )
-    return output.last_hidden_state[0].index_select(0, batch.loss_rows)

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ..hub import model_access
 from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
-from .forward import base_model
+from .forward import LayerRun, base_model
 from .patches import use_patch_projection
 from .policy import Policy
 from .processor import ImageTextProcessor
@@ -43,13 +42,12 @@ def make_policy(
 ) -> Policy:
     """Prepare a loaded `…ForConditionalGeneration` for training on prompts of a format.
 
-    Gives it packed attention, gradient checkpointing and adapters where the settings ask for them,
-    and moves it to its device. Raises UserError for adapters without the package peft.
+    Gives it packed attention, and adapters where the settings ask for them, and moves it to its
+    device. With `recompute` auto, all layers are recomputed until a memory plan says otherwise.
+    Raises UserError for adapters without the package peft.
     """
     use_packed_attention(model)
     use_patch_projection(model)
-    if config.gradient_checkpointing:
-        _enable_checkpointing(model, config.offload_checkpoints)
 
     # bitsandbytes has already placed a 4-bit model, and its integers have no gradients.
     if not config.load_in_4bit:
@@ -65,7 +63,17 @@ def make_policy(
         config.shrink_images,
         prompt_format,
     )
-    return Policy(model.train(), processor, encode)
+    return Policy(model.train(), processor, encode, layer_run(model, config))
+
+
+def layer_run(model: nn.Module, config: ModelConfig) -> LayerRun:
+    """Return how the layers of a model are computed, as configured."""
+    inner = base_model(model).model
+    run = LayerRun(fused=config.fused_layers, offload=config.offload_checkpoints)
+    if config.recompute != "none":
+        run.recompute_text = len(inner.language_model.layers)
+        run.recompute_vision = len(inner.visual.blocks)
+    return run
 
 
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
@@ -200,25 +208,3 @@ def _four_bit(config: ModelConfig) -> dict:
         llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}
-
-
-def _enable_checkpointing(model: nn.Module, offload: bool) -> None:
-    """Recompute each layer's activations in the backward pass, from the layer's stored input.
-
-    With `offload` the inputs are stored in host memory, otherwise on the device.
-    """
-    # The method's name changed between the versions of transformers that we support.
-    new_name = getattr(model, "activation_checkpointing_enable", None)
-    enable = new_name or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    if not offload:
-        return
-
-    def offloaded(checkpoint, function, *inputs):
-        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return checkpoint(function, *inputs)
-
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            checkpoint = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = partial(offloaded, checkpoint)

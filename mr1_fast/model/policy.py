@@ -1,13 +1,13 @@
 """The policy: the model in training, with what turns examples into its inputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
-from .forward import lm_head_weight, packed_hidden
+from .forward import LayerRun, lm_head_weight, packed_hidden
 from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
@@ -19,6 +19,8 @@ class Policy:
     model: nn.Module
     processor: ImageTextProcessor
     encode: PromptEncoder
+    layers: LayerRun = field(default_factory=LayerRun)
+    """How the layers are computed."""
 
     @property
     def device(self) -> torch.device:
@@ -30,7 +32,7 @@ class Policy:
 
         The LM head turns them into logits.
         """
-        return packed_hidden(self.model, batch)
+        return packed_hidden(self.model, batch, self.layers)
 
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probability and the entropy, (N,) fp32 each, at the batch's N targets."""

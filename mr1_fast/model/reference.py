@@ -38,7 +38,7 @@ class Reference:
         replacements = {"resident": lambda _: {}, "8bit": in_8_bits, "offload": on_host}[place]
         frozen = copy.deepcopy(policy.model, replacements(policy.model))
         frozen = frozen.requires_grad_(False).eval()
-        self.policy = Policy(frozen, policy.processor, policy.encode)
+        self.policy = Policy(frozen, policy.processor, policy.encode, policy.layers)
         if place == "offload":
             self.stream = LayerStream(frozen, policy.device)
 

@@ -22,4 +22,5 @@ def prefill(model: nn.Module, prompts: list[Prompt], pool: Pool, starts: list[in
         torch.arange(start, start + len(p.input_ids))
         for start, p in zip(starts, prompts, strict=True)
     ]
-    return packed_hidden(model, batch.to(device), PromptKeys(pool, torch.cat(spans).to(device)))
+    cache = PromptKeys(pool, torch.cat(spans).to(device))
+    return packed_hidden(model, batch.to(device), past_key_values=cache)

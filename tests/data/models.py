@@ -35,7 +35,7 @@ def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
-    config = ModelConfig(device="cpu", **{"gradient_checkpointing": False, **settings})
+    config = ModelConfig(device="cpu", **{"recompute": "none", **settings})
     return make_policy(model.to(dtype), processor, config)
 
 
@@ -131,7 +131,7 @@ def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:
                 )
             )
             parameter.mul_(scale).add_(1.0 if is_scale else 0.0)
-    return make_policy(model, processor, ModelConfig(device="cpu", gradient_checkpointing=False))
+    return make_policy(model, processor, ModelConfig(device="cpu", recompute="none"))
 
 
 def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:

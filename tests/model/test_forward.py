@@ -51,9 +51,9 @@ def weighted(logp: torch.Tensor) -> torch.Tensor:
     "settings",
     [
         {},
-        {"gradient_checkpointing": True},
+        {"recompute": "all"},
         {"lora": True, "lora_rank": 4},
-        {"lora": True, "lora_rank": 4, "gradient_checkpointing": True},
+        {"lora": True, "lora_rank": 4, "recompute": "all"},
         {"family": "qwen2_5_vl"},
     ],
     ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "full",
@@ -156,3 +156,47 @@ def test_examples_encoded_together_are_each_by_itself(chosen):
                 inputs["input_ids"], kinds, image_grid_thw=grid
             )
             assert torch.equal(prompt.position_ids, places[:, 0])
+
+
+# --- fused operators ------------------------------------------------------------------------------
+
+
+def test_without_fused_operators_layers_are_transformers_own():
+    """The numbers are those of the language model's own forward, bit for bit."""
+    policy = tiny_policy(fused_layers=False)
+    prompts = [policy.encode(mixed_examples()[0])]
+    batch = pack(prompts, completions(0)[:2], [0, 1])
+    text = policy.model.model.language_model
+    own = text(
+        inputs_embeds=text.embed_tokens(batch.input_ids)[None],
+        position_ids=batch.position_ids.unsqueeze(1),
+        attention_mask={"full_attention": None},
+        use_cache=False,
+        segments=batch.segments,
+    )
+    assert torch.equal(policy.hidden(batch), own.last_hidden_state[0][batch.loss_rows])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_are_no_less_exact_than_transformers(family, dtype):
+    """Loss and every gradient, against the same weights in fp64."""
+
+    def measured(dtype: torch.dtype, fused: bool):
+        policy = tiny_policy(dtype, family, fused_layers=fused)
+        if dtype == torch.float64:
+            policy.model.load_state_dict(rounded)
+        logp = packed_logprobs(policy)
+        return logp.double().detach(), gradients(policy, weighted(logp.double()))
+
+    rounded = tiny_policy(dtype, family).model.state_dict()
+    exact, exact_gradients = measured(torch.float64, fused=False)
+    ours, our_gradients = measured(dtype, fused=True)
+    eager, eager_gradients = measured(dtype, fused=False)
+    assert (ours - exact).norm() <= 2 * (eager - exact).norm() + 1e-12
+    assert our_gradients.keys() == exact_gradients.keys()
+    for name, right in exact_gradients.items():
+        error, allowed = (
+            (each[name].double() - right).norm() for each in (our_gradients, eager_gradients)
+        )
+        assert error <= 2 * allowed + 1e-7 * right.norm(), name

@@ -127,12 +127,12 @@ def test_loss_and_every_gradient(policy, chosen):
     assert assert_equal(policy, rollout(policy, chosen)) == 1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize(
     "settings", [{}, {"lora": True, "lora_rank": 4}, {"family": "qwen2_5_vl"}], ids=str
 )
-def test_groups_split_over_packs(settings, checkpointing):
-    policy = tiny_policy(torch.float64, gradient_checkpointing=checkpointing, **settings)
+def test_groups_split_over_packs(settings, recompute):
+    policy = tiny_policy(torch.float64, recompute=recompute, **settings)
     if settings.get("lora"):
         fill_adapters(policy, torch.float64)
     assert assert_equal(policy, rollout(policy, [3, 0, 1, 2]), budget=80) > 4, (

@@ -1,0 +1,267 @@
+"""Transformer layers computed by fused operators: text layers and vision blocks alike.
+
+A layer is pre-norm: h ← h + attention(norm₁(h)), h ← h + mlp(norm₂(h)). The hidden state travels as
+(residual, update), whose sum it is: the next norm adds the two while it reads them, so that no
+kernel adds alone. Two functions with backward passes of their own surround attention:
+
+    attention_inputs   h = residual + update; q, k, v = rotary(linear(norm₁(h)))
+    after_attention    h = h + linear(attended); update = linear(act(linear(norm₂(h))))
+
+They keep the results of matrix products that their gradients need, and h; norms and gating are
+computed again by the kernels of their own gradients, which read their inputs anyway.
+
+The modules are transformers', and so are their weights: nothing here holds any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.activations import QuickGELUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels.layers import operators as fused
+from .linears import Linears
+
+
+@dataclass
+class Norm:
+    """An RMSNorm, or a LayerNorm where it has a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        """Read a LayerNorm of torch, or an RMSNorm of transformers."""
+        if isinstance(module, nn.LayerNorm):
+            return cls(module.weight, module.bias, module.eps)
+        return cls(module.weight, None, module.variance_epsilon)
+
+
+@dataclass
+class Block:
+    """The parts of a layer, and what its attention is told."""
+
+    attention: nn.Module
+    """The attention module, for its scale and the name of its attention function."""
+    norm1: Norm
+    qkv: Linears
+    heads: int
+    kv_heads: int
+    out: Linears
+    norm2: Norm
+    up: Linears
+    is_gated: bool
+    """Whether `up` is a gate and an up, for silu(gate) · up, or a layer before a quick GELU."""
+    down: Linears
+
+
+def text_block(layer: nn.Module) -> Block | None:
+    """Take a text layer apart; None if one of its parts is not known here."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [
+        Linears.of(attention.q_proj, attention.k_proj, attention.v_proj),
+        Linears.of(attention.o_proj),
+        Linears.of(mlp.gate_proj, mlp.up_proj),
+        Linears.of(mlp.down_proj),
+    ]
+    if None in linears or not _is_silu(mlp.act_fn):
+        return None
+    qkv, out, up, down = linears
+    return Block(
+        attention=attention,
+        norm1=Norm.of(layer.input_layernorm),
+        qkv=qkv,
+        heads=attention.q_proj.out_features // attention.head_dim,
+        kv_heads=attention.k_proj.out_features // attention.head_dim,
+        out=out,
+        norm2=Norm.of(layer.post_attention_layernorm),
+        up=up,
+        is_gated=True,
+        down=down,
+    )
+
+
+def vision_block(layer: nn.Module) -> Block | None:
+    """Take a vision block apart; None if one of its parts is not known here."""
+    attention, mlp = layer.attn, layer.mlp
+    is_gated = hasattr(mlp, "gate_proj")
+    if is_gated:
+        is_known, up, down = _is_silu(mlp.act_fn), (mlp.gate_proj, mlp.up_proj), mlp.down_proj
+    else:
+        is_known, up, down = isinstance(mlp.act, QuickGELUActivation), (mlp.fc1,), mlp.fc2
+    linears = [Linears.of(*each) for each in ((attention.qkv,), (attention.proj,), up, (down,))]
+    if None in linears or not is_known:
+        return None
+    qkv, out, up, down = linears
+    return Block(
+        attention=attention,
+        norm1=Norm.of(layer.norm1),
+        qkv=qkv,
+        heads=attention.num_heads,
+        kv_heads=attention.num_heads,
+        out=out,
+        norm2=Norm.of(layer.norm2),
+        up=up,
+        is_gated=is_gated,
+        down=down,
+    )
+
+
+def _is_silu(activation: nn.Module | Callable) -> bool:
+    return "silu" in type(activation).__name__.lower()
+
+
+def run_block(
+    block: Block,
+    residual: Tensor,
+    update: Tensor | None,
+    angles: tuple[Tensor, Tensor],
+    remember: Callable[[Tensor], None] | None = None,
+    again: bool = False,
+    cache: object | None = None,
+    **attention_arguments,
+) -> tuple[Tensor, Tensor]:
+    """Compute a layer: (residual, update), (T, D) each, to those of the next layer.
+
+    angles: cosines and sines, (T, d) each.
+    remember: is handed the hidden state h (T, D), from which the layer can be computed again.
+    again: whether it is, for its gradient: then the update is not computed, since no gradient
+    needs it.
+    cache: keeps keys and values, like a cache of transformers.
+    attention_arguments: what the attention function is told of the packed tokens.
+    """
+    h, q, k, v = _AttentionInputs.apply(
+        block, residual, update, *angles, block.norm1.weight, block.norm1.bias, block.qkv.bias,
+        *block.qkv.tensors,
+    )  # fmt: skip
+    if remember is not None:
+        remember(h)
+    # As transformers' attention functions take them: (1, heads, T, d)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attention = block.attention
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
+    return _AfterAttention.apply(
+        block, again, h, attended[0].flatten(1), block.norm2.weight, block.norm2.bias,
+        block.out.bias, block.up.bias, block.down.bias,
+        *block.out.tensors, *block.up.tensors, *block.down.tensors,
+    )  # fmt: skip
+
+
+class _AttentionInputs(Function):
+    """The sum, its norm, and the rotated queries and keys with the values, (T, heads, d) each."""
+
+    @staticmethod
+    def forward(ctx, block, residual, update, cos, sin, *parameters):
+        norm, linears = block.norm1, block.qkv
+        if update is None:
+            h, x = residual, fused.norm(residual, norm.weight, norm.bias, norm.eps)
+        else:
+            h, x = fused.add_norm(residual, update, norm.weight, norm.bias, norm.eps)
+        qkv = linears.product(x)
+        q, k, v = fused.rotary(qkv, linears.bias_to_add, cos, sin, block.heads, block.kv_heads)
+        ctx.block = block
+        ctx.save_for_backward(h, cos, sin, *linears.tensors)
+        return h, q, k, v
+
+    @staticmethod
+    def backward(ctx, dh, dq, dk, dv):
+        h, cos, sin, *_ = ctx.saved_tensors
+        norm, linears = ctx.block.norm1, ctx.block.qkv
+        _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
+        needs_norm, _, needs_bias, *needs_linears = needs
+        dqkv = fused.rotary_backward(dq, dk, dv, cos, sin)
+        dx = linears.input_gradient(dqkv)
+        dh, x, partial = fused.norm_backward(
+            dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
+        )
+        return (
+            None,
+            dh if for_residual else None,
+            dh if for_update else None,
+            None,
+            None,
+            *_norm_gradients(norm, partial),
+            dqkv.sum(0) if needs_bias else None,
+            *linears.gradients(dqkv, x, needs_linears),
+        )
+
+
+class _AfterAttention(Function):
+    """The output projection, the sum, its norm, and the MLP, whose result is the new update."""
+
+    @staticmethod
+    def forward(ctx, block, again, h, attended, *parameters):
+        norm = block.norm2
+        projected = block.out.product(attended)
+        h, x = fused.add_norm(h, projected, norm.weight, norm.bias, norm.eps)
+        up = block.up.product(x)
+        update = torch.empty_like(h) if again else block.down.product(_activated(block, up))
+        ctx.block = block
+        tensors = (linears.tensors for linears in (block.out, block.up, block.down))
+        ctx.save_for_backward(attended, h, up, *(t for each in tensors for t in each))
+        return h, update
+
+    @staticmethod
+    def backward(ctx, dh, dupdate):
+        block, norm = ctx.block, ctx.block.norm2
+        attended, h, up, *_ = ctx.saved_tensors
+        _, _, needs_h, needs_attended, *needs = ctx.needs_input_grad
+        needs_norm, _, *needs_biases = needs[:5]
+        rest = iter(needs[5:])
+        needs_out, needs_up, needs_down = (
+            [next(rest) for _ in linears.tensors] for linears in (block.out, block.up, block.down)
+        )
+
+        dactivated = block.down.input_gradient(dupdate)
+        dup, activated = _activation_gradient(block, dactivated, up)
+        down = block.down.gradients(dupdate, activated, needs_down)
+        del dactivated, activated
+        dx = block.up.input_gradient(dup)
+        dh, x, partial = fused.norm_backward(
+            dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
+        )
+        biases = [
+            dy.sum(0) if needed else None
+            for dy, needed in zip((dh, dup, dupdate), needs_biases, strict=True)
+        ]
+        return (
+            None,
+            None,
+            dh if needs_h else None,
+            block.out.input_gradient(dh) if needs_attended else None,
+            *_norm_gradients(norm, partial),
+            *biases,
+            *block.out.gradients(dh, attended, needs_out),
+            *block.up.gradients(dup, x, needs_up),
+            *down,
+        )
+
+
+def _activated(block: Block, up: Tensor) -> Tensor:
+    """Apply the MLP's activation to (T, 2F) or (T, F): returns (T, F)."""
+    return fused.silu_mul(up, block.up.bias_to_add) if block.is_gated else fused.quick_gelu(up)
+
+
+def _activation_gradient(block: Block, gradient: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of `up`, and the activation's result once more."""
+    if block.is_gated:
+        return fused.silu_mul_backward(gradient, up, block.up.bias_to_add)
+    return fused.quick_gelu_backward(gradient, up)
+
+
+def _norm_gradients(norm: Norm, partial: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Add up the parts of the gradients of a norm's weight and bias."""
+    if not len(partial):
+        return None, None
+    total = partial.sum(0).to(norm.weight.dtype)
+    return total[0], None if norm.bias is None else total[1]

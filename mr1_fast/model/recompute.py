@@ -1,0 +1,55 @@
+"""Layers that are run again in the backward pass, from their stored input.
+
+A layer's input arrives as (residual, update), and only the sum of the two is stored. It is computed
+inside the layer, which hands it over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Carry = tuple[Tensor, Tensor | None]
+"""A residual (T, D) and an update (T, D) or None, whose sum is the hidden state."""
+Layer = Callable[..., Carry]
+"""A layer: `layer(residual, update, remember, again)`, as `run_block` of blocks.py."""
+
+
+def run_layers(layers: list[Layer], carry: Carry, recomputed: int, offload: bool = False) -> Carry:
+    """Run layers one after the other; in a pass with gradients, recompute the first `recomputed`.
+
+    The last layers are the ones that keep their results, since their gradients come first: where
+    the first ones are run again, that memory is free.
+    """
+    for index, layer in enumerate(layers):
+        if torch.is_grad_enabled() and index < recomputed:
+            carry = checkpoint(
+                _Again(layer, carry, offload), use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            carry = layer(*carry)
+    return carry
+
+
+class _Again:
+    """A call of a layer that can be repeated: it keeps the sum of the layer's inputs alone."""
+
+    def __init__(self, layer: Layer, carry: Carry, offload: bool):
+        self.layer, self.carry, self.offload = layer, carry, offload
+
+    def __call__(self) -> Carry:
+        if self.carry is not None:
+            carry, self.carry = self.carry, None
+            return self.layer(*carry, remember=self._remember)
+        hidden = self.hidden.to(self.device, non_blocking=True)
+        return self.layer(hidden.requires_grad_(self.requires_grad), None, again=True)
+
+    def _remember(self, hidden: Tensor) -> None:
+        self.device, self.requires_grad = hidden.device, hidden.requires_grad
+        self.hidden = hidden.detach()
+        if self.offload and hidden.is_cuda:
+            host = torch.empty_like(self.hidden, device="cpu", pin_memory=True)
+            self.hidden = host.copy_(self.hidden, non_blocking=True)
