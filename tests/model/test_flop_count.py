@@ -25,7 +25,7 @@ from mr1_fast.model.flop_count import (
     image_pairs,
     window_pairs,
 )
-from mr1_fast.model.forward import base_model, embed, lm_head_weight
+from mr1_fast.model.forward import base_model, lm_head_weight
 from mr1_fast.packing import packs
 
 from ..data.models import mixed_examples, tiny_policy
@@ -66,7 +66,12 @@ def nothing_masked(policy):
 def hidden_states(policy, batch):
     """The packed forward pass through transformers' own modules."""
     inner = base_model(policy.model).model
-    embeddings = embed(policy.model, batch.input_ids, batch.pixel_values, batch.image_grid_thw)
+    embeddings = inner.get_input_embeddings()(batch.input_ids)
+    if batch.pixel_values is not None:
+        grid = batch.image_grid_thw
+        images = inner.get_image_features(batch.pixel_values, grid, return_dict=True).pooler_output
+        places = (batch.input_ids == inner.config.image_token_id)[:, None]
+        embeddings = embeddings.masked_scatter(places, torch.cat(images))
     output = inner.language_model(
         inputs_embeds=embeddings[None],
         position_ids=batch.position_ids[:, None],
