@@ -183,19 +183,20 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
 
     def compute(tokens_per_pack: int) -> None:
         batches.repack(tokens_per_pack)
-        found = []
-        for batch in batches:
-            on_device, values = batch.to(policy.device), {}
-            if run.reference is not None:
-                values["ref_logp"] = run.reference.logprobs(on_device, config.temperature)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+        if run.reference is not None:
+            reference = run.reference.logprobs(batches, config.temperature)
+            for values, logp in zip(found, reference, strict=True):
+                values["ref_logp"] = logp
+        for batch, values in zip(batches, found, strict=True):
             if config.updates_per_batch > 1:
                 values["old_logp"] = batch.row_data["rollout_logp"]
             if config.importance_cap:
+                on_device = batch.to(policy.device)
                 own, _ = policy.logprobs(on_device, config.temperature)
                 ratio = (own - on_device.row_data["rollout_logp"]).exp()
                 values["old_logp"] = own
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
-            found.append(values)
 
         # All or none: an attempt that runs out of memory leaves nothing behind.
         for batch, values in zip(batches, found, strict=True):
