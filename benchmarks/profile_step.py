@@ -16,7 +16,7 @@ from pathlib import Path
 
 import measure
 import torch
-from bench_memory import CASES, add_case_arguments, case_config, limit_memory
+from bench_memory import add_case_arguments, case_config, limit_memory
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

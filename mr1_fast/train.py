@@ -43,6 +43,7 @@ from .seeds import derive_seed, seed_step
 from .sft import sft_loss, solution_batches
 from .tasks import get_task
 from .types import Example, PackedBatch, Rollout
+from .utilisation import utilisation
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
@@ -111,7 +112,8 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
 
     metrics = update_policy(run, batches, step)
     clock.lap("update")
-    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps}
+    speed = utilisation(run, batches, clock.laps)
+    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps, **speed}
 
 
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
@@ -286,7 +288,7 @@ def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
         optimizer_step = step * run.config.updates_per_batch + inner
         metrics = learn(run, batches, sft_loss, optimizer_step)
     clock.lap("update")
-    return {**metrics, **clock.laps}
+    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
 
 
 def learn(

@@ -151,7 +151,7 @@ def run_block(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
     return _AfterAttention.apply(
-        block, again, h, attended[0].flatten(1), block.norm2.weight, block.norm2.bias,
+        block, again, h, attended.flatten(0, 1).flatten(1), block.norm2.weight, block.norm2.bias,
         block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip

@@ -137,8 +137,7 @@ def _run_module(
         remember(hidden)
     if not as_batch:
         return module(hidden, **arguments), None
-    output = module(hidden[None], **arguments)
-    return (output[0] if isinstance(output, Tensor) else output[0][0]), None
+    return module(hidden.unsqueeze(0), **arguments).squeeze(0), None
 
 
 # --- images ---------------------------------------------------------------------------------------
