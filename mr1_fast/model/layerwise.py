@@ -76,8 +76,9 @@ def hidden_by_layers(
             pack.state.put(summed(pack.run_layer(layer)))
     for layer in stream.through([last]):
         for pack in packs:
-            carry = pack.run_layer(layer)
-            yield final_hidden(text, carry, fused).index_select(0, pack.batch.loss_rows)
+            # No name may hold what is left of a pack while the next one is in the layer.
+            rows = pack.batch.loss_rows
+            yield final_hidden(text, pack.run_layer(layer), fused).index_select(0, rows)
 
 
 class _State:
