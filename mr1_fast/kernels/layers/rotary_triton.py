@@ -1,9 +1,10 @@
-"""The rotary embedding in Triton, forward and backward, on all heads of a token at once.
+"""The rotary embedding in Triton, forward and backward, in one launch each.
 
-A program holds some heads, each as its two halves, which are each other's partners: every channel
-is read once and written once. A head's angles, and the bias, are read again by each program that
-needs them, from the L1 cache. Heads of any even width work: their halves are padded to a power of
-two, and what is beyond them is neither read nor written.
+Programs work on queries first, then on keys, then on values. Each holds some heads, counted over
+all tokens, as their two halves, which are each other's partners: every channel is read once and
+written once. A token's angles, and the bias, are read again for each of its heads, from the L1
+cache. Heads of any even width work: their halves are padded to a power of two, and what is beyond
+them is neither read nor written.
 """
 
 import torch
@@ -13,117 +14,111 @@ import triton.language as tl
 from ..launch import MOST_PROGRAMS, launch
 
 HALF_CHANNELS = 1024
-"""Channels of one half that a program holds, over its heads: a token of Qwen2-VL 2B."""
+"""Channels of one half that a program holds, over its heads: 16 heads of 128 channels."""
 WARPS = 2
-"""Warps of a program: a thread has 16 channels of each half, and 8 on AMD."""
+"""Warps of a program: a thread has 16 channels of each half, and 8 on AMD, so that accesses have
+128 bits."""
 
 # --- device functions ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _positions(rows, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """Return a program's tokens and heads (ROWS, 1), its channels of the first half (1, HALF).
+def _load_halves(X, at, mask, D: tl.constexpr):
+    """Load the channels `at` of the first half, and their partners in the second."""
+    return tl.load(X + at, mask=mask, other=0.0), tl.load(X + at + D // 2, mask=mask, other=0.0)
 
-    And which of them exist (ROWS, HALF).
+
+@triton.jit
+def _store_halves(X, at, x1, x2, mask, D: tl.constexpr):
+    """Store the channels `at` of the first half, and their partners in the second."""
+    tl.store(X + at, x1, mask=mask)
+    tl.store(X + at + D // 2, x2, mask=mask)
+
+
+@triton.jit
+def _rotate(x1, x2, c1, c2, s1, s2, dtype: tl.constexpr, BACKWARD: tl.constexpr):
+    """Compute x·cos + (−x2, x1)·sin of both halves; x, products and sums are rounded to dtype.
+
+    BACKWARD is the transposed rotation: each sine moves to the channel that it multiplied.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    inside = (row < rows) & (channel < D // 2)
-    return (row // HEADS).to(tl.int64), row % HEADS, channel, inside
-
-
-@triton.jit
-def _load_angles(ANGLES, at, mask, D: tl.constexpr):
-    """Load cosines or sines of both halves."""
-    first = tl.load(ANGLES + at, mask=mask, other=0.0).to(tl.float32)
-    return first, tl.load(ANGLES + at + D // 2, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rotate(x1, x2, c1, c2, s1, s2, dtype: tl.constexpr):
-    """Compute x·cos + (−x2, x1)·sin of both halves; x, products and sums are rounded to dtype."""
     x1 = x1.to(dtype).to(tl.float32)
     x2 = x2.to(dtype).to(tl.float32)
+    c1 = c1.to(tl.float32)
+    c2 = c2.to(tl.float32)
+    s1 = s1.to(tl.float32)
+    s2 = s2.to(tl.float32)
+    if BACKWARD:
+        s1, s2 = -s2, -s1
     y1 = (x1 * c1).to(dtype).to(tl.float32) - (x2 * s1).to(dtype).to(tl.float32)
     y2 = (x2 * c2).to(dtype).to(tl.float32) + (x1 * s2).to(dtype).to(tl.float32)
     return y1.to(dtype), y2.to(dtype)
 
 
-# --- kernels ------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _rotary_kernel(
-    QKV, qkv_stride, BIAS, COS, cos_stride, SIN, sin_stride, Q, K, V, rows,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _move_heads(
+    program, QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride, X, x_token, x_head, tokens,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, TURNED: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias and rotate ROWS heads, counted over all `rows` heads of all tokens."""
-    token, head, channel, inside = _positions(rows, HEADS + 2 * KV_HEADS, D, HALF, ROWS)
+    """Rotate ROWS heads from QKV to X, or their gradients from X to QKV; if not TURNED, copy them.
+
+    Heads are counted over all tokens, each of which has COUNT in X, and from FIRST on in QKV.
+    """
+    row = (program * ROWS + tl.arange(0, ROWS))[:, None]
+    channel = tl.arange(0, HALF)[None, :]
+    mask = (row < tokens * COUNT) & (channel < D // 2)
+    token = (row // COUNT).to(tl.int64)
+    head = row % COUNT
+    in_qkv = token * qkv_token + (FIRST + head) * D + channel
+    in_x = token * x_token + head.to(tl.int64) * x_head + channel
     dtype = QKV.dtype.element_ty
-    x = QKV + token * qkv_stride + head * D + channel
-    x1 = tl.load(x, mask=inside, other=0.0)
-    x2 = tl.load(x + D // 2, mask=inside, other=0.0)
+    if BACKWARD:
+        x1, x2 = _load_halves(X, in_x, mask, D)
+    else:
+        x1, x2 = _load_halves(QKV, in_qkv, mask, D)
     if BIAS is not None:
-        bias = BIAS + head * D + channel
-        b1 = tl.load(bias, mask=inside, other=0.0).to(tl.float32)
-        b2 = tl.load(bias + D // 2, mask=inside, other=0.0).to(tl.float32)
-        x1 = (x1.to(tl.float32) + b1).to(dtype)
-        x2 = (x2.to(tl.float32) + b2).to(dtype)
-    turned = head < HEADS + KV_HEADS
-    c1, c2 = _load_angles(COS, token * cos_stride + channel, inside & turned, D)
-    s1, s2 = _load_angles(SIN, token * sin_stride + channel, inside & turned, D)
-    y1, y2 = _rotate(x1, x2, c1, c2, s1, s2, COS.dtype.element_ty)
-    y1 = tl.where(turned, y1.to(dtype), x1)
-    y2 = tl.where(turned, y2.to(dtype), x2)
-    is_q = inside & (head < HEADS)
-    q = Q + (token * HEADS + head) * D + channel
-    tl.store(q, y1, mask=is_q)
-    tl.store(q + D // 2, y2, mask=is_q)
-    is_k = inside & (head >= HEADS) & turned
-    at = (token * KV_HEADS + head - HEADS) * D + channel
-    tl.store(K + at, y1, mask=is_k)
-    tl.store(K + at + D // 2, y2, mask=is_k)
-    is_v = inside & (head >= HEADS + KV_HEADS)
-    at -= KV_HEADS * D
-    tl.store(V + at, y1, mask=is_v)
-    tl.store(V + at + D // 2, y2, mask=is_v)
+        b1, b2 = _load_halves(BIAS, (FIRST + head) * D + channel, mask, D)
+        x1 = (x1.to(tl.float32) + b1.to(tl.float32)).to(dtype)
+        x2 = (x2.to(tl.float32) + b2.to(tl.float32)).to(dtype)
+    if TURNED:
+        c1, c2 = _load_halves(COS, token * cos_stride + channel, mask, D)
+        s1, s2 = _load_halves(SIN, token * sin_stride + channel, mask, D)
+        x1, x2 = _rotate(x1, x2, c1, c2, s1, s2, COS.dtype.element_ty, BACKWARD)
+    if BACKWARD:
+        _store_halves(QKV, in_qkv, x1.to(dtype), x2.to(dtype), mask, D)
+    else:
+        _store_halves(X, in_x, x1.to(dtype), x2.to(dtype), mask, D)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _rotary_backward_kernel(
-    DQ, q_token, q_head, DK, k_token, k_head, DV, v_token, v_head,
-    COS, cos_stride, SIN, sin_stride, DQKV, rows,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr,
+# --- kernel -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotary_kernel(
+    QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride,
+    Q, q_token, q_head, K, k_token, k_head, V, v_token, v_head, tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the gradients of ROWS heads back, counted over all `rows` heads of all tokens."""
-    token, head, channel, inside = _positions(rows, HEADS + 2 * KV_HEADS, D, HALF, ROWS)
-    dtype = DQ.dtype.element_ty
-    turned = head < HEADS + KV_HEADS
-    is_q = inside & (head < HEADS)
-    is_k = inside & (head >= HEADS) & turned
-    is_v = inside & (head >= HEADS + KV_HEADS)
-    q = DQ + token * q_token + head.to(tl.int64) * q_head + channel
-    k = DK + token * k_token + (head - HEADS).to(tl.int64) * k_head + channel
-    value = head - HEADS - KV_HEADS
-    v = DV + token * v_token + value.to(tl.int64) * v_head + channel
-    # All loads are on their way before one of them is waited for
-    q1 = tl.load(q, mask=is_q, other=0.0)
-    k1 = tl.load(k, mask=is_k, other=0.0)
-    v1 = tl.load(v, mask=is_v, other=0.0)
-    q2 = tl.load(q + D // 2, mask=is_q, other=0.0)
-    k2 = tl.load(k + D // 2, mask=is_k, other=0.0)
-    v2 = tl.load(v + D // 2, mask=is_v, other=0.0)
-    c1, c2 = _load_angles(COS, token * cos_stride + channel, inside & turned, D)
-    s1, s2 = _load_angles(SIN, token * sin_stride + channel, inside & turned, D)
-    y1 = tl.where(is_q, q1, k1)
-    y2 = tl.where(is_q, q2, k2)
-    # The transposed rotation: each sine moves to the channel that it multiplied
-    x1, x2 = _rotate(y1, y2, c1, c2, -s2, -s1, COS.dtype.element_ty)
-    x = DQKV + (token * (HEADS + 2 * KV_HEADS) + head) * D + channel
-    tl.store(x, tl.where(turned, x1.to(dtype), v1), mask=inside)
-    tl.store(x + D // 2, tl.where(turned, x2.to(dtype), v2), mask=inside)
+    """Rotate from QKV to Q, K and V, or their gradients back to QKV."""
+    program = tl.program_id(0)
+    k_program = program - tl.cdiv(tokens * HEADS, ROWS)
+    v_program = k_program - tl.cdiv(tokens * KV_HEADS, ROWS)
+    if k_program < 0:
+        _move_heads(
+            program, QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride,
+            Q, q_token, q_head, tokens, 0, HEADS, True, D, HALF, ROWS, BACKWARD,
+        )  # fmt: skip
+    elif v_program < 0:
+        _move_heads(
+            k_program, QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride,
+            K, k_token, k_head, tokens, HEADS, KV_HEADS, True, D, HALF, ROWS, BACKWARD,
+        )  # fmt: skip
+    else:
+        _move_heads(
+            v_program, QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride,
+            V, v_token, v_head, tokens, HEADS + KV_HEADS, KV_HEADS, False, D, HALF, ROWS, BACKWARD,
+        )  # fmt: skip
 
 
 # --- launchers ----------------------------------------------------------------------------------
@@ -140,12 +135,7 @@ def rotary(
     """`operations.rotary`, with programs of 2 · HALF_CHANNELS channels."""
     tokens, d = cos.shape
     results = tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads, kv_heads))
-    rows, grid, options = _heads(tokens, heads, kv_heads, d, qkv, cos, sin)
-    launch(
-        _rotary_kernel, grid, qkv.device,
-        qkv, qkv.stride(0), bias, cos, cos.stride(0), sin, sin.stride(0), *results, rows,
-        **options,
-    )  # fmt: skip
+    _launch(qkv, bias, cos, sin, *results, backward=False)
     return results
 
 
@@ -153,32 +143,40 @@ def rotary_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """`operations.rotary_backward`, with programs of 2 · HALF_CHANNELS channels."""
-    (tokens, heads, d), kv_heads = dq.shape, dk.shape[1]
-    dqkv = dq.new_empty(tokens, (heads + 2 * kv_heads) * d)
-    rows, grid, options = _heads(tokens, heads, kv_heads, d, dq, dk, dv, cos, sin)
-    launch(
-        _rotary_backward_kernel, grid, dq.device,
-        *[part for x in (dq, dk, dv) for part in (x, x.stride(0), x.stride(1))],
-        cos, cos.stride(0), sin, sin.stride(0), dqkv, rows, **options,
-    )  # fmt: skip
+    tokens, heads, d = dq.shape
+    dqkv = dq.new_empty(tokens, (heads + 2 * dk.shape[1]) * d)
+    _launch(dqkv, None, cos, sin, dq, dk, dv, backward=True)
     return dqkv
 
 
-def _heads(
-    tokens: int, heads: int, kv_heads: int, d: int, *inputs: torch.Tensor
-) -> tuple[int, tuple[int], dict[str, int]]:
-    """Return how many heads all tokens have, the grid of programs over them, and its options.
+def _launch(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    backward: bool,
+) -> None:
+    """Run the kernel over all heads.
 
-    Raises ValueError for more heads than int32 holds, and for channels that are not adjacent.
+    Raises ValueError for more heads than int32 counts, and for channels that are not adjacent.
     """
-    rows = tokens * (heads + 2 * kv_heads)
-    strides = [x.stride() for x in inputs]
-    if rows > MOST_PROGRAMS or any(each[-1] != 1 for each in strides):
+    (tokens, heads, d), kv_heads = q.shape, k.shape[1]
+    strides = [x.stride() for x in (qkv, cos, sin, q, k, v)]
+    if tokens * heads > MOST_PROGRAMS or any(each[-1] != 1 for each in strides):
         raise ValueError(
-            f"{rows} heads of strides {strides}: the channels of a head must be adjacent, and "
-            f"there may be {MOST_PROGRAMS} heads"
+            f"{tokens * heads} heads of strides {strides}: the channels of a head must be "
+            f"adjacent, and there may be {MOST_PROGRAMS} heads"
         )
     half = triton.next_power_of_2(d // 2)
-    block = max(1, HALF_CHANNELS // half)
-    options = dict(HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=half, ROWS=block, num_warps=WARPS)
-    return rows, (triton.cdiv(rows, block),), options
+    rows = max(1, HALF_CHANNELS // half)
+    programs = triton.cdiv(tokens * heads, rows) + 2 * triton.cdiv(tokens * kv_heads, rows)
+    launch(
+        _rotary_kernel, (programs,), qkv.device,
+        qkv, qkv.stride(0), bias, cos, cos.stride(0), sin, sin.stride(0),
+        *[part for x in (q, k, v) for part in (x, x.stride(0), x.stride(1))], tokens,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=half, ROWS=rows, BACKWARD=backward,
+        num_warps=WARPS,
+    )  # fmt: skip
