@@ -35,23 +35,22 @@ def encode_patches(visual: nn.Module, pixels: Tensor, grid: Tensor, run: RunBloc
     pixels: (P, 3·2·14·14); grid: (I, 3), as transformers' tower takes them.
     """
     calls: list[BlockCall] = []
-
-    class Note(nn.Module):
-        """Stands for a block: notes how it is called."""
-
-        def __init__(self, block: nn.Module, is_last: bool):
-            super().__init__()
-            self.__dict__.update(block=block, is_last=is_last)  # not as a submodule
-
-        def forward(self, hidden_states: Tensor, **arguments) -> Tensor:
-            calls.append(BlockCall(self.block, arguments))
-            return run(hidden_states, calls) if self.is_last else hidden_states
-
-    blocks = visual.blocks
-    last = len(blocks) - 1
-    notes = nn.ModuleList(Note(block, index == last) for index, block in enumerate(blocks))
-    tower = _with_part(visual, "blocks", notes)
+    *blocks, last = visual.blocks
+    stand_ins = [*(_StandIn(block, calls) for block in blocks), _StandIn(last, calls, run)]
+    tower = _with_part(visual, "blocks", nn.ModuleList(stand_ins))
     return tower(pixels, grid_thw=grid, return_dict=True).pooler_output
+
+
+class _StandIn(nn.Module):
+    """Stands for a block: notes how it is called, and calls `run` if it is the last one."""
+
+    def __init__(self, block: nn.Module, calls: list[BlockCall], run: RunBlocks | None = None):
+        super().__init__()
+        self.__dict__.update(block=block, calls=calls, run=run)  # not as a submodule
+
+    def forward(self, hidden_states: Tensor, **arguments) -> Tensor:
+        self.calls.append(BlockCall(self.block, arguments))
+        return self.run(hidden_states, self.calls) if self.run else hidden_states
 
 
 def begin_patches(

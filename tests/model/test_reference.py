@@ -106,6 +106,24 @@ def test_weights_cross_the_bus_once_whatever_the_number_of_packs():
         assert copied.count == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("waits_on_device", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_all_weights_once_and_computes_the_same(dtype, waits_on_device, monkeypatch):
+    monkeypatch.setattr(reference_module, "states_wait_on_device", lambda *_: waits_on_device)
+    policy = tiny_policy(dtype)
+    policy.model.cuda()
+    several = packs_of(policy)
+    resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
+    expected = resident.logprobs(several, TEMPERATURE)
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):  # a slot that is filled too early, or too late, shows at one time or another
+        with CopiedBytes(offload.policy.model) as copied:
+            assert_equal(offload.logprobs(several, TEMPERATURE), expected)
+        assert copied.count == sum(p.nbytes for p in offload.policy.model.parameters())
+    assert torch.cuda.memory_allocated() == before
+
+
 def live_tensors() -> list[tuple]:
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
