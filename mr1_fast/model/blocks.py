@@ -25,7 +25,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
-from .linears import Linears
+from .linears import Kept, Linears
 
 
 @dataclass
@@ -60,6 +60,11 @@ class Block:
     is_gated: bool
     """Whether `up` is a gate and an up, for silu(gate) · up, or a layer before a quick GELU."""
     down: Linears
+
+    @property
+    def linears(self) -> tuple[Linears, ...]:
+        """All linear layers, in the order of their use."""
+        return self.qkv, self.out, self.up, self.down
 
 
 def text_block(layer: nn.Module) -> Block | None:
@@ -151,8 +156,8 @@ def run_block(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
     return _AfterAttention.apply(
-        block, again, h, attended[0].flatten(1), block.norm2.weight, block.norm2.bias,
-        block.out.bias, block.up.bias, block.down.bias,
+        block, again, again or remember is not None, h, attended.squeeze(0).flatten(1),
+        block.norm2.weight, block.norm2.bias, block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip
 
@@ -167,20 +172,20 @@ class _AttentionInputs(Function):
             h, x = residual, fused.norm(residual, norm.weight, norm.bias, norm.eps)
         else:
             h, x = fused.add_norm(residual, update, norm.weight, norm.bias, norm.eps)
-        qkv = linears.product(x)
+        qkv, kept = linears.product(x)
         q, k, v = fused.rotary(qkv, linears.bias_to_add, cos, sin, block.heads, block.kv_heads)
         ctx.block = block
-        ctx.save_for_backward(h, cos, sin, *linears.tensors)
+        ctx.save_for_backward(h, cos, sin, *kept, *linears.tensors)
         return h, q, k, v
 
     @staticmethod
     def backward(ctx, dh, dq, dk, dv):
-        h, cos, sin, *_ = ctx.saved_tensors
+        h, cos, sin, *saved = ctx.saved_tensors
         norm, linears = ctx.block.norm1, ctx.block.qkv
         _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
         needs_norm, _, needs_bias, *needs_linears = needs
         dqkv = fused.rotary_backward(dq, dk, dv, cos, sin)
-        dx = linears.input_gradient(dqkv)
+        dx, dt = linears.input_gradient(dqkv)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
         )
@@ -192,7 +197,7 @@ class _AttentionInputs(Function):
             None,
             *_norm_gradients(norm, partial),
             dqkv.sum(0) if needs_bias else None,
-            *linears.gradients(dqkv, x, needs_linears),
+            *linears.gradients(dqkv, x, needs_linears, next(Kept.among(saved)), dt),
         )
 
 
@@ -200,33 +205,40 @@ class _AfterAttention(Function):
     """The output projection, the sum, its norm, and the MLP, whose result is the new update."""
 
     @staticmethod
-    def forward(ctx, block, again, h, attended, *parameters):
+    def forward(ctx, block, again, recomputed, h, attended, *parameters):
         norm = block.norm2
-        projected = block.out.product(attended)
+        projected, kept_out = block.out.product(attended)
         h, x = fused.add_norm(h, projected, norm.weight, norm.bias, norm.eps)
-        up = block.up.product(x)
-        update = torch.empty_like(h) if again else block.down.product(_activated(block, up))
+        up, kept_up = block.up.product(x)
+        if again:
+            update, kept_down = torch.empty_like(h), Kept()
+        else:
+            update, kept_down = block.down.product(_activated(block, up))
+        if recomputed:
+            kept_down = Kept()  # the second run, which computes no update, must save as much
         ctx.block = block
-        tensors = (linears.tensors for linears in (block.out, block.up, block.down))
-        ctx.save_for_backward(attended, h, up, *(t for each in tensors for t in each))
+        linears = block.out, block.up, block.down
+        tensors = (tensor for each in linears for tensor in each.tensors)
+        ctx.save_for_backward(attended, h, up, *kept_out, *kept_up, *kept_down, *tensors)
         return h, update
 
     @staticmethod
     def backward(ctx, dh, dupdate):
         block, norm = ctx.block, ctx.block.norm2
-        attended, h, up, *_ = ctx.saved_tensors
-        _, _, needs_h, needs_attended, *needs = ctx.needs_input_grad
+        attended, h, up, *saved = ctx.saved_tensors
+        kept_out, kept_up, kept_down, *_ = Kept.among(saved)
+        _, _, _, needs_h, needs_attended, *needs = ctx.needs_input_grad
         needs_norm, _, *needs_biases = needs[:5]
         rest = iter(needs[5:])
         needs_out, needs_up, needs_down = (
             [next(rest) for _ in linears.tensors] for linears in (block.out, block.up, block.down)
         )
 
-        dactivated = block.down.input_gradient(dupdate)
+        dactivated, dt = block.down.input_gradient(dupdate)
         dup, activated = _activation_gradient(block, dactivated, up)
-        down = block.down.gradients(dupdate, activated, needs_down)
+        down = block.down.gradients(dupdate, activated, needs_down, kept_down, dt)
         del dactivated, activated
-        dx = block.up.input_gradient(dup)
+        dx, dt_up = block.up.input_gradient(dup)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
         )
@@ -234,15 +246,17 @@ class _AfterAttention(Function):
             dy.sum(0) if needed else None
             for dy, needed in zip((dh, dup, dupdate), needs_biases, strict=True)
         ]
+        dattended, dt_out = block.out.input_gradient(dh) if needs_attended else (None, None)
         return (
             None,
             None,
+            None,
             dh if needs_h else None,
-            block.out.input_gradient(dh) if needs_attended else None,
+            dattended,
             *_norm_gradients(norm, partial),
             *biases,
-            *block.out.gradients(dh, attended, needs_out),
-            *block.up.gradients(dup, x, needs_up),
+            *block.out.gradients(dh, attended, needs_out, kept_out, dt_out),
+            *block.up.gradients(dup, x, needs_up, kept_up, dt_up),
             *down,
         )
 

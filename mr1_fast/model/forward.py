@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels.layers.operators import add_norm
 from ..segments import Segments
 from ..types import PackedBatch
+from .adapters import cast_adapters
 from .blocks import Norm, run_block, text_block, vision_block
 from .recompute import Carry, Layer, run_layers
 from .vision import BlockCall, encode_patches
@@ -94,8 +95,11 @@ def text_layers(
 ) -> list[Layer]:
     """Return the text layers as functions of (residual, update)."""
     layers: list[Layer] = []
-    for layer in text.layers:
-        if fused and (block := text_block(layer)):
+    blocks = [text_block(layer) if fused else None for layer in text.layers]
+    linears = [each for block in blocks if block for each in block.linears]
+    cast_adapters(each.adapters for each in linears if each.adapters)
+    for layer, block in zip(text.layers, blocks, strict=True):
+        if block is not None:
             layers.append(partial(run_block, block, angles=angles, segments=segments, cache=cache))
             continue
         arguments = dict(
