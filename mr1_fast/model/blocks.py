@@ -25,7 +25,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
-from .linears import Kept, Linears
+from .linears import NOTHING, Kept, Linears
 
 
 @dataclass
@@ -76,12 +76,13 @@ def text_block(layer: nn.Module) -> Block | None:
         Linears.of(mlp.gate_proj, mlp.up_proj),
         Linears.of(mlp.down_proj),
     ]
-    if None in linears or not _is_silu(mlp.act_fn):
+    norm1 = Norm.of(layer.input_layernorm)
+    if not _known(linears, norm1) or not _is_silu(mlp.act_fn):
         return None
     qkv, out, up, down = linears
     return Block(
         attention=attention,
-        norm1=Norm.of(layer.input_layernorm),
+        norm1=norm1,
         qkv=qkv,
         heads=attention.q_proj.out_features // attention.head_dim,
         kv_heads=attention.k_proj.out_features // attention.head_dim,
@@ -102,12 +103,13 @@ def vision_block(layer: nn.Module) -> Block | None:
     else:
         is_known, up, down = isinstance(mlp.act, QuickGELUActivation), (mlp.fc1,), mlp.fc2
     linears = [Linears.of(*each) for each in ((attention.qkv,), (attention.proj,), up, (down,))]
-    if None in linears or not is_known:
+    norm1 = Norm.of(layer.norm1)
+    if not _known(linears, norm1) or not is_known:
         return None
     qkv, out, up, down = linears
     return Block(
         attention=attention,
-        norm1=Norm.of(layer.norm1),
+        norm1=norm1,
         qkv=qkv,
         heads=attention.num_heads,
         kv_heads=attention.num_heads,
@@ -117,6 +119,11 @@ def vision_block(layer: nn.Module) -> Block | None:
         is_gated=is_gated,
         down=down,
     )
+
+
+def _known(linears: list[Linears | None], norm: Norm) -> bool:
+    """Tell whether all linear layers are known here, and compute in the dtype of a norm."""
+    return all(each is not None and each.dtype == norm.weight.dtype for each in linears)
 
 
 def _is_silu(activation: nn.Module | Callable) -> bool:
@@ -142,9 +149,10 @@ def run_block(
     cache: keeps keys and values, like a cache of transformers.
     attention_arguments: what the attention function is told of the packed tokens.
     """
+    recomputed = again or remember is not None
     h, q, k, v = _AttentionInputs.apply(
-        block, residual, update, *angles, block.norm1.weight, block.norm1.bias, block.qkv.bias,
-        *block.qkv.tensors,
+        block, recomputed, residual, update, *angles, block.norm1.weight, block.norm1.bias,
+        block.qkv.bias, *block.qkv.tensors,
     )  # fmt: skip
     if remember is not None:
         remember(h)
@@ -156,7 +164,7 @@ def run_block(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
     return _AfterAttention.apply(
-        block, again, again or remember is not None, h, attended.squeeze(0).flatten(1),
+        block, again, recomputed, h, attended.squeeze(0).flatten(1),
         block.norm2.weight, block.norm2.bias, block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip
@@ -166,13 +174,13 @@ class _AttentionInputs(Function):
     """The sum, its norm, and the rotated queries and keys with the values, (T, heads, d) each."""
 
     @staticmethod
-    def forward(ctx, block, residual, update, cos, sin, *parameters):
+    def forward(ctx, block, recomputed, residual, update, cos, sin, *parameters):
         norm, linears = block.norm1, block.qkv
         if update is None:
             h, x = residual, fused.norm(residual, norm.weight, norm.bias, norm.eps)
         else:
             h, x = fused.add_norm(residual, update, norm.weight, norm.bias, norm.eps)
-        qkv, kept = linears.product(x)
+        qkv, kept = linears.product(x, recomputed)
         q, k, v = fused.rotary(qkv, linears.bias_to_add, cos, sin, block.heads, block.kv_heads)
         ctx.block = block
         ctx.save_for_backward(h, cos, sin, *kept, *linears.tensors)
@@ -181,15 +189,16 @@ class _AttentionInputs(Function):
     @staticmethod
     def backward(ctx, dh, dq, dk, dv):
         h, cos, sin, *saved = ctx.saved_tensors
-        norm, linears = ctx.block.norm1, ctx.block.qkv
-        _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
+        norm, linears, kept = ctx.block.norm1, ctx.block.qkv, next(Kept.among(saved))
+        _, _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
         needs_norm, _, needs_bias, *needs_linears = needs
         dqkv = fused.rotary_backward(dq, dk, dv, cos, sin)
-        dx, dt = linears.input_gradient(dqkv)
+        dx, dt = linears.input_gradient(dqkv, kept)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
         )
         return (
+            None,
             None,
             dh if for_residual else None,
             dh if for_update else None,
@@ -197,7 +206,7 @@ class _AttentionInputs(Function):
             None,
             *_norm_gradients(norm, partial),
             dqkv.sum(0) if needs_bias else None,
-            *linears.gradients(dqkv, x, needs_linears, next(Kept.among(saved)), dt),
+            *linears.gradients(dqkv, x, needs_linears, kept, dt),
         )
 
 
@@ -207,15 +216,15 @@ class _AfterAttention(Function):
     @staticmethod
     def forward(ctx, block, again, recomputed, h, attended, *parameters):
         norm = block.norm2
-        projected, kept_out = block.out.product(attended)
+        projected, kept_out = block.out.product(attended, recomputed)
         h, x = fused.add_norm(h, projected, norm.weight, norm.bias, norm.eps)
-        up, kept_up = block.up.product(x)
+        up, kept_up = block.up.product(x, recomputed)
         if again:
-            update, kept_down = torch.empty_like(h), Kept()
+            update, kept_down = torch.empty_like(h), NOTHING
         else:
             update, kept_down = block.down.product(_activated(block, up))
         if recomputed:
-            kept_down = Kept()  # the second run, which computes no update, must save as much
+            kept_down = NOTHING  # the second run, which computes no update, must save as much
         ctx.block = block
         linears = block.out, block.up, block.down
         tensors = (tensor for each in linears for tensor in each.tensors)
@@ -234,11 +243,11 @@ class _AfterAttention(Function):
             [next(rest) for _ in linears.tensors] for linears in (block.out, block.up, block.down)
         )
 
-        dactivated, dt = block.down.input_gradient(dupdate)
+        dactivated, dt = block.down.input_gradient(dupdate, kept_down)
         dup, activated = _activation_gradient(block, dactivated, up)
         down = block.down.gradients(dupdate, activated, needs_down, kept_down, dt)
         del dactivated, activated
-        dx, dt_up = block.up.input_gradient(dup)
+        dx, dt_up = block.up.input_gradient(dup, kept_up)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
         )
@@ -246,7 +255,9 @@ class _AfterAttention(Function):
             dy.sum(0) if needed else None
             for dy, needed in zip((dh, dup, dupdate), needs_biases, strict=True)
         ]
-        dattended, dt_out = block.out.input_gradient(dh) if needs_attended else (None, None)
+        dattended, dt_out = (
+            block.out.input_gradient(dh, kept_out) if needs_attended else (None, None)
+        )
         return (
             None,
             None,

@@ -6,27 +6,30 @@
 The products are written side by side into one tensor, so that the gradient of all weights is one
 product. The biases of several layers are added by the operator that comes next, which reads y
 anyway; that of a single layer is added by its product. Layers may have LoRA adapters (adapters.py),
-whose products are those that the large ones are added to.
+to whose products the large ones are added, and weights in 4 bits (four_bits.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Adapters, base_and_adapter
+from .adapters import Adapter, Adapters, base_and_adapter
+from .four_bits import FourBits
 
 
 class Kept(NamedTuple):
-    """What a product keeps for its gradients, beside its input."""
+    """What a product keeps for its gradients, beside its input; what is None is computed again."""
 
     t: Tensor | None = None
-    """(T, Σr): the input in the adapters' inner dimensions; without it, it is computed again."""
+    """(T, Σr): the input in the adapters' inner dimensions."""
+    weight: Tensor | None = None
+    """(ΣN, D): weights that are held in 4 bits."""
 
     @classmethod
     def among(cls, saved: Sequence[Tensor | None]) -> Iterator[Kept]:
@@ -36,14 +39,21 @@ class Kept(NamedTuple):
             yield cls(*saved[start : start + size])
 
 
+NOTHING = Kept()
+"""What a product keeps that is computed again."""
+
+
 @dataclass
 class Linears:
     """Linear layers on the same input; all of them have a bias, or none has."""
 
+    lengths: tuple[int, ...]
+    """Nᵢ, the outputs of each layer."""
     weights: tuple[Tensor, ...]
-    """Each (Nᵢ, D)."""
+    """Each (Nᵢ, D); none in 4 bits."""
     bias: Tensor | None
     """(ΣN,)."""
+    four_bits: FourBits | None = None
     adapters: Adapters | None = None
 
     @classmethod
@@ -53,20 +63,36 @@ class Linears:
         if None in parts:
             return None
         bases, adapters = zip(*parts, strict=True)
-        if any(type(base) is not nn.Linear for base in bases):
+
+        four_bits = FourBits.of(bases)
+        if four_bits is None and any(type(base) is not nn.Linear for base in bases):
             return None
         biases = [base.bias for base in bases]
         if len({bias is None for bias in biases}) > 1:
             return None
-        if len({adapter is None for adapter in adapters}) > 1:
+        linears = cls(
+            lengths=tuple(base.out_features for base in bases),
+            weights=() if four_bits else tuple(base.weight for base in bases),
+            bias=_side_by_side(biases),
+            four_bits=four_bits,
+        )
+        if linears.bias is not None and linears.bias.dtype != linears.dtype:
             return None
+        return linears.with_adapters(adapters)
 
-        linears = cls(tuple(base.weight for base in bases), _side_by_side(biases))
-        if adapters[0] is not None:
-            linears.adapters = Adapters.of(adapters, bases[0].weight.dtype)
-            if linears.adapters is None:
-                return None
-        return linears
+    def with_adapters(self, adapters: Sequence[Adapter | None]) -> Linears | None:
+        """Add an adapter to each layer, or to none; None if some have none, or they differ."""
+        if all(adapter is None for adapter in adapters):
+            return self
+        if any(adapter is None for adapter in adapters):
+            return None
+        together = Adapters.of(adapters, self.dtype)
+        return None if together is None else replace(self, adapters=together)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of inputs and outputs."""
+        return self.four_bits.dtype if self.four_bits else self.weights[0].dtype
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -76,37 +102,43 @@ class Linears:
     @property
     def bias_to_add(self) -> Tensor | None:
         """The bias that the next operator must add."""
-        return self.bias if len(self.weights) > 1 else None
+        return self.bias if len(self.lengths) > 1 else None
 
-    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """Compute y (T, ΣN) of x (T, D), and what the gradients can take from here."""
-        bias = None if len(self.weights) > 1 else self.bias
+    def product(self, x: Tensor, recomputed: bool = False) -> tuple[Tensor, Kept]:
+        """Compute y (T, ΣN) of x (T, D), and what the gradients can take from here.
+
+        recomputed: whether the layer runs again for its gradients, which then follow at once. Only
+        then are weights of 4 bits kept.
+        """
+        bias = None if len(self.lengths) > 1 else self.bias
+        matrices, t = self._matrices(), None
         if self.adapters is not None:
             y, t = self.adapters.product(x)
-            for weight, part in self._with_columns(y):
-                part.addmm_(x, weight.t())
-            return y if bias is None else y.add_(bias), Kept(t)
+            for matrix, part in _with_columns(matrices, y):
+                part.addmm_(x, matrix.t())
+            if bias is not None:
+                y += bias
+        elif len(matrices) == 1:
+            y = F.linear(x, matrices[0], bias)
+        else:
+            y = x.new_empty(len(x), sum(self.lengths))
+            for matrix, part in _with_columns(matrices, y):
+                torch.mm(x, matrix.t(), out=part)
+        return y, Kept(t, matrices[0] if self.four_bits and recomputed else None)
 
-        if len(self.weights) == 1:
-            return F.linear(x, self.weights[0], bias), Kept()
-        y = x.new_empty(len(x), sum(map(len, self.weights)))
-        for weight, part in self._with_columns(y):
-            torch.mm(x, weight.t(), out=part)
-        return y, Kept()
-
-    def input_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def input_gradient(self, dy: Tensor, kept: Kept) -> tuple[Tensor, Tensor | None]:
         """Compute dx (T, D) of dy (T, ΣN), summed over the layers inside the products.
 
         The second result is for `gradients`: that of the adapters' inner dimensions.
         """
-        parts, dt = self._with_columns(dy), None
+        parts, dt = _with_columns(self._matrices(kept), dy), None
         if self.adapters is not None:
             dx, dt = self.adapters.input_gradient(dy)
         else:
-            weight, part = next(parts)
-            dx = part @ weight
-        for weight, part in parts:
-            dx.addmm_(part, weight)
+            matrix, part = next(parts)
+            dx = part @ matrix
+        for matrix, part in parts:
+            dx.addmm_(part, matrix)
         return dx, dt
 
     def gradients(
@@ -132,15 +164,23 @@ class Linears:
     def _weight_gradients(
         self, dy: Tensor, x: Tensor, needed: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        if not any(needed):
+            return [None] * len(needed)
         if all(needed):
-            return (dy.t() @ x).split([len(weight) for weight in self.weights])
-        parts = zip(self._with_columns(dy), needed, strict=True)
+            return (dy.t() @ x).split(self.lengths)
+        parts = zip(_with_columns(self.weights, dy), needed, strict=True)
         return [part.t() @ x if wanted else None for (_, part), wanted in parts]
 
-    def _with_columns(self, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pair each weight with its columns of (T, ΣN)."""
-        parts = y.split([len(weight) for weight in self.weights], dim=1)
-        return zip(self.weights, parts, strict=True)
+    def _matrices(self, kept: Kept = NOTHING) -> tuple[Tensor, ...]:
+        """Return the weights as matrices, below one another those of all layers."""
+        if self.four_bits is None:
+            return self.weights
+        return (self.four_bits.dequantise() if kept.weight is None else kept.weight,)
+
+
+def _with_columns(matrices: Sequence[Tensor], y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair each matrix (N, D) with its columns of (T, ΣN)."""
+    return zip(matrices, y.split([len(matrix) for matrix in matrices], dim=1), strict=True)
 
 
 def _side_by_side(biases: Sequence[Tensor | None]) -> Tensor | None:

@@ -36,19 +36,6 @@ def batch_of(policy: Policy):
     return pack(prompts, completions(0), list(range(8)))
 
 
-@pytest.fixture
-def no_module_runs(monkeypatch):
-    """Fail where a text layer is left to transformers' module."""
-    text_block = blocks.text_block
-
-    def known(layer):
-        block = text_block(layer)
-        assert block is not None
-        return block
-
-    monkeypatch.setattr("mr1_fast.model.forward.text_block", known)
-
-
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_layers_with_adapters_equal_pefts_own(recompute, no_module_runs):
     policy = adapted_policy(torch.float64, recompute=recompute)

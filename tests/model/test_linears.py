@@ -55,7 +55,7 @@ def together(layers: list[nn.Module], x: Tensor, dy: Tensor, keeps: bool = True)
         y, kept = linears.product(x)
         if linears.bias_to_add is not None:
             y = y + linears.bias_to_add
-        dx, dt = linears.input_gradient(dy)
+        dx, dt = linears.input_gradient(dy, kept)
         if not keeps:
             kept, dt = type(kept)(), None
         needed = [tensor.requires_grad for tensor in linears.tensors]
