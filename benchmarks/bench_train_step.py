@@ -8,13 +8,13 @@
   prompts
 - step: a step of the tiny model with rollout and optimizer, ours against TRL's GRPOTrainer
 
-All cases treat activations alike: gradient checkpointing in update and curve, as in our large
-recipes, none in step. The tokens of tokens per second are those of repeated prompts for all cases,
-so rates compare as times do. Peak memory excludes weights and gradients; on a CPU a process of its
-own measures it. With the tied embedding frozen, autograd makes no second gradient of its size, and
-activations are what remains. "Off by" is the relative difference of loss and gradient from ours,
-for some entries of every parameter. Where there is no Triton, as on a CPU, TRL also scores the
-prompt's positions. Prints Markdown tables; the last line is one JSON document.
+All cases treat activations alike: every layer is recomputed in update and curve, none in step. The
+tokens of tokens per second are those of repeated prompts for all cases, so rates compare as times
+do. Peak memory excludes weights and gradients; on a CPU a process of its own measures it. With the
+tied embedding frozen, autograd makes no second gradient of its size, and activations are what
+remains. "Off by" is the relative difference of loss and gradient from ours, for some entries of
+every parameter. Where there is no Triton, as on a CPU, TRL also scores the prompt's positions.
+Prints Markdown tables; the last line is one JSON document.
 """
 
 import json
@@ -149,7 +149,7 @@ def measure_update(arguments) -> dict:
     title = (
         f"Reference, forward and backward of G = {len(lengths)} completions of "
         f"{lengths[0]}–{lengths[-1]} tokens, prompt {prompt_tokens} tokens "
-        f"({tokens:,} tokens repeated); {size}, gradient checkpointing"
+        f"({tokens:,} tokens repeated); {size}, all layers recomputed"
     )
     print_table(title, columns, table)
     settings = {**size, "prompt_tokens": prompt_tokens, "lengths": lengths, "tokens": tokens}

@@ -160,7 +160,7 @@ def trl_step_seconds(
             output_dir=folder,
             use_cpu=config.device == "cpu",
             beta=beta,
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.recompute != "none",
             per_device_train_batch_size=config.prompts_per_step * config.num_generations,
             num_generations=config.num_generations,
             max_completion_length=config.max_new_tokens,

@@ -42,7 +42,7 @@ def measure_step(arguments) -> dict:
         beta=BETA,
         device=arguments.device,
         dtype="float32",
-        gradient_checkpointing=False,
+        recompute="none",
         max_new_tokens=24,
         prompts_per_step=prompts,
         num_generations=count,

@@ -6,8 +6,8 @@
     dx = dt·[A₁; A₂ …],  dA = dtᵀ·x,  dBᵢ = dyᵢᵀ·tᵢ
 
 peft's modules hold A (r, D) and B (N, r), mostly in fp32, and compute in fp32 with a copy of x.
-Here they are cast to the dtype of x, those of all layers in a few launches; products add up in
-fp32, and the gradients of A and B come out in the dtype of A and B.
+Here they are cast to the dtype of x, those of a transformer layer by one kernel in each pass over
+the model; products add up in fp32, and the gradients of A and B come out in their own dtype.
 
 The adapters' product comes first and the large one is added to it, not the other way round: then y
 is rounded once, and the addition is part of the large product, which hides its reads. Layers with
@@ -163,22 +163,24 @@ def _by_run(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def cast_adapters(all_adapters: Iterable[Adapters]) -> None:
-    """Copy the A and B of many layers as they are now, in the dtypes of their products.
+def cast_adapters(all_adapters: Iterable[Adapters | None]) -> None:
+    """Copy A and B of several groups, in the dtype of their products, unless that has been done.
 
     One kernel copies dozens of matrices.
     """
-    copies: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for adapters in all_adapters:
+        if adapters is None or adapters._cast is not None:
+            continue
         first, dtype = adapters._a[0], adapters.dtype
         a = first.new_empty(sum(map(len, adapters._a)), first.shape[1], dtype=dtype)
         b = [first.new_empty(run, dtype=dtype) for run in adapters._runs]
         adapters._cast = a, b
-        targets, sources = copies.setdefault((dtype, first.dtype, first.device), ([], []))
         targets += a.split([len(each) for each in adapters._a])
         targets += [matrix for run in b for matrix in run]
         sources += adapters.tensors
-    for targets, sources in copies.values():
+    if targets:
         torch._foreach_copy_(targets, sources)
 
 

@@ -25,6 +25,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
+from .adapters import cast_adapters
 from .linears import NOTHING, Kept, Linears
 
 
@@ -149,6 +150,7 @@ def run_block(
     cache: keeps keys and values, like a cache of transformers.
     attention_arguments: what the attention function is told of the packed tokens.
     """
+    cast_adapters(linears.adapters for linears in block.linears)
     recomputed = again or remember is not None
     h, q, k, v = _AttentionInputs.apply(
         block, recomputed, residual, update, *angles, block.norm1.weight, block.norm1.bias,
@@ -164,7 +166,7 @@ def run_block(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
     return _AfterAttention.apply(
-        block, again, recomputed, h, attended.squeeze(0).flatten(1),
+        block, again, recomputed, h, attended.flatten(0, 1).flatten(1),
         block.norm2.weight, block.norm2.bias, block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def make_policy(
     """Prepare a loaded `…ForConditionalGeneration` for training on prompts of a format.
 
     Gives it packed attention, and adapters where the settings ask for them, and moves it to its
-    device. With `recompute` auto, all layers are recomputed until a memory plan says otherwise. Raises UserError for adapters without the package peft.
+    device. With `recompute` auto, all layers are recomputed until a memory plan says otherwise.
+    Raises UserError for adapters without the package peft.
     """
     use_packed_attention(model)
     use_patch_projection(model)

@@ -1,9 +1,12 @@
 """The vision tower with its loop over blocks in our hands.
 
-transformers' forward of the tower embeds the patches, makes rotary angles and, for Qwen2.5-VL, sorts
-patches into windows; then it calls its blocks, one after the other, and merges. Here the blocks are
-replaced, for the time of a call, by stand-ins that note what each block is told. The last one of
-them hands over all blocks at once.
+transformers' forward of the tower embeds the patches, makes rotary angles and, for Qwen2.5-VL,
+sorts patches into windows; then it calls its blocks, one after the other, and merges. Here the
+blocks are replaced, for the time of a call, by stand-ins that note what each block is told. The
+last one of them hands over all blocks at once.
+
+`begin_patches` and `merge_patches` are the tower in two calls, between which the blocks can be run
+at any time.
 """
 
 import copy
@@ -44,8 +47,40 @@ def encode_patches(visual: nn.Module, pixels: Tensor, grid: Tensor, run: RunBloc
             calls.append(BlockCall(self.block, arguments))
             return run(hidden_states, calls) if self.is_last else hidden_states
 
-    blocks, tower = visual.blocks, copy.copy(visual)
-    tower.__dict__["_modules"] = dict(visual._modules)
+    blocks = visual.blocks
     last = len(blocks) - 1
-    tower.blocks = nn.ModuleList(Note(block, index == last) for index, block in enumerate(blocks))
+    notes = nn.ModuleList(Note(block, index == last) for index, block in enumerate(blocks))
+    tower = _with_part(visual, "blocks", notes)
     return tower(pixels, grid_thw=grid, return_dict=True).pooler_output
+
+
+def begin_patches(
+    visual: nn.Module, pixels: Tensor, grid: Tensor
+) -> tuple[Tensor, list[BlockCall]]:
+    """Embed patches: the input (P, D) of the first block, and what each block must be told.
+
+    The arguments are those of `encode_patches`.
+    """
+    noted: list[tuple[Tensor, list[BlockCall]]] = []
+
+    def note(patches: Tensor, calls: list[BlockCall]) -> Tensor:
+        noted.append((patches, calls))
+        return patches
+
+    encode_patches(_with_part(visual, "merger", nn.Identity()), pixels, grid, note)
+    return noted[0]
+
+
+def merge_patches(visual: nn.Module, hidden: Tensor, grid: Tensor) -> Tensor:
+    """Compute the features (M, D) of images from the last block's hidden states (P, D)."""
+    tower = _with_part(visual, "patch_embed", nn.Identity())
+    # One number a patch is all that the way to the last block's place is given to carry.
+    return encode_patches(tower, hidden[:, :1], grid, lambda *_: hidden)
+
+
+def _with_part(visual: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """Return the tower with one of its parts replaced; it shares all others."""
+    tower = copy.copy(visual)
+    tower.__dict__["_modules"] = dict(visual._modules)
+    setattr(tower, name, part)
+    return tower

@@ -80,7 +80,7 @@ def test_without_adapters_the_policy_is_its_reference(no_module_runs):
     with policy.model.disable_adapter():
         block = blocks.text_block(base_model(policy.model).model.language_model.layers[0])
     assert all(linears.adapters is None for linears in block.linears)
-    ours = Reference(policy).logprobs(batch, 0.7)
+    ours = Reference(policy).logprobs([batch], 0.7)[0]
     plain = tiny_policy().logprobs(batch, 0.7)[0]
     assert torch.equal(ours, plain)
     assert (policy.logprobs(batch, 0.7)[0] - ours).abs().max() > 1e-2
@@ -141,7 +141,7 @@ def operations_per_layer(policy: Policy, recompute: bool) -> Counter:
 
 @pytest.mark.parametrize("recompute, products", [(True, 35), (False, 27)], ids=["again", "kept"])
 def test_adapters_add_few_operations(recompute, products):
-    """Products, which nothing but the cast of all layers' adapters prepares.
+    """Beside their products, one that casts all matrices of a layer in a pass over the model.
 
     Forward, each of the four groups makes t and adds its runs of layers, of which q, k, v are two:
     4 + 5. So does recomputation, but for the MLP's last layer, which it leaves out: 3 + 4. Backward
@@ -152,13 +152,6 @@ def test_adapters_add_few_operations(recompute, products):
     plain.model.requires_grad_(False)
     added = operations_per_layer(adapted_policy(), recompute)
     added.subtract(operations_per_layer(plain, recompute))
-    counted = sum(added[name] for name in PRODUCTS)
-    assert counted == products
-    assert sum(map(abs, added.values())) - sum(abs(added[name]) for name in PRODUCTS) == 0
-
-
-def test_adapters_of_all_layers_are_cast_at_once():
-    policy = adapted_policy(torch.bfloat16)
-    with Operations() as operations:
-        policy.logprobs(batch_of(policy), 0.7)
-    assert operations.count["_foreach_copy_"] == 1
+    assert sum(added.pop(name, 0) for name in PRODUCTS) == products
+    assert added.pop("_foreach_copy_") == 1
+    assert not any(added.values())

@@ -100,9 +100,11 @@ def test_dequantised_weights_live_for_one_layer(recompute, monkeypatch, no_modul
 def test_the_reference_is_the_model_without_adapters(no_module_runs):
     policy = four_bit_policy()
     batch = batch_of(policy)
-    ours = Reference(policy).logprobs(batch, 0.7)
+    ours = Reference(policy).logprobs([batch], 0.7)[0]
     policy.layers.fused = False
-    torch.testing.assert_close(ours, Reference(policy).logprobs(batch, 0.7), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, Reference(policy).logprobs([batch], 0.7)[0], rtol=1e-5, atol=1e-5
+    )
     assert (policy.logprobs(batch, 0.7)[0] - ours).abs().max() > 1e-2
 
 

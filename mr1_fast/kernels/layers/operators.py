@@ -1,96 +1,244 @@
-import torch, torch.nn.functional as F
+"""The operators of `torch.ops.mr1_fast` on the rows of a layer, and their gradients.
+
+Each is one dispatched operation, on meta tensors, too, so that a plan of memory use or a compiler
+sees one node. A layer has seven of them in the forward alone, so they are registered without
+`torch.library.custom_op`, whose wrappers take three times as long per call; the gradients are
+autograd Functions, which are entered only where a gradient is needed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..dispatch import statistics_dtype
+from . import operations
+
+_LIBRARY = torch.library.Library("mr1_fast", "FRAGMENT")
 
 
-def _rms(x, w, eps):
-    h = x.float()
-    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return w * n.to(x.dtype)
+def _operator(operation: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Register an operation by its name and annotations; `fake` allocates its results."""
+    name = operation.__name__
+    schema = torch.library.infer_schema(operation, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, operation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mr1_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.mr1_fast, name).default
 
 
-class _AN(torch.autograd.Function):
+def _differentiable(*inputs: Tensor | None) -> bool:
+    """Tell whether a gradient by one of the inputs may be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _adjacent(gradient: Tensor) -> Tensor:
+    """Return an incoming gradient with adjacent columns; autograd may expand a single number."""
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+# --- norms --------------------------------------------------------------------------------------
+
+
+def _fake_norm(x, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
+def _fake_add_norm(x, update, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _fake_norm_backward(
+    dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = operations.sum_parts(x), 1 if bias is None else 2, x.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if with_normed else 0),
+        x.new_empty(sums if with_weights else 0, dtype=statistics_dtype(x)),
+    )
+
+
+_norm = _operator(operations.norm, _fake_norm)
+_add_norm = _operator(operations.add_norm, _fake_add_norm)
+norm_backward = _operator(operations.norm_backward, _fake_norm_backward)
+"""`operations.norm_backward` as an operator."""
+
+
+def _norm_gradients(ctx, dnormed: Tensor, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return dx, dweight and dbias; the last two are None where nobody needs them."""
+    x, weight, bias = ctx.saved_tensors
+    needs = ctx.needs_input_grad[-3:-1]
+    dx, _, partial = norm_backward(
+        _adjacent(dnormed), dresidual, x, weight, bias, ctx.eps, False, any(needs)
+    )
+    if not any(needs):
+        return dx, None, None
+    sums = partial.sum(0).to(weight.dtype)
+    return dx, *(sums[i] if need else None for i, need in enumerate(needs))
+
+
+class _Norm(torch.autograd.Function):
+    """`operations.norm` with its gradients by x, weight and bias."""
+
     @staticmethod
-    def forward(ctx, x, u, w, b, eps):
-        r = x + u
-        ctx.save_for_backward(r, w)
-        ctx.b, ctx.eps = b, eps
-        return r, norm(r, w, b, eps)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return _norm(x, weight, bias, eps)
 
     @staticmethod
-    def backward(ctx, dr, dn):
-        r, w = ctx.saved_tensors
-        dx, _, p = norm_backward(dn, dr, r, w, ctx.b, ctx.eps, False, True)
-        p = p.sum(0).to(w.dtype)
-        return dx, dx, p[0], None if ctx.b is None else p[1], None
+    @once_differentiable
+    def backward(ctx, dnormed: Tensor):
+        return *_norm_gradients(ctx, dnormed, None), None
 
 
-def add_norm(x, u, w, b, eps):
-    return _AN.apply(x, u, w, b, eps)
+class _AddNorm(torch.autograd.Function):
+    """`operations.add_norm` with its gradients; x and update have the same one."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        residual, normed = _add_norm(x, update, weight, bias, eps)
+        ctx.save_for_backward(residual, weight, bias)
+        ctx.eps = eps
+        return residual, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dresidual: Tensor, dnormed: Tensor):
+        dx, *by_weights = _norm_gradients(ctx, dnormed, _adjacent(dresidual))
+        return dx, dx, *by_weights, None
 
 
-def norm(x, w, b, eps):
-    return _rms(x, w, eps) if b is None else F.layer_norm(x, x.shape[-1:], w, b, eps)
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Compute `operations.norm`, differentiable by x, weight and bias."""
+    apply = _Norm.apply if _differentiable(x, weight, bias) else _norm
+    return apply(x, weight, bias, eps)
 
 
-def norm_backward(dn, dr, x, w, b, eps, with_n, with_w):
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        w = w.detach().requires_grad_()
-        b = None if b is None else b.detach().requires_grad_()
-        y = norm(x, w, b, eps)
-        g = torch.autograd.grad(y, [t for t in (x, w, b) if t is not None], dn)
-    dx = g[0] if dr is None else g[0] + dr
-    return dx, y.detach(), torch.stack(g[1:])[None] if with_w else x.new_empty(0)
+def add_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute `operations.add_norm`, differentiable by all tensors."""
+    apply = _AddNorm.apply if _differentiable(x, update, weight, bias) else _add_norm
+    return apply(x, update, weight, bias, eps)
 
 
-def _rot(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
+# --- the rotary embedding -----------------------------------------------------------------------
 
 
-def _rotT(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat((b, -a), -1)
+def _fake_rotary(qkv, bias, cos, sin, heads, kv_heads):
+    tokens, d = cos.shape
+    return tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads, kv_heads))
 
 
-def rotary(qkv, bias, cos, sin, H, K):
-    if bias is not None:
-        qkv = qkv + bias
-    d = cos.shape[-1]
-    q, k, v = qkv.unflatten(-1, (-1, d)).split([H, K, K], 1)
-    c, s = cos[:, None], sin[:, None]
-    t = cos.dtype
-    return *((x.to(t) * c + _rot(x.to(t)) * s).to(qkv.dtype) for x in (q, k)), v.clone()
+def _fake_rotary_backward(dq, dk, dv, cos, sin):
+    tokens, heads, d = dq.shape
+    return dq.new_empty(tokens, (heads + 2 * dk.shape[1]) * d)
 
 
-def rotary_backward(dq, dk, dv, cos, sin):
-    c, s = cos[:, None], sin[:, None]
-    t = cos.dtype
-    p = [(x.to(t) * c + _rotT(x.to(t) * s)).to(dq.dtype) for x in (dq, dk)]
-    return torch.cat([*p, dv], 1).flatten(1)
+_rotary = _operator(operations.rotary, _fake_rotary)
+rotary_backward = _operator(operations.rotary_backward, _fake_rotary_backward)
+"""`operations.rotary_backward` as an operator."""
 
 
-def silu_mul(gu, b):
-    if b is not None:
-        gu = gu + b
-    g, u = gu.chunk(2, -1)
-    return F.silu(g) * u
+class _Rotary(torch.autograd.Function):
+    """`operations.rotary` with its gradients by qkv and bias."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        qkv: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotary(qkv, bias, cos, sin, heads, kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        dqkv = rotary_backward(*map(_adjacent, gradients), *ctx.saved_tensors)
+        dbias = dqkv.sum(0) if ctx.needs_input_grad[1] else None
+        return dqkv, dbias, None, None, None, None
 
 
-def silu_mul_backward(d, gu, b):
-    with torch.enable_grad():
-        gu = gu.detach().requires_grad_()
-        y = silu_mul(gu, b)
-        (g,) = torch.autograd.grad(y, gu, d)
-    return g, y.detach()
+def rotary(
+    qkv: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `operations.rotary`, differentiable by qkv and bias."""
+    apply = _Rotary.apply if _differentiable(qkv, bias) else _rotary
+    return apply(qkv, bias, cos, sin, heads, kv_heads)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+# --- gating -------------------------------------------------------------------------------------
 
 
-def quick_gelu_backward(d, x):
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = quick_gelu(x)
-        (g,) = torch.autograd.grad(y, x, d)
-    return g, y.detach()
+def _fake_silu_mul(gate_up, bias):
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+def _fake_silu_mul_backward(dout, gate_up, bias):
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dout.shape)
+
+
+def _fake_quick_gelu(x):
+    return x.new_empty(x.shape)
+
+
+def _fake_quick_gelu_backward(dout, x):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_silu_mul = _operator(operations.silu_mul, _fake_silu_mul)
+silu_mul_backward = _operator(operations.silu_mul_backward, _fake_silu_mul_backward)
+"""`operations.silu_mul_backward` as an operator."""
+_quick_gelu = _operator(operations.quick_gelu, _fake_quick_gelu)
+quick_gelu_backward = _operator(operations.quick_gelu_backward, _fake_quick_gelu_backward)
+"""`operations.quick_gelu_backward` as an operator."""
+
+
+class _SiluMul(torch.autograd.Function):
+    """`operations.silu_mul` with its gradients by gate_up and bias."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, bias)
+        return _silu_mul(gate_up, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        dgate_up, _ = silu_mul_backward(_adjacent(dout), *ctx.saved_tensors)
+        return dgate_up, dgate_up.sum(0) if ctx.needs_input_grad[1] else None
+
+
+class _QuickGelu(torch.autograd.Function):
+    """`operations.quick_gelu` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _quick_gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        return quick_gelu_backward(_adjacent(dout), *ctx.saved_tensors)[0]
+
+
+def silu_mul(gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `operations.silu_mul`, differentiable by gate_up and bias."""
+    apply = _SiluMul.apply if _differentiable(gate_up, bias) else _silu_mul
+    return apply(gate_up, bias)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Compute `operations.quick_gelu`, differentiable."""
+    return (_QuickGelu.apply if _differentiable(x) else _quick_gelu)(x)

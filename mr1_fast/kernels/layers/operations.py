@@ -1,0 +1,118 @@
+"""The public operations of layers: which back end takes a call, by device and dtype."""
+
+import torch
+
+from . import reference
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """Compute the norm of each row of x (T, D), times weight (D,): (T, D).
+
+    Without a bias it is the RMS norm, r = x / √(mean x² + ε), rounded to the dtype of x before it
+    is multiplied with the weight, as in transformers. With a bias (D,) it is LayerNorm, rounded
+    once. All tensors have one dtype.
+    """
+    return reference.norm_ref(x, weight, bias, eps)
+
+
+def add_norm(
+    x: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the residual x + update, rounded to its dtype, and its `norm`: (T, D) each."""
+    return reference.add_norm_ref(x, update, weight, bias, eps)
+
+
+def norm_backward(
+    dnormed: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    with_normed: bool,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradient by the rows x (T, D) that were normed, and by the weights.
+
+    dnormed: (T, D), the gradient by the normed rows.
+    dresidual: (T, D) or None, the gradient that reaches x past the norm: it is added to dx before
+    dx is rounded.
+
+    Returns dx (T, D); the normed rows (T, D), computed again, if `with_normed`; and the sums over
+    rows that give dweight, and dbias where there is a bias, if `with_weights`: (parts, 1 or 2, D)
+    in fp32 (fp64 for fp64), whose parts the caller adds up. What is not wanted has shape (0,).
+    """
+    return reference.norm_backward_ref(
+        dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights
+    )
+
+
+def sum_parts(x: torch.Tensor) -> int:
+    """Return in how many parts `norm_backward` gives the sums over the rows of x."""
+    return 1
+
+
+def rotary(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add the bias, and rotate queries and keys by their positions' angles.
+
+    qkv: (T, (H + 2K)·d), heads of queries, then of keys, then of values; rows may lie apart.
+    bias: ((H + 2K)·d,) or None, added first, which rounds to the dtype of qkv.
+    cos, sin: (T, d). Sections of M-RoPE and the two dimensions of the vision tower are already in
+    them. Products are rounded to their dtype, as in transformers, whose vision tower rotates in
+    fp32 whatever the model's dtype; the results are rounded to the dtype of qkv.
+    heads, kv_heads: H and K.
+
+    Returns the rotated queries (T, H, d) and keys (T, K, d), and the values (T, K, d).
+    """
+    return reference.rotary_ref(qkv, bias, cos, sin, heads, kv_heads)
+
+
+def rotary_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Compute the gradient by qkv, (T, (H + 2K)·d), which is that by the sum with the bias, too.
+
+    dq: (T, H, d); dk, dv: (T, K, d); only the channels of a head must be adjacent.
+    """
+    return reference.rotary_backward_ref(dq, dk, dv, cos, sin)
+
+
+def silu_mul(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute silu(gate) · up, (T, F), of gate_up (T, 2F), which has the gates first.
+
+    bias: (2F,) or None, added first, which rounds to the dtype of gate_up.
+    """
+    return reference.silu_mul_ref(gate_up, bias)
+
+
+def silu_mul_backward(
+    dout: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradient by gate_up (T, 2F), and once more the output (T, F).
+
+    dout: (T, F), the gradient by the output.
+    """
+    return reference.silu_mul_backward_ref(dout, gate_up, bias)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """Compute x · sigmoid(1.702 x), (T, F), with the roundings of transformers."""
+    return reference.quick_gelu_ref(x)
+
+
+def quick_gelu_backward(dout: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradient by x (T, F), and once more the output (T, F)."""
+    return reference.quick_gelu_backward_ref(dout, x)
