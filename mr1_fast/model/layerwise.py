@@ -5,7 +5,7 @@ two layers, a pack's hidden state waits on the device, or in host memory where t
 packs would take too much. The numbers are those of `packed_hidden`, pack by pack.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,17 +44,18 @@ def states_wait_on_device(
     return streamed + numbers * embedding.itemsize <= gradients
 
 
-def hidden_by_layers(
+def run_by_layers(
     model: nn.Module,
     batches: Sequence[PackedBatch],
     stream: LayerStream,
+    head: Callable[[Tensor, PackedBatch], Tensor],
     fused: bool = True,
     wait_on_device: bool = True,
-) -> Iterator[Tensor]:
-    """Yield each pack's final hidden states (N, D) of the rows that carry loss.
+) -> list[Tensor]:
+    """Compute `head(hidden, batch)` of each pack and its final hidden states (N, D), as they come.
 
     The packs may be anywhere; each is moved to the device when it begins, its pixels only until
-    they are embedded. To be used within the context of the stream and without gradients.
+    they are embedded. To be called within the context of the stream and without gradients.
     """
     inner = base_model(model).model
     blocks, text = list(inner.visual.blocks), inner.language_model
@@ -73,12 +74,13 @@ def hidden_by_layers(
         pack.begin_tokens()
     for layer in stream.through(decoder_layers, then=last):
         for pack in packs:
-            pack.state.put(summed(pack.run_layer(layer)))
+            pack.run_layer(layer)
+
+    results = []
     for layer in stream.through([last]):
-        for pack in packs:
-            # No name may hold what is left of a pack while the next one is in the layer.
-            rows = pack.batch.loss_rows
-            yield final_hidden(text, pack.run_layer(layer), fused).index_select(0, rows)
+        for pack in packs:  # no variable here: it would hold its tensor while the next pack runs
+            results.append(head(pack.final_hidden(layer), pack.batch))
+    return results
 
 
 class _State:
@@ -146,7 +148,15 @@ class _Pack:
         self.angles = text_angles(self.inner.language_model, hidden, self.batch.position_ids)
         self.state.put(hidden)
 
-    def run_layer(self, layer: nn.Module) -> Carry:
+    def run_layer(self, layer: nn.Module) -> None:
         """Run a text layer."""
+        self.state.put(summed(self._computed(layer)))
+
+    def final_hidden(self, layer: nn.Module) -> Tensor:
+        """Run the last text layer: the final hidden states (N, D) of the rows with loss."""
+        hidden = final_hidden(self.inner.language_model, self._computed(layer), self.fused)
+        return hidden.index_select(0, self.batch.loss_rows)
+
+    def _computed(self, layer: nn.Module) -> Carry:
         compute = text_layer(layer, self.angles, self.batch.segments, self.fused)
         return compute(self.state.take(), None)

@@ -5,7 +5,7 @@ held in the model's dtype, in 8 bits, or in host memory.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,7 +16,7 @@ from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .forward import lm_head_weight
 from .layer_stream import LayerStream, layers, on_host
-from .layerwise import hidden_by_layers, states_wait_on_device
+from .layerwise import run_by_layers, states_wait_on_device
 from .policy import Policy
 
 
@@ -61,19 +61,22 @@ class Reference:
         """
         if self.stream is not None:
             with self.stream:
-                return list(self._by_layers(batches, temperature))
+                return self._by_layers(self.stream, batches, temperature)
         with self.policy.model.disable_adapter() if self.has_adapter else nullcontext():
             return [self.policy.logprobs(b.to(self.device), temperature)[0] for b in batches]
 
-    def _by_layers(self, batches: Sequence[PackedBatch], temperature: float) -> Iterator[Tensor]:
+    def _by_layers(
+        self, stream: LayerStream, batches: Sequence[PackedBatch], temperature: float
+    ) -> list[Tensor]:
         """Compute `logprobs` with each layer over all packs before the next layer is needed."""
-        model, stream = self.policy.model, self.stream
+        model, fused = self.policy.model, self.policy.layers.fused
+
+        def logprobs(hidden: Tensor, batch: PackedBatch) -> Tensor:
+            head = lm_head_weight(model)
+            return linear_token_logprobs(hidden, head, batch.targets, temperature)[0]
+
         on_device = states_wait_on_device(model, batches, stream.device_bytes, self.gradients)
-        fused = self.policy.layers.fused
-        computed = hidden_by_layers(model, batches, stream, fused, on_device)
-        for batch, hidden in zip(batches, computed, strict=True):
-            targets = batch.targets.to(self.device, non_blocking=True)
-            yield linear_token_logprobs(hidden, lm_head_weight(model), targets, temperature)[0]
+        return run_by_layers(model, batches, stream, logprobs, fused, on_device)
 
 
 def frozen_parameters(model: nn.Module) -> dict[int, nn.Parameter]:

@@ -8,8 +8,9 @@ import torch
 from mr1_fast.model import layerwise
 from mr1_fast.model.forward import LayerRun, packed_hidden
 from mr1_fast.model.layer_stream import LayerStream
-from mr1_fast.model.layerwise import hidden_by_layers, states_wait_on_device
+from mr1_fast.model.layerwise import run_by_layers, states_wait_on_device
 from mr1_fast.packing import packs
+from mr1_fast.types import PackedBatch
 
 from ..data.models import mixed_examples, tiny_policy
 
@@ -27,6 +28,11 @@ def batches(policy):
     return list(packs([policy.encode(e) for e in mixed_examples()], completions, 90))
 
 
+def itself(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    assert hidden.shape == (len(batch.targets), 128)
+    return hidden
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("wait_on_device", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
@@ -34,7 +40,7 @@ def test_hidden_states_are_those_of_the_packs_one_by_one(policy, batches, fused,
     expected = [packed_hidden(policy.model, batch, LayerRun(fused)) for batch in batches]
     stream = LayerStream(policy.model, CPU)
     with stream:
-        found = list(hidden_by_layers(policy.model, batches, stream, fused, wait_on_device))
+        found = run_by_layers(policy.model, batches, stream, itself, fused, wait_on_device)
     assert len(found) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -51,7 +57,7 @@ def test_each_layer_runs_over_all_packs_before_the_next(policy, batches, monkeyp
     monkeypatch.setattr(layerwise, "text_layer", note)
     stream = LayerStream(policy.model, CPU)
     with stream:
-        list(hidden_by_layers(policy.model, batches, stream))
+        run_by_layers(policy.model, batches, stream, itself)
     assert order == [layer for layer in range(len(text.layers)) for _ in batches]
 
 

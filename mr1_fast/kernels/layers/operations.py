@@ -1,8 +1,17 @@
 """The public operations of layers: which back end takes a call, by device and dtype."""
 
+from functools import lru_cache
+
 import torch
 
+from ..dispatch import use_triton
 from . import reference
+
+COLUMNS_PER_MULTIPROCESSOR = 8192
+"""Columns of all rows that a multiprocessor works on at a time in the backward of a norm."""
+MOST_PARTS_PER_MULTIPROCESSOR = 16
+INTERPRETED_PARTS = 3
+"""Parts under Triton's interpreter: few, so that a program goes through several rows."""
 
 
 def norm(
@@ -14,6 +23,10 @@ def norm(
     is multiplied with the weight, as in transformers. With a bias (D,) it is LayerNorm, rounded
     once. All tensors have one dtype.
     """
+    if use_triton(x):
+        from . import norm_triton
+
+        return norm_triton.add_norm(x, None, weight, bias, eps)[1]
     return reference.norm_ref(x, weight, bias, eps)
 
 
@@ -25,6 +38,10 @@ def add_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the residual x + update, rounded to its dtype, and its `norm`: (T, D) each."""
+    if use_triton(x):
+        from . import norm_triton
+
+        return norm_triton.add_norm(x, update, weight, bias, eps)
     return reference.add_norm_ref(x, update, weight, bias, eps)
 
 
@@ -48,14 +65,32 @@ def norm_backward(
     rows that give dweight, and dbias where there is a bias, if `with_weights`: (parts, 1 or 2, D)
     in fp32 (fp64 for fp64), whose parts the caller adds up. What is not wanted has shape (0,).
     """
-    return reference.norm_backward_ref(
-        dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights
-    )
+    inputs = dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights
+    if use_triton(x):
+        from . import norm_triton
+
+        return norm_triton.norm_backward(*inputs, sum_parts(x))
+    return reference.norm_backward_ref(*inputs)
 
 
 def sum_parts(x: torch.Tensor) -> int:
-    """Return in how many parts `norm_backward` gives the sums over the rows of x."""
-    return 1
+    """Return in how many parts `norm_backward` gives the sums over the rows of x.
+
+    It is a constant of the device and the width, so that the same rows give the same bits. Meta
+    tensors have one part, though they may stand for a GPU's: there, the parts are a few MB.
+    """
+    if not use_triton(x):
+        return 1
+    if not x.is_cuda:
+        return INTERPRETED_PARTS
+    columns = 1 << (int(x.shape[1]) - 1).bit_length()
+    parts = max(1, COLUMNS_PER_MULTIPROCESSOR // columns)
+    return _multiprocessors(x.device) * min(parts, MOST_PARTS_PER_MULTIPROCESSOR)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rotary(
@@ -77,6 +112,10 @@ def rotary(
 
     Returns the rotated queries (T, H, d) and keys (T, K, d), and the values (T, K, d).
     """
+    if use_triton(qkv):
+        from . import rotary_triton
+
+        return rotary_triton.rotary(qkv, bias, cos, sin, heads, kv_heads)
     return reference.rotary_ref(qkv, bias, cos, sin, heads, kv_heads)
 
 
@@ -87,6 +126,10 @@ def rotary_backward(
 
     dq: (T, H, d); dk, dv: (T, K, d); only the channels of a head must be adjacent.
     """
+    if use_triton(dq):
+        from . import rotary_triton
+
+        return rotary_triton.rotary_backward(dq, dk, dv, cos, sin)
     return reference.rotary_backward_ref(dq, dk, dv, cos, sin)
 
 
@@ -95,6 +138,10 @@ def silu_mul(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
     bias: (2F,) or None, added first, which rounds to the dtype of gate_up.
     """
+    if use_triton(gate_up):
+        from . import gate_triton
+
+        return gate_triton.silu_mul(gate_up, bias)
     return reference.silu_mul_ref(gate_up, bias)
 
 
@@ -105,14 +152,26 @@ def silu_mul_backward(
 
     dout: (T, F), the gradient by the output.
     """
+    if use_triton(gate_up):
+        from . import gate_triton
+
+        return gate_triton.silu_mul_backward(dout, gate_up, bias)
     return reference.silu_mul_backward_ref(dout, gate_up, bias)
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """Compute x · sigmoid(1.702 x), (T, F), with the roundings of transformers."""
+    if use_triton(x):
+        from . import gate_triton
+
+        return gate_triton.quick_gelu(x)
     return reference.quick_gelu_ref(x)
 
 
 def quick_gelu_backward(dout: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient by x (T, F), and once more the output (T, F)."""
+    if use_triton(x):
+        from . import gate_triton
+
+        return gate_triton.quick_gelu_backward(dout, x)
     return reference.quick_gelu_backward_ref(dout, x)

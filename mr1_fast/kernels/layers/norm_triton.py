@@ -1,0 +1,178 @@
+"""The norms of a layer in Triton, forward and backward: a program holds whole rows in registers.
+
+Forward, each row is a program: it reads x and the update, and writes the residual and the normed
+row. Backward, a fixed number of programs go through the rows in order, the next rows being loaded
+while one is worked on; each adds up its own part of dweight and dbias in registers, and writes it
+once at its end. Nothing is added by atomics, so the same rows give the same bits.
+
+Backward moves dnormed, dresidual and x in, dx and the normed row out, and 4 or 8 bytes per column
+and program. The weights stay in registers.
+
+Only D, the dtype, and which inputs exist select a kernel; the number of rows does not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import launch
+
+BYTES_PER_WARP = 1024
+"""Bytes of a row that a warp holds: 32 a thread, and 16 on AMD, so that accesses have 128 bits."""
+STAGES = 2
+"""Rows in flight in a program of the backward: the one that is worked on, and the next."""
+
+# --- device functions ---------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(ROWS, row, stride, columns, mask):
+    """Load one row, with 0 beyond its end."""
+    return tl.load(ROWS + row * stride + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def _centre(x, mask, eps, D, LAYER: tl.constexpr):
+    """Return the row, less its mean for LayerNorm, and 1/√(mean square + ε) of that."""
+    if LAYER:
+        x = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    return x, tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+
+
+@triton.jit
+def _weigh(standard, weight, bias, dtype: tl.constexpr, LAYER: tl.constexpr):
+    """Apply the weights to a standardised row; the RMS norm rounds it before."""
+    if LAYER:
+        return (standard * weight + bias).to(dtype)
+    return (standard.to(dtype).to(tl.float32) * weight).to(dtype)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_kernel(
+    X, x_stride, UPDATE, update_stride, WEIGHT, BIAS, RESIDUAL, NORMED, eps, D,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add an update to one row of D columns, and norm it."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < D
+    dtype = X.dtype.element_ty
+    out = row * D + columns
+    x = _load(X, row, x_stride, columns, mask).to(tl.float32)
+    weight = tl.load(WEIGHT + columns, mask=mask, other=0.0).to(tl.float32)
+    bias = 0.0
+    if BIAS is not None:
+        bias = tl.load(BIAS + columns, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE is not None:
+        residual = (x + _load(UPDATE, row, update_stride, columns, mask).to(tl.float32)).to(dtype)
+        tl.store(RESIDUAL + out, residual, mask=mask)
+        x = residual.to(tl.float32)
+    x, r = _centre(x, mask, eps, D, BIAS is not None)
+    tl.store(NORMED + out, _weigh(x * r, weight, bias, dtype, BIAS is not None), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_backward_kernel(
+    DNORMED, dnormed_stride, DRESIDUAL, dresidual_stride, X, x_stride, WEIGHT, BIAS,
+    DX, NORMED, PARTIAL, eps, rows, D, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Go through every n-th row, n being the number of programs."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < D
+    dtype = X.dtype.element_ty
+    weight = tl.load(WEIGHT + columns, mask=mask, other=0.0).to(tl.float32)
+    bias = 0.0
+    if BIAS is not None:
+        bias = tl.load(BIAS + columns, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    for index in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(index, tl.int64)
+        x = _load(X, row, x_stride, columns, mask).to(tl.float32)
+        dy = _load(DNORMED, row, dnormed_stride, columns, mask).to(tl.float32)
+        out = row * D + columns
+        x, r = _centre(x, mask, eps, D, BIAS is not None)
+        standard = x * r
+        g = dy * weight
+        dx = g - standard * (tl.sum(g * standard, 0) / D)
+        if BIAS is not None:
+            dx -= tl.sum(g, 0) / D
+        dx *= r
+        if DRESIDUAL is not None:
+            dx += _load(DRESIDUAL, row, dresidual_stride, columns, mask).to(tl.float32)
+        tl.store(DX + out, dx.to(dtype), mask=mask)
+        if NORMED is not None:
+            normed = _weigh(standard, weight, bias, dtype, BIAS is not None)
+            tl.store(NORMED + out, normed, mask=mask)
+        if PARTIAL is not None:
+            dweight += dy * standard
+            if BIAS is not None:
+                dbias += dy
+    if PARTIAL is not None:
+        if BIAS is None:
+            tl.store(PARTIAL + program * D + columns, dweight, mask=mask)
+        else:
+            tl.store(PARTIAL + 2 * program * D + columns, dweight, mask=mask)
+            tl.store(PARTIAL + (2 * program + 1) * D + columns, dbias, mask=mask)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+def add_norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.add_norm`; without an update, the residual is x itself."""
+    rows, d = x.shape
+    normed = x.new_empty(x.shape)
+    residual = x if update is None else x.new_empty(x.shape)
+    launch(
+        _norm_kernel, (rows,), x.device,
+        x, x.stride(0), update, 0 if update is None else update.stride(0), weight, bias,
+        residual, normed, eps, d, **_row_options(x),
+    )  # fmt: skip
+    return residual, normed
+
+
+def norm_backward(
+    dnormed: torch.Tensor,
+    dresidual: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    with_normed: bool,
+    with_weights: bool,
+    parts: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`operations.norm_backward`, with as many programs as there are `parts`."""
+    rows, d = x.shape
+    sums = parts, 1 if bias is None else 2, d
+    dx = x.new_empty(x.shape)
+    normed = x.new_empty(x.shape if with_normed else 0)
+    partial = x.new_empty(sums if with_weights else 0, dtype=torch.float32)
+    launch(
+        _norm_backward_kernel, (parts,), x.device,
+        dnormed, dnormed.stride(0), dresidual, 0 if dresidual is None else dresidual.stride(0),
+        x, x.stride(0), weight, bias,
+        dx, normed if with_normed else None, partial if with_weights else None, eps, rows, d,
+        STAGES=STAGES, **_row_options(x),
+    )  # fmt: skip
+    return dx, normed, partial
+
+
+def _row_options(x: torch.Tensor) -> dict[str, int]:
+    """Return the block that holds a row of x, and the warps that share it."""
+    if x.stride(1) != 1:
+        raise ValueError(f"rows have strides {x.stride()}, but their columns must be adjacent")
+    block = triton.next_power_of_2(x.shape[1])
+    warps = block * x.element_size() // BYTES_PER_WARP
+    return dict(BLOCK=block, num_warps=min(16, max(1, warps)))
