@@ -94,6 +94,8 @@ class LayerBytes:
     alone: int
     """The same for a layer whose input is one tensor, which does not count: the hidden state of a
     pack that waits for its turn. For other parts it is without the input, too."""
+    left: int = 0
+    """Bytes that it leaves until a pass without gradients ends, such as adapters that were cast."""
     saved: int = 0
     """Bytes that its forward pass keeps for its backward pass, its input included."""
     extra: int = 0
@@ -116,8 +118,8 @@ class LayerStack:
 
     @property
     def infer(self) -> int:
-        """Most bytes at once while one layer runs without gradients."""
-        return self.stored.infer
+        """Most bytes at once while the last layer runs without gradients."""
+        return self.stored.infer + (self.depth - 1) * self.stored.left
 
     @property
     def alone(self) -> int:
@@ -146,29 +148,35 @@ class LayerStack:
 
 
 def trace_layer(
-    module: nn.Module, layer: Layer, x: Tensor, device: str, training: Training | None = None
+    module: nn.Module,
+    make: Callable[[], Layer],
+    x: Tensor,
+    device: str,
+    training: Training | None = None,
 ) -> LayerBytes:
     """The bytes of a layer that has others before and after it.
 
-    `layer` computes what `module` has the weights of; `x` is like its input, on the meta device.
-    `training` None is a pass without gradients.
+    make: makes the layer, which computes what `module` has the weights of.
+    x: is like its input, on the meta device.
+    training: None is a pass without gradients.
     """
     with torch.no_grad(), LiveBytes(device) as count:
-        has_update = layer(x, None)[1] is not None
+        has_update = make()(x, None)[1] is not None
     alone, carry = count.peak, (x, x) if has_update else (x,)
-    infer = _most_without_gradients(lambda *inputs: layer(*_pair(inputs)), carry, device)
+
+    def make_run(recomputed: int) -> Callable[..., tuple]:
+        layer = make()
+        return lambda *inputs: run_layers([layer], _pair(inputs), recomputed)
+
+    infer, left = _without_gradients(lambda: make_run(0), carry, device)
     if training is None:
-        return LayerBytes(infer, alone)
-
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return run_layers([layer], _pair(inputs), recomputed=int(training.recompute))
-
-    saved, extra = _kept(module, run, carry, device)
+        return LayerBytes(infer, alone, left)
+    saved, extra = _kept(module, lambda: make_run(int(training.recompute)), carry, device)
     extra -= x.nbytes  # the gradient of the sum, which residual and update have in common
     if training.recompute and training.offload:
         # The input of a layer is on the GPU only while the layer runs again.
-        saved = 0
-    return LayerBytes(infer, alone, saved, extra, nbytes(module, trainable=True))
+        saved -= x.nbytes
+    return LayerBytes(infer, alone, left, saved, extra, nbytes(module, trainable=True))
 
 
 def trace_part(
@@ -182,14 +190,15 @@ def trace_part(
 
     The inputs are like those on the meta device; what `call` holds besides is not counted.
     """
-    infer = _most_without_gradients(call, inputs, device)
+    infer, left = _without_gradients(lambda: call, inputs, device)
     alone = infer - sum(x.nbytes for x in inputs)
     if training is None:
-        return LayerBytes(infer, alone)
+        return LayerBytes(infer, alone, left)
     with torch.no_grad():
         gradient = call(*inputs).nbytes
-    saved, extra = _kept(module, call, inputs, device)
-    return LayerBytes(infer, alone, saved, extra - gradient, nbytes(module, trainable=True))
+    saved, extra = _kept(module, lambda: call, inputs, device)
+    trained = nbytes(module, trainable=True)
+    return LayerBytes(infer, alone, left, saved, extra - gradient, trained)
 
 
 def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
@@ -197,25 +206,33 @@ def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
     return inputs if len(inputs) == 2 else (inputs[0], None)
 
 
-def _most_without_gradients(call: Callable, inputs: tuple[Tensor, ...], device: str) -> int:
-    """Most bytes at once of `call(*inputs)`, its inputs and its result included."""
+def _without_gradients(
+    make: Callable[[], Callable], inputs: tuple[Tensor, ...], device: str
+) -> tuple[int, int]:
+    """Most bytes at once of `make()(*inputs)`, and what is left of it without inputs and results.
+
+    Inputs and results count.
+    """
     with torch.no_grad(), LiveBytes(device) as count:
         made = [torch.empty_like(x) for x in inputs]
+        call = make()
         call(*made)
-    return count.peak
+        made = None
+        left = count.live
+    return count.peak, left
 
 
 def _kept(
-    module: nn.Module, call: Callable, inputs: tuple[Tensor, ...], device: str
+    module: nn.Module, make: Callable[[], Callable], inputs: tuple[Tensor, ...], device: str
 ) -> tuple[int, int]:
-    """Bytes that `call(*inputs)` keeps for its backward pass, and most bytes at once in that.
+    """Bytes that `make()(*inputs)` keeps for its backward pass, and most bytes at once in that.
 
     Inputs and results exist only where they are kept.
     """
     start = torch.empty(0, device="meta", requires_grad=True)
     with LiveBytes(device) as count:
         made = _Begin.apply(start, *inputs) if inputs else ()
-        results = call(*made)
+        results = make()(*made)
         end = _End.apply(*(results if isinstance(results, tuple) else (results,)))
         made = results = None
         saved = count.live

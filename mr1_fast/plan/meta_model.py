@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from ..config import ModelConfig
 from ..model.forward import final_hidden, lm_head_weight, text_layer, vision_layer
 from ..model.patches import use_patch_projection
-from ..model.recompute import Carry, Layer
+from ..model.recompute import Layer
 from ..model.reference import in_8_bits
 from ..model.vision import BlockCall
 from ..segments import Segments
@@ -135,11 +135,11 @@ class MetaModel:
         x = self._empty(segments.num_tokens, self.width)
         angles = tuple(self._empty(segments.num_tokens, self.head_dim) for _ in range(2))
 
-        def run(*carry, **how) -> Carry:
-            return text_layer(first, angles, segments, self.fused)(*carry, **how)
+        def make() -> Layer:
+            return text_layer(first, angles, segments, self.fused)
 
         bounds = (tuple(x.tolist()) for x in (segments.cu_seqlens_q, segments.cu_seqlens_k))
-        return self._stack(("decoder", *bounds), self.text.layers, run, x, training)
+        return self._stack(("decoder", *bounds), self.text.layers, make, x, training)
 
     def final_norm(self, tokens: int, rows: int, training: Training | None = None) -> LayerBytes:
         """Bytes of the final norm of packed tokens, and of the choice of the rows with loss."""
@@ -167,8 +167,8 @@ class MetaModel:
         told = dict(cu_seqlens=bounds, max_seqlen=longest, position_embeddings=angles)
         call = BlockCall(self.vision.blocks[0], told)
 
-        def run(*carry, **how) -> Carry:
-            return vision_layer(call, self.fused)(*carry, **how)
+        def make() -> Layer:
+            return vision_layer(call, self.fused)
 
         if not self.trains_vision:
             training = ()
@@ -180,7 +180,7 @@ class MetaModel:
             self._trace(
                 ("embedding", patches), trace_part, embed, lambda: embed(pixels), (), training=ends
             ),
-            self._stack(("blocks", *images.tolist()), self.vision.blocks, run, x, training),
+            self._stack(("blocks", *images.tolist()), self.vision.blocks, make, x, training),
             self._trace(("merger", patches), trace_part, merger, merger, (x,), training=ends),
         )
 
@@ -191,13 +191,13 @@ class MetaModel:
         self,
         name: tuple,
         modules: nn.ModuleList,
-        layer: Layer,
+        make: Callable[[], Layer],
         x: Tensor,
         training: Sequence[Training],
     ) -> LayerStack:
-        """Trace `layer`, which is the first of equal modules, in each way of training."""
+        """Trace the first of equal modules, as `make` makes a layer of it, in each way to train."""
         ways = [
-            self._trace(name, trace_layer, modules[0], layer, x, training=way)
+            self._trace(name, trace_layer, modules[0], make, x, training=way)
             for way in training or (None,)
         ]
         return LayerStack(len(modules), ways[0], ways[-1])
