@@ -23,7 +23,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from .config import RENAMED, TrainConfig
+from .config import TrainConfig
 from .errors import UserError, exit_on_user_error
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -38,6 +38,11 @@ CONFIG = (
     "YAML file with any of the settings below, whose names are spelled with underscores there; "
     "may be repeated, and the last file counts most."
 )
+
+RENAMED = {
+    "gradient_checkpointing": "recompute, with the values auto, all (as true was) and none (false)"
+}
+"""Settings of earlier versions, by the settings that have taken their place."""
 
 
 class Settings(Protocol):

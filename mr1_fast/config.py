@@ -343,11 +343,6 @@ class TrainConfig(
             raise UserError(f"the KL schedule is impossible: {error}.") from error
 
 
-RENAMED = {
-    "gradient_checkpointing": "recompute, with the values auto, all (as true was) and none (false)"
-}
-"""Settings of earlier versions, by the settings that have taken their place."""
-
 _POSITIVE = {
     *("steps", "prompts_per_step", "updates_per_batch", "tokens_per_microbatch"),
     *("max_prompt_tokens", "max_new_tokens", "max_pixels", "lora_rank"),

@@ -41,7 +41,9 @@ class RunMemory:
         except Exception as error:  # whatever a model that we do not know may raise
             self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
             inner = base_model(policy.model).model
-            layers = Recomputed(len(inner.language_model.layers), len(inner.visual.blocks))
+            trains_vision = any(p.requires_grad for p in inner.visual.parameters())
+            blocks = len(inner.visual.blocks) if trains_vision else 0
+            layers = Recomputed(len(inner.language_model.layers), blocks)
             self.choice = Choice.without_plan(config, layers, policy.device.type == "cuda")
 
     @property

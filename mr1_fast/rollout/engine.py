@@ -272,7 +272,7 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation, without dropout and checkpointing, and back afterwards."""
+    """Put the model into evaluation, without dropout, and back afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.forward import LayerRun
@@ -10,6 +11,8 @@ from mr1_fast.model.known import find_model_config
 from mr1_fast.plan.choice import MARGIN, MOST_USEFUL, UNPLANNED, Choice, pack_sizes
 from mr1_fast.plan.meta_model import Recomputed
 from mr1_fast.plan.plan import Plan, make_plan, usable_bytes
+from mr1_fast.plan.planned_run import planned_run
+from mr1_fast.plan.workload import Workload, patches_of
 
 QWEN_2B = "Qwen/Qwen2-VL-2B-Instruct"
 ONE_GROUP = 1024 + 8 * 512
@@ -64,6 +67,31 @@ def test_where_there_is_room_packs_are_large_and_nothing_is_run_again():
     assert plan(80, recompute="all").choice.recomputed == Recomputed(28, 32)
     assert plan(24, recompute="none").choice.recomputed == Recomputed(0, 0)
     assert plan(80, recompute="none", tokens_per_microbatch=6144).choice.tokens == 6144
+
+
+def test_a_byte_saves_as_much_work_in_text_as_in_vision():
+    """The numbers of docs/memory.md, of a pack with one group."""
+    run = planned_run(FULL, find_model_config(QWEN_2B))
+    model = run.policy
+    [batch] = Workload.largest(FULL, 8, 1).packs(ONE_GROUP)
+    images, tokens = patches_of(batch), batch.input_ids.numel()
+    text = model.decoder(batch.segments, run.training)
+    vision = model.vision_tower(images, run.training).blocks
+    patches = int(images.sum())
+
+    def products(layer: nn.Module) -> int:
+        linears = (m for m in layer.modules() if isinstance(m, nn.Linear))
+        return 2 * sum(m.in_features * m.out_features for m in linears)
+
+    attention = 4 * patches * model.vision_width
+    for stack, rows, flop, kept, again, saves in (
+        (text, tokens, products(model.text.layers[0]), 50.8, 3.1, 2.0),
+        (vision, patches, products(model.vision.blocks[0]) + attention, 25.7, 2.6, 2.2),
+    ):
+        assert stack.stored.saved / rows / 1e3 == pytest.approx(kept, abs=0.06)
+        assert stack.again.saved / rows / 1e3 == pytest.approx(again, abs=0.06)
+        saved = stack.stored.saved - stack.again.saved
+        assert rows * flop / saved / 1e3 == pytest.approx(saves, abs=0.06)
 
 
 def test_a_group_is_split_only_where_it_does_not_fit():

@@ -109,7 +109,11 @@ def measure(
     learn = partial(update, policy, optimizer, batches, batch_loss, 0, 10, config)
     learn()  # makes the optimizer's state
     always = nbytes(policy.model) + held(list(optimizer.state.values()))
-    always += 0 if reference.has_adapter else nbytes(reference.policy.model)
+    if not reference.has_adapter:
+        ours, frozen = policy.model, reference.policy.model
+        shared = {p.data_ptr() for p in ours.parameters()}
+        own = [t for t in (*frozen.parameters(), *frozen.buffers()) if t.data_ptr() not in shared]
+        always += held(own)
 
     processor = SimpleNamespace(
         tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: [])
