@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -14,13 +15,18 @@ from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.optim import make_optimizer
+from mr1_fast.plan.choice import MARGIN
+from mr1_fast.plan.plan import make_plan
+from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.sft import solution_batches
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
+from mr1_fast.train import train
 
 from .data.models import tiny_policy
 from .data.runs import run
@@ -300,6 +306,24 @@ def test_what_is_left_to_the_plan_is_chosen_at_the_start(run_args, tmp_path, cap
     assert "packs of 4,096 tokens" in capsys.readouterr().out
     written = (tmp_path / "config.yaml").read_text(encoding="utf-8")
     assert "tokens_per_microbatch: auto\n" in written and "recompute: auto\n" in written
+
+
+def test_layers_run_as_the_memory_plan_says(run_args, tmp_path, monkeypatch, capsys):
+    settings = dict(recompute="auto", eval_samples=0, steps=1, tokens_per_microbatch=4096)
+    config = parse_train_config(run_args(tmp_path, **settings))
+    model_config = find_model_config(config.model)
+    most, least = (
+        make_plan(replace(config, recompute=value), model_config).total("update")
+        for value in ("none", "all")
+    )
+    limit = (least + most) / 2 / (1 - MARGIN)
+    monkeypatch.setattr(RunMemory, "usable", limit)
+    seen = []
+    train(config, watch=lambda policy, _: seen.append(replace(policy.layers)))
+    run_again = seen[0].recompute_text, seen[0].recompute_vision
+    assert seen[0] == seen[1] and (0, 0) < run_again < (3, 2)
+    said = "recomputed: {} of 3 text layers, {} of 2 vision blocks; packs of 4,096 tokens"
+    assert said.format(*run_again) in capsys.readouterr().out
 
 
 def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):

@@ -165,6 +165,28 @@ def test_rows_keep_their_data_when_packed_anew():
         )
 
 
+def test_a_step_that_recomputes_after_it_ran_out_of_memory_changes_no_bit():
+    weights, said = [], []
+    for runs_out in (False, True):
+        policy = tiny_policy()
+        rollout, config = drawn_rollout(policy), train.TrainConfig(learning_rate=1e-3)
+        run = stage_run(policy, config, 200, said, optimizer=make_optimizer(policy.model, config))
+        batches = train.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200)
+        calls = []
+
+        def batch_loss(policy, batch, config=config, calls=calls, runs_out=runs_out):
+            calls.append(policy.layers.recompute_text)
+            if runs_out and len(calls) == 2:
+                raise torch.OutOfMemoryError(NO_ROOM)
+            return train.grpo_batch_loss(policy, batch, 0.0, config)
+
+        train.learn(run, batches, batch_loss, 0)
+        assert calls == ([0, 0, *[3] * len(batches)] if runs_out else [0] * len(batches))
+        weights.append([p.detach().clone() for p in policy.model.parameters()])
+    assert len(said) == 1 and said[0].endswith("with all layers recomputed")
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
     """Memory "runs out" in the update's second pack, when gradients of the first exist already."""
     weights = []

@@ -413,6 +413,12 @@ def test_command(capsys):
     assert all(len(line) <= 120 for line in printed.splitlines())
 
 
+def test_a_cpu_has_no_limit(capsys):
+    print_plan(parse(["--model", "tiny", "--vram", "0.1", "--device", "cpu"]))
+    printed = capsys.readouterr().out
+    assert "on cpu in float32" in printed and "usable" not in printed and "fit" not in printed
+
+
 def test_bad_input():
     with pytest.raises(
         UserError, match=r"model no/such-name has no configuration.*pass a local folder"
