@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from .strides import require_adjacent
 
 BYTES_PER_WARP = 1024
 """Bytes of a row that a warp holds: 32 a thread, and 16 on AMD, so that accesses have 128 bits."""
@@ -131,6 +132,7 @@ def add_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`operations.add_norm`; without an update, the residual is x itself."""
+    require_adjacent(x, update)
     rows, d = x.shape
     normed = x.new_empty(x.shape)
     residual = x if update is None else x.new_empty(x.shape)
@@ -154,6 +156,7 @@ def norm_backward(
     parts: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`operations.norm_backward`, with as many programs as there are `parts`."""
+    require_adjacent(dnormed, dresidual, x)
     rows, d = x.shape
     sums = parts, 1 if bias is None else 2, d
     dx = x.new_empty(x.shape)
@@ -171,8 +174,6 @@ def norm_backward(
 
 def _row_options(x: torch.Tensor) -> dict[str, int]:
     """Return the block that holds a row of x, and the warps that share it."""
-    if x.stride(1) != 1:
-        raise ValueError(f"rows have strides {x.stride()}, but their columns must be adjacent")
     block = triton.next_power_of_2(x.shape[1])
     warps = block * x.element_size() // BYTES_PER_WARP
     return dict(BLOCK=block, num_warps=min(16, max(1, warps)))

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import statistics_dtype
 from . import operations
+from .strides import is_adjacent
 
 _LIBRARY = torch.library.Library("mr1_fast", "FRAGMENT")
 
@@ -35,7 +36,7 @@ def _differentiable(*inputs: Tensor | None) -> bool:
 
 def _adjacent(gradient: Tensor) -> Tensor:
     """Return an incoming gradient with adjacent columns; autograd may expand a single number."""
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    return gradient if is_adjacent(gradient) else gradient.contiguous()
 
 
 # --- norms --------------------------------------------------------------------------------------
