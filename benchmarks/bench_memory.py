@@ -8,6 +8,7 @@ has its 512 tokens. Flags apply to all cases. `tiny` takes the same path with a 
 nothing is measured. The last line is one JSON document.
 """
 
+import argparse
 import json
 import signal
 import sys
@@ -70,18 +71,38 @@ def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
     return path
 
 
+def case_config(case: str, scratch: Path, flags: list[str]) -> TrainConfig:
+    """Write a case's model and data into `scratch`; return the settings of two steps of it."""
+    name, recipe = CASES[case]
+    make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
+    measure.release()
+    data = make_data(scratch, IMAGE_SIZES[case], count=16)
+    own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
+    own += ["--output", str(scratch / "run"), "--steps", "2"]
+    own += ["--eval-samples", "0", "--save-every", "0"]
+    return parse_train_config([*recipe, *own, *flags])
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    """Add the arguments that say which cases run, and on how much memory."""
+    parser.add_argument("cases", nargs="*", choices=CASES, default=default)
+    parser.add_argument("--vram", type=float, default=24.0, help="memory of the card to mimic, GB")
+
+
+def limit_memory(vram: float) -> str:
+    """Let the process use no more of a GPU than a card of `vram` GB has; return the device."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, usable_bytes(vram) / whole))
+    return "cuda"
+
+
 def measure_case(case: str, vram: float, flags: list[str]) -> dict:
     """Train two steps, as a user would; return planned and measured GiB of each phase."""
-    name, recipe = CASES[case]
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
-        measure.release()
-        data = make_data(scratch, IMAGE_SIZES[case], count=16)
-        own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
-        own += ["--output", str(scratch / "run"), "--steps", "2"]
-        own += ["--eval-samples", "0", "--save-every", "0"]
-        config: TrainConfig = parse_train_config([*recipe, *own, *flags])
+        config = case_config(case, scratch, flags)
         plan = make_plan(config, find_model_config(config.model), usable=usable_bytes(vram))
         metrics = scratch / "run" / "metrics.jsonl"
         try:
@@ -112,16 +133,11 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
 
 def main() -> None:
     parser = measure.make_parser(__doc__)
-    parser.add_argument("cases", nargs="*", choices=CASES, default=["2b_full", "7b_qlora"])
-    parser.add_argument("--vram", type=float, default=24.0, help="memory of the card to mimic, GB")
+    add_case_arguments(parser, ["2b_full", "7b_qlora"])
     arguments, flags = parser.parse_known_args()
     # An exception, unlike the signal itself, lets measure_case print what the run has measured.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        whole = torch.cuda.get_device_properties(0).total_memory
-        share = min(1.0, usable_bytes(arguments.vram) / whole)
-        torch.cuda.set_per_process_memory_fraction(share)
+    device = limit_memory(arguments.vram)
     results, failed = {}, {}
     for case in arguments.cases:
         try:

@@ -20,9 +20,18 @@ LOSS = (*LOGPROBS, "mr1_fast/kernels/grpo/rows_cuda.py", "csrc/fused_grpo_cuda.c
 HEAD = (*LOSS, *(f"mr1_fast/kernels/grpo/{name}.py" for name in ("linear", "head", "chunks")))
 ADAMW = ("mr1_fast/kernels/adamw/*.py", "mr1_fast/kernels/launch.py")
 DECODE = ("mr1_fast/kernels/decode/*.py", "mr1_fast/kernels/launch.py")
+LAYERS = ("mr1_fast/kernels/layers/*.py", "mr1_fast/kernels/launch.py")
 MODEL = ("mr1_fast/model/*.py",)
 ROLLOUT = (*DECODE, *MODEL, "mr1_fast/rollout/*.py")
-STEP = (*HEAD, *ADAMW, *ROLLOUT, "mr1_fast/train.py", "mr1_fast/packing.py", "mr1_fast/optim.py")
+STEP = (
+    *HEAD,
+    *ADAMW,
+    *LAYERS,
+    *ROLLOUT,
+    "mr1_fast/train.py",
+    "mr1_fast/packing.py",
+    "mr1_fast/optim.py",
+)
 LOSS_SETTINGS = ("grpo", "logprobs")
 STEP_SETTINGS = (*LOSS_SETTINGS, "linear", "adamw")
 
@@ -53,7 +62,9 @@ SOURCES = {
     "adamw": Sources(ADAMW, ("adamw",)),
     "decode_step": Sources(DECODE),
     "rollout": Sources(ROLLOUT),
+    "layers": Sources((*LAYERS, *MODEL, "mr1_fast/plan/stand_ins.py", "mr1_fast/segments.py")),
     "train_step": Sources(STEP, STEP_SETTINGS),
+    "profile_step": Sources((*STEP, "mr1_fast/plan/*.py"), STEP_SETTINGS),
     "memory": Sources((*STEP, "mr1_fast/plan/*.py"), STEP_SETTINGS),
     "default_run": Sources(STEP, STEP_SETTINGS),
     "tests": Sources(("mr1_fast/**/*.py", "csrc/*", "tests/**/*.py"), STEP_SETTINGS),

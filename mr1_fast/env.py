@@ -8,6 +8,7 @@ import torch
 from .kernels import native
 from .kernels.grpo import rows_cuda
 from .model.attention import attention_kernel
+from .peak_flops import describe_peak
 from .version import __version__
 
 PACKAGES = (
@@ -31,6 +32,7 @@ def lines() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("GPU", _gpu()),
+        ("MFU", _mfu()),
         ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
         ("native CPU kernels", native.status()[1]),
         ("native CUDA kernels", rows_cuda.status()[1]),
@@ -45,6 +47,13 @@ def _gpu() -> str:
         return "none"
     gpu = torch.cuda.get_device_properties(0)
     return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+
+
+def _mfu() -> str:
+    """Say which peak the model FLOP utilisation of a run on the first GPU is measured by."""
+    if not torch.cuda.is_available():
+        return "MFU is not reported: no peak is known of a CPU."
+    return describe_peak(torch.cuda.get_device_name(0), "bfloat16")
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,7 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .optim import make_optimizer
+from .peak_flops import describe_peak
 from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
 from .rewards import load_plugin, require_rewards
@@ -141,13 +142,21 @@ def held_out_examples(config: TrainConfig) -> DrawnExamples | LoadedExamples | N
 
 
 def describe(run: Run) -> str:
-    """Say in one line what was chosen where the settings leave a choice."""
+    """Say in one line what was chosen where the settings leave a choice.
+
+    On a GPU a second line says which peak MFU is measured by, or that there is none.
+    """
     if run.reference is None:
         kept = "none"
     elif run.config.lora:
         kept = "the policy without adapters"
     else:
         kept = run.config.reference
-    attention = attention_kernel(run.policy.device.type, lm_head_weight(run.policy.model).dtype)
+    device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
+    attention = attention_kernel(device.type, dtype)
     optimizer = type(run.optimizer).__name__
-    return f"optimizer {optimizer} · reference {kept} · packed attention {attention}"
+    line = f"optimizer {optimizer} · reference {kept} · packed attention {attention}"
+    if device.type != "cuda":
+        return line
+    card = torch.cuda.get_device_name(device)
+    return f"{line}\n{describe_peak(card, str(dtype).removeprefix('torch.'))}"

@@ -43,6 +43,7 @@ from .seeds import derive_seed, seed_step
 from .sft import sft_loss, solution_batches
 from .tasks import get_task
 from .types import Example, PackedBatch, Rollout
+from .utilisation import utilisation
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
@@ -111,7 +112,8 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
 
     metrics = update_policy(run, batches, step)
     clock.lap("update")
-    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps}
+    speed = utilisation(run, batches, clock.laps)
+    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps, **speed}
 
 
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
@@ -181,19 +183,20 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
 
     def compute(tokens_per_pack: int) -> None:
         batches.repack(tokens_per_pack)
-        found = []
-        for batch in batches:
-            on_device, values = batch.to(policy.device), {}
-            if run.reference is not None:
-                values["ref_logp"] = run.reference.logprobs(on_device, config.temperature)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+        if run.reference is not None:
+            reference = run.reference.logprobs(batches, config.temperature)
+            for values, logp in zip(found, reference, strict=True):
+                values["ref_logp"] = logp
+        for batch, values in zip(batches, found, strict=True):
             if config.updates_per_batch > 1:
                 values["old_logp"] = batch.row_data["rollout_logp"]
             if config.importance_cap:
+                on_device = batch.to(policy.device)
                 own, _ = policy.logprobs(on_device, config.temperature)
                 ratio = (own - on_device.row_data["rollout_logp"]).exp()
                 values["old_logp"] = own
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
-            found.append(values)
 
         # All or none: an attempt that runs out of memory leaves nothing behind.
         for batch, values in zip(batches, found, strict=True):
@@ -285,7 +288,7 @@ def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
         optimizer_step = step * run.config.updates_per_batch + inner
         metrics = learn(run, batches, sft_loss, optimizer_step)
     clock.lap("update")
-    return {**metrics, **clock.laps}
+    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
 
 
 def learn(

@@ -25,7 +25,8 @@ START = "0123456789abcdef"
 
 def metrics(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if "seconds" not in k} for record in records]
+    timed = ("seconds", "tflops")
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in records]
 
 
 def content(folder):

@@ -35,6 +35,8 @@ def test_prints_versions_and_what_is_active():
     assert lines["python"].startswith(platform.python_version())
     assert lines["torch"].startswith(torch.__version__) and lines["torch"].endswith("threads")
     assert (lines["GPU"] == "none") == (not torch.cuda.is_available())
+    assert lines["MFU"].startswith("MFU is ")
+    assert torch.cuda.is_available() or lines["MFU"].startswith("MFU is not reported: ")
     assert lines["Triton kernels"].startswith("triton ")
     assert lines["native CPU kernels"] == native.status()[1]
     assert lines["native CUDA kernels"] == rows_cuda.status()[1]

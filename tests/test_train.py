@@ -49,7 +49,9 @@ KEYS |= {
 }
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
 KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
+KEYS |= {"tflops_reference", "tflops_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
+SFT_KEYS |= {"tflops_update"}
 if torch.cuda.is_available():
     KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}
     SFT_KEYS |= {"peak_gib_update"}
@@ -60,8 +62,8 @@ def lines(path):
 
 
 def metrics(folder):
-    """What a run measured, but for times and memory."""
-    measured = ("seconds", "peak")
+    """What a run measured, but for times, memory and speed."""
+    measured = ("seconds", "peak", "tflops", "mfu")
     return [
         {k: v for k, v in record.items() if not k.startswith(measured)}
         for record in lines(folder / "metrics.jsonl")
@@ -122,7 +124,7 @@ def test_a_run_leaves_a_complete_folder(finished):
     for record in lines(folder / "metrics.jsonl"):
         assert record.keys() == KEYS and all(math.isfinite(value) for value in record.values())
         assert record["skipped"] == 0 and all(
-            record[key] > 0 for key in KEYS if key.startswith("seconds")
+            record[key] > 0 for key in KEYS if key.startswith(("seconds", "tflops"))
         )
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "step-000002",
@@ -490,6 +492,7 @@ def test_the_terminal_shows_both_accuracies_and_where_the_results_are(run_args, 
 def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_path, capsys):
     run(run_args(tmp_path / "run", optimizer="adamw_stochastic", reference="8bit"))
     shown = capsys.readouterr().out
+    # On a CPU nothing is said of MFU between the two.
     assert "optimizer LowMemoryAdamW · reference 8bit · packed attention sdpa\nMiB " in shown
     assert re.search(r"^total +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", shown, re.MULTILINE)
 

@@ -67,7 +67,7 @@ def packed_attention(
         )
 
     # (T, heads, d), which is dense in memory
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     varlen = _varlen(attention_kernel(query.device.type, query.dtype))
     if segments is not None:
         if varlen is None:

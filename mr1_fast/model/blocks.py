@@ -25,7 +25,8 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
-from .linears import Linears
+from .adapters import cast_adapters
+from .linears import NOTHING, Kept, Linears
 
 
 @dataclass
@@ -61,6 +62,11 @@ class Block:
     """Whether `up` is a gate and an up, for silu(gate) · up, or a layer before a quick GELU."""
     down: Linears
 
+    @property
+    def linears(self) -> tuple[Linears, ...]:
+        """All linear layers, in the order of their use."""
+        return self.qkv, self.out, self.up, self.down
+
 
 def text_block(layer: nn.Module) -> Block | None:
     """Take a text layer apart; None if one of its parts is not known here."""
@@ -71,12 +77,13 @@ def text_block(layer: nn.Module) -> Block | None:
         Linears.of(mlp.gate_proj, mlp.up_proj),
         Linears.of(mlp.down_proj),
     ]
-    if None in linears or not _is_silu(mlp.act_fn):
+    norm1 = Norm.of(layer.input_layernorm)
+    if not _known(linears, norm1) or not _is_silu(mlp.act_fn):
         return None
     qkv, out, up, down = linears
     return Block(
         attention=attention,
-        norm1=Norm.of(layer.input_layernorm),
+        norm1=norm1,
         qkv=qkv,
         heads=attention.q_proj.out_features // attention.head_dim,
         kv_heads=attention.k_proj.out_features // attention.head_dim,
@@ -97,12 +104,13 @@ def vision_block(layer: nn.Module) -> Block | None:
     else:
         is_known, up, down = isinstance(mlp.act, QuickGELUActivation), (mlp.fc1,), mlp.fc2
     linears = [Linears.of(*each) for each in ((attention.qkv,), (attention.proj,), up, (down,))]
-    if None in linears or not is_known:
+    norm1 = Norm.of(layer.norm1)
+    if not _known(linears, norm1) or not is_known:
         return None
     qkv, out, up, down = linears
     return Block(
         attention=attention,
-        norm1=Norm.of(layer.norm1),
+        norm1=norm1,
         qkv=qkv,
         heads=attention.num_heads,
         kv_heads=attention.num_heads,
@@ -112,6 +120,11 @@ def vision_block(layer: nn.Module) -> Block | None:
         is_gated=is_gated,
         down=down,
     )
+
+
+def _known(linears: list[Linears | None], norm: Norm) -> bool:
+    """Tell whether all linear layers are known here, and compute in the dtype of a norm."""
+    return all(each is not None and each.dtype == norm.weight.dtype for each in linears)
 
 
 def _is_silu(activation: nn.Module | Callable) -> bool:
@@ -137,9 +150,11 @@ def run_block(
     cache: keeps keys and values, like a cache of transformers.
     attention_arguments: what the attention function is told of the packed tokens.
     """
+    cast_adapters(linears.adapters for linears in block.linears)
+    recomputed = again or remember is not None
     h, q, k, v = _AttentionInputs.apply(
-        block, residual, update, *angles, block.norm1.weight, block.norm1.bias, block.qkv.bias,
-        *block.qkv.tensors,
+        block, recomputed, residual, update, *angles, block.norm1.weight, block.norm1.bias,
+        block.qkv.bias, *block.qkv.tensors,
     )  # fmt: skip
     if remember is not None:
         remember(h)
@@ -151,8 +166,8 @@ def run_block(
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
     return _AfterAttention.apply(
-        block, again, h, attended[0].flatten(1), block.norm2.weight, block.norm2.bias,
-        block.out.bias, block.up.bias, block.down.bias,
+        block, again, recomputed, h, attended.flatten(0, 1).flatten(1),
+        block.norm2.weight, block.norm2.bias, block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip
 
@@ -161,30 +176,31 @@ class _AttentionInputs(Function):
     """The sum, its norm, and the rotated queries and keys with the values, (T, heads, d) each."""
 
     @staticmethod
-    def forward(ctx, block, residual, update, cos, sin, *parameters):
+    def forward(ctx, block, recomputed, residual, update, cos, sin, *parameters):
         norm, linears = block.norm1, block.qkv
         if update is None:
             h, x = residual, fused.norm(residual, norm.weight, norm.bias, norm.eps)
         else:
             h, x = fused.add_norm(residual, update, norm.weight, norm.bias, norm.eps)
-        qkv = linears.product(x)
+        qkv, kept = linears.product(x, recomputed)
         q, k, v = fused.rotary(qkv, linears.bias_to_add, cos, sin, block.heads, block.kv_heads)
         ctx.block = block
-        ctx.save_for_backward(h, cos, sin, *linears.tensors)
+        ctx.save_for_backward(h, cos, sin, *kept, *linears.tensors)
         return h, q, k, v
 
     @staticmethod
     def backward(ctx, dh, dq, dk, dv):
-        h, cos, sin, *_ = ctx.saved_tensors
-        norm, linears = ctx.block.norm1, ctx.block.qkv
-        _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
+        h, cos, sin, *saved = ctx.saved_tensors
+        norm, linears, kept = ctx.block.norm1, ctx.block.qkv, next(Kept.among(saved))
+        _, _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
         needs_norm, _, needs_bias, *needs_linears = needs
         dqkv = fused.rotary_backward(dq, dk, dv, cos, sin)
-        dx = linears.input_gradient(dqkv)
+        dx, dt = linears.input_gradient(dqkv, kept)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
         )
         return (
+            None,
             None,
             dh if for_residual else None,
             dh if for_update else None,
@@ -192,7 +208,7 @@ class _AttentionInputs(Function):
             None,
             *_norm_gradients(norm, partial),
             dqkv.sum(0) if needs_bias else None,
-            *linears.gradients(dqkv, x, needs_linears),
+            *linears.gradients(dqkv, x, needs_linears, kept, dt),
         )
 
 
@@ -200,33 +216,40 @@ class _AfterAttention(Function):
     """The output projection, the sum, its norm, and the MLP, whose result is the new update."""
 
     @staticmethod
-    def forward(ctx, block, again, h, attended, *parameters):
+    def forward(ctx, block, again, recomputed, h, attended, *parameters):
         norm = block.norm2
-        projected = block.out.product(attended)
+        projected, kept_out = block.out.product(attended, recomputed)
         h, x = fused.add_norm(h, projected, norm.weight, norm.bias, norm.eps)
-        up = block.up.product(x)
-        update = torch.empty_like(h) if again else block.down.product(_activated(block, up))
+        up, kept_up = block.up.product(x, recomputed)
+        if again:
+            update, kept_down = torch.empty_like(h), NOTHING
+        else:
+            update, kept_down = block.down.product(_activated(block, up))
+        if recomputed:
+            kept_down = NOTHING  # the second run, which computes no update, must save as much
         ctx.block = block
-        tensors = (linears.tensors for linears in (block.out, block.up, block.down))
-        ctx.save_for_backward(attended, h, up, *(t for each in tensors for t in each))
+        linears = block.out, block.up, block.down
+        tensors = (tensor for each in linears for tensor in each.tensors)
+        ctx.save_for_backward(attended, h, up, *kept_out, *kept_up, *kept_down, *tensors)
         return h, update
 
     @staticmethod
     def backward(ctx, dh, dupdate):
         block, norm = ctx.block, ctx.block.norm2
-        attended, h, up, *_ = ctx.saved_tensors
-        _, _, needs_h, needs_attended, *needs = ctx.needs_input_grad
+        attended, h, up, *saved = ctx.saved_tensors
+        kept_out, kept_up, kept_down, *_ = Kept.among(saved)
+        _, _, _, needs_h, needs_attended, *needs = ctx.needs_input_grad
         needs_norm, _, *needs_biases = needs[:5]
         rest = iter(needs[5:])
         needs_out, needs_up, needs_down = (
             [next(rest) for _ in linears.tensors] for linears in (block.out, block.up, block.down)
         )
 
-        dactivated = block.down.input_gradient(dupdate)
+        dactivated, dt = block.down.input_gradient(dupdate, kept_down)
         dup, activated = _activation_gradient(block, dactivated, up)
-        down = block.down.gradients(dupdate, activated, needs_down)
+        down = block.down.gradients(dupdate, activated, needs_down, kept_down, dt)
         del dactivated, activated
-        dx = block.up.input_gradient(dup)
+        dx, dt_up = block.up.input_gradient(dup, kept_up)
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
         )
@@ -234,15 +257,19 @@ class _AfterAttention(Function):
             dy.sum(0) if needed else None
             for dy, needed in zip((dh, dup, dupdate), needs_biases, strict=True)
         ]
+        dattended, dt_out = (
+            block.out.input_gradient(dh, kept_out) if needs_attended else (None, None)
+        )
         return (
             None,
             None,
+            None,
             dh if needs_h else None,
-            block.out.input_gradient(dh) if needs_attended else None,
+            dattended,
             *_norm_gradients(norm, partial),
             *biases,
-            *block.out.gradients(dh, attended, needs_out),
-            *block.up.gradients(dup, x, needs_up),
+            *block.out.gradients(dh, attended, needs_out, kept_out, dt_out),
+            *block.up.gradients(dup, x, needs_up, kept_up, dt_up),
             *down,
         )
 

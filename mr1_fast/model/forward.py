@@ -19,7 +19,7 @@ from ..kernels.layers.operators import add_norm
 from ..segments import Segments
 from ..types import PackedBatch
 from .blocks import Norm, run_block, text_block, vision_block
-from .recompute import Carry, Layer, run_layers
+from .recompute import Carry, Layer, run_layers, summed
 from .vision import BlockCall, encode_patches
 
 
@@ -84,27 +84,37 @@ def text_layers(
     cache: object | None = None,
 ) -> list[Layer]:
     """Return the text layers as functions of (residual, update)."""
-    layers: list[Layer] = []
-    for layer in text.layers:
-        if fused and (block := text_block(layer)):
-            layers.append(partial(run_block, block, angles=angles, segments=segments, cache=cache))
-            continue
-        arguments = dict(
-            attention_mask=None,
-            position_embeddings=tuple(each[None] for each in angles),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            segments=segments,
-        )
-        layers.append(partial(_run_module, layer, arguments=arguments, as_batch=True))
-    return layers
+    return [text_layer(layer, angles, segments, fused, cache) for layer in text.layers]
+
+
+def text_layer(
+    layer: nn.Module,
+    angles: tuple[Tensor, Tensor],
+    segments: Segments,
+    fused: bool = True,
+    cache: object | None = None,
+) -> Layer:
+    """Return a text layer as a function of (residual, update).
+
+    It uses the weights that the layer has now, so a layer whose weights come and go is built anew.
+    """
+    if fused and (block := text_block(layer)):
+        return partial(run_block, block, angles=angles, segments=segments, cache=cache)
+    arguments = dict(
+        attention_mask=None,
+        position_embeddings=tuple(each[None] for each in angles),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        segments=segments,
+    )
+    return partial(_run_module, layer, arguments=arguments, as_batch=True)
 
 
 def final_hidden(text: nn.Module, carry: Carry, fused: bool = True) -> Tensor:
     """Compute the final norm (T, D) of the last layer's hidden state."""
     residual, update = carry
     if update is None or not fused:
-        return text.norm(residual if update is None else residual + update)
+        return text.norm(summed(carry))
     norm = Norm.of(text.norm)
     return add_norm(residual, update, norm.weight, norm.bias, norm.eps)[1]
 
@@ -122,13 +132,12 @@ def _run_module(
 
     as_batch: whether the module takes (1, T, D).
     """
-    hidden = residual if update is None else residual + update
+    hidden = summed((residual, update))
     if remember is not None:
         remember(hidden)
     if not as_batch:
         return module(hidden, **arguments), None
-    output = module(hidden[None], **arguments)
-    return (output[0] if isinstance(output, Tensor) else output[0][0]), None
+    return module(hidden.unsqueeze(0), **arguments).squeeze(0), None
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -152,20 +161,27 @@ def embed(
         return embeddings
     blocks = partial(_run_vision_blocks, run or LayerRun())
     features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
-    image_tokens = (input_ids == inner.config.image_token_id).unsqueeze(-1)
-    return embeddings.masked_scatter(image_tokens, features.to(embeddings.dtype))
+    return place_features(model, input_ids, embeddings, features)
+
+
+def place_features(
+    model: nn.Module, input_ids: Tensor, embeddings: Tensor, features: Tensor
+) -> Tensor:
+    """Return the embeddings (…, D) with the features (M, D) in the place of image tokens."""
+    image_token = base_model(model).model.config.image_token_id
+    return embeddings.masked_scatter(
+        (input_ids == image_token).unsqueeze(-1), features.to(embeddings.dtype)
+    )
 
 
 def _run_vision_blocks(run: LayerRun, patches: Tensor, calls: list[BlockCall]) -> Tensor:
     """Run the blocks of the vision tower on embedded patches (P, D)."""
     layers = [vision_layer(call, run.fused) for call in calls]
-    carry = run_layers(layers, (patches, None), run.recompute_vision, run.offload)
-    residual, update = carry
-    return residual if update is None else residual + update
+    return summed(run_layers(layers, (patches, None), run.recompute_vision, run.offload))
 
 
 def vision_layer(call: BlockCall, fused: bool = True) -> Layer:
-    """Return a vision block as a function of (residual, update)."""
+    """Return a vision block, with the weights that it has now, as a function like `text_layer`."""
     block = vision_block(call.block) if fused else None
     if block is None:
         return partial(_run_module, call.block, arguments=call.arguments)

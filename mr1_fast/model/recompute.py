@@ -18,6 +18,12 @@ Layer = Callable[..., Carry]
 """A layer: `layer(residual, update, remember, again)`, as `run_block` of blocks.py."""
 
 
+def summed(carry: Carry) -> Tensor:
+    """Return the hidden state (T, D) itself."""
+    residual, update = carry
+    return residual if update is None else residual + update
+
+
 def run_layers(layers: list[Layer], carry: Carry, recomputed: int, offload: bool = False) -> Carry:
     """Run layers one after the other; in a pass with gradients, recompute the first `recomputed`.
 

@@ -27,12 +27,17 @@ def pack_bytes(run: PlannedRun, batch: PackedBatch) -> int:
 
     A pack that is computed on a CPU is not copied: only its angles and masks are new.
     """
-    model = run.policy
-    tokens, patches = batch.input_ids.numel(), int(patches_of(batch).sum())
-    angles = 2 * tokens * model.head_dim * model.itemsize + model.angle_bytes(patches)
+    patches = int(patches_of(batch).sum())
+    pixels = pixel_bytes(run.policy, patches) if run.device == "cuda" else 0
+    return token_bytes(run, batch) + run.policy.angle_bytes(patches) + pixels
+
+
+def token_bytes(run: PlannedRun, batch: PackedBatch) -> int:
+    """The part of `pack_bytes` that has nothing to do with images."""
+    model, tokens = run.policy, batch.input_ids.numel()
+    angles = 2 * tokens * model.head_dim * model.itemsize
     if run.device == "cuda":
-        integers = 5 * tokens + 3 * len(batch.segments.key_rows)
-        return angles + pixel_bytes(model, patches) + 8 * integers
+        return angles + 8 * (5 * tokens + 3 * len(batch.segments.key_rows))
     masks = [r.visible for r in batch.segments.padded.rectangles if r.visible is not None]
     return angles + sum(mask.numel() * (1 + model.itemsize) for mask in masks)
 

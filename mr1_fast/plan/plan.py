@@ -94,7 +94,10 @@ def make_plan(
     available = None if usable is None else usable - total(always)
     generations = 1 if config.algo == "sft" else config.num_generations
     step = workload or Workload.largest(config, generations, config.prompts_per_step)
-    packs = _distinct(_packs(config, step, generations, is_worst_case=workload is None))
+    batches = step.packs(config.tokens_per_microbatch)
+    # In the worst case also the packs that groups of other lengths could fill.
+    full = [] if workload else Workload.full_packs(config, generations)
+    packs = _distinct([*batches, *(batch for packs in full for batch in packs)])
 
     uses: dict[str, list[MemoryUse]] = {}
     cache_tokens: dict[str, int] = {}
@@ -106,23 +109,13 @@ def make_plan(
     if config.algo != "sft":
         plan_rollout("rollout", step)
         if has_pass_before_update(run):
-            uses["reference"] = [use for pack in packs for use in reference_pass(run, pack.batch)]
+            uses["reference"] = reference_pass(run, batches, [pack.batch for pack in packs])
     uses["update"] = _update(run, packs)
     if config.eval_samples and workload is None:
         count = min(EVALUATION_BATCH_SIZE, config.eval_samples)
         plan_rollout("evaluation", Workload.largest(config, 1, count))
     phases = {phase: added(always, max(each, key=total)) for phase, each in uses.items()}
     return Plan(phases, cache_tokens)
-
-
-def _packs(
-    config: TrainConfig, step: Workload, generations: int, is_worst_case: bool
-) -> list[PackedBatch]:
-    """The packs of a step; in the worst case also those that other lengths could fill."""
-    packs = step.packs(config.tokens_per_microbatch)
-    if is_worst_case:
-        packs += [pack for full in Workload.full_packs(config, generations) for pack in full]
-    return packs
 
 
 @dataclass

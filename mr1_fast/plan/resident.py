@@ -1,6 +1,7 @@
 """Bytes that are on the device between all phases: weights, optimizer state and reference."""
 
 from ..kernels.adamw.state import State
+from ..model.reference import frozen_parameters
 from ..optim import resolve_optimizer
 from .memory_use import MemoryUse
 from .planned_run import PlannedRun
@@ -58,11 +59,13 @@ def _eight_bit_bytes(elements: int) -> int:
 def resident_reference(run: PlannedRun) -> int:
     """Bytes that the reference keeps on the device between its passes; 0 if it is streamed.
 
-    With adapters the reference is the policy without them, and keeps nothing.
+    With adapters the reference is the policy without them, and keeps nothing. Parameters that are
+    not trained are the policy's own.
     """
     config = run.config
     if not config.needs_reference or config.lora:
         return 0
     if config.reference == "offload" and run.device == "cuda":
         return 0
-    return run.reference.weights
+    shared = frozen_parameters(run.policy.model).values()
+    return run.reference.weights - sum(p.nbytes for p in shared)

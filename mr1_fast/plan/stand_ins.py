@@ -51,7 +51,7 @@ def planned_attention(
         with _SDPA(device):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     has_kernel = uses_varlen(device, query.dtype)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
 
     if segments is None:
         if has_kernel:

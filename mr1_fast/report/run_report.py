@@ -43,6 +43,8 @@ PLOTS = [
     Plot("KL weight β(s)", "weight", ("beta",), smooth=False),
     Plot("Completion length", "tokens", ("completion_length",), from_zero=False),
     Plot("Entropy", "nats per token", ("entropy",)),
+    Plot("Model FLOP utilisation", "% of peak", ("mfu_update", "mfu_reference"), percent=True),
+    Plot("Model FLOP per second", "TFLOP/s", ("tflops_update", "tflops_reference")),
 ]
 
 

@@ -88,8 +88,9 @@ def stamps(folder: Path) -> dict[Path, int]:
 def metrics(cell: Path) -> list[dict]:
     """What training recorded, without what differs from run to run."""
     lines = [json.loads(line) for line in (cell / "run" / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds_", "tflops_")
     return [
-        {name: value for name, value in line.items() if not name.startswith("seconds_")}
+        {name: value for name, value in line.items() if not name.startswith(timed)}
         for line in lines
     ]
 

@@ -118,7 +118,7 @@ def test_the_reference_stays_where_the_policy_started(lora):
                 parameter.add_(0.05)
     prompts = [policy.encode(example) for example in mixed_examples()]
     batch = pack(prompts, completions(0), list(range(8)))
-    torch.testing.assert_close(reference.logprobs(batch, 0.7), start, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference.logprobs([batch], 0.7)[0], start, rtol=1e-5, atol=1e-5)
     assert (policy.logprobs(batch, 0.7)[0] - start).abs().max() > 1e-2
 
 

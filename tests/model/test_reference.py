@@ -1,84 +1,193 @@
-"""The place of the reference and of checkpoints changes no number; 8 bits change them a little."""
+"""The place of the reference changes no number; 8 bits change them a little."""
+
+import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from mr1_fast import train
 from mr1_fast.model import reference as reference_module
 from mr1_fast.model.reference import Int8Linear, Reference, layers
-from mr1_fast.packing import pack
+from mr1_fast.optim import make_optimizer
+from mr1_fast.packing import packs
+from mr1_fast.types import PackedBatch
 
 from ..data.models import mixed_examples, tiny_policy
+from ..data.runs import stage_run
 
 TEMPERATURE = 0.7
 
 
-def batch_of(policy, text_only: bool = False):
-    examples = mixed_examples()[:1] if text_only else mixed_examples()
+def packs_of(policy, budget: int = 90, examples=None) -> list[PackedBatch]:
+    """Pack two completions each of examples without images, with one, and with two."""
+    examples = mixed_examples() if examples is None else examples
     completions = [torch.tensor([5, 6, 7 + i]) for i in range(2 * len(examples))]
-    return pack([policy.encode(e) for e in examples], completions, list(range(len(completions))))
+    return list(packs([policy.encode(e) for e in examples], completions, budget))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offload_equals_resident_and_neither_moves_with_the_policy(dtype):
-    policy = tiny_policy(dtype)
-    batch, text_only = batch_of(policy), batch_of(policy, text_only=True)
-    start = policy.logprobs(batch, TEMPERATURE)[0]
-    resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
+def one_pack(policy) -> PackedBatch:
+    (batch,) = packs_of(policy, budget=10**6)
+    return batch
+
+
+def move(policy) -> None:
+    """Train the policy a little."""
     with torch.no_grad():
         for parameter in policy.model.parameters():
-            parameter.add_(0.05)
-    # Text alone skips the vision tower, whose first block is the layer that is loaded first.
-    for some in (batch, text_only, batch):
-        assert torch.equal(
-            offload.logprobs(some, TEMPERATURE), resident.logprobs(some, TEMPERATURE)
-        )
-    assert torch.equal(resident.logprobs(batch, TEMPERATURE), start)
-    assert (policy.logprobs(batch, TEMPERATURE)[0] - start).abs().max() > 1e-2
+            if parameter.requires_grad:
+                parameter.add_(0.05)
 
 
-def test_offload_holds_two_layers_of_a_kind_at_a_time():
+def assert_equal(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(ours) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+# --- in host memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused_layers", [True, False])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_equals_resident_and_neither_moves_with_the_policy(dtype, family, fused_layers):
+    policy = tiny_policy(dtype, family, fused_layers=fused_layers)
+    several, text_only = packs_of(policy), packs_of(policy, examples=mixed_examples()[:1])
+    with_images = [batch.pixel_values is not None for batch in several]
+    assert len(several) > 2 and any(with_images) and not all(with_images)
+    start = [policy.logprobs(batch, TEMPERATURE)[0] for batch in several]
+    resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
+    move(policy)
+    for some in (several, text_only, [one_pack(policy)], several[::-1]):
+        assert_equal(offload.logprobs(some, TEMPERATURE), resident.logprobs(some, TEMPERATURE))
+    assert_equal(resident.logprobs(several, TEMPERATURE), start)
+    moved = torch.cat([policy.logprobs(batch, TEMPERATURE)[0] for batch in several])
+    assert (moved - torch.cat(start)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_hidden_states_that_wait_in_host_memory_are_the_same(family, monkeypatch):
+    policy = tiny_policy(torch.bfloat16, family)
+    several = packs_of(policy)
+    resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
+    monkeypatch.setattr(reference_module, "states_wait_on_device", lambda *_: False)
+    assert_equal(offload.logprobs(several, TEMPERATURE), resident.logprobs(several, TEMPERATURE))
+
+
+class CopiedBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes that are copied out of a module's parameters."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.sources = {p.data_ptr() for p in module.parameters()}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        copied = {"aten::copy_": args[1:2], "aten::_to_copy": args[:1]}.get(function.name(), ())
+        self.count += sum(x.nbytes for x in copied if x.data_ptr() in self.sources)
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_cross_the_bus_once_whatever_the_number_of_packs():
     policy = tiny_policy()
     reference = Reference(policy, "offload")
-    model, stream, seen = reference.policy.model, reference.stream, []
-    host = {name: p.data_ptr() for name, p in model.named_parameters()}
-
-    def count(*_):
-        slots = {tensors[0].data_ptr() for tensors in stream.slots.values()}
-        seen.append(
-            (len(slots), sum(p.data_ptr() != host[name] for name, p in model.named_parameters()))
-        )
-
-    layers(model)[-1].register_forward_hook(count)
-    reference.logprobs(batch_of(policy), TEMPERATURE)
-    assert seen[0][0] == 4, (
-        "two slots for vision blocks, two for decoder layers, however many there are"
-    )
-    assert seen[0][1] > 0
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == host, (
-        "nothing stays on the device"
-    )
-    assert not stream.slots
+    inner = reference.policy.model.model
+    text = sum(p.nbytes for p in inner.language_model.layers.parameters())
+    vision = sum(p.nbytes for p in inner.visual.blocks.parameters())
+    for batches, expected in (
+        (packs_of(policy), text + vision),
+        (packs_of(policy, 110), text + vision),
+        ([one_pack(policy)], text + vision),
+        (packs_of(policy, examples=mixed_examples()[:1]), text),
+    ):
+        with CopiedBytes(reference.policy.model) as copied:
+            reference.logprobs(batches, TEMPERATURE)
+        # What is not in a layer is moved by `Tensor.to`, which copies nothing on a CPU.
+        assert copied.count == expected
 
 
-def test_a_failed_pass_leaves_the_reference_usable():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("waits_on_device", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gets_all_weights_once_and_computes_the_same(dtype, waits_on_device, monkeypatch):
+    monkeypatch.setattr(reference_module, "states_wait_on_device", lambda *_: waits_on_device)
+    policy = tiny_policy(dtype)
+    policy.model.cuda()
+    several = packs_of(policy)
+    resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
+    expected = resident.logprobs(several, TEMPERATURE)
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):  # a slot that is filled too early, or too late, shows at one time or another
+        with CopiedBytes(offload.policy.model) as copied:
+            assert_equal(offload.logprobs(several, TEMPERATURE), expected)
+        assert copied.count == sum(p.nbytes for p in offload.policy.model.parameters())
+    assert torch.cuda.memory_allocated() == before
+
+
+def live_tensors() -> list[tuple]:
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sorted((tuple(x.shape), str(x.dtype)) for x in tensors)
+
+
+@pytest.mark.parametrize("fused_layers", [True, False])
+@pytest.mark.parametrize("failing", [1, 4, 9])
+def test_running_out_of_memory_in_a_layer_leaves_nothing_behind(failing, fused_layers, monkeypatch):
+    """The first of these calls of attention are those of the two vision blocks."""
+    policy = tiny_policy(fused_layers=fused_layers)
+    reference, several = Reference(policy, "offload"), packs_of(policy)
+    parameters = list(reference.policy.model.parameters())
+    host = [p.data_ptr() for p in parameters]
+    expected, before = reference.logprobs(several, TEMPERATURE), live_tensors()
+    calls, attend = [], F.scaled_dot_product_attention
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no room")
+        return attend(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", fail)
+        with pytest.raises(torch.OutOfMemoryError) as raised:
+            reference.logprobs(several, TEMPERATURE)
+    del raised
+    assert len(calls) == failing
+    assert [p.data_ptr() for p in parameters] == host
+    assert live_tensors() == before
+    assert_equal(reference.logprobs(several, TEMPERATURE), expected)
+
+
+def test_after_running_out_of_memory_the_step_goes_on_with_smaller_packs(monkeypatch):
     policy = tiny_policy()
-    reference, batch = Reference(policy, "offload"), batch_of(policy)
-    expected = reference.logprobs(batch, TEMPERATURE)
+    config, said = train.TrainConfig(), []
+    reference = Reference(policy, "offload")
+    examples = mixed_examples()
+    completions = [torch.tensor([5, 6, 7 + i]) for i in range(2 * len(examples))]
+    prompts = [policy.encode(e) for e in examples]
+    batches = train.MicroBatches(prompts, completions, 180)
+    run = stage_run(policy, config, 180, said, reference=reference)
+    calls, attend = [], F.scaled_dot_product_attention
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("no room")
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("no room")
+        return attend(*args, **kwargs)
 
-    hook = layers(reference.policy.model)[3].register_forward_pre_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        reference.logprobs(batch, TEMPERATURE)
-    hook.remove()
-    assert torch.equal(reference.logprobs(batch, TEMPERATURE), expected)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
+    train.add_logprobs(run, batches)
+    assert len(said) == 1 and batches.tokens_per_pack == 90
+    assert_equal(
+        [batch.row_data["ref_logp"] for batch in batches],
+        Reference(policy, "resident").logprobs(packs_of(policy), config.temperature),
+    )
 
 
 def test_no_room_for_the_ends_leaves_nothing_on_the_device(monkeypatch):
     policy = tiny_policy()
-    reference, batch = Reference(policy, "offload"), batch_of(policy)
-    expected = reference.logprobs(batch, TEMPERATURE)
+    reference, batch = Reference(policy, "offload"), one_pack(policy)
+    expected = reference.logprobs([batch], TEMPERATURE)
     parameters = list(reference.policy.model.parameters())
     host, moved, to = [p.data_ptr() for p in parameters], [], torch.Tensor.to
 
@@ -90,13 +199,60 @@ def test_no_room_for_the_ends_leaves_nothing_on_the_device(monkeypatch):
             return self.clone()
         return to(self, *args, **kwargs)
 
-    on_device = batch.to("cpu")
-    monkeypatch.setattr(torch.Tensor, "to", second_fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        reference.logprobs(on_device, TEMPERATURE)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", second_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            reference.logprobs([batch], TEMPERATURE)
     assert [p.data_ptr() for p in parameters] == host
-    assert torch.equal(reference.logprobs(batch, TEMPERATURE), expected)
+    assert_equal(reference.logprobs([batch], TEMPERATURE), expected)
+
+
+# --- what is shared with the policy ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["resident", "8bit", "offload"])
+def test_what_is_not_trained_is_the_policys_own(place):
+    policy = tiny_policy()
+    policy.model.model.visual.requires_grad_(False)
+    several = packs_of(policy)
+    reference = Reference(policy, place)
+    mine, its = (dict(p.model.named_parameters()) for p in (policy, reference.policy))
+    assert {name for name in its if its[name] is mine[name]} == {
+        name for name in mine if "visual" in name
+    }
+    shared = {p.data_ptr() for name, p in mine.items() if "visual" in name}
+    assert all(p.data_ptr() not in shared for name, p in its.items() if "visual" not in name)
+
+    start = [policy.logprobs(batch, TEMPERATURE)[0] for batch in several]
+    before = reference.logprobs(several, TEMPERATURE)
+    if place != "8bit":
+        assert_equal(before, start)
+    config = train.TrainConfig(learning_rate=1e-2)
+    optimizer = make_optimizer(policy.model, config)
+    torch.cat([policy.logprobs(batch, TEMPERATURE)[0] for batch in several]).sum().backward()
+    optimizer.step()
+    assert_equal(reference.logprobs(several, TEMPERATURE), before)
+    moved = torch.cat([policy.logprobs(batch, TEMPERATURE)[0] for batch in several])
+    assert (moved - torch.cat(start)).abs().max() > 1e-2
+
+
+def test_a_shared_tower_neither_moves_nor_is_copied():
+    policy = tiny_policy()
+    policy.model.model.visual.requires_grad_(False)
+    reference = Reference(policy, "offload")
+    inner = reference.policy.model.model
+    with CopiedBytes(reference.policy.model) as copied:
+        reference.logprobs(packs_of(policy), TEMPERATURE)
+    assert copied.count == sum(p.nbytes for p in inner.language_model.layers.parameters())
+    streamed = {
+        id(p) for ws in (reference.stream.others, *reference.stream.host.values()) for p, _ in ws
+    }
+    assert streamed == {id(p) for p in reference.policy.model.parameters()} - {
+        id(p) for p in inner.visual.parameters()
+    }
+
+
+# --- in 8 bits ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["resident", "8bit", "offload"])
@@ -107,7 +263,7 @@ def test_only_the_chosen_copy_is_made(monkeypatch, place):
         monkeypatch.setattr(
             reference_module,
             name,
-            lambda model, name=name, make=make: (made.append(name), make(model))[1],
+            lambda given, name=name, make=make: (made.append(name), make(given))[1],
         )
     Reference(tiny_policy(), place)
     assert made == {"resident": [], "8bit": ["in_8_bits"], "offload": ["on_host"]}[place]
@@ -115,10 +271,10 @@ def test_only_the_chosen_copy_is_made(monkeypatch, place):
 
 def test_8_bits_are_close_and_hold_a_quarter_of_the_layers_bytes():
     policy = tiny_policy()
-    batch = batch_of(policy)
+    batch = one_pack(policy)
     reference = Reference(policy, "8bit")
     start = policy.logprobs(batch, TEMPERATURE)[0]
-    error = (reference.logprobs(batch, TEMPERATURE) - start).abs()
+    error = (reference.logprobs([batch], TEMPERATURE)[0] - start).abs()
     assert 0 < error.mean() < 0.02
     quantised = [m for m in reference.policy.model.modules() if isinstance(m, Int8Linear)]
     linears = [
@@ -149,27 +305,3 @@ def test_8_bit_weights_are_within_half_a_step(dtype):
     assert (quantised(x).double() - expected).abs().max() <= 8 * torch.finfo(
         dtype
     ).eps * expected.abs().max()
-
-
-def test_offloaded_checkpoints_are_the_layers_inputs_and_change_no_gradient(monkeypatch):
-    packed = []
-
-    class Counted(torch.autograd.graph.save_on_cpu):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            pack = self.pack_hook
-            self.pack_hook = lambda tensor: (packed.append(tuple(tensor.shape)), pack(tensor))[1]
-
-    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counted)
-    gradients = []
-    for offload in (False, True):
-        policy = tiny_policy(gradient_checkpointing=True, offload_checkpoints=offload)
-        batch = batch_of(policy)
-        policy.logprobs(batch, TEMPERATURE)[0].sum().backward()
-        gradients.append({name: p.grad for name, p in policy.model.named_parameters()})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    tokens, patches = len(batch.input_ids), len(batch.pixel_values)
-    packed = [
-        shape for shape in packed if shape != (0,)
-    ]  # torch 2.11 saves an empty tensor beside each input
-    assert packed == [(patches, 64)] * 2 + [(1, tokens, 128)] * 3

@@ -20,7 +20,6 @@ from mr1_fast.plan.command import print_plan
 from mr1_fast.plan.layers import nbytes
 from mr1_fast.plan.plan import make_plan, usable_bytes
 from mr1_fast.plan.planned_run import PlannedRun, planned_run
-from mr1_fast.plan.reference import streamed_reference
 from mr1_fast.plan.resident import resident
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.plan.settings import PlanConfig, parse
@@ -125,9 +124,7 @@ def measure(
         sample()
     phases = {
         "rollout": sample,
-        "reference": lambda: [
-            reference.logprobs(batch.to(policy.device), 1.0) for batch in batches
-        ],
+        "reference": lambda: reference.logprobs(batches, 1.0),
         "update": learn,
     }
     work = Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
@@ -240,13 +237,6 @@ def test_four_bits_by_hand():
     small = 2 * (28 * (3584 + 2 * 512 + 2 * 3584) + 3584)  # biases and norms
     by_hand = kept + layers / 2 + layers / 64 + layers / (64 * 64) + small + 4 * adapters
     assert policy.weights == pytest.approx(by_hand, rel=1e-4)
-
-
-def test_streamed_reference_by_hand():
-    run = planned(QWEN_2B, reference="offload")
-    text, vision = nbytes(run.policy.text.layers[0]), nbytes(run.policy.vision.blocks[0])
-    others = run.policy.weights - 28 * text - 32 * vision
-    assert streamed_reference(run) == 2 * text + 2 * vision + others
 
 
 def test_advice_makes_it_fit():

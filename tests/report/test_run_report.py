@@ -354,6 +354,22 @@ def test_metrics_that_are_no_plottable_numbers(tmp_path):
     )
 
 
+def test_speed_and_utilisation_are_shown_where_a_run_has_them(tmp_path):
+    speed = {"tflops_update": 70.0, "mfu_update": 0.42}
+    both = {**speed, "tflops_reference": 90.0, "mfu_reference": 0.55}
+    page = Page(write_report(make_run(tmp_path / "grpo", [grpo_step(i, **both) for i in range(4)])))
+    titles = ["Model FLOP utilisation", "Model FLOP per second"]
+    assert page.plots() == GRPO_PLOTS + titles
+    assert [len(page.curves()[title]) for title in titles] == [2, 2]
+    assert {"mfu_update", "mfu_reference", "% of peak", "TFLOP/s"} <= set(page.by_tag["text"])
+
+    # A card without a known peak, and supervised training, which has no reference.
+    steps = [{**sft_step(i), "tflops_update": 70.0} for i in range(4)]
+    page = Page(write_report(make_run(tmp_path / "sft", steps)))
+    assert page.plots()[-1] == titles[1] and titles[0] not in page.plots()
+    assert len(page.curves()[titles[1]]) == 1
+
+
 def test_metric_that_is_never_finite_is_said_so(tmp_path):
     page = Page(
         write_report(make_run(tmp_path, [grpo_step(step, kl=math.nan) for step in range(4)]))

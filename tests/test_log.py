@@ -1,0 +1,27 @@
+"""What a run shows beside its progress bar."""
+
+import pytest
+
+from mr1_fast.config import TrainConfig
+from mr1_fast.log import RunLog
+
+GRPO = {"reward": 1.25, "accuracy": 0.5, "kl": 0.001, "beta": 0.07, "completion_length": 10.5}
+SHOWN = "reward 1.25 · accuracy 0.5 · kl 0.001 · beta 0.07 · completion_length 10.5"
+
+
+@pytest.mark.parametrize(
+    "metrics, shown",
+    [
+        ({"loss": 0.5, **GRPO, "tflops_update": 0.2}, SHOWN),
+        ({"loss": 0.5, **GRPO, "mfu_reference": 0.5, "mfu_update": 0.417}, f"{SHOWN} · mfu 42%"),
+        ({"loss": 0.5}, "loss 0.5000"),
+        ({"loss": 0.5, "mfu_update": 0.417}, "loss 0.5000 · mfu 42%"),
+    ],
+)
+def test_the_progress_bar_shows_mfu_where_it_is_known(metrics, shown, tmp_path):
+    log = RunLog(TrainConfig(output=str(tmp_path / "run"), steps=1))
+    log.create()
+    log.start(0)
+    log.step(0, metrics)
+    assert log.bar.postfix == shown
+    log.close()
