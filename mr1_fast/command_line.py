@@ -23,7 +23,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from .config import TrainConfig
+from .config import RENAMED, TrainConfig
 from .errors import UserError, exit_on_user_error
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -204,7 +204,8 @@ class SettingsParser(Generic[Config]):
             raise UserError(f"config {path} {reason}")
         for name in values:
             if name not in self.kinds:
-                reason = f"has {name!r}, which is no setting: see {self.prog} --help."
+                now = f"now {RENAMED[name]}" if name in RENAMED else "no setting"
+                reason = f"has {name!r}, which is {now}: see {self.prog} --help."
                 raise UserError(f"config {path} {reason}")
         return {name: self._converted(name, value) for name, value in values.items()}
 

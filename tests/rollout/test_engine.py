@@ -152,7 +152,7 @@ def test_greedy_logprobs_are_at_temperature_1(policy, engine):
 
 
 def test_new_weights_count_at_once_and_nothing_stays_on_the_model():
-    policy = tiny_policy(gradient_checkpointing=True)
+    policy = tiny_policy(recompute="all")
     engine = engine_of(policy)
     policy.model.train()
     before = engine.generate(mixed_examples(), 2, Sampling(8))
