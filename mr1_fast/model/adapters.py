@@ -187,6 +187,7 @@ def cast_adapters(all_adapters: Iterable[Adapters | None]) -> None:
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute x·y, of matrices or of batches of them, in `dtype`."""
     multiply = torch.mm if x.ndim == 2 else torch.bmm
-    if x.is_cuda and x.element_size() == 2 and dtype == torch.float32:
+    is_gpu = x.device.type in ("cuda", "meta")  # without data, for the plan of a GPU
+    if is_gpu and x.element_size() == 2 and dtype == torch.float32:
         return multiply(x, y, out_dtype=dtype)
     return multiply(x, y).to(dtype)
