@@ -300,5 +300,5 @@ def _norm_gradients(norm: Norm, partial: Tensor) -> tuple[Tensor | None, Tensor 
     """Add up the parts of the gradients of a norm's weight and bias."""
     if not len(partial):
         return None, None
-    total = partial.sum(0).to(norm.weight.dtype)
+    total = fused.norm_gradients(partial, norm.weight)
     return total[0], None if norm.bias is None else total[1]
