@@ -4,13 +4,12 @@
 
 What is compiled is exactly what a launch would compile: the real launchers run on meta tensors,
 with a stand-in for the driver that names the target. The loss has 65,536 × V logits, the optimizer
-a weight of V × 1,536, decoding 64 rows. Registers, spills, shared memory and the width of memory
-accesses are read from the machine code, and instructions per element are counted: of the loss and
-the optimizer, whose programs are straight, all of a thread's, and of log-probabilities those of the
-loop. Settings that a sweep may choose have rows of their own. For another version of Triton, put it
-first in PYTHONPATH. Prints a Markdown table; the last line is one JSON document. The exit status is
-1 if a limit is exceeded.
-"""
+a weight of V × 1,536, decoding 64 rows, a layer 6,144. Registers, spills, shared memory and the
+width of memory accesses are read from the machine code, and instructions per element are counted:
+of the loss and the optimizer, whose programs are straight, all of a thread's, and of log-
+probabilities those of the loop. Settings that a sweep may choose have rows of their own. For
+another version of Triton, put it first in PYTHONPATH. Prints a Markdown table; the last line is one
+JSON document. The exit status is 1 if a limit is exceeded."""
 
 import json
 import math
@@ -27,6 +26,7 @@ from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, linear_triton, operations_triton
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
+from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
 
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)]
 TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
@@ -58,6 +58,14 @@ and divisions, which hardly runs: 25 of it.
 """
 MODELS = ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064))
 """Heads, key heads, hidden size, MLP size and vocabulary of Qwen2-VL 2B and 7B."""
+LAYERS = (
+    (1536, 12, 2, 128, 8960),
+    (3584, 28, 4, 128, 18_944),
+    (2048, 16, 2, 128, 11_008),
+    (1280, 16, 16, 80, 5120),
+)
+"""Hidden size, heads, key heads, channels of a head and MLP size: text of Qwen2-VL 2B and 7B and of
+Qwen2.5-VL 3B, and the vision tower of Qwen2-VL."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,6 +161,41 @@ def launch_decode_linear(dtype: torch.dtype, arch, device: str = "meta") -> None
             linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
 
 
+def launch_layers(
+    dtype: torch.dtype, layers=LAYERS, device: str = "meta", tokens: int = 6144
+) -> None:
+    """Launch the element-wise kernels of layers, forward and backward.
+
+    A layer whose heads all have keys of their own is one of the vision tower, with LayerNorm, fp32
+    angles, biases and a quick GELU.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    for hidden, heads, kv_heads, d, mlp in layers:
+        is_vision = heads == kv_heads
+        x, weight, up = empty(tokens, hidden), empty(hidden), empty(tokens, mlp)
+        bias = weight if is_vision else None
+        for update in (x, None):
+            norm_triton.add_norm(x, update, weight, bias, 1e-6)
+        for needed in (True, False):
+            dresidual = x if needed else None
+            norm_triton.norm_backward(x, dresidual, x, weight, bias, 1e-6, needed, needed, 528)
+        width = (heads + 2 * kv_heads) * d
+        cos = empty(tokens, d, dtype=torch.float32 if is_vision else dtype)
+        q, k, v = rotary_triton.rotary(
+            empty(tokens, width), empty(width), cos, cos, heads, kv_heads
+        )
+        rotary_triton.rotary_backward(q, k, v, cos, cos)
+        if is_vision:
+            gate_triton.quick_gelu(up)
+            gate_triton.quick_gelu_backward(up, up)
+        else:
+            gate_triton.silu_mul(empty(tokens, 2 * mlp), None)
+            gate_triton.silu_mul_backward(up, empty(tokens, 2 * mlp), None)
+
+
 def loss_table(
     dtypes: list[str], vocabularies: list[int], targets: list[GPUTarget] = TARGETS
 ) -> list[dict]:
@@ -210,6 +253,21 @@ def decode_table(dtypes: list[str], targets: list[GPUTarget] = NVIDIA, models=MO
     return rows
 
 
+def layers_table(
+    dtypes: list[str], targets: list[GPUTarget] = TARGETS, layers=LAYERS
+) -> list[dict]:
+    """One row per target, dtype and kernel of a layer, over the layers."""
+    rows = []
+    for target in targets:
+        for dtype in dtypes:
+            with captured(target) as compiled:
+                launch_layers(DTYPES[dtype], layers)
+            labels = {"dtype": dtype, "V": None, "setting": None}
+            named = [(f"layer {name}", kernel) for name, kernel in compiled]
+            rows += _worst(named, target, labels)
+    return rows
+
+
 def _worst(compiled: list[tuple], target: GPUTarget, settings: dict) -> list[dict]:
     """One row per kernel, with the worst value of each figure over the kernel's variants."""
     worst: dict[str, dict] = {}
@@ -254,7 +312,7 @@ def main() -> None:
     for target in TARGETS:
         rows += variants_table("bf16", 151_936, target)
     rows += adamw_table() + adamw_table(NVIDIA, step_triton.ADAMW_VARIANTS[1:])
-    rows += decode_table(list(DTYPES))
+    rows += decode_table(list(DTYPES)) + layers_table(list(DTYPES))
     columns = ["target", "dtype", "kernel", "setting", "variants", "registers", "spills"]
     table = [
         [

@@ -23,6 +23,8 @@ from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
 from .forward import LayerRun, base_model
+from .joined_weights import join_weights
+from .layer_stream import layers
 from .patches import use_patch_projection
 from .policy import Policy
 from .processor import ImageTextProcessor
@@ -57,6 +59,8 @@ def make_policy(
         model.model.visual.requires_grad_(not config.freeze_vision)
     if config.lora:
         model = with_lora(model, config)
+    if config.fused_layers:
+        join_weights(layers(model))
 
     encode = PromptEncoder(
         model,

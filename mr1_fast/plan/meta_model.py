@@ -16,6 +16,8 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from ..config import ModelConfig
 from ..model.forward import final_hidden, lm_head_weight, text_layer, vision_layer
+from ..model.joined_weights import join_weights
+from ..model.layer_stream import layers
 from ..model.patches import use_patch_projection
 from ..model.recompute import Layer
 from ..model.reference import in_8_bits
@@ -260,6 +262,8 @@ def _build(
         use_four_bits(model)
     if lora_rank:
         use_lora(model, lora_rank)
+    if fused:
+        join_weights(layers(model))
     model.train()
     if as_8_bits:
         model = copy.deepcopy(model, in_8_bits(model)).requires_grad_(False)

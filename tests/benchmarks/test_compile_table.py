@@ -13,8 +13,10 @@ from triton.backends.compiler import GPUTarget
 from mr1_fast import grpo_loss, token_logprobs
 from mr1_fast.kernels.grpo.logprobs_triton import LOGPROBS_VARIANTS
 from mr1_fast.kernels.grpo.rows_triton import LOSS_VARIANTS
+from mr1_fast.kernels.layers import gate_triton
 
 RTX_3090, H100 = GPUTarget("cuda", 86, 32), GPUTarget("cuda", 90, 32)
+MI300X = GPUTarget("hip", "gfx942", 64)
 
 
 @pytest.mark.slow
@@ -50,6 +52,39 @@ def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
         "sample",
     }
     assert [row for row in rows if not row["fits"]] == []
+
+
+@pytest.mark.parametrize("target", [RTX_3090, MI300X], ids=str)
+def test_kernels_of_layers_compile_without_spills_and_with_wide_accesses(target):
+    text, *_, vision = compile_table.LAYERS
+    rows = compile_table.layers_table(["bf16"], [target], [text, vision])
+    assert {row["kernel"] for row in rows} == {
+        f"layer {name}"
+        for name in (
+            *("norm", "norm_backward", "rotary", "silu_mul", "silu_mul_backward"),
+            *("quick_gelu", "quick_gelu_backward"),
+        )
+    }
+    assert [row for row in rows if not row["fits"] or row["short"]] == []
+
+
+def test_an_mlp_of_3420_columns_has_no_16_bit_accesses():
+    """The rows of Qwen2.5-VL's vision tower begin at multiples of 8 bytes."""
+    gate_up = torch.empty(64, 2 * 3420, dtype=torch.bfloat16, device="meta")
+    with compile_table.captured(H100) as compiled:
+        gate_triton.silu_mul(gate_up, gate_up[0])
+        gate_triton.silu_mul_backward(gate_up[:, :3420], gate_up, gate_up[0])
+    figures = [compile_table.examine(kernel, H100) for _, kernel in compiled]
+    assert [(each["short"], each["spills"]) for each in figures] == [(0, 0)] * 2
+
+
+def test_new_lengths_of_a_layer_compile_nothing():
+    (text, *_) = compile_table.LAYERS
+    with compile_table.captured(H100) as compiled:
+        for tokens in (6144, 1, 16, 77, 4095):
+            compile_table.launch_layers(torch.bfloat16, [text], tokens=tokens)
+    assert len(compiled) == 5 * 8
+    assert len({id(kernel) for _, kernel in compiled}) == 8
 
 
 def test_a_vocabulary_that_breaks_wide_accesses_is_told_apart():

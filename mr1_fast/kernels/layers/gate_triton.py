@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..launch import launch
 from .reference import GELU_SLOPE
+from .strides import require_adjacent
 
 BLOCK = 1024
 """Columns of a program."""
@@ -139,10 +140,8 @@ def quick_gelu_backward(dout: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tens
 
 
 def _launch(kernel, out: torch.Tensor, *arguments, stride: int) -> None:
-    """Run a kernel over the blocks of `out` (T, F); raise ValueError for a column stride."""
-    for each in arguments:
-        if isinstance(each, torch.Tensor) and each.stride(-1) != 1:
-            raise ValueError(f"rows have strides {each.stride()}, but columns must be adjacent")
+    """Run a kernel over the blocks of `out` (T, F)."""
+    require_adjacent(*[each for each in arguments if isinstance(each, torch.Tensor)])
     rows, f = out.shape
     grid = (rows * triton.cdiv(f, BLOCK),)
     launch(kernel, grid, out.device, *arguments, stride, F=f, BLOCK=BLOCK, num_warps=WARPS)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import MOST_PROGRAMS, launch
+from .strides import require_adjacent
 
 HALF_CHANNELS = 1024
 """Channels of one half that a program holds, over its heads: 16 heads of 128 channels."""
@@ -159,17 +160,11 @@ def _launch(
     v: torch.Tensor,
     backward: bool,
 ) -> None:
-    """Run the kernel over all heads.
-
-    Raises ValueError for more heads than int32 counts, and for channels that are not adjacent.
-    """
+    """Run the kernel over all heads; raise ValueError for more of them than int32 counts."""
     (tokens, heads, d), kv_heads = q.shape, k.shape[1]
-    strides = [x.stride() for x in (qkv, cos, sin, q, k, v)]
-    if tokens * heads > MOST_PROGRAMS or any(each[-1] != 1 for each in strides):
-        raise ValueError(
-            f"{tokens * heads} heads of strides {strides}: the channels of a head must be "
-            f"adjacent, and there may be {MOST_PROGRAMS} heads"
-        )
+    if tokens * heads > MOST_PROGRAMS:
+        raise ValueError(f"{tokens * heads} heads are more than a launch counts ({MOST_PROGRAMS})")
+    require_adjacent(qkv, cos, sin, q, k, v)
     half = triton.next_power_of_2(d // 2)
     rows = max(1, HALF_CHANNELS // half)
     programs = triton.cdiv(tokens * heads, rows) + 2 * triton.cdiv(tokens * kv_heads, rows)
