@@ -6,10 +6,11 @@ What is compiled is exactly what a launch would compile: the real launchers run 
 with a stand-in for the driver that names the target. The loss has 65,536 × V logits, the optimizer
 a weight of V × 1,536, decoding 64 rows, a layer 6,144. Registers, spills, shared memory and the
 width of memory accesses are read from the machine code, and instructions per element are counted:
-of the loss and the optimizer, whose programs are straight, all of a thread's, and of log-
-probabilities those of the loop. Settings that a sweep may choose have rows of their own. For
+of the loss and the optimizer, whose programs are straight, all of a thread's, and of
+log-probabilities those of the loop. Settings that a sweep may choose have rows of their own. For
 another version of Triton, put it first in PYTHONPATH. Prints a Markdown table; the last line is one
-JSON document. The exit status is 1 if a limit is exceeded."""
+JSON document. The exit status is 1 if a limit is exceeded.
+"""
 
 import json
 import math
