@@ -17,6 +17,8 @@ from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
 from .grpo.rows import row_grpo, row_logprobs, row_logprobs_backward, scale_
+from .layers import operations as layers
+from .layers import reference as layers_reference
 
 
 def self_test(device: torch.device) -> None:
@@ -45,6 +47,7 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "its sum in fp32": _weight_gradients(device, fp32_accumulation=True),
         **_optimizer_pairs(device),
         **_decode_pairs(device),
+        **_layer_pairs(device),
     }
     return {
         name: _relative_error(ours.cpu().float(), right.float())
@@ -184,6 +187,46 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     )
     names = ("a rollout's attention", "a rollout's norm", "a rollout's gating", "a rollout's draw")
     return dict(zip(names, zip(ours, right, strict=True), strict=True))
+
+
+def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Compute a layer's norms, rotation and gating of 70 tokens, forward and backward, in bf16."""
+    generator = torch.Generator().manual_seed(5)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(70, *shape, generator=generator).bfloat16()
+
+    x, update, gradient, gate_up = rows(96), rows(96), rows(96), rows(192)
+    qkv, cos, sin, bias = rows(160), rows(32), rows(32), rows(160)[0]
+    q, k, v = rows(3, 32), rows(1, 32), rows(1, 32)
+    calls = {
+        "norm": ("norm", x, update[0], None, 1e-6),
+        "addition and norm": ("add_norm", x, update, gradient[0], update[0], 1e-6),
+        "gradient of a norm": (
+            *("norm_backward", gradient, update, x, update[0], gradient[0]),
+            *(1e-6, True, True),
+        ),
+        "rotation": ("rotary", qkv, bias, cos, sin, 3, 1),
+        "gradient of a rotation": ("rotary_backward", q, k, v, cos, sin),
+        "gating": ("silu_mul", gate_up, gate_up[0]),
+        "gradient of gating": ("silu_mul_backward", gradient, gate_up, gate_up[0]),
+        "activation": ("quick_gelu", x),
+        "gradient of an activation": ("quick_gelu_backward", gradient, x),
+    }
+    pairs = {}
+    for name, (operation, *arguments) in calls.items():
+        there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
+        ours = getattr(layers, operation)(*there)
+        right = getattr(layers_reference, f"{operation}_ref")(*arguments)
+        pairs[f"a layer's {name}"] = _flat(ours), _flat(right)
+    return pairs
+
+
+def _flat(results: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return all results in one row; those in fp32 are sums in parts, of which it is the total."""
+    results = results if isinstance(results, tuple) else (results,)
+    totals = (x.sum(0) if x.dtype == torch.float32 else x.float() for x in results)
+    return torch.cat([x.flatten() for x in totals])
 
 
 def _relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from mr1_fast.errors import UserError
 from mr1_fast.kernels import self_test
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
+from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
 
 KERNELS = [
     (rows_triton, "_grpo_kernel"),
@@ -14,6 +15,13 @@ KERNELS = [
     (logprobs_triton, "_logprobs_backward_kernel"),
     (step_triton, "_adamw_kernel"),
     (step_triton, "_add_stochastic_kernel"),
+    (norm_triton, "_norm_kernel"),
+    (norm_triton, "_norm_backward_kernel"),
+    (rotary_triton, "_rotary_kernel"),
+    (gate_triton, "_silu_mul_kernel"),
+    (gate_triton, "_silu_mul_backward_kernel"),
+    (gate_triton, "_quick_gelu_kernel"),
+    (gate_triton, "_quick_gelu_backward_kernel"),
 ]
 
 
