@@ -94,8 +94,6 @@ class LayerBytes:
     alone: int
     """The same for a layer whose input is one tensor, which does not count: the hidden state of a
     pack that waits for its turn. For other parts it is without the input, too."""
-    left: int = 0
-    """Bytes that it leaves until a pass without gradients ends, such as adapters that were cast."""
     saved: int = 0
     """Bytes that its forward pass keeps for its backward pass, its input included."""
     extra: int = 0
@@ -118,8 +116,8 @@ class LayerStack:
 
     @property
     def infer(self) -> int:
-        """Most bytes at once while the last layer runs without gradients."""
-        return self.stored.infer + (self.depth - 1) * self.stored.left
+        """Most bytes at once while one layer runs without gradients."""
+        return self.stored.infer
 
     @property
     def alone(self) -> int:
@@ -168,15 +166,15 @@ def trace_layer(
         layer = make()
         return lambda *inputs: run_layers([layer], _pair(inputs), recomputed)
 
-    infer, left = _without_gradients(lambda: make_run(0), carry, device)
+    infer = _most_without_gradients(lambda: make_run(0), carry, device)
     if training is None:
-        return LayerBytes(infer, alone, left)
+        return LayerBytes(infer, alone)
     saved, extra = _kept(module, lambda: make_run(int(training.recompute)), carry, device)
     extra -= x.nbytes  # the gradient of the sum, which residual and update have in common
     if training.recompute and training.offload:
         # The input of a layer is on the GPU only while the layer runs again.
         saved -= x.nbytes
-    return LayerBytes(infer, alone, left, saved, extra, nbytes(module, trainable=True))
+    return LayerBytes(infer, alone, saved, extra, nbytes(module, trainable=True))
 
 
 def trace_part(
@@ -190,15 +188,14 @@ def trace_part(
 
     The inputs are like those on the meta device; what `call` holds besides is not counted.
     """
-    infer, left = _without_gradients(lambda: call, inputs, device)
+    infer = _most_without_gradients(lambda: call, inputs, device)
     alone = infer - sum(x.nbytes for x in inputs)
     if training is None:
-        return LayerBytes(infer, alone, left)
+        return LayerBytes(infer, alone)
     with torch.no_grad():
         gradient = call(*inputs).nbytes
     saved, extra = _kept(module, lambda: call, inputs, device)
-    trained = nbytes(module, trainable=True)
-    return LayerBytes(infer, alone, left, saved, extra - gradient, trained)
+    return LayerBytes(infer, alone, saved, extra - gradient, nbytes(module, trainable=True))
 
 
 def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
@@ -206,20 +203,14 @@ def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
     return inputs if len(inputs) == 2 else (inputs[0], None)
 
 
-def _without_gradients(
+def _most_without_gradients(
     make: Callable[[], Callable], inputs: tuple[Tensor, ...], device: str
-) -> tuple[int, int]:
-    """Most bytes at once of `make()(*inputs)`, and what is left of it without inputs and results.
-
-    Inputs and results count.
-    """
+) -> int:
+    """Most bytes at once of `make()(*inputs)`, its inputs and its result included."""
     with torch.no_grad(), LiveBytes(device) as count:
         made = [torch.empty_like(x) for x in inputs]
-        call = make()
-        call(*made)
-        made = None
-        left = count.live
-    return count.peak, left
+        make()(*made)
+    return count.peak
 
 
 def _kept(
