@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mr1_fast.model import four_bits
 from mr1_fast.plan import stand_ins
 
 GEMM, ATTENTION, FUSED = "matrix products", "attention", "fused"
@@ -36,8 +37,9 @@ KINDS = (GEMM, ATTENTION, FUSED, ELEMENTWISE, COPY, REDUCTION, GATHER, DEQUANTIS
 
 NAMES = {
     GEMM: "mm addmm addmm_ bmm baddbmm baddbmm_",
-    COPY: "_to_copy clone copy_ cat stack repeat slice_backward select_backward fill_ zero_ zeros "
-    "zeros_like new_zeros full full_like new_full ones ones_like constant_pad_nd",
+    COPY: "_to_copy _foreach_copy_ clone copy_ cat stack repeat slice_backward select_backward "
+    "fill_ zero_ zeros zeros_like new_zeros full full_like new_full ones ones_like "
+    "constant_pad_nd",
     REDUCTION: "sum mean amax var_mean linalg_vector_norm native_layer_norm "
     "native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward _softmax "
     "_softmax_backward_data",
@@ -134,6 +136,8 @@ def counted() -> Iterator[list[Launch]]:
         for function, name, describe in STAND_INS:
             recorded = _recorded(getattr(function, name), describe, launches)
             stack.enter_context(mock.patch.object(function, name, staticmethod(recorded)))
+        recorded = _recorded_dequantisation(four_bits.dequantise_weight, launches)
+        stack.enter_context(mock.patch.object(four_bits, "dequantise_weight", recorded))
         if find_spec("triton"):
             from triton.runtime.jit import JITFunction
 
@@ -259,20 +263,34 @@ def _gather(ctx, args: tuple, result) -> list[Launch]:
 def _four_bit_product(ctx, args: tuple, result) -> list[Launch]:
     """Launches of bitsandbytes for a product with more rows than its own kernel takes.
 
-    It dequantises the scales, adds their offset, dequantises the weight, and calls cuBLAS.
+    It dequantises the weight, and calls cuBLAS.
     """
     x, result = args[0], _tensors(result)[0]
     weight = x.new_empty(x.shape[-1], result.shape[-1])
+    product = Product.of(x.flatten(0, -2), weight)
+    return [*_dequantisation(weight), _launch("product", GEMM, [x, weight, result], product)]
+
+
+def _recorded_dequantisation(function: Callable, launches: list[Launch]) -> Callable:
+    """`dequantise_weight` of model/four_bits.py, which also records what it launches."""
+
+    def run(weight: Tensor, out: Tensor) -> None:
+        launches.extend(_dequantisation(out))
+        function(weight, out=out)
+
+    return run
+
+
+def _dequantisation(weight: Tensor) -> list[Launch]:
+    """Launches of bitsandbytes that dequantise the scales, add their offset, and make a weight."""
     count = weight.numel()
     scales = count // PER_SCALE
     sizes = {"scales": 5 * scales, "offset": 8 * scales}
     sizes["weight"] = count // 2 + 4 * scales + weight.nbytes
-    launches = [
+    return [
         Launch(f"dequantise {name}", DEQUANTISE, size, tuple(weight.shape))
         for name, size in sizes.items()
     ]
-    product = Product.of(x.flatten(0, -2), weight)
-    return [*launches, _launch("product", GEMM, [x, weight, result], product)]
 
 
 STAND_INS = (

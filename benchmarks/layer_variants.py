@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from mr1_fast.model.attention import packed_attention
 from mr1_fast.model.blocks import run_block, text_block, vision_block
+from mr1_fast.model.joined_weights import join_weights
 from mr1_fast.model.recompute import run_layers
 
 COMPILED_NAME = "bench_layers_flash"
@@ -47,6 +48,7 @@ def ours(part: Part) -> Way:
     Raises NotImplementedError for a layer that they do not take apart.
     """
     is_text = part.segments is not None
+    join_weights([part.layer])
     block = (text_block if is_text else vision_block)(part.layer)
     if block is None:
         raise NotImplementedError("a linear layer of a kind that blocks.py does not know")

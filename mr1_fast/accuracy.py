@@ -31,7 +31,7 @@ def evaluate(
     `outputs` (texts) with what `judged` adds. `batch_size` prompts are held in memory at once;
     `cache_tokens` and `prefill_tokens` are those of Engine.generate.
     """
-    engine = Engine(policy.model, policy.processor, policy.encode)
+    engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
     records = []
     with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
         for start in range(0, len(examples), batch_size):

@@ -91,8 +91,8 @@ def load_checkpoint(
         ) from error
     if start != start_fingerprint or weights.keys() != _trained(model).keys():
         raise UserError(
-            f"checkpoint {path} was made from another model: resume with the --model, --lora and "
-            "--seed of that run."
+            f"checkpoint {path} was made from another model: resume with the --model, --lora, "
+            "--freeze-vision and --seed of that run."
         )
     if kind != type(optimizer).__name__:
         raise UserError(

@@ -39,6 +39,11 @@ CONFIG = (
     "may be repeated, and the last file counts most."
 )
 
+RENAMED = {
+    "gradient_checkpointing": "recompute, with the values auto, all (as true was) and none (false)"
+}
+"""Settings of earlier versions, by the settings that have taken their place."""
+
 
 class Settings(Protocol):
     """A dataclass whose fields are settings, each with its help text as a string below it."""
@@ -204,7 +209,8 @@ class SettingsParser(Generic[Config]):
             raise UserError(f"config {path} {reason}")
         for name in values:
             if name not in self.kinds:
-                reason = f"has {name!r}, which is no setting: see {self.prog} --help."
+                now = f"now {RENAMED[name]}" if name in RENAMED else "no setting"
+                reason = f"has {name!r}, which is {now}: see {self.prog} --help."
                 raise UserError(f"config {path} {reason}")
         return {name: self._converted(name, value) for name, value in values.items()}
 

@@ -45,13 +45,16 @@ class ModelConfig:
     """Device of the model, such as cpu, cuda or cuda:1; `auto` is cuda if there is a GPU, else
     cpu."""
     recompute: Literal["auto", "all", "none"] = "auto"
-    """Which layers are computed again in the backward pass, to save memory: `all` store their input
-    alone, `none` keep the results of their matrix products and of attention, `auto` keeps them in
-    as many layers as memory allows."""
+    """Which layers run again in the backward pass, which saves memory and takes up to a third more
+    time: all of them, which then keep their input alone; none; or as many as the memory plan says
+    (auto). The others keep the results of their matrix products and of attention."""
     offload_checkpoints: bool = False
     """Move the stored inputs of layers that are computed again to host memory."""
     fused_layers: bool = True
     """Compute the layers by fused kernels; false takes transformers' own modules."""
+    freeze_vision: bool = False
+    """Keep the vision tower as it is and train the language model alone, in less time and memory;
+    --lora freezes it in any case."""
     max_prompt_tokens: int = 1024
     """Longest prompt, in text and image tokens; a longer one is an error and is never truncated."""
     max_pixels: int = 401_408
@@ -221,9 +224,10 @@ class OptimizerConfig:
     train_samples: int | None = None
     """Train on this many samples only, reshuffled in every epoch; the paper's few-shot counting
     uses 100."""
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: int | Literal["auto"] = "auto"
     """Most tokens in one forward and backward pass; gradients accumulate over as many passes as a
-    batch needs."""
+    batch needs. `auto` takes what fits into memory and is fastest by the memory plan, on a CPU
+    4,096 or one prompt with its completion."""
     optimizer: Literal["auto", "adamw", "adamw_exact", "adamw_stochastic", "adamw8bit"] = "auto"
     """Optimizer: PyTorch's AdamW (adamw); AdamW with 8-bit states whose bf16 weights a 16-bit
     remainder makes exact in fp32 (adamw_exact) or are rounded stochastically (adamw_stochastic);
@@ -301,7 +305,7 @@ class TrainConfig(
     def check(self) -> None:
         """Raise UserError for values with which no run is possible."""
         for name, value in vars(self).items():
-            if name in _POSITIVE and value <= 0:
+            if name in _POSITIVE and value != "auto" and value <= 0:
                 raise UserError(f"{name} is {value}, but must be greater than 0.")
             if name in _NOT_NEGATIVE and value < 0:
                 raise UserError(f"{name} is {value}, but must not be negative.")
@@ -327,7 +331,7 @@ class TrainConfig(
                 "to be offloaded: pass --recompute auto or all."
             )
         longest = self.max_prompt_tokens + self.max_new_tokens
-        if longest > self.tokens_per_microbatch:
+        if self.tokens_per_microbatch != "auto" and longest > self.tokens_per_microbatch:
             raise UserError(
                 f"tokens_per_microbatch is {self.tokens_per_microbatch}, but one sequence may have "
                 f"max_prompt_tokens + max_new_tokens = {longest} tokens: raise the first or lower "

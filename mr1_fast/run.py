@@ -56,6 +56,14 @@ class Run:
     first_step: int = 0
     """The step that comes next: 0, or where the checkpoint of a resumed run was saved."""
 
+    def recompute_all(self) -> str:
+        """Run all layers again in the backward pass from now on, if the settings leave it open.
+
+        Returns what that changes, in words; "" for nothing.
+        """
+        changes = self.config.recompute == "auto" and self.policy.recompute_all()
+        return "all layers recomputed" if changes else ""
+
     def save(self, steps_done: int) -> None:
         """Write the checkpoint of the state after `steps_done` steps."""
         save_checkpoint(
@@ -94,6 +102,7 @@ def prepare(config: TrainConfig) -> Run:
         policy.encode.length(example)
 
     memory = RunMemory(policy, config)
+    memory.choice.apply(policy.layers)
     run = Run(
         config=config,
         policy=policy,

@@ -1,7 +1,7 @@
 """Converts what a flag or a YAML file says into the type of a setting, and describes the types.
 
 The types ("kinds") are str, int, float (finite), bool, `Literal` of texts, `list[kind]`,
-`dict[str, kind]`, `kind | None` and `Any`.
+`dict[str, kind]`, `kind | None`, `kind | Literal` of texts and `Any`.
 """
 
 import json
@@ -18,6 +18,7 @@ class Unfit(Exception):
 
     def __init__(self, value: Any, must_be: str):
         super().__init__(f"{shown(value)}, but must be {must_be}")
+        self.must_be = must_be
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -29,6 +30,11 @@ def convert(value: Any, kind: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind != _without_none(kind):
         return None if value in (None, "null", "~") else convert(value, _without_none(kind))
+    if words := _words_beside(kind):
+        try:
+            return value if value in words else convert(value, arguments[0])
+        except Unfit as error:
+            raise Unfit(value, f"{error.must_be} or {' or '.join(words)}") from error
     if origin is Literal:
         if value not in arguments:
             raise Unfit(value, f"one of {', '.join(arguments)}")
@@ -111,6 +117,8 @@ def _from_yaml(value: Any) -> Any:
 def metavar(kind: Any) -> str:
     """What `--help` shows in the place of a flag's value."""
     kind = _without_none(kind)
+    if words := _words_beside(kind):
+        return "|".join((metavar(get_args(kind)[0]), *words))
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
     names = {bool: "true|false", int: "N", float: "X", list: "LIST", dict: "MAPPING"}
@@ -124,6 +132,8 @@ def described(kind: Any) -> str:
         return ""
     if kind != _without_none(kind):
         return f"{_WORDS.get(_without_none(kind), 'value')} or null"
+    if words := _words_beside(kind):
+        return " or ".join((_WORDS.get(arguments[0], "value"), *words))
     if origin is list:
         [item] = arguments
         choices = ", ".join(get_args(item))
@@ -138,10 +148,17 @@ _WORDS = {str: "text", int: "whole number", float: "number"}
 
 def _without_none(kind: Any) -> Any:
     """`X` for the kind `X | None`, and every other kind as it is."""
-    if get_origin(kind) not in (Union, UnionType):
+    if get_origin(kind) not in (Union, UnionType) or NoneType not in get_args(kind):
         return kind
     [kind] = [each for each in get_args(kind) if each is not NoneType]
     return kind
+
+
+def _words_beside(kind: Any) -> tuple[str, ...]:
+    """The texts that a kind `X | Literal[…]` may have beside those of X; empty for other kinds."""
+    if get_origin(kind) not in (Union, UnionType) or NoneType in get_args(kind):
+        return ()
+    return get_args(get_args(kind)[1])
 
 
 def shown(value: Any) -> str:

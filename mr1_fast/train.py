@@ -140,7 +140,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
     needed = fitting(prompts, config.num_generations, config).tokens
 
     def generate(cache_tokens: int) -> Rollout:
-        engine = Engine(policy.model, policy.processor, policy.encode)
+        engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
         return engine.generate(
             examples,
             config.num_generations,
@@ -148,7 +148,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
             seed=derive_seed(config.seed, "rollout", step),
             prompts=prompts,
             cache_tokens=cache_tokens,
-            prefill_tokens=config.tokens_per_microbatch,
+            prefill_tokens=run.limits.amounts[PACK_TOKENS],
         )
 
     return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
@@ -294,7 +294,11 @@ def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
 def learn(
     run: Run, batches: MicroBatches, batch_loss: BatchLoss, optimizer_step: int
 ) -> dict[str, float]:
-    """Take one optimizer step on the batches, in smaller packs if memory runs out."""
+    """Take one optimizer step on the batches.
+
+    If memory runs out, layers are recomputed that were not (`--recompute auto`), and if that is not
+    enough, packs get smaller.
+    """
     config = run.config
 
     def attempt(tokens_per_pack: int) -> dict[str, float]:
@@ -309,7 +313,7 @@ def learn(
             config,
         )
 
-    return run.limits.attempt(PACK_TOKENS, attempt)
+    return run.limits.attempt(PACK_TOKENS, attempt, relief=run.recompute_all)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_a_task_or_model_named_in_yaml_chooses_preset_and_profile(tmp_path):
         ["--lora", "--load_in_4bit"],
         ["--lora=true", "--load-in-4bit=true"],
         ["--load-in-4bit", "true", "--lora", "True"],
-        ["--load-in-4bit", "--lora", "--gradient-checkpointing", "true"],
+        ["--load-in-4bit", "--lora", "--freeze-vision", "true"],
     ],
 )
 def test_switches_may_be_bare_or_given_a_value(spelling):
@@ -130,8 +130,8 @@ def test_switches_may_be_bare_or_given_a_value(spelling):
 
 
 def test_a_switch_may_be_turned_off():
-    for spelling in (["--gradient-checkpointing", "false"], ["--gradient_checkpointing=False"]):
-        assert parse_train_config(["--model", HUB, *spelling]).gradient_checkpointing is False
+    for spelling in (["--fused-layers", "false"], ["--fused_layers=False"]):
+        assert parse_train_config(["--model", HUB, *spelling]).fused_layers is False
 
 
 def test_values_of_every_kind():
@@ -148,6 +148,22 @@ def test_values_of_every_kind():
     assert (config.extra_rewards, config.loggers) == ({"brief": 0.5}, ["tensorboard"])
     assert (config.train_samples, config.top_p, config.learning_rate) == (9, 0.5, 1e-5)
     assert config.image_root == "a-b/c-d"  # dashes are replaced in names only
+
+
+def test_a_number_may_have_a_word_beside_it(tmp_path, capsys, monkeypatch):
+    for value in ("auto", 6144):
+        path = yaml_file(tmp_path, tokens_per_microbatch=value)
+        for argv in ([f"--tokens-per-microbatch={value}"], ["--config", path]):
+            config = parse_train_config(["--model", HUB, *argv])
+            assert config.tokens_per_microbatch == value
+            write_config(config, tmp_path / "config.yaml")
+            assert parse_train_config(["--config", str(tmp_path / "config.yaml")]) == config
+    monkeypatch.setenv("COLUMNS", "4000")
+    with pytest.raises(SystemExit):
+        parse_train_config(["--model", HUB, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert " --tokens-per-microbatch N|auto " in text
+    assert "(whole number or auto; default: auto)" in text
 
 
 def test_there_are_recipes_for_both_tasks_and_both_sizes():
@@ -167,10 +183,6 @@ def test_every_value_of_a_recipe_arrives(path):
     assert values and {name: getattr(config, name) for name in values} == values
     if config.preset != "auto":
         assert config.preset == config.task
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    assert config.tokens_per_microbatch >= longest, (
-        "a prompt with its completion must fit into a micro-batch"
-    )
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, EvaluateConfig, PlanConfig, ExperimentConfig])
@@ -220,7 +232,8 @@ def test_help_shows_the_defaults_that_hold_for_the_other_arguments(capsys, monke
         ("steps", "7"),
         ("algo", "sft"),
         ("loggers", '["wandb"]'),
-        ("gradient-checkpointing", "true"),
+        ("fused-layers", "true"),
+        ("tokens-per-microbatch", "auto"),
         ("train-samples", "null"),
     ):
         about_flag = text.split(f" --{flag} ", maxsplit=1)[1].split(" --", maxsplit=1)[0]
@@ -241,6 +254,16 @@ def test_written_settings_are_read_back(tmp_path):
     )
     write_config(config, tmp_path / "config.yaml")
     assert parse_train_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_setting_of_an_earlier_version_names_the_one_in_its_place(tmp_path):
+    path = yaml_file(tmp_path, gradient_checkpointing=True)
+    now = r"has 'gradient_checkpointing', which is now recompute, with the values auto, all"
+    with pytest.raises(UserError, match=now):
+        parse_train_config(["--config", path])
+    (tmp_path / "config.yaml").write_text("steps: 9\ngradient_checkpointing: false\n")
+    with pytest.raises(UserError, match=now):
+        parse_train_config(["--resume", str(tmp_path)])
 
 
 def test_resuming_reads_the_settings_of_the_run(tmp_path):
@@ -287,7 +310,9 @@ IMPOSSIBLE = {
     "--top_p=1.5": "top_p is 1.5",
     "--warmup_fraction=2": "warmup_fraction is 2.0",
     "--load_in_4bit": "load_in_4bit is true.*add --lora",
-    "--offload-checkpoints": "offload_checkpoints is true, but.*add --gradient-checkpointing true",
+    "--offload-checkpoints": (
+        "offload_checkpoints is true, but with recompute none.*pass --recompute auto or all"
+    ),
     "--beta_min=0.5": "KL schedule is impossible.*beta_min=0.5, beta_max=0.1",
     "--beta-shape=cosine": (
         "beta_shape is cosine, but must be one of grpo-d, linear-up, linear-down, reversed"
@@ -302,6 +327,12 @@ IMPOSSIBLE = {
     "--lr_schedule=step": "lr_schedule is step, but must be one of constant, linear, cosine",
     "--loggers=[mlflow]": "loggers is mlflow, but must be one of tensorboard, wandb",
     "--loggers=wandb": "loggers is wandb, but must be a list",
+    "--tokens-per-microbatch=many": (
+        "tokens_per_microbatch is many, but must be a whole number or auto"
+    ),
+    "--tokens-per-microbatch=100": (
+        r"tokens_per_microbatch is 100, but one sequence may have .* = \d+ tokens"
+    ),
     "--steps=many": "steps is many, but must be a whole number",
     "--train-samples=1.5": "train_samples is 1.5, but must be a whole number",
     "--learning_rate=fast": "learning_rate is fast, but must be a finite number",

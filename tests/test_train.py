@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -12,14 +13,20 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
+from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.optim import make_optimizer
+from mr1_fast.plan.choice import MARGIN
+from mr1_fast.plan.plan import make_plan
+from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.sft import solution_batches
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
 from mr1_fast.tasks.data import load_examples
+from mr1_fast.train import train
 
 from .data.models import tiny_policy
 from .data.runs import run
@@ -285,17 +292,53 @@ def test_micro_batches_do_not_change_the_update(run_args, tmp_path):
 @pytest.mark.parametrize(
     "settings", [{}, {"lora": True}, {"lora": True, "load_in_4bit": True}], ids=["", "lora", "4bit"]
 )
-def test_gradient_checkpointing_does_not_change_the_update(settings, run_args, tmp_path):
+def test_recomputation_does_not_change_the_update(settings, run_args, tmp_path):
     pytest.importorskip("bitsandbytes")
-    for name, value in (("on", True), ("off", False)):
-        run(
-            run_args(
-                tmp_path / name, gradient_checkpointing=value, eval_samples=0, steps=2, **settings
-            )
-        )
-    for left, right in zip(metrics(tmp_path / "on"), metrics(tmp_path / "off"), strict=True):
+    for value in ("all", "none"):
+        run(run_args(tmp_path / value, recompute=value, eval_samples=0, steps=2, **settings))
+    for left, right in zip(metrics(tmp_path / "all"), metrics(tmp_path / "none"), strict=True):
         assert left == pytest.approx(right, rel=1e-6, abs=1e-9)
-    assert min(column(tmp_path / "on", "grad_norm")) > 0
+    assert min(column(tmp_path / "all", "grad_norm")) > 0
+
+
+def test_what_is_left_to_the_plan_is_chosen_at_the_start(run_args, tmp_path, capsys):
+    run(run_args(tmp_path, tokens_per_microbatch="auto", recompute="auto", eval_samples=0, steps=1))
+    assert "packs of 4,096 tokens" in capsys.readouterr().out
+    written = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    assert "tokens_per_microbatch: auto\n" in written and "recompute: auto\n" in written
+
+
+def test_layers_run_as_the_memory_plan_says(run_args, tmp_path, monkeypatch, capsys):
+    settings = dict(recompute="auto", eval_samples=0, steps=1, tokens_per_microbatch=4096)
+    config = parse_train_config(run_args(tmp_path, **settings))
+    model_config = find_model_config(config.model)
+    most, least = (
+        make_plan(replace(config, recompute=value), model_config).total("update")
+        for value in ("none", "all")
+    )
+    limit = (least + most) / 2 / (1 - MARGIN)
+    monkeypatch.setattr(RunMemory, "usable", limit)
+    seen = []
+    train(config, watch=lambda policy, _: seen.append(replace(policy.layers)))
+    run_again = seen[0].recompute_text, seen[0].recompute_vision
+    assert seen[0] == seen[1] and (0, 0) < run_again < (3, 2)
+    said = "recomputed: {} of 3 text layers, {} of 2 vision blocks; packs of 4,096 tokens"
+    assert said.format(*run_again) in capsys.readouterr().out
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):
+    argv = run_args(tmp_path, freeze_vision=True, eval_samples=0, save_every=2, steps=2)
+    run(argv)
+    start, final = (
+        Qwen2VLForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (tiny_folder, tmp_path / "final")
+    )
+    moved = {name for name, value in final.items() if not torch.equal(value, start[name])}
+    assert moved and not [name for name in moved if ".visual." in name]
+    assert {name for name in start if ".visual." not in name} == moved
+    trained_policy(argv, tmp_path)
+    with pytest.raises(UserError, match="resume with the --model, --lora, --freeze-vision"):
+        trained_policy([*argv, "--freeze-vision=false"], tmp_path)
 
 
 @pytest.mark.parametrize(

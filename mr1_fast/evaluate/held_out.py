@@ -8,7 +8,7 @@ from ..accuracy import evaluate, judged, summarise
 from ..config import TrainConfig
 from ..files import write_json
 from ..model.policy import Policy
-from ..plan.out_of_memory import EVALUATION_CACHE, MemoryLimits
+from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed
@@ -68,7 +68,7 @@ def answers(
         items,
         Sampling.of(config, temperature=temperature),
         seed=derive_seed(config.seed, mode),
-        prefill_tokens=config.tokens_per_microbatch,
+        prefill_tokens=limits.amounts[PACK_TOKENS],
     )
     return limits.attempt(EVALUATION_CACHE, lambda tokens: work(cache_tokens=tokens))
 

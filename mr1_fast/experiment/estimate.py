@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..model.known import find_model_config
-from ..plan.plan import make_plan
+from ..plan.plan import make_plan, usable_bytes
 from .cells import Cell, Experiment
+
+CARD = 24.0
+"""Memory of the GPU that is planned for, in the GB of its name."""
 
 
 def dry_run(experiment: Experiment) -> str:
@@ -29,11 +32,12 @@ def dry_run(experiment: Experiment) -> str:
         minutes = f"{seconds / 60:.1f}" if scale.measured else "?"
         lines.append(f"{cell!s:<52}{state:<10}{steps:>6}{minutes:>9}{memory[key] / 2**30:>8.2f}")
 
+    peak = f"memory is the plan's peak, on a card with {CARD:.0f} GB"
     if scale.measured:
-        lines.append(f"about {total / 60:.0f} minutes; memory is the plan's peak")
+        lines.append(f"about {total / 60:.0f} minutes; {peak}")
         lines.append(f"times are of {scale.measured_on}")
     else:
-        lines.append("memory is the plan's peak; nobody has measured the time at this scale")
+        lines.append(f"{peak}; nobody has measured the time at this scale")
     return "\n".join(lines)
 
 
@@ -48,7 +52,8 @@ def estimated_memory(experiment: Experiment, cell: Cell) -> float:
     """Planned peak memory of the cell, in bytes; that of its evaluation if it trains nothing."""
     items = experiment.items or max(task.items for task in experiment.scale.tasks.values())
     config = replace(experiment.settings(cell), eval_samples=items)
-    plan = make_plan(config, find_model_config(experiment.model))
+    model_config = find_model_config(experiment.model)
+    plan = make_plan(config, model_config, usable=usable_bytes(CARD))
     return plan.peak if cell.trained else plan.total("evaluation")
 
 

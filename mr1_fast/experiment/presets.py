@@ -264,7 +264,6 @@ SCALES = {
         settings=dict(
             optimizer="adamw_exact",
             reference="offload",
-            tokens_per_microbatch=6144,
             shrink_images=True,
             save_every=25,
         ),

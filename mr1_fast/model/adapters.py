@@ -6,8 +6,8 @@
     dx = dt·[A₁; A₂ …],  dA = dtᵀ·x,  dBᵢ = dyᵢᵀ·tᵢ
 
 peft's modules hold A (r, D) and B (N, r), mostly in fp32, and compute in fp32 with a copy of x.
-Here they are cast to the dtype of x, those of a transformer layer by one kernel in each pass over
-the model; products add up in fp32, and the gradients of A and B come out in their own dtype.
+Here they are cast to the dtype of x, those of a transformer layer by one kernel each time that it
+runs; products add up in fp32, and the gradients of A and B come out in their own dtype.
 
 The adapters' product comes first and the large one is added to it, not the other way round: then y
 is rounded once, and the addition is part of the large product, which hides its reads. Layers with
@@ -101,7 +101,10 @@ class Adapters:
 
     @property
     def cast(self) -> tuple[Tensor, list[Tensor]]:
-        """All A below one another (Σr, D), and the B of each run (layers, N, r), in `dtype`."""
+        """All A below one another (Σr, D), and the B of each run (layers, N, r), in `dtype`.
+
+        They are kept until `forget_casts`.
+        """
         if self._cast is None:
             cast_adapters([self])
         return self._cast
@@ -162,9 +165,16 @@ def _by_run(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(1, shape).transpose(0, 1) for part, shape in pairs]
 
 
+def forget_casts(all_adapters: Iterable[Adapters | None]) -> None:
+    """Free the copies of A and B; whoever needs them again makes them again."""
+    for adapters in all_adapters:
+        if adapters is not None:
+            adapters._cast = None
+
+
 @torch.no_grad()
 def cast_adapters(all_adapters: Iterable[Adapters | None]) -> None:
-    """Copy A and B of several groups, in the dtype of their products, unless that has been done.
+    """Copy A and B of several groups, in the dtype of their products, unless there are copies.
 
     One kernel copies dozens of matrices.
     """
@@ -187,6 +197,7 @@ def cast_adapters(all_adapters: Iterable[Adapters | None]) -> None:
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute x·y, of matrices or of batches of them, in `dtype`."""
     multiply = torch.mm if x.ndim == 2 else torch.bmm
-    if x.is_cuda and x.element_size() == 2 and dtype == torch.float32:
+    is_gpu = x.device.type in ("cuda", "meta")  # without data, for the plan of a GPU
+    if is_gpu and x.element_size() == 2 and dtype == torch.float32:
         return multiply(x, y, out_dtype=dtype)
     return multiply(x, y).to(dtype)

@@ -25,7 +25,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
-from .adapters import cast_adapters
+from .adapters import Adapters, cast_adapters, forget_casts
 from .linears import NOTHING, Kept, Linears
 
 
@@ -66,6 +66,11 @@ class Block:
     def linears(self) -> tuple[Linears, ...]:
         """All linear layers, in the order of their use."""
         return self.qkv, self.out, self.up, self.down
+
+    @property
+    def adapters(self) -> list[Adapters | None]:
+        """The adapters of all linear layers."""
+        return [linears.adapters for linears in self.linears]
 
 
 def text_block(layer: nn.Module) -> Block | None:
@@ -150,7 +155,7 @@ def run_block(
     cache: keeps keys and values, like a cache of transformers.
     attention_arguments: what the attention function is told of the packed tokens.
     """
-    cast_adapters(linears.adapters for linears in block.linears)
+    cast_adapters(block.adapters)
     recomputed = again or remember is not None
     h, q, k, v = _AttentionInputs.apply(
         block, recomputed, residual, update, *angles, block.norm1.weight, block.norm1.bias,
@@ -165,11 +170,14 @@ def run_block(
         k, v = cache.update(k, v, attention.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **attention_arguments)
-    return _AfterAttention.apply(
+    carry = _AfterAttention.apply(
         block, again, recomputed, h, attended.flatten(0, 1).flatten(1),
         block.norm2.weight, block.norm2.bias, block.out.bias, block.up.bias, block.down.bias,
         *block.out.tensors, *block.up.tensors, *block.down.tensors,
     )  # fmt: skip
+    if remember is not None or not torch.is_grad_enabled():
+        forget_casts(block.adapters)  # no gradient follows, or not before the second run
+    return carry
 
 
 class _AttentionInputs(Function):
@@ -199,6 +207,8 @@ class _AttentionInputs(Function):
         dh, x, partial = fused.norm_backward(
             dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
         )
+        gradients = linears.gradients(dqkv, x, needs_linears, kept, dt)
+        forget_casts(ctx.block.adapters)
         return (
             None,
             None,
@@ -208,7 +218,7 @@ class _AttentionInputs(Function):
             None,
             *_norm_gradients(norm, partial),
             dqkv.sum(0) if needs_bias else None,
-            *linears.gradients(dqkv, x, needs_linears, kept, dt),
+            *gradients,
         )
 
 
@@ -290,5 +300,5 @@ def _norm_gradients(norm: Norm, partial: Tensor) -> tuple[Tensor | None, Tensor 
     """Add up the parts of the gradients of a norm's weight and bias."""
     if not len(partial):
         return None, None
-    total = partial.sum(0).to(norm.weight.dtype)
+    total = fused.norm_gradients(partial, norm.weight)
     return total[0], None if norm.bias is None else total[1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.layers.operators import add_norm
@@ -160,7 +161,9 @@ def embed(
     if pixel_values is None:
         return embeddings
     blocks = partial(_run_vision_blocks, run or LayerRun())
-    features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
+    trains = any(p.requires_grad for p in inner.visual.parameters())
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
     return place_features(model, input_ids, embeddings, features)
 
 

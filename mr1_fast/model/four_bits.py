@@ -6,7 +6,7 @@ another, so that they are one product, and a layer that is run again keeps them 
 which follows at once: a weight is dequantised once in each pass over a layer.
 
 The allocator hands the same memory to one layer after the other. Between passes there is none, and
-in a pass at most one layer's weights, 466 MB for Qwen2-VL-7B and 1.7 GB for the 72B; without
+in a pass at most one layer's weights, 466 MB for Qwen2-VL-7B and 1.8 GB for the 72B; without
 gradients at most those of one product, of which a gate's and an up's are the largest (271 MB).
 """
 
@@ -44,7 +44,7 @@ class FourBits:
         device = self.weights[0].device
         result = torch.empty(sum(lengths), width, dtype=self.dtype, device=device)
         for weight, part in zip(self.weights, result.split(lengths), strict=True):
-            _dequantise(weight, out=part)
+            dequantise_weight(weight, out=part)
         return result
 
 
@@ -58,8 +58,8 @@ def _is_four_bit(module: nn.Module) -> bool:
     return tuple(state.shape) == (module.out_features, module.in_features)
 
 
-def _dequantise(weight: Tensor, out: Tensor) -> None:
-    """Dequantise a packed weight into `out` (N, D)."""
+def dequantise_weight(weight: Tensor, out: Tensor) -> None:
+    """Dequantise a packed weight into `out` (N, D), in its dtype."""
     state = weight.quant_state
     if weight.is_meta:
         # A plan needs no bitsandbytes, which makes the scales of all blocks on the way.

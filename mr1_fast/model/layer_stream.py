@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward import base_model
+from .joined_weights import empty_joined
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -113,7 +114,7 @@ class LayerStream:
             return
         key, hosts = self._slot(layer), [host for _, host in self.host[layer]]
         if key not in self.slots:
-            self.slots[key] = [torch.empty_like(host, device=self.device) for host in hosts]
+            self.slots[key] = empty_joined(layer, self.host[layer], self.device)
         if self.copies is None:
             for target, host in zip(self.slots[key], hosts, strict=True):
                 target.copy_(host)

@@ -4,9 +4,10 @@
     dx = Σ dyᵢ·Wᵢ,  dW = dyᵀ·x,  dbias = Σ dy      backward
 
 The products are written side by side into one tensor, so that the gradient of all weights is one
-product. The biases of several layers are added by the operator that comes next, which reads y
-anyway; that of a single layer is added by its product. Layers may have LoRA adapters (adapters.py),
-to whose products the large ones are added, and weights in 4 bits (four_bits.py).
+product; where the weights are next to one another (joined_weights.py), so are the others. The
+biases of several layers are added by the operator that comes next, which reads y anyway; that of a
+single layer is added by its product. Layers may have LoRA adapters (adapters.py), to whose products
+the large ones are added, and weights in 4 bits (four_bits.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, Adapters, base_and_adapter
 from .four_bits import FourBits
+from .joined_weights import as_one
 
 
 class Kept(NamedTuple):
@@ -172,9 +174,10 @@ class Linears:
         return [part.t() @ x if wanted else None for (_, part), wanted in parts]
 
     def _matrices(self, kept: Kept = NOTHING) -> tuple[Tensor, ...]:
-        """Return the weights as matrices, below one another those of all layers."""
+        """Return the weights as matrices; as one if they lie behind one another in memory."""
         if self.four_bits is None:
-            return self.weights
+            joined = as_one(self.weights) if len(self.weights) > 1 else None
+            return self.weights if joined is None else (joined,)
         return (self.four_bits.dequantise() if kept.weight is None else kept.weight,)
 
 

@@ -23,6 +23,8 @@ from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
 from .forward import LayerRun, base_model
+from .joined_weights import join_weights
+from .layer_stream import layers
 from .patches import use_patch_projection
 from .policy import Policy
 from .processor import ImageTextProcessor
@@ -43,7 +45,9 @@ def make_policy(
     """Prepare a loaded `…ForConditionalGeneration` for training on prompts of a format.
 
     Gives it packed attention, and adapters where the settings ask for them, and moves it to its
-    device. With `recompute` auto, all layers are recomputed until a memory plan says otherwise.
+    device. The vision tower is frozen if that is set. With `recompute` auto, all layers are
+    recomputed until a memory plan says otherwise.
+
     Raises UserError for adapters without the package peft.
     """
     use_packed_attention(model)
@@ -52,8 +56,11 @@ def make_policy(
     # bitsandbytes has already placed a 4-bit model, and its integers have no gradients.
     if not config.load_in_4bit:
         model.requires_grad_(True).to(resolve_device(config))
+        model.model.visual.requires_grad_(not config.freeze_vision)
     if config.lora:
         model = with_lora(model, config)
+    if config.fused_layers:
+        join_weights(layers(model))
 
     encode = PromptEncoder(
         model,
@@ -63,17 +70,11 @@ def make_policy(
         config.shrink_images,
         prompt_format,
     )
-    return Policy(model.train(), processor, encode, layer_run(model, config))
-
-
-def layer_run(model: nn.Module, config: ModelConfig) -> LayerRun:
-    """Return how the layers of a model are computed, as configured."""
-    inner = base_model(model).model
     run = LayerRun(fused=config.fused_layers, offload=config.offload_checkpoints)
+    policy = Policy(model.train(), processor, encode, run)
     if config.recompute != "none":
-        run.recompute_text = len(inner.language_model.layers)
-        run.recompute_vision = len(inner.visual.blocks)
-    return run
+        policy.recompute_all()
+    return policy
 
 
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .forward import lm_head_weight
+from .joined_weights import join_weights
 from .layer_stream import LayerStream, layers, on_host
 from .layerwise import run_by_layers, states_wait_on_device
 from .policy import Policy
@@ -49,6 +50,8 @@ class Reference:
             replacements |= on_host(trained)
         frozen = copy.deepcopy(policy.model, replacements).requires_grad_(False).eval()
         self.policy = Policy(frozen, policy.processor, policy.encode, policy.layers)
+        if policy.layers.fused and place == "resident":
+            join_weights(layers(frozen))
         if place == "offload":
             self.stream = LayerStream(frozen, self.device, resident=shared)
             self.gradients = sum(p.nbytes for p in trained)

@@ -76,21 +76,24 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
     longest = config.max_prompt_tokens + config.max_new_tokens
 
     # The same numbers, or nearly, in more time.
-    if not config.gradient_checkpointing:
-        yield Change("checkpointing", [{"gradient_checkpointing": True}])
+    if config.recompute == "none":
+        yield Change("recompute", [{"recompute": "auto"}])
     if trains_bf16 and config.optimizer == "adamw":
         yield Change("exact", [{"optimizer": "adamw_exact"}])
     if config.reference != "offload" and not config.lora:
         yield Change("reference", [{"reference": "offload"}])
     if config.eval_samples:  # mr1_fast.evaluate does it apart, with a --batch-size
         yield Change("evaluation", [{"eval_samples": 0}])
-    yield _halved("tokens_per_microbatch", config.tokens_per_microbatch, longest)
-    if config.gradient_checkpointing and not config.offload_checkpoints:
+    if config.tokens_per_microbatch != "auto":
+        yield _halved("tokens_per_microbatch", config.tokens_per_microbatch, longest)
+    if not config.offload_checkpoints:
         yield Change("checkpoints", [{"offload_checkpoints": True}])
     if trains_bf16 and config.optimizer in ("auto", "adamw", "adamw_exact"):
         yield Change("stochastic", [{"optimizer": "adamw_stochastic"}])
 
     # Another run, which learns less from a step, or another model.
+    if not (config.lora or config.freeze_vision):
+        yield Change("vision", [{"freeze_vision": True}])
     yield _halved("prompts_per_step", config.prompts_per_step, 1)
     pixels = _halves(config.max_pixels, LEAST_IMAGE_TOKENS * PIXELS_PER_TOKEN)
     yield Change("images", [_smaller_images(config, most) for most in pixels])

@@ -10,12 +10,15 @@ from .settings import PlanConfig
 def print_plan(config: PlanConfig) -> None:
     """Print the plan of a run on a card of `config.vram` GB, and what to change if it does not fit.
 
-    UserError if the model has no configuration that can be read here.
+    A CPU has no such limit. UserError if the model has no configuration that can be read here.
     """
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")
     print(f"{config.model} on {device} in {dtype_name}, largest prompts, images and completions")
+    if device == "cpu":
+        print(make_plan(config, model_config).render())
+        return
     usable = usable_bytes(config.vram)
     print(make_plan(config, model_config, usable=usable).render(usable))
     changes = advice(config, model_config, usable)

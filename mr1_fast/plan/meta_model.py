@@ -6,7 +6,7 @@ does many times, traces only what these settings change.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,15 +15,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from ..config import ModelConfig
-from ..model.forward import lm_head_weight
+from ..model.forward import final_hidden, lm_head_weight, text_layer, vision_layer
+from ..model.joined_weights import join_weights
+from ..model.layer_stream import layers
 from ..model.patches import use_patch_projection
+from ..model.recompute import Layer
 from ..model.reference import in_8_bits
+from ..model.vision import BlockCall
 from ..segments import Segments
-from .layers import LayerBytes, Training, nbytes, trace
+from .layers import STORED, LayerBytes, LayerStack, Training, nbytes, trace_layer, trace_part
 from .stand_ins import use_four_bits, use_lora, use_planned_attention
 
-STORED = Training(recompute=False, offload=False)
-"""How layers that are never recomputed train: everything that they need stays on the device."""
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Numbers of layers, the first ones, that are run again in the backward pass."""
+
+    text: int
+    """Of the text layers."""
+    vision: int
+    """Of the blocks of the vision tower."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +43,27 @@ class VisionBytes:
 
     embedding: LayerBytes
     """The patch embedding."""
-    blocks: LayerBytes
+    blocks: LayerStack
     """The transformer blocks."""
     merger: LayerBytes
     """The projection of 2 × 2 patches to one token."""
 
 
 class MetaModel:
-    """A `…ForConditionalGeneration` on torch's meta device, as it runs on `device`, cuda or cpu."""
+    """A `…ForConditionalGeneration` on torch's meta device, as it runs on `device`, cuda or cpu.
 
-    def __init__(self, model: nn.Module, device: str):
-        self.model, self.device = model, device
+    fused: whether its layers are computed by fused operators, else by transformers' modules.
+    """
+
+    def __init__(self, model: nn.Module, device: str, fused: bool = True):
+        self.model, self.device, self.fused = model, device, fused
         self.text, self.vision = model.model.language_model, model.model.visual
         head = lm_head_weight(model)
         self.vocabulary, self.width = head.shape
         self.dtype, self.itemsize, self.head_bytes = head.dtype, head.itemsize, head.nbytes
         self.trains_head = head.requires_grad
         self.is_tied = head is self.text.embed_tokens.weight
+        self.trains_vision = any(p.requires_grad for p in self.vision.parameters())
         self._traced: dict[tuple, LayerBytes] = {}
 
     @cached_property
@@ -86,6 +101,22 @@ class MetaModel:
         """Numbers of one image patch, 3 colours × 2 frames × 14 × 14."""
         return self.vision.patch_embed.proj.weight[0].numel()
 
+    @cached_property
+    def layers(self) -> Recomputed:
+        """How many layers can be run again; none of a vision tower that is not trained."""
+        blocks = len(self.vision.blocks) if self.trains_vision else 0
+        return Recomputed(len(self.text.layers), blocks)
+
+    @cached_property
+    def patch_work(self) -> float:
+        """Multiplications of a patch in the vision blocks, by those of a token in the layers."""
+
+        def products(layers: nn.ModuleList) -> int:
+            linears = (m for m in layers[0].modules() if isinstance(m, nn.Linear))
+            return len(layers) * sum(m.in_features * m.out_features for m in linears)
+
+        return products(self.vision.blocks) / products(self.text.layers)
+
     def hidden_bytes(self, tokens: int) -> int:
         """Bytes of the hidden states of so many tokens."""
         return tokens * self.width * self.itemsize
@@ -96,67 +127,89 @@ class MetaModel:
 
     # --- traced parts -----------------------------------------------------------------------------
 
-    def decoder(self, segments: Segments, training: Training | None = None) -> LayerBytes:
-        """Bytes of the decoder layers on packed tokens."""
-        x = self._empty(1, segments.num_tokens, self.width)
-        angles = tuple(self._empty(1, segments.num_tokens, self.head_dim) for _ in range(2))
+    def decoder(self, segments: Segments, training: Sequence[Training] = ()) -> LayerStack:
+        """Bytes of the decoder layers on packed tokens.
 
-        def run(layer: nn.Module, x: Tensor) -> Tensor:
-            return layer(x, attention_mask=None, position_embeddings=angles, segments=segments)
+        training: how layers train that keep their results, and how those that are run again; empty
+        for a pass without gradients.
+        """
+        first, *_ = self.text.layers
+        x = self._empty(segments.num_tokens, self.width)
+        angles = tuple(self._empty(segments.num_tokens, self.head_dim) for _ in range(2))
+
+        def make() -> Layer:
+            return text_layer(first, angles, segments, self.fused)
 
         bounds = (tuple(x.tolist()) for x in (segments.cu_seqlens_q, segments.cu_seqlens_k))
-        key = ("decoder", *bounds)
-        return self._trace(key, list(self.text.layers), x, run, training)
+        return self._stack(("decoder", *bounds), self.text.layers, make, x, training)
 
     def final_norm(self, tokens: int, rows: int, training: Training | None = None) -> LayerBytes:
         """Bytes of the final norm of packed tokens, and of the choice of the rows with loss."""
         chosen = torch.empty(rows, dtype=torch.int64, device="meta")
-
-        def run(norm: nn.Module, x: Tensor) -> Tensor:
-            return norm(x).index_select(0, chosen)
-
         x = self._empty(tokens, self.width)
-        return self._trace(("norm", tokens, rows), [self.text.norm], x, run, training)
 
-    def vision_tower(self, images: Tensor, training: Training | None = None) -> VisionBytes:
-        """Bytes of the vision tower on images of so many patches each, (I,) int64."""
+        def run(residual: Tensor, update: Tensor | None = None) -> Tensor:
+            return final_hidden(self.text, (residual, update), self.fused).index_select(0, chosen)
+
+        carry = (x, x) if self.fused else (x,)
+        return self._trace(
+            ("norm", tokens, rows), trace_part, self.text.norm, run, carry, training=training
+        )
+
+    def vision_tower(self, images: Tensor, training: Sequence[Training] = ()) -> VisionBytes:
+        """Bytes of the vision tower on images of so many patches each, (I,) int64.
+
+        training: as for `decoder`.
+        """
         patches, longest = int(images.sum()), int(images.max())
         bounds = torch.cat([images.new_zeros(1), images.cumsum(0)]).to(torch.int32)
         angles = tuple(
             self._empty(patches, self.vision_head_dim, dtype=torch.float32) for _ in range(2)
         )
+        told = dict(cu_seqlens=bounds, max_seqlen=longest, position_embeddings=angles)
+        call = BlockCall(self.vision.blocks[0], told)
 
-        def run_block(block: nn.Module, x: Tensor) -> Tensor:
-            return block(x, cu_seqlens=bounds, max_seqlen=longest, position_embeddings=angles)
+        def make() -> Layer:
+            return vision_layer(call, self.fused)
 
-        blocks = list(self.vision.blocks)
-        if not any(p.requires_grad for p in blocks[0].parameters()):
-            training = None
-        stored = training and STORED
+        if not self.trains_vision:
+            training = ()
+        ends = STORED if training else None
         pixels = self._empty(patches, self.patch_size, dtype=torch.float32)
         x = self._empty(patches, self.vision_width)
         embed, merger = self.vision.patch_embed, self.vision.merger
         return VisionBytes(
-            self._trace(("embedding", patches), [embed], pixels, _call, stored),
-            self._trace(("blocks", *images.tolist()), blocks, x, run_block, training),
-            self._trace(("merger", patches), [merger], x, _call, stored),
+            self._trace(
+                ("embedding", patches), trace_part, embed, lambda: embed(pixels), (), training=ends
+            ),
+            self._stack(("blocks", *images.tolist()), self.vision.blocks, make, x, training),
+            self._trace(("merger", patches), trace_part, merger, merger, (x,), training=ends),
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
-    def _trace(
-        self, name: tuple, layers: list, x: Tensor, call: Callable, training: Training | None
-    ) -> LayerBytes:
-        """Trace the bytes of layers once for each `name`, which says their kind and all shapes."""
+    def _stack(
+        self,
+        name: tuple,
+        modules: nn.ModuleList,
+        make: Callable[[], Layer],
+        x: Tensor,
+        training: Sequence[Training],
+    ) -> LayerStack:
+        """Trace the first of equal modules, as `make` makes a layer of it, in each way to train."""
+        ways = [
+            self._trace(name, trace_layer, modules[0], make, x, training=way)
+            for way in training or (None,)
+        ]
+        return LayerStack(len(modules), ways[0], ways[-1])
+
+    def _trace(self, name: tuple, trace: Callable, *what, training) -> LayerBytes:
+        """Trace once for each `name`, which says the kind of a part and all shapes."""
         key = (name, training)
         if key not in self._traced:
-            self._traced[key] = trace(layers, x, call, self.device, training)
+            self._traced[key] = trace(*what, self.device, training)
         return self._traced[key]
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)
 
 
 def meta_model(
@@ -181,6 +234,8 @@ def meta_model(
         in_8_bits,
         dtype,
         device,
+        config.fused_layers,
+        config.freeze_vision and not config.lora,
     )
 
 
@@ -193,6 +248,8 @@ def _build(
     as_8_bits: bool,
     dtype: torch.dtype,
     device: str,
+    fused: bool,
+    frozen_vision: bool,
 ) -> MetaModel:
     """`meta_model` by what it depends on; `settings` are the model configuration's as JSON."""
     model_config = config_class.from_dict(json.loads(settings))
@@ -200,11 +257,14 @@ def _build(
         model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
     use_planned_attention(model, device)
     use_patch_projection(model)
+    model.model.visual.requires_grad_(not frozen_vision)
     if in_4_bits:
         use_four_bits(model)
     if lora_rank:
         use_lora(model, lora_rank)
+    if fused:
+        join_weights(layers(model))
     model.train()
     if as_8_bits:
         model = copy.deepcopy(model, in_8_bits(model)).requires_grad_(False)
-    return MetaModel(model, device)
+    return MetaModel(model, device, fused)

@@ -30,11 +30,19 @@ class MemoryLimits:
     ):
         self.say, self.advise, self.amounts = say, advise, dict(amounts)
 
-    def attempt(self, name: str, work: Callable[[int], Result], most: int | None = None) -> Result:
+    def attempt(
+        self,
+        name: str,
+        work: Callable[[int], Result],
+        most: int | None = None,
+        relief: Callable[[], str] | None = None,
+    ) -> Result:
         """Return work(amount of `name`); if it runs out of memory, try once more with half of it.
 
-        `most` is the largest amount that `work` can use. `work` starts from its beginning again,
-        so it must leave nothing changed when it fails. UserError if half the amount fails, too.
+        `most` is the largest amount that `work` can use. `relief` makes `work` need less memory for
+        the same amount, which is tried first; it says what it has changed, with "" for nothing.
+        `work` starts from its beginning again, so it must leave nothing changed when it fails.
+        UserError if half the amount fails, too.
         """
         amount = min(self.amounts[name], most or self.amounts[name])
         try:
@@ -47,11 +55,14 @@ class MemoryLimits:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if relief is not None and (change := relief()):
+            self._say(name, amount, change)
+            return self.attempt(name, work, most)
         if amount < 2:
             raise self._exhausted(name, amount, reason)
 
         half = self.amounts[name] = amount // 2
-        self.say(f"out of memory with {name} = {amount}: once more, and from here on, with {half}")
+        self._say(name, amount, str(half))
         try:
             return work(half)
         except torch.OutOfMemoryError as error:
@@ -59,6 +70,10 @@ class MemoryLimits:
         except UserError as error:
             raise self._exhausted(name, amount, f"and half of that will not do: {error}") from error
         raise self._exhausted(name, half, reason)
+
+    def _say(self, name: str, amount: int, change: str) -> None:
+        before = f"out of memory with {name} = {amount}"
+        self.say(f"{before}: once more, and from here on, with {change}")
 
     def _exhausted(self, name: str, amount: int, reason: str) -> UserError:
         return UserError(

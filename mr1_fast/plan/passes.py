@@ -55,8 +55,13 @@ def encode_images(
     tower, patches = model.vision_tower(images), int(images.sum())
     pixels = pixel_bytes(model, patches) if copies_pixels else 0
     hidden = patches * model.vision_width * model.itemsize
-    kept = model.angle_bytes(patches) + hidden
-    most = max(tower.embedding.infer, kept + tower.blocks.infer, kept + tower.merger.infer)
+    # transformers' tower holds the first block's input until the last block has run.
+    angles = model.angle_bytes(patches)
+    most = max(
+        tower.embedding.infer,
+        angles + hidden + tower.blocks.infer,
+        angles + tower.merger.infer,
+    )
     return [{"activations": others + pixels + most}]
 
 

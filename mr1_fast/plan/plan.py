@@ -1,17 +1,18 @@
 """The memory plan of a run: bytes of each phase at its peak, by component."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig
 
 from ..config import EVALUATION_BATCH_SIZE, TrainConfig
 from ..types import PackedBatch
+from .choice import MARGIN, Choice, choose_recomputed, pack_sizes, work
 from .memory_use import COMPONENTS, MemoryUse, added, total
 from .planned_run import PlannedRun, planned_run
 from .reference import has_pass_before_update, reference_pass
 from .resident import resident
 from .rollout import cache_tokens_for, rollout
-from .update import optimizer_step, update
+from .update import PackUpdate, optimizer_step
 from .workload import Workload, patches_of
 
 GIB, MIB = 2**30, 2**20
@@ -27,6 +28,10 @@ class Plan:
     """Bytes by component, by phase: rollout, reference, update, evaluation; those the run has."""
     cache_tokens: dict[str, int] = field(default_factory=dict)
     """Most tokens that the KV cache holds, by phase: rollout and evaluation."""
+    choice: Choice | None = None
+    """The size of packs, and which layers are run again; None in a plan without phases."""
+    work: float = 0.0
+    """The update's work, by which plans of the same step compare (choice.py)."""
 
     def total(self, phase: str) -> int:
         """Bytes at the peak of a phase."""
@@ -44,7 +49,8 @@ class Plan:
     def render(self, usable: float | None = None, measured: dict[str, float] | None = None) -> str:
         """The plan as a table of components by phase.
 
-        With `usable` bytes, a last line says how much is to spare. With `measured` peaks of
+        A last line says what was chosen, and with `usable` bytes, the one before it how much is to
+        spare. With `measured` peaks of
         tensors in bytes, by phase, a row shows them beside the plan: what CUDA takes besides
         tensors is not among them, so the planned workspace is added.
         """
@@ -71,6 +77,7 @@ class Plan:
                 f"peak {self.peak / size:.2f} {unit} of {usable / size:.2f} usable: "
                 f"{difference} {'to spare' if self.peak <= usable else 'too much'}"
             )
+        rows.append(str(self.choice))
         return "\n".join(rows)
 
 
@@ -88,8 +95,31 @@ def make_plan(
 
     The KV cache holds what all samples need at once. With `usable` bytes in all it holds no more
     than is left beside everything else, and samples wait; but never less than one group needs.
+    What the settings leave to be chosen (`auto`) fits into the usable bytes with a margin, if
+    anything does.
     """
     run = planned_run(config, model_config)
+    limit = None if usable is None else (1 - MARGIN) * usable
+    plans: list[Plan] = []
+    for sizes in pack_sizes(config, run.device):
+        settings = [replace(config, tokens_per_microbatch=size) for size in sizes]
+        found = [_plan(replace(run, config=each), workload, usable, limit) for each in settings]
+        fitting = [
+            plan
+            for plan in found
+            if limit is None or (plan.total("update") <= limit and not plan.excess(usable))
+        ]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.work)
+        plans += found
+    return min(plans, key=lambda plan: plan.excess(usable))
+
+
+def _plan(
+    run: PlannedRun, workload: Workload | None, usable: float | None, limit: float | None
+) -> Plan:
+    """Plan a run whose packs have a size; layers keep results within `limit` bytes in all."""
+    config = run.config
     always = resident(run)
     available = None if usable is None else usable - total(always)
     generations = 1 if config.algo == "sft" else config.num_generations
@@ -110,12 +140,19 @@ def make_plan(
         plan_rollout("rollout", step)
         if has_pass_before_update(run):
             uses["reference"] = reference_pass(run, batches, [pack.batch for pack in packs])
-    uses["update"] = _update(run, packs)
+
+    updates = [PackUpdate.of(run, pack.batch, pack.is_first) for pack in packs]
+    room = None if limit is None else limit - total(always)
+    recomputed = choose_recomputed(config, run.policy, updates, room)
+    uses["update"] = [use for update in updates for use in update.uses(recomputed)]
+    uses["update"].append(optimizer_step(run))
+
     if config.eval_samples and workload is None:
         count = min(EVALUATION_BATCH_SIZE, config.eval_samples)
         plan_rollout("evaluation", Workload.largest(config, 1, count))
     phases = {phase: added(always, max(each, key=total)) for phase, each in uses.items()}
-    return Plan(phases, cache_tokens)
+    choice = Choice(config.tokens_per_microbatch, recomputed, run.policy.layers)
+    return Plan(phases, cache_tokens, choice, work(run.policy, batches, recomputed))
 
 
 @dataclass
@@ -134,12 +171,6 @@ def _distinct(batches: list[PackedBatch]) -> list[_Pack]:
         keys, images = batch.segments.cu_seqlens_k.tolist(), patches_of(batch).tolist()
         packs[str((keys, len(batch.targets), images))] = _Pack(batch, index == 0)
     return list(packs.values())
-
-
-def _update(run: PlannedRun, packs: list[_Pack]) -> list[MemoryUse]:
-    """Bytes at the possible peaks of the update on all packs, the optimizer's step included."""
-    uses = [use for pack in packs for use in update(run, pack.batch, pack.is_first)]
-    return [*uses, optimizer_step(run)]
 
 
 def usable_bytes(vram: float) -> float:

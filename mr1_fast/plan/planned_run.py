@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from ..config import TrainConfig
 from ..model.device import device_name, dtype_name
-from .layers import Training
+from .layers import STORED, Training
 from .meta_model import MetaModel, meta_model
 
 
@@ -42,12 +42,15 @@ class PlannedRun:
             return meta_model(self.config, self.model_config, self.dtype, self.device, True)
         return self.policy
 
-    @property
-    def training(self) -> Training:
-        """What layers keep for the backward pass; a CPU's memory is the host memory already."""
-        recompute = self.config.gradient_checkpointing
-        offload = recompute and self.config.offload_checkpoints and self.device == "cuda"
-        return Training(recompute, offload)
+    @cached_property
+    def training(self) -> tuple[Training, ...]:
+        """How layers train that keep their results, and how those that are run again.
+
+        A CPU's memory is the host memory already.
+        """
+        config = self.config
+        again = Training(True, offload=config.offload_checkpoints and self.device == "cuda")
+        return {"none": (STORED,), "all": (again,), "auto": (STORED, again)}[config.recompute]
 
 
 def planned_run(config: TrainConfig, model_config: PretrainedConfig) -> PlannedRun:

@@ -41,7 +41,7 @@ def _by_packs(run: PlannedRun, batch: PackedBatch) -> list[MemoryUse]:
     embeddings, inputs = model.hidden_bytes(tokens), pack_bytes(run, batch)
     return [
         *encode_images(model, patches_of(batch), embeddings, run.device == "cuda"),
-        {"activations": inputs + 2 * embeddings + max(decoder.infer, norm.infer)},
+        {"activations": inputs + embeddings + max(decoder.infer, norm.infer)},
         {
             "activations": inputs + model.hidden_bytes(rows),
             "loss head": loss_head(run, rows, trains=False).most,
@@ -103,11 +103,11 @@ def _most_inside_layers(run: PlannedRun, batch: PackedBatch) -> int:
     model, images = run.reference, patches_of(batch)
     decoder = model.decoder(batch.segments)
     norm = model.final_norm(batch.input_ids.numel(), len(batch.loss_rows))
-    most = [decoder.infer, norm.infer]
+    most = [decoder.alone, norm.infer]
     if len(images):
         tower = model.vision_tower(images)
         pixels = pixel_bytes(model, int(images.sum())) if run.device == "cuda" else 0
-        most += [pixels + tower.embedding.infer, tower.blocks.infer, tower.merger.infer]
+        most += [pixels + tower.embedding.infer, tower.blocks.alone, tower.merger.alone]
     return max(most)
 
 

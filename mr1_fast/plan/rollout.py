@@ -64,7 +64,7 @@ def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryU
     logits = prompts * model.vocabulary * model.itemsize
     return [
         *encode_images(model, images, embeddings, copies_pixels=True),
-        {"activations": inputs + 2 * embeddings + model.decoder(batch.segments).infer},
+        {"activations": inputs + embeddings + model.decoder(batch.segments).infer},
         {"activations": embeddings, "loss head": logits + _drawing(run, first_samples)},
     ]
 

@@ -8,12 +8,14 @@ from ..config import TrainConfig
 from ..model.forward import base_model, lm_head_weight
 from ..model.policy import Policy
 from .advice import advice
+from .choice import Choice
+from .meta_model import Recomputed
 from .out_of_memory import EVALUATION_CACHE, PACK_TOKENS, ROLLOUT_CACHE
 from .plan import GIB, Plan, make_plan
 
 LOWER = "lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"
 """Advice where no plan could be made, or none of its changes helps."""
-NEW_RUN = ("--optimizer", "--lora", "--load")
+NEW_RUN = ("--optimizer", "--lora", "--load", "--freeze")
 """Flags that change what a checkpoint holds, so that no run can go on with them."""
 
 
@@ -22,6 +24,8 @@ class RunMemory:
 
     `plan` has no phases, and `problem` says why, for a model that cannot be planned: a plan
     informs, and such a model can be trained all the same.
+
+    `choice` is what the run does where its settings leave it open.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig):
@@ -33,8 +37,14 @@ class RunMemory:
         self.measured: dict[str, float] = {}
         try:
             self.plan = make_plan(self.config, self.model_config, usable=self.usable)
+            self.choice = self.plan.choice
         except Exception as error:  # whatever a model that we do not know may raise
             self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
+            inner = base_model(policy.model).model
+            trains_vision = any(p.requires_grad for p in inner.visual.parameters())
+            blocks = len(inner.visual.blocks) if trains_vision else 0
+            layers = Recomputed(len(inner.language_model.layers), blocks)
+            self.choice = Choice.without_plan(config, layers, policy.device.type == "cuda")
 
     @property
     def usable(self) -> float | None:
@@ -54,7 +64,7 @@ class RunMemory:
         needed = 1 + config.prompts_per_step * longest_group
         planned = self.plan.cache_tokens
         return {
-            PACK_TOKENS: config.tokens_per_microbatch,
+            PACK_TOKENS: self.choice.tokens,
             ROLLOUT_CACHE: planned.get("rollout", needed),
             EVALUATION_CACHE: planned.get("evaluation", needed),
         }
@@ -68,7 +78,9 @@ class RunMemory:
 
     def render(self) -> str:
         """The plan as a table, with the peaks measured so far."""
-        return self.problem or self.plan.render(self.usable, self.measured)
+        if self.problem:
+            return f"{self.problem}\n{self.choice}"
+        return self.plan.render(self.usable, self.measured)
 
     def advise(self) -> str:
         """A sentence that says what to change after the run was out of memory.
@@ -78,8 +90,12 @@ class RunMemory:
         changes = []
         if self.plan.phases:
             aim = min(self.usable or self.plan.peak, 0.9 * self.plan.peak)
+            # What `auto` has planned was too much, so it is no advice to plan it once more.
+            config = replace(self.config, tokens_per_microbatch=self.choice.tokens)
+            if config.recompute == "auto":
+                config.recompute = "all"
             try:
-                changes = advice(self.config, self.model_config, aim)
+                changes = advice(config, self.model_config, aim)
             except Exception:  # an error here would hide the one that is being reported
                 changes = []
         marked = [

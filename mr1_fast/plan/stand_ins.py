@@ -7,6 +7,7 @@ against peft's own.
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -156,17 +157,22 @@ for _device in TEXT_NAMES:
 # --- linear layers --------------------------------------------------------------------------------
 
 
+ADAPTER = "default"
+"""The name that peft gives to a model's first adapter."""
+
+
 class FourBitLinear(nn.Linear):
     """bitsandbytes' Linear4bit (nf4, double quantisation) without data.
 
     A weight takes half a byte, 64 weights share a scale of one byte, and 64·256 weights an fp32
-    scale of these. Each product makes the dequantised weight and drops it.
+    scale of these. It has the names by which model/four_bits.py knows such a layer. By itself, each
+    product makes the dequantised weight and drops it.
     """
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.bias, self.compute_dtype = linear.bias, linear.weight.dtype
 
         def empty(count: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(count, dtype=dtype, device="meta")
@@ -174,6 +180,9 @@ class FourBitLinear(nn.Linear):
         count = linear.weight.numel()
         packed = empty(-(-count // 2), torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight.quant_state = SimpleNamespace(
+            shape=linear.weight.shape, dtype=linear.weight.dtype, blocksize=64
+        )
         self.register_buffer("absmax", empty(-(-count // 64), torch.uint8))
         self.register_buffer("nested_absmax", empty(-(-count // (64 * 256)), torch.float32))
 
@@ -210,25 +219,34 @@ def use_four_bits(model: nn.Module) -> None:
 class LoraLinear(nn.Module):
     """peft's LoRA layer without data: W·x + B·A·x · scale, with A (rank, in) and B (out, rank).
 
-    peft holds the adapters of 16-bit and 4-bit weights in fp32, and casts their input to it.
+    peft holds the adapters of 16-bit and 4-bit weights in fp32, and casts their input to it. The
+    layer has peft's names, by which model/adapters.py knows it.
     """
+
+    disable_adapters = merged = False
+    active_adapters = (ADAPTER,)
 
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.base_layer = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         dtype = linear.weight.dtype
         if dtype.itemsize <= 2:
             dtype = torch.float32
         like = dict(bias=False, device="meta", dtype=dtype)
-        self.lora_A = nn.Linear(linear.in_features, rank, **like)
-        self.lora_B = nn.Linear(rank, linear.out_features, **like)
+        a = nn.Linear(linear.in_features, rank, **like)
+        b = nn.Linear(rank, linear.out_features, **like)
+        self.lora_A, self.lora_B = (nn.ModuleDict({ADAPTER: part}) for part in (a, b))
+        self.lora_dropout = nn.ModuleDict({ADAPTER: nn.Identity()})
+        self.scaling = {ADAPTER: 2.0}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out), in the dtype of the layer under the adapter."""
+        a, b = self.lora_A[ADAPTER], self.lora_B[ADAPTER]
         result = self.base_layer(x)
         dtype = result.dtype
-        x = x.to(self.lora_A.weight.dtype)
-        result = result + self.lora_B(self.lora_A(x)) * 2.0
+        x = x.to(a.weight.dtype)
+        result = result + b(a(x)) * self.scaling[ADAPTER]
         return result.to(dtype)
 
 

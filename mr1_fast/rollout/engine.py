@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import UserError
 from ..kernels.dispatch import use_triton
 from ..model.attention import use_packed_attention
-from ..model.forward import base_model
+from ..model.forward import LayerRun, base_model
 from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
@@ -49,15 +49,20 @@ class Engine:
     computes what it was captured with.
 
     encode: makes prompts of examples; by default, one that limits neither prompts nor images.
+    layers: how layers are computed where prompts are encoded.
 
     >>> engine = Engine(model, processor)  # doctest: +SKIP
     >>> engine.generate(examples, 8, Sampling(max_new_tokens=256)).texts  # doctest: +SKIP
     """
 
     def __init__(
-        self, model: nn.Module, processor: ImageTextProcessor, encode: PromptEncoder | None = None
+        self,
+        model: nn.Module,
+        processor: ImageTextProcessor,
+        encode: PromptEncoder | None = None,
+        layers: LayerRun | None = None,
     ):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.layers = model, processor, layers
         self.encode = encode or PromptEncoder(
             model, processor, max_prompt_tokens=2**31, max_pixels=2**31
         )
@@ -164,7 +169,7 @@ class Engine:
         """Encode the chosen prompts, and draw the first tokens of their samples."""
         encoded = [prompts[i] for i in chosen]
         starts = schedule.layout.prompt_start(schedule.span_of_prompt[chosen]).tolist()
-        hidden = prefill(self.model, encoded, self._decoder.pool, starts)
+        hidden = prefill(self.model, encoded, self._decoder.pool, starts, self.layers)
 
         samples = schedule.samples_of(chosen)
         uniform = torch.from_numpy(schedule.uniform[samples, 0])
@@ -267,7 +272,7 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation, without dropout and checkpointing, and back afterwards."""
+    """Put the model into evaluation, without dropout, and back afterwards."""
     was_training = model.training
     model.eval()
     try:

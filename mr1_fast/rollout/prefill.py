@@ -3,16 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from ..model.forward import lm_head_weight, packed_hidden
+from ..model.forward import LayerRun, lm_head_weight, packed_hidden
 from ..packing import pack
 from ..types import Prompt
 from .cache import Pool, PromptKeys
 
 
-def prefill(model: nn.Module, prompts: list[Prompt], pool: Pool, starts: list[int]) -> Tensor:
+def prefill(
+    model: nn.Module,
+    prompts: list[Prompt],
+    pool: Pool,
+    starts: list[int],
+    layers: LayerRun | None = None,
+) -> Tensor:
     """Encode P prompts: returns the final hidden states (P, D) of their last tokens.
 
-    The keys and values of prompt i go into the pool from token `starts[i]` on.
+    The keys and values of prompt i go into the pool from token `starts[i]` on. `layers` says how
+    the layers are computed.
     """
     device = lm_head_weight(model).device
     # A completion of one token is no input, but makes the prompt's last token a row of the result.
@@ -23,4 +30,4 @@ def prefill(model: nn.Module, prompts: list[Prompt], pool: Pool, starts: list[in
         for start, p in zip(starts, prompts, strict=True)
     ]
     cache = PromptKeys(pool, torch.cat(spans).to(device))
-    return packed_hidden(model, batch.to(device), past_key_values=cache)
+    return packed_hidden(model, batch.to(device), layers, past_key_values=cache)

@@ -37,10 +37,11 @@ def test_launches_of_transformers_layers(setting):
 
 
 MOST = {
-    Setting("2B", "all weights", TEXT): 50,
-    Setting("2B", "all weights", VISION): 36,
-    Setting("2.5-3B", "all weights", VISION): 41,
-    Setting("2B", "LoRA", TEXT): 70,
+    Setting("2B", "all weights", TEXT): 39,
+    Setting("2B", "all weights", VISION): 35,
+    Setting("2.5-3B", "all weights", VISION): 36,
+    Setting("2B", "LoRA", TEXT): 69,
+    Setting("2B", "LoRA on 4 bits", TEXT): 111,  # 42 of them are bitsandbytes' dequantisation
 }
 """Launches that a layer of ours may take, with recomputation and backward."""
 

@@ -98,7 +98,7 @@ def test_the_layout_of_each_task(tmp_path):
 @pytest.mark.parametrize("task", ["counting", "geometry", "figures"])
 def test_records_of_an_evaluation(task, model, processor, tmp_path):
     examples = load_examples(task, "drawn", "test", 0).all(3)
-    policy = make_policy(model, processor, ModelConfig(device="cpu", gradient_checkpointing=False))
+    policy = make_policy(model, processor, ModelConfig(device="cpu"))
     judge = get_task(task).judge("strict")
     records = evaluate(
         policy, judge, examples, Sampling(max_new_tokens=4, temperature=1.0), num_generations=2

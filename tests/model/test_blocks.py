@@ -139,9 +139,11 @@ def operations_per_layer(policy: Policy, recompute: bool) -> Counter:
     return counts[1] - counts[0]
 
 
-@pytest.mark.parametrize("recompute, products", [(True, 35), (False, 27)], ids=["again", "kept"])
-def test_adapters_add_few_operations(recompute, products):
-    """Beside their products, one that casts all matrices of a layer in a pass over the model.
+@pytest.mark.parametrize(
+    "recompute, products, casts", [(True, 35, 2), (False, 27, 1)], ids=["again", "kept"]
+)
+def test_adapters_add_few_operations(recompute, products, casts):
+    """Beside their products, one each time that a layer runs, which casts all of its matrices.
 
     Forward, each of the four groups makes t and adds its runs of layers, of which q, k, v are two:
     4 + 5. So does recomputation, but for the MLP's last layer, which it leaves out: 3 + 4. Backward
@@ -153,5 +155,26 @@ def test_adapters_add_few_operations(recompute, products):
     added = operations_per_layer(adapted_policy(), recompute)
     added.subtract(operations_per_layer(plain, recompute))
     assert sum(added.pop(name, 0) for name in PRODUCTS) == products
-    assert added.pop("_foreach_copy_") == 1
+    assert added.pop("_foreach_copy_") == casts
     assert not any(added.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_cast_adapters_live_as_long_as_their_layer_needs_them(recompute, monkeypatch):
+    policy, made = adapted_policy(torch.bfloat16, recompute=recompute), []
+    of = blocks.Linears.of
+    monkeypatch.setattr(
+        blocks.Linears, "of", lambda *modules: (made.append(of(*modules)), made[-1])[1]
+    )
+
+    def cast() -> int:
+        return sum(bool(each.adapters and each.adapters._cast) for each in made)
+
+    batch = batch_of(policy)
+    with torch.no_grad():
+        policy.logprobs(batch, 0.7)
+    assert made and cast() == 0
+    logp = policy.logprobs(batch, 0.7)[0]
+    assert cast() == (3 * 4 if recompute == "none" else 0), "three layers of four groups"
+    logp.sum().backward()
+    assert cast() == 0

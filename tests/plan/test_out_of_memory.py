@@ -39,6 +39,39 @@ def test_half_once_and_for_good():
     ]
 
 
+def test_relief_comes_before_half_the_amount():
+    said, tried, changes = [], [], ["all layers recomputed"]
+
+    def work(amount: int) -> int:
+        tried.append((amount, bool(changes)))
+        if amount > 60:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return amount
+
+    def relief() -> str:
+        return changes.pop() if changes else ""
+
+    room = room_for(100, said)
+    assert room.attempt("tokens_per_microbatch", work, relief=relief) == 50
+    assert room.attempt("tokens_per_microbatch", work, relief=relief) == 50
+    assert tried == [(100, True), (100, False), (50, False), (50, False)]
+    before = "out of memory with tokens_per_microbatch = 100: once more, and from here on, with "
+    assert said == [before + "all layers recomputed", before + "50"]
+
+
+@pytest.mark.parametrize("recompute, changes", [("auto", True), ("none", False)])
+def test_layers_are_recomputed_where_memory_runs_out_and_the_settings_leave_it_open(
+    recompute, changes
+):
+    policy = tiny_policy(recompute=recompute)
+    policy.layers.recompute_text, policy.layers.recompute_vision = 1, 0
+    run = stage_run(policy, train.TrainConfig(recompute=recompute))
+    assert run.recompute_all() == ("all layers recomputed" if changes else "")
+    assert policy.layers.recompute_text == (3 if changes else 1)
+    assert policy.layers.recompute_vision == (2 if changes else 0)
+    assert run.recompute_all() == ""
+
+
 @pytest.mark.parametrize("amount", [100, 1])
 def test_a_second_failure_ends_with_advice(amount):
     def work(amount: int):
@@ -132,15 +165,35 @@ def test_rows_keep_their_data_when_packed_anew():
         )
 
 
+def test_a_step_that_recomputes_after_it_ran_out_of_memory_changes_no_bit():
+    weights, said = [], []
+    for runs_out in (False, True):
+        policy = tiny_policy()
+        rollout, config = drawn_rollout(policy), train.TrainConfig(learning_rate=1e-3)
+        run = stage_run(policy, config, 200, said, optimizer=make_optimizer(policy.model, config))
+        batches = train.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200)
+        calls = []
+
+        def batch_loss(policy, batch, config=config, calls=calls, runs_out=runs_out):
+            calls.append(policy.layers.recompute_text)
+            if runs_out and len(calls) == 2:
+                raise torch.OutOfMemoryError(NO_ROOM)
+            return train.grpo_batch_loss(policy, batch, 0.0, config)
+
+        train.learn(run, batches, batch_loss, 0)
+        assert calls == ([0, 0, *[3] * len(batches)] if runs_out else [0] * len(batches))
+        weights.append([p.detach().clone() for p in policy.model.parameters()])
+    assert len(said) == 1 and said[0].endswith("with all layers recomputed")
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
     """Memory "runs out" in the update's second pack, when gradients of the first exist already."""
     weights = []
     for budget in (200, 100):
         policy = tiny_policy()
         rollout = drawn_rollout(policy)
-        config = train.TrainConfig(
-            learning_rate=1e-3, updates_per_batch=2, tokens_per_microbatch=budget
-        )
+        config = train.TrainConfig(learning_rate=1e-3, updates_per_batch=2, recompute="none")
         optimizer, said, calls = make_optimizer(policy.model, config), [], []
         batches = train.pack_rollout(
             rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget

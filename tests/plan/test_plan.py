@@ -1,5 +1,6 @@
 """The memory plan: it equals what real steps allocate, counts by hand, and its advice works."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ from mr1_fast.model.load import make_policy
 from mr1_fast.model.reference import Reference
 from mr1_fast.optim import make_optimizer, update
 from mr1_fast.plan.advice import advice
+from mr1_fast.plan.choice import MARGIN, Choice
 from mr1_fast.plan.command import print_plan
 from mr1_fast.plan.layers import nbytes
-from mr1_fast.plan.plan import make_plan, usable_bytes
+from mr1_fast.plan.plan import Plan, make_plan, usable_bytes
 from mr1_fast.plan.planned_run import PlannedRun, planned_run
 from mr1_fast.plan.resident import resident
 from mr1_fast.plan.run_memory import RunMemory
@@ -86,19 +88,20 @@ def held(value) -> int:
 
 
 def measure(
-    config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths
-) -> tuple[int, dict[str, int], Workload]:
-    """Measure a step: bytes between phases, bytes that each phase adds at its peak, workload."""
+    config: TrainConfig, model_config: Qwen2VLConfig, grids, lengths, choice: Choice
+) -> tuple[int, dict[str, int]]:
+    """Measure a step: bytes between phases, and bytes that each phase adds at its peak."""
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
+    choice.apply(policy.layers)
     optimizer, reference = make_optimizer(policy.model, config), Reference(policy, config.reference)
     prompts = [random_prompt(*grid) for grid in grids]
     completions = [torch.randint(20, 200, (length,)) for length in lengths]
     logprobs = [torch.zeros(len(ids)) for ids in completions]
     rollout = Rollout([], prompts, completions, [], [], logprobs, config.num_generations)
     batches = pack_rollout(
-        rollout, torch.randn(len(prompts), config.num_generations), config.tokens_per_microbatch
+        rollout, torch.randn(len(prompts), config.num_generations), choice.tokens
     )
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
@@ -106,7 +109,11 @@ def measure(
     learn = partial(update, policy, optimizer, batches, batch_loss, 0, 10, config)
     learn()  # makes the optimizer's state
     always = nbytes(policy.model) + held(list(optimizer.state.values()))
-    always += 0 if reference.has_adapter else nbytes(reference.policy.model)
+    if not reference.has_adapter:
+        ours, frozen = policy.model, reference.policy.model
+        shared = {p.data_ptr() for p in ours.parameters()}
+        own = [t for t in (*frozen.parameters(), *frozen.buffers()) if t.data_ptr() not in shared]
+        always += held(own)
 
     processor = SimpleNamespace(
         tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: [])
@@ -114,8 +121,8 @@ def measure(
     sampling = Sampling(max(lengths), top_p=config.top_p)
 
     def sample():  # an engine of its own, as a training step has
-        engine = Engine(policy.model, processor, encode=len)
-        at_once = config.tokens_per_microbatch
+        engine = Engine(policy.model, processor, len, policy.layers)
+        at_once = choice.tokens
         engine.generate(
             [], config.num_generations, sampling, prompts=prompts, prefill_tokens=at_once
         )
@@ -127,47 +134,50 @@ def measure(
         "reference": lambda: reference.logprobs(batches, 1.0),
         "update": learn,
     }
-    work = Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
     # Without bf16 instructions oneDNN multiplies fp32 copies that it makes in each product.
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     with torch.backends.mkldnn.flags(enabled=config.dtype != "bfloat16" or has_bf16):
         peaks = {phase: peak_bytes(call, config.device) for phase, call in phases.items()}
-    return always, peaks, work
+    return always, peaks
+
+
+def workload(grids, lengths) -> Workload:
+    """The prompts and completions that `measure` is given."""
+    return Workload([g[0] for g in grids], [g[1] * g[2] for g in grids], list(lengths))
 
 
 IMAGES = dict(grids=((200, 16, 16), (150, 8, 16)), lengths=(32, 24) * 4)
 LONG = dict(grids=((120, 8, 8), (100, 4, 8)), lengths=(32, 24) * 8)
 CASES = {
-    "checkpointed": (IMAGES, {}, {}),
-    "stored, 8-bit reference": (IMAGES, dict(gradient_checkpointing=False, reference="8bit"), {}),
-    "lora, stored": (IMAGES, dict(lora=True, gradient_checkpointing=False), {}),
-    "lora bf16": (IMAGES, dict(lora=True, dtype="bfloat16"), {}),
+    "recomputed": (IMAGES, dict(recompute="all"), {}),
+    "stored": (IMAGES, dict(recompute="none"), {}),
+    "transformers' layers, recomputed": (IMAGES, dict(recompute="all", fused_layers=False), {}),
+    "transformers' layers, stored": (IMAGES, dict(recompute="none", fused_layers=False), {}),
+    "frozen vision": (IMAGES, dict(freeze_vision=True), {}),
+    "stored, 8-bit reference": (IMAGES, dict(recompute="none", reference="8bit"), {}),
+    "lora, stored": (IMAGES, dict(lora=True, recompute="none"), {}),
+    "lora bf16": (IMAGES, dict(lora=True, dtype="bfloat16", recompute="all"), {}),
     "exact bf16, several packs": (
         IMAGES,
-        dict(tokens_per_microbatch=320, dtype="bfloat16"),
+        dict(tokens_per_microbatch=320, dtype="bfloat16", recompute="all"),
         dict(vocab_size=3000),
     ),
     "stochastic bf16, cache": (
         LONG,
-        dict(optimizer="adamw_stochastic", dtype="bfloat16"),
+        dict(optimizer="adamw_stochastic", dtype="bfloat16", recompute="all"),
         dict(vocab_size=8_000),
     ),
     "top_p, untied": (
         LONG,
-        dict(top_p=0.9, gradient_checkpointing=False),
+        dict(top_p=0.9, recompute="none"),
         dict(vocab_size=8_000, tied=False),
     ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_plan_is_what_a_step_allocates(case):
-    shapes, settings, sizes = CASES[case]
-    generations = len(shapes["lengths"]) // len(shapes["grids"])
-    fixed = dict(device="cpu", dtype="float32", num_generations=generations, eval_samples=0)
-    config = TrainConfig(**{**fixed, **settings})
-    always, measured, work = measure(config, small_config(**sizes), **shapes)
-    plan = make_plan(config, small_config(**sizes), work)
+def bounded(config: TrainConfig, shapes: dict, sizes: dict, plan: Plan) -> None:
+    """Assert that a plan is what a step allocates that does as the plan has chosen."""
+    always, measured = measure(config, small_config(**sizes), **shapes, choice=plan.choice)
     errors = {phase: plan.total(phase) / (always + measured[phase]) - 1 for phase in measured}
     beside = {phase: (plan.total(phase) - always) / measured[phase] - 1 for phase in measured}
     print(
@@ -179,6 +189,49 @@ def test_the_plan_is_what_a_step_allocates(case):
     assert max(map(abs, errors.values())) < 0.05, errors
     work_space = 0.25 if config.dtype == "bfloat16" else 0.06  # oneDNN lays 16-bit numbers out anew
     assert max(map(abs, beside.values())) < work_space, beside
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_a_step_allocates(case):
+    shapes, settings, sizes = CASES[case]
+    generations = len(shapes["lengths"]) // len(shapes["grids"])
+    fixed = dict(device="cpu", dtype="float32", num_generations=generations, eval_samples=0)
+    config = TrainConfig(**{**fixed, **settings})
+    plan = make_plan(config, small_config(**sizes), workload(**shapes))
+    bounded(config, shapes, sizes, plan)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "transformers"])
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
+def test_auto_keeps_what_fits_and_the_plan_is_what_a_step_allocates(share, fused):
+    config = TrainConfig(
+        device="cpu", dtype="float32", num_generations=4, eval_samples=0, fused_layers=fused
+    )
+    work = workload(**IMAGES)
+    most, least = (
+        make_plan(replace(config, recompute=value), small_config(), work).total("update")
+        for value in ("none", "all")
+    )
+    limit = least + share * (most - least)
+    plan = make_plan(config, small_config(), work, usable=limit / (1 - MARGIN))
+    recomputed = plan.choice.recomputed
+    assert 0 < recomputed.text + recomputed.vision < 8
+    assert least < plan.total("update") <= limit
+    bounded(config, IMAGES, {}, plan)
+
+
+def test_a_frozen_vision_tower_takes_less():
+    config = TrainConfig(device="cpu", num_generations=4, eval_samples=0)
+    before, after = (
+        make_plan(replace(config, freeze_vision=frozen), small_config(), workload(**IMAGES))
+        for frozen in (False, True)
+    )
+    vision = Qwen2VLForConditionalGeneration(small_config()).model.visual
+    size = nbytes(vision, trainable=True)
+    states = [plan.phases["update"]["optimizer"] for plan in (before, after)]
+    assert states[0] - states[1] == 2 * size
+    assert after.choice.layers.vision == 0 and "vision" not in str(after.choice)
+    assert after.total("update") < before.total("update") - 2 * size
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -195,8 +248,8 @@ def test_the_plan_is_what_cuda_allocates(settings):
             **settings,
         }
     )
-    always, measured, work = measure(config, small_config(), **IMAGES)
-    plan = make_plan(config, small_config(), work)
+    plan = make_plan(config, small_config(), workload(**IMAGES))
+    always, measured = measure(config, small_config(), **IMAGES, choice=plan.choice)
     tensors = {phase: plan.total(phase) - plan.phases[phase]["workspace"] for phase in measured}
     if config.reference == "offload":  # measured in host memory, where the plan has nothing
         always = sum(
@@ -241,29 +294,44 @@ def test_four_bits_by_hand():
 
 def test_advice_makes_it_fit():
     config = TrainConfig(model=QWEN_2B, optimizer="adamw", prompts_per_step=4, eval_samples=0)
-    model_config = find_model_config(QWEN_2B)
-    lines = advice(config, model_config, usable_bytes(21))
+    model_config, usable = find_model_config(QWEN_2B), usable_bytes(21)
+    lines = advice(config, model_config, usable)
     assert 1 < len(lines) <= 3 and lines[0].startswith("--optimizer adamw_exact: update")
     flags = " ".join(line.partition(":")[0] for line in lines).split()
     settings = {
         f"--{name}={value}" for name, value in vars(config).items() if value not in (None, {}, [])
     }
     changed = parse_train_config([*settings, *flags])
-    assert (
-        make_plan(config, model_config).peak
-        > usable_bytes(21)
-        >= make_plan(changed, model_config).peak
+    before, after = (make_plan(each, model_config, usable=usable) for each in (config, changed))
+    assert before.peak > usable >= after.peak
+    assert before.choice.recomputed == before.choice.layers
+    assert advice(changed, model_config, usable) == []
+
+
+def test_advice_goes_from_what_changes_no_number_to_what_makes_another_run():
+    config = TrainConfig(
+        model=QWEN_2B,
+        optimizer="adamw_stochastic",
+        reference="offload",
+        prompts_per_step=4,
+        eval_samples=0,
+        recompute="none",
+        tokens_per_microbatch=6144,
     )
-    assert advice(changed, model_config, usable_bytes(21)) == []
+    model_config = find_model_config(QWEN_2B)
+    assert advice(config, model_config, usable_bytes(23))[0].startswith("--recompute auto: update")
+    flags = [line.split()[0] for line in advice(config, model_config, usable_bytes(12))]
+    assert flags == ["--recompute", "--tokens-per-microbatch", "--freeze-vision"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_fit_their_card(recipe):
-    config = parse_train_config(["--config", str(recipe)])
-    target = 20 if "7b" in recipe.stem else 22
-    assert (
-        make_plan(config, find_model_config(config.model)).peak <= target * 2**30 < usable_bytes(24)
-    )
+    config, usable = parse_train_config(["--config", str(recipe)]), usable_bytes(24)
+    plan = make_plan(config, find_model_config(config.model), usable=usable)
+    assert plan.total("update") <= (1 - MARGIN) * usable and not plan.excess(usable)
+    groups = config.max_prompt_tokens + config.num_generations * config.max_new_tokens
+    assert plan.choice.tokens >= groups, "no group is split"
+    assert str(plan.choice) == plan.render(usable).splitlines()[-1]
 
 
 def test_a_run_shows_its_plan_and_what_was_measured_beside_it():
@@ -274,15 +342,15 @@ def test_a_run_shows_its_plan_and_what_was_measured_beside_it():
     assert "measured" not in memory.render() and memory.render().startswith("MiB ")
     for peak in (0.25, 0.5, 0.125):
         memory.record({"peak_gib_update": peak, "loss": 1.0})
-    *_, measured = memory.render().splitlines()
+    *_, measured, chosen = memory.render().splitlines()
+    assert chosen == "recomputed: 0 of 3 text layers, 0 of 2 vision blocks; packs of 4,096 tokens"
     assert measured.split() == ["measured", "–", "–", "512.00", "–"]
 
 
 def test_the_kv_cache_takes_what_is_left_and_no_more_than_is_of_use():
-    config, model_config = (
-        TrainConfig(model=QWEN_2B, device="cuda", prompts_per_step=32),
-        find_model_config(QWEN_2B),
-    )
+    settings = dict(tokens_per_microbatch=4096, recompute="all", prompts_per_step=32)
+    config = TrainConfig(model=QWEN_2B, device="cuda", **settings)
+    model_config = find_model_config(QWEN_2B)
     whole = make_plan(config, model_config)
     rows = whole.cache_tokens
     assert (
@@ -328,7 +396,10 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
     monkeypatch.setattr("mr1_fast.plan.plan.planned_run", fail)
     memory = RunMemory(tiny_policy(), TrainConfig())
     memory.record({"peak_gib_update": 1.0})
-    assert memory.render() == "no memory plan could be made (NotImplementedError: no meta kernel)"
+    problem, chosen = memory.render().splitlines()
+    assert problem == "no memory plan could be made (NotImplementedError: no meta kernel)"
+    assert chosen == "recomputed: 0 of 3 text layers, 0 of 2 vision blocks; packs of 4,096 tokens"
+    assert memory.amounts()["tokens_per_microbatch"] == 4096
     assert (
         memory.advise()
         == "To make room: lower --tokens-per-microbatch, --prompts-per-step or --max-pixels."
@@ -340,6 +411,12 @@ def test_command(capsys):
     printed = capsys.readouterr().out
     assert "too much" in printed and "to make it fit:" in printed
     assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_a_cpu_has_no_limit(capsys):
+    print_plan(parse(["--model", "tiny", "--vram", "0.1", "--device", "cpu"]))
+    printed = capsys.readouterr().out
+    assert "on cpu in float32" in printed and "usable" not in printed and "fit" not in printed
 
 
 def test_bad_input():

@@ -33,18 +33,17 @@ LENGTHS = (32, 24) * 8
 
 
 def offloading(**settings) -> TrainConfig:
-    fixed = dict(
-        device="cpu", dtype="float32", reference="offload", num_generations=4, fused_layers=False
-    )
+    fixed = dict(device="cpu", dtype="float32", reference="offload", num_generations=4)
     return TrainConfig(**fixed | settings)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "transformers"])
 @pytest.mark.parametrize("budget", [320, 640, 2000])
 @pytest.mark.parametrize("waits_on_device", [True, False])
-def test_the_plan_is_what_a_pass_by_layers_allocates(budget, waits_on_device, monkeypatch):
+def test_the_plan_is_what_a_pass_by_layers_allocates(budget, waits_on_device, fused, monkeypatch):
     for module in (reference_module, planned_module):
         monkeypatch.setattr(module, "states_wait_on_device", lambda *_: waits_on_device)
-    config = offloading(tokens_per_microbatch=budget)
+    config = offloading(tokens_per_microbatch=budget, fused_layers=fused)
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(small_config())
     reference = Reference(make_policy(model, SimpleNamespace(), config), "offload")

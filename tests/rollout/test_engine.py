@@ -151,8 +151,21 @@ def test_greedy_logprobs_are_at_temperature_1(policy, engine):
     )
 
 
+def test_prompts_are_encoded_as_the_policy_computes_its_layers():
+    for fused, expected in ((True, []), (False, [1, 1])):
+        policy, calls = tiny_policy(torch.float64, fused_layers=fused), []
+        engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
+        layer = policy.model.model.language_model.layers[0]
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        drawn = engine.generate(mixed_examples(), 2, Sampling(8), prefill_tokens=100)
+        assert bool(calls) == (not fused) and calls[:2] == expected
+        if fused:
+            first = lists(drawn)
+    assert lists(drawn) == first
+
+
 def test_new_weights_count_at_once_and_nothing_stays_on_the_model():
-    policy = tiny_policy(gradient_checkpointing=True)
+    policy = tiny_policy(recompute="all")
     engine = engine_of(policy)
     policy.model.train()
     before = engine.generate(mixed_examples(), 2, Sampling(8))

@@ -89,6 +89,18 @@ def test_every_row_counts_once_in_the_sums(device):
         assert torch.equal(partial[:, 1].sum(0), torch.full_like(weight, rows))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts, rows, d", [(1, 1, 1), (3, 2, 80), (130, 1, 1536), (65, 2, 1280)])
+def test_parts_add_up(device, parts, rows, d, dtype):
+    partial = draw(parts, rows, d).to(device)
+    sums = operations.norm_gradients(partial, draw(d).to(device, dtype))
+    exact = partial.double().sum(0)
+    rounding = torch.finfo(dtype).eps / 2 + parts * 2**-24
+    assert sums.dtype == dtype
+    bound = rounding * partial.double().abs().sum(0)
+    assert ((sums.double() - exact).abs() <= bound).all()
+
+
 def test_the_order_of_programs_does_not_matter(device, reverse_grid):
     arguments = [draw(ROWS, 80, seed=seed).to(device) for seed in range(3)]
     arguments += [draw(80).to(device), draw(80).to(device), EPS, True, True]

@@ -21,6 +21,9 @@ from .strides import require_adjacent
 
 BYTES_PER_WARP = 1024
 """Bytes of a row that a warp holds: 32 a thread, and 16 on AMD, so that accesses have 128 bits."""
+SUM_COLUMNS, SUM_PARTS = 64, 64
+"""Columns of a program that adds up the parts of dweight and dbias, and the parts that it loads at
+a time: 128 bytes a thread."""
 STAGES = 2
 """Rows in flight in a program of the backward: the one that is worked on, and the next."""
 
@@ -122,6 +125,21 @@ def _norm_backward_kernel(
             tl.store(PARTIAL + (2 * program + 1) * D + columns, dbias, mask=mask)
 
 
+@triton.jit(do_not_specialize=["parts"])
+def _norm_gradients_kernel(
+    PARTIAL, OUT, parts, WIDTH, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Add up BLOCK columns of all parts, PARTS at a time and always in the same order."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (columns < WIDTH)[None, :]
+        at = part.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        total += tl.sum(tl.load(PARTIAL + at, mask=mask, other=0.0), 0)
+    tl.store(OUT + columns, total.to(OUT.dtype.element_ty), mask=columns < WIDTH)
+
+
 # --- launchers ----------------------------------------------------------------------------------
 
 
@@ -171,6 +189,17 @@ def norm_backward(
         STAGES=STAGES, **_row_options(x),
     )  # fmt: skip
     return dx, normed, partial
+
+
+def norm_gradients(partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`operations.norm_gradients`, with a program for every SUM_COLUMNS columns."""
+    parts, *shape = partial.shape
+    out = weight.new_empty(shape)
+    launch(
+        _norm_gradients_kernel, (triton.cdiv(out.numel(), SUM_COLUMNS),), weight.device,
+        partial, out, parts, out.numel(), PARTS=SUM_PARTS, BLOCK=SUM_COLUMNS,
+    )  # fmt: skip
+    return out
 
 
 def _row_options(x: torch.Tensor) -> dict[str, int]:

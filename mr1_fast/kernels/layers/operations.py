@@ -73,6 +73,19 @@ def norm_backward(
     return reference.norm_backward_ref(*inputs)
 
 
+def norm_gradients(partial: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Add up the parts (parts, 1 or 2, D) that `norm_backward` gives: (1 or 2, D).
+
+    The first row is the gradient by the weight, the second that by the bias, in the dtype of
+    `weight` (D,).
+    """
+    if use_triton(weight):
+        from . import norm_triton
+
+        return norm_triton.norm_gradients(partial, weight)
+    return partial.sum(0).to(weight.dtype)
+
+
 def sum_parts(x: torch.Tensor) -> int:
     """Return in how many parts `norm_backward` gives the sums over the rows of x.
 

@@ -62,13 +62,21 @@ def _fake_norm_backward(
     )
 
 
+def _fake_norm_gradients(partial, weight):
+    return weight.new_empty(partial.shape[1:])
+
+
 _norm = _operator(operations.norm, _fake_norm)
 _add_norm = _operator(operations.add_norm, _fake_add_norm)
 norm_backward = _operator(operations.norm_backward, _fake_norm_backward)
 """`operations.norm_backward` as an operator."""
+norm_gradients = _operator(operations.norm_gradients, _fake_norm_gradients)
+"""`operations.norm_gradients` as an operator."""
 
 
-def _norm_gradients(ctx, dnormed: Tensor, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
+def _row_and_weight_gradients(
+    ctx, dnormed: Tensor, dresidual: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Return dx, dweight and dbias; the last two are None where nobody needs them."""
     x, weight, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[-3:-1]
@@ -77,7 +85,7 @@ def _norm_gradients(ctx, dnormed: Tensor, dresidual: Tensor | None) -> tuple[Ten
     )
     if not any(needs):
         return dx, None, None
-    sums = partial.sum(0).to(weight.dtype)
+    sums = norm_gradients(partial, weight)
     return dx, *(sums[i] if need else None for i, need in enumerate(needs))
 
 
@@ -93,7 +101,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dnormed: Tensor):
-        return *_norm_gradients(ctx, dnormed, None), None
+        return *_row_and_weight_gradients(ctx, dnormed, None), None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -111,7 +119,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dresidual: Tensor, dnormed: Tensor):
-        dx, *by_weights = _norm_gradients(ctx, dnormed, _adjacent(dresidual))
+        dx, *by_weights = _row_and_weight_gradients(ctx, dnormed, _adjacent(dresidual))
         return dx, dx, *by_weights, None
 
 
