@@ -1,4 +1,4 @@
-"""Kernels, one package an operation: the GRPO loss, a rollout's decode step, AdamW.
+"""Kernels, one package an operation: the GRPO loss, a layer, a rollout's decode step, AdamW.
 
 Each package holds a reference in PyTorch, which is the specification and the oracle of the tests,
 the kernels, the launchers that check and allocate, and the functions that choose among them. What

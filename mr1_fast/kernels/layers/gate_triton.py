@@ -1,9 +1,11 @@
 """The gating of a layer's MLP and its activation in Triton, forward and backward.
 
-A program computes BLOCK columns of a row. Everything is read once and written once; the sigmoid is
-computed again in the backward, which writes the output, too. The width and the strides of rows are
-constants of a kernel: a model has one or two, and only so the compiler sees that accesses may have
-64 bits where a width is a multiple of 4 columns alone, as 3,420 is; of other widths they have 128.
+A program computes BLOCK columns of a row. Everything is read once and written once: gating moves 3
+numbers for each of its F columns forward (gate, up, output) and 6 backward (the output's gradient,
+gate and up in; their gradients and the output out), the activation 2 and 4. The width and the
+strides of rows are constants of a kernel: a model has one or two, and only so the compiler sees
+that accesses may have 64 bits where a width is a multiple of 4 columns alone, as 3,420 is; of other
+widths they have 128.
 """
 
 import torch

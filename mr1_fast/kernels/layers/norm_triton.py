@@ -5,8 +5,9 @@ row. Backward, a fixed number of programs go through the rows in order, the next
 while one is worked on; each adds up its own part of dweight and dbias in registers, and writes it
 once at its end. Nothing is added by atomics, so the same rows give the same bits.
 
-Backward moves dnormed, dresidual and x in, dx and the normed row out, and 4 or 8 bytes per column
-and program. The weights stay in registers.
+Forward moves x and the update in, the residual and the normed row out. Backward moves dnormed,
+dresidual and x in, dx and the normed row out, and 4 or 8 bytes per column and program. The weights
+stay in registers.
 
 Only D, the dtype, and which inputs exist select a kernel; the number of rows does not.
 """

@@ -1,9 +1,10 @@
 """The operators of `torch.ops.mr1_fast` on the rows of a layer, and their gradients.
 
 Each is one dispatched operation, on meta tensors, too, so that a plan of memory use or a compiler
-sees one node. A layer has seven of them in the forward alone, so they are registered without
-`torch.library.custom_op`, whose wrappers take three times as long per call; the gradients are
-autograd Functions, which are entered only where a gradient is needed.
+sees one node. A layer has four in each pass, so they are registered without
+`torch.library.custom_op`, whose wrappers take three times as long per call. Gradients are autograd
+Functions, which are entered only where a gradient is needed: the operators themselves have none,
+and the backward ones are called where gradients are off, as in a backward.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,10 @@
 
 Programs work on queries first, then on keys, then on values. Each holds some heads, counted over
 all tokens, as their two halves, which are each other's partners: every channel is read once and
-written once. A token's angles, and the bias, are read again for each of its heads, from the L1
-cache. Heads of any even width work: their halves are padded to a power of two, and what is beyond
-them is neither read nor written.
+written once, in both passes. A token's angles, and the bias, are read again for each of its heads,
+from the L1 cache. Sections of M-RoPE and the two dimensions of patches are in the angles. Heads of
+any even width work: their halves are padded to a power of two, and what is beyond them is neither
+read nor written.
 """
 
 import torch
