@@ -180,9 +180,9 @@ def launch_layers(
         bias = weight if is_vision else None
         for update in (x, None):
             norm_triton.add_norm(x, update, weight, bias, 1e-6)
-        for needed in (True, False):
-            dresidual = x if needed else None
-            norm_triton.norm_backward(x, dresidual, x, weight, bias, 1e-6, needed, needed, 528)
+        norm_triton.norm_backward(x, None, x, weight, bias, 1e-6, False, False, 528)
+        _, _, partial = norm_triton.norm_backward(x, x, x, weight, bias, 1e-6, True, True, 528)
+        norm_triton.norm_gradients(partial, weight)
         width = (heads + 2 * kv_heads) * d
         cos = empty(tokens, d, dtype=torch.float32 if is_vision else dtype)
         q, k, v = rotary_triton.rotary(

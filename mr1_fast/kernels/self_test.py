@@ -213,7 +213,9 @@ def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Te
         "activation": ("quick_gelu", x),
         "gradient of an activation": ("quick_gelu_backward", gradient, x),
     }
-    pairs = {}
+    parts = torch.randn(70, 2, 96, generator=generator)
+    summed = layers.norm_gradients(parts.to(device), x[0].to(device))
+    pairs = {"a layer's sums of parts": (summed, parts.sum(0))}
     for name, (operation, *arguments) in calls.items():
         there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
         ours = getattr(layers, operation)(*there)

@@ -61,11 +61,13 @@ def test_kernels_of_layers_compile_without_spills_and_with_wide_accesses(target)
     assert {row["kernel"] for row in rows} == {
         f"layer {name}"
         for name in (
-            *("norm", "norm_backward", "rotary", "silu_mul", "silu_mul_backward"),
-            *("quick_gelu", "quick_gelu_backward"),
+            *("norm", "norm_backward", "norm_gradients", "rotary"),
+            *("silu_mul", "silu_mul_backward", "quick_gelu", "quick_gelu_backward"),
         )
     }
-    assert [row for row in rows if not row["fits"] or row["short"]] == []
+    assert [row for row in rows if not row["fits"]] == []
+    # One column of a sum in 16 bits is all that a thread of norm_gradients writes.
+    assert {row["kernel"] for row in rows if row["short"]} == {"layer norm_gradients"}
 
 
 def test_an_mlp_of_3420_columns_has_no_16_bit_accesses():
@@ -83,8 +85,8 @@ def test_new_lengths_of_a_layer_compile_nothing():
     with compile_table.captured(H100) as compiled:
         for tokens in (6144, 1, 16, 77, 4095):
             compile_table.launch_layers(torch.bfloat16, [text], tokens=tokens)
-    assert len(compiled) == 5 * 8
-    assert len({id(kernel) for _, kernel in compiled}) == 8
+    assert len(compiled) == 5 * 9
+    assert len({id(kernel) for _, kernel in compiled}) == 9
 
 
 def test_a_vocabulary_that_breaks_wide_accesses_is_told_apart():

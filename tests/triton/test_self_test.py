@@ -17,6 +17,7 @@ KERNELS = [
     (step_triton, "_add_stochastic_kernel"),
     (norm_triton, "_norm_kernel"),
     (norm_triton, "_norm_backward_kernel"),
+    (norm_triton, "_norm_gradients_kernel"),
     (rotary_triton, "_rotary_kernel"),
     (gate_triton, "_silu_mul_kernel"),
     (gate_triton, "_silu_mul_backward_kernel"),
