@@ -25,6 +25,7 @@ from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
+from ..kernels.layers.strides import adjacent
 from .adapters import Adapters, cast_adapters, forget_casts
 from .linears import NOTHING, Kept, Linears
 
@@ -202,10 +203,10 @@ class _AttentionInputs(Function):
         norm, linears, kept = ctx.block.norm1, ctx.block.qkv, next(Kept.among(saved))
         _, _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
         needs_norm, _, needs_bias, *needs_linears = needs
-        dqkv = fused.rotary_backward(dq, dk, dv, cos, sin)
+        dqkv = fused.rotary_backward(*map(adjacent, (dq, dk, dv)), cos, sin)
         dx, dt = linears.input_gradient(dqkv, kept)
         dh, x, partial = fused.norm_backward(
-            dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
+            dx, adjacent(dh), h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
         )
         gradients = linears.gradients(dqkv, x, needs_linears, kept, dt)
         forget_casts(ctx.block.adapters)
@@ -261,7 +262,7 @@ class _AfterAttention(Function):
         del dactivated, activated
         dx, dt_up = block.up.input_gradient(dup, kept_up)
         dh, x, partial = fused.norm_backward(
-            dx, dh, h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
+            dx, adjacent(dh), h, norm.weight, norm.bias, norm.eps, any(needs_up), needs_norm
         )
         biases = [
             dy.sum(0) if needed else None

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 
 
 def join_weights(layers: Iterable[nn.Module]) -> None:
-    """Move the weights of such linear layers in transformer layers next to one another."""
+    """Move the weights of such linear layers in transformer layers next to one another.
+
+    Weights that already lie so stay where they are: models may share them.
+    """
     for layer in layers:
         for weights in _groups(layer):
+            if as_one(weights) is not None:
+                continue
             joined = torch.cat([weight.detach() for weight in weights])
             for weight, part in zip(weights, _rows(joined, weights), strict=True):
                 weight.data = part

@@ -32,9 +32,9 @@ def run_layers(layers: list[Layer], carry: Carry, recomputed: int, offload: bool
     """
     for index, layer in enumerate(layers):
         if torch.is_grad_enabled() and index < recomputed:
-            carry = checkpoint(
-                _Again(layer, carry, offload), use_reentrant=False, preserve_rng_state=False
-            )
+            # A loaded adapter may have dropout: it is repeated on the device of the arguments.
+            place = carry[0].new_empty(0)
+            carry = checkpoint(_Again(layer, carry, offload), place, use_reentrant=False)
         else:
             carry = layer(*carry)
     return carry
@@ -46,7 +46,7 @@ class _Again:
     def __init__(self, layer: Layer, carry: Carry, offload: bool):
         self.layer, self.carry, self.offload = layer, carry, offload
 
-    def __call__(self) -> Carry:
+    def __call__(self, place: Tensor) -> Carry:
         if self.carry is not None:
             carry, self.carry = self.carry, None
             return self.layer(*carry, remember=self._remember)

@@ -6,13 +6,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mr1_fast.kernels.layers.strides import require_adjacent
 from mr1_fast.model import blocks
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.forward import base_model, packed_hidden, text_layers
+from mr1_fast.model.forward import (
+    base_model,
+    packed_hidden,
+    text_angles,
+    text_layer,
+    text_layers,
+    vision_layer,
+)
 from mr1_fast.model.load import save_pretrained
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.recompute import run_layers
 from mr1_fast.model.reference import Reference
+from mr1_fast.model.vision import begin_patches
 from mr1_fast.packing import pack
 
 from ..data.models import assert_same_gradients, gradients, mixed_examples, tiny_policy
@@ -178,3 +187,31 @@ def test_cast_adapters_live_as_long_as_their_layer_needs_them(recompute, monkeyp
     assert cast() == (3 * 4 if recompute == "none" else 0), "three layers of four groups"
     logp.sum().backward()
     assert cast() == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_kernels_get_gradients_with_adjacent_columns(family, monkeypatch):
+    """A sum's gradient is one number, expanded: no kernel on a GPU takes that."""
+    policy = tiny_policy(family=family)
+    visual, text = policy.model.model.visual, policy.model.model.language_model
+    batch = batch_of(policy)
+    patches, calls = begin_patches(visual, batch.pixel_values, batch.image_grid_thw)
+    tokens = text.embed_tokens(batch.input_ids)
+    angles = text_angles(text, tokens, batch.position_ids)
+
+    for name in ("norm_backward", "rotary_backward"):
+        backward = getattr(blocks.fused, name)
+
+        def checked(*arguments, backward=backward):
+            require_adjacent(*(x for x in arguments if isinstance(x, torch.Tensor)))
+            return backward(*arguments)
+
+        monkeypatch.setattr(blocks.fused, name, checked)
+    layers = {
+        vision_layer(calls[0]): patches,
+        text_layer(text.layers[0], angles, batch.segments): tokens,
+    }
+    for layer, hidden in layers.items():
+        sum(each.sum() for each in layer(hidden, None)).backward()
+    assert visual.blocks[0].norm1.weight.grad is not None
+    assert text.layers[0].input_layernorm.weight.grad is not None

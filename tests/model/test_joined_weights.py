@@ -95,6 +95,15 @@ def test_a_resident_reference_has_joined_weights_of_its_own():
             assert weights[0].data_ptr() != others[0].data_ptr()
 
 
+def test_joined_weights_that_a_reference_shares_stay_where_they_are():
+    policy = tiny_policy(family="qwen2_5_vl", freeze_vision=True)
+    mlp = policy.model.model.visual.blocks[0].mlp
+    before = mlp.gate_proj.weight.data_ptr()
+    frozen = Reference(policy, "resident").policy
+    assert frozen.model.model.visual.blocks[0].mlp.gate_proj.weight is mlp.gate_proj.weight
+    assert mlp.gate_proj.weight.data_ptr() == before
+
+
 def test_what_is_allocated_for_a_layer_is_joined_where_all_of_a_group_is_wanted():
     layer = text_layers(tiny_policy(fused_layers=False))[0]
     like = [(p, p.data) for p in layer.parameters()]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import statistics_dtype
 from . import operations
-from .strides import is_adjacent
+from .strides import adjacent
 
 _LIBRARY = torch.library.Library("mr1_fast", "FRAGMENT")
 
@@ -33,11 +33,6 @@ def _operator(operation: Callable, fake: Callable) -> torch._ops.OpOverload:
 def _differentiable(*inputs: Tensor | None) -> bool:
     """Tell whether a gradient by one of the inputs may be asked for."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
-def _adjacent(gradient: Tensor) -> Tensor:
-    """Return an incoming gradient with adjacent columns; autograd may expand a single number."""
-    return gradient if is_adjacent(gradient) else gradient.contiguous()
 
 
 # --- norms --------------------------------------------------------------------------------------
@@ -81,7 +76,7 @@ def _row_and_weight_gradients(
     x, weight, bias = ctx.saved_tensors
     needs = ctx.needs_input_grad[-3:-1]
     dx, _, partial = norm_backward(
-        _adjacent(dnormed), dresidual, x, weight, bias, ctx.eps, False, any(needs)
+        adjacent(dnormed), dresidual, x, weight, bias, ctx.eps, False, any(needs)
     )
     if not any(needs):
         return dx, None, None
@@ -119,7 +114,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dresidual: Tensor, dnormed: Tensor):
-        dx, *by_weights = _row_and_weight_gradients(ctx, dnormed, _adjacent(dresidual))
+        dx, *by_weights = _row_and_weight_gradients(ctx, dnormed, adjacent(dresidual))
         return dx, dx, *by_weights, None
 
 
@@ -174,7 +169,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor):
-        dqkv = rotary_backward(*map(_adjacent, gradients), *ctx.saved_tensors)
+        dqkv = rotary_backward(*map(adjacent, gradients), *ctx.saved_tensors)
         dbias = dqkv.sum(0) if ctx.needs_input_grad[1] else None
         return dqkv, dbias, None, None, None, None
 
@@ -225,7 +220,7 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        dgate_up, _ = silu_mul_backward(_adjacent(dout), *ctx.saved_tensors)
+        dgate_up, _ = silu_mul_backward(adjacent(dout), *ctx.saved_tensors)
         return dgate_up, dgate_up.sum(0) if ctx.needs_input_grad[1] else None
 
 
@@ -240,7 +235,7 @@ class _QuickGelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        return quick_gelu_backward(_adjacent(dout), *ctx.saved_tensors)[0]
+        return quick_gelu_backward(adjacent(dout), *ctx.saved_tensors)[0]
 
 
 def silu_mul(gate_up: Tensor, bias: Tensor | None) -> Tensor:

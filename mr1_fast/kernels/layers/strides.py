@@ -8,6 +8,11 @@ def is_adjacent(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
+def adjacent(gradient: Tensor) -> Tensor:
+    """Return an incoming gradient with adjacent columns; autograd may expand a single number."""
+    return gradient if is_adjacent(gradient) else gradient.contiguous()
+
+
 def require_adjacent(*tensors: Tensor | None) -> None:
     """Raise ValueError where the last axis of one of the tensors does not lie side by side."""
     for x in tensors:
