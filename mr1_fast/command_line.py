@@ -39,10 +39,10 @@ CONFIG = (
     "may be repeated, and the last file counts most."
 )
 
-RENAMED = {
-    "gradient_checkpointing": "recompute, with the values auto, all (as true was) and none (false)"
-}
-"""Settings of earlier versions, by the settings that have taken their place."""
+RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})}
+"""Settings of earlier versions: those in their place, and today's values by the earlier ones.
+
+Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
 
 class Settings(Protocol):
@@ -164,7 +164,13 @@ class SettingsParser(Generic[Config]):
 
     def read(self, argv: list[str]) -> Given:
         """Sort the words of a command line; UserError for one that is no flag of this command."""
-        found = vars(self.words.parse_args([_with_dashes(word) for word in argv]))
+        words = [_with_dashes(word) for word in argv]
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            name, today = RENAMED.get(flag[2:].replace("-", "_"), ("", {}))
+            if name in self.kinds:
+                values = ", ".join(f"{new} for {shown(old)}" for old, new in today.items())
+                raise UserError(f"{flag} is now --{name} ({values}): see {self.prog} --help.")
+        found = vars(self.words.parse_args(words))
         return Given(found.pop("config"), wants_help=found.pop("help"), flags=found)
 
     def settle(self, given: Given) -> Config:
@@ -207,12 +213,16 @@ class SettingsParser(Generic[Config]):
         if not isinstance(values, dict):
             reason = "holds no settings: write a line such as `steps: 100` for each."
             raise UserError(f"config {path} {reason}")
-        for name in values:
+        settings: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in RENAMED:
+                name, today = RENAMED[name]
+                value = today[value] if isinstance(value, bool) else value
             if name not in self.kinds:
-                now = f"now {RENAMED[name]}" if name in RENAMED else "no setting"
-                reason = f"has {name!r}, which is {now}: see {self.prog} --help."
+                reason = f"has {name!r}, which is no setting: see {self.prog} --help."
                 raise UserError(f"config {path} {reason}")
-        return {name: self._converted(name, value) for name, value in values.items()}
+            settings[name] = self._converted(name, value)
+        return settings
 
     def _converted(self, name: str, value: Any) -> Any:
         try:

@@ -256,14 +256,28 @@ def test_written_settings_are_read_back(tmp_path):
     assert parse_train_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_a_setting_of_an_earlier_version_names_the_one_in_its_place(tmp_path):
-    path = yaml_file(tmp_path, gradient_checkpointing=True)
-    now = r"has 'gradient_checkpointing', which is now recompute, with the values auto, all"
-    with pytest.raises(UserError, match=now):
+@pytest.mark.parametrize("before, now", [(True, "all"), (False, "none")])
+def test_a_file_of_an_earlier_version_is_understood(tmp_path, before, now):
+    path = yaml_file(tmp_path, gradient_checkpointing=before)
+    assert parse_train_config(["--config", path]).recompute == now
+    old = f"steps: 9\ngradient_checkpointing: {before}\ntokens_per_microbatch: 6144\n"
+    (tmp_path / "config.yaml").write_text(old)
+    resumed = parse_train_config(["--resume", str(tmp_path)])
+    assert (resumed.recompute, resumed.tokens_per_microbatch) == (now, 6144)
+    assert parse_train_config(["--resume", str(tmp_path), "--recompute=auto"]).recompute == "auto"
+
+
+def test_a_value_that_no_earlier_version_had_is_refused(tmp_path):
+    path = yaml_file(tmp_path, gradient_checkpointing="some")
+    with pytest.raises(UserError, match="recompute is some, but must be one of auto, all, none"):
         parse_train_config(["--config", path])
-    (tmp_path / "config.yaml").write_text("steps: 9\ngradient_checkpointing: false\n")
+
+
+@pytest.mark.parametrize("flag", ["--gradient-checkpointing", "--gradient_checkpointing=true"])
+def test_a_flag_of_an_earlier_version_names_the_one_in_its_place(flag):
+    now = "--gradient-checkpointing is now --recompute .all for true, none for false.: see "
     with pytest.raises(UserError, match=now):
-        parse_train_config(["--resume", str(tmp_path)])
+        parse_train_config([flag])
 
 
 def test_resuming_reads_the_settings_of_the_run(tmp_path):

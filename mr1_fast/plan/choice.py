@@ -84,9 +84,10 @@ def pack_sizes(config: TrainConfig, device: str) -> Iterator[list[int]]:
         sizes.append(count * group)
         count //= 2
     yield sizes
-    while group > longest:
-        group = max(longest, group // 2)
-        yield [group]
+    # Two parts of a group, three, and so on: each has the prompt, and completions in equal numbers.
+    together = {-(-generations // parts) for parts in range(2, generations + 1)}
+    for completions in sorted(together, reverse=True):
+        yield [config.max_prompt_tokens + completions * config.max_new_tokens]
 
 
 def choose_recomputed(

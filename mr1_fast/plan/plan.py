@@ -50,9 +50,8 @@ class Plan:
         """The plan as a table of components by phase.
 
         A last line says what was chosen, and with `usable` bytes, the one before it how much is to
-        spare. With `measured` peaks of
-        tensors in bytes, by phase, a row shows them beside the plan: what CUDA takes besides
-        tensors is not among them, so the planned workspace is added.
+        spare. With `measured` peaks of tensors in bytes, by phase, a row shows them beside the
+        plan: what CUDA takes besides tensors is not among them, so the planned workspace is added.
         """
         unit, size = ("GiB", GIB) if self.peak >= 4 * GIB else ("MiB", MIB)
         rows = [_row(unit, self.phases)]
@@ -112,7 +111,7 @@ def make_plan(
         if fitting:
             return min(fitting, key=lambda plan: plan.work)
         plans += found
-    return min(plans, key=lambda plan: plan.excess(usable))
+    return min(plans, key=lambda plan: (plan.excess(usable), plan.total("update")))
 
 
 def _plan(

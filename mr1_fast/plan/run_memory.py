@@ -1,6 +1,7 @@
 """A run's memory: its plan before it starts, and beside it what its steps then take on CUDA."""
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -12,6 +13,7 @@ from .choice import Choice
 from .meta_model import Recomputed
 from .out_of_memory import EVALUATION_CACHE, PACK_TOKENS, ROLLOUT_CACHE
 from .plan import GIB, Plan, make_plan
+from .resident import CUDA_WORKSPACE
 
 LOWER = "lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"
 """Advice where no plan could be made, or none of its changes helps."""
@@ -46,13 +48,10 @@ class RunMemory:
             layers = Recomputed(len(inner.language_model.layers), blocks)
             self.choice = Choice.without_plan(config, layers, policy.device.type == "cuda")
 
-    @property
+    @cached_property
     def usable(self) -> float | None:
-        """Bytes of the card that this process may use; None for a CPU."""
-        if self.config.device != "cuda":
-            return None
-        whole = torch.cuda.get_device_properties(self.device).total_memory
-        return whole * torch.cuda.get_per_process_memory_fraction(self.device)
+        """Bytes that the run may use of its card; None for a CPU."""
+        return usable_memory(self.device) if self.config.device == "cuda" else None
 
     def amounts(self) -> dict[str, int]:
         """Tokens that the run computes on or holds at once, by the names that MemoryLimits uses.
@@ -103,3 +102,14 @@ class RunMemory:
             for change in changes or [LOWER]
         ]
         return f"To make room: {'; '.join(marked)}."
+
+
+def usable_memory(device: torch.device) -> float:
+    """Bytes of a card that this process may use: its share, but not what others use now.
+
+    A screen or another process may hold some, which `auto` would otherwise count as free.
+    """
+    free, whole = torch.cuda.mem_get_info(device)
+    share = whole * torch.cuda.get_per_process_memory_fraction(device)
+    own = torch.cuda.memory_reserved(device) + CUDA_WORKSPACE
+    return min(share, free + own)

@@ -31,7 +31,8 @@ def test_sizes_of_packs():
     assert sizes(tokens_per_microbatch=6144) == sizes("cpu", tokens_per_microbatch=6144) == [[6144]]
     whole, *parts = sizes()
     assert whole == [3 * ONE_GROUP, ONE_GROUP] and whole[0] <= MOST_USEFUL
-    assert parts == [[2560], [1536]], "a prompt with its completion stays in one pack"
+    halves, thirds, quarters, single = (1024 + count * 512 for count in (4, 3, 2, 1))
+    assert parts == [[halves], [thirds], [quarters], [single]], "no prompt without a completion"
     assert sizes(prompts_per_step=2)[0] == [2 * ONE_GROUP, ONE_GROUP]
     assert sizes(algo="sft")[0] == [10 * 1536, 5 * 1536, 2 * 1536, 1536]
     long = sizes(max_new_tokens=4096)
@@ -96,8 +97,11 @@ def test_a_byte_saves_as_much_work_in_text_as_in_vision():
 
 def test_a_group_is_split_only_where_it_does_not_fit():
     assert plan(24).choice.tokens == ONE_GROUP
-    split = plan(19)
-    assert split.choice.tokens < ONE_GROUP and not split.excess(usable_bytes(19))
+    split = plan(20.5)
+    assert split.choice.tokens == 1024 + 4 * 512, "half of the completions"
+    assert not split.excess(usable_bytes(20.5))
+    tight = plan(19.2)  # three sizes fit, but none with the margin: the smallest takes the least
+    assert tight.choice.tokens == 1536 and not tight.excess(usable_bytes(19.2))
     hopeless = plan(12)
     assert hopeless.choice.recomputed == hopeless.choice.layers
     assert hopeless.choice.tokens == 1536 and hopeless.excess(usable_bytes(12))

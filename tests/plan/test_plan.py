@@ -324,6 +324,17 @@ def test_advice_goes_from_what_changes_no_number_to_what_makes_another_run():
     assert flags == ["--recompute", "--tokens-per-microbatch", "--freeze-vision"]
 
 
+def test_advice_shows_a_phase_that_took_too_much():
+    """`auto` uses in the update what the change frees, so that more is saved elsewhere."""
+    settings = dict(optimizer="adamw_exact", reference="offload", prompts_per_step=4)
+    config = TrainConfig(model=QWEN_2B, eval_samples=0, **settings)
+    model_config, usable = find_model_config(QWEN_2B), usable_bytes(16)
+    before = make_plan(config, model_config, usable=usable)
+    assert [phase for phase in before.phases if before.total(phase) > usable] == ["update"]
+    [line] = advice(config, model_config, usable)
+    assert line.startswith("--optimizer adamw_stochastic: update 18.")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_fit_their_card(recipe):
     config, usable = parse_train_config(["--config", str(recipe)]), usable_bytes(24)
