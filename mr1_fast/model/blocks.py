@@ -232,6 +232,7 @@ class _AfterAttention(Function):
         projected, kept_out = block.out.product(attended, recomputed)
         h, x = fused.add_norm(h, projected, norm.weight, norm.bias, norm.eps)
         up, kept_up = block.up.product(x, recomputed)
+        del projected, x  # the MLP's results need the room
         if again:
             update, kept_down = torch.empty_like(h), NOTHING
         else:
