@@ -26,9 +26,9 @@ ROWS = 7
 
 @pytest.mark.parametrize("layer", FLAGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [1, 80, 1280, 1536, 3584])
+@pytest.mark.parametrize("d", [1, 80, 1536, 3584])
 def test_norms(device, d, dtype, layer):
-    for tokens, added in ((0, True), (1, False), (ROWS, False), (ROWS, True)):
+    for tokens, added in ((0, True), (1, False), (ROWS, True)):
         case = norm_case(tokens, d, dtype, layer, added)
         check_case(case, device, scale=cancelling(d, layer))
 
@@ -36,7 +36,7 @@ def test_norms(device, d, dtype, layer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [*HEADS, (2, 2, 32, False)], ids=str)
 def test_rotations(device, heads, dtype):
-    for tokens, biased in ((0, True), (1, False), (ROWS, True)):
+    for tokens, biased in ((0, True), (1, False), (3, True)):
         check_case(rotary_case(tokens, *heads, dtype, biased), device)
 
 
