@@ -77,60 +77,65 @@ class Block:
 def text_block(layer: nn.Module) -> Block | None:
     """Take a text layer apart; None if one of its parts is not known here."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [
-        Linears.of(attention.q_proj, attention.k_proj, attention.v_proj),
-        Linears.of(attention.o_proj),
-        Linears.of(mlp.gate_proj, mlp.up_proj),
-        Linears.of(mlp.down_proj),
-    ]
-    norm1 = Norm.of(layer.input_layernorm)
-    if not _known(linears, norm1) or not _is_silu(mlp.act_fn):
+    if not _is_silu(mlp.act_fn):
         return None
-    qkv, out, up, down = linears
-    return Block(
-        attention=attention,
-        norm1=norm1,
-        qkv=qkv,
-        heads=attention.q_proj.out_features // attention.head_dim,
-        kv_heads=attention.k_proj.out_features // attention.head_dim,
-        out=out,
-        norm2=Norm.of(layer.post_attention_layernorm),
-        up=up,
-        is_gated=True,
-        down=down,
+    return _block(
+        attention,
+        (layer.input_layernorm, layer.post_attention_layernorm),
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        attention.config.num_attention_heads,
+        attention.config.num_key_value_heads,
+        attention.o_proj,
+        (mlp.gate_proj, mlp.up_proj),
+        mlp.down_proj,
     )
 
 
 def vision_block(layer: nn.Module) -> Block | None:
     """Take a vision block apart; None if one of its parts is not known here."""
     attention, mlp = layer.attn, layer.mlp
-    is_gated = hasattr(mlp, "gate_proj")
-    if is_gated:
+    if hasattr(mlp, "gate_proj"):
         is_known, up, down = _is_silu(mlp.act_fn), (mlp.gate_proj, mlp.up_proj), mlp.down_proj
     else:
         is_known, up, down = isinstance(mlp.act, QuickGELUActivation), (mlp.fc1,), mlp.fc2
-    linears = [Linears.of(*each) for each in ((attention.qkv,), (attention.proj,), up, (down,))]
-    norm1 = Norm.of(layer.norm1)
-    if not _known(linears, norm1) or not is_known:
+    if not is_known:
         return None
-    qkv, out, up, down = linears
+    heads = attention.num_heads
+    norms = layer.norm1, layer.norm2
+    return _block(attention, norms, (attention.qkv,), heads, heads, attention.proj, up, down)
+
+
+def _block(
+    attention: nn.Module,
+    norms: tuple[nn.Module, nn.Module],
+    qkv: tuple[nn.Module, ...],
+    heads: int,
+    kv_heads: int,
+    out: nn.Module,
+    up: tuple[nn.Module, ...],
+    down: nn.Module,
+) -> Block | None:
+    """Put a block together from modules; None if a linear layer is not known here.
+
+    Linear layers must compute in the dtype of the norms.
+    """
+    norm1, norm2 = map(Norm.of, norms)
+    linears = [Linears.of(*modules) for modules in (qkv, (out,), up, (down,))]
+    if any(each is None or each.dtype != norm1.weight.dtype for each in linears):
+        return None
+    qkv_linears, out_linears, up_linears, down_linears = linears
     return Block(
         attention=attention,
         norm1=norm1,
-        qkv=qkv,
-        heads=attention.num_heads,
-        kv_heads=attention.num_heads,
-        out=out,
-        norm2=Norm.of(layer.norm2),
-        up=up,
-        is_gated=is_gated,
-        down=down,
+        qkv=qkv_linears,
+        heads=heads,
+        kv_heads=kv_heads,
+        out=out_linears,
+        norm2=norm2,
+        up=up_linears,
+        is_gated=len(up) == 2,
+        down=down_linears,
     )
-
-
-def _known(linears: list[Linears | None], norm: Norm) -> bool:
-    """Tell whether all linear layers are known here, and compute in the dtype of a norm."""
-    return all(each is not None and each.dtype == norm.weight.dtype for each in linears)
 
 
 def _is_silu(activation: nn.Module | Callable) -> bool:

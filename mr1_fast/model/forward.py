@@ -48,6 +48,18 @@ def lm_head_weight(model: nn.Module) -> Tensor:
     return base_model(model).lm_head.weight
 
 
+def trains_vision(model: nn.Module) -> bool:
+    """Return whether any part of the vision tower is trained."""
+    return any(p.requires_grad for p in base_model(model).model.visual.parameters())
+
+
+def trained_layers(model: nn.Module) -> tuple[int, int]:
+    """Count the layers that may be run again in the backward pass: text layers, vision blocks."""
+    inner = base_model(model).model
+    blocks = len(inner.visual.blocks) if trains_vision(model) else 0
+    return len(inner.language_model.layers), blocks
+
+
 def packed_hidden(
     model: nn.Module,
     batch: PackedBatch,
@@ -161,8 +173,7 @@ def embed(
     if pixel_values is None:
         return embeddings
     blocks = partial(_run_vision_blocks, run or LayerRun())
-    trains = any(p.requires_grad for p in inner.visual.parameters())
-    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(trains_vision(model) and torch.is_grad_enabled()):
         features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
     return place_features(model, input_ids, embeddings, features)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
-from .forward import LayerRun, base_model, lm_head_weight, packed_hidden
+from .forward import LayerRun, lm_head_weight, packed_hidden, trained_layers
 from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
 
@@ -32,11 +32,8 @@ class Policy:
 
         Returns whether that is a change.
         """
-        inner, run = base_model(self.model).model, self.layers
-        before = replace(run)
-        trains_vision = any(p.requires_grad for p in inner.visual.parameters())
-        run.recompute_text = len(inner.language_model.layers)
-        run.recompute_vision = len(inner.visual.blocks) if trains_vision else 0
+        run, before = self.layers, replace(self.layers)
+        run.recompute_text, run.recompute_vision = trained_layers(self.model)
         return run != before
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:

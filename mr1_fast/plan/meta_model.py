@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from ..config import ModelConfig
-from ..model.forward import final_hidden, lm_head_weight, text_layer, vision_layer
+from ..model.forward import (
+    final_hidden,
+    lm_head_weight,
+    text_layer,
+    trained_layers,
+    trains_vision,
+    vision_layer,
+)
 from ..model.joined_weights import join_weights
 from ..model.layer_stream import layers
 from ..model.patches import use_patch_projection
@@ -63,7 +70,7 @@ class MetaModel:
         self.dtype, self.itemsize, self.head_bytes = head.dtype, head.itemsize, head.nbytes
         self.trains_head = head.requires_grad
         self.is_tied = head is self.text.embed_tokens.weight
-        self.trains_vision = any(p.requires_grad for p in self.vision.parameters())
+        self.trains_vision = trains_vision(model)
         self._traced: dict[tuple, LayerBytes] = {}
 
     @cached_property
@@ -104,8 +111,7 @@ class MetaModel:
     @cached_property
     def layers(self) -> Recomputed:
         """How many layers can be run again; none of a vision tower that is not trained."""
-        blocks = len(self.vision.blocks) if self.trains_vision else 0
-        return Recomputed(len(self.text.layers), blocks)
+        return Recomputed(*trained_layers(self.model))
 
     @cached_property
     def patch_work(self) -> float:

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from ..config import TrainConfig
-from ..model.forward import base_model, lm_head_weight
+from ..model.forward import base_model, lm_head_weight, trained_layers
 from ..model.policy import Policy
 from .advice import advice
 from .choice import Choice
@@ -42,10 +42,7 @@ class RunMemory:
             self.choice = self.plan.choice
         except Exception as error:  # whatever a model that we do not know may raise
             self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
-            inner = base_model(policy.model).model
-            trains_vision = any(p.requires_grad for p in inner.visual.parameters())
-            blocks = len(inner.visual.blocks) if trains_vision else 0
-            layers = Recomputed(len(inner.language_model.layers), blocks)
+            layers = Recomputed(*trained_layers(policy.model))
             self.choice = Choice.without_plan(config, layers, policy.device.type == "cuda")
 
     @cached_property
