@@ -22,6 +22,11 @@ def letters(completion, example):
 """
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the slow tests: of two processes, none is left with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory):
     """No test reads or writes the user's cache."""
@@ -30,6 +35,12 @@ def environment(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same random numbers, whatever ran before it in its process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
