@@ -1,4 +1,4 @@
-"""Runs tests/triton under Triton's interpreter, each file in a process of its own.
+"""Runs tests/triton under Triton's interpreter, in two processes of their own.
 
 The interpreter must be chosen before Triton is imported. With a GPU these tests run compiled, in
 the ordinary run.
@@ -13,16 +13,16 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "triton"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+FILES = sorted(FOLDER.glob("test_*.py"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested on the GPU")
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.slow
-def test_kernels_under_the_interpreter(file):
+def test_kernels_under_the_interpreter(half):
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / file)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *FILES[half::2]],
         cwd=FOLDER.parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
