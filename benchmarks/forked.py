@@ -73,7 +73,9 @@ def run(words: list[str]) -> int:
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     # The first call after a fork replaces torch's thread pool. Two threads that make it at once,
     # as transformers' when it loads a model, can find none ("Invalid thread pool!").
-    sys.modules["torch"].set_num_threads(1)
+    import torch
+
+    torch.set_num_threads(1)
     if not words[0].endswith("sweep.py"):
         os.environ.pop("TRITON_INTERPRET", None)
     try:
