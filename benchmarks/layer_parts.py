@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig
 
 from mr1_fast.config import ModelConfig
 from mr1_fast.model.attention import TEXT_NAME, VISION_NAME
+from mr1_fast.model.flop_count import causal_pairs
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import with_lora
 from mr1_fast.plan.meta_model import MetaModel, meta_model
@@ -104,9 +105,7 @@ class Part:
         if self.segments is None:
             pairs = int((self.bounds.diff().long() ** 2).sum())
         else:
-            q = self.segments.cu_seqlens_q.diff().long()
-            k = self.segments.cu_seqlens_k.diff().long()
-            pairs = int((q * k - q * (q - 1) // 2).sum())
+            pairs = causal_pairs(self.segments)
         return 4 * self.heads * self.angles[0].shape[-1] * pairs
 
     def call(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from mr1_fast.model.attention import packed_attention
-from mr1_fast.model.blocks import run_block, text_block, vision_block
+from mr1_fast.model.blocks import text_block, vision_block
+from mr1_fast.model.forward import text_layer, vision_layer
 from mr1_fast.model.joined_weights import join_weights
 from mr1_fast.model.recompute import run_layers
+from mr1_fast.model.vision import BlockCall
 
 COMPILED_NAME = "bench_layers_flash"
 """The name in transformers of packed attention that torch.compile leaves as it is."""
@@ -49,19 +51,17 @@ def ours(part: Part) -> Way:
     """
     is_text = part.segments is not None
     join_weights([part.layer])
-    block = (text_block if is_text else vision_block)(part.layer)
-    if block is None:
+    if (text_block if is_text else vision_block)(part.layer) is None:
         raise NotImplementedError("a linear layer of a kind that blocks.py does not know")
-    if is_text:
-        arguments = dict(segments=part.segments)
-    else:
-        arguments = dict(cu_seq_lens_q=part.bounds, max_length_q=part.longest, is_causal=False)
     angles = tuple(each.flatten(0, -2) for each in part.angles)
+    told = dict(cu_seqlens=part.bounds, max_seqlen=part.longest, position_embeddings=angles)
 
     def run(residual: Tensor, update: Tensor, recomputed: int) -> tuple[Tensor, ...]:
         # Taken apart anew, as in every forward pass.
-        block = (text_block if is_text else vision_block)(part.layer)
-        layer = partial(run_block, block, angles=angles, **arguments)
+        if is_text:
+            layer = text_layer(part.layer, angles, part.segments)
+        else:
+            layer = vision_layer(BlockCall(part.layer, told))
         carry = residual.flatten(0, -2), update.flatten(0, -2)
         return tuple(x.view_as(residual) for x in run_layers([layer], carry, recomputed))
 

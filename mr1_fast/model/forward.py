@@ -75,7 +75,10 @@ def packed_hidden(
     text = base_model(model).model.language_model
     x = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw, run)
     angles = text_angles(text, x, batch.position_ids)
-    layers = text_layers(text, angles, batch.segments, run.fused, past_key_values)
+    layers = [
+        text_layer(layer, angles, batch.segments, run.fused, past_key_values)
+        for layer in text.layers
+    ]
     carry = run_layers(layers, (x, None), run.recompute_text, run.offload)
     return final_hidden(text, carry, run.fused).index_select(0, batch.loss_rows)
 
@@ -87,17 +90,6 @@ def text_angles(text: nn.Module, x: Tensor, positions: Tensor) -> tuple[Tensor, 
     """Compute the cosines and sines (T, d) of M-RoPE positions (3, T), in the dtype of x (T, D)."""
     cos, sin = text.rotary_emb(x[None], positions.unsqueeze(1))
     return cos[0], sin[0]
-
-
-def text_layers(
-    text: nn.Module,
-    angles: tuple[Tensor, Tensor],
-    segments: Segments,
-    fused: bool = True,
-    cache: object | None = None,
-) -> list[Layer]:
-    """Return the text layers as functions of (residual, update)."""
-    return [text_layer(layer, angles, segments, fused, cache) for layer in text.layers]
 
 
 def text_layer(

@@ -34,14 +34,16 @@ def states_wait_on_device(
     that the update will have in their place: then the pass needs no more memory than the update.
     The memory plan asks the same, for a `model` without data.
     """
+    return streamed + sum(state_bytes(model, batch) for batch in batches) <= gradients
+
+
+def state_bytes(model: nn.Module, batch: PackedBatch) -> int:
+    """Return the bytes of a pack's hidden state between two layers, where they are most."""
     inner = base_model(model).model
     embedding, patch_embedding = inner.get_input_embeddings().weight, inner.visual.patch_embed.proj
-    numbers = 0
-    for batch in batches:
-        patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
-        in_tower = patches * patch_embedding.out_channels
-        numbers += max(in_tower, batch.input_ids.numel() * embedding.shape[1])
-    return streamed + numbers * embedding.itemsize <= gradients
+    patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
+    in_tower = patches * patch_embedding.out_channels
+    return max(in_tower, batch.input_ids.numel() * embedding.shape[1]) * embedding.itemsize
 
 
 def run_by_layers(

@@ -45,6 +45,11 @@ class Policy:
 
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probability and the entropy, (N,) fp32 each, at the batch's N targets."""
-        return linear_token_logprobs(
-            self.hidden(batch), lm_head_weight(self.model), batch.targets, temperature
-        )
+        return self.logprobs_of(self.hidden(batch), batch, temperature)
+
+    def logprobs_of(
+        self, hidden: torch.Tensor, batch: PackedBatch, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `logprobs`, given the final hidden states (N, D) of the batch."""
+        head = lm_head_weight(self.model)
+        return linear_token_logprobs(hidden, head, batch.targets, temperature)

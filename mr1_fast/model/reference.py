@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..loss import linear_token_logprobs
 from ..types import PackedBatch
-from .forward import lm_head_weight
 from .joined_weights import join_weights
 from .layer_stream import LayerStream, layers, on_host
 from .layerwise import run_by_layers, states_wait_on_device
@@ -75,8 +73,7 @@ class Reference:
         model, fused = self.policy.model, self.policy.layers.fused
 
         def logprobs(hidden: Tensor, batch: PackedBatch) -> Tensor:
-            head = lm_head_weight(model)
-            return linear_token_logprobs(hidden, head, batch.targets, temperature)[0]
+            return self.policy.logprobs_of(hidden, batch, temperature)[0]
 
         on_device = states_wait_on_device(model, batches, stream.device_bytes, self.gradients)
         return run_by_layers(model, batches, stream, logprobs, fused, on_device)

@@ -1,7 +1,7 @@
 """Bytes of a pass without gradients before the update (model/reference.py)."""
 
 from ..model.layer_stream import streamed_bytes
-from ..model.layerwise import states_wait_on_device
+from ..model.layerwise import state_bytes, states_wait_on_device
 from ..model.reference import frozen_parameters
 from ..types import PackedBatch
 from .memory_use import MemoryUse, added
@@ -83,13 +83,13 @@ def _by_layers(
     on_device = states_wait_on_device(policy.model, step, streamed, policy.gradients)
     # In a CPU's own memory states wait either way, in buffers if not as they are.
     all_wait = on_device or run.device == "cpu"
-    waiting = sum(_state_bytes(run, batch) for batch in step) if all_wait else 0
+    waiting = sum(state_bytes(policy.model, batch) for batch in step) if all_wait else 0
 
-    uses = []
+    reference, uses = streamed_reference(run), []
     for batch, most in zip(packs, inside, strict=True):
         rows = len(batch.targets)
-        states = waiting or _state_bytes(run, batch)
-        always = {"reference": streamed_reference(run), "activations": told + states}
+        states = waiting or state_bytes(policy.model, batch)
+        always = {"reference": reference, "activations": told + states}
         head = {
             "activations": model.hidden_bytes(rows),
             "loss head": loss_head(run, rows, trains=False).most,
@@ -109,13 +109,6 @@ def _most_inside_layers(run: PlannedRun, batch: PackedBatch) -> int:
         pixels = pixel_bytes(model, int(images.sum())) if run.device == "cuda" else 0
         most += [pixels + tower.embedding.infer, tower.blocks.alone, tower.merger.alone]
     return max(most)
-
-
-def _state_bytes(run: PlannedRun, batch: PackedBatch) -> int:
-    """Bytes of a pack's hidden state between two layers, where they are most."""
-    model, patches = run.reference, int(patches_of(batch).sum())
-    in_tower = patches * model.vision_width * model.itemsize
-    return max(in_tower, model.hidden_bytes(batch.input_ids.numel()))
 
 
 def _told_bytes(run: PlannedRun, batch: PackedBatch) -> int:

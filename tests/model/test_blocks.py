@@ -14,7 +14,6 @@ from mr1_fast.model.forward import (
     packed_hidden,
     text_angles,
     text_layer,
-    text_layers,
     vision_layer,
 )
 from mr1_fast.model.load import save_pretrained
@@ -140,7 +139,7 @@ def operations_per_layer(policy: Policy, recompute: bool) -> Counter:
     trained = [p for p in text.parameters() if p.requires_grad]
     counts = []
     for depth in (1, 2):
-        layers = text_layers(text, angles, batch.segments)[:depth]
+        layers = [text_layer(layer, angles, batch.segments) for layer in text.layers[:depth]]
         with Operations() as operations:
             carry = run_layers(layers, (x.requires_grad_(), None), depth if recompute else 0)
             torch.autograd.grad(sum(each.sum() for each in carry), [x, *trained], allow_unused=True)
