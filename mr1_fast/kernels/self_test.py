@@ -13,6 +13,7 @@ from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
 from .decode import operations as decode
 from .decode import reference as decode_reference
+from .decode.layer import Layer
 from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
@@ -171,7 +172,6 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
     right = (
         decode_reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        decode_reference.add_rms_norm_ref(x.float(), x.float(), gate[0, :64].float(), 1e-6)[1],
         torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
         decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
@@ -181,11 +181,10 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     )
     ours = (
         decode.attend(*attention, spans.to(device), 0.2),
-        decode.add_rms_norm(x, x, gate[0, :64], 1e-6)[1],
-        decode_linear.swiglu(x, gate, up),
+        decode_linear.swiglu(x, Layer(gate), Layer(up)),
         decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
     )
-    names = ("a rollout's attention", "a rollout's norm", "a rollout's gating", "a rollout's draw")
+    names = ("a rollout's attention", "a rollout's gating", "a rollout's draw")
     return dict(zip(names, zip(ours, right, strict=True), strict=True))
 
 

@@ -19,22 +19,12 @@ by a launch of its own, and most of what is multiplied would be zeros.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """The adapter of one linear layer, which adds scale · x·Aᵀ·Bᵀ to its result."""
-
-    a: Tensor
-    """(r, D)."""
-    b: Tensor
-    """(N, r)."""
-    scale: float
+from ..kernels.decode.layer import Adapter
 
 
 def base_and_adapter(module: nn.Module) -> tuple[nn.Module, Adapter | None] | None:

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Adapter, Adapters, base_and_adapter
+from ..kernels.decode.layer import Adapter
+from .adapters import Adapters, base_and_adapter
 from .four_bits import FourBits
 from .joined_weights import as_one
 

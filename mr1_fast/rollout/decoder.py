@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..kernels.decode.layer import Layer
 from ..kernels.decode.linear import linears, swiglu
-from ..kernels.decode.operations import add_rms_norm, attend, silu_mul
+from ..kernels.decode.operations import attend
+from ..kernels.layers.operations import add_norm, norm, silu_mul
 from ..model.forward import base_model
 from .cache import Pool
 from .sampling import Sampling, draw_tokens
@@ -146,9 +148,14 @@ class Decoder:
         return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
 
 
-def normed(residual: Tensor, update: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def normed(
+    residual: Tensor, update: Tensor | None, norm_module: nn.Module
+) -> tuple[Tensor, Tensor]:
     """Compute residual + update, and its norm: (R, D) each."""
-    return add_rms_norm(residual, update, norm.weight, norm.variance_epsilon)
+    weight, eps = norm_module.weight, norm_module.variance_epsilon
+    if update is None:
+        return residual, norm(residual, weight, None, eps)
+    return add_norm(residual, update, weight, None, eps)
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -157,13 +164,12 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     Layers with adapters or 4-bit weights are called one by one.
     """
     if all(type(layer) is nn.Linear for layer in layers):
-        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
-        return linears(x, weights, biases)
+        return linears(x, [Layer(layer.weight, layer.bias) for layer in layers])
     return tuple(layer(x) for layer in layers)
 
 
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """Compute silu(gate(x)) · up(x), in one launch where both layers are plain and without bias."""
     if type(gate) is type(up) is nn.Linear and gate.bias is up.bias is None:
-        return swiglu(x, gate.weight, up.weight)
-    return silu_mul(gate(x), up(x))
+        return swiglu(x, Layer(gate.weight), Layer(up.weight))
+    return silu_mul(torch.cat([gate(x), up(x)], dim=1), None)

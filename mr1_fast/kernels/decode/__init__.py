@@ -1,10 +1,9 @@
 """The operations of one decode step: one new token for every row of a rollout.
 
     attend        rotation of q and k, append to the pool, softmax(q·Kᵀ·scale)·V over two spans
-    add_rms_norm  r = x + delta, and weight · r / √(mean r² + ε)
-    silu_mul      silu(gate) · up
-    linears       x·Wᵀ + b of up to three weights W in one launch: queries, keys, values
+    linears       x·Wᵀ + b of up to three layers in one launch: queries, keys, values
     swiglu        silu(x·gateᵀ) · (x·upᵀ)
+    linear_parts  x·Wᵀ in parts over D, which the next norm adds up
     sample        a token of softmax(logits / T) by its inverse distribution function, and its
                   log-probability
 
@@ -23,7 +22,8 @@ here, too, so that a rollout's log-probabilities stay close to those of training
     operations.py        the public functions, and which back end takes a call
     attention_triton.py  attend on a GPU
     attention_native.py  attend on a CPU, by csrc/decode_cpu.cpp
-    operations_triton.py the norm, the gating and sampling on a GPU
+    operations_triton.py sampling on a GPU
+    layer.py             a linear layer with its adapter and a weight in 16 or 4 bits
     linear.py            the public functions of linear layers; linear_triton.py on a GPU
     dot_triton.py        the matrix product that the Triton kernels share
 """

@@ -1,43 +1,63 @@
 """The public linear layers of a decode step: several in one launch.
 
-    linears   x·Wᵀ + b of up to three weights W at once: for queries, keys and values
-    swiglu    silu(x·gateᵀ) · (x·upᵀ), without storing either product
+    linears       x·Wᵀ + bias of up to three layers at once: queries, keys and values
+    swiglu        silu(x·gateᵀ) · (x·upᵀ), without storing either product
+    linear_parts  x·Wᵀ in parts over D, which the next norm adds up: o_proj, down_proj
 
-A step has few rows, so its time is that of streaming the weights. Bytes: the weights once, where
-they are; x once for each tile of weights, from L2. dtype contract: fp16 or bf16, with sums and
-gating in fp32, through linear_triton.py; other dtypes, and a CPU, through PyTorch.
+Each with the layers' LoRA adapters, and weights in 16 or 4 bits (layer.py). A step has few rows, so
+its time is that of streaming the weights. Bytes: the weights once, where they are and as they are
+stored; x and the adapters once for each tile of weights, from L2. dtype contract: fp16 or bf16,
+with sums and gating in fp32, through linear_triton.py; other dtypes, and a CPU, through PyTorch.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch.nn.functional import linear
+from torch import Tensor
 
 from ..dispatch import use_triton
-from .operations import silu_mul
+from ..layers.operations import silu_mul
+from .layer import Layer
+from .reference import linear_ref
 
 
-def linears(
-    x: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Multiply x (R, D) with each of 1 to 3 weights (N_i, D), and add the biases (N_i,) or None.
+def takes(layers: Sequence[Layer], like: Tensor) -> bool:
+    """Tell whether one kernel computes these layers, for rows x of the dtype and device of `like`.
+
+    If not, PyTorch does, and other ways may be faster.
+    """
+    return use_triton(like) and like.dtype in (torch.float16, torch.bfloat16)
+
+
+def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Apply each of 1 to 3 layers to x (R, D).
 
     Returns a tuple of (R, N_i); on a GPU, these are columns of one tensor.
     """
-    if _fused(x):
+    if takes(layers, x):
         from . import linear_triton
 
-        return linear_triton.linears(x, weights, biases)
-    return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return linear_triton.linears(x, layers)
+    return tuple(linear_ref(x, layer) for layer in layers)
 
 
-def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Compute silu(x·gateᵀ) · (x·upᵀ), (R, F), of x (R, D) and gate, up (F, D)."""
-    if _fused(x):
+def swiglu(x: Tensor, gate: Layer, up: Layer) -> Tensor:
+    """Compute silu(gate(x)) · up(x), (R, F), of x (R, D)."""
+    if takes((gate, up), x):
         from . import linear_triton
 
         return linear_triton.swiglu(x, gate, up)
-    return silu_mul(linear(x, gate), linear(x, up))
+    return silu_mul(torch.cat([linear_ref(x, gate), linear_ref(x, up)], dim=1), None)
 
 
-def _fused(x: torch.Tensor) -> bool:
-    """Tell whether linear_triton.py takes these rows."""
-    return use_triton(x) and x.dtype in (torch.float16, torch.bfloat16)
+def linear_parts(x: Tensor, layer: Layer) -> Tensor:
+    """Apply a layer to x (R, D) in S parts over D, whose sum is the result: (S, R, N) fp32.
+
+    Where one part is enough, it is (R, N) in the dtype of x. `layers.operations.add_norm` takes
+    both.
+    """
+    if takes((layer,), x):
+        from . import linear_triton
+
+        return linear_triton.linear_parts(x, layer)
+    return linear_ref(x, layer)

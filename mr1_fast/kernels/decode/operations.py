@@ -6,7 +6,7 @@ import torch
 
 from ..dispatch import use_triton
 from . import attention_native
-from .reference import add_rms_norm_ref, attend_ref, sample_ref, silu_mul_ref
+from .reference import attend_ref, sample_ref
 
 
 def attend(
@@ -40,29 +40,6 @@ def attend(
     if attention_native.takes(q):
         return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
     return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
-
-
-def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the residual x + delta, and its RMS norm times weight: (R, D) each.
-
-    x, delta: (R, D); weight: (D,); all of one dtype. Without delta, the residual is x itself.
-    """
-    if use_triton(x):
-        from . import operations_triton
-
-        return operations_triton.add_rms_norm(x, delta, weight, eps)
-    return add_rms_norm_ref(x, delta, weight, eps)
-
-
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Compute silu(gate) · up, (R, F) each; rows may lie apart, in one tensor of both."""
-    if use_triton(gate):
-        from . import operations_triton
-
-        return operations_triton.silu_mul(gate, up)
-    return silu_mul_ref(gate, up)
 
 
 def sample(

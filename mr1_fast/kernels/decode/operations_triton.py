@@ -1,7 +1,7 @@
-"""The norm, the gating and sampling of a decode step in Triton.
+"""Sampling, at the end of a decode step, in Triton.
 
-Temperature and widths are run-time data, and nothing is read on the host, so a CUDA graph can hold
-the launches, after a first one outside of it.
+The temperature and the size of the vocabulary are run-time data, and nothing is read on the host,
+so a CUDA graph can hold the launches, after a first one outside of it.
 """
 
 import torch
@@ -10,8 +10,6 @@ import triton.language as tl
 
 from ..launch import launch
 
-GATE_BLOCK = 1024
-"""Columns of a program of the gating."""
 VOCABULARY_BLOCK = 4096
 """Tokens of a block of logits: the block is drawn first, then a token of it."""
 _LOG2E = 1.4426950408889634
@@ -49,39 +47,6 @@ def _invert_cdf(weights, uniform, SIZE: tl.constexpr):
 
 
 # --- kernels ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _add_rms_norm_kernel(
-    X, x_stride, DELTA, delta_stride, WEIGHT, RESIDUAL, OUT, eps, D, BLOCK: tl.constexpr
-):
-    """Add and normalise one row of D columns."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < D
-    dtype = X.dtype.element_ty
-    x = tl.load(X + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if DELTA is not None:
-        delta = tl.load(DELTA + row * delta_stride + columns, mask=mask, other=0.0)
-        residual = x + delta.to(tl.float32)
-        tl.store(RESIDUAL + row * D + columns, residual.to(dtype), mask=mask)
-        x = residual.to(dtype).to(tl.float32)
-    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)).to(dtype).to(tl.float32)
-    weight = tl.load(WEIGHT + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + row * D + columns, (weight * normed).to(dtype), mask=mask)
-
-
-@triton.jit
-def _silu_mul_kernel(GATE, gate_stride, UP, up_stride, OUT, F, BLOCK: tl.constexpr):
-    """Gate BLOCK of the F columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < F
-    dtype = GATE.dtype.element_ty
-    gate = tl.load(GATE + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(UP + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    out = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
-    tl.store(OUT + row * F + columns, out.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -132,35 +97,6 @@ def _sample_kernel(X, x_stride, UNIFORM, PEAKS, SUMS, TOKEN, LOGP, scale, V,
 
 
 # --- launchers ----------------------------------------------------------------------------------
-
-
-def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`operations.add_rms_norm`, with a program for each row."""
-    _check_columns(x)
-    rows, d = x.shape
-    out = x.new_empty(x.shape)
-    residual = x if delta is None else x.new_empty(x.shape)
-    delta_stride = 0 if delta is None else delta.stride(0)
-    launch(
-        _add_rms_norm_kernel, (rows,), x.device,
-        x, x.stride(0), delta, delta_stride, weight, residual, out, eps, d,
-        BLOCK=triton.next_power_of_2(d), num_warps=8,
-    )  # fmt: skip
-    return residual, out
-
-
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`operations.silu_mul`, with programs of GATE_BLOCK columns of a row."""
-    _check_columns(gate)
-    rows, f = gate.shape
-    out = gate.new_empty(gate.shape)
-    launch(
-        _silu_mul_kernel, (rows, triton.cdiv(f, GATE_BLOCK)), gate.device,
-        gate, gate.stride(0), up, up.stride(0), out, f, BLOCK=GATE_BLOCK,
-    )  # fmt: skip
-    return out
 
 
 def sample(

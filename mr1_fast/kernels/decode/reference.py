@@ -1,23 +1,18 @@
 """The operations of a decode step in PyTorch: their specification, and what runs on a CPU."""
 
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import linear, pad
 
 from ..dispatch import statistics_dtype
+from ..four_bit.reference import dequantise_ref
+from ..four_bit.weight import FourBitWeight
+from ..layers.reference import rotate
+from .layer import Layer
 
 WHOLE_ROW = 4096
 """Largest vocabulary for which the probabilities of a row are summed up in one go."""
 BLOCK = 1024
 """Tokens of a block of a longer row: the block is drawn first, then a token of it."""
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply the rotary embedding cos, sin (R, d) to x (R, H, d).
-
-    This is transformers' `apply_rotary_pos_emb`, with its roundings.
-    """
-    x1, x2 = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
 
 
 def attend_ref(
@@ -52,19 +47,16 @@ def attend_ref(
     return (scores.softmax(-1) @ gathered_values).flatten(1, 2).to(v.dtype)
 
 
-def add_rms_norm_ref(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`operations.add_rms_norm`, as transformers' Qwen2RMSNorm computes it."""
-    residual = x if delta is None else x + delta
-    r = residual.to(statistics_dtype(x))
-    normed = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + eps)
-    return residual, weight * normed.to(x.dtype)
-
-
-def silu_mul_ref(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`operations.silu_mul`."""
-    return silu(gate) * up
+def linear_ref(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Apply a linear layer to x (R, D): (R, N)."""
+    weight = layer.weight
+    if isinstance(weight, FourBitWeight):
+        weight = dequantise_ref(weight, x.dtype)
+    y = linear(x, weight, layer.bias)
+    if layer.adapter is None:
+        return y
+    a, b, scale = layer.adapter.a.to(x.dtype), layer.adapter.b.to(x.dtype), layer.adapter.scale
+    return torch.addmm(y, (x @ a.T).mul_(scale), b.T)
 
 
 def sample_ref(

@@ -12,11 +12,15 @@ stay in registers.
 Only D, the dtype, and which inputs exist select a kernel; the number of rows does not.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..overlap import NO_OVERLAP, Overlap, overlap_options
+from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
 from .strides import require_adjacent
 
 BYTES_PER_WARP = 1024
@@ -55,12 +59,16 @@ def _weigh(standard, weight, bias, dtype: tl.constexpr, LAYER: tl.constexpr):
 # --- kernels ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride"])
 def _norm_kernel(
-    X, x_stride, UPDATE, update_stride, WEIGHT, BIAS, RESIDUAL, NORMED, eps, D,
-    BLOCK: tl.constexpr,
+    X, x_stride, UPDATE, update_stride, part_stride, WEIGHT, BIAS, RESIDUAL, NORMED, eps, D,
+    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr,
+    PARTS: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add an update to one row of D columns, and norm it."""
+    """Add an update, which may come in parts, to one row of D columns, and norm it."""
+    let_next_begin(DEPENDENT)
+    prefetch(UPCOMING, CHUNKS, tl.program_id(0), tl.num_programs(0), COUNT, IN_BULK)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < D
@@ -72,7 +80,10 @@ def _norm_kernel(
     if BIAS is not None:
         bias = tl.load(BIAS + columns, mask=mask, other=0.0).to(tl.float32)
     if UPDATE is not None:
-        residual = (x + _load(UPDATE, row, update_stride, columns, mask).to(tl.float32)).to(dtype)
+        update = _load(UPDATE, row, update_stride, columns, mask).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            update += _load(UPDATE + part * part_stride, row, update_stride, columns, mask)
+        residual = (x + update.to(dtype).to(tl.float32)).to(dtype)
         tl.store(RESIDUAL + out, residual, mask=mask)
         x = residual.to(tl.float32)
     x, r = _centre(x, mask, eps, D, BIAS is not None)
@@ -149,16 +160,26 @@ def add_norm(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
+    overlap: Overlap = NO_OVERLAP,
+    upcoming: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`operations.add_norm`; without an update, the residual is x itself."""
+    """`operations.add_norm`; without an update, the residual is x itself.
+
+    overlap, upcoming: what `overlap.prefetch_plan` takes.
+    """
     require_adjacent(x, update)
     rows, d = x.shape
     normed = x.new_empty(x.shape)
     residual = x if update is None else x.new_empty(x.shape)
+    parts, part_stride, update_stride = 1, 0, 0
+    if update is not None:
+        update_stride = update.stride(-2)
+        if update.ndim == 3:
+            parts, part_stride = len(update), update.stride(0)
     launch(
         _norm_kernel, (rows,), x.device,
-        x, x.stride(0), update, 0 if update is None else update.stride(0), weight, bias,
-        residual, normed, eps, d, **_row_options(x),
+        x, x.stride(0), update, update_stride, part_stride, weight, bias, residual, normed, eps, d,
+        PARTS=parts, **overlap_options(overlap, upcoming, x.device), **_row_options(x),
     )  # fmt: skip
     return residual, normed
 

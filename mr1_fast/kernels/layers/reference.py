@@ -7,7 +7,6 @@ several results need is computed once, and sums over columns or rows are matrix-
 import torch
 from torch.nn.functional import layer_norm, silu
 
-from ..decode.reference import rotate
 from ..dispatch import statistics_dtype
 
 GELU_SLOPE = 1.702
@@ -41,7 +40,7 @@ def add_norm_ref(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`operations.add_norm`."""
-    residual = x + update
+    residual = x + (update if update.ndim == 2 else update.sum(0).to(x.dtype))
     return residual, norm_ref(residual, weight, bias, eps)
 
 
@@ -95,6 +94,15 @@ def _layer_norm_backward(dnormed, dresidual, x, weight, bias, eps, with_normed, 
 
 
 # --- the rotary embedding -----------------------------------------------------------------------
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply the rotary embedding cos, sin (R, d) to x (R, H, d).
+
+    This is transformers' `apply_rotary_pos_emb`, with its roundings.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
 
 
 def rotary_ref(

@@ -1,0 +1,9 @@
+"""Weights in 4 bits, as bitsandbytes stores them: 16 levels (nf4 or fp4), scaled by blocks.
+
+    w[i] = code[nibble i] · absmax[i // 64]                       fp32, then rounded to the dtype
+    absmax[j] = absmax_code[q[j]] · absmax_scale[j // 256] + offset    with double quantisation
+
+A byte has two numbers, the first in its high half. Blocks go on through the rows of a weight.
+
+    weight.py  what a stored weight consists of
+"""
