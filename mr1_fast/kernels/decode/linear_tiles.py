@@ -1,0 +1,128 @@
+"""How much of a decode step's linear layers a program computes at a time, and in how many parts.
+
+Each choice has a name in the launch table (kernels/tuned.py), such as decode_swiglu_64: an
+operation, the kind of its layers, and the most rows of x. Without an entry, plain layers take the
+tiles that were the fastest on an H100, and other kinds what fits by arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from ..tuned import tuned
+from .layer import Layer
+
+
+class Tile(NamedTuple):
+    """How much of a product a program computes at a time, and how."""
+
+    columns: int
+    """Rows of weights: those of gate and of up count together."""
+    rows: int
+    """Most rows of x; further rows are other programs', which read the weights again from L2."""
+    depth: int
+    """Elements of D that are multiplied at a time."""
+    warps: int
+    """Warps of the program."""
+    stages: int
+    """Tiles of weights and x in shared memory, the one being multiplied included."""
+
+
+class PartsTile(NamedTuple):
+    """A tile, and how many programs a product is split into over D."""
+
+    columns: int
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+    """Programs for each multiprocessor that the parts should amount to."""
+
+
+BY_PYTORCH = PartsTile(0, 0, 0, 0, 0, 0)
+"""Stands for PyTorch's own product in one part."""
+
+LARGE = 160 * 2**10
+"""Bytes of shared memory from which a GPU takes the first of TILES: A100 and H100 do.
+
+RTX 3090, 4090 and 5090, with 100 KB, take the second.
+"""
+TILES = {
+    ("linears", 32): (Tile(64, 16, 128, 4, 5), Tile(64, 16, 64, 4, 4)),
+    ("linears", 64): (Tile(64, 16, 128, 4, 5), Tile(64, 32, 64, 4, 4)),
+    ("linears", 128): (Tile(64, 32, 128, 4, 5), Tile(64, 64, 64, 4, 3)),
+    ("swiglu", 32): (Tile(128, 32, 64, 4, 4), Tile(128, 32, 64, 4, 3)),
+    ("swiglu", 64): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)),
+    ("swiglu", 128): (Tile(128, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    ("parts", 32): (PartsTile(64, 32, 128, 4, 4, 2), PartsTile(64, 32, 64, 4, 4, 2)),
+    ("parts", 64): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
+    ("parts", 128): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
+}
+"""Two tiles for each operation and most rows: for GPUs with LARGE shared memory, and for others.
+
+The first of linears and swiglu are the best of benchmarks/bench_decode_step.py --sweep on an H100;
+nothing else was measured yet.
+"""
+LEAST_STEPS = 2
+"""Tiles of D that a part of a product has at least."""
+
+
+def choose_tile(operation: str, x: torch.Tensor, layers: Sequence[Layer]) -> Tile | PartsTile:
+    """Choose the tile of an operation, for rows x (R, D), the kind of layers, and the GPU.
+
+    It is BY_PYTORCH for parts of a plain layer, unless the launch table knows better.
+    """
+    bucket = min(max(1 << (len(x) - 1).bit_length(), 32), 128)
+    shared = _shared_memory(x.device)
+    default = TILES[operation, bucket][0 if shared >= LARGE else 1]
+    if operation == "parts" and _kind(layers) == "":
+        default = BY_PYTORCH
+    tile = tuned(f"decode_{operation}{_kind(layers)}_{bucket}", x.device, default)
+    return _with_room_for_adapters(tile, layers, shared)
+
+
+def splits_of(tile: PartsTile, rows: int, shape: tuple[int, int], device: torch.device) -> int:
+    """Choose in how many parts a layer of shape (N, D) is computed, for R rows; each has a part."""
+    n, d = shape
+    steps = -(-d // tile.depth)
+    tiles = -(-rows // tile.rows) * -(-n // tile.columns)
+    most = tile.programs * _multiprocessors(device) // tiles
+    splits = max(1, min(most, steps // LEAST_STEPS))
+    return -(-steps // -(-steps // splits))
+
+
+def tile_rank(layers: Sequence[Layer]) -> int:
+    """Return the rows of A in a tile: a power of two from 16 on, or 0 without adapters."""
+    ranks = [len(layer.adapter.a) for layer in layers if layer.adapter is not None]
+    return max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0
+
+
+def _kind(layers: Sequence[Layer]) -> str:
+    """Name the kind of layers as the launch table does."""
+    kind = "_four_bit" if layers[0].in_four_bits else ""
+    return kind + "_lora" * any(layer.adapter is not None for layer in layers)
+
+
+def _with_room_for_adapters(tile, layers: Sequence[Layer], shared: int):
+    return tile
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Look up the bytes of shared memory of a GPU's multiprocessor; 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    """Look up a GPU's multiprocessors; 8 for other devices, so that the interpreter splits D."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
