@@ -122,7 +122,7 @@ def _shared_memory(device: torch.device) -> int:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """Look up a GPU's multiprocessors; 8 for other devices, so that the interpreter splits D."""
+    """Look up a GPU's multiprocessors; 12 for other devices, so that the interpreter splits D."""
     if device.type != "cuda":
-        return 8
+        return 12
     return torch.cuda.get_device_properties(device).multi_processor_count
