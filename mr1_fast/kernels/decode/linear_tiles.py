@@ -68,6 +68,8 @@ TILES = {
 The first of linears and swiglu are the best of benchmarks/bench_decode_step.py --sweep on an H100;
 nothing else was measured yet.
 """
+RESERVED = 2 * 2**10
+"""Bytes of shared memory that a program does not get, or needs for other things."""
 LEAST_STEPS = 2
 """Tiles of D that a part of a product has at least."""
 
@@ -83,7 +85,7 @@ def choose_tile(operation: str, x: torch.Tensor, layers: Sequence[Layer]) -> Til
     if operation == "parts" and _kind(layers) == "":
         default = BY_PYTORCH
     tile = tuned(f"decode_{operation}{_kind(layers)}_{bucket}", x.device, default)
-    return _with_room_for_adapters(tile, layers, shared)
+    return _fitted(tile, operation, layers, shared)
 
 
 def splits_of(tile: PartsTile, rows: int, shape: tuple[int, int], device: torch.device) -> int:
@@ -108,21 +110,38 @@ def _kind(layers: Sequence[Layer]) -> str:
     return kind + "_lora" * any(layer.adapter is not None for layer in layers)
 
 
-def _with_room_for_adapters(tile, layers: Sequence[Layer], shared: int):
+def _fitted(
+    tile: Tile | PartsTile, operation: str, layers: Sequence[Layer], shared: int
+) -> Tile | PartsTile:
+    """Take fewer stages, or half of the depth, until tiles of A fit beside those of W and x."""
+    least_depth = 64 if layers[0].in_four_bits else 32  # 4 bits: a block; 16 bits: half a line
+    while tile.stages > 2 and _shared_bytes(tile, operation, layers) > shared - RESERVED:
+        if tile.stages == 3 and tile.depth > least_depth:
+            tile = tile._replace(depth=tile.depth // 2)
+        else:
+            tile = tile._replace(stages=tile.stages - 1)
     return tile
+
+
+def _shared_bytes(tile: Tile | PartsTile, operation: str, layers: Sequence[Layer]) -> int:
+    """Bound the shared memory of a program; A is rounded in registers, and needs a stage less."""
+    w = tile.columns // 2 if layers[0].in_four_bits else 2 * tile.columns
+    sizes = [layer.adapter.a.element_size() for layer in layers if layer.adapter is not None]
+    a = tile_rank(layers) * max(sizes, default=0) * (2 if operation == "swiglu" else 1)
+    return tile.depth * (tile.stages * (w + 2 * tile.rows) + (tile.stages - 1) * a)
 
 
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
-    """Look up the bytes of shared memory of a GPU's multiprocessor; 0 for other devices."""
+    """Look up the bytes of shared memory of a GPU's multiprocessor; elsewhere as on small GPUs."""
     if device.type != "cuda":
-        return 0
+        return 100 * 2**10
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """Look up a GPU's multiprocessors; 12 for other devices, so that the interpreter splits D."""
+    """Look up a GPU's multiprocessors; 12 for other devices, for tests."""
     if device.type != "cuda":
         return 12
     return torch.cuda.get_device_properties(device).multi_processor_count

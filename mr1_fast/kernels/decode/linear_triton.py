@@ -108,13 +108,19 @@ def _layer_of(tile, LAYERS, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(POINTERS, bytes):
-    """Load the first bytes of some rows into L2, without waiting for them (from sm_90 on)."""
+def _prefetch(LAYER, row, begin, columns, D):
+    """Load columns of some rows of a layer's weight into L2, without waiting (from sm_90 on).
+
+    Rows must begin at multiples of 16 bytes.
+    """
     if not _INTERPRETED:
+        if LAYER.code is not None:  # a byte has two numbers
+            D, begin, columns = D // 2, begin // 2, columns // 2
+        SIZE: tl.constexpr = LAYER.stored.dtype.element_ty.primitive_bitwidth // 8
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
             "=r,l,r",
-            [POINTERS, tl.zeros(POINTERS.shape, tl.int32) + bytes],
+            [LAYER.stored + row.to(tl.int64) * D + begin, columns * SIZE],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -122,35 +128,51 @@ def _prefetch_rows(POINTERS, bytes):
 
 
 @triton.jit
-def _rows_at(MATRIX, row, D, depth, ALIGNED: tl.constexpr):
-    """Point to columns `depth` of some rows of a matrix (N, D)."""
-    rows = MATRIX + row.to(tl.int64) * D
+def _rows_at(FIRST, SECOND, row, D, depth, ALIGNED: tl.constexpr):
+    """Point to columns `depth` of some rows of a matrix (N, D); or half of the rows are another's.
+
+    """
+    start = row.to(tl.int64) * D
+    rows = FIRST + start
+    if SECOND is not None:
+        is_first = tl.arange(0, row.shape[0]) < row.shape[0] // 2
+        rows = tl.where(is_first, rows, SECOND + start)
     if ALIGNED:  # the compiler does not see it through the choice of a layer
         rows = tl.multiple_of(rows, 16)
     return rows[:, None] + depth[None, :]
 
 
 @triton.jit
-def _load_weight(LAYER, w_at, row, k, D, inside, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
-                 ABSMAX_BLOCK: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """Load columns k … k + DEPTH of some rows of a layer's weight, with 0 beyond D."""
-    if LAYER.code is None:
-        return tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
-    else:
-        return load_four_bits(
-            LAYER.stored, LAYER.code, LAYER.absmax,
-            LAYER.absmax_code, LAYER.absmax_scale, LAYER.absmax_offset,
-            row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, LAYER.absmax_code is not None, dtype,
-        )  # fmt: skip
+def _load_four_bits(LAYER, row, k, D, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+                    ABSMAX_BLOCK: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """Load columns k … k + DEPTH of some rows of a layer's weight in 4 bits."""
+    return load_four_bits(
+        LAYER.stored, LAYER.code, LAYER.absmax,
+        LAYER.absmax_code, LAYER.absmax_scale, LAYER.absmax_offset,
+        row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, LAYER.absmax_code is not None, dtype,
+    )  # fmt: skip
 
 
 @triton.jit
-def _add_b(LAYER, row, t, product, RANK: tl.constexpr, dtype: tl.constexpr):
-    """Add B·(scale · t) to the product of some rows; scale · t is rounded once, as in training."""
-    index = tl.arange(0, RANK)
-    at = LAYER.b + row.to(tl.int64)[:, None] * LAYER.rank + index[None, :]
-    b = tl.load(at, mask=(index < LAYER.rank)[None, :], other=0.0)
-    return dot(b.to(dtype), (t * LAYER.scale).to(dtype), product)
+def _halves(x):
+    """Take the two halves of rows apart."""
+    x = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1]))
+    return tl.split(tl.permute(x, (1, 2, 0)))
+
+
+@triton.jit
+def _add_b_and_bias(LAYER, column, row, t, product, with_bias, RANK: tl.constexpr,
+                    dtype: tl.constexpr):  # fmt: skip
+    """Add B·(scale · t), scale · t being rounded once, as in training, and the bias."""
+    if RANK:
+        index = tl.arange(0, RANK)
+        at = LAYER.b + row.to(tl.int64)[:, None] * LAYER.rank + index[None, :]
+        b = tl.load(at, mask=(index < LAYER.rank)[None, :], other=0.0)
+        product = dot(b.to(dtype), (t * LAYER.scale).to(dtype), product)
+    if LAYER.bias is not None:
+        mask = (column < LAYER.biases) & with_bias
+        product += tl.load(LAYER.bias + column, mask=mask, other=0.0).to(tl.float32)[:, None]
+    return product
 
 
 # --- kernel -------------------------------------------------------------------------------------
@@ -167,6 +189,8 @@ def _linears_kernel(
 
     PARTS: whether this is a part of a product over D, in fp32; the first one has the bias.
     RANK: rows of A in a tile, 0 without adapters.
+    BLOCK: numbers that have one scale, 0 with weights in 16 bits.
+    PREFETCH: columns of the weight that are prefetched while other kernels still run.
     """
     let_next_begin(DEPENDENT)
     # Programs of neighbouring rows read the same weights, which L2 holds
@@ -175,11 +199,12 @@ def _linears_kernel(
     depth = tl.arange(0, DEPTH)
     if SWIGLU:
         WIDTH: tl.constexpr = COLUMNS // 2
-        layer, first, start = LAYERS[0], 0, 0
-        up = LAYERS[1]
+        layer, up, first, start = LAYERS[0], LAYERS[1], 0, 0
+        up_stored, up_a = up.stored, up.a
     else:
         WIDTH: tl.constexpr = COLUMNS
         layer, first, start = _layer_of(tl.program_id(1), LAYERS, COLUMNS, COUNT)
+        up_stored, up_a = None, None
     column = (tl.program_id(1) - first) * WIDTH + tl.arange(0, WIDTH)
     w_row = tl.minimum(column, layer.n - 1)  # where there are no more, the last row again
 
@@ -188,49 +213,55 @@ def _linears_kernel(
         length = tl.cdiv(tl.cdiv(D, DEPTH), tl.num_programs(2)) * DEPTH
         begin = tl.program_id(2) * length
         end = tl.minimum(begin + length, D)
+    if PREFETCH:
+        columns = tl.minimum(end - begin, PREFETCH)
+        _prefetch(layer, w_row, begin, columns, D)
+        if SWIGLU:
+            _prefetch(up, w_row, begin, columns, D)
     wait_for_previous(DEPENDENT)
 
     x_at = X + tl.minimum(row, R - 1)[:, None] * x_stride + depth[None, :]
-    w_at = _rows_at(layer.stored, w_row, D, depth, ALIGNED)
-    product = tl.zeros((WIDTH, ROWS), tl.float32)
-    if SWIGLU:
-        up_at = _rows_at(up.stored, w_row, D, depth, ALIGNED)
+    if BLOCK:
+        product = tl.zeros((WIDTH, ROWS), tl.float32)
         up_product = tl.zeros((WIDTH, ROWS), tl.float32)
+    else:  # of gate and up, one product
+        stored_row = (tl.program_id(1) - first) * WIDTH + tl.arange(0, COLUMNS) % WIDTH
+        stored_row = tl.minimum(stored_row, layer.n - 1)
+        w_at = _rows_at(layer.stored, up_stored, stored_row, D, depth, ALIGNED)
+        product = tl.zeros((COLUMNS, ROWS), tl.float32)
     if RANK:
-        a_row = tl.arange(0, RANK)
-        a_at = _rows_at(layer.a, a_row, D, depth, ALIGNED)
-        t = tl.zeros((RANK, ROWS), tl.float32)
+        A_ROWS: tl.constexpr = 2 * RANK if SWIGLU else RANK
+        a_row = tl.arange(0, A_ROWS)
+        in_a = a_row < layer.rank
         if SWIGLU:
-            up_a_at = _rows_at(up.a, a_row, D, depth, ALIGNED)
-            up_t = tl.zeros((RANK, ROWS), tl.float32)
+            in_a |= (a_row >= RANK) & (a_row < RANK + up.rank)
+        a_at = _rows_at(layer.a, up_a, a_row % RANK, D, depth, ALIGNED)
+        t = tl.zeros((A_ROWS, ROWS), tl.float32)
+    else:
+        t = product
     for k in tl.range(begin, end, DEPTH):
         inside = ((k + depth < D) | ALIGNED)[None, :]
-        w = _load_weight(layer, w_at, w_row, k, D, inside, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
         x = tl.trans(tl.load(x_at + k, mask=inside, other=0.0))
-        product = dot(w, x, product)
+        if BLOCK:
+            w = _load_four_bits(layer, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
+            product = dot(w, x, product)
+            if SWIGLU:
+                w = _load_four_bits(up, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
+                up_product = dot(w, x, up_product)
+        else:
+            w = tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
+            product = dot(w, x, product)
         if RANK:
-            a = tl.load(a_at + k, mask=(a_row < layer.rank)[:, None] & inside, other=0.0)
+            a = tl.load(a_at + k, mask=in_a[:, None] & inside, other=0.0)
             t = dot(a.to(dtype), x, t)
-        if SWIGLU:
-            w = _load_weight(up, up_at, w_row, k, D, inside, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
-            up_product = dot(w, x, up_product)
-            if RANK:
-                a = tl.load(up_a_at + k, mask=(a_row < up.rank)[:, None] & inside, other=0.0)
-                up_t = dot(a.to(dtype), x, up_t)
 
-    if RANK:
-        product = _add_b(layer, w_row, t, product, RANK, dtype)
-        if SWIGLU:
-            up_product = _add_b(up, w_row, up_t, up_product, RANK, dtype)
-    if layer.bias is not None:
-        has_bias = column < layer.biases
-        if PARTS:
-            has_bias &= begin == 0
-        product += tl.load(layer.bias + column, mask=has_bias, other=0.0).to(tl.float32)[:, None]
     if SWIGLU:
-        if up.bias is not None:
-            bias = tl.load(up.bias + column, mask=column < up.biases, other=0.0)
-            up_product += bias.to(tl.float32)[:, None]
+        if not BLOCK:
+            product, up_product = _halves(product)
+        t, up_t = _halves(t)
+        up_product = _add_b_and_bias(up, column, w_row, up_t, up_product, True, RANK, dtype)
+    product = _add_b_and_bias(layer, column, w_row, t, product, begin == 0, RANK, dtype)
+    if SWIGLU:
         product = product * tl.sigmoid(product) * up_product
     at = OUT + row[None, :].to(tl.int64) * N + (start + column)[:, None]
     if PARTS:
@@ -318,6 +349,7 @@ def _run(
     depth = tile.depth if four_bit is None or d % tile.depth == 0 else four_bit.block
     pointers = [layer.stored for layer in layers]
     pointers += [layer.adapter.a for layer in layers if layer.adapter is not None]
+    aligned = d % depth == 0 and all(p.data_ptr() % 16 == 0 for p in pointers)
     overlap = overlap or decode_overlap(x.device)
     launch(
         _linears_kernel,
@@ -328,8 +360,8 @@ def _run(
         PARTS=is_parted, RANK=tile_rank(layers),
         BLOCK=four_bit.block if four_bit else 0,
         ABSMAX_BLOCK=four_bit.absmax_block if four_bit else 0,
-        ALIGNED=d % depth == 0 and all(p.data_ptr() % 16 == 0 for p in pointers),
-        DEPENDENT=overlap.dependent, PREFETCH=0,
+        ALIGNED=aligned, DEPENDENT=overlap.dependent,
+        PREFETCH=depth * (tile.stages - 1) if overlap.dependent and aligned else 0,
         COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=depth,
         num_warps=tile.warps, num_stages=tile.stages,
         **(dict(launch_pdl=True) if overlap.dependent else {}),
