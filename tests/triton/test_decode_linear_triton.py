@@ -132,7 +132,9 @@ def test_swiglu(device, rows, d, f, dtype):
 @pytest.mark.parametrize("biased", [(0,), (1, 2)], ids=str)
 def test_some_layers_have_a_bias(device, biased):
     case = Case(3, 64, BF16, device)
-    check_linears(case.x, [case.layer(n, bias=i in biased) for i, n in enumerate((20, 7, 16))], TINY)
+    check_linears(
+        case.x, [case.layer(n, bias=i in biased) for i, n in enumerate((20, 7, 16))], TINY
+    )
     gate, up = (case.layer(11, bias=i in biased) for i in range(2))
     assert_within_bound(
         swiglu(case.x, gate, up, tile=TINY),
@@ -187,6 +189,12 @@ def test_four_bits(device, rows, d, ranks, nested, dtype):
         for n, rank in zip((33, 16), ranks, strict=True)
     ]
     check_linears(case.x, layers, FOUR_BIT)
+
+
+def test_four_bits_where_d_is_no_multiple_of_a_step(device):
+    case = Case(3, 192, BF16, device)
+    layers = [case.layer(n, 8, nested=True) for n in (20, 7)]
+    check_linears(case.x, layers, FOUR_BIT._replace(depth=128))
 
 
 @pytest.mark.parametrize(("rank", "nested"), [(0, True), (0, False), (20, True)])

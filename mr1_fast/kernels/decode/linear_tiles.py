@@ -62,12 +62,62 @@ TILES = {
     ("parts", 32): (PartsTile(64, 32, 128, 4, 4, 2), PartsTile(64, 32, 64, 4, 4, 2)),
     ("parts", 64): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
     ("parts", 128): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
+    ("linears_four_bit", 32): (Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
+    ("linears_four_bit", 64): (Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
+    ("linears_four_bit", 128): (Tile(64, 32, 128, 4, 4), Tile(64, 32, 64, 4, 4)),
+    ("swiglu_four_bit", 32): (Tile(128, 32, 64, 4, 4), Tile(128, 32, 64, 4, 4)),
+    ("swiglu_four_bit", 64): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3)),
+    ("swiglu_four_bit", 128): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3)),
+    ("parts_four_bit", 32): (PartsTile(128, 32, 64, 4, 4, 2), PartsTile(64, 32, 64, 4, 4, 2)),
+    ("parts_four_bit", 64): (PartsTile(128, 64, 64, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
+    ("parts_four_bit", 128): (PartsTile(128, 64, 64, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
 }
 """Two tiles for each operation and most rows: for GPUs with LARGE shared memory, and for others.
 
-The first of linears and swiglu are the best of benchmarks/bench_decode_step.py --sweep on an H100;
-nothing else was measured yet.
+The first of linears and swiglu in 16 bits are the best of benchmarks/bench_decode_step.py --sweep
+on an H100; nothing else was measured yet. In 4 bits a tile has what needs the fewest instructions
+for each number: 4 warps, since 8 would dequantise the same numbers twice.
 """
+VARIANTS = {
+    "linears": (
+        Tile(64, 16, 64, 4, 4),
+        Tile(64, 16, 128, 4, 4),
+        Tile(64, 16, 128, 4, 5),
+        Tile(64, 32, 64, 4, 4),
+        Tile(64, 32, 128, 4, 4),
+        Tile(64, 32, 128, 4, 5),
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 64, 128, 4, 3),
+        Tile(128, 32, 64, 4, 4),
+        Tile(128, 64, 64, 4, 3),
+    ),
+    "swiglu": (
+        Tile(128, 32, 64, 4, 3),
+        Tile(128, 32, 64, 4, 4),
+        Tile(128, 32, 128, 4, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(128, 64, 64, 4, 4),
+        Tile(128, 64, 64, 8, 3),
+        Tile(256, 32, 64, 8, 3),
+        Tile(256, 64, 64, 8, 3),
+    ),
+    "parts": (
+        PartsTile(64, 32, 64, 4, 4, 2),
+        PartsTile(64, 32, 128, 4, 4, 2),
+        PartsTile(64, 64, 64, 4, 3, 2),
+        PartsTile(64, 64, 64, 4, 4, 3),
+        PartsTile(64, 64, 128, 4, 3, 2),
+        PartsTile(64, 64, 128, 4, 4, 1),
+        PartsTile(64, 64, 128, 4, 4, 2),
+        PartsTile(128, 32, 64, 4, 4, 2),
+        PartsTile(128, 64, 64, 4, 3, 2),
+        PartsTile(128, 64, 64, 4, 4, 1),
+        PartsTile(128, 64, 64, 4, 4, 2),
+    ),
+}
+"""Settings of an operation that a sweep may try, for any kind of layers and number of rows."""
+MOST_OF_A = 4096
+"""Elements of A that a program multiplies at a time: of more, registers spill on an A100."""
 RESERVED = 2 * 2**10
 """Bytes of shared memory that a program does not get, or needs for other things."""
 LEAST_STEPS = 2
@@ -81,10 +131,13 @@ def choose_tile(operation: str, x: torch.Tensor, layers: Sequence[Layer]) -> Til
     """
     bucket = min(max(1 << (len(x) - 1).bit_length(), 32), 128)
     shared = _shared_memory(x.device)
-    default = TILES[operation, bucket][0 if shared >= LARGE else 1]
-    if operation == "parts" and _kind(layers) == "":
+    kind = "_four_bit" if layers[0].in_four_bits else ""
+    default = TILES[operation + kind, bucket][0 if shared >= LARGE else 1]
+    if any(layer.adapter is not None for layer in layers):
+        kind += "_lora"
+    if operation == "parts" and not kind:
         default = BY_PYTORCH
-    tile = tuned(f"decode_{operation}{_kind(layers)}_{bucket}", x.device, default)
+    tile = tuned(f"decode_{operation}{kind}_{bucket}", x.device, default)
     return _fitted(tile, operation, layers, shared)
 
 
@@ -104,30 +157,31 @@ def tile_rank(layers: Sequence[Layer]) -> int:
     return max(16, 1 << (max(ranks) - 1).bit_length()) if ranks else 0
 
 
-def _kind(layers: Sequence[Layer]) -> str:
-    """Name the kind of layers as the launch table does."""
-    kind = "_four_bit" if layers[0].in_four_bits else ""
-    return kind + "_lora" * any(layer.adapter is not None for layer in layers)
-
-
 def _fitted(
     tile: Tile | PartsTile, operation: str, layers: Sequence[Layer], shared: int
 ) -> Tile | PartsTile:
-    """Take fewer stages, or half of the depth, until tiles of A fit beside those of W and x."""
+    """Take less depth, fewer stages or fewer rows, until tiles of A fit beside those of W and x."""
+    a_rows = _a_rows(operation, layers)
     least_depth = 64 if layers[0].in_four_bits else 32  # 4 bits: a block; 16 bits: half a line
-    while tile.stages > 2 and _shared_bytes(tile, operation, layers) > shared - RESERVED:
-        if tile.stages == 3 and tile.depth > least_depth:
-            tile = tile._replace(depth=tile.depth // 2)
-        else:
-            tile = tile._replace(stages=tile.stages - 1)
+    while tile.depth > least_depth and a_rows * tile.depth > MOST_OF_A:
+        tile = tile._replace(depth=tile.depth // 2)
+    while tile.stages > 2 and _shared_bytes(tile, a_rows, layers) > shared - RESERVED:
+        tile = tile._replace(stages=tile.stages - 1)
+    if a_rows >= 32 and layers[0].in_four_bits:  # dequantisation needs registers, too
+        tile = tile._replace(rows=min(tile.rows, 32 if a_rows < 128 else 16))
     return tile
 
 
-def _shared_bytes(tile: Tile | PartsTile, operation: str, layers: Sequence[Layer]) -> int:
+def _a_rows(operation: str, layers: Sequence[Layer]) -> int:
+    """Return the rows of A that a program multiplies: those of gate and of up."""
+    return tile_rank(layers) * (2 if operation == "swiglu" else 1)
+
+
+def _shared_bytes(tile: Tile | PartsTile, a_rows: int, layers: Sequence[Layer]) -> int:
     """Bound the shared memory of a program; A is rounded in registers, and needs a stage less."""
     w = tile.columns // 2 if layers[0].in_four_bits else 2 * tile.columns
     sizes = [layer.adapter.a.element_size() for layer in layers if layer.adapter is not None]
-    a = tile_rank(layers) * max(sizes, default=0) * (2 if operation == "swiglu" else 1)
+    a = a_rows * max(sizes, default=0)
     return tile.depth * (tile.stages * (w + 2 * tile.rows) + (tile.stages - 1) * a)
 
 

@@ -22,48 +22,21 @@ Nothing is read on the host, so a CUDA graph can hold the launches, after a firs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..four_bit.dequantise_triton import load_four_bits
-from ..four_bit.weight import FourBitWeight
 from ..launch import launch
 from ..overlap import Overlap, decode_overlap
 from ..overlap_triton import let_next_begin, wait_for_previous
 from .dot_triton import dot
 from .layer import Layer
 from .linear_tiles import BY_PYTORCH, PartsTile, Tile, choose_tile, splits_of, tile_rank
+from .linear_weights import Weights, require_dense, weights_of
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-class Weights(NamedTuple):
-    """What the kernel reads of one layer; None is what no layer of a launch has.
-
-    A layer without what others have gets a pointer of theirs, and a length of 0.
-    """
-
-    stored: torch.Tensor
-    """(N, D), or (N·D/2,) bytes of two numbers."""
-    n: int
-    bias: torch.Tensor | None
-    biases: int
-    """N, or 0 without a bias."""
-    a: torch.Tensor | None
-    """(rank, D)."""
-    b: torch.Tensor | None
-    """(N, rank)."""
-    rank: int
-    scale: float
-    code: torch.Tensor | None
-    """This and what follows: of weights in 4 bits, as in four_bit/weight.py."""
-    absmax: torch.Tensor | None
-    absmax_code: torch.Tensor | None
-    absmax_scale: torch.Tensor | None
-    absmax_offset: torch.Tensor | None
 
 
 # --- device functions ---------------------------------------------------------------------------
@@ -129,9 +102,7 @@ def _prefetch(LAYER, row, begin, columns, D):
 
 @triton.jit
 def _rows_at(FIRST, SECOND, row, D, depth, ALIGNED: tl.constexpr):
-    """Point to columns `depth` of some rows of a matrix (N, D); or half of the rows are another's.
-
-    """
+    """Point to columns `depth` of some rows of a matrix (N, D), or half the rows of each of two."""
     start = row.to(tl.int64) * D
     rows = FIRST + start
     if SECOND is not None:
@@ -338,18 +309,17 @@ def _run(
     overlap: Overlap | None,
 ) -> None:
     """Compute an operation into out, (R, N) or parts of it (S, R, N)."""
-    _require_dense(x, layers)
+    require_dense(x, layers)
     (rows, d), n = x.shape, out.shape[-1]
     is_parted = out.ndim == 3
     is_gated = operation == "swiglu"
     width = tile.columns // 2 if is_gated else tile.columns
     tiles = [triton.cdiv(layer.shape[0], width) for layer in layers]
-    weights = _weights(layers)
+    weights = weights_of(layers)
     four_bit = layers[0].weight if layers[0].in_four_bits else None
-    depth = tile.depth if four_bit is None or d % tile.depth == 0 else four_bit.block
     pointers = [layer.stored for layer in layers]
     pointers += [layer.adapter.a for layer in layers if layer.adapter is not None]
-    aligned = d % depth == 0 and all(p.data_ptr() % 16 == 0 for p in pointers)
+    aligned = d % tile.depth == 0 and all(p.data_ptr() % 16 == 0 for p in pointers)
     overlap = overlap or decode_overlap(x.device)
     launch(
         _linears_kernel,
@@ -361,55 +331,8 @@ def _run(
         BLOCK=four_bit.block if four_bit else 0,
         ABSMAX_BLOCK=four_bit.absmax_block if four_bit else 0,
         ALIGNED=aligned, DEPENDENT=overlap.dependent,
-        PREFETCH=depth * (tile.stages - 1) if overlap.dependent and aligned else 0,
-        COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=depth,
+        PREFETCH=tile.depth * (tile.stages - 1) if overlap.dependent and aligned else 0,
+        COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
         **(dict(launch_pdl=True) if overlap.dependent else {}),
     )  # fmt: skip
-
-
-def _weights(layers: Sequence[Layer]) -> tuple[Weights, ...]:
-    """Take layers apart for the kernel."""
-    bias = next((layer.bias for layer in layers if layer.bias is not None), None)
-    adapter = next((layer.adapter for layer in layers if layer.adapter is not None), None)
-    weights = []
-    for layer in layers:
-        own = layer.adapter or adapter
-        four_bit = layer.weight if isinstance(layer.weight, FourBitWeight) else None
-        weights.append(
-            Weights(
-                layer.stored,
-                layer.shape[0],
-                bias if layer.bias is None else layer.bias,
-                0 if layer.bias is None else layer.shape[0],
-                own and own.a,
-                own and own.b,
-                0 if layer.adapter is None else len(own.a),
-                float(own.scale) if own else 0.0,
-                four_bit and four_bit.code,
-                four_bit and four_bit.absmax,
-                four_bit and four_bit.absmax_code,
-                four_bit and four_bit.absmax_scale,
-                four_bit and four_bit.absmax_offset,
-            )
-        )
-    return tuple(weights)
-
-
-def _require_dense(x: torch.Tensor, layers: Sequence[Layer]) -> None:
-    """Raise ValueError unless rows of x are dense, and the layers' matrices take them."""
-    d = x.shape[1]
-    if x.stride(-1) != 1:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} has strides {x.stride()}, but its columns must be "
-            "adjacent"
-        )
-    for layer in layers:
-        tensors = [layer.stored]
-        if layer.adapter is not None:
-            tensors += [layer.adapter.a, layer.adapter.b]
-        if layer.shape[1] != d or not all(each.is_contiguous() for each in tensors):
-            raise ValueError(
-                f"a layer of shape {layer.shape} has tensors with strides "
-                f"{[each.stride() for each in tensors]}, but they must be dense, for {d} columns"
-            )
