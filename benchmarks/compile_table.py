@@ -35,6 +35,7 @@ TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99, "gfx942": 64}
 """KB of shared memory that one program may use."""
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+"""Of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
 SHORT_ACCESSES = 2
 """16-bit accesses that a kernel may have: the target's logit is read alone."""
 MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}

@@ -43,15 +43,6 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def _choose(here, new, old):
-    """Choose between two scalars, or None of both."""
-    if old is None:
-        return None
-    else:
-        return tl.where(here, new, old)
-
-
-@triton.jit
 def _layer_of(tile, LAYERS, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
     """Find the layer that a tile belongs to, its first tile and its first column of the output."""
     layer = LAYERS[0]
@@ -63,31 +54,31 @@ def _layer_of(tile, LAYERS, COLUMNS: tl.constexpr, COUNT: tl.constexpr):
         first, column = tl.where(here, tiles, first), tl.where(here, columns, column)
         new = LAYERS[i]
         layer = Weights(
-            _choose(here, new.stored, layer.stored),
+            tl.where(here, new.stored, layer.stored),
             tl.where(here, new.n, layer.n),
-            _choose(here, new.bias, layer.bias),
+            tl.where(here, new.bias, layer.bias),
             tl.where(here, new.biases, layer.biases),
-            _choose(here, new.a, layer.a),
-            _choose(here, new.b, layer.b),
+            tl.where(here, new.a, layer.a),
+            tl.where(here, new.b, layer.b),
             tl.where(here, new.rank, layer.rank),
             tl.where(here, new.scale, layer.scale),
-            _choose(here, new.code, layer.code),
-            _choose(here, new.absmax, layer.absmax),
-            _choose(here, new.absmax_code, layer.absmax_code),
-            _choose(here, new.absmax_scale, layer.absmax_scale),
-            _choose(here, new.absmax_offset, layer.absmax_offset),
+            tl.where(here, new.code, layer.code),
+            tl.where(here, new.absmax, layer.absmax),
+            tl.where(here, new.absmax_code, layer.absmax_code),
+            tl.where(here, new.absmax_scale, layer.absmax_scale),
+            tl.where(here, new.absmax_offset, layer.absmax_offset),
         )
     return layer, first, column
 
 
 @triton.jit
-def _prefetch(LAYER, row, begin, columns, D):
+def _prefetch(LAYER, row, begin, columns, D, BLOCK: tl.constexpr):
     """Load columns of some rows of a layer's weight into L2, without waiting (from sm_90 on).
 
     Rows must begin at multiples of 16 bytes.
     """
     if not _INTERPRETED:
-        if LAYER.code is not None:  # a byte has two numbers
+        if BLOCK:  # a byte has two numbers
             D, begin, columns = D // 2, begin // 2, columns // 2
         SIZE: tl.constexpr = LAYER.stored.dtype.element_ty.primitive_bitwidth // 8
         tl.inline_asm_elementwise(
@@ -115,12 +106,13 @@ def _rows_at(FIRST, SECOND, row, D, depth, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load_four_bits(LAYER, row, k, D, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
-                    ABSMAX_BLOCK: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+                    ABSMAX_BLOCK: tl.constexpr, NESTED: tl.constexpr,
+                    dtype: tl.constexpr):  # fmt: skip
     """Load columns k … k + DEPTH of some rows of a layer's weight in 4 bits."""
     return load_four_bits(
         LAYER.stored, LAYER.code, LAYER.absmax,
         LAYER.absmax_code, LAYER.absmax_scale, LAYER.absmax_offset,
-        row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, LAYER.absmax_code is not None, dtype,
+        row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, NESTED, dtype,
     )  # fmt: skip
 
 
@@ -133,14 +125,14 @@ def _halves(x):
 
 @triton.jit
 def _add_b_and_bias(LAYER, column, row, t, product, with_bias, RANK: tl.constexpr,
-                    dtype: tl.constexpr):  # fmt: skip
+                    BIASED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """Add B·(scale · t), scale · t being rounded once, as in training, and the bias."""
     if RANK:
         index = tl.arange(0, RANK)
         at = LAYER.b + row.to(tl.int64)[:, None] * LAYER.rank + index[None, :]
         b = tl.load(at, mask=(index < LAYER.rank)[None, :], other=0.0)
         product = dot(b.to(dtype), (t * LAYER.scale).to(dtype), product)
-    if LAYER.bias is not None:
+    if BIASED:
         mask = (column < LAYER.biases) & with_bias
         product += tl.load(LAYER.bias + column, mask=mask, other=0.0).to(tl.float32)[:, None]
     return product
@@ -152,7 +144,8 @@ def _add_b_and_bias(LAYER, column, row, t, product, with_bias, RANK: tl.constexp
 @triton.jit(do_not_specialize=["R"])
 def _linears_kernel(
     X, x_stride, LAYERS, OUT, R, D, N, COUNT: tl.constexpr, SWIGLU: tl.constexpr,
-    PARTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, BIASED: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    ABSMAX_BLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, DEPENDENT: tl.constexpr, PREFETCH: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +167,8 @@ def _linears_kernel(
         up_stored, up_a = up.stored, up.a
     else:
         WIDTH: tl.constexpr = COLUMNS
-        layer, first, start = _layer_of(tl.program_id(1), LAYERS, COLUMNS, COUNT)
         up_stored, up_a = None, None
+        layer, first, start = _layer_of(tl.program_id(1), LAYERS, COLUMNS, COUNT)
     column = (tl.program_id(1) - first) * WIDTH + tl.arange(0, WIDTH)
     w_row = tl.minimum(column, layer.n - 1)  # where there are no more, the last row again
 
@@ -186,9 +179,9 @@ def _linears_kernel(
         end = tl.minimum(begin + length, D)
     if PREFETCH:
         columns = tl.minimum(end - begin, PREFETCH)
-        _prefetch(layer, w_row, begin, columns, D)
+        _prefetch(layer, w_row, begin, columns, D, BLOCK)
         if SWIGLU:
-            _prefetch(up, w_row, begin, columns, D)
+            _prefetch(up, w_row, begin, columns, D, BLOCK)
     wait_for_previous(DEPENDENT)
 
     x_at = X + tl.minimum(row, R - 1)[:, None] * x_stride + depth[None, :]
@@ -214,10 +207,10 @@ def _linears_kernel(
         inside = ((k + depth < D) | ALIGNED)[None, :]
         x = tl.trans(tl.load(x_at + k, mask=inside, other=0.0))
         if BLOCK:
-            w = _load_four_bits(layer, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
+            w = _load_four_bits(layer, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, NESTED, dtype)
             product = dot(w, x, product)
             if SWIGLU:
-                w = _load_four_bits(up, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, dtype)
+                w = _load_four_bits(up, w_row, k, D, DEPTH, BLOCK, ABSMAX_BLOCK, NESTED, dtype)
                 up_product = dot(w, x, up_product)
         else:
             w = tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -230,8 +223,8 @@ def _linears_kernel(
         if not BLOCK:
             product, up_product = _halves(product)
         t, up_t = _halves(t)
-        up_product = _add_b_and_bias(up, column, w_row, up_t, up_product, True, RANK, dtype)
-    product = _add_b_and_bias(layer, column, w_row, t, product, begin == 0, RANK, dtype)
+        up_product = _add_b_and_bias(up, column, w_row, up_t, up_product, True, RANK, BIASED, dtype)
+    product = _add_b_and_bias(layer, column, w_row, t, product, begin == 0, RANK, BIASED, dtype)
     if SWIGLU:
         product = product * tl.sigmoid(product) * up_product
     at = OUT + row[None, :].to(tl.int64) * N + (start + column)[:, None]
@@ -327,9 +320,11 @@ def _run(
          len(out) if is_parted else 1),
         x.device,
         x, x.stride(0), weights, out, rows, d, n, COUNT=len(layers), SWIGLU=is_gated,
-        PARTS=is_parted, RANK=tile_rank(layers),
+        PARTS=is_parted, BIASED=any(layer.bias is not None for layer in layers),
+        RANK=tile_rank(layers),
         BLOCK=four_bit.block if four_bit else 0,
         ABSMAX_BLOCK=four_bit.absmax_block if four_bit else 0,
+        NESTED=four_bit is not None and four_bit.absmax_code is not None,
         ALIGNED=aligned, DEPENDENT=overlap.dependent,
         PREFETCH=tile.depth * (tile.stages - 1) if overlap.dependent and aligned else 0,
         COLUMNS=tile.columns, ROWS=tile.rows, DEPTH=tile.depth,
