@@ -15,16 +15,16 @@ JSON document. The exit status is 1 if a limit is exceeded.
 import json
 import math
 import sys
-from unittest import mock
 
 import torch
 import triton
+from decode_linear import launch_linear
 from machine_code import captured, examine
 from triton.backends.compiler import GPUTarget
 
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
-from mr1_fast.kernels.decode import attention_triton, linear_triton, operations_triton
+from mr1_fast.kernels.decode import attention_triton, operations_triton
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
 from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
@@ -34,6 +34,8 @@ TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
 """Triton's names of A100, RTX 3090, RTX 4090, H100, RTX 5090 and MI300X, with threads per warp."""
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99, "gfx942": 64}
 """KB of shared memory that one program may use."""
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
+"""Of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
 SHORT_ACCESSES = 2
 """16-bit accesses that a kernel may have: the target's logit is read alone."""
 MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}
@@ -146,20 +148,9 @@ def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows:
             operations_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
 
 
-def launch_decode_linear(dtype: torch.dtype, arch, device: str = "meta") -> None:
-    """Launch the fused linear layers of Qwen2-VL 2B with every tile for this target."""
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    weights = [empty(n, 1536) for n in (1536, 256, 256)]
-    biases = [empty(len(weight)) for weight in weights]
-    shared_memory = SHARED_LIMIT[arch] * 2**10
-    with mock.patch.object(linear_triton, "_shared_memory", return_value=shared_memory):
-        for rows in (32, 64, 128):
-            x = empty(rows, 1536)
-            linear_triton.linears(x, weights, biases)
-            linear_triton.swiglu(x, empty(8960, 1536), empty(8960, 1536))
+def launch_decode_linear(dtype: torch.dtype, arch) -> None:
+    """Launch the linear layers of decoding with the tiles for this target."""
+    launch_linear(dtype, SHARED_LIMIT[arch] * 2**10, MULTIPROCESSORS[arch])
 
 
 def launch_layers(

@@ -24,6 +24,9 @@ here, too, so that a rollout's log-probabilities stay close to those of training
     attention_native.py  attend on a CPU, by csrc/decode_cpu.cpp
     operations_triton.py sampling on a GPU
     layer.py             a linear layer with its adapter and a weight in 16 or 4 bits
-    linear.py            the public functions of linear layers; linear_triton.py on a GPU
+    linear.py            the public functions of linear layers
+    linear_triton.py     linear layers on a GPU: one kernel for all of them
+    linear_tiles.py      how much of them a program computes at a time
+    linear_weights.py    what the kernel reads of a layer
     dot_triton.py        the matrix product that the Triton kernels share
 """

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from ..four_bit.weight import FourBitWeight
 from ..layers.operations import silu_mul
 from .layer import Layer
 from .reference import linear_ref
+
+LARGEST_RANK = 128
+"""Rank of an adapter up to which its A is multiplied in the same loop as the weight."""
+FOUR_BIT_BLOCK = 64
+"""Numbers that have one scale, in a weight in 4 bits that the kernel takes."""
 
 
 def takes(layers: Sequence[Layer], like: Tensor) -> bool:
@@ -26,7 +32,15 @@ def takes(layers: Sequence[Layer], like: Tensor) -> bool:
 
     If not, PyTorch does, and other ways may be faster.
     """
-    return use_triton(like) and like.dtype in (torch.float16, torch.bfloat16)
+    adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+    return (
+        use_triton(like)
+        and like.dtype in (torch.float16, torch.bfloat16)
+        and len({_storage(layer) for layer in layers}) == 1
+        and all(_has_whole_blocks(layer) for layer in layers)
+        and len({(adapter.a.dtype, adapter.b.dtype) for adapter in adapters}) <= 1
+        and all(len(adapter.a) <= LARGEST_RANK for adapter in adapters)
+    )
 
 
 def linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
@@ -61,3 +75,19 @@ def linear_parts(x: Tensor, layer: Layer) -> Tensor:
 
         return linear_triton.linear_parts(x, layer)
     return linear_ref(x, layer)
+
+
+def _storage(layer: Layer) -> tuple:
+    """Describe how a weight is stored: one launch takes layers that are stored alike."""
+    weight = layer.weight
+    if isinstance(weight, FourBitWeight):
+        return weight.absmax.dtype, weight.absmax_block
+    return (weight.dtype,)
+
+
+def _has_whole_blocks(layer: Layer) -> bool:
+    """Tell whether rows of a weight in 4 bits consist of blocks of 64; True for other weights."""
+    weight = layer.weight
+    if isinstance(weight, FourBitWeight):
+        return weight.block == FOUR_BIT_BLOCK and weight.shape[1] % FOUR_BIT_BLOCK == 0
+    return True
