@@ -5,5 +5,8 @@
 
 A byte has two numbers, the first in its high half. Blocks go on through the rows of a weight.
 
-    weight.py  what a stored weight consists of
+    weight.py             what a stored weight consists of
+    operations.py         dequantise, by the fastest way of a device
+    reference.py          dequantisation in PyTorch: the specification
+    dequantise_triton.py  dequantisation in Triton, also for kernels that multiply
 """

@@ -1,15 +1,26 @@
-"""Dequantisation in Triton: tiles of a weight for kernels that multiply with it.
+"""Dequantisation in Triton: tiles of a weight for kernels that multiply with it, and whole weights.
 
 Layout and arithmetic are those of bitsandbytes (four_bit/__init__.py, reference.py). A product with
 few rows reads a quarter of the bytes that it reads of 16 bits, and has time for 5 instructions per
 number on an H100, and 10 on an RTX 3090 or 4090. So a number takes 3.5: a shift, a shuffle, a
-multiplication, half a conversion.
+multiplication, half a conversion. Whole weights take the time of writing them.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..launch import launch
+from .weight import FourBitWeight
+
+NUMBERS = 4096
+"""Numbers of a whole weight that a program computes: a thread has 32 of them, 16 bytes."""
 _SHUFFLED = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 """Whether numbers are looked up by PTX."""
 
@@ -105,6 +116,7 @@ def _load_scales(
         scale = tl.load(ABSMAX_SCALE + at // ABSMAX_BLOCK, mask=inside, other=0.0)
         # The addition of 0 keeps the compiler from rounding once for product and offset
         scale = tl.fma(tl.load(ABSMAX_CODE + number), scale, 0.0) + tl.load(ABSMAX_OFFSET)
+        scale = tl.where(inside, scale, 0.0)
     else:
         number = scale.to(tl.uint32, bitcast=True)
     return scale, CODE.to(tl.int64) + (number.to(tl.uint64) >> 32).to(tl.int64)
@@ -118,4 +130,64 @@ def _levels(packed, CODE, code, HIGH: tl.constexpr):
     return tl.inline_asm_elementwise(
         _HIGH if HIGH else _LOW, "=f,=f,=f,=f,r,l,l,l,l", [packed, code],
         dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+# --- kernel -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dequantise_kernel(
+    OUT, WEIGHTS, COUNT: tl.constexpr, BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Compute TILE blocks of one of COUNT weights, which lie one after the other in OUT."""
+    tile = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        weight = WEIGHTS[i]
+        tiles = tl.cdiv(weight.blocks, TILE)
+        if (tile >= 0) & (tile < tiles):
+            block = tile * TILE + tl.arange(0, TILE)
+            # A block is a row here, and where there are no more, the last row again
+            w = load_four_bits(
+                weight.packed, weight.code, weight.absmax,
+                weight.absmax_code, weight.absmax_scale, weight.absmax_offset,
+                tl.minimum(block, weight.blocks - 1), 0, BLOCK,
+                BLOCK, BLOCK, ABSMAX_BLOCK, NESTED, OUT.dtype.element_ty,
+            )  # fmt: skip
+            at = block.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            tl.store(OUT + at, w, mask=(block < weight.blocks)[:, None])
+        tile -= tiles
+        OUT += weight.blocks.to(tl.int64) * BLOCK
+
+
+# --- launcher -----------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """What the kernel reads of a FourBitWeight."""
+
+    packed: Tensor
+    code: Tensor
+    absmax: Tensor
+    absmax_code: Tensor | None
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    blocks: int
+
+    @classmethod
+    def of(cls, weight: FourBitWeight) -> _Stored:
+        """Take the tensors of a weight."""
+        tensors = [getattr(weight, name) for name in cls._fields[:-1]]
+        return cls(*tensors, blocks=weight.absmax.numel())
+
+
+def dequantise(weights: Sequence[FourBitWeight], out: Tensor) -> None:
+    """Write weights of equal blocks, one below the other, into `out` (ΣN, D)."""
+    stored, first = tuple(map(_Stored.of, weights)), weights[0]
+    tile = max(1, NUMBERS // first.block)
+    launch(
+        _dequantise_kernel, (sum(triton.cdiv(each.blocks, tile) for each in stored),), out.device,
+        out, stored, COUNT=len(stored), BLOCK=first.block, ABSMAX_BLOCK=first.absmax_block,
+        NESTED=first.absmax_code is not None, TILE=tile,
     )  # fmt: skip
