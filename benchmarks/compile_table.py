@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, operations_triton
+from mr1_fast.kernels.four_bit import dequantise_triton
+from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
 from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
@@ -153,6 +155,32 @@ def launch_decode_linear(dtype: torch.dtype, arch) -> None:
     launch_linear(dtype, SHARED_LIMIT[arch] * 2**10, MULTIPROCESSORS[arch])
 
 
+def launch_four_bit(dtype: torch.dtype, models=MODELS, device: str = "meta") -> None:
+    """Dequantise the weights of queries, keys and values of each model, scales in 8 and 32 bits."""
+
+    def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(count, dtype=dtype, device=device)
+
+    for heads, kv_heads, d, *_ in models:
+        lengths = [128 * heads, 128 * kv_heads, 128 * kv_heads]
+        out = torch.empty(sum(lengths), d, dtype=dtype, device=device)
+        fp32 = torch.float32
+        nested = empty(256, fp32), empty(d, fp32), empty(1, fp32)[0], 256
+        for scales, second in ((torch.uint8, nested), (fp32, ())):
+            weights = [
+                FourBitWeight(
+                    empty(n * d // 2, torch.uint8),
+                    empty(16, fp32),
+                    empty(n * d // 64, scales),
+                    (n, d),
+                    64,
+                    *second,
+                )
+                for n in lengths
+            ]
+            dequantise_triton.dequantise(weights, out)
+
+
 def launch_layers(
     dtype: torch.dtype, layers=LAYERS, device: str = "meta", tokens: int = 6144
 ) -> None:
@@ -239,6 +267,7 @@ def decode_table(dtypes: list[str], targets: list[GPUTarget] = NVIDIA, models=MO
         for dtype in dtypes:
             with captured(target) as compiled:
                 launch_decode(DTYPES[dtype], models)
+                launch_four_bit(DTYPES[dtype], models)
                 if dtype != "fp32":  # in fp32, PyTorch computes linear layers
                     launch_decode_linear(DTYPES[dtype], target.arch)
             rows += _worst(compiled, target, {"dtype": dtype, "V": None, "setting": None})

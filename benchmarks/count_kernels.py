@@ -15,7 +15,7 @@ has the number of kernels.
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 from unittest import mock
@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.model import four_bits
 from mr1_fast.plan import stand_ins
 
@@ -136,8 +137,8 @@ def counted() -> Iterator[list[Launch]]:
         for function, name, describe in STAND_INS:
             recorded = _recorded(getattr(function, name), describe, launches)
             stack.enter_context(mock.patch.object(function, name, staticmethod(recorded)))
-        recorded = _recorded_dequantisation(four_bits.dequantise_weight, launches)
-        stack.enter_context(mock.patch.object(four_bits, "dequantise_weight", recorded))
+        recorded = _recorded_dequantisation(four_bits.dequantise, launches)
+        stack.enter_context(mock.patch.object(four_bits, "dequantise", recorded))
         if find_spec("triton"):
             from triton.runtime.jit import JITFunction
 
@@ -272,11 +273,13 @@ def _four_bit_product(ctx, args: tuple, result) -> list[Launch]:
 
 
 def _recorded_dequantisation(function: Callable, launches: list[Launch]) -> Callable:
-    """`dequantise_weight` of model/four_bits.py, which also records what it launches."""
+    """`dequantise` of kernels/four_bit, which also records its launch."""
 
-    def run(weight: Tensor, out: Tensor) -> None:
-        launches.extend(_dequantisation(out))
-        function(weight, out=out)
+    def run(weights: Sequence[FourBitWeight], dtype: torch.dtype) -> Tensor:
+        result = function(weights, dtype)
+        stored = [[each.packed, each.absmax, each.absmax_scale] for each in weights]
+        launches.append(_launch("dequantise", DEQUANTISE, [stored, result]))
+        return result
 
     return run
 

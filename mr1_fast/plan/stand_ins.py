@@ -165,7 +165,7 @@ class FourBitLinear(nn.Linear):
     """bitsandbytes' Linear4bit (nf4, double quantisation) without data.
 
     A weight takes half a byte, 64 weights share a scale of one byte, and 64·256 weights an fp32
-    scale of these. It has the names by which model/four_bits.py knows such a layer. By itself, each
+    scale of these. It has the names by which FourBitWeight knows such a layer. By itself, each
     product makes the dequantised weight and drops it.
     """
 
@@ -180,11 +180,16 @@ class FourBitLinear(nn.Linear):
         count = linear.weight.numel()
         packed = empty(-(-count // 2), torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight.quant_state = SimpleNamespace(
-            shape=linear.weight.shape, dtype=linear.weight.dtype, blocksize=64
-        )
         self.register_buffer("absmax", empty(-(-count // 64), torch.uint8))
         self.register_buffer("nested_absmax", empty(-(-count // (64 * 256)), torch.float32))
+        nested = SimpleNamespace(
+            code=empty(256, torch.float32), absmax=self.nested_absmax, blocksize=256
+        )
+        self.weight.quant_state = SimpleNamespace(
+            shape=linear.weight.shape, dtype=linear.weight.dtype, blocksize=64, nested=True,
+            code=empty(16, torch.float32), absmax=self.absmax, state2=nested,
+            offset=empty(1, torch.float32)[0],
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)."""

@@ -45,6 +45,7 @@ def test_decode_kernels_compile_without_spills_and_with_wide_accesses():
     rows = compile_table.decode_table(["bf16"], [RTX_3090], small)
     assert {row["kernel"] for row in rows} == {
         "attend",
+        "dequantise",
         "linears",
         "add_rms_norm",
         "silu_mul",

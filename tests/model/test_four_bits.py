@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mr1_fast.model import blocks
+from mr1_fast.model import blocks, four_bits
 from mr1_fast.model.forward import base_model
 from mr1_fast.model.four_bits import FourBits
 from mr1_fast.model.linears import Linears
@@ -60,13 +60,13 @@ def test_loss_and_gradients_are_those_of_bitsandbytes(dtype, recompute, no_modul
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_a_weight_is_dequantised_once_in_each_pass(recompute, monkeypatch, no_module_runs):
     policy, calls = four_bit_policy(recompute=recompute), []
-    dequantise = functional.dequantize_4bit
+    dequantise = four_bits.dequantise
 
-    def counted(packed, *args, **kwargs):
-        calls.append(packed.data_ptr())
-        return dequantise(packed, *args, **kwargs)
+    def counted(weights, dtype):
+        calls.extend(weight.packed.data_ptr() for weight in weights)
+        return dequantise(weights, dtype)
 
-    monkeypatch.setattr(functional, "dequantize_4bit", counted)
+    monkeypatch.setattr(four_bits, "dequantise", counted)
     logp = policy.logprobs(batch_of(policy), 0.7)[0]
     assert len(calls) == len(set(calls)) == LAYERS * ROLES, "the forward pass"
     calls.clear()
@@ -117,7 +117,8 @@ def test_the_reference_is_the_model_without_adapters(no_module_runs):
 def test_weights_are_bitsandbytes_own(dtype, quant_type, nested):
     torch.manual_seed(0)
     layers = [
-        in_four_bits(nn.Linear(96, n, dtype=dtype), nested, quant_type=quant_type) for n in (64, 32)
+        in_four_bits(nn.Linear(128, n, dtype=dtype), nested, quant_type=quant_type)
+        for n in (64, 32)
     ]
     expected = torch.cat(
         [functional.dequantize_4bit(each.weight, each.weight.quant_state) for each in layers]
@@ -129,10 +130,10 @@ def test_weights_are_bitsandbytes_own(dtype, quant_type, nested):
 def test_a_layer_quantised_from_another_dtype():
     """As in a checkpoint made in fp16, trained in bf16."""
     torch.manual_seed(0)
-    layer = in_four_bits(nn.Linear(96, 64, dtype=torch.float16), compute_dtype=torch.bfloat16)
+    layer = in_four_bits(nn.Linear(128, 64, dtype=torch.float16), compute_dtype=torch.bfloat16)
     assert Linears.of(layer) is None, "its bias has another dtype than its product"
     layer.bias.data = layer.bias.data.bfloat16()
-    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
     y, _ = Linears.of(layer).product(x)
     torch.testing.assert_close(y, layer(x), rtol=2e-2, atol=2e-2)
     assert y.dtype == torch.bfloat16

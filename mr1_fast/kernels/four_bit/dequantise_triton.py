@@ -4,6 +4,13 @@ Layout and arithmetic are those of bitsandbytes (four_bit/__init__.py, reference
 few rows reads a quarter of the bytes that it reads of 16 bits, and has time for 5 instructions per
 number on an H100, and 10 on an RTX 3090 or 4090. So a number takes 3.5: a shift, a shuffle, a
 multiplication, half a conversion. Whole weights take the time of writing them.
+
+For the loop of a product (machine code of Triton 3.6 and 3.7):
+
+- On Hopper, load weights and x in `lane_order`; otherwise single bytes are read from shared memory.
+  On others do not: Triton itself gives a thread 4 adjacent bytes there.
+- Before Hopper and on sm_120, Triton lets two warps dequantise the same rows if x has more than 16
+  rows for 64 of the weight. Two tiles and products in the body of the loop keep it from that.
 """
 
 from __future__ import annotations
@@ -116,6 +123,7 @@ def _load_scales(
         scale = tl.load(ABSMAX_SCALE + at // ABSMAX_BLOCK, mask=inside, other=0.0)
         # The addition of 0 keeps the compiler from rounding once for product and offset
         scale = tl.fma(tl.load(ABSMAX_CODE + number), scale, 0.0) + tl.load(ABSMAX_OFFSET)
+        scale = tl.where(inside, scale, 0.0)
     else:
         number = scale.to(tl.uint32, bitcast=True)
     return scale, CODE.to(tl.int64) + (number.to(tl.uint64) >> 32).to(tl.int64)

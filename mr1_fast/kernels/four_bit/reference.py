@@ -8,9 +8,11 @@ from .weight import FourBitWeight
 
 def dequantise_ref(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     """Compute the weight (N, D) in `dtype`: level times scale in fp32, rounded once."""
+    count = weight.shape[0] * weight.shape[1]
     nibbles = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1)
-    levels = weight.code[nibbles.flatten().long()].view(-1, weight.block)
-    return (levels * scales_ref(weight)[:, None]).to(dtype).view(weight.shape)
+    levels = weight.code[nibbles.flatten()[:count].long()]
+    scales = scales_ref(weight).repeat_interleave(weight.block)[:count]
+    return (levels * scales).to(dtype).view(weight.shape)
 
 
 def scales_ref(weight: FourBitWeight) -> Tensor:
