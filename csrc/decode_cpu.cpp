@@ -18,9 +18,9 @@
 
 namespace {
 
-constexpr int REGISTERS = WIDTH == 8 ? 16 : 32;
 constexpr int MOST_HEADS = WIDTH == 16 ? 8 : 4;  // query heads whose sums fit in registers
-constexpr int TILE = 64, AHEAD = 16;             // tokens
+constexpr int TILE = 64;                         // tokens whose keys and values stay in L2
+constexpr int AHEAD = 16;                        // tokens
 constexpr float LOG2E = 1.44269504f;
 constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 vanishes beside 1; subnormals take a hundred cycles
 
@@ -71,7 +71,7 @@ template <class T> struct Pool {
     float scale;
 };
 
-// Some of a row's tokens, by their offsets in the pool; repeats the last one up to a whole vector.
+// Some of a row's tokens, by their offsets in the pool.
 struct Tile {
     int64_t offsets[TILE];
     int n;
@@ -84,21 +84,35 @@ struct Tile {
             const int64_t token = start + j;
             offsets[j] = stride * (token < prefix ? span[0] + token : span[2] + token - prefix);
         }
-        for (int j = n; j % WIDTH; ++j) offsets[j] = offsets[n - 1];
     }
 };
 
-// Prefetches keys or values of tokens further on, as a pool is too big for L2. At each token it is
-// the turn of one of the rows that share them. Past the end of a span what is prefetched is not
-// needed, which does no harm.
-struct Prefetch {
-    int64_t ahead;  // bytes
-    int rows, row;
+// Prefetches of keys or values further on, as a pool is too big for L2. Past the end of a span what
+// they fetch is not needed, which does no harm. They are inlined, as compilers drop calls of a
+// function that does nothing else.
+#define INLINE __attribute__((always_inline)) inline
 
-    template <class T> void operator()(const T* p, int j, int64_t count) const {
-        if (rows > 1 && j % rows != row) return;
-        for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64)
-            __builtin_prefetch((const char*)p + ahead + bytes);
+template <class T> INLINE void fetch(const T* p, int64_t count) {
+    for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64)
+        __builtin_prefetch((const char*)p + bytes);
+}
+
+// At each token of a row by itself.
+struct FromRow {
+    template <class T> INLINE void operator()(const T* p, int, int64_t stride, int64_t n) const {
+        fetch(p + AHEAD * stride, n);
+    }
+};
+
+// From the next of the tiles that rows share; at each token it is the turn of one of them.
+struct FromTile {
+    unsigned turns = 0;  // of eight tokens
+
+    FromTile(int rows, int row) {
+        for (int j = 0; j < 8; ++j) turns |= (unsigned)(j * rows / 8 == row) << j;
+    }
+    template <class T> INLINE void operator()(const T* p, int j, int64_t stride, int64_t n) const {
+        if (turns >> j % 8u & 1) fetch(p + TILE * stride, n);
     }
 };
 
@@ -111,56 +125,34 @@ template <int HEADS> struct Heads {
     float scores[HEADS][TILE];  // of a tile; then its weights
 };
 
-// Multiplies STEP keys and the queries: dots[h][i] is by lane.
-template <int STEP, class T, int HEADS>
-inline void multiply_keys(const Heads<HEADS>& g, const T* const* keys, int64_t d,
-                          Floats (*dots)[WIDTH]) {
-    Floats dot[HEADS][STEP];
-    for (int h = 0; h < HEADS; ++h)
-        for (int i = 0; i < STEP; ++i) dot[h][i] = all(0.0f);
-    const auto add_product = [&](const Floats* key, int64_t c) {
-        for (int h = 0; h < HEADS; ++h) {
-            const Floats q = load(g.q[h] + c);
-            for (int i = 0; i < STEP; ++i) dot[h][i] = multiply_add(key[i], q, dot[h][i]);
-        }
-    };
-    int64_t c = 0;
-    for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) {
-        Floats a[STEP], b[STEP];
-        for (int i = 0; i < STEP; ++i) load_pair(keys[i] + c, &a[i], &b[i]);
-        add_product(a, c);
-        add_product(b, c + WIDTH);
-    }
-    for (; c < d; c += WIDTH) {
-        Floats a[STEP];
-        for (int i = 0; i < STEP; ++i) a[i] = load_up_to(keys[i] + c, d - c, 0.0f);
-        add_product(a, c);
-    }
-    for (int h = 0; h < HEADS; ++h)
-        for (int i = 0; i < STEP; ++i) dots[h][i] = dot[h][i];
-}
-
-template <class T, int HEADS>
+template <class T, int HEADS, class Prefetch>
 inline void score(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
                   const Prefetch& prefetch) {
-    constexpr int MOST = 4 * HEADS + 6 <= REGISTERS ? 4 : 2, STEP = WIDTH < MOST ? WIDTH : MOST;
+    const int64_t d = pool.d;
     for (int j = 0; j < tile.n; j += WIDTH) {
         Floats dots[HEADS][WIDTH];
-        for (int i = 0; i < WIDTH; i += STEP) {
-            if (j + i >= tile.n) {
-                for (int h = 0; h < HEADS; ++h)
-                    for (int k = 0; k < STEP; ++k) dots[h][i + k] = all(0.0f);
-                continue;
+        for (int i = 0; i < WIDTH; ++i) {
+            Floats dot[HEADS];
+            for (int h = 0; h < HEADS; ++h) dot[h] = all(0.0f);
+            if (j + i < tile.n) {
+                const T* key = pool.keys + tile.offsets[j + i];
+                prefetch(key, j + i, pool.stride, d);
+                int64_t c = 0;
+                for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) {
+                    Floats a, b;
+                    load_pair(key + c, &a, &b);
+                    for (int h = 0; h < HEADS; ++h) {
+                        dot[h] = multiply_add(a, load(g.q[h] + c), dot[h]);
+                        dot[h] = multiply_add(b, load(g.q[h] + c + WIDTH), dot[h]);
+                    }
+                }
+                for (; c < d; c += WIDTH) {
+                    const Floats a = load_up_to(key + c, d - c, 0.0f);
+                    for (int h = 0; h < HEADS; ++h)
+                        dot[h] = multiply_add(a, load(g.q[h] + c), dot[h]);
+                }
             }
-            const T* keys[STEP];
-            for (int k = 0; k < STEP; ++k) {
-                keys[k] = pool.keys + tile.offsets[j + i + k];
-                prefetch(keys[k], j + i + k, pool.d);
-            }
-            Floats some[HEADS][WIDTH];
-            multiply_keys<STEP>(g, keys, pool.d, some);
-            for (int h = 0; h < HEADS; ++h)
-                for (int k = 0; k < STEP; ++k) dots[h][i + k] = some[h][k];
+            for (int h = 0; h < HEADS; ++h) dots[h][i] = dot[h];
         }
         for (int h = 0; h < HEADS; ++h) {
             store(g.scores[h] + j, multiply(sums(dots[h]), all(pool.scale)));
@@ -196,7 +188,7 @@ void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int6
 
 // Adds weights · values to the sums, in VECTORS vectors of columns from c on: pairs, or a last one,
 // which may be short.
-template <int VECTORS, class T, int HEADS>
+template <int VECTORS, class T, int HEADS, class Prefetch>
 inline void add_values(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
                        const Prefetch& prefetch, int64_t c) {
     Floats sum[HEADS][VECTORS];
@@ -205,7 +197,7 @@ inline void add_values(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
     for (int j = 0; j < tile.n; ++j) {
         const T* row = pool.values + tile.offsets[j] + c;
         Floats value[VECTORS];
-        prefetch(row, j, VECTORS * WIDTH);
+        prefetch(row, j, pool.stride, VECTORS * WIDTH);
         if (VECTORS == 1) value[0] = load_up_to(row, pool.d - c, 0.0f);
         for (int k = 0; k + 1 < VECTORS; k += 2)
             load_pair(row + k * WIDTH, &value[k], &value[k + 1]);
@@ -218,13 +210,13 @@ inline void add_values(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
         for (int k = 0; k < VECTORS; ++k) store(g.sum[h] + c + k * WIDTH, sum[h][k]);
 }
 
-template <class T, int HEADS>
+template <class T, int HEADS, class Prefetch>
 inline void add_tile(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
                      const Prefetch& prefetch) {
     const int64_t d = pool.d;
     for (int h = 0; h < HEADS; ++h)
         soften(g.scores[h], tile.n, g.peak[h], g.weights[h], g.sum[h], d);
-    constexpr int MANY = 4 * HEADS + 5 <= REGISTERS ? 4 : 2;
+    constexpr int MANY = HEADS > 2 ? 2 : 4;
     int64_t c = 0;
     for (; c + MANY * WIDTH <= d; c += MANY * WIDTH)
         add_values<MANY>(g, pool, tile, prefetch, c);
@@ -254,19 +246,18 @@ void attend_heads(const DecodeArguments* a, const DecodeBlock& block, const Pool
     const int32_t(*spans)[4] = a->spans + block.first;
     for (int r = 0; r < block.rows; ++r) begin<T>(g[r], a, block.first + r, head);
 
-    const int64_t shared = spans[0][1] / TILE * TILE, token = pool.stride * (int64_t)sizeof(T);
+    // Only whole tiles of the prefix are shared, so that the tiles are those of a row by itself.
+    const int64_t shared = block.rows > 1 ? spans[0][1] / TILE * TILE : 0;
     for (int64_t start = 0; start < shared; start += TILE) {
         const Tile tile(spans[0], start, pool.stride);
-        const auto turn = [&](int r) { return Prefetch{(block.rows > 1 ? TILE : AHEAD) * token, block.rows, r}; };
-        for (int r = 0; r < block.rows; ++r) score(g[r], pool, tile, turn(r));
-        for (int r = 0; r < block.rows; ++r) add_tile(g[r], pool, tile, turn(r));
+        for (int r = 0; r < block.rows; ++r) score(g[r], pool, tile, FromTile(block.rows, r));
+        for (int r = 0; r < block.rows; ++r) add_tile(g[r], pool, tile, FromTile(block.rows, r));
     }
     for (int r = 0; r < block.rows; ++r) {
         for (int64_t start = shared; start < spans[r][1] + (int64_t)spans[r][3]; start += TILE) {
             const Tile tile(spans[r], start, pool.stride);
-            const Prefetch prefetch{AHEAD * token, 1, 0};
-            score(g[r], pool, tile, prefetch);
-            add_tile(g[r], pool, tile, prefetch);
+            score(g[r], pool, tile, FromRow());
+            add_tile(g[r], pool, tile, FromRow());
         }
         T* out = (T*)a->out + ((block.first + r) * a->heads + head) * a->d;
         for (int h = 0; h < HEADS; ++h)

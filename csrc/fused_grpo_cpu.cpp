@@ -1,14 +1,13 @@
 // The native kernels on a CPU: a plain C interface, threads, and the choice of the instruction set.
 // The row operations are those of mr1_fast/kernels/grpo/rows.py, computed in row_kernels.cpp;
 // attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp.
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-#include "decode.h"
+#include "decode_blocks.h"
 #include "grpo_token.h"
 #include "row_kernels.h"
 
@@ -25,9 +24,6 @@ constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 // Work below which starting threads costs more than it saves, in logits, and in products of queries
 // and keys.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
-// What reading a prefix costs beside a row's computing, in rows.
-constexpr int64_t READING = 2;
-
 struct InstructionSet {
     const RowKernels* rows;
     const DecodeKernel* decode;
@@ -92,39 +88,6 @@ template <class Task> void parallel(int64_t count, int threads, const Task& task
     }
     work();
     for (auto& thread : others) thread.join();
-}
-
-// Cuts the rows of a decode step into blocks, none longer than `most`, of neighbours that have the
-// same prefix; those of one prefix are of about the same length.
-std::vector<DecodeBlock> cut(const DecodeArguments* a, int64_t most) {
-    std::vector<DecodeBlock> blocks;
-    for (int64_t first = 0, end; first < a->n; first = end) {
-        for (end = first + 1; end < a->n; ++end)
-            if (memcmp(a->spans[end], a->spans[first], 2 * sizeof(int32_t))) break;
-        for (int64_t left = (end - first + most - 1) / most; left; --left) {
-            const int64_t rows = (end - first + left - 1) / left;
-            blocks.push_back({first, (int)rows});
-            first += rows;
-        }
-    }
-    return blocks;
-}
-
-// Chooses the length of blocks: longer ones read less, shorter ones leave no thread idle.
-std::vector<DecodeBlock> blocks_of(const DecodeArguments* a, int threads) {
-    std::vector<DecodeBlock> best;
-    int64_t least = INT64_MAX;
-    for (int64_t most = DECODE_MAX_ROWS; most; most /= 2) {
-        std::vector<DecodeBlock> blocks = cut(a, most);
-        int64_t longest = 0;
-        for (const DecodeBlock& block : blocks) longest = std::max<int64_t>(longest, block.rows);
-        const int64_t turns = ((int64_t)blocks.size() * a->kv_heads + threads - 1) / threads;
-        const int64_t time = turns * (longest + READING);
-        if (time >= least) continue;
-        least = time;
-        best = std::move(blocks);
-    }
-    return best;
 }
 
 struct Rows {
