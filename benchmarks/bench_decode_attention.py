@@ -63,7 +63,7 @@ def spans_of(shape: Shape) -> torch.Tensor:
 
 
 def apart(spans: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """The same rows in an order in which no neighbours share: the first of each group, and so on."""
+    """The same rows so that no neighbours share: the first of each group, the second, and so on."""
     return spans.unflatten(0, (shape.groups, shape.group)).transpose(0, 1).flatten(0, 1)
 
 
