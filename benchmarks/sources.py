@@ -61,6 +61,7 @@ SOURCES = {
     "integrations": Sources((*HEAD, "mr1_fast/integrations/*.py"), (*LOSS_SETTINGS, "linear")),
     "adamw": Sources(ADAMW, ("adamw",)),
     "decode_step": Sources(DECODE),
+    "decode_attention": Sources(("mr1_fast/kernels/decode/attention_native.py", "csrc/*")),
     "rollout": Sources(ROLLOUT),
     "layers": Sources((*LAYERS, *MODEL, "mr1_fast/plan/stand_ins.py", "mr1_fast/segments.py")),
     "train_step": Sources(STEP, STEP_SETTINGS),

@@ -15,7 +15,13 @@ struct DecodeArguments {
     double scale;
 };
 
-// Computes one row and one of its key heads, with the query heads that share it.
-typedef void (*DecodeKernel)(const DecodeArguments* a, int64_t row, int64_t kv_head);
+enum { DECODE_MAX_D = 256, DECODE_MAX_ROWS = 8 };
 
-enum { DECODE_MAX_D = 256 };
+// Neighbouring rows that have the same prefix, at most DECODE_MAX_ROWS.
+struct DecodeBlock {
+    int64_t first;
+    int rows;
+};
+
+// Computes a block of rows and one of their key heads, with the query heads that share it.
+typedef void (*DecodeKernel)(const DecodeArguments* a, const DecodeBlock& block, int64_t kv_head);

@@ -1,10 +1,11 @@
-// Decode attention of a row and a key head, compiled once per instruction set. setup.py keeps the
-// compiler from fusing multiplications and additions, so that the rotation rounds as PyTorch's
+// Decode attention of some rows and a key head, compiled once per instruction set. setup.py keeps
+// the compiler from fusing multiplications and additions, so that the rotation rounds as PyTorch's
 // does.
 //
 // The query heads of a group are computed together, so that a key or a value is loaded and widened
 // once for all of them. The softmax goes online over tiles of tokens, so that no buffer grows with
-// the context.
+// the context. Rows that share a prefix take turns at each of its tiles, so that the tile comes from
+// memory once; what a row computes, and in which order, is the same as without the others.
 #include "decode.h"
 #include "row_kernels.h"
 #include "simd.h"
@@ -18,7 +19,7 @@
 namespace {
 
 constexpr int MOST_HEADS = WIDTH == 16 ? 8 : 4;  // query heads whose sums fit in registers
-constexpr int TILE = 64;                         // tokens whose keys and values stay in L1
+constexpr int TILE = 64;                         // tokens whose keys and values stay in L2
 constexpr int AHEAD = 16;                        // tokens
 constexpr float LOG2E = 1.44269504f;
 constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 vanishes beside 1; subnormals take a hundred cycles
@@ -63,27 +64,59 @@ template <class T> void store_head(T* p, int64_t d, const float* x, Floats facto
     for (; c < d; c += WIDTH) store_up_to(p + c, d - c, multiply(load(x + c), factor));
 }
 
-// A row's view of one key head.
-template <class T> struct Context {
+// What the rows of a call have in common, for one key head.
+template <class T> struct Pool {
     T *keys, *values;
-    const T *cos, *sin;
-    int64_t prefix_start, prefix, own_start, tokens, stride, d;
+    int64_t stride, d;
     float scale;
+};
 
-    int64_t offset(int64_t j) const {
-        return stride * (j < prefix ? prefix_start + j : own_start + j - prefix);
+// Some of a row's tokens, by their offsets in the pool.
+struct Tile {
+    int64_t offsets[TILE];
+    int n;
+
+    // The span's tokens from `start` on.
+    Tile(const int32_t* span, int64_t start, int64_t stride) {
+        const int64_t prefix = span[1], left = prefix + span[3] - start;
+        n = (int)(left < TILE ? left : TILE);
+        for (int j = 0; j < n; ++j) {
+            const int64_t token = start + j;
+            offsets[j] = stride * (token < prefix ? span[0] + token : span[2] + token - prefix);
+        }
     }
 };
 
-// Prefetches the row AHEAD tokens further on, as a pool is too big for L2. Past the end of a span,
-// that row is not needed, which does no harm.
-template <class T> inline void prefetch(const T* row, int64_t stride, int64_t count) {
-    const char* p = (const char*)(row + AHEAD * stride);
+// Prefetches of keys or values further on, as a pool is too big for L2. Past the end of a span what
+// they fetch is not needed, which does no harm. They are inlined, as compilers drop calls of a
+// function that does nothing else.
+#define INLINE __attribute__((always_inline)) inline
+
+template <class T> INLINE void fetch(const T* p, int64_t count) {
     for (int64_t bytes = 0; bytes < count * (int64_t)sizeof(T); bytes += 64)
-        __builtin_prefetch(p + bytes);
+        __builtin_prefetch((const char*)p + bytes);
 }
 
-// Some heads of a group, after some of the tokens.
+// At each token of a row by itself.
+struct FromRow {
+    template <class T> INLINE void operator()(const T* p, int, int64_t stride, int64_t n) const {
+        fetch(p + AHEAD * stride, n);
+    }
+};
+
+// From the next of the tiles that rows share; at each token it is the turn of one of them.
+struct FromTile {
+    unsigned turns = 0;  // of eight tokens
+
+    FromTile(int rows, int row) {
+        for (int j = 0; j < 8; ++j) turns |= (unsigned)(j * rows / 8 == row) << j;
+    }
+    template <class T> INLINE void operator()(const T* p, int j, int64_t stride, int64_t n) const {
+        if (turns >> j % 8u & 1) fetch(p + TILE * stride, n);
+    }
+};
+
+// Some heads of a row, after some of its tokens.
 template <int HEADS> struct Heads {
     // The rotated query, and Σ weight·value, both in `load_head`'s order.
     float q[HEADS][DECODE_MAX_D], sum[HEADS][DECODE_MAX_D];
@@ -92,17 +125,18 @@ template <int HEADS> struct Heads {
     float scores[HEADS][TILE];  // of a tile; then its weights
 };
 
-template <class T, int HEADS>
-inline void score(Heads<HEADS>& g, const Context<T>& context, const int64_t* rows, int n) {
-    const int64_t d = context.d;
-    for (int j = 0; j < n; j += WIDTH) {
+template <class T, int HEADS, class Prefetch>
+inline void score(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
+                  const Prefetch& prefetch) {
+    const int64_t d = pool.d;
+    for (int j = 0; j < tile.n; j += WIDTH) {
         Floats dots[HEADS][WIDTH];
         for (int i = 0; i < WIDTH; ++i) {
             Floats dot[HEADS];
             for (int h = 0; h < HEADS; ++h) dot[h] = all(0.0f);
-            if (j + i < n) {
-                const T* key = context.keys + rows[j + i];
-                prefetch(key, context.stride, d);
+            if (j + i < tile.n) {
+                const T* key = pool.keys + tile.offsets[j + i];
+                prefetch(key, j + i, pool.stride, d);
                 int64_t c = 0;
                 for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) {
                     Floats a, b;
@@ -121,8 +155,8 @@ inline void score(Heads<HEADS>& g, const Context<T>& context, const int64_t* row
             for (int h = 0; h < HEADS; ++h) dots[h][i] = dot[h];
         }
         for (int h = 0; h < HEADS; ++h) {
-            store(g.scores[h] + j, multiply(sums(dots[h]), all(context.scale)));
-            for (int i = n; i < j + WIDTH; ++i) g.scores[h][i] = -INFINITY;
+            store(g.scores[h] + j, multiply(sums(dots[h]), all(pool.scale)));
+            for (int i = tile.n; i < j + WIDTH; ++i) g.scores[h][i] = -INFINITY;
         }
     }
 }
@@ -154,17 +188,17 @@ void soften(float* scores, int n, float& peak, Floats& weights, float* sum, int6
 
 // Adds weights · values to the sums, in VECTORS vectors of columns from c on: pairs, or a last one,
 // which may be short.
-template <int VECTORS, class T, int HEADS>
-inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t* rows, int n,
-                       int64_t c) {
+template <int VECTORS, class T, int HEADS, class Prefetch>
+inline void add_values(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
+                       const Prefetch& prefetch, int64_t c) {
     Floats sum[HEADS][VECTORS];
     for (int h = 0; h < HEADS; ++h)
         for (int k = 0; k < VECTORS; ++k) sum[h][k] = load(g.sum[h] + c + k * WIDTH);
-    for (int j = 0; j < n; ++j) {
-        const T* row = context.values + rows[j] + c;
+    for (int j = 0; j < tile.n; ++j) {
+        const T* row = pool.values + tile.offsets[j] + c;
         Floats value[VECTORS];
-        prefetch(row, context.stride, VECTORS * WIDTH);
-        if (VECTORS == 1) value[0] = load_up_to(row, context.d - c, 0.0f);
+        prefetch(row, j, pool.stride, VECTORS * WIDTH);
+        if (VECTORS == 1) value[0] = load_up_to(row, pool.d - c, 0.0f);
         for (int k = 0; k + 1 < VECTORS; k += 2)
             load_pair(row + k * WIDTH, &value[k], &value[k + 1]);
         for (int h = 0; h < HEADS; ++h) {
@@ -176,64 +210,84 @@ inline void add_values(Heads<HEADS>& g, const Context<T>& context, const int64_t
         for (int k = 0; k < VECTORS; ++k) store(g.sum[h] + c + k * WIDTH, sum[h][k]);
 }
 
-template <class T, int HEADS> void attend_heads(const Context<T>& context, const T* q, T* out) {
-    const int64_t d = context.d;
-    Heads<HEADS> g;
+template <class T, int HEADS, class Prefetch>
+inline void add_tile(Heads<HEADS>& g, const Pool<T>& pool, const Tile& tile,
+                     const Prefetch& prefetch) {
+    const int64_t d = pool.d;
+    for (int h = 0; h < HEADS; ++h)
+        soften(g.scores[h], tile.n, g.peak[h], g.weights[h], g.sum[h], d);
+    constexpr int MANY = HEADS > 2 ? 2 : 4;
+    int64_t c = 0;
+    for (; c + MANY * WIDTH <= d; c += MANY * WIDTH)
+        add_values<MANY>(g, pool, tile, prefetch, c);
+    for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) add_values<2>(g, pool, tile, prefetch, c);
+    for (; c < d; c += WIDTH) add_values<1>(g, pool, tile, prefetch, c);
+}
+
+template <class T, int HEADS>
+void begin(Heads<HEADS>& g, const DecodeArguments* a, int64_t row, int64_t head) {
+    const int64_t d = a->d;
+    const T* q = (const T*)a->q + row * a->q_stride + head * d;
     for (int h = 0; h < HEADS; ++h) {
         T rotated[DECODE_MAX_D];
-        rotate(q + h * d, context.cos, context.sin, rotated, d);
+        rotate(q + h * d, (const T*)a->cos + row * d, (const T*)a->sin + row * d, rotated, d);
         load_head(rotated, d, g.q[h]);
         for (int64_t c = 0; c < d; c += WIDTH) store(g.sum[h] + c, all(0.0f));
         g.weights[h] = all(0.0f);
         g.peak[h] = -INFINITY;
     }
-    for (int64_t start = 0; start < context.tokens; start += TILE) {
-        const int n = (int)(context.tokens - start < TILE ? context.tokens - start : TILE);
-        int64_t rows[TILE];
-        for (int j = 0; j < n; ++j) rows[j] = context.offset(start + j);
-        score(g, context, rows, n);
-        for (int h = 0; h < HEADS; ++h)
-            soften(g.scores[h], n, g.peak[h], g.weights[h], g.sum[h], d);
-        constexpr int MANY = HEADS > 2 ? 2 : 4;
-        int64_t c = 0;
-        for (; c + MANY * WIDTH <= d; c += MANY * WIDTH) add_values<MANY>(g, context, rows, n, c);
-        for (; c + 2 * WIDTH <= d; c += 2 * WIDTH) add_values<2>(g, context, rows, n, c);
-        for (; c < d; c += WIDTH) add_values<1>(g, context, rows, n, c);
+}
+
+// Attends with HEADS query heads, from `head` on, of each row of a block.
+template <class T, int HEADS>
+void attend_heads(const DecodeArguments* a, const DecodeBlock& block, const Pool<T>& pool,
+                  int64_t head) {
+    Heads<HEADS> g[DECODE_MAX_ROWS];
+    const int32_t(*spans)[4] = a->spans + block.first;
+    for (int r = 0; r < block.rows; ++r) begin<T>(g[r], a, block.first + r, head);
+
+    // Only whole tiles of the prefix are shared, so that the tiles are those of a row by itself.
+    const int64_t shared = block.rows > 1 ? spans[0][1] / TILE * TILE : 0;
+    for (int64_t start = 0; start < shared; start += TILE) {
+        const Tile tile(spans[0], start, pool.stride);
+        for (int r = 0; r < block.rows; ++r) score(g[r], pool, tile, FromTile(block.rows, r));
+        for (int r = 0; r < block.rows; ++r) add_tile(g[r], pool, tile, FromTile(block.rows, r));
     }
-    for (int h = 0; h < HEADS; ++h)
-        store_head(out + h * d, d, g.sum[h], all((float)(1.0 / sum(g.weights[h]))));
+    for (int r = 0; r < block.rows; ++r) {
+        for (int64_t start = shared; start < spans[r][1] + (int64_t)spans[r][3]; start += TILE) {
+            const Tile tile(spans[r], start, pool.stride);
+            score(g[r], pool, tile, FromRow());
+            add_tile(g[r], pool, tile, FromRow());
+        }
+        T* out = (T*)a->out + ((block.first + r) * a->heads + head) * a->d;
+        for (int h = 0; h < HEADS; ++h)
+            store_head(out + h * a->d, a->d, g[r].sum[h], all((float)(1.0 / sum(g[r].weights[h]))));
+    }
 }
 
 // Calls attend_heads<T, heads>, where `heads` is at most HEADS.
 template <class T, int HEADS>
-inline void attend_up_to(int64_t heads, const Context<T>& context, const T* q, T* out) {
+inline void attend_up_to(int64_t heads, const DecodeArguments* a, const DecodeBlock& block,
+                         const Pool<T>& pool, int64_t head) {
     if constexpr (HEADS > 1)
-        if (heads < HEADS) return attend_up_to<T, HEADS - 1>(heads, context, q, out);
-    attend_heads<T, HEADS>(context, q, out);
+        if (heads < HEADS) return attend_up_to<T, HEADS - 1>(heads, a, block, pool, head);
+    attend_heads<T, HEADS>(a, block, pool, head);
 }
 
-template <class T> void attend(const DecodeArguments* a, int64_t row, int64_t kv_head) {
-    const int64_t d = a->d, group = a->heads / a->kv_heads;
-    const int32_t* span = a->spans[row];
-    const Context<T> context = {(T*)a->keys + kv_head * d,
-                                (T*)a->values + kv_head * d,
-                                (const T*)a->cos + row * d,
-                                (const T*)a->sin + row * d,
-                                span[0],
-                                span[1],
-                                span[2],
-                                span[1] + (int64_t)span[3],
-                                a->kv_heads * d,
-                                d,
-                                (float)a->scale};
-    const int64_t last = context.offset(context.tokens - 1);
-    rotate((const T*)a->k + row * a->k_stride + kv_head * d, context.cos, context.sin,
-           context.keys + last, d);
-    memcpy(context.values + last, (const T*)a->v + row * a->v_stride + kv_head * d, d * sizeof(T));
-    const T* q = (const T*)a->q + row * a->q_stride + kv_head * group * d;
-    T* out = (T*)a->out + (row * a->heads + kv_head * group) * d;
+template <class T>
+void attend(const DecodeArguments* a, const DecodeBlock& block, int64_t kv_head) {
+    const int64_t d = a->d, group = a->heads / a->kv_heads, stride = a->kv_heads * d;
+    const Pool<T> pool = {(T*)a->keys + kv_head * d, (T*)a->values + kv_head * d, stride, d,
+                          (float)a->scale};
+    for (int64_t row = block.first; row < block.first + block.rows; ++row) {
+        const int64_t last = stride * ((int64_t)a->spans[row][2] + a->spans[row][3] - 1);
+        rotate((const T*)a->k + row * a->k_stride + kv_head * d, (const T*)a->cos + row * d,
+               (const T*)a->sin + row * d, pool.keys + last, d);
+        memcpy(pool.values + last, (const T*)a->v + row * a->v_stride + kv_head * d,
+               d * sizeof(T));
+    }
     for (int64_t h = 0; h < group; h += MOST_HEADS)
-        attend_up_to<T, MOST_HEADS>(group - h, context, q + h * d, out + h * d);
+        attend_up_to<T, MOST_HEADS>(group - h, a, block, pool, kv_head * group + h);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "decode.h"
+#include "decode_blocks.h"
 #include "grpo_token.h"
 #include "row_kernels.h"
 
@@ -24,7 +24,6 @@ constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 // Work below which starting threads costs more than it saves, in logits, and in products of queries
 // and keys.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
-
 struct InstructionSet {
     const RowKernels* rows;
     const DecodeKernel* decode;
@@ -300,8 +299,9 @@ void mr1_decode(const DecodeArguments* a) {
     // All threads or one: libgomp ends threads that a smaller team leaves out, and torch would
     // start them again.
     const int threads = tokens * a->heads * a->d < PRODUCTS_PER_TEAM ? 1 : (int)a->threads;
-    parallel(a->n * a->kv_heads, threads, [&](int64_t task) {
-        chosen.decode[a->dtype](a, task / a->kv_heads, task % a->kv_heads);
+    const std::vector<DecodeBlock> blocks = blocks_of(a, threads);
+    parallel((int64_t)blocks.size() * a->kv_heads, threads, [&](int64_t task) {
+        chosen.decode[a->dtype](a, blocks[task / a->kv_heads], task % a->kv_heads);
     });
 }
 

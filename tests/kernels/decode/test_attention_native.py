@@ -117,6 +117,22 @@ def test_strided_rows_give_the_same_as_dense_ones_and_nothing_is_written_beside_
     guards.assert_untouched()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(12, 2, 64), (7, 1, 20), (17, 1, 34)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_alone_and_beside_rows_that_share_its_prefix(dtype, heads, kv_heads, d):
+    prefixes = [130] * 11 + [64, 63, 0, 0, 200, 200]  # a run longer than a block, and short ones
+    lengths = [(prefix, prefix, 1 + 7 * i) for i, prefix in enumerate(prefixes)]
+    arguments = problem(dtype, heads, kv_heads, d, lengths)
+    together = attention_native.attend(**copy_of(arguments))
+    for row in range(len(lengths)):
+        one = {name: arguments[name][row : row + 1] for name in ("q", "k", "v", "cos", "sin")}
+        alone = attention_native.attend(
+            **copy_of(arguments) | one | {"spans": arguments["spans"][row : row + 1]}
+        )
+        assert torch.equal(alone[0], together[row])
+    assert_agrees(arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_change_nothing(dtype):
     lengths = [(row // 4, 60, 1 + 3 * row) for row in range(12)]  # work enough for a team
