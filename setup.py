@@ -33,8 +33,14 @@ INSTRUCTION_SETS = {
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
-# Fused multiply-adds would make the rotation of decode_cpu.cpp round differently from PyTorch's.
-PER_SET = {"row_kernels": [], "decode_cpu": ["-ffp-contract=off"]}
+# Fused multiply-adds would make the rotation of decode_cpu.cpp and the norms of layers_cpu.cpp round
+# differently from PyTorch's.
+PER_SET = {
+    "row_kernels": [],
+    "decode_cpu": ["-ffp-contract=off"],
+    "layers_cpu": ["-ffp-contract=off"],
+    "sample_cpu": [],
+}
 """Source files that are compiled once per instruction set, with their own compiler flags."""
 CUDA_ARCHITECTURES = (90, 100, 120)
 """Compute capabilities of H100, B200 and RTX 5090, which serve their whole families.

@@ -1,6 +1,7 @@
 // The native kernels on a CPU: a plain C interface, threads, and the choice of the instruction set.
 // The row operations are those of mr1_fast/kernels/grpo/rows.py, computed in row_kernels.cpp;
-// attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp.
+// attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp; norms and gating are
+// those of mr1_fast/kernels/layers/ (layers_cpu.cpp), and sample_cpu.cpp draws tokens.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -9,6 +10,7 @@
 
 #include "decode.h"
 #include "grpo_token.h"
+#include "layers.h"
 #include "row_kernels.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
@@ -17,19 +19,30 @@ extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx5
 extern const DecodeKernel mr1_decode_kernels_avx512bf16[DTYPES], mr1_decode_kernels_avx512[DTYPES],
     mr1_decode_kernels_avx2[DTYPES], mr1_decode_kernels_neon[DTYPES],
     mr1_decode_kernels_scalar[DTYPES];
+extern const LayerKernels mr1_layer_kernels_avx512bf16[DTYPES], mr1_layer_kernels_avx512[DTYPES],
+    mr1_layer_kernels_avx2[DTYPES], mr1_layer_kernels_neon[DTYPES],
+    mr1_layer_kernels_scalar[DTYPES];
+extern const SampleKernel mr1_sample_kernels_avx512bf16[DTYPES], mr1_sample_kernels_avx512[DTYPES],
+    mr1_sample_kernels_avx2[DTYPES], mr1_sample_kernels_neon[DTYPES],
+    mr1_sample_kernels_scalar[DTYPES];
 
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-// Work below which starting threads costs more than it saves, in logits, and in products of queries
-// and keys.
-constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
+// Work below which starting threads costs more than it saves, in logits, in products of queries and
+// keys, and in elements of rows.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144,
+                  ELEMENTS_PER_TEAM = 131072;
 
 struct InstructionSet {
     const RowKernels* rows;
     const DecodeKernel* decode;
+    const LayerKernels* layers;
+    const SampleKernel* sample;
 };
-#define MR1_SET(isa) {mr1_row_kernels_##isa, mr1_decode_kernels_##isa}
+#define MR1_SET(isa)                                                                        \
+    {mr1_row_kernels_##isa, mr1_decode_kernels_##isa, mr1_layer_kernels_##isa,              \
+     mr1_sample_kernels_##isa}
 
 // Returns the instruction sets that this machine can run, from the best to the plainest.
 std::vector<InstructionSet> supported() {
@@ -89,6 +102,16 @@ template <class Task> void parallel(int64_t count, int threads, const Task& task
     }
     work();
     for (auto& thread : others) thread.join();
+}
+
+// Calls rows(begin, end) on ranges that make up 0, …, n. All threads share them where the work is
+// worth it, else this one does it all.
+template <class Rows>
+void share_rows(int64_t n, int64_t elements_of_row, int64_t threads, const Rows& rows) {
+    if (threads < 2 || n * elements_of_row < ELEMENTS_PER_TEAM) return rows(0, n);
+    const int64_t ranges = n < 4 * threads ? n : 4 * threads;
+    parallel(ranges, (int)threads,
+             [&](int64_t i) { rows(n * i / ranges, n * (i + 1) / ranges); });
 }
 
 struct Rows {
@@ -302,6 +325,25 @@ void mr1_decode(const DecodeArguments* a) {
     const int threads = tokens * a->heads * a->d < PRODUCTS_PER_TEAM ? 1 : (int)a->threads;
     parallel(a->n * a->kv_heads, threads, [&](int64_t task) {
         chosen.decode[a->dtype](a, task / a->kv_heads, task % a->kv_heads);
+    });
+}
+
+void mr1_norm(const NormArguments* a) {
+    share_rows(a->n, a->d, a->threads, [=](int64_t begin, int64_t end) {
+        chosen.layers[a->dtype].norm(a, begin, end);
+    });
+}
+
+void mr1_silu_mul(const GateArguments* a) {
+    share_rows(a->n, a->f, a->threads, [=](int64_t begin, int64_t end) {
+        chosen.layers[a->dtype].gate(a, begin, end);
+    });
+}
+
+void mr1_sample(const SampleArguments* a) {
+    share_rows(a->n, a->v, a->threads, [=](int64_t begin, int64_t end) {
+        std::vector<double> sums(a->v / SAMPLE_GROUP + 1);
+        chosen.sample[a->dtype](a, sums.data(), begin, end);
     });
 }
 
