@@ -125,11 +125,13 @@ template <class T> void norm(const NormArguments* a, int64_t begin, int64_t end)
 
 // --- gating --------------------------------------------------------------------------------------
 
-// Computes x / (1 + e^−x). Beyond the bounds, which `power_of_two` needs, the result is x or about 0.
+// Computes x / (1 + e^−x). The exponential is the square of 2^y, so that it reaches infinity with y
+// in the range of `power_of_two`; below 2^−124 it vanishes beside 1.
 inline Floats silu(Floats x) {
-    const Floats above = larger(all(-128.0f), multiply(x, all(LOG2E))),
-                 y = larger(all(SMALLEST), multiply(above, all(-1.0f)));
-    return divide(x, add(power_of_two<5>(y), all(1.0f)));
+    const Floats minus_y = larger(all(-100.0f), multiply(x, all(0.5f * LOG2E))),
+                 y = larger(all(-62.0f), multiply(minus_y, all(-1.0f))),
+                 root = power_of_two<5>(y);
+    return divide(x, add(multiply(root, root), all(1.0f)));
 }
 
 template <class T> void gate(const GateArguments* a, int64_t begin, int64_t end) {

@@ -42,7 +42,7 @@ template <class T> struct Tokens {
 
 struct Peak {
     float x;        // NaN is dropped
-    int64_t token;  // the first that has it
+    int64_t begin;  // of the first group that has it
 };
 
 template <class T> Peak find_peak(const Tokens<T>& tokens) {
@@ -53,12 +53,26 @@ template <class T> Peak find_peak(const Tokens<T>& tokens) {
         Floats best = all(-INFINITY);
         for (int i = 0; i < GROUP; i += WIDTH) best = larger(load(x + i), best);
         const float highest = largest(best);
-        if (!(highest > peak.x)) continue;
-        int first = 0;
-        while (x[first] != highest) ++first;
-        peak = {highest, begin + first};
+        if (highest > peak.x) peak = {highest, begin};
     }
     return peak;
+}
+
+// Returns the first token that has the peak.
+template <class T> int64_t first_of(const Tokens<T>& tokens, Peak peak) {
+    float x[GROUP];
+    tokens.copy(peak.begin, x);
+    int i = 0;
+    while (i < GROUP - 1 && x[i] != peak.x) ++i;
+    return peak.begin + i;
+}
+
+// Returns 2^y, and 0 where that is about LEAST or less. No result is subnormal on the way, as these
+// take a hundred cycles.
+constexpr float LEAST = 0x1p-124f;
+inline Floats weight_of(Floats y) {
+    const Floats power = power_of_two<5>(larger(all(-125.0f), y));  // NaN stays
+    return larger(all(0.0f), add(power, all(-LEAST)));
 }
 
 // Writes a group's weights 2^((x − peak)·scale), and returns their sum.
@@ -69,8 +83,8 @@ double weigh(const Tokens<T>& tokens, int64_t begin, float peak, float scale, fl
     for (int chain = 0; chain < GROUP; chain += CHAIN * WIDTH) {
         Floats weight_sums = all(0.0f);
         for (int i = chain; i < chain + CHAIN * WIDTH; i += WIDTH) {
-            const Floats y = multiply(add(load(weights + i), all(-peak)), all(scale)),
-                         weight = power_of_two<5>(larger(all(SMALLEST), y));  // NaN stays
+            const Floats weight =
+                weight_of(multiply(add(load(weights + i), all(-peak)), all(scale)));
             weight_sums = add(weight_sums, weight);
             store(weights + i, weight);
         }
@@ -128,8 +142,10 @@ void sample(const SampleArguments* a, double* sums, int64_t begin, int64_t end) 
         for (int64_t g = 0; g < groups; ++g)
             total += sums[g] = weigh(tokens, g * GROUP, peak.x, scale, weights);
 
-        int64_t token = peak.token;
-        if (!greedy && total > 0.0) {
+        int64_t token = 0;
+        if (greedy) {
+            token = first_of(tokens, peak);
+        } else if (total > 0.0) {
             const double threshold = a->uniform[i] * total;
             double before = 0.0;
             int64_t g = 0;

@@ -18,56 +18,65 @@ _pack_gate = struct.Struct("@3P5q").pack
 """Packs `GateArguments` of csrc/layers.h: three pointers, five integers."""
 
 
-def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Tell whether the native kernels handle rows x, with others of the same dtype or None."""
+def takes(x: Tensor, other: Tensor | None) -> bool:
+    """Tell whether the native kernels handle rows x, with a weight or bias of the same dtype."""
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
-        and all(other is None or other.dtype is x.dtype for other in others)
+        and (other is None or other.dtype is x.dtype)
         and status()[0] is not None
     )
 
 
 def takes_update(x: Tensor, update: Tensor, weight: Tensor) -> bool:
     """Tell whether `add_norm` handles these tensors: parts of an update are fp32."""
-    if update.ndim == 3:
-        return takes(x, weight) and update.dtype is torch.float32 and len(update) > 0
-    return takes(x, update, weight)
+    of_update = x.dtype if update.ndim == 2 else torch.float32
+    return update.dtype is of_update and len(update) > 0 and takes(x, weight)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`operations.norm` without a bias: (T, D). Raises ValueError for shapes that do not fit."""
-    return _norm(x, None, weight, eps)[1]
+    rows, d = x.shape
+    x, out = adjacent(x), x.new_empty((rows, d))
+    _call(x, 0, (0, 0), 0, weight, 0, out, eps)
+    return out
 
 
 def add_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`operations.add_norm` without a bias: (T, D) twice. Raises ValueError as `norm` does."""
-    return _norm(x, update, weight, eps)
-
-
-def _norm(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor | None, Tensor]:
     rows, d = shape = x.shape
-    if weight.shape != (d,) or (update is not None and update.shape[-2:] != shape):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, update, weight) if t is not None)
-        raise ValueError(f"rows, update and weight do not fit together: {shapes}")
-    x, weight, out = adjacent(x), adjacent(weight), x.new_empty(shape)
-    residual, of_update = None, (0, 0, 0, 0)  # address, strides of rows and of parts, parts
-    if update is not None:
-        update, residual = adjacent(update), x.new_empty(shape)
-        parts = (update.stride(0), len(update)) if update.ndim == 3 else (0, 0)
-        of_update = update.data_ptr(), update.stride(-2), *parts
-    address, *strides_and_parts = of_update
+    if update.shape[-2:] != shape:
+        raise ValueError(f"update {tuple(update.shape)} does not fit rows {tuple(shape)}")
+    x, update = adjacent(x), adjacent(update)
+    residual, out = x.new_empty((rows, d)), x.new_empty((rows, d))
+    strides, parts = update.stride(), 0
+    if update.ndim == 3:
+        strides, parts = (strides[1], strides[0]), len(update)
+    _call(x, update.data_ptr(), strides, parts, weight, residual.data_ptr(), out, eps)
+    return residual, out
+
+
+def _call(
+    x: Tensor,
+    update: int,
+    update_strides: tuple[int, int],
+    parts: int,
+    weight: Tensor,
+    residual: int,
+    out: Tensor,
+    eps: float,
+) -> None:
+    """Call the kernel; `update` and `residual` are addresses, 0 where there is none."""
+    rows, d = out.shape
+    if weight.shape != (d,):
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit rows {(rows, d)}")
     status()[0].mr1_norm(
         _pack_norm(
-            x.data_ptr(), address, weight.data_ptr(),
-            0 if residual is None else residual.data_ptr(), out.data_ptr(),
-            x.stride(0), *strides_and_parts, rows, d,
+            x.data_ptr(), update, adjacent(weight).data_ptr(), residual, out.data_ptr(),
+            x.stride(0), *update_strides, parts, rows, d,
             DTYPES[x.dtype], torch.get_num_threads(), eps,
         )
     )  # fmt: skip
-    return residual, out
 
 
 def silu_mul(gate_up: Tensor, bias: Tensor | None) -> Tensor:
