@@ -1,17 +1,12 @@
 // The native kernels on a CPU: a plain C interface, threads, and the choice of the instruction set.
 // The row operations are those of mr1_fast/kernels/grpo/rows.py, computed in row_kernels.cpp;
-// attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp; norms and gating are
-// those of mr1_fast/kernels/layers/ (layers_cpu.cpp), and sample_cpu.cpp draws tokens.
-#include <atomic>
+// attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp.
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
-#include "decode.h"
+#include "cpu_calls.h"
 #include "grpo_token.h"
-#include "layers.h"
-#include "row_kernels.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
 extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES],
@@ -29,19 +24,12 @@ extern const SampleKernel mr1_sample_kernels_avx512bf16[DTYPES], mr1_sample_kern
 namespace {
 
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-// Work below which starting threads costs more than it saves, in logits, in products of queries and
-// keys, and in elements of rows.
-constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144,
-                  ELEMENTS_PER_TEAM = 131072;
+// Work below which starting threads costs more than it saves, in logits, and in products of queries
+// and keys.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
 
-struct InstructionSet {
-    const RowKernels* rows;
-    const DecodeKernel* decode;
-    const LayerKernels* layers;
-    const SampleKernel* sample;
-};
-#define MR1_SET(isa)                                                                        \
-    {mr1_row_kernels_##isa, mr1_decode_kernels_##isa, mr1_layer_kernels_##isa,              \
+#define MR1_SET(isa)                                                           \
+    {mr1_row_kernels_##isa, mr1_decode_kernels_##isa, mr1_layer_kernels_##isa, \
      mr1_sample_kernels_##isa}
 
 // Returns the instruction sets that this machine can run, from the best to the plainest.
@@ -72,47 +60,12 @@ std::vector<InstructionSet> supported() {
     return found;
 }
 
-InstructionSet chosen = supported().front();
+}  // namespace
 
-// GOMP_parallel of the OpenMP runtime that torch has loaded. After a torch operation its threads
-// stay awake and spin for a while, and threads of our own would compete with them for the cores.
-using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
-                              unsigned flags);
+InstructionSet chosen = supported().front();
 GompParallel gomp_parallel = nullptr;
 
-// Runs task(0), …, task(count − 1), handed out in order to up to `threads` threads.
-template <class Task> void parallel(int64_t count, int threads, const Task& task) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    };
-    if (gomp_parallel && threads > 1 && count > 1) {
-        gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work,
-                      (unsigned)threads, 0);
-        return;
-    }
-    if (threads > count) threads = (int)count;
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) {
-        try {
-            others.emplace_back(work);
-        } catch (...) {  // no more threads can be started: this one does the rest
-            break;
-        }
-    }
-    work();
-    for (auto& thread : others) thread.join();
-}
-
-// Calls rows(begin, end) on ranges that make up 0, …, n. All threads share them where the work is
-// worth it, else this one does it all.
-template <class Rows>
-void share_rows(int64_t n, int64_t elements_of_row, int64_t threads, const Rows& rows) {
-    if (threads < 2 || n * elements_of_row < ELEMENTS_PER_TEAM) return rows(0, n);
-    const int64_t ranges = n < 4 * threads ? n : 4 * threads;
-    parallel(ranges, (int)threads,
-             [&](int64_t i) { rows(n * i / ranges, n * (i + 1) / ranges); });
-}
+namespace {
 
 struct Rows {
     const char* logits;
@@ -325,25 +278,6 @@ void mr1_decode(const DecodeArguments* a) {
     const int threads = tokens * a->heads * a->d < PRODUCTS_PER_TEAM ? 1 : (int)a->threads;
     parallel(a->n * a->kv_heads, threads, [&](int64_t task) {
         chosen.decode[a->dtype](a, task / a->kv_heads, task % a->kv_heads);
-    });
-}
-
-void mr1_norm(const NormArguments* a) {
-    share_rows(a->n, a->d, a->threads, [=](int64_t begin, int64_t end) {
-        chosen.layers[a->dtype].norm(a, begin, end);
-    });
-}
-
-void mr1_silu_mul(const GateArguments* a) {
-    share_rows(a->n, a->f, a->threads, [=](int64_t begin, int64_t end) {
-        chosen.layers[a->dtype].gate(a, begin, end);
-    });
-}
-
-void mr1_sample(const SampleArguments* a) {
-    share_rows(a->n, a->v, a->threads, [=](int64_t begin, int64_t end) {
-        std::vector<double> sums(a->v / SAMPLE_GROUP + 1);
-        chosen.sample[a->dtype](a, sums.data(), begin, end);
     });
 }
 
