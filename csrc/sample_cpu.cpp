@@ -112,7 +112,7 @@ int draw(const float* weights, double before, double threshold) {
     return i;
 }
 
-// Returns the natural logarithm of `total` and the banned tokens' weights, all relative to the peak.
+// Returns the natural logarithm of `total` plus the weights of banned tokens, relative to the peak.
 template <class T>
 double log_of_all(const Tokens<T>& tokens, double total, double peak, double temperature) {
     const auto log_weight = [&](int64_t k) {
