@@ -179,7 +179,10 @@ def silu_mul_backward(
         from . import gate_triton
 
         return gate_triton.silu_mul_backward(dout, gate_up, bias)
-    return reference.silu_mul_backward_ref(dout, gate_up, bias)
+    dgate_up, out = reference.silu_mul_backward_ref(dout, gate_up, bias)
+    if layers_native.takes(gate_up, bias):  # so that the output has the bits of the forward
+        out = layers_native.silu_mul(gate_up, bias)
+    return dgate_up, out
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:

@@ -131,6 +131,14 @@ def test_gating_agrees_with_fp64(f, dtype):
             assert_within_bound(ours, eager, exact, f"{rows} rows")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_backward_gives_the_output_of_the_forward_once_more(dtype):
+    gate_up, bias = 4 * draw(5, 66, dtype=dtype), draw(66, dtype=dtype, seed=1)
+    for added in (None, bias):
+        _, out = operations.silu_mul_backward(draw(5, 33, dtype=dtype), gate_up, added)
+        assert same_bits(out, operations.silu_mul(gate_up, added))
+
+
 def test_gates_of_any_size():
     gate = torch.tensor([-3e38, -200.0, -90.0, -20.0, -0.0, 0.0, 1e-30, 20.0, 200.0, 3e38])
     ours = layers_native.silu_mul(torch.cat([gate, torch.ones(10)])[None], None)
