@@ -33,9 +33,17 @@ INSTRUCTION_SETS = {
     "aarch64": {"neon": [], "scalar": ["-DMR1_SCALAR"]},
 }
 INSTRUCTION_SETS["arm64"] = INSTRUCTION_SETS["aarch64"]
-# Fused multiply-adds would make the rotation of decode_cpu.cpp round differently from PyTorch's.
-PER_SET = {"row_kernels": [], "decode_cpu": ["-ffp-contract=off"]}
+# Fused multiply-adds would make the rotation of decode_cpu.cpp and the norms of layers_cpu.cpp
+# round differently from PyTorch's.
+PER_SET = {
+    "row_kernels": [],
+    "decode_cpu": ["-ffp-contract=off"],
+    "layers_cpu": ["-ffp-contract=off"],
+    "sample_cpu": [],
+}
 """Source files that are compiled once per instruction set, with their own compiler flags."""
+CPU_CALLS = ["csrc/fused_grpo_cpu.cpp", "csrc/layers_calls.cpp"]
+"""The source files of the C interface, which are compiled once for every processor."""
 CUDA_ARCHITECTURES = (90, 100, 120)
 """Compute capabilities of H100, B200 and RTX 5090, which serve their whole families.
 
@@ -72,7 +80,7 @@ def compile_cpu(output: str, objects: Path) -> None:
         compiled = dict(zip(sets, pool.map(compile_set, sets, sets.values()), strict=True))
     known = [f"-DMR1_HAS_{name}" for name, targets in compiled.items() if targets]
     libraries = ["-shared", "-pthread", *chain(*compiled.values()), "-o", output]
-    run(*compile_one, *known, "csrc/fused_grpo_cpu.cpp", *libraries)
+    run(*compile_one, *known, *CPU_CALLS, *libraries)
 
 
 def compile_cuda(output: str, objects: Path) -> str:
@@ -144,7 +152,7 @@ class AnyPython(bdist_wheel):
 
 if __name__ == "__main__":  # a test imports this file
     libraries = [
-        Extension("mr1_fast._cpu", ["csrc/fused_grpo_cpu.cpp"], optional=True),
+        Extension("mr1_fast._cpu", CPU_CALLS, optional=True),
         Extension("mr1_fast._cuda", ["csrc/fused_grpo_cuda.cu"], optional=True),
     ]
     commands = {"build_ext": BuildNative, "bdist_wheel": AnyPython}

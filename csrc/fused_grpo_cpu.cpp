@@ -1,15 +1,13 @@
 // The native kernels on a CPU: a plain C interface, threads, and the choice of the instruction set.
 // The row operations are those of mr1_fast/kernels/grpo/rows.py, computed in row_kernels.cpp;
 // attention is that of mr1_fast/kernels/decode/, computed in decode_cpu.cpp.
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
+#include "cpu_calls.h"
 #include "decode_blocks.h"
 #include "grpo_token.h"
-#include "row_kernels.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
 extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES],
@@ -17,6 +15,12 @@ extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx5
 extern const DecodeKernel mr1_decode_kernels_avx512bf16[DTYPES], mr1_decode_kernels_avx512[DTYPES],
     mr1_decode_kernels_avx2[DTYPES], mr1_decode_kernels_neon[DTYPES],
     mr1_decode_kernels_scalar[DTYPES];
+extern const LayerKernels mr1_layer_kernels_avx512bf16[DTYPES], mr1_layer_kernels_avx512[DTYPES],
+    mr1_layer_kernels_avx2[DTYPES], mr1_layer_kernels_neon[DTYPES],
+    mr1_layer_kernels_scalar[DTYPES];
+extern const SampleKernel mr1_sample_kernels_avx512bf16[DTYPES], mr1_sample_kernels_avx512[DTYPES],
+    mr1_sample_kernels_avx2[DTYPES], mr1_sample_kernels_neon[DTYPES],
+    mr1_sample_kernels_scalar[DTYPES];
 
 namespace {
 
@@ -24,11 +28,10 @@ constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 // Work below which starting threads costs more than it saves, in logits, and in products of queries
 // and keys.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768, PRODUCTS_PER_TEAM = 262144;
-struct InstructionSet {
-    const RowKernels* rows;
-    const DecodeKernel* decode;
-};
-#define MR1_SET(isa) {mr1_row_kernels_##isa, mr1_decode_kernels_##isa}
+
+#define MR1_SET(isa)                                                           \
+    {mr1_row_kernels_##isa, mr1_decode_kernels_##isa, mr1_layer_kernels_##isa, \
+     mr1_sample_kernels_##isa}
 
 // Returns the instruction sets that this machine can run, from the best to the plainest.
 std::vector<InstructionSet> supported() {
@@ -58,37 +61,12 @@ std::vector<InstructionSet> supported() {
     return found;
 }
 
-InstructionSet chosen = supported().front();
+}  // namespace
 
-// GOMP_parallel of the OpenMP runtime that torch has loaded. After a torch operation its threads
-// stay awake and spin for a while, and threads of our own would compete with them for the cores.
-using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
-                              unsigned flags);
+InstructionSet chosen = supported().front();
 GompParallel gomp_parallel = nullptr;
 
-// Runs task(0), …, task(count − 1), handed out in order to up to `threads` threads.
-template <class Task> void parallel(int64_t count, int threads, const Task& task) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    };
-    if (gomp_parallel && threads > 1 && count > 1) {
-        gomp_parallel([](void* data) { (*(decltype(work)*)data)(); }, (void*)&work,
-                      (unsigned)threads, 0);
-        return;
-    }
-    if (threads > count) threads = (int)count;
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) {
-        try {
-            others.emplace_back(work);
-        } catch (...) {  // no more threads can be started: this one does the rest
-            break;
-        }
-    }
-    work();
-    for (auto& thread : others) thread.join();
-}
+namespace {
 
 struct Rows {
     const char* logits;

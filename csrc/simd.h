@@ -104,6 +104,7 @@ static inline void store_pair(bf16* p, Floats even, Floats odd) {
 }
 static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+static inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // Returns the second argument where either is NaN: the order decides whether NaN is kept or
 // dropped.
@@ -174,6 +175,7 @@ static inline void store_pair(bf16* p, Floats even, Floats odd) {
 }
 static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 static inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+static inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 static inline float largest(Floats x) {
@@ -226,6 +228,7 @@ static inline void store(fp16* p, Floats x) {
 }
 static inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 static inline Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+static inline Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 static inline Floats larger(Floats a, Floats b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline float largest(Floats x) { return vmaxvq_f32(x); }
@@ -251,6 +254,7 @@ template <class T> static inline Floats load(const T* p) { return to_float(*p); 
 template <class T> static inline void store(T* p, Floats x) { from_float(p, x); }
 static inline Floats add(Floats a, Floats b) { return a + b; }
 static inline Floats multiply(Floats a, Floats b) { return a * b; }
+static inline Floats divide(Floats a, Floats b) { return a / b; }
 // Rounds once.
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
     return (float)((double)a * b + c);

@@ -23,6 +23,7 @@ here, too, so that a rollout's log-probabilities stay close to those of training
     attention_triton.py  attend on a GPU
     attention_native.py  attend on a CPU, by csrc/decode_cpu.cpp
     operations_triton.py sampling on a GPU
+    sample_native.py     sampling on a CPU, by csrc/sample_cpu.cpp
     layer.py             a linear layer with its adapter and a weight in 16 or 4 bits
     linear.py            the public functions of linear layers
     linear_triton.py     linear layers on a GPU: one kernel for all of them

@@ -8,7 +8,7 @@ import torch
 from ..dispatch import use_triton
 from ..layers.operations import add_norm, norm
 from ..overlap import decode_overlap
-from . import attention_native
+from . import attention_native, sample_native
 from .reference import attend_ref, sample_ref
 
 
@@ -104,4 +104,6 @@ def sample(
         from . import operations_triton
 
         return operations_triton.sample(logits, uniform, temperature, banned)
+    if sample_native.takes(logits, uniform):
+        return sample_native.sample(logits, uniform, temperature, banned)
     return sample_ref(logits, uniform, temperature, banned)

@@ -34,6 +34,7 @@ each of which goes through its rows in order: the results are the same in every 
     reference.py      the operations in PyTorch, which also run on a CPU
     operations.py     the public functions, and which back end takes a call
     norm_triton.py    the norms on a GPU
+    layers_native.py  the RMS norm and the gating on a CPU, by csrc/layers_cpu.cpp
     rotary_triton.py  the rotary embedding on a GPU
     gate_triton.py    the gating and the activation on a GPU
     strides.py        what these expect of strides

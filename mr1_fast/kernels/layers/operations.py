@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from ..dispatch import use_triton
-from . import reference
+from . import layers_native, reference
 
 COLUMNS_PER_MULTIPROCESSOR = 8192
 """Columns of all rows that a multiprocessor works on at a time in the backward of a norm."""
@@ -27,6 +27,8 @@ def norm(
         from . import norm_triton
 
         return norm_triton.add_norm(x, None, weight, bias, eps)[1]
+    if bias is None and layers_native.takes(x, weight):
+        return layers_native.norm(x, weight, eps)
     return reference.norm_ref(x, weight, bias, eps)
 
 
@@ -42,6 +44,8 @@ def add_norm(
         from . import norm_triton
 
         return norm_triton.add_norm(x, update, weight, bias, eps)
+    if bias is None and layers_native.takes_update(x, update, weight):
+        return layers_native.add_norm(x, update, weight, eps)
     return reference.add_norm_ref(x, update, weight, bias, eps)
 
 
@@ -155,6 +159,8 @@ def silu_mul(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         from . import gate_triton
 
         return gate_triton.silu_mul(gate_up, bias)
+    if layers_native.takes(gate_up, bias):
+        return layers_native.silu_mul(gate_up, bias)
     return reference.silu_mul_ref(gate_up, bias)
 
 
@@ -169,7 +175,10 @@ def silu_mul_backward(
         from . import gate_triton
 
         return gate_triton.silu_mul_backward(dout, gate_up, bias)
-    return reference.silu_mul_backward_ref(dout, gate_up, bias)
+    dgate_up, out = reference.silu_mul_backward_ref(dout, gate_up, bias)
+    if layers_native.takes(gate_up, bias):  # so that the output has the bits of the forward
+        out = layers_native.silu_mul(gate_up, bias)
+    return dgate_up, out
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
