@@ -23,6 +23,13 @@ from .table import Columns
 Ends = Callable[[int, np.ndarray], str | None]
 """ends(sample, its tokens so far) → the reason why the completion ends here, or None."""
 
+FREE_PART = 8
+"""Prompts are encoded when one in so many sample spans is free, and then for all that are free.
+
+Encoding one prompt alone takes as long as a step or longer, because it reads all weights; a row
+without a sample costs a step hardly anything.
+"""
+
 
 @dataclass(eq=False)
 class Results:
@@ -104,6 +111,8 @@ class Schedule:
         spans, tokens = layout.sample_spans, self.max_new_tokens
         self.free_prompt_spans = deque(range(layout.prompt_spans))
         self.free_sample_spans = deque(range(spans))
+        self.filling = False
+        """Whether prompts are being encoded, for all free spans."""
         self.running = np.zeros(0, dtype=np.int64)
         """Spans of the samples in the latest step, by rows."""
 
@@ -186,11 +195,13 @@ class Schedule:
             group.span = self.free_prompt_spans.popleft()
             chosen.append(group)
             room -= self.num_generations
+        self.filling = bool(chosen)
         return chosen
 
     def _room(self) -> int:
-        """Count the sample spans for which no sample waits."""
-        return len(self.free_sample_spans) - len(self.waiting)
+        """Count the sample spans for which no sample waits; 0 if they are too few to fill yet."""
+        room = len(self.free_sample_spans) - len(self.waiting)
+        return room if self.filling or room >= self.layout.sample_spans / FREE_PART else 0
 
     def begin(self, groups: list[Group], tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Record the first tokens of the groups' samples.
@@ -203,8 +214,9 @@ class Schedule:
         values = zip(samples, tokens.tolist(), logprobs.tolist(), strict=True)
         for row, (sample, token, logprob) in enumerate(values):
             first = slice(row, row + 1)
-            if reason := self._reason(sample, tokens[first]):
-                self._end(sample, reason, tokens[first], logprobs[first])
+            reason = self.ends(sample, tokens[first])
+            if reason is not None or self.max_new_tokens == 1:
+                self._end(sample, reason or "length", tokens[first], logprobs[first])
             else:
                 self.waiting.append((sample, token, logprob))
 
@@ -281,15 +293,11 @@ class Schedule:
         samples = step.samples[live].tolist()
         for sample, span, count in zip(samples, spans.tolist(), counts.tolist(), strict=True):
             known = self.tokens[span, :count]
-            if reason := self._reason(sample, known):
-                self._end(sample, reason, known, self.logprobs[span, :count])
+            reason = self.ends(sample, known)
+            if reason is not None or count == self.max_new_tokens:
+                self._end(sample, reason or "length", known, self.logprobs[span, :count])
                 self.sample[span] = -1
                 self.free_sample_spans.append(span)
-
-    def _reason(self, sample: int, tokens: np.ndarray) -> str | None:
-        """Tell why a sample with these tokens ends, or None if it goes on."""
-        reason = self.ends(sample, tokens)
-        return "length" if reason is None and len(tokens) == self.max_new_tokens else reason
 
     def _end(self, sample: int, reason: str, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Keep the results of a sample, and free its prompt's span if it is the last of that."""

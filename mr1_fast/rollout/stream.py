@@ -1,8 +1,9 @@
 """Batches that are sampled one after the other, without a gap between them.
 
 The next batch is encoded when sample spans of the pool would stay free without it, so that its
-first samples run beside the last ones of the batches before. What is held in memory are the batches
-with running samples, and one more.
+first samples run beside the last ones of the batches before. Batches come out in order. In memory
+are those that have not come out, about two unless a sample is far longer than the others; only one
+of them has prompts that are not in the pool yet, and thus pixels.
 """
 
 from collections import deque
