@@ -114,9 +114,9 @@ class Engine:
     ) -> Iterator[Rollout]:
         """Sample batches without a gap: the first samples of one run beside the last of another.
 
-        Yields a rollout for each batch, in order, as soon as its samples have ended. `generate`
-        would give the same samples. A batch is taken and encoded when there is room for its
-        samples; then its prompts lose their pixels, unless the caller gave them.
+        Yields a rollout for each batch, in order, as soon as its samples have ended; `generate`
+        gives the same samples. A batch is taken and encoded when there is room for its samples. A
+        rollout's prompts come without their pixels, unless the batch came with prompts.
 
         The model may be used between rollouts, but it must not be changed before the last one: the
         samples that are on their way go on from keys and values of its present weights. The engine
@@ -161,8 +161,8 @@ class Engine:
                     return
                 yield rollout
         finally:
-            stream.close()
             self._busy = False
+            stream.close()
 
     def _rollout(
         self, num_generations: int, batch: Batch, prompts: list[Prompt], results: Results
