@@ -135,7 +135,7 @@ class Engine:
             )
             return self._decoder, self._graphs or self._decoder
 
-        means = Means(self.encode.many, lay_out, partial(prefill, self.model, layers=self.layers))
+        means = Means(self.encode, lay_out, partial(prefill, self.model, layers=self.layers))
         schedule = Schedule(num_generations, sampling.max_new_tokens, self._ends(sampling))
         return self._rollouts(Stream(batches, schedule, prefill_tokens, means))
 

@@ -100,7 +100,7 @@ class Schedule:
         self.groups: dict[int, Group] = {}
         """Prompts with samples that have not ended, by number."""
 
-        # Prompts are encoded in order; samples wait with their first token, then run.
+        # Prompts are encoded in order; samples wait with their first token and its log-probability.
         self.unencoded: deque[Group] = deque()
         self.waiting: deque[tuple[int, int, float]] = deque()
         self.lay_out(Layout(0, 0, 0, 0))

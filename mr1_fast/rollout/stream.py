@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt
 from .cache import Layout, Pool
 from .decoder import Decoder, Wait
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
 class Means(NamedTuple):
     """What an engine gives a stream to work with."""
 
-    encode: Callable[[list[Example]], list[Prompt]]
+    encode: PromptEncoder
     """Makes prompts of examples."""
     lay_out: Callable[[list[Prompt], bool], tuple[Decoder, Decoder | Graphs]]
     """lay_out(prompts, whether others follow) → a decoder with a pool, and what launches steps."""
@@ -135,7 +136,7 @@ class Stream:
         if batch.prompts is not None:
             return batch, batch.prompts
         try:
-            return batch, self.means.encode(batch.examples)
+            return batch, self.means.encode.many(batch.examples)
         except UserError as error:  # raised when the batches before have ended
             self.error = error
             return None
