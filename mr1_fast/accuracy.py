@@ -9,6 +9,7 @@ from .model.policy import Policy
 from .rewards import CompletionJudge
 from .rollout.engine import PREFILL_TOKENS, Engine
 from .rollout.sampling import Sampling
+from .rollout.stream import Batch
 from .seeds import derive_seed
 from .types import Example
 
@@ -28,23 +29,23 @@ def evaluate(
     """Answer the examples; returns a record of each, in order.
 
     A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
-    `outputs` (texts) with what `judged` adds. `batch_size` prompts are held in memory at once;
-    `cache_tokens` and `prefill_tokens` are those of Engine.generate.
+    `outputs` (texts) with what `judged` adds. `cache_tokens` and `prefill_tokens` are those of
+    Engine.stream.
+
+    batch_size: prompts whose images are in memory at once as the model sees them. As many samples
+    run at once as one batch has; the next batch begins beside the last samples of those before.
     """
     engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
+    batches = (
+        Batch(examples[start : start + batch_size], derive_seed(seed, "evaluate", start))
+        for start in range(0, len(examples), batch_size)
+    )
     records = []
     with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            rollout = engine.generate(
-                chunk,
-                num_generations,
-                sampling,
-                seed=derive_seed(seed, "evaluate", start),
-                cache_tokens=cache_tokens,
-                prefill_tokens=prefill_tokens,
-            )
-            for row, example in enumerate(chunk):
+        for rollout in engine.stream(
+            batches, num_generations, sampling, cache_tokens, prefill_tokens
+        ):
+            for row, example in enumerate(rollout.examples):
                 outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
                 records.append(
                     {
@@ -54,7 +55,7 @@ def evaluate(
                         "outputs": outputs,
                     }
                 )
-            bar.update(len(chunk))
+            bar.update(len(rollout.examples))
     return judged(records, judge)
 
 

@@ -136,6 +136,8 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
     The same step always gives the same completions, whatever the size of the cache.
     """
     config, policy = run.config, run.policy
+    # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
+    # batches do: this step's update changes the weights, and their keys would be of the old ones.
     prompts = policy.encode.many(examples)
     needed = fitting(prompts, config.num_generations, config).tokens
 

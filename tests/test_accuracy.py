@@ -3,8 +3,40 @@
 import itertools
 
 import pytest
+import tqdm as progress
 
-from mr1_fast.accuracy import pass_at_k, summarise, wilson_interval
+from mr1_fast import accuracy
+from mr1_fast.accuracy import evaluate, pass_at_k, summarise, wilson_interval
+from mr1_fast.rollout.engine import Engine
+from mr1_fast.rollout.sampling import Sampling
+from mr1_fast.seeds import derive_seed
+from mr1_fast.tasks import get_task
+from mr1_fast.tasks.data import load_examples
+
+from .data.models import tiny_policy
+
+
+def test_an_evaluation_samples_what_a_call_for_each_batch_samples(monkeypatch):
+    """Each batch has the seed of its first item, whatever runs beside it."""
+    bars = []
+
+    def bar(**settings):
+        bars.append(progress.tqdm(**settings | {"disable": True}))
+        monkeypatch.setattr(bars[-1], "update", lambda n: bars.append(n))
+        return bars[0]
+
+    monkeypatch.setattr(accuracy, "tqdm", bar)
+    policy, examples = tiny_policy(), load_examples("counting", "drawn", "test", 0).all(8)
+    sampling, judge = Sampling(5, temperature=1.0), get_task("counting").judge("strict")
+    records = evaluate(policy, judge, examples, sampling, 2, seed=7, batch_size=3)
+    engine, outputs = Engine(policy.model, policy.processor, policy.encode), []
+    for start in (0, 3, 6):
+        seed = derive_seed(7, "evaluate", start)
+        outputs += engine.generate(examples[start : start + 3], 2, sampling, seed).texts
+    assert [text for record in records for text in record["outputs"]] == outputs
+    found = [(r["key"], r["question"], r["ground_truth"]) for r in records]
+    assert found == [(item.key, item.problem, item.solution) for item in examples]
+    assert bars[1:] == [3, 3, 2], "the bar advances with every batch"
 
 
 @pytest.mark.parametrize(

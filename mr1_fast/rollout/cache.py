@@ -56,11 +56,13 @@ class Layout:
         max_new_tokens: int,
         most_samples: int,
         budget: int | None,
+        more: bool = False,
     ) -> "Layout":
         """Lay out as many samples at once as `most_samples` and `budget` allow.
 
         lengths: tokens of each prompt.
         budget: most tokens of the pool; None for no limit.
+        more: whether other prompts follow these.
 
         Where there is room, twice as many prompts are held as that many samples need, so that a
         group with one long sample does not keep others out. Raises UserError where not even one
@@ -69,10 +71,12 @@ class Layout:
         longest, count = max(lengths), len(lengths)
         for samples in range(min(most_samples, count * num_generations), 0, -1):
             needed = -(-samples // num_generations)
-            smallest = cls(min(count, needed), longest, samples, max_new_tokens)
+            smallest = cls(needed, longest, samples, max_new_tokens)
             if budget is None or smallest.tokens <= budget:
-                spare = count if budget is None else (budget - smallest.tokens) // longest
-                prompts = min(count, 2 * needed, smallest.prompt_spans + spare)
+                held = needed * min(2, num_generations)  # a group of one keeps nothing out
+                prompts = held if more else min(count, held)
+                if budget is not None:
+                    prompts = min(prompts, needed + (budget - smallest.tokens) // longest)
                 return cls(prompts, longest, samples, max_new_tokens)
         raise UserError(
             f"the longest prompt has {longest} tokens and a completion may have "

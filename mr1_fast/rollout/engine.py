@@ -1,19 +1,20 @@
 """The rollout: G completions of each prompt, with continuous batching.
 
-Read this file first, then schedule.py.
+Read this file first, then stream.py and schedule.py.
 
 A prompt and its images are encoded once, into a span of the pool of keys and values that all its
 samples read (prefill.py, cache.py). Samples wait in order, and where one ends, the next takes its
-place in the same step. Who runs and when it ends is decided on the host (schedule.py); the device
-sees tables of integers (table.py, decoder.py, graphs.py).
+place in the same step: a sample of the next batch, too (stream.py). Who runs and when it ends is
+decided on the host (schedule.py); the device sees tables of integers (table.py, decoder.py,
+graphs.py).
 
 A sample's randomness is a row of numbers that belongs to it alone, so what is drawn does not depend
 on what runs beside it.
 """
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,12 +28,13 @@ from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
 from .cache import Layout, Pool, token_bytes
-from .decoder import Decoder, Wait, decoder_layers, describe_layers
+from .decoder import Decoder, decoder_layers, describe_layers
 from .graphs import Graphs
 from .prefill import prefill
 from .sampling import Sampling
-from .schedule import Ends, Schedule
+from .schedule import Ends, Results, Schedule
 from .stop import StopTexts
+from .stream import Batch, Means, Stream
 from .table import MOST_SAMPLES
 
 FREE_SHARE = 0.7
@@ -69,6 +71,8 @@ class Engine:
         self._decoder: Decoder | None = None
         self._graphs: Graphs | None = None
         self._key: tuple = ()
+        self._busy = False
+        """Whether a stream has begun and not ended."""
 
     def generate(
         self,
@@ -93,31 +97,47 @@ class Engine:
         Raises UserError where a prompt with a completion is longer than the cache, where logits are
         NaN, and for settings of sampling that mean nothing.
         """
+
+        def batch() -> Iterator[Batch]:  # with its prompts, so that these keep their pixels
+            yield Batch(examples, seed, self.encode.many(examples) if prompts is None else prompts)
+
+        (rollout,) = self.stream(batch(), num_generations, sampling, cache_tokens, prefill_tokens)
+        return rollout
+
+    def stream(
+        self,
+        batches: Iterable[Batch],
+        num_generations: int = 1,
+        sampling: Sampling | None = None,
+        cache_tokens: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> Iterator[Rollout]:
+        """Sample batches without a gap: the first samples of one run beside the last of another.
+
+        Yields a rollout for each batch, in order, as soon as its samples have ended; `generate`
+        gives the same samples. A batch is taken and encoded when there is room for its samples. A
+        rollout's prompts come without their pixels, unless the batch came with prompts.
+
+        The model may be used between rollouts, but it must not be changed before the last one: the
+        samples that are on their way go on from keys and values of its present weights. The engine
+        itself is busy until then, or until the iterator is closed.
+
+        Raises UserError as `generate` does, after the rollouts of the batches before.
+        """
         sampling = sampling or Sampling()
         sampling.check_sampling()
-        prompts = self.encode.many(examples) if prompts is None else prompts
         if num_generations < 0:
             raise UserError(f"num_generations is {num_generations}, but must not be negative.")
 
-        count = len(prompts) * num_generations
-        if count and sampling.max_new_tokens:
-            schedule = self._sample(
-                prompts, num_generations, sampling, seed, cache_tokens, prefill_tokens
+        def lay_out(prompts: list[Prompt], more: bool) -> tuple[Decoder, Decoder | Graphs]:
+            self._prepare(
+                self._layout(prompts, num_generations, sampling, cache_tokens, more), sampling
             )
-            completions, logprobs = schedule.completions(), schedule.completion_logprobs()
-            reasons = schedule.reasons
-        else:
-            completions, logprobs, reasons = [[]] * count, [[]] * count, ["length"] * count
+            return self._decoder, self._graphs or self._decoder
 
-        return Rollout(
-            examples=examples,
-            prompts=prompts,
-            completions=[torch.tensor(ids, dtype=torch.int64) for ids in completions],
-            texts=self.processor.tokenizer.batch_decode(completions, skip_special_tokens=True),
-            logprobs=[torch.tensor(values, dtype=torch.float32) for values in logprobs],
-            reasons=reasons,
-            num_generations=num_generations,
-        )
+        means = Means(self.encode, lay_out, partial(prefill, self.model, layers=self.layers))
+        schedule = Schedule(num_generations, sampling.max_new_tokens, self._ends(sampling))
+        return self._rollouts(Stream(batches, schedule, prefill_tokens, means))
 
     def release(self) -> None:
         """Free the memory of keys, values and graphs."""
@@ -125,57 +145,47 @@ class Engine:
 
     # --- sampling -------------------------------------------------------------------------------
 
-    def _sample(
-        self,
-        prompts: list[Prompt],
-        num_generations: int,
-        sampling: Sampling,
-        seed: int,
-        cache_tokens: int | None,
-        prefill_tokens: int,
-    ) -> Schedule:
-        """Sample all completions; returns the schedule with its results."""
-        with torch.no_grad(), evaluating(self.model), on_device(self._text.norm.weight.device):
-            layout = self._layout(prompts, num_generations, sampling, cache_tokens)
-            self._prepare(layout, sampling)
-            schedule = self._schedule(prompts, num_generations, layout, sampling, seed)
-            self._run(schedule, prompts, prefill_tokens)
-        return schedule
+    def _rollouts(self, stream: Stream) -> Iterator[Rollout]:
+        """Yield the rollouts of a stream; the model is as the caller has it in between."""
+        if self._busy:
+            raise RuntimeError(
+                "the engine samples for another stream: read that to its end, or close it"
+            )
+        self._busy = True
+        try:
+            while True:
+                with self._working():
+                    ended = stream.next()
+                    rollout = ended and self._rollout(stream.schedule.num_generations, *ended)
+                if rollout is None:
+                    return
+                yield rollout
+        finally:
+            self._busy = False
+            stream.close()
 
-    def _run(self, schedule: Schedule, prompts: list[Prompt], prefill_tokens: int) -> None:
-        """Encode prompts and launch steps until every sample has ended."""
-        device = self._graphs or self._decoder
-        launched: deque[tuple[np.ndarray, Wait]] = deque()
-        while True:
-            if chosen := schedule.next_prompts(prefill_tokens):
-                self._begin(schedule, chosen, prompts)
-                continue
+    def _rollout(
+        self, num_generations: int, batch: Batch, prompts: list[Prompt], results: Results
+    ) -> Rollout:
+        """Make the rollout of a batch that has ended."""
+        ids = results.completions
+        return Rollout(
+            examples=batch.examples,
+            prompts=prompts,
+            completions=[torch.tensor(each, dtype=torch.int64) for each in ids],
+            texts=self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            logprobs=[torch.tensor(each, dtype=torch.float32) for each in results.logprobs],
+            reasons=results.reasons,
+            num_generations=num_generations,
+        )
 
-            step = schedule.next_step()
-            for sample in step.new:
-                prompt = prompts[sample // schedule.num_generations]
-                self._decoder.reset_seen(int(schedule.span_of_sample[sample]), prompt.input_ids)
-            if len(step.samples):
-                wait = device.launch(step.table, step.uniform)
-                launched.append((step.samples, wait))
-
-            if not launched:
-                return
-            if len(launched) > device.ahead or not len(step.samples):
-                samples, wait = launched.popleft()
-                schedule.record(samples, *wait())
-
-    def _begin(self, schedule: Schedule, chosen: list[int], prompts: list[Prompt]) -> None:
-        """Encode the chosen prompts, and draw the first tokens of their samples."""
-        encoded = [prompts[i] for i in chosen]
-        starts = schedule.layout.prompt_start(schedule.span_of_prompt[chosen]).tolist()
-        hidden = prefill(self.model, encoded, self._decoder.pool, starts, self.layers)
-
-        samples = schedule.samples_of(chosen)
-        uniform = torch.from_numpy(schedule.uniform[samples, 0])
-        ids = [prompt.input_ids for prompt in encoded]
-        tokens, logprobs = self._decoder.first(hidden, ids, uniform)
-        schedule.begin(samples, tokens.cpu().numpy(), logprobs.cpu().numpy())
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Set the model and PyTorch up for sampling, and back afterwards."""
+        device = self._text.norm.weight.device
+        with torch.no_grad(), evaluating(self.model), on_device(device):
+            use_packed_attention(base_model(self.model))  # another library may have set its own
+            yield
 
     # --- preparation ----------------------------------------------------------------------------
 
@@ -185,10 +195,15 @@ class Engine:
         return base_model(self.model).model.language_model
 
     def _layout(
-        self, prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None
+        self,
+        prompts: list[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        budget: int | None,
+        more: bool,
     ) -> Layout:
         """Choose how to cut the pool: as the last one if that is enough, since graphs hold it."""
-        wanted = fitting(prompts, num_generations, sampling, budget)
+        wanted = fitting(prompts, num_generations, sampling, budget, more)
         last = self._decoder.pool.layout if self._decoder else None
         if last and last.covers(wanted) and (budget is None or last.tokens <= budget):
             return last
@@ -200,14 +215,14 @@ class Engine:
         self.release()
         torch.cuda.empty_cache()
         free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-        return fitting(prompts, num_generations, sampling, int(free / token_bytes(self._text)))
+        most = int(free / token_bytes(self._text))
+        return fitting(prompts, num_generations, sampling, most, more)
 
     def _prepare(self, layout: Layout, sampling: Sampling) -> None:
         """Make a decoder with its pool, and its graphs on a GPU.
 
         The last ones are used again while nothing that a captured graph holds has changed.
         """
-        use_packed_attention(base_model(self.model))  # another library may have set its own
         pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
         layers = decoder_layers(self.model)
         ways = [each.key for layer in layers for each in layer.projections.values()]
@@ -224,21 +239,6 @@ class Engine:
         if pool.keys.is_cuda and use_triton(pool.keys):
             self._graphs = Graphs(self._decoder, layout.sample_spans)
 
-    def _schedule(
-        self,
-        prompts: list[Prompt],
-        num_generations: int,
-        layout: Layout,
-        sampling: Sampling,
-        seed: int,
-    ) -> Schedule:
-        """Make the schedule of a call, with all of its random numbers."""
-        shape = len(prompts) * num_generations, sampling.max_new_tokens
-        uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).numpy()
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        positions = [prompt.next_position for prompt in prompts]
-        return Schedule(lengths, positions, num_generations, layout, uniform, self._ends(sampling))
-
     def _ends(self, sampling: Sampling) -> Ends:
         """Make the function that tells why a completion ends: at "eos" or at a "stop" text."""
         tokenizer = self.processor.tokenizer
@@ -249,7 +249,7 @@ class Engine:
         eos = {tokenizer.eos_token_id, *configured}
 
         def ends(sample: int, tokens: np.ndarray) -> str | None:
-            if int(tokens[-1]) in eos:
+            if tokens.item(-1) in eos:
                 return "eos"
             if stop.ends(tokens):
                 return "stop"
@@ -259,14 +259,19 @@ class Engine:
 
 
 def fitting(
-    prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None = None
+    prompts: list[Prompt],
+    num_generations: int,
+    sampling: Sampling,
+    budget: int | None = None,
+    more: bool = False,
 ) -> Layout:
     """Lay out a pool for the prompts' samples, or for as many at once as `budget` tokens hold.
 
-    Raises UserError where not even one prompt with one sample fits.
+    `more` tells whether other prompts follow. Raises UserError where not even one prompt with one
+    sample fits.
     """
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, budget)
+    lengths, longest = [len(prompt.input_ids) for prompt in prompts], sampling.max_new_tokens
+    return Layout.fitting(lengths, num_generations, longest, MOST_SAMPLES, budget, more)
 
 
 def describe_decoding(model: nn.Module) -> str:

@@ -10,8 +10,13 @@ from torch import Tensor
 from .decoder import Decoder, Wait
 from .table import MOST_SAMPLES, Columns
 
-GRAPH_ROWS = (1, 8, 32, 64, 128, MOST_SAMPLES)
-"""Rows of the captured graphs; a step takes the smallest graph that has rows enough."""
+GRAPH_ROWS = (1, 8, 32, 64, 128, 192, MOST_SAMPLES)
+"""Rows of the captured graphs; a step takes the smallest graph that has rows enough.
+
+Up to 64 rows, most linear layers go over their weights once, and idle rows cost a step little: most
+tiles are the same for 16 rows as for 32, and capturing that size would take longer than it saves.
+Beyond, the layers go over their weights again for every 64 rows, hence a size for each 64.
+"""
 SLOTS = 3
 """Steps whose inputs and results have pinned memory at the same time."""
 

@@ -1,0 +1,182 @@
+"""Batches that are sampled one after the other, without a gap between them.
+
+The next batch is encoded when sample spans of the pool would stay free without it, so that its
+first samples run beside the last ones of the batches before. Batches come out in order. In memory
+are those that have not come out, about two unless a sample is far longer than the others; only one
+of them has prompts that are not in the pool yet, and thus pixels.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..model.prompt import PromptEncoder
+from ..types import Example, Prompt
+from .cache import Layout, Pool
+from .decoder import Decoder, Wait
+from .graphs import Graphs
+from .schedule import Group, Results, Schedule, Step
+
+
+class Batch(NamedTuple):
+    """Examples whose completions are sampled with one seed."""
+
+    examples: list[Example]
+    seed: int = 0
+    prompts: list[Prompt] | None = None
+    """The examples as `encode` gives them, where the caller has them already."""
+
+
+class Means(NamedTuple):
+    """What an engine gives a stream to work with."""
+
+    encode: PromptEncoder
+    """Makes prompts of examples."""
+    lay_out: Callable[[list[Prompt], bool], tuple[Decoder, Decoder | Graphs]]
+    """lay_out(prompts, whether others follow) → a decoder with a pool, and what launches steps."""
+    prefill: Callable[[list[Prompt], Pool, list[int]], Tensor]
+    """Encodes prompts into a pool: `prefill` of prefill.py, with a model."""
+
+
+class Stream:
+    """Samples batches in order; `next` works until the oldest batch has ended.
+
+    A prompt that the stream has encoded loses its pixels, by far the most of its bytes, as soon as
+    its keys and values are in the pool.
+    """
+
+    def __init__(
+        self, batches: Iterable[Batch], schedule: Schedule, prefill_tokens: int, means: Means
+    ):
+        self.batches: Iterator[Batch] = iter(batches)
+        self.schedule, self.prefill_tokens, self.means = schedule, prefill_tokens, means
+        self.decoder: Decoder | None = None
+        self.launcher: Decoder | Graphs | None = None
+        self.launched: deque[tuple[Step, Wait]] = deque()
+
+        self.held: deque[tuple[Batch, range]] = deque()
+        """Batches of the schedule, with the numbers of their prompts."""
+        self.prompts: dict[int, Prompt] = {}
+        """The prompts of those batches by number."""
+        self.coming: tuple[Batch, list[Prompt]] | None = None
+        """The next batch and its prompts, which are longer than the pool's spans."""
+        self.error: UserError | None = None
+        """Why the next batch cannot be encoded."""
+
+    def next(self) -> tuple[Batch, list[Prompt], Results] | None:
+        """Work until the oldest batch has ended, and take it out; None if there is no batch left.
+
+        Raises UserError where a batch cannot be encoded or does not fit the cache, once all batches
+        before it were taken out, and where logits are NaN.
+        """
+        while True:
+            if results := self.schedule.take():
+                batch, numbers = self.held.popleft()
+                prompts = [self.prompts.pop(number) for number in numbers]
+                return batch, prompts if batch.prompts is None else batch.prompts, results
+            if self._add_batch():
+                continue
+            if groups := self.schedule.next_prompts(self.prefill_tokens):
+                self._begin(groups)
+            elif not self._step():
+                break
+        if self.error:
+            raise self.error
+        return None
+
+    def close(self) -> None:
+        """Wait for steps that the device has not finished, since it reads their inputs."""
+        while self.launched:
+            _, wait = self.launched.popleft()
+            wait()
+
+    # --- batches --------------------------------------------------------------------------------
+
+    def _add_batch(self) -> bool:
+        """Add the next batch if spans would stay free without it; tell whether one was added."""
+        schedule = self.schedule
+        if self.error or not schedule.wants_prompts:
+            return False
+        self.coming = self.coming or self._encoded()
+        if self.coming is None:
+            return False
+
+        batch, prompts = self.coming
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        count = len(prompts) * schedule.num_generations
+        if count and schedule.max_new_tokens and max(lengths) > schedule.layout.prompt_tokens:
+            # Another pool needs the memory of this one, so running samples end first. This happens
+            # a few times: among n batches, about ln(n) have a longer prompt than all before.
+            if not schedule.idle or self.launched:
+                return False
+            self._lay_out(prompts)
+
+        uniform = torch.rand(
+            (count, schedule.max_new_tokens), generator=torch.Generator().manual_seed(batch.seed)
+        )
+        positions = [prompt.next_position for prompt in prompts]
+        numbers = schedule.add(lengths, positions, uniform.numpy())
+        self.prompts.update(zip(numbers, prompts, strict=True))
+        self.held.append((batch, numbers))
+        self.coming = None
+        return True
+
+    def _encoded(self) -> tuple[Batch, list[Prompt]] | None:
+        """Encode the next batch; None if there is none, or if it cannot be encoded."""
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        if batch.prompts is not None:
+            return batch, batch.prompts
+        try:
+            return batch, self.means.encode.many(batch.examples)
+        except UserError as error:  # raised when the batches before have ended
+            self.error = error
+            return None
+
+    def _lay_out(self, prompts: list[Prompt]) -> None:
+        """Get a pool for prompts such as these."""
+        following = next(self.batches, None)
+        if following is not None:
+            self.batches = chain([following], self.batches)
+        self.schedule.lay_out(Layout(0, 0, 0, 0))
+        self.decoder = self.launcher = None  # before the next pool needs the memory
+        self.decoder, self.launcher = self.means.lay_out(prompts, following is not None)
+        self.schedule.lay_out(self.decoder.pool.layout)
+
+    # --- samples --------------------------------------------------------------------------------
+
+    def _begin(self, groups: list[Group]) -> None:
+        """Encode the prompts of groups, and draw the first tokens of their samples."""
+        prompts = [self.prompts[group.prompt] for group in groups]
+        starts = [self.schedule.layout.prompt_start(group.span) for group in groups]
+        hidden = self.means.prefill(prompts, self.decoder.pool, starts)
+        for group, prompt in zip(groups, prompts, strict=True):
+            self.prompts[group.prompt] = replace(prompt, pixel_values=None)
+
+        uniform = torch.from_numpy(np.concatenate([group.uniform[:, 0] for group in groups]))
+        ids = [prompt.input_ids for prompt in prompts]
+        tokens, logprobs = self.decoder.first(hidden, ids, uniform)
+        self.schedule.begin(groups, tokens.cpu().numpy(), logprobs.cpu().numpy())
+
+    def _step(self) -> bool:
+        """Launch a step, and record the oldest one; tell whether there was anything to do."""
+        step = self.schedule.next_step()
+        for prompt, span in step.new:
+            self.decoder.reset_seen(span, self.prompts[prompt].input_ids)
+        running = len(step.samples) > 0
+        if running:
+            self.launched.append((step, self.launcher.launch(step.table, step.uniform)))
+        if not self.launched:
+            return False
+        if len(self.launched) > self.launcher.ahead or not running:
+            earlier, wait = self.launched.popleft()
+            self.schedule.record(earlier, *wait())
+        return True
