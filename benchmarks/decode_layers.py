@@ -20,9 +20,9 @@ def random_layers(
 ) -> Callable[[], Tensor]:
     """A function that computes the final hidden states (R, D) of a step through so many layers.
 
-    size: 2B, 7B or tiny, which has its own number of layers; kind: as in decode_cases.py.
+    size: tiny, 2B or 7B; kind: as in decode_cases.py.
     """
-    config = model_config(size, tiny_processor(), None if size == "tiny" else layers)
+    config = model_config(size, tiny_processor(), layers)
     kinds = dict(lora="_lora" in kind, four_bit="_four_bit" in kind)
     return decoding(random_model(config, device, dtype, **kinds), rows)
 

@@ -34,8 +34,9 @@ def model_config(
     is measured are the layers, and a CPU gets through it.
     """
     if size == "tiny":
-        return tiny_config(processor)
-    config = find_model_config(f"Qwen/Qwen2-VL-{size}-Instruct")
+        config = tiny_config(processor)
+    else:
+        config = find_model_config(f"Qwen/Qwen2-VL-{size}-Instruct")
     tokens = {
         "image": "image_pad",
         "video": "video_pad",

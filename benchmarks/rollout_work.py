@@ -101,7 +101,6 @@ def image_work(
     size, layers: of the model, which `random_model` makes of this kind; with `quick` a tiny one.
     """
     prompts, (width, height) = (2, (84, 84)) if quick else (8, IMAGE_SIZE)
-    layers = None if quick else layers
     processor = tiny_processor()
     torch.manual_seed(0)
     config = model_config("tiny" if quick else size, processor, layers)

@@ -16,7 +16,7 @@ from decode_cases import KINDS, Contents, apart, layer_bytes, spans_of
 from decode_tiles import BUCKETS, OVERLAPS, linears_tiles, parts_tiles, swiglu_tiles
 from sources import TABLE
 from sweep_checks import Launch, Size, largest
-from sweep_kernels import ROUNDING, Kernel
+from sweep_kernels import Kernel
 from torch import Tensor
 
 from mr1_fast.kernels import tuned
@@ -25,6 +25,8 @@ from mr1_fast.kernels.decode.operations import add_rms_norm
 from mr1_fast.kernels.decode.reference import attend_ref
 from mr1_fast.kernels.four_bit.reference import dequantise_ref
 
+BOUND = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Bound of errors relative to the largest output; Triton's interpreter truncates bf16."""
 TILES = {"linears": linears_tiles, "swiglu": swiglu_tiles, "parts": parts_tiles}
 WIDTHS = {
     "linears": ((2048, 1536), (4608, 3584)),
@@ -129,7 +131,7 @@ class Linears(DecodeKernel):
         def errors() -> dict[str, Tensor]:
             y, exact = outputs[0], inputs.exact
             y = y.double().sum(0) if y.ndim == 3 else y
-            bound = ROUNDING[inputs.x.dtype] * exact.abs().max().item()
+            bound = BOUND[inputs.x.dtype] * exact.abs().max().item()
             return {"output": largest(y - exact, bound)}
 
         return Launch(call, outputs.clear, errors)
@@ -202,7 +204,7 @@ class Attend(DecodeKernel):
                 )
 
         def errors() -> dict[str, Tensor]:
-            bound = ROUNDING[given.new[0].dtype] * given.exact.abs().max().item()
+            bound = BOUND[given.new[0].dtype] * given.exact.abs().max().item()
             return {"output": largest(outputs[0] - given.exact, bound)}
 
         return Launch(call, outputs.clear, errors)
@@ -259,7 +261,7 @@ class Overlapped(DecodeKernel):
     """
 
     name = "decode_overlap"
-    tiny = Size(3, 3, 128)
+    tiny = Size(3, 1, 128)
 
     def variants(self) -> tuple[tuple, ...]:
         return OVERLAPS
