@@ -130,7 +130,8 @@ def compare(part: str, arguments) -> dict:
         for name in turns.runners:
             with excused(name, skipped):
                 turns.peaks[name] = peak_in_subprocess(__file__, name, options)["peak"]
-    attention = attention_seconds(turns) if device == "cpu" else {}
+    timed_apart = device == "cpu" and not work.in_batches
+    attention = attention_seconds(turns) if timed_apart else {}
     bandwidth, least = source.nbytes / times[READ]["median"], work.least_bytes()
     names = [name for name in turns.runners if {name, name + FIRST} <= set(times)]
     rows = [
@@ -160,8 +161,8 @@ def row(name: str, times: dict[str, dict], work: Work, limit: float, peak: int |
         "tokens_per_second": sum(work.lengths) / taken["median"],
         "ratio": taken["median"] / times["ours"]["median"],
         "first_tokens": first,
-        "step": decoding / (max(work.lengths) - 1),
-        "share": limit / decoding,
+        "step": None if work.in_batches else decoding / (max(work.lengths) - 1),
+        "share": None if work.in_batches else limit / decoding,
         "peak": peak,
     }
 
@@ -188,15 +189,16 @@ def print_rows(part: str, rows: list[dict], work: Work, bandwidth: float, limit:
             f"{r['tokens_per_second']:,.0f}",
             f"{r['ratio']:.2f}",
             f"{r['first_tokens']:.3f}",
-            f"{r['step'] * 1000:.2f}",
+            r["step"] and f"{r['step'] * 1000:.2f}",
             r["attention"] and f"{r['attention'] * 1000:.2f}",
-            f"{r['share']:.1%}",
+            r["share"] and f"{r['share']:.1%}",
             megabytes(r["peak"]),
         ]
         for r in rows
     ]
-    step = limit / (max(work.lengths) - 1)
-    table.append(["limit", *[None] * 4, f"{step * 1000:.3f}", None, "100%", None])
+    if not work.in_batches:
+        step = limit / (max(work.lengths) - 1)
+        table.append(["limit", *[None] * 4, f"{step * 1000:.3f}", None, "100%", None])
     columns = [
         "what",
         "s",

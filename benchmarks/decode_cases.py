@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from decode_tiles import bucket_of, parts_tiles
+from decode_tiles import split_tile
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -223,7 +223,7 @@ def parts(name: str, n: int, d: int, shape: Shape, r: int, contents: Contents) -
     if contents.kind == "" and contents.device != "cpu":
         from mr1_fast.kernels.decode import linear_triton
 
-        tile = parts_tiles("", bucket_of(r))[0]
+        tile = split_tile(r, contents.device)
         made.ways[f"{name}: split"] = [
             partial(lambda x, layers: linear_triton.linear_parts(x, layers[0], tile), *call.args)
             for call in made.ways[name]

@@ -30,8 +30,8 @@ def model_config(
 ) -> PretrainedConfig:
     """The configuration of `tiny`, 2B or 7B for the built-in models' processor.
 
-    With fewer `layers`, the vocabulary is the processor's and the vision tower has one block: what
-    is measured are the layers, and a CPU gets through it.
+    With at most so many `layers`, the vocabulary is the processor's and the vision tower has one
+    block: what is measured are the layers, and a CPU gets through it.
     """
     if size == "tiny":
         config = tiny_config(processor)
@@ -48,8 +48,9 @@ def model_config(
         setattr(config, f"{name}_token_id", token_id)
     if layers is not None:
         text = config.text_config
-        text.num_hidden_layers, text.vocab_size = layers, len(processor.tokenizer)
         text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers = len(text.layer_types)
+        text.vocab_size = len(processor.tokenizer)
         config.vision_config.depth = 1
     return config
 

@@ -39,6 +39,8 @@ class Work:
     warm_up_tokens: int
     """The most tokens of a sample while a baseline warms up."""
     group: int = GROUP
+    in_batches: bool = False
+    """Whether prompts come BATCH at a time, so that there are more steps than the longest has."""
 
     @classmethod
     def of(
@@ -78,6 +80,13 @@ def scale_bytes(layers: nn.Module) -> int:
     """Bytes of the scales of weights in 4 bits, which are no parameters."""
     found = (FourBitWeight.of(module) for module in layers.modules())
     return sum(weight.nbytes - weight.packed.nbytes for weight in found if weight)
+
+
+def stream_work(quick: bool, device: str) -> Work:
+    """256 prompts with a sample each, BATCH at a time."""
+    work = tail_work(256, 1, quick, device)
+    work.in_batches = True
+    return work
 
 
 def tail_work(prompts: int, group: int, quick: bool, device: str) -> Work:
@@ -120,6 +129,6 @@ WORKS = {
     "prefix": partial(image_work, "2B", 64, layers=4),
     "lora": partial(image_work, "2B", 256, lora=True),
     "qlora": partial(image_work, "7B", 128, lora=True, four_bit=True),
-    "stream": partial(tail_work, 256, 1),
+    "stream": stream_work,
 }
 """Part → its work, of whether sizes are small, and a device."""

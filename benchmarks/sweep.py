@@ -18,6 +18,7 @@ Markdown tables, and a JSON document for each kernel, one for all of decode's, a
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from unittest import mock
 
@@ -139,7 +139,7 @@ def sweep(kernel, arguments) -> dict:
 def sweep_all(kernels: list, arguments) -> bool:
     """Sweep kernels, print a document for each benchmark; return whether all were right."""
     right = True
-    for benchmark, group in groupby(kernels, key=lambda kernel: kernel.benchmark):
+    for benchmark, group in itertools.groupby(kernels, key=lambda kernel: kernel.benchmark):
         found = {kernel.name: sweep(kernel, arguments) for kernel in group}
         right &= not any(results["wrong"] for results in found.values())
         alone = list(found) == [benchmark.removeprefix("sweep_")]
@@ -172,19 +172,17 @@ def compile_all(kernels: list, dtype: torch.dtype, device: str) -> None:
         with contextlib.suppress(Exception):  # a check reports it
             launch.call(setting(variant))
 
-    work = [
-        (kernel, size, mode, variant)
-        for kernel in kernels
-        for size in {
-            size._replace(rows=kernel.rows_to_compile or size.rows)
-            for size in kernel.checked_sizes()
-        }
-        for mode in kernel.modes
-        for variant in kernel.variants()
-    ]
+    work = {}
+    for kernel in kernels:
+        for size in kernel.checked_sizes():
+            size = size._replace(rows=kernel.rows_to_compile or size.rows)
+            for mode, variant in itertools.product(kernel.modes, kernel.variants()):
+                # A family's kernels are the same for all numbers of rows.
+                compiled = kernel.family, size[1:], mode, variant
+                work.setdefault(compiled, (kernel, size, mode, variant))
     # The interpreter is no compiler, and not made for threads.
     with ThreadPoolExecutor(1 if device == "cpu" else os.cpu_count()) as pool:
-        list(pool.map(lambda each: launch_once(*each), work))
+        list(pool.map(lambda each: launch_once(*each), work.values()))
     print(f"compiled {len(work)} launches")
 
 

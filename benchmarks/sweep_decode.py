@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from decode_cases import KINDS, Contents, apart, layer_bytes, spans_of
-from decode_tiles import BUCKETS, OVERLAPS, linears_tiles, parts_tiles, swiglu_tiles
+from decode_tiles import BUCKETS, OVERLAPS, tiles
 from sources import TABLE
 from sweep_checks import Launch, Size, largest
 from sweep_kernels import Kernel
@@ -25,9 +25,10 @@ from mr1_fast.kernels.decode.operations import add_rms_norm
 from mr1_fast.kernels.decode.reference import attend_ref
 from mr1_fast.kernels.four_bit.reference import dequantise_ref
 
+USUAL_ROWS = 64
+"""A group of 8 samples for each of 8 prompts: its entries come first."""
 BOUND = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Bound of errors relative to the largest output; Triton's interpreter truncates bf16."""
-TILES = {"linears": linears_tiles, "swiglu": swiglu_tiles, "parts": parts_tiles}
 WIDTHS = {
     "linears": ((2048, 1536), (4608, 3584)),
     "swiglu": ((8960, 1536), (18944, 3584)),
@@ -100,13 +101,16 @@ class Linears(DecodeKernel):
         return f"decode_{self.operation}{self.kind}"
 
     def variants(self) -> tuple[tuple, ...]:
-        return tuple(TILES[self.operation](self.kind, self.bucket))
+        return tiles(self.operation, self.bucket)
 
     def sizes(self) -> list[Size]:
         return [Size(self.bucket, n, d) for n, d in WIDTHS[self.operation]]
 
     def checked_sizes(self) -> list[Size]:
-        return [self.sizes()[0], Size(self.bucket - 3, 584, 1088)]
+        first = self.sizes()[0]
+        if self.bucket != USUAL_ROWS:  # the same kernels
+            return [first._replace(rows=self.bucket - 3)]
+        return [first, Size(self.bucket - 3, 584, 1088)]
 
     def inputs(self, size: Size, dtype: torch.dtype, device: str, seed: int) -> LayerInputs:
         return LayerInputs(self.operation, Contents(self.kind, device, seed, dtype), size)
@@ -297,6 +301,6 @@ class Overlapped(DecodeKernel):
 
 def decode_kernels() -> list[DecodeKernel]:
     """All of them; overlap comes last, since it is timed with the settings of the others."""
-    buckets = 64, *(bucket for bucket in BUCKETS if bucket != 64)  # the usual number of rows first
-    cases = [(bucket, kind, name) for bucket in buckets for kind in KINDS for name in TILES]
+    buckets = USUAL_ROWS, *(bucket for bucket in BUCKETS if bucket != USUAL_ROWS)
+    cases = [(bucket, kind, name) for bucket in buckets for kind in KINDS for name in WIDTHS]
     return [Attend(), *(Linears(name, kind, bucket) for bucket, kind, name in cases), Overlapped()]
