@@ -295,7 +295,7 @@ def spans_of(r: int, device: str, prefix: int = PREFIX, own: int = OWN) -> Tenso
 
 def apart(r: int) -> Tensor:
     """An order of such rows in which no neighbours share a prefix, if there are two groups."""
-    return torch.cat([torch.arange(i, r, GROUP) for i in range(GROUP)])
+    return torch.cat([torch.arange(i, r, GROUP) for i in range(min(GROUP, r))])
 
 
 def attention(shape: Shape, r: int, contents: Contents) -> Operation:

@@ -78,7 +78,9 @@ class Work:
 
 def scale_bytes(layers: nn.Module) -> int:
     """Bytes of the scales of weights in 4 bits, which are no parameters."""
-    found = (FourBitWeight.of(module) for module in layers.modules())
+    # A layer of peft shows the weight of the layer under it as its own.
+    stored = (module for module in layers.modules() if not hasattr(module, "base_layer"))
+    found = (FourBitWeight.of(module) for module in stored)
     return sum(weight.nbytes - weight.packed.nbytes for weight in found if weight)
 
 
