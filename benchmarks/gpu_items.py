@@ -54,7 +54,6 @@ DECODE_FAMILIES = (
     "decode_attend",
     *(f"decode_{operation}{kind}" for kind in ("", "_lora", "_four_bit", "_four_bit_lora")
       for operation in ("linears", "swiglu", "parts")),
-    "decode_overlap",
 )  # fmt: skip
 
 
@@ -98,8 +97,8 @@ ITEMS = (
     script("limits", 15, tiny=("--megabytes=1", "--size=32", "--rounds=2")),
     sweep("grpo", 50, 25),
     script("sweep_decode", 150, *DECODE_FAMILIES, "--seconds=1.5", file="sweep",
-           tiny=("decode_linears_32", "decode_parts_32", "decode_overlap", *TINY_SWEEP),
-           after=("compile",)),
+           tiny=("decode_linears_32", "decode_parts_32", *TINY_SWEEP), after=("compile",)),
+    sweep("decode_overlap", 90, 10),
     script("decode_step", 90),
     rollout("long", 130),
     rollout("qlora", 90),

@@ -41,6 +41,7 @@ STEP = (
     "mr1_fast/optim.py",
 )
 LOSS_SETTINGS = ("grpo", "logprobs")
+DECODE_TILES = ("decode_[!o]*",)
 DECODE_SETTINGS = ("decode_*",)
 STEP_SETTINGS = (*LOSS_SETTINGS, *DECODE_SETTINGS, "linear", "adamw")
 
@@ -65,7 +66,8 @@ SOURCES = {
     "sweep_logprobs": Sources(LOGPROBS),
     "sweep_adamw": Sources(ADAMW),
     "sweep_linear": Sources(HEAD),
-    "sweep_decode": Sources((*DECODE, "mr1_fast/rollout/*.py")),
+    "sweep_decode": Sources(DECODE),
+    "sweep_decode_overlap": Sources((*DECODE, "mr1_fast/rollout/*.py"), DECODE_TILES),
     "grpo_loss": Sources(LOSS, LOSS_SETTINGS),
     "native": Sources(("mr1_fast/kernels/grpo/rows_native.py", "csrc/*")),
     "linear_stages": Sources(HEAD, ("grpo",)),

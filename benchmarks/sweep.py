@@ -173,7 +173,7 @@ def compile_all(kernels: list, dtype: torch.dtype, device: str) -> None:
             launch.call(setting(variant))
 
     work = {}
-    for kernel in kernels:
+    for kernel in filter(lambda kernel: kernel.compiles_alone, kernels):
         for size in kernel.checked_sizes():
             size = size._replace(rows=kernel.rows_to_compile or size.rows)
             for mode, variant in itertools.product(kernel.modes, kernel.variants()):

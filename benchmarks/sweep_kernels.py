@@ -81,6 +81,8 @@ class Kernel:
     """A size that Triton's interpreter gets through in a second."""
     rows_to_compile: int | None = 1
     """Rows with which it compiles as with any number; None: its own."""
+    compiles_alone: bool = True
+    """Whether its settings may be compiled in a thread beside others."""
 
     @property
     def family(self) -> str:

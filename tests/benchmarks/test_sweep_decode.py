@@ -6,6 +6,7 @@ import pytest
 import torch
 from decode_cases import KINDS, Contents, Shape, apart, operations, spans_of
 from decode_tiles import BUCKETS, OVERLAPS, tiles
+from gpu_items import DECODE_FAMILIES
 from sources import TABLE
 from sweep_decode import Overlapped, decode_kernels, exact_linear, with_overlap
 
@@ -47,7 +48,8 @@ def test_names_are_different_and_each_has_settings_and_sizes():
     assert len(KERNELS) == len(kernels) == 2 + 3 * len(KINDS) * len(BUCKETS)
     for kernel in kernels:
         assert kernel.variants() and kernel.sizes() and kernel.checked_sizes()
-        assert kernel.benchmark == "sweep_decode"
+    assert {kernel.benchmark for kernel in kernels[:-1]} == {"sweep_decode"}
+    assert {kernel.family for kernel in kernels[:-1]} == set(DECODE_FAMILIES)
     assert isinstance(kernels[-1], Overlapped)  # timed with what the others have written
 
 
