@@ -2,11 +2,12 @@
 
 1. The environment, while settings are compiled and csrc/ is built in the background.
 2. Every launch setting against fp64, with the race check: a figure of a wrong kernel is worthless.
-3. The limits, and sweeps, whose winners all later items use.
-4. The figures of the kernels that have targets of their own.
-5. The tests that use a GPU. What they would find in the kernels above, 2 has found already, and
+3. The limits, and the loss' sweep.
+4. Decoding: sweeps, whose winners the later items use, a step's operations, whole rollouts.
+5. The other sweeps, and the figures of the kernels that have targets of their own.
+6. The tests that use a GPU. What they would find in the kernels above, 2 has found already, and
    their minutes would have cost those figures; the parts that follow 2 has not checked.
-6. Decoding, training steps and memory; then what takes longest.
+7. Training steps and memory; then what takes longest.
 
 Seconds are what an item should take on an H100 with 16 cores, its start included.
 """
@@ -48,18 +49,33 @@ def module(name: str, seconds: int, *arguments: str, **fields) -> Item:
     return Item(name, ("python", "-m", what), tuple(rest), seconds, **fields)
 
 
+TINY_SWEEP = ("--quick", "--seconds=0", "--repeats=1")
+DECODE_FAMILIES = (
+    "decode_attend",
+    *(f"decode_{operation}{kind}" for kind in ("", "_lora", "_four_bit", "_four_bit_lora")
+      for operation in ("linears", "swiglu", "parts")),
+)  # fmt: skip
+
+
 def sweep(kernel: str, seconds: int, limit: int) -> Item:
     """An item of a kernel's sweep, which times for at most `limit` seconds."""
-    tiny = kernel, "--quick", "--seconds=0", "--repeats=1"
+    tiny = kernel, *TINY_SWEEP
     arguments = kernel, f"--seconds={limit}"
     more = dict(file="sweep", tiny=tiny, after=("compile",))
     return script(f"sweep_{kernel}", seconds, *arguments, **more)
 
 
+def rollout(part: str, seconds: int) -> Item:
+    """An item of one part of the rollout's benchmark, so that one that fails costs no other."""
+    tiny = "--parts", part, "--quick", "--rounds=1"
+    more = dict(file="bench_rollout", sources="rollout", tiny=tiny)
+    return script(f"rollout_{part}", seconds, "--parts", part, **more)
+
+
 BACKGROUND = (
     Item("build", ("python", "setup.py"), ("-q", "build_ext", "--inplace"), 60,
          tiny=None, needs="nvcc"),
-    script("compile", 60, "--compile", file="sweep", sources=None,
+    script("compile", 90, "--compile", file="sweep", sources=None,
            tiny=("--compile", "--quick", "grpo", "adamw")),
 )  # fmt: skip
 """What runs beside the first items."""
@@ -75,10 +91,18 @@ TRAFFIC = ("--clock-control", "none", "--kernel-name", "regex:grpo", "--metrics"
 
 ITEMS = (
     module("env", 15, "mr1_fast.env", sources="limits"),
-    script("check", 75, "--check", "--seconds=40", file="sweep", after=("build", "compile"),
-           tiny=("--check", "--quick", "--repeats=1")),
+    script("check", 100, "--check", "--seconds=40", file="sweep", after=("build", "compile"),
+           tiny=("--check", "--quick", "--repeats=1", "grpo", "logprobs", "adamw", "linear",
+                 "decode_attend", "decode_swiglu_four_bit_lora_32")),
     script("limits", 15, tiny=("--megabytes=1", "--size=32", "--rounds=2")),
     sweep("grpo", 50, 25),
+    script("sweep_decode", 150, *DECODE_FAMILIES, "--seconds=1.5", file="sweep",
+           tiny=("decode_linears_32", "decode_parts_32", *TINY_SWEEP), after=("compile",)),
+    sweep("decode_overlap", 90, 10),
+    script("decode_step", 90),
+    rollout("long", 130),
+    rollout("qlora", 90),
+    rollout("lora", 80),
     sweep("linear", 70, 45),
     sweep("logprobs", 35, 12),
     sweep("adamw", 35, 12),
@@ -98,8 +122,9 @@ ITEMS = (
     module("tests", 150, "pytest", "-m", "not slow", *WORKERS, *GPU_TESTS, sources="tests",
            tiny=("-p", "no:cacheprovider", "tests/kernels/test_tuned.py")),
     script("layers", 200, tiny=("--quick", "--rounds=1")),
-    script("decode_step", 60),
-    script("rollout", 120, tiny=("--quick", "--rounds=1")),
+    rollout("prefix", 30),
+    rollout("stream", 40),
+    rollout("tail", 60),
     script("train_step", 150, tiny=("--parts", "curve", "step", "--quick", "--rounds=1")),
     script("integrations", 90, tiny=("--completions=2", "--length=8", "--hidden=16", "--vocab=64",
                                      "--rounds=1", "--quick")),

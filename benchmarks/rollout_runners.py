@@ -1,21 +1,19 @@
-"""Work and runners of bench_rollout.py: prompts with prescribed lengths, and ways to sample them.
+"""Ways to sample the work of bench_rollout.py.
 
 A runner is built from a `Work`. Called with a length for each sample, it returns the number of
 tokens that each one got.
 """
 
-import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from rollout_work import BATCH, Work
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoModelForImageTextToText,
     ContinuousBatchingConfig,
     GenerationConfig,
     StoppingCriteria,
@@ -25,113 +23,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from mr1_fast.model.attention import use_packed_attention
 from mr1_fast.model.forward import base_model
-from mr1_fast.model.known import find_model_config
-from mr1_fast.model.processor import ImageTextProcessor
-from mr1_fast.model.prompt import PromptEncoder
-from mr1_fast.model.tiny import tiny_model, tiny_processor
-from mr1_fast.rollout.cache import token_bytes
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
-from mr1_fast.tasks.data import load_examples
-from mr1_fast.types import Example, Prompt
+from mr1_fast.rollout.table import Columns
 
-GROUP = 8
-IMAGE_SIZE = (896, 448)
-MEDIAN, SIGMA, MOST = 48, 1.0, 256
-"""Completion lengths of part tail: median and σ of the log-normal, and where it is clipped."""
 PATIENCE = 40.0
 """Seconds that continuous batching may take."""
 PAGE = 256
 """Tokens of a block of continuous batching's cache: its default."""
-
-
-@dataclass
-class Work:
-    """A model, B prompts, and how many tokens each of their B·G samples has."""
-
-    model: nn.Module
-    processor: ImageTextProcessor
-    examples: list[Example]
-    prompts: list[Prompt]
-    lengths: list[int]
-    warm_up_tokens: int
-    """The most tokens of a sample while a baseline warms up."""
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        processor,
-        examples: list[Example],
-        lengths: list[int],
-        warm_up_tokens: int,
-    ) -> "Work":
-        """The work of these examples, whose prompts are encoded here."""
-        encode = PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
-        prompts = [encode(example) for example in examples]
-        return cls(model.eval(), processor, examples, prompts, lengths, warm_up_tokens)
-
-    @property
-    def device(self) -> torch.device:
-        return base_model(self.model).lm_head.weight.device
-
-    def least_bytes(self) -> int:
-        """Bytes that steps which all unfinished samples share must read after the first tokens."""
-        base = base_model(self.model)
-        text = base.model.language_model
-        read = (*text.layers.parameters(), text.norm.weight, base.lm_head.weight)
-        weights = sum(each.nbytes for each in read)
-
-        # A prompt is read as long as its group runs.
-        longest = np.array(self.lengths).reshape(-1, GROUP).max(axis=1).tolist()
-        pairs = zip(self.prompts, longest, strict=True)
-        prompts = sum(len(prompt.input_ids) * (steps - 1) for prompt, steps in pairs)
-        own = sum(n * (n - 1) // 2 for n in self.lengths)
-        return (max(self.lengths) - 1) * weights + token_bytes(text) * (prompts + own)
-
-
-def tail_work(quick: bool, device: str) -> Work:
-    """The work of part `tail`: few long completions among many short ones."""
-    prompts, median, most = (2, 6, 16) if quick else (16, MEDIAN, MOST)
-    processor = tiny_processor()
-    torch.manual_seed(0)
-    model = tiny_model(processor).to(device)
-    examples = load_examples("counting", "drawn", "train", 0, 1).all(prompts)
-    lengths = np.random.default_rng(0).lognormal(math.log(median), SIGMA, prompts * GROUP)
-    lengths = lengths.round().clip(1, most).astype(int).tolist()
-    return Work.of(model, processor, examples, lengths, most)
-
-
-def long_work(quick: bool, device: str) -> Work:
-    """The work of parts `long` and `lora`; with `quick` of the tiny model."""
-    prompts, tokens, (width, height) = (2, 8, (84, 84)) if quick else (8, 512, IMAGE_SIZE)
-    processor = tiny_processor()
-    torch.manual_seed(0)
-    model = tiny_model(processor).to(device) if quick else random_2b(processor, device)
-    shape = prompts, height, width, 3
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    problem = "How many different items are there in the image?"
-    examples = [Example(problem, (Image.fromarray(pixels),), "3") for pixels in noise]
-    return Work.of(model, processor, examples, [tokens] * prompts * GROUP, warm_up_tokens=8)
-
-
-def random_2b(processor: ImageTextProcessor, device: str) -> nn.Module:
-    """A bf16 model of Qwen2-VL-2B's shape with random weights, for the tiny model's processor."""
-    config = find_model_config("Qwen/Qwen2-VL-2B-Instruct")
-    tokens = {
-        "image": "image_pad",
-        "video": "video_pad",
-        "vision_start": "vision_start",
-        "vision_end": "vision_end",
-    }
-    for name, token in tokens.items():
-        token_id = processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        setattr(config, f"{name}_token_id", token_id)
-    with torch.device(device):
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-
-
-# --- runners
 
 
 class Runner:
@@ -175,12 +74,53 @@ class WithoutGraphs(Prescribed):
         self._graphs = None
 
 
+class RowsApart(Prescribed):
+    """Our engine with rows in an order in which no neighbours share a prefix, so none is shared."""
+
+    def _prepare(self, *arguments) -> None:
+        super()._prepare(*arguments)
+        launcher = self._graphs or self._decoder
+        if "launch" not in vars(launcher):  # the last launcher may have been kept
+            launcher.launch = Reordered(launcher.launch)
+
+
+class Reordered:
+    """Launches steps with their rows in another order, which nobody but the device notices."""
+
+    def __init__(self, launch):
+        self.launch = launch
+        self.place = np.zeros(0, dtype=np.int64)
+        """Where the device has each row of the latest step."""
+
+    def __call__(self, table: np.ndarray, uniform: np.ndarray):
+        """`Decoder.launch`."""
+        columns = Columns(*table.T)
+        order = apart(columns.prefix_start)
+        table = table[order]
+        source = Columns(*table.T).source
+        known = source < len(self.place)  # a new sample has no row before, and no use for it
+        source[known] = self.place[source[known]]
+        self.place = place = np.argsort(order)
+        wait = self.launch(np.ascontiguousarray(table), uniform[order])
+        return lambda: tuple(each[place] for each in wait())
+
+
+def apart(prefix_start: np.ndarray) -> np.ndarray:
+    """An order of rows (R,) that takes the first row of each prefix, then the second of each …"""
+    order = np.argsort(prefix_start, kind="stable")
+    ordered = prefix_start[order]
+    nth = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[np.argsort(nth, kind="stable")]
+
+
 class Ours(Runner):
     """Our engine, of class `kind`."""
 
-    def __init__(self, work: Work, kind: type[Prescribed] = Prescribed):
+    kind: type[Prescribed] = Prescribed
+
+    def __init__(self, work: Work):
         super().__init__(work)
-        self.engine = kind(work.model, work.processor)
+        self.engine = self.kind(work.model, work.processor)
         self.sampling = Sampling(max_new_tokens=max(work.lengths))
 
     def prepare(self) -> None:
@@ -189,12 +129,74 @@ class Ours(Runner):
     def __call__(self, lengths: list[int]) -> list[int]:
         self.engine.lengths = lengths
         rollout = self.engine.generate(
-            self.work.examples, GROUP, self.sampling, prompts=self.work.prompts
+            self.work.examples, self.work.group, self.sampling, prompts=self.work.prompts
         )
         return [len(ids) for ids in rollout.completions]
 
     def release(self) -> None:
         self.engine.release()
+
+
+class OursWithoutGraphs(Ours):
+    """Our engine, every kernel launched by the host."""
+
+    kind = WithoutGraphs
+
+
+class OursApart(Ours):
+    """Our engine, which reads a prefix once for each row."""
+
+    kind = RowsApart
+
+
+class OursMerged(Ours):
+    """Our engine, the adapters being merged into the weights while it has its turn.
+
+    It has graphs of its own, as a graph keeps the path on which it was captured.
+    """
+
+    is_merged = False
+
+    def merge(self, wanted: bool) -> None:
+        if self.is_merged != wanted:
+            self.work.model.merge_adapter() if wanted else self.work.model.unmerge_adapter()
+            self.is_merged = wanted
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.merge(True)
+
+    def rest(self) -> None:
+        self.merge(False)
+
+
+class OursInBatches(Ours):
+    """Our engine, called for BATCH prompts at a time."""
+
+    def __call__(self, lengths: list[int]) -> list[int]:
+        work, found = self.work, []
+        for at in range(0, len(work.prompts), BATCH):
+            self.engine.lengths = lengths[at * work.group :]
+            some = slice(at, at + BATCH)
+            rollout = self.engine.generate(
+                work.examples[some], work.group, self.sampling, prompts=work.prompts[some]
+            )
+            found += [len(ids) for ids in rollout.completions]
+        return found
+
+
+class OursStreamed(Ours):
+    """Our engine, which takes the next BATCH prompts when rows become free."""
+
+    def __call__(self, lengths: list[int]) -> list[int]:
+        from mr1_fast.rollout.stream import Batch
+
+        work = self.work
+        self.engine.lengths = lengths
+        cuts = [slice(at, at + BATCH) for at in range(0, len(work.prompts), BATCH)]
+        batches = [Batch(work.examples[cut], prompts=work.prompts[cut]) for cut in cuts]
+        rollouts = self.engine.stream(batches, work.group, self.sampling)
+        return [len(ids) for rollout in rollouts for ids in rollout.completions]
 
 
 def plain_sampling(work: Work, **settings) -> GenerationConfig:
@@ -243,7 +245,7 @@ class Generate(Runner):
         start = self.inputs["input_ids"].shape[1]
         ends = start + torch.tensor(lengths, device=self.work.device)
         sampling = plain_sampling(
-            self.work, num_return_sequences=GROUP, max_new_tokens=max(lengths)
+            self.work, num_return_sequences=self.work.group, max_new_tokens=max(lengths)
         )
         criteria = StoppingCriteriaList([RowsEnd(ends)])
         ids = self.work.model.generate(
@@ -259,7 +261,7 @@ class ContinuousBatching(Runner):
 
     def __init__(self, work: Work):
         super().__init__(work)
-        self.ids = [prompt.input_ids.tolist() for prompt in work.prompts for _ in range(GROUP)]
+        self.ids = [prompt.input_ids.tolist() for prompt in work.prompts for _ in range(work.group)]
         pages = sum(-(-(len(x) + n) // PAGE) for x, n in zip(self.ids, work.lengths, strict=True))
         settings = {
             "num_blocks": pages + pages // 2,

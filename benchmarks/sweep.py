@@ -1,6 +1,7 @@
 """Find the fastest launch settings of our kernels on this GPU, and write them to the table.
 
-    python benchmarks/sweep.py grpo [grpo_cuda logprobs adamw linear] [--seconds 120] [--table PATH]
+    python benchmarks/sweep.py grpo [grpo_cuda logprobs adamw linear decode_attend decode_linears …]
+    [--seconds 120] [--table PATH]
 
 First every setting of a kernel's list is compared with fp64; a wrong one is left out and named, and
 the exit status is then 1. The others are timed in turn, for at most --seconds, and the fastest in
@@ -8,13 +9,16 @@ the mean of all sizes and modes is written to mr1_fast/kernels/tuned.json, which
 if it beats the default by more than noise. If it does not, the architecture has no entry, and the
 default stands. Nothing is written on a CPU, where kernels run in Triton's interpreter.
 
-With --check only the comparison is made, on fresh data again and again (of the loss 200 times): an
-error that comes and goes is a race. With --compile every setting is launched on one row, so that
-Triton's cache on the disk has it. Prints Markdown tables, and a JSON document for each kernel or,
-with --check, for all.
+Decode's linear layers have an entry for each number of rows, and the name of a family, such as
+decode_swiglu_four_bit, stands for all of its entries. With --check only the comparison is made, on
+fresh data again and again (of the loss 200 times): an error that comes and goes is a race. With
+--compile every setting is launched on few rows, so that Triton's cache on the disk has it. Prints
+Markdown tables, and a JSON document for each kernel, one for all of decode's, and one for all with
+--check.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,131 +28,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
 from device_time import Stopwatch
 from measure import finish, make_parser, pick_device, print_table, release, summary
 from sources import TABLE
-from sweep_checks import Size
+from sweep_checks import DEFAULT, Size, Variant, check, label, setting, show_checked
 
 from mr1_fast.files import write_json
 from mr1_fast.kernels import tuned
 
-DEFAULT = "default"
-"""Stands for the setting that a launcher takes where the table has no entry."""
 LEAST_GAIN = 0.02
 """Share of the default's time that a setting must save to be written: less may be noise."""
 MOST_ROUNDS = 30
 """Rounds after which medians no longer change."""
 CHECKS_BEFORE_SWEEP = 3
-TINY = {
-    "grpo": Size(1, 4500),
-    "grpo_cuda": Size(1, 4608),
-    "logprobs": Size(2, 1500),
-    "adamw": Size(1, 700),
-    "linear": Size(2, 96, 16),
-}
-"""Sizes with --quick, which Triton's interpreter gets through in a second."""
-
-Variant = tuple | str
-
-
-def label(variant: Variant) -> str:
-    """The fields of a setting as one word each."""
-    if isinstance(variant, str):
-        return variant
-    return ", ".join(f"{name} {value}" for name, value in variant._asdict().items())
-
-
-def setting(variant: Variant) -> Variant | None:
-    """What the launcher gets."""
-    return None if variant == DEFAULT else variant
-
-
-def lacks_resources(error: Exception) -> bool:
-    """Whether an error says that the GPU is too small for a setting."""
-    return "out of resource" in str(error).lower()
-
-
-# --- correctness ----------------------------------------------------------------------------------
-
-
-class Checked(NamedTuple):
-    """What a check has found of a kernel."""
-
-    right: list[Variant]
-    worst: dict[str, dict[str, float]]
-    """Variant → output → largest error in units of its bound."""
-    wrong: dict[str, str]
-    """Variant → why it is wrong."""
-    too_large: dict[str, str]
-    """Variant → why it does not run on this GPU."""
-    rounds: int
-    """How often fresh data was compared."""
-
-
-def check(
-    kernel, sizes: list[Size], repeats: int, dtype: torch.dtype, device: str, seconds: float = 60
-) -> Checked:
-    """Compare every variant with fp64 on fresh data.
-
-    The first size comes last: up to `repeats` times, as `seconds` allow.
-    """
-    variants = [DEFAULT, *kernel.variants()]
-    worst: dict[Variant, dict[str, torch.Tensor]] = {variant: {} for variant in variants}
-    wrong, too_large = {}, {}
-    rounds = [(size, seed) for size in sizes[1:] for seed in range(2)]
-    rounds += [(sizes[0], seed) for seed in range(repeats)]
-    done, stop = 0, time.monotonic() + seconds
-    for size, seed in rounds:
-        if done > len(sizes) * 2 and time.monotonic() > stop:
-            break
-        done += 1
-        inputs = kernel.inputs(size, dtype, device, seed)
-        for mode in kernel.modes:
-            launch = kernel.prepare(inputs, mode)
-            for variant in variants:
-                if label(variant) in wrong or label(variant) in too_large:
-                    continue
-                try:
-                    launch.restore()
-                    launch.call(setting(variant))
-                    errors = launch.errors()
-                except Exception as error:
-                    reason = f"{mode}, {size}: {error}".splitlines()[0]
-                    (too_large if lacks_resources(error) else wrong)[label(variant)] = reason
-                    print(f"{kernel.name}: {label(variant)}: {reason}", flush=True)
-                    continue
-                for name, error in errors.items():
-                    key = f"{mode}: {name}"
-                    worst[variant][key] = torch.maximum(worst[variant].get(key, error), error)
-    found = {
-        label(variant): {key: error.item() for key, error in errors.items()}
-        for variant, errors in worst.items()
-    }
-    for name, errors in found.items():
-        bad = [f"{key} {error:.3g} of its bound" for key, error in errors.items() if not error <= 1]
-        if bad and name not in wrong:
-            wrong[name] = ", ".join(bad)
-    right = [v for v in variants if label(v) not in wrong and label(v) not in too_large]
-    return Checked(right, found, wrong, too_large, done)
-
-
-def show_checked(name: str, checked: Checked) -> None:
-    """Print the largest error of each variant, and what is left out."""
-    table = []
-    for variant, errors in checked.worst.items():
-        worst = max(errors, key=errors.get, default=None)
-        verdict = "wrong" if variant in checked.wrong else "right"
-        verdict = "too large" if variant in checked.too_large else verdict
-        figure = worst and f"{errors[worst]:.2g} ({worst})"
-        table.append([variant, verdict, figure])
-    print_table(f"{name} against fp64", ["variant", "verdict", "largest error / bound"], table)
-    for variant, reason in checked.wrong.items():
-        print(f"{name}: {variant} is wrong: {reason}")
-
 
 # --- time -----------------------------------------------------------------------------------------
 
@@ -212,8 +107,8 @@ def write_entry(table: Path, architecture: str, kernel: str, best: tuple | None)
     write_json(table, kept, "choose another with --table")
 
 
-def sweep(kernel, arguments) -> bool:
-    """Check and time a kernel's settings, and write the winner; return whether all were right."""
+def sweep(kernel, arguments) -> dict:
+    """Check and time a kernel's settings, and write the winner; return what was found."""
     device, dtype = arguments.device, arguments.dtype
     checks = min(CHECKS_BEFORE_SWEEP, arguments.repeats or CHECKS_BEFORE_SWEEP)
     checked = check(kernel, kernel.checked_sizes(), checks, dtype, device)
@@ -237,8 +132,20 @@ def sweep(kernel, arguments) -> bool:
             print(f"\n{kernel.name} on {architecture}, in {arguments.table.name}: {found}")
         results |= {"architecture": architecture, "best": best and best._asdict()}
         results |= {"times": times, "of_default": ratios}
-    finish(f"sweep_{kernel.name}", device, **results)
-    return not checked.wrong
+    release()
+    return results
+
+
+def sweep_all(kernels: list, arguments) -> bool:
+    """Sweep kernels, print a document for each benchmark; return whether all were right."""
+    right = True
+    for benchmark, group in itertools.groupby(kernels, key=lambda kernel: kernel.benchmark):
+        found = {kernel.name: sweep(kernel, arguments) for kernel in group}
+        right &= not any(results["wrong"] for results in found.values())
+        alone = list(found) == [benchmark.removeprefix("sweep_")]
+        results = next(iter(found.values())) if alone else {"kernels": found}
+        finish(benchmark, arguments.device, **results)
+    return right
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -247,33 +154,35 @@ def sweep(kernel, arguments) -> bool:
 def all_kernels() -> dict:
     """Name in the table of launch settings → how to try the kernel."""
     # Imported when the interpreter is chosen.
+    from sweep_decode import decode_kernels
     from sweep_kernels import AdamW, Logprobs, Loss, NativeLoss
     from sweep_linear import Linear
 
-    kernels = Loss(), NativeLoss(), Logprobs(), AdamW(), Linear()
+    kernels = Loss(), NativeLoss(), Logprobs(), AdamW(), Linear(), *decode_kernels()
     return {kernel.name: kernel for kernel in kernels}
 
 
 def compile_all(kernels: list, dtype: torch.dtype, device: str) -> None:
-    """Launch every variant of the kernels on one row, in threads: Triton lets others run."""
+    """Launch every variant of the kernels on few rows, in threads: Triton lets others run."""
 
     def launch_once(kernel, size: Size, mode: str, variant: Variant) -> None:
-        inputs = kernel.inputs(size._replace(rows=1), dtype, device, 0)
+        inputs = kernel.inputs(size, dtype, device, 0)
         launch = kernel.prepare(inputs, mode)
         launch.restore()
         with contextlib.suppress(Exception):  # a check reports it
             launch.call(setting(variant))
 
-    work = [
-        (kernel, size, mode, variant)
-        for kernel in kernels
-        for size in {size._replace(rows=1) for size in kernel.checked_sizes()}
-        for mode in kernel.modes
-        for variant in kernel.variants()
-    ]
+    work = {}
+    for kernel in filter(lambda kernel: kernel.compiles_alone, kernels):
+        for size in kernel.checked_sizes():
+            size = size._replace(rows=kernel.rows_to_compile or size.rows)
+            for mode, variant in itertools.product(kernel.modes, kernel.variants()):
+                # A family's kernels are the same for all numbers of rows.
+                compiled = kernel.family, size[1:], mode, variant
+                work.setdefault(compiled, (kernel, size, mode, variant))
     # The interpreter is no compiler, and not made for threads.
     with ThreadPoolExecutor(1 if device == "cpu" else os.cpu_count()) as pool:
-        list(pool.map(lambda each: launch_once(*each), work))
+        list(pool.map(lambda each: launch_once(*each), work.values()))
     print(f"compiled {len(work)} launches")
 
 
@@ -301,7 +210,7 @@ class Tiny:
         return getattr(self.kernel, name)
 
     def sizes(self) -> list[Size]:
-        return [TINY[self.kernel.name]]
+        return [self.kernel.tiny]
 
     def checked_sizes(self) -> list[Size]:
         return self.sizes()
@@ -326,10 +235,12 @@ def main() -> None:
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     known = all_kernels()
-    unknown = set(arguments.kernels) - set(known)
+    families = list(dict.fromkeys(kernel.family for kernel in known.values()))
+    unknown = set(arguments.kernels) - {*known, *families}
     if unknown:
-        raise SystemExit(f"{', '.join(unknown)}: expected kernels among {', '.join(known)}")
-    kernels = [known[name] for name in arguments.kernels or known]
+        raise SystemExit(f"{', '.join(unknown)}: expected kernels among {', '.join(families)}")
+    chosen = set(arguments.kernels) or {*families}
+    kernels = [kernel for kernel in known.values() if chosen & {kernel.name, kernel.family}]
     for kernel in list(kernels):
         if reason := kernel.missing(device):
             print(f"skipped: {kernel.name}: {reason}")
@@ -341,10 +252,7 @@ def main() -> None:
         if arguments.compile:
             compile_all(kernels, arguments.dtype, device)
             return
-        if arguments.check:
-            right = check_all(kernels, arguments)
-        else:
-            right = all([sweep(kernel, arguments) for kernel in kernels])
+        right = (check_all if arguments.check else sweep_all)(kernels, arguments)
     sys.exit(not right)
 
 

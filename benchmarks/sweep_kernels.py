@@ -73,7 +73,26 @@ class LossInputs:
 
 
 class Kernel:
-    """A kernel of which nothing is missing."""
+    """A kernel of which nothing is missing, alone in its family."""
+
+    name: str
+    """In the table of launch settings, and on the command line."""
+    tiny: Size
+    """A size that Triton's interpreter gets through in a second."""
+    rows_to_compile: int | None = 1
+    """Rows with which it compiles as with any number; None: its own."""
+    compiles_alone: bool = True
+    """Whether its settings may be compiled in a thread beside others."""
+
+    @property
+    def family(self) -> str:
+        """The name of several kernels, on the command line."""
+        return self.name
+
+    @property
+    def benchmark(self) -> str:
+        """The name of the document that it is in, perhaps with others."""
+        return f"sweep_{self.name}"
 
     def missing(self, device: str) -> str | None:
         """Say what it lacks to run here; None: nothing."""
@@ -84,6 +103,7 @@ class Loss(Kernel):
     """The loss and its gradient on logits."""
 
     name, modes, repeats = "grpo", ("in place", "out of place"), 200
+    tiny = Size(1, 4500)
 
     def row_grpo(self, *arguments, tile: tuple | None) -> None:
         """The launcher, with a setting."""
@@ -151,7 +171,7 @@ class Loss(Kernel):
 class NativeLoss(Loss):
     """The loss by csrc/ on CUDA."""
 
-    name = "grpo_cuda"
+    name, tiny = "grpo_cuda", Size(1, 4608)
 
     def missing(self, device: str) -> str | None:
         from mr1_fast.kernels.grpo import rows_cuda
@@ -181,6 +201,7 @@ class Logprobs(Loss):
     """Log-probabilities and entropy alone; with weights, of which half are 0, rows are skipped."""
 
     name, modes, repeats = "logprobs", ("all rows", "half of the rows"), 20
+    tiny = Size(2, 1500)
 
     def variants(self) -> tuple[tuple, ...]:
         from mr1_fast.kernels.grpo.logprobs_triton import LOGPROBS_VARIANTS
@@ -267,6 +288,7 @@ class AdamW(Kernel):
     """A step of AdamW with 8-bit states."""
 
     name, modes, repeats = "adamw", ("exact", "stochastic"), 20
+    tiny = Size(1, 700)
 
     def variants(self) -> tuple[tuple, ...]:
         from mr1_fast.kernels.adamw.step_triton import ADAMW_VARIANTS

@@ -77,6 +77,7 @@ class Linear(Kernel):
     """The fused head with a trained weight."""
 
     name, modes, repeats = "linear", ("trained head",), 2
+    tiny = Size(2, 96, 16)
 
     def variants(self) -> tuple[tuple, ...]:
         from mr1_fast.kernels.grpo.chunks import GEMM_VARIANTS

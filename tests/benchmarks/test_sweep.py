@@ -8,17 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from sources import SOURCES, Sources
-from sweep import (
-    DEFAULT,
-    check,
-    label,
-    relative_times,
-    sweep,
-    time_variants,
-    winner,
-    write_entry,
-)
-from sweep_checks import Guards, Launch, Size, largest
+from sweep import relative_times, sweep_all, time_variants, winner, write_entry
+from sweep_checks import DEFAULT, Guards, Launch, Size, check, label, largest
 
 from mr1_fast.errors import UserError
 
@@ -35,9 +26,10 @@ RIGHT, NEAR, NAN, BEYOND, UNWRITTEN, RACE, RAISES, LARGE = tiles = [
 class Doubling:
     """A kernel that doubles its input, with the faults that a check has to find."""
 
-    name, modes = "toy", ("out of place",)
+    modes = ("out of place",)
 
-    def __init__(self):
+    def __init__(self, name="toy", benchmark="sweep_toy"):
+        self.name, self.benchmark = name, benchmark
         self.launches = 0
 
     def variants(self):
@@ -112,12 +104,25 @@ def test_a_sweep_writes_the_winner_and_tells_of_wrong_settings(
     monkeypatch.setitem(SOURCES, "sweep_toy", Sources(()))
     monkeypatch.setattr("mr1_fast.kernels.tuned.architecture", lambda device: architecture)
     given = dict(device="cpu", dtype=torch.float32, seconds=0, repeats=10, table=table)
-    all_right = sweep(Doubling(), Namespace(**given))
+    all_right = sweep_all([Doubling()], Namespace(**given))
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not all_right and label(NEAR) in document["wrong"]
     assert document["best"] == RIGHT._asdict()
     written = {architecture: {"toy": RIGHT._asdict()}} if architecture else {}
     assert json.loads(table.read_text()) == written
+
+
+def test_kernels_of_one_benchmark_are_in_one_document(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "tuned.json"
+    monkeypatch.setitem(SOURCES, "sweep_toys", Sources(()))
+    monkeypatch.setattr("mr1_fast.kernels.tuned.architecture", lambda device: "sm_90")
+    given = dict(device="cpu", dtype=torch.float32, seconds=0, repeats=1, table=table)
+    kernels = [Doubling(f"toy_{rows}", "sweep_toys") for rows in (32, 64)]
+    sweep_all(kernels, Namespace(**given))
+    documents = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(documents) == 1
+    assert list(json.loads(documents[0])["kernels"]) == ["toy_32", "toy_64"]
+    assert list(json.loads(table.read_text())["sm_90"]) == ["toy_32", "toy_64"]
 
 
 def times_of(**variants: tuple[float, ...]) -> dict:
