@@ -11,6 +11,9 @@ import triton.language as tl
 from .dot_triton import dot
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+LOG_SUM = tl.constexpr(4)
+"""A part is (GROUP, D + 4) fp32: outputs, and at D the logarithm of the sum of their weights; the
+rest keeps rows at multiples of 16 bytes."""
 _LOWEST = tl.constexpr(-1e30)
 """Peak of no score: finite, so that a part without a token has weight 0 and not NaN."""
 
@@ -40,7 +43,7 @@ def _rotate(X, cos, sin, channels, D: tl.constexpr):
 @triton.jit
 def attend_own(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, PARTS, LOG_SUMS, scale, row, head, split, splits,
+    SPANS, PART, scale, row, head, split, splits,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -99,15 +102,16 @@ def attend_own(
 
     real = heads < GROUP
     out = tl.trans(out / total[None, :])
-    tl.store(PARTS + heads[:, None] * D + channels[None, :], out, mask=real[:, None])
-    tl.store(LOG_SUMS + heads, peak + tl.log2(total), mask=real)
+    part = PART + heads * (D + LOG_SUM)
+    tl.store(part[:, None] + channels[None, :], out, mask=real[:, None])
+    tl.store(part + D, peak + tl.log2(total), mask=real)
 
 
 @triton.jit
 def attend_prefixes(
     Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, PARTS, LOG_SUMS, part_stride, scale, first_row, rows, head, split, splits,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPANS, PARTS, row_stride, scale, first_row, rows, head, split, splits,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Attend with the queries of ROWS rows, for one kv head, over one split of their prefixes.
@@ -120,6 +124,7 @@ def attend_prefixes(
     part_stride, in parts. The queries of a row are padded to HEADS, a part has PADDED.
     """
     channels = tl.arange(0, D)
+    half = tl.arange(0, D // 2)
     columns = tl.arange(0, ROWS * HEADS)
     heads = columns % HEADS
     exists = (first_row + columns // HEADS < rows) & (heads < GROUP)
@@ -130,7 +135,7 @@ def attend_prefixes(
     sin = tl.load(SIN + row[:, None] * D + channels[None, :]).to(tl.float32)
     q_heads = Q + row[:, None] * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
     q = _rotate(q_heads, cos, sin, channels[None, :], D)
-    part = row * part_stride * PADDED + heads
+    part = PARTS + (row * row_stride + heads) * (D + LOG_SUM)
 
     scale = scale * _LOG2E
     index = tl.arange(0, ROWS)
@@ -143,7 +148,8 @@ def attend_prefixes(
         its_length = tl.load(SPANS + (first_row + leader) * 4 + 1)
         peak = tl.full((ROWS * HEADS,), _LOWEST, tl.float32)
         total = tl.zeros((ROWS * HEADS,), tl.float32)
-        out = tl.zeros((ROWS * HEADS, D), tl.float32)
+        low = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
+        high = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
         blocks = tl.cdiv(its_length, BLOCK)
         for block in tl.range(tl.maximum(begin, 0), tl.minimum(end, blocks)):
             token = block * BLOCK + tl.arange(0, BLOCK)
@@ -156,19 +162,20 @@ def attend_prefixes(
             p = tl.exp2(score - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(p, 1)
-            value = tl.load(
-                VALUES + at[:, None] + channels[None, :], mask=inside[:, None], other=0.0
-            )
-            out = dot(p.to(KEYS.dtype.element_ty), value, out * shrink[:, None])
+            p = p.to(KEYS.dtype.element_ty)
+            value_at = VALUES + at[:, None] + half[None, :]
+            value = tl.load(value_at, mask=inside[:, None], other=0.0)
+            low = dot(p, value, low * shrink[:, None])
+            value = tl.load(value_at + D // 2, mask=inside[:, None], other=0.0)
+            high = dot(p, value, high * shrink[:, None])
             peak = new_peak
 
         has_it = exists & (start == its_start) & (length == its_length)
-        tl.store(LOG_SUMS + part, peak + tl.log2(total), mask=has_it)
-        tl.store(
-            PARTS + part[:, None] * D + channels[None, :],
-            out / total[:, None],
-            mask=(has_it & (total != 0))[:, None],
-        )
+        tl.store(part + D, peak + tl.log2(total), mask=has_it)
+        not_empty = (has_it & (total > 0))[:, None]
+        out = part[:, None] + half[None, :]
+        tl.store(out, low / total[:, None], mask=not_empty)
+        tl.store(out + D // 2, high / total[:, None], mask=not_empty)
         begin, end = begin - blocks, end - blocks  # counted from the next prefix's first block
         leader = first_flag(leads, index, leader, ROWS)
 
@@ -189,35 +196,29 @@ def _leaders(SPANS, first_row, index, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def combine(
-    PARTS, LOG_SUMS, OUT, begin, end,
-    GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+def combine(PARTS, OUT, begin, end, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
     """Average the parts from `begin` to `end` of a (row, kv head), weighted with their sums.
 
     One of them is not empty: it has the new token. OUT: where the (GROUP, D) go.
     """
     heads = tl.arange(0, PADDED)[:, None] + tl.zeros((1, D), tl.int32)
-    inside = heads * D + tl.arange(0, D)[None, :]
+    channels = tl.arange(0, D)[None, :]
+    part = PARTS + heads * (D + LOG_SUM)
     peak = tl.full((PADDED, D), _LOWEST, tl.float32)
     total = tl.zeros((PADDED, D), tl.float32)
     out = tl.zeros((PADDED, D), tl.float32)
     for first in tl.range(begin, end, 4):
         for i in tl.static_range(4):  # four parts are loaded at a time
             exists = (heads < GROUP) & (first + i < end)
-            at = (first + i) * PADDED
-            log_sum = tl.load(
-                LOG_SUMS + at + heads, mask=exists, other=-float("inf"), cache_modifier=".cg"
-            )
-            part = tl.load(
-                PARTS + at * D + inside, mask=exists, other=0.0, cache_modifier=".cg"
-            )
+            at = part + (first + i) * GROUP * (D + LOG_SUM)
+            log_sum = tl.load(at + D, mask=exists, other=-float("inf"), cache_modifier=".cg")
+            values = tl.load(at + channels, mask=exists, other=0.0, cache_modifier=".cg")
             new_peak = tl.maximum(peak, log_sum)
             shrink = tl.exp2(peak - new_peak)
             weight = tl.exp2(log_sum - new_peak)
             total = total * shrink + weight
             # An empty part was not stored
-            out = out * shrink + tl.where(log_sum == -float("inf"), 0.0, weight * part)
+            out = out * shrink + tl.where(log_sum == -float("inf"), 0.0, weight * values)
             peak = new_peak
     out = (out / total).to(OUT.dtype.element_ty)
-    tl.store(OUT + inside, out, mask=heads < GROUP)
+    tl.store(OUT + heads * D + channels, out, mask=heads < GROUP)

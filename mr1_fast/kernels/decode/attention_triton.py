@@ -29,6 +29,7 @@ from ..overlap import Overlap, decode_overlap, overlap_options
 from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
 from ..tuned import tuned
 from .attention_spans_triton import (
+    LOG_SUM,
     attend_own,
     attend_prefixes,
     combine,
@@ -105,7 +106,7 @@ def _parts(SPANS, row, prefix_splits, own_splits, BLOCK: tl.constexpr, SHARED: t
 )
 def _attend_kernel(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, OUT, PARTS, LOG_SUMS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
     UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, DEPENDENT: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
@@ -116,7 +117,7 @@ def _attend_kernel(
     prefetch(UPCOMING, CHUNKS, program, tl.num_programs(0), COUNT, IN_BULK)
     wait_for_previous(DEPENDENT)
     SHARED: tl.constexpr = ROWS > 1
-    SIZE: tl.constexpr = PADDED * D
+    SIZE: tl.constexpr = GROUP * (D + LOG_SUM)  # of a part
     slots = prefix_splits + own_splits
     row_blocks = tl.cdiv(rows, ROWS)
     own_program = program - row_blocks * KV_HEADS * prefix_splits
@@ -125,12 +126,10 @@ def _attend_kernel(
             first_row = program % row_blocks * ROWS
             head = program // row_blocks % KV_HEADS
             split = program // row_blocks // KV_HEADS
-            part = (head * slots + split).to(tl.int64)
             attend_prefixes(
                 Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride, SPANS,
-                PARTS + part * SIZE, LOG_SUMS + part * PADDED, KV_HEADS * slots, scale,
-                first_row, rows, head, split, prefix_splits,
-                GROUP, PADDED, D, BLOCK, ROWS, HEADS,
+                PARTS + (head * slots + split) * SIZE, KV_HEADS * slots * GROUP, scale,
+                first_row, rows, head, split, prefix_splits, GROUP, D, BLOCK, ROWS, HEADS,
             )  # fmt: skip
             index = tl.arange(0, ROWS)
             row = tl.minimum(first_row + index, rows - 1)
@@ -148,8 +147,8 @@ def _attend_kernel(
                 last = tl.sum(tl.where(index == i, end, 0))
                 tl.store(ARRIVED + pair, 0)  # for the next launch
                 combine(
-                    PARTS + pair * slots * SIZE, LOG_SUMS + pair * slots * PADDED,
-                    OUT + pair * GROUP * D, 0, last, GROUP, PADDED, D,
+                    PARTS + pair * slots * SIZE, OUT + pair * GROUP * D, 0, last,
+                    GROUP, PADDED, D,
                 )  # fmt: skip
                 i = first_flag(complete, index, i, ROWS)
     if own_program >= 0:
@@ -162,7 +161,7 @@ def _attend_kernel(
             part = pair * slots + prefix_splits + split
             attend_own(
                 Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride,
-                head_stride, SPANS, PARTS + part * SIZE, LOG_SUMS + part * PADDED, scale,
+                head_stride, SPANS, PARTS + part * SIZE, scale,
                 row, head, split, end - prefix_splits, GROUP, PADDED, D, BLOCK, SHARED,
             )  # fmt: skip
             tl.debug_barrier()
@@ -171,8 +170,8 @@ def _attend_kernel(
                 tl.debug_barrier()
                 tl.store(ARRIVED + pair, 0)
                 combine(
-                    PARTS + pair * slots * SIZE, LOG_SUMS + pair * slots * PADDED,
-                    OUT + pair * GROUP * D, begin, end, GROUP, PADDED, D,
+                    PARTS + pair * slots * SIZE, OUT + pair * GROUP * D, begin, end,
+                    GROUP, PADDED, D,
                 )  # fmt: skip
 
 
@@ -219,14 +218,14 @@ def attend(
         prefix_splits = 0
     programs = kv_heads * (triton.cdiv(rows, block_rows) * prefix_splits + rows * own_splits)
     out = q.new_empty(rows, heads, d)
-    slots = pairs * (prefix_splits + own_splits)
-    parts = q.new_empty(slots, padded, d, dtype=torch.float32)
-    log_sums = q.new_empty(slots, padded, dtype=torch.float32)
+    parts = q.new_empty(
+        pairs * (prefix_splits + own_splits), group, d + LOG_SUM.value, dtype=torch.float32
+    )
     launch(
         _attend_kernel, (programs,), q.device,
         q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
         keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
-        out, parts, log_sums, arrived, scale, rows, prefix_splits, own_splits,
+        out, parts, arrived, scale, rows, prefix_splits, own_splits,
         KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK=setting.block_bytes // q.element_size(),
         PADDED=padded, ROWS=block_rows, HEADS=columns, num_stages=setting.stages,
         **overlap_options(overlap, upcoming, q.device),
