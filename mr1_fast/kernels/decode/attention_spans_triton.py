@@ -1,8 +1,11 @@
 """Attention over one part of the cached tokens, and the combination of parts: device functions.
 
-`attend_own` takes one row over a split of its own tokens, `attend_prefixes` a block of rows over a
-split of the prefixes they share, and `combine` averages what both left for a row. Scores are scaled
-for powers of 2.
+`attend_own` takes one row over a split of its own tokens, `attend_prefix` a block of rows over a
+split of a prefix that they share, and `combine` averages what both left for a row. Exponentials and
+logarithms are those of 2.
+
+A part is (GROUP, D + 4) fp32: the outputs of each head, and at D the logarithm of the sum of their
+weights. The parts of a (row, kv head) lie together, those of its own tokens first.
 """
 
 import triton
@@ -11,22 +14,11 @@ import triton.language as tl
 from .dot_triton import dot
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-LOG_SUM = tl.constexpr(4)
-"""A part is (GROUP, D + 4) fp32: outputs, and at D the logarithm of the sum of their weights; the
-rest keeps rows at multiples of 16 bytes."""
-_LOWEST = tl.constexpr(-1e30)
-"""Peak of no score: finite, so that a part without a token has weight 0 and not NaN."""
 
 
 @triton.jit
-def first_flag(flags, index, after, COUNT: tl.constexpr):
-    """Find the first index beyond `after` that has a flag; COUNT if there is none."""
-    return tl.min(tl.where(flags & (index > after), index, COUNT))
-
-
-@triton.jit
-def own_splits_used(own_len, splits, BLOCK: tl.constexpr):
-    """Count the splits of a row's own tokens that have something to do: one for each block."""
+def own_parts(own_len, splits, BLOCK: tl.constexpr):
+    """Count the parts of a row's own tokens: a split of them is a part if it has a block."""
     return tl.minimum(splits, tl.maximum(tl.cdiv(own_len - 1, BLOCK), 1))
 
 
@@ -43,7 +35,7 @@ def _rotate(X, cos, sin, channels, D: tl.constexpr):
 @triton.jit
 def attend_own(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, PART, scale, row, head, split, splits,
+    SPANS, PARTS, first_part, scale, row, head, split, splits,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +71,7 @@ def attend_own(
     scale = scale * _LOG2E
     # Peak, sum and weighted values so far: of the new token in the first split, else of no token
     new_score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
-    peak = tl.where(split == 0, new_score, _LOWEST)
+    peak = tl.where(split == 0, new_score, -float("inf"))
     total = tl.where(split == 0, tl.full((PADDED,), 1.0, tl.float32), 0.0)
     out = tl.where(split == 0, v.to(tl.float32)[:, None], tl.zeros((D, PADDED), tl.float32))
     q = tl.trans(q)
@@ -102,123 +94,123 @@ def attend_own(
 
     real = heads < GROUP
     out = tl.trans(out / total[None, :])
-    part = PART + heads * (D + LOG_SUM)
+    part = PARTS + (first_part + split * GROUP + heads) * (D + 4)
     tl.store(part[:, None] + channels[None, :], out, mask=real[:, None])
     tl.store(part + D, peak + tl.log2(total), mask=real)
 
 
 @triton.jit
-def attend_prefixes(
-    Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, PARTS, row_stride, scale, first_row, rows, head, split, splits,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Attend with the queries of ROWS rows, for one kv head, over one split of their prefixes.
+def prefix_parts(SPANS, first_row, rows, splits, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Divide the splits of a block of ROWS rows among the different prefixes of these rows.
 
-    The split is one of the blocks of tokens of all different prefixes of the rows, one after the
-    other. Each prefix is read once for all rows that have it, wherever in the block of rows they
-    are, and multiplied with the queries of all rows; the results of the other rows are dropped.
-
-    PARTS, LOG_SUMS: where this split's results of row 0 go; those of other rows follow at
-    part_stride, in parts. The queries of a row are padded to HEADS, a part has PADDED.
+    Split s takes prefix s % count, and is the (s // count)-th part of it if it has so many blocks.
+    Returns, for each row, the number of its prefix, −1 without one, and how many parts that has;
+    and the count of prefixes, at least 1. Rows beyond the last are copies of it.
     """
-    channels = tl.arange(0, D)
-    half = tl.arange(0, D // 2)
-    columns = tl.arange(0, ROWS * HEADS)
-    heads = columns % HEADS
-    exists = (first_row + columns // HEADS < rows) & (heads < GROUP)
-    row = tl.minimum(first_row + columns // HEADS, rows - 1).to(tl.int64)
-    start = tl.load(SPANS + row * 4)
-    length = tl.load(SPANS + row * 4 + 1)
-    cos = tl.load(COS + row[:, None] * D + channels[None, :]).to(tl.float32)
-    sin = tl.load(SIN + row[:, None] * D + channels[None, :]).to(tl.float32)
-    q_heads = Q + row[:, None] * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
-    q = _rotate(q_heads, cos, sin, channels[None, :], D)
-    part = PARTS + (row * row_stride + heads) * (D + LOG_SUM)
-
-    scale = scale * _LOG2E
     index = tl.arange(0, ROWS)
-    leads, blocks = _leaders(SPANS, first_row, index, rows, BLOCK)
-    blocks = tl.sum(blocks)
-    begin, end = blocks * split // splits, blocks * (split + 1) // splits
-    leader = first_flag(leads, index, -1, ROWS)
-    while leader < ROWS:
-        its_start = tl.load(SPANS + (first_row + leader) * 4)
-        its_length = tl.load(SPANS + (first_row + leader) * 4 + 1)
-        peak = tl.full((ROWS * HEADS,), _LOWEST, tl.float32)
-        total = tl.zeros((ROWS * HEADS,), tl.float32)
-        low = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
-        high = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
-        blocks = tl.cdiv(its_length, BLOCK)
-        for block in tl.range(tl.maximum(begin, 0), tl.minimum(end, blocks)):
-            token = block * BLOCK + tl.arange(0, BLOCK)
-            inside = token < its_length
-            at = (its_start + token).to(tl.int64) * token_stride + head * head_stride
-            key = tl.load(KEYS + at[None, :] + channels[:, None], mask=inside[None, :], other=0.0)
-            score = dot(q, key, tl.zeros((ROWS * HEADS, BLOCK), tl.float32))
-            score = tl.where(inside[None, :], score * scale, -float("inf"))
-            new_peak = tl.maximum(peak, tl.max(score, 1))
-            p = tl.exp2(score - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(p, 1)
-            p = p.to(KEYS.dtype.element_ty)
-            value_at = VALUES + at[:, None] + half[None, :]
-            value = tl.load(value_at, mask=inside[:, None], other=0.0)
-            low = dot(p, value, low * shrink[:, None])
-            value = tl.load(value_at + D // 2, mask=inside[:, None], other=0.0)
-            high = dot(p, value, high * shrink[:, None])
-            peak = new_peak
-
-        has_it = exists & (start == its_start) & (length == its_length)
-        tl.store(part + D, peak + tl.log2(total), mask=has_it)
-        not_empty = (has_it & (total > 0))[:, None]
-        out = part[:, None] + half[None, :]
-        tl.store(out, low / total[:, None], mask=not_empty)
-        tl.store(out + D // 2, high / total[:, None], mask=not_empty)
-        begin, end = begin - blocks, end - blocks  # counted from the next prefix's first block
-        leader = first_flag(leads, index, leader, ROWS)
-
-
-@triton.jit
-def _leaders(SPANS, first_row, index, rows, BLOCK: tl.constexpr):
-    """Find which rows of a block are the first that have their prefix, and its blocks of tokens.
-
-    Returns a flag and a number for each row; 0 blocks for the others.
-    """
     at = SPANS + tl.minimum(first_row + index, rows - 1) * 4
     start = tl.load(at)
     length = tl.load(at + 1)
     same = (start[:, None] == start[None, :]) & (length[:, None] == length[None, :])
-    earlier = index[None, :] < index[:, None]
-    leads = (tl.sum((same & earlier).to(tl.int32), 1) == 0) & (length > 0)
-    return leads, tl.where(leads, tl.cdiv(length, BLOCK), 0)
+    # A prefix is counted where a row has it first
+    earlier = (same & (index[:, None] < index[None, :])).to(tl.int32)
+    counted = ((tl.sum(earlier, 0) == 0) & (length > 0))[None, :]
+    first = tl.min(tl.where(same, index[None, :], ROWS), 1)
+    number = tl.sum((counted & (index[None, :] < first[:, None])).to(tl.int32), 1)
+    count = tl.maximum(tl.sum(counted.to(tl.int32)), 1)
+    parts = tl.minimum((splits - number + count - 1) // count, tl.cdiv(length, BLOCK))
+    return tl.where(length > 0, number, -1), parts, count
 
 
 @triton.jit
-def combine(PARTS, OUT, begin, end, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
-    """Average the parts from `begin` to `end` of a (row, kv head), weighted with their sums.
+def attend_prefix(
+    Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    SPANS, PARTS, size, scale, first_row, leader, rows, head, split, splits, own_splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    OWN_BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Attend with the queries of ROWS rows, for one kv head, over one split of the leader's prefix.
 
-    One of them is not empty: it has the new token. OUT: where the (GROUP, D) go.
+    The queries are the long side of the products, a row's being padded to HEADS. Those of rows that
+    do not have this prefix are multiplied, too, but not stored. size: heads in the parts of a
+    (row, kv head).
     """
+    channels = tl.arange(0, D)
+    column = tl.arange(0, ROWS * HEADS)
+    heads = column % HEADS
+    row = tl.minimum(first_row + column // HEADS, rows - 1).to(tl.int64)
+    cos = tl.load(COS + row[:, None] * D + channels[None, :]).to(tl.float32)
+    sin = tl.load(SIN + row[:, None] * D + channels[None, :]).to(tl.float32)
+    q_heads = Q + row[:, None] * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
+    q = _rotate(q_heads, cos, sin, channels[None, :], D)
+
+    scale = scale * _LOG2E
+    start = tl.load(SPANS + (first_row + leader) * 4)
+    length = tl.load(SPANS + (first_row + leader) * 4 + 1)
+    peak = tl.full((ROWS * HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS * HEADS,), tl.float32)
+    # In halves, Triton gives each warp queries of its own, and p stays in the warp's registers
+    half = tl.arange(0, D // 2)
+    low = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
+    high = tl.zeros((ROWS * HEADS, D // 2), tl.float32)
+    blocks = tl.cdiv(length, BLOCK)
+    for block in tl.range(blocks * split // splits, blocks * (split + 1) // splits):
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        inside = token < length
+        at = (start + token).to(tl.int64) * token_stride + head * head_stride
+        key = tl.load(KEYS + at[None, :] + channels[:, None], mask=inside[None, :], other=0.0)
+        score = dot(q, key, tl.zeros((ROWS * HEADS, BLOCK), tl.float32))
+        score = tl.where(inside[None, :], score * scale, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        p = tl.exp2(score - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(p, 1)
+        p = p.to(KEYS.dtype.element_ty)
+        value_at = VALUES + at[:, None] + half[None, :]
+        value = tl.load(value_at, mask=inside[:, None], other=0.0)
+        low = dot(p, value, low * shrink[:, None])
+        value = tl.load(value_at + D // 2, mask=inside[:, None], other=0.0)
+        high = dot(p, value, high * shrink[:, None])
+        peak = new_peak
+
+    spans = SPANS + row * 4
+    has_it = (tl.load(spans) == start) & (tl.load(spans + 1) == length)
+    has_it &= (first_row + column // HEADS < rows) & (heads < GROUP)
+    number = own_parts(tl.load(spans + 3), own_splits, OWN_BLOCK) + split
+    part = PARTS + ((row * KV_HEADS + head) * size + number * GROUP + heads) * (D + 4)
+    out = part[:, None] + half[None, :]
+    tl.store(out, low / total[:, None], mask=has_it[:, None])
+    tl.store(out + D // 2, high / total[:, None], mask=has_it[:, None])
+    tl.store(part + D, peak + tl.log2(total), mask=has_it)
+
+
+@triton.jit
+def combine(
+    PARTS, OUT, ARRIVED, pair, size, count,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Average the parts of a (row, kv head), weighted with their sums, and reset its counter.
+
+    size: heads in the parts of a (row, kv head), of which the first `count` parts are there.
+    """
+    tl.store(ARRIVED + pair, 0)  # for the next launch
     heads = tl.arange(0, PADDED)[:, None] + tl.zeros((1, D), tl.int32)
     channels = tl.arange(0, D)[None, :]
-    part = PARTS + heads * (D + LOG_SUM)
-    peak = tl.full((PADDED, D), _LOWEST, tl.float32)
+    part = PARTS + (pair * size + heads) * (D + 4)
+    peak = tl.full((PADDED, D), -float("inf"), tl.float32)
     total = tl.zeros((PADDED, D), tl.float32)
     out = tl.zeros((PADDED, D), tl.float32)
-    for first in tl.range(begin, end, 4):
+    for first in tl.range(0, count, 4):
         for i in tl.static_range(4):  # four parts are loaded at a time
-            exists = (heads < GROUP) & (first + i < end)
-            at = part + (first + i) * GROUP * (D + LOG_SUM)
+            exists = (heads < GROUP) & (first + i < count)
+            at = part + (first + i) * (GROUP * (D + 4))
             log_sum = tl.load(at + D, mask=exists, other=-float("inf"), cache_modifier=".cg")
             values = tl.load(at + channels, mask=exists, other=0.0, cache_modifier=".cg")
             new_peak = tl.maximum(peak, log_sum)
             shrink = tl.exp2(peak - new_peak)
             weight = tl.exp2(log_sum - new_peak)
             total = total * shrink + weight
-            # An empty part was not stored
-            out = out * shrink + tl.where(log_sum == -float("inf"), 0.0, weight * values)
+            out = out * shrink + weight * values
             peak = new_peak
     out = (out / total).to(OUT.dtype.element_ty)
-    tl.store(OUT + heads * D + channels, out, mask=heads < GROUP)
+    tl.store(OUT + (pair * GROUP + heads) * D + channels, out, mask=heads < GROUP)

@@ -29,12 +29,11 @@ from ..overlap import Overlap, decode_overlap, overlap_options
 from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
 from ..tuned import tuned
 from .attention_spans_triton import (
-    LOG_SUM,
     attend_own,
-    attend_prefixes,
+    attend_prefix,
     combine,
-    first_flag,
-    own_splits_used,
+    own_parts,
+    prefix_parts,
 )
 
 
@@ -42,32 +41,33 @@ class AttendSetting(NamedTuple):
     """How a launch is cut into programs."""
 
     block_bytes: int
-    """Bytes of one channel in a block of tokens: 128 are 64 tokens of 16 bits."""
+    """Bytes of one channel in a block of a row's own tokens: 128 are 64 tokens of 16 bits."""
+    prefix_block_bytes: int
+    """The same, of a prefix."""
     stages: int
     """Blocks of keys and of values that a program has in flight, and works on."""
     programs_per_sm: int
     """Programs for each multiprocessor; where fewer fit at a time, the others wait."""
-    prefix_share: int
-    """Splits of the prefixes of a block of rows, for each split of a row's own tokens.
-
-    A block's prefixes are longer than a row's own tokens on average, as they are there in full from
-    the first step on, and may be several; and what waits for a prefix program is 8 rows.
-    """
+    prefix_share: float
+    """Which of the programs read prefixes, as a fraction; the others read own tokens."""
 
 
 ATTEND_VARIANTS = tuple(AttendSetting(*fields) for fields in (
-    (128, 3, 3, 4),
-    (128, 3, 2, 4),
-    (128, 3, 3, 2),
-    (128, 3, 2, 2),
-    (128, 3, 4, 8),
-    (128, 2, 3, 4),
-    (128, 2, 4, 4),
-    (64, 3, 3, 4),
-    (64, 3, 4, 4),
-    (64, 4, 4, 4),
+    (128, 64, 3, 3, 0.5),
+    (128, 64, 3, 3, 0.25),
+    (128, 64, 3, 2, 0.5),
+    (128, 64, 3, 4, 0.25),
+    (128, 64, 2, 4, 0.5),
+    (128, 128, 2, 2, 0.5),
+    (128, 128, 3, 2, 0.25),
+    (64, 64, 3, 3, 0.5),
+    (64, 64, 4, 3, 0.25),
+    (64, 64, 3, 4, 0.5),
 ))  # fmt: skip
-"""Settings to try, the default first."""
+"""Settings to try, the default first: of it an H100's multiprocessor holds three programs."""
+SHARING_DTYPES = torch.bfloat16, torch.float16
+"""Dtypes of which a block of rows reads its prefixes together. Products in fp32 do not run on
+tensor cores, and a thread would need thousands of registers for those of 64 queries."""
 BLOCK_ROWS = 8
 """Rows of a block that reads its prefixes together."""
 MAX_COLUMNS = 64
@@ -82,19 +82,79 @@ MAX_PAIRS = 2**16
 
 
 @triton.jit
-def _parts(SPANS, row, prefix_splits, own_splits, BLOCK: tl.constexpr, SHARED: tl.constexpr):
-    """Return the first part of a row, and the number of the one after its last.
+def _prefix_program(
+    program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    OWN_BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Read one split of a prefix for all rows of a block that have it."""
+    row_blocks = tl.cdiv(rows, ROWS)
+    first_row = program % row_blocks * ROWS
+    head = program // row_blocks % KV_HEADS
+    number, parts, count = prefix_parts(SPANS, first_row, rows, prefix_splits, BLOCK, ROWS)
+    number_here = program // row_blocks // KV_HEADS % count
+    split = program // row_blocks // KV_HEADS // count
+    index = tl.arange(0, ROWS)
+    has_it = number == number_here
+    leader = tl.min(tl.where(has_it, index, ROWS))
+    splits = tl.sum(tl.where(index == leader, parts, 0))
+    if split < splits:
+        size = (prefix_splits + own_splits) * GROUP
+        attend_prefix(
+            Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            SPANS, PARTS, size, scale, first_row, leader, rows, head, split, splits, own_splits,
+            KV_HEADS, GROUP, D, BLOCK, OWN_BLOCK, ROWS, HEADS,
+        )  # fmt: skip
+        has_it &= first_row + index < rows
+        own_len = tl.load(SPANS + (first_row + index) * 4 + 3, mask=has_it, other=1)
+        parts += own_parts(own_len, own_splits, OWN_BLOCK)
+        arrived = ARRIVED + (first_row + index) * KV_HEADS + head
+        tl.debug_barrier()  # all threads have stored their parts before one of them counts
+        before = tl.atomic_add(arrived, 1, mask=has_it, sem="acq_rel", scope="gpu")
+        complete = has_it & (before == parts - 1)
+        i = tl.min(tl.where(complete, index, ROWS))
+        while i < ROWS:
+            tl.debug_barrier()
+            pair = (first_row + i).to(tl.int64) * KV_HEADS + head
+            parts_of_row = tl.sum(tl.where(index == i, parts, 0))
+            combine(PARTS, OUT, ARRIVED, pair, size, parts_of_row, GROUP, PADDED, D)
+            i = tl.min(tl.where(complete & (index > i), index, ROWS))
 
-    Parts of its prefix come before those of its own tokens. `row` may be a block of rows.
-    """
-    prefix_len = tl.load(SPANS + row * 4 + 1)
-    own_len = tl.load(SPANS + row * 4 + 3)
-    if SHARED:
-        begin = tl.where(prefix_len > 0, 0, prefix_splits)
-    else:
-        begin = prefix_len * 0
-        own_len += prefix_len
-    return begin, prefix_splits + own_splits_used(own_len, own_splits, BLOCK)
+
+@triton.jit
+def _own_program(
+    program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+    KEYS, VALUES, token_stride, head_stride,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    PREFIX_BLOCK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Read one split of a row's own tokens; of its prefix, too, if ROWS is 1."""
+    row = (program % rows).to(tl.int64)  # neighbours first: if they share a prefix, L2 has it
+    head = program // rows % KV_HEADS
+    split = program // rows // KV_HEADS
+    length = tl.load(SPANS + row * 4 + 3)
+    if ROWS == 1:
+        length += tl.load(SPANS + row * 4 + 1)
+    splits = own_parts(length, own_splits, BLOCK)
+    if split < splits:
+        parts = splits
+        if ROWS > 1:
+            first_row = row // ROWS * ROWS
+            _, shared, _ = prefix_parts(SPANS, first_row, rows, prefix_splits, PREFIX_BLOCK, ROWS)
+            parts += tl.sum(tl.where(tl.arange(0, ROWS) == row % ROWS, shared, 0))
+        pair = row * KV_HEADS + head
+        size = (prefix_splits + own_splits) * GROUP
+        attend_own(
+            Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            KEYS, VALUES, token_stride, head_stride, SPANS, PARTS, pair * size,
+            scale, row, head, split, splits, GROUP, PADDED, D, BLOCK, ROWS > 1,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu") == parts - 1:
+            tl.debug_barrier()
+            combine(PARTS, OUT, ARRIVED, pair, size, parts, GROUP, PADDED, D)
 
 
 # --- kernel -------------------------------------------------------------------------------------
@@ -108,7 +168,8 @@ def _attend_kernel(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
     SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
     UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, DEPENDENT: tl.constexpr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, PREFIX_BLOCK: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Attend over one split: of the prefixes of ROWS rows first, then of each row's own tokens."""
@@ -116,63 +177,20 @@ def _attend_kernel(
     program = tl.program_id(0)
     prefetch(UPCOMING, CHUNKS, program, tl.num_programs(0), COUNT, IN_BULK)
     wait_for_previous(DEPENDENT)
-    SHARED: tl.constexpr = ROWS > 1
-    SIZE: tl.constexpr = GROUP * (D + LOG_SUM)  # of a part
-    slots = prefix_splits + own_splits
-    row_blocks = tl.cdiv(rows, ROWS)
-    own_program = program - row_blocks * KV_HEADS * prefix_splits
-    if SHARED:
-        if own_program < 0:
-            first_row = program % row_blocks * ROWS
-            head = program // row_blocks % KV_HEADS
-            split = program // row_blocks // KV_HEADS
-            attend_prefixes(
-                Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride, SPANS,
-                PARTS + (head * slots + split) * SIZE, KV_HEADS * slots * GROUP, scale,
-                first_row, rows, head, split, prefix_splits, GROUP, D, BLOCK, ROWS, HEADS,
-            )  # fmt: skip
-            index = tl.arange(0, ROWS)
-            row = tl.minimum(first_row + index, rows - 1)
-            begin, end = _parts(SPANS, row, prefix_splits, own_splits, BLOCK, SHARED)
-            waits = (first_row + index < rows) & (begin == 0)
-            tl.debug_barrier()  # all threads have stored their parts before one of them counts
-            arrived = tl.atomic_add(
-                ARRIVED + row * KV_HEADS + head, 1, mask=waits, sem="acq_rel", scope="gpu"
-            )
-            complete = waits & (arrived == end - 1)
-            i = first_flag(complete, index, -1, ROWS)
-            while i < ROWS:
-                tl.debug_barrier()
-                pair = (first_row + i).to(tl.int64) * KV_HEADS + head
-                last = tl.sum(tl.where(index == i, end, 0))
-                tl.store(ARRIVED + pair, 0)  # for the next launch
-                combine(
-                    PARTS + pair * slots * SIZE, OUT + pair * GROUP * D, 0, last,
-                    GROUP, PADDED, D,
-                )  # fmt: skip
-                i = first_flag(complete, index, i, ROWS)
+    own_program = program - tl.cdiv(rows, ROWS) * KV_HEADS * prefix_splits
+    if ROWS > 1 and own_program < 0:
+        _prefix_program(
+            program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+            KV_HEADS, GROUP, D, PREFIX_BLOCK, BLOCK, PADDED, ROWS, HEADS,
+        )  # fmt: skip
     if own_program >= 0:
-        row = (own_program % rows).to(tl.int64)  # neighbours first: they are in the cache together
-        head = own_program // rows % KV_HEADS
-        split = own_program // rows // KV_HEADS
-        begin, end = _parts(SPANS, row, prefix_splits, own_splits, BLOCK, SHARED)
-        if split < end - prefix_splits:
-            pair = row * KV_HEADS + head
-            part = pair * slots + prefix_splits + split
-            attend_own(
-                Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride,
-                head_stride, SPANS, PARTS + part * SIZE, scale,
-                row, head, split, end - prefix_splits, GROUP, PADDED, D, BLOCK, SHARED,
-            )  # fmt: skip
-            tl.debug_barrier()
-            arrived = tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu")
-            if arrived == end - begin - 1:
-                tl.debug_barrier()
-                tl.store(ARRIVED + pair, 0)
-                combine(
-                    PARTS + pair * slots * SIZE, OUT + pair * GROUP * D, begin, end,
-                    GROUP, PADDED, D,
-                )  # fmt: skip
+        _own_program(
+            own_program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            KEYS, VALUES, token_stride, head_stride,
+            SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+            KV_HEADS, GROUP, D, BLOCK, PREFIX_BLOCK, PADDED, ROWS,
+        )  # fmt: skip
 
 
 # --- launcher -----------------------------------------------------------------------------------
@@ -207,28 +225,28 @@ def attend(
         overlap = decode_overlap(q.device)
     multiprocessors, arrived = _device(q.device)
 
-    columns = max(2, triton.next_power_of_2(group))  # tiles have 16 queries or more
-    block_rows = min(BLOCK_ROWS, MAX_COLUMNS // columns) if rows > 1 else 1
-    block_rows = max(1, block_rows)
-    padded = max(8, triton.next_power_of_2(group))
+    columns = max(2, triton.next_power_of_2(group))  # tensor cores take 16 queries or more
+    shares = rows > 1 and q.dtype in SHARING_DTYPES
+    block_rows = max(1, min(BLOCK_ROWS, MAX_COLUMNS // columns)) if shares else 1
+    row_blocks = triton.cdiv(rows, block_rows)
     prefix_splits, own_splits = _splits(
-        setting, multiprocessors, kv_heads * triton.cdiv(rows, block_rows), pairs
+        setting, multiprocessors, row_blocks * kv_heads, pairs, block_rows
     )
-    if block_rows == 1:
-        prefix_splits = 0
-    programs = kv_heads * (triton.cdiv(rows, block_rows) * prefix_splits + rows * own_splits)
+    programs = kv_heads * (row_blocks * prefix_splits + rows * own_splits)
     out = q.new_empty(rows, heads, d)
-    parts = q.new_empty(
-        pairs * (prefix_splits + own_splits), group, d + LOG_SUM.value, dtype=torch.float32
-    )
+    # Outputs, the logarithm of the sum of their weights, and what makes rows multiples of 16 bytes
+    part_shape = group, d + 4
+    parts = q.new_empty(pairs, prefix_splits + own_splits, *part_shape, dtype=torch.float32)
+    size = q.element_size()
     launch(
         _attend_kernel, (programs,), q.device,
         q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
         keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
         out, parts, arrived, scale, rows, prefix_splits, own_splits,
-        KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK=setting.block_bytes // q.element_size(),
-        PADDED=padded, ROWS=block_rows, HEADS=columns, num_stages=setting.stages,
-        **overlap_options(overlap, upcoming, q.device),
+        KV_HEADS=kv_heads, GROUP=group, D=d,
+        BLOCK=setting.block_bytes // size, PREFIX_BLOCK=setting.prefix_block_bytes // size,
+        PADDED=max(8, triton.next_power_of_2(group)), ROWS=block_rows, HEADS=columns,
+        num_stages=setting.stages, **overlap_options(overlap, upcoming, q.device),
     )  # fmt: skip
     return out
 
@@ -249,12 +267,16 @@ def _require_dense(q, k, v, keys, values) -> None:
 
 
 def _splits(
-    setting: AttendSetting, multiprocessors: int, blocks: int, pairs: int
+    setting: AttendSetting, multiprocessors: int, blocks: int, pairs: int, block_rows: int
 ) -> tuple[int, int]:
-    """Return the splits of the prefixes of a block of rows, and those of a row's own tokens."""
-    shares = setting.prefix_share * blocks + pairs
-    own = max(1, round(setting.programs_per_sm * multiprocessors / shares))
-    return min(MAX_SPLITS, setting.prefix_share * own), min(MAX_SPLITS, own)
+    """Return the splits of the prefixes of a block of rows, and of the own tokens of a pair."""
+    programs = setting.programs_per_sm * multiprocessors
+    prefix = 0
+    if block_rows > 1:
+        prefix = round(setting.prefix_share * programs / blocks)
+        prefix = max(block_rows, min(MAX_SPLITS, prefix))  # each row may have another prefix
+    own = round((programs - prefix * blocks) / pairs)
+    return prefix, max(1, min(MAX_SPLITS, own))
 
 
 @lru_cache

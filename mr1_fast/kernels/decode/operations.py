@@ -1,6 +1,7 @@
 """The public operations of a decode step: which back end takes a call, by device and dtype."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ def attend(
     values: torch.Tensor,
     spans: torch.Tensor,
     scale: float,
+    upcoming: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Compute one layer's attention of R rows with one new token each: (R, H, d).
 
@@ -32,11 +34,14 @@ def attend(
     pool. The new token is the last of a row's own and goes to own_start + own_len − 1, which no
     other row may read. Spans are not checked, since that would wait for the GPU.
     scale: what the products of queries and keys are multiplied with.
+    upcoming: weights that the next operations read, which a GPU may prefetch; ignored elsewhere.
     """
     if use_triton(q):
         from . import attention_triton
 
-        return attention_triton.attend(q, k, v, cos, sin, keys, values, spans, scale)
+        return attention_triton.attend(
+            q, k, v, cos, sin, keys, values, spans, scale, upcoming
+        )
     if attention_native.takes(q):
         return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
     return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
