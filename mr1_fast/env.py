@@ -6,7 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .kernels import native
+from .kernels.decode.linear import takes
+from .kernels.decode.operations import attention_backend
 from .kernels.grpo import rows_cuda
+from .kernels.overlap import decode_overlap
+from .kernels.tuned import architecture, read_table
 from .model.attention import attention_kernel
 from .peak_flops import describe_peak
 from .version import __version__
@@ -37,6 +41,8 @@ def lines() -> list[tuple[str, str]]:
         ("native CPU kernels", native.status()[1]),
         ("native CUDA kernels", rows_cuda.status()[1]),
         ("packed attention", attention_kernel(device, torch.bfloat16)),
+        ("decode attention", attention_backend(torch.empty(0, device=device).bfloat16())),
+        ("decode linears", _decode_linears(torch.empty(0, device=device).bfloat16())),
         *((name, _version(name)) for name in PACKAGES),
     ]
 
@@ -54,6 +60,20 @@ def _mfu() -> str:
     if not torch.cuda.is_available():
         return "MFU is not reported: no peak is known of a CPU."
     return describe_peak(torch.cuda.get_device_name(0), "bfloat16")
+
+
+def _decode_linears(like: torch.Tensor) -> str:
+    """Say how a rollout computes linear layers, and whether its kernels overlap."""
+    if not takes((), like):
+        return "as in training"
+    settings = read_table().get(architecture(like.device), {})
+    tuned = sum(name.startswith("decode_") for name in settings)
+    overlap = decode_overlap(like.device)
+    return (
+        "one kernel for 16 bits, 4 bits and LoRA; "
+        f"{tuned} launch settings tuned for this GPU, dependent launch "
+        f"{'on' if overlap.dependent else 'off'}, prefetch {overlap.prefetch_kib} KiB"
+    )
 
 
 def _version(package: str) -> str:

@@ -21,6 +21,7 @@ from .peak_flops import describe_peak
 from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
 from .rewards import load_plugin, require_rewards
+from .rollout.engine import describe_decoding
 from .start import load_policy
 from .tasks import get_task
 from .tasks.data import DrawnExamples, LoadedExamples, configured_examples
@@ -151,9 +152,9 @@ def held_out_examples(config: TrainConfig) -> DrawnExamples | LoadedExamples | N
 
 
 def describe(run: Run) -> str:
-    """Say in one line what was chosen where the settings leave a choice.
+    """Say what was chosen where the settings leave a choice, and how decoding computes layers.
 
-    On a GPU a second line says which peak MFU is measured by, or that there is none.
+    On a GPU a last line says which peak MFU is measured by, or that there is none.
     """
     if run.reference is None:
         kept = "none"
@@ -164,8 +165,11 @@ def describe(run: Run) -> str:
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
     attention = attention_kernel(device.type, dtype)
     optimizer = type(run.optimizer).__name__
-    line = f"optimizer {optimizer} · reference {kept} · packed attention {attention}"
-    if device.type != "cuda":
-        return line
-    card = torch.cuda.get_device_name(device)
-    return f"{line}\n{describe_peak(card, str(dtype).removeprefix('torch.'))}"
+    lines = [
+        f"optimizer {optimizer} · reference {kept} · packed attention {attention}",
+        f"decoding {describe_decoding(run.policy.model)}",
+    ]
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        lines.append(describe_peak(card, str(dtype).removeprefix("torch.")))
+    return "\n".join(lines)

@@ -41,6 +41,11 @@ def test_prints_versions_and_what_is_active():
     assert lines["native CPU kernels"] == native.status()[1]
     assert lines["native CUDA kernels"] == rows_cuda.status()[1]
     assert lines["packed attention"] in ("sdpa", "torch_varlen", "flash_attn")
+    assert lines["decode attention"] in ("Triton", "native", "PyTorch")
+    if torch.cuda.is_available():
+        assert lines["decode linears"].startswith("one kernel for 16 bits, 4 bits and LoRA; ")
+    else:
+        assert lines["decode linears"] == "as in training"
     for package in ("transformers", "safetensors", "datasets", "flash-attn"):
         assert lines[package] == "not installed" or lines[package][0].isdigit()
 

@@ -6,23 +6,100 @@ the host (engine.py, schedule.py): a step knows nothing of prompts, lengths or e
 graph can hold it (graphs.py).
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels.decode.layer import Layer
-from ..kernels.decode.linear import linears, swiglu
-from ..kernels.decode.operations import attend
-from ..kernels.layers.operations import add_norm, norm, silu_mul
+from ..kernels.decode.operations import add_rms_norm, attend, attention_backend
 from ..model.forward import base_model
 from .cache import Pool
+from .projection import Projection, projection
 from .sampling import Sampling, draw_tokens
 from .table import MOST_SAMPLES, SPAN_COLUMNS, Columns
 
 Wait = Callable[[], tuple[np.ndarray, np.ndarray]]
 """Waits for a step's tokens (R,) and log-probabilities (R,), and returns them."""
+
+
+@dataclass
+class Norm:
+    """An RMS norm of transformers."""
+
+    weight: Tensor
+    """(D,)."""
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        """Read a norm's module."""
+        return cls(module.weight, module.variance_epsilon)
+
+    def __call__(
+        self, residual: Tensor, update: Tensor | None, upcoming: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute residual + update, and its norm: (R, D) each.
+
+        update: (R, D), or parts (S, R, D) of it. upcoming: weights that are read next.
+        """
+        return add_rms_norm(residual, update, self.weight, self.eps, upcoming)
+
+
+@dataclass
+class DecoderLayer:
+    """A transformer layer of the language model."""
+
+    norm1: Norm
+    qkv: Projection
+    scaling: float
+    """What the products of queries and keys are multiplied with."""
+    out: Projection
+    norm2: Norm
+    gate_up: Projection
+    down: Projection
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> DecoderLayer:
+        """Read a layer's modules as they are now: their adapters may change between rollouts."""
+        attention, mlp, like = layer.self_attn, layer.mlp, layer.input_layernorm.weight
+        return cls(
+            norm1=Norm.of(layer.input_layernorm),
+            qkv=projection(like, attention.q_proj, attention.k_proj, attention.v_proj),
+            scaling=attention.scaling,
+            out=projection(like, attention.o_proj),
+            norm2=Norm.of(layer.post_attention_layernorm),
+            gate_up=projection(like, mlp.gate_proj, mlp.up_proj),
+            down=projection(like, mlp.down_proj),
+        )
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The linear layers, by the names of their modules."""
+        return {"q, k, v": self.qkv, "o": self.out, "gate, up": self.gate_up, "down": self.down}
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """Read the layers of the language model of a `…ForConditionalGeneration`, or of PEFT's."""
+    return [DecoderLayer.of(layer) for layer in base_model(model).model.language_model.layers]
+
+
+def describe_layers(layers: list[DecoderLayer], like: Tensor) -> str:
+    """Say in one line how decoding computes the layers, on the device and in the dtype of `like`.
+
+    An example: "attention by Triton, q, k, v: one kernel, 4 bits with LoRA, o: …". Where layers
+    differ, the number of layers is given.
+    """
+    found = [f"attention: {attention_backend(like)}"]
+    for name in layers[0].projections if layers else ():
+        ways = Counter(layer.projections[name].way for layer in layers)
+        words = (way if len(ways) == 1 else f"{way} ({n} layers)" for way, n in ways.items())
+        found.append(f"{name}: {', '.join(words)}")
+    return " · ".join(found)
 
 
 class Decoder:
@@ -31,9 +108,17 @@ class Decoder:
     ahead = 0
     """Steps that may be launched before the host has looked at the results of the step before."""
 
-    def __init__(self, model: nn.Module, pool: Pool, sampling: Sampling, rows: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[DecoderLayer],
+        pool: Pool,
+        sampling: Sampling,
+        rows: int,
+    ):
         base = base_model(model)
         self.text, self.head = base.model.language_model, base.lm_head
+        self.layers, self.norm = layers, Norm.of(self.text.norm)
         self.pool, self.sampling = pool, sampling
         # A sampled placeholder would ask the next forward for an image feature that does not exist.
         self.banned = (base.config.image_token_id, base.config.video_token_id)
@@ -121,21 +206,19 @@ class Decoder:
         """
         residual, update = self.text.embed_tokens(tokens), None
         cos, sin = self.angles(residual, position)
-        for layer, keys, values in zip(
-            self.text.layers, self.pool.keys, self.pool.values, strict=True
-        ):
-            attention, mlp = layer.self_attn, layer.mlp
+        for layer, keys, values in zip(self.layers, self.pool.keys, self.pool.values, strict=True):
+            residual, x = layer.norm1(residual, update, layer.qkv.upcoming)
+            q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in layer.qkv.outputs(x))
+            upcoming = (*layer.out.upcoming, *layer.gate_up.upcoming)
+            attended = attend(
+                q, k, v, cos, sin, keys, values, spans, layer.scaling, upcoming=upcoming
+            )
+            update = layer.out.parts(attended.flatten(1))
 
-            residual, x = normed(residual, update, layer.input_layernorm)
-            projected = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
-            q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in projected)
-            attended = attend(q, k, v, cos, sin, keys, values, spans, attention.scaling)
-            update = attention.o_proj(attended.flatten(1))
+            residual, x = layer.norm2(residual, update, layer.gate_up.upcoming)
+            update = layer.down.parts(layer.gate_up.gated(x))
 
-            residual, x = normed(residual, update, layer.post_attention_layernorm)
-            update = mlp.down_proj(gated(x, mlp.gate_proj, mlp.up_proj))
-
-        _, x = normed(residual, update, self.text.norm)
+        _, x = self.norm(residual, update, (self.head.weight,))
         return x
 
     def angles(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,30 +229,3 @@ class Decoder:
         cos, sin = self.text.rotary_emb(x[None], position.expand(3, 1, -1))
         # Older versions of transformers give angles for each axis, (3, 1, R, d); newer (1, R, d).
         return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
-
-
-def normed(
-    residual: Tensor, update: Tensor | None, norm_module: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """Compute residual + update, and its norm: (R, D) each."""
-    weight, eps = norm_module.weight, norm_module.variance_epsilon
-    if update is None:
-        return residual, norm(residual, weight, None, eps)
-    return add_norm(residual, update, weight, None, eps)
-
-
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Apply each of the layers to x (R, D), in one launch where all of them are plain.
-
-    Layers with adapters or 4-bit weights are called one by one.
-    """
-    if all(type(layer) is nn.Linear for layer in layers):
-        return linears(x, [Layer(layer.weight, layer.bias) for layer in layers])
-    return tuple(layer(x) for layer in layers)
-
-
-def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
-    """Compute silu(gate(x)) · up(x), in one launch where both layers are plain and without bias."""
-    if type(gate) is type(up) is nn.Linear and gate.bias is up.bias is None:
-        return swiglu(x, Layer(gate.weight), Layer(up.weight))
-    return silu_mul(torch.cat([gate(x), up(x)], dim=1), None)

@@ -27,7 +27,7 @@ from ..model.processor import ImageTextProcessor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
 from .cache import Layout, Pool, token_bytes
-from .decoder import Decoder, Wait
+from .decoder import Decoder, Wait, decoder_layers, describe_layers
 from .graphs import Graphs
 from .prefill import prefill
 from .sampling import Sampling
@@ -209,13 +209,17 @@ class Engine:
         """
         use_packed_attention(base_model(self.model))  # another library may have set its own
         pointers = [parameter.data_ptr() for parameter in self.model.parameters()]
-        key = (layout, str(vars(sampling)), pointers)
+        layers = decoder_layers(self.model)
+        ways = [each.key for layer in layers for each in layer.projections.values()]
+        key = (layout, str(vars(sampling)), pointers, ways)
         if self._key == key:
+            self._decoder.layers = layers  # on a CPU, they hold copies of adapters
             return
 
         self.release()
         pool = Pool(self._text, layout)
-        self._decoder, self._key = Decoder(self.model, pool, sampling, layout.sample_spans), key
+        self._decoder = Decoder(self.model, layers, pool, sampling, layout.sample_spans)
+        self._key = key
         # A graph cannot hold attention in PyTorch, which reads lengths on the host.
         if pool.keys.is_cuda and use_triton(pool.keys):
             self._graphs = Graphs(self._decoder, layout.sample_spans)
@@ -263,6 +267,12 @@ def fitting(
     """
     lengths = [len(prompt.input_ids) for prompt in prompts]
     return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, budget)
+
+
+def describe_decoding(model: nn.Module) -> str:
+    """Say in one line how a rollout of this model computes attention and each linear layer."""
+    with evaluating(model):
+        return describe_layers(decoder_layers(model), base_model(model).lm_head.weight)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

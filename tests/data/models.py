@@ -142,6 +142,33 @@ def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
 
 
+def quantise(policy: Policy, dtype: torch.dtype) -> None:
+    """Put the linear layers of the text model into nf4 with double quantisation, under adapters."""
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in base_model(policy.model).model.language_model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, module in [*part.named_children()]:
+                base = getattr(module, "base_layer", module)
+                if not isinstance(base, torch.nn.Linear):
+                    continue
+                sizes = base.in_features, base.out_features, base.bias is not None
+                small = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+                # bitsandbytes quantises as a weight moves to its device, but not on the way to it.
+                packed, state = quantize_4bit(
+                    base.weight.data, quant_type="nf4", compress_statistics=True
+                )
+                small.weight = Params4bit(
+                    packed, requires_grad=False, quant_state=state, bnb_quantized=True
+                )
+                small.bias = base.bias
+                if base is module:
+                    setattr(part, name, small)
+                else:
+                    module.base_layer = small
+
+
 def mixed_examples() -> list[Example]:
     """Make examples with no image, a square one, a wide one, and two of different sizes.
 

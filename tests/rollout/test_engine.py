@@ -12,12 +12,19 @@ from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.forward import base_model
 from mr1_fast.packing import pack
-from mr1_fast.rollout.engine import Engine
+from mr1_fast.rollout.engine import Engine, describe_decoding
 from mr1_fast.rollout.graphs import GRAPH_ROWS
 from mr1_fast.rollout.sampling import Sampling, draw_tokens
 from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 
-from ..data.models import fill_adapters, mixed_examples, plain_inputs, tiny_policy, wide_policy
+from ..data.models import (
+    fill_adapters,
+    mixed_examples,
+    plain_inputs,
+    quantise,
+    tiny_policy,
+    wide_policy,
+)
 from ..data.runs import stage_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,6 +102,26 @@ def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     assert lists(rollout) == [own_generate(policy, example, max_new_tokens=5)] * count
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["full", "lora", "nf4", "nf4 and lora"])
+def test_groups_of_any_size_equal_generate(kind, family):
+    policy = tiny_policy(torch.float32, family=family, lora="lora" in kind)
+    if "lora" in kind:
+        fill_adapters(policy, torch.float32)
+    if "nf4" in kind:
+        pytest.importorskip("bitsandbytes")
+        quantise(policy, torch.float32)
+    engine, greedy = engine_of(policy), Sampling(8, temperature=0.0)
+    expected = [own_generate(policy, example, max_new_tokens=8) for example in mixed_examples()]
+    # On both sides of a block of rows that read a prefix together; then with samples that wait
+    budgets = {1: None, 2: None, 7: None, 8: None, 9: None, 16: None, 5: 200}
+    for group, cache_tokens in budgets.items():
+        rollout = engine.generate(mixed_examples(), group, greedy, cache_tokens=cache_tokens)
+        assert lists(rollout) == [ids for ids in expected for _ in range(group)], group
+    logp = training_logprobs(policy, rollout)
+    torch.testing.assert_close(torch.cat(rollout.logprobs), logp.float(), atol=1e-4, rtol=0)
+
+
 def test_a_repetition_penalty_equals_generates(policy, engine):
     settings = dict(max_new_tokens=10, repetition_penalty=1.3)
     rollout = engine.generate(mixed_examples(), 2, Sampling(**settings, temperature=0.0))
@@ -128,17 +155,8 @@ def test_logprobs_are_those_of_training(settings, filters):
 def test_sixteen_and_four_bits_are_close_to_training(four_bit):
     policy = tiny_policy(torch.bfloat16)
     if four_bit:
-        bitsandbytes = pytest.importorskip("bitsandbytes")
-        for layer in policy.model.model.language_model.layers:
-            for part in (layer.self_attn, layer.mlp):
-                for name, linear in [*part.named_children()]:
-                    if isinstance(linear, torch.nn.Linear):
-                        sizes = linear.in_features, linear.out_features, linear.bias is not None
-                        small = bitsandbytes.nn.Linear4bit(
-                            *sizes, compute_dtype=torch.bfloat16, quant_type="nf4"
-                        )
-                        small.load_state_dict(linear.state_dict())
-                        setattr(part, name, small)
+        pytest.importorskip("bitsandbytes")
+        quantise(policy, torch.bfloat16)
     rollout = engine_of(policy).generate(mixed_examples(), 4, Sampling(12), seed=1)
     gap = (torch.cat(rollout.logprobs) - training_logprobs(policy, rollout)).abs()
     assert gap.mean() < 0.03 and gap.max() < 0.3
@@ -177,6 +195,40 @@ def test_new_weights_count_at_once_and_nothing_stays_on_the_model():
     assert lists(after) == lists(engine_of(policy).generate(mixed_examples(), 2, Sampling(8)))
     assert policy.model.training
     assert policy.model.model.rope_deltas is None
+
+
+def test_new_adapters_count_at_once_and_so_does_turning_them_off():
+    policy = tiny_policy(torch.float32, lora=True)
+    fill_adapters(policy, torch.float32)
+    engine, greedy = engine_of(policy), Sampling(8, temperature=0.0)
+
+    def sampled() -> list[list[int]]:
+        return lists(engine.generate(mixed_examples(), 2, greedy))
+
+    first = sampled()
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    second = sampled()
+    with policy.model.disable_adapter():
+        third = sampled()
+    assert len({str(tokens) for tokens in (first, second, third)}) == 3
+    assert second == lists(engine_of(policy).generate(mixed_examples(), 2, greedy)) == sampled()
+    policy.model.merge_adapter()
+    assert sampled() == second
+    policy.model.unmerge_adapter()
+
+
+def test_how_layers_are_decoded_is_told():
+    policy = tiny_policy(lora=True)
+    layer = base_model(policy.model).model.language_model.layers[1]
+    told = describe_decoding(policy.model.train())
+    assert policy.model.training
+    assert told.startswith("attention: ") and told.count(" · ") == 4
+    assert "layers)" not in told
+    layer.mlp.down_proj.use_dora["default"] = True
+    assert "down: " in told and "module by module (1 layers)" in describe_decoding(policy.model)
 
 
 # --- who runs when ------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from ..dispatch import use_triton
+from ..layers.operations import add_norm, norm
+from ..overlap import decode_overlap
 from . import attention_native
 from .reference import attend_ref, sample_ref
 
@@ -34,7 +36,7 @@ def attend(
     pool. The new token is the last of a row's own and goes to own_start + own_len − 1, which no
     other row may read. Spans are not checked, since that would wait for the GPU.
     scale: what the products of queries and keys are multiplied with.
-    upcoming: weights that the next operations read, which a GPU may prefetch; ignored elsewhere.
+    upcoming: weights that the next kernels read, which a GPU may prefetch.
     """
     if use_triton(q):
         from . import attention_triton
@@ -45,6 +47,40 @@ def attend(
     if attention_native.takes(q):
         return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
     return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    upcoming: Sequence[torch.Tensor] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the residual x + update, and its RMS norm times weight: (R, D) each.
+
+    This is the operation of kernels/layers, but for what follows.
+
+    update: (R, D); or parts (S, R, D) of it in fp32, which are added up in order and rounded first;
+    or None: then the residual is x itself.
+    upcoming: weights that the next kernels read, which a GPU may prefetch.
+    """
+    if use_triton(x):
+        from ..layers import norm_triton
+
+        return norm_triton.add_norm(
+            x, update, weight, None, eps, upcoming, decode_overlap(x.device)
+        )
+    if update is None:
+        return x, norm(x, weight, None, eps)
+    return add_norm(x, update if update.ndim == 2 else update.sum(0).to(x.dtype), weight, None, eps)
+
+
+def attention_backend(like: torch.Tensor) -> str:
+    """Name what computes `attend` for queries of the dtype and device of `like`."""
+    if use_triton(like):
+        return "Triton"
+    heads = like.new_empty(1, 1, 64)
+    return "native" if attention_native.takes(heads) else "PyTorch"
 
 
 def sample(

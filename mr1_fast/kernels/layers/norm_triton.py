@@ -160,12 +160,13 @@ def add_norm(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    overlap: Overlap = NO_OVERLAP,
     upcoming: Sequence[torch.Tensor] = (),
+    overlap: Overlap = NO_OVERLAP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`operations.add_norm`; without an update, the residual is x itself.
 
-    overlap, upcoming: what `overlap.prefetch_plan` takes.
+    For a decode step, the update may be in parts (S, T, D) in fp32, and `upcoming` are the weights
+    that come next, with which `overlap` says what to do.
     """
     require_adjacent(x, update)
     rows, d = x.shape

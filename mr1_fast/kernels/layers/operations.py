@@ -37,11 +37,7 @@ def add_norm(
     bias: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the residual x + update, rounded to its dtype, and its `norm`: (T, D) each.
-
-    update: (T, D), or parts (S, T, D) in fp32 (of a product that was split), which are added up in
-    order and rounded first.
-    """
+    """Compute the residual x + update, rounded to its dtype, and its `norm`: (T, D) each."""
     if use_triton(x):
         from . import norm_triton
 

@@ -40,7 +40,7 @@ def add_norm_ref(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`operations.add_norm`."""
-    residual = x + (update if update.ndim == 2 else update.sum(0).to(x.dtype))
+    residual = x + update
     return residual, norm_ref(residual, weight, bias, eps)
 
 

@@ -1,0 +1,121 @@
+"""The linear layers of a decode step: the way to compute them is chosen once, from the modules.
+
+A model's layers may be plain, have LoRA adapters, or weights in 4 bits; peft's and bitsandbytes'
+modules would add launches to each, and dequantise every weight at every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.decode.layer import Layer
+from ..kernels.decode.linear import linear_parts, linears, swiglu, takes
+from ..kernels.four_bit.weight import FourBitWeight
+from ..kernels.layers.operations import silu_mul
+from ..model.adapters import base_and_adapter
+from ..model.linears import Linears
+
+
+class Projection:
+    """Linear layers that take the same input, each by its module's own forward."""
+
+    way = "module by module"
+    upcoming: tuple[Tensor, ...] = ()
+    """What the layers read from memory, where a kernel may load it ahead of time."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]):
+        self.modules = modules
+
+    @property
+    def key(self) -> tuple:
+        """Return what a CUDA graph holds beside pointers: another key needs another graph."""
+        return (self.way,)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Apply each of the layers to x (R, D): (R, N_i) each."""
+        return tuple(module(x) for module in self.modules)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Compute silu(gate(x)) · up(x), (R, F), of the two layers and x (R, D)."""
+        return silu_mul(torch.cat(self.outputs(x), dim=1), None)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """Apply the only layer to x (R, D): (R, N), or parts (S, R, N) that the next norm adds."""
+        return self.outputs(x)[0]
+
+
+class JoinedProjection(Projection):
+    """Layers as training computes them, as one product where their weights lie together."""
+
+    way = "as in training"
+
+    def __init__(self, modules: tuple[nn.Module, ...], linears: Linears):
+        super().__init__(modules)
+        self.linears = linears
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute them as one product."""
+        return self.linears.forward(x).split(self.linears.lengths, dim=1)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Compute both as one product, and gate it."""
+        return silu_mul(self.linears.forward(x), None)
+
+
+class KernelProjection(Projection):
+    """Layers in one kernel for decoding, with their adapters, from weights in 16 or 4 bits."""
+
+    def __init__(self, modules: tuple[nn.Module, ...], layers: tuple[Layer, ...]):
+        super().__init__(modules)
+        self.layers = layers
+        self.upcoming = tuple(layer.stored for layer in layers)
+        bits = "4" if layers[0].in_four_bits else "16"
+        lora = " with LoRA" if any(layer.adapter for layer in layers) else ""
+        self.way = f"one kernel, {bits} bits{lora}"
+
+    @property
+    def key(self) -> tuple:
+        """Return the scales of adapters, too: a graph holds them as numbers."""
+        return self.way, *(layer.adapter and layer.adapter.scale for layer in self.layers)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute them in one launch."""
+        return linears(x, self.layers)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Compute the gating, too, in the same launch."""
+        return swiglu(x, *self.layers)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """Leave a product that was split to the next norm."""
+        return linear_parts(x, self.layers[0])
+
+
+def projection(like: Tensor, *modules: nn.Module) -> Projection:
+    """Choose the fastest way for modules on the same input, of the dtype and device of `like`."""
+    layers = tuple(_layer(module, like.dtype) for module in modules)
+    if None not in layers and takes(layers, like):
+        return KernelProjection(modules, layers)
+    # On a GPU, a captured graph would hold copies of biases and adapters.
+    joined = None if like.is_cuda else Linears.of(*modules)
+    if joined is not None and joined.dtype == like.dtype:
+        return JoinedProjection(modules, joined)
+    return Projection(modules)
+
+
+def _layer(module: nn.Module, dtype: torch.dtype) -> Layer | None:
+    """Read a linear layer, as it is now; None unless it is plain, in 4 bits, or LoRA on these.
+
+    None, too, if it computes in another dtype.
+    """
+    found = base_and_adapter(module)
+    if found is None:
+        return None
+    base, adapter = found
+    if type(base) is nn.Linear:
+        return Layer(base.weight, base.bias, adapter) if base.weight.dtype == dtype else None
+    weight = FourBitWeight.of(base)
+    if weight is None or (base.compute_dtype or base.weight.quant_state.dtype) != dtype:
+        return None
+    return Layer(weight, base.bias, adapter)
