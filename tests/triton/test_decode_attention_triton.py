@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from mr1_fast.kernels.decode import attention_triton, operations, reference
+from mr1_fast.kernels.decode import (
+    attention_spans_triton,
+    attention_triton,
+    operations,
+    reference,
+)
 from mr1_fast.kernels.decode.attention_triton import AttendSetting
+from mr1_fast.kernels.decode.dot_triton import dot
 from mr1_fast.kernels.overlap import Overlap
 
 from ..kernels.decode.test_operations import attention_case, check_error, plain_attention
@@ -60,7 +66,7 @@ MIXED = {
     "eight": grouped((8, 96)),
     "nine": grouped((9, 32)),
     "sixteen": grouped((16, 31)),
-    "groups that meet in a block": grouped((3, 40), (7, 64), (1, 1), (6, 33)),
+    "groups that meet in a block": grouped((3, 40), (6, 64), (1, 1), (1, 33)),
     "rows apart with one prefix": interleaved(grouped((5, 64), (5, 40))),
     "rows without a sample between": without_sample(grouped((8, 70), (4, 33)), 0, 3, 9),
     "a prefix for each row": grouped(*[(1, 20 + 9 * i) for i in range(9)]),
@@ -129,9 +135,9 @@ def check(case: list, device: str, **arguments) -> None:
     ("heads", "kv_heads", "d", "dtype", "prefix", "own"),
     [
         (12, 2, 128, torch.bfloat16, 8, 3),
-        (12, 2, 128, torch.float32, 16, 1),
-        (28, 4, 32, torch.bfloat16, 9, 2),
-        (16, 2, 16, torch.float32, 8, 3),
+        (6, 1, 128, torch.float32, 16, 1),
+        (14, 2, 32, torch.bfloat16, 9, 2),
+        (8, 1, 16, torch.float32, 8, 3),
         (2, 2, 16, torch.bfloat16, 8, 1),
         (9, 1, 32, torch.float16, 11, 5),
     ],
@@ -142,16 +148,16 @@ def test_attention(device, splits, heads, kv_heads, d, dtype, prefix, own):
 
 
 @pytest.mark.parametrize("name", MIXED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_rows_that_share_prefixes(device, splits, name, dtype):
+def test_rows_that_share_prefixes(device, splits, name):
     splits(10, 2)
+    dtype = torch.float32 if device == "cpu" else torch.float16
     check(attention_case(6, 1, 16, MIXED[name], dtype), device, setting=SETTING)
 
 
-@pytest.mark.parametrize("setting", attention_triton.ATTEND_VARIANTS)
-def test_every_setting(device, setting):
-    spans = MIXED["groups that meet in a block"]
-    check(attention_case(4, 2, 16, spans, torch.bfloat16), device, setting=setting)
+@pytest.mark.parametrize("blocks", {setting[:2] for setting in attention_triton.ATTEND_VARIANTS})
+def test_every_size_of_blocks(device, blocks):
+    case = attention_case(7, 1, 16, MIXED["a row beside a pair"], torch.float16)
+    check(case, device, setting=AttendSetting(*blocks, 3, 3, 0.5))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(device):
@@ -159,7 +165,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
     spans = MIXED["groups that meet in a block"]
     case = attention_case(6, 1, 16, spans, torch.float32)
     together, *_ = attended(case, device, setting=SETTING)
-    for row in (0, 4, 16):
+    for row in (0, 4, 10):
         alone = [x[row : row + 1] if i not in (5, 6) else x for i, x in enumerate(case)]
         out, *_ = attended(alone, device, setting=SETTING)
         torch.testing.assert_close(out[0], together[row], rtol=2e-6, atol=2e-6)
@@ -173,27 +179,26 @@ def test_a_row_does_not_depend_on_its_neighbours(device):
 
 
 def test_a_shared_prefix_is_read_once_for_eight_rows(device, splits, monkeypatch):
-    """Rows that have the same prefix in a block of 8 leave it to one program each split."""
+    """Count the products of 64 queries with a block of a prefix's keys."""
     if device == "cuda":
         pytest.skip("counts what the interpreter calls")
-    from mr1_fast.kernels.decode import attention_spans_triton
-
     splits(8, 1)
-    loops = []
-    product = attention_spans_triton.dot.fn
+    counted = []
 
-    def counted(a, b, accumulator):
-        loops.append(tuple(accumulator.shape))
-        return product(a, b, accumulator)
+    def counting(a, b, accumulator):
+        counted.append(tuple(accumulator.shape) == (64, 32))
+        return dot(a, b, accumulator)
 
-    monkeypatch.setattr(attention_spans_triton.dot, "fn", counted)
-    for name, blocks in (("eight", 6), ("nine", 4), ("rows apart with one prefix", 2 * (4 + 3))):
-        loops.clear()
-        attended(attention_case(8, 1, 16, MIXED[name], torch.float32), device, setting=SETTING)
-        assert loops.count((64, 16)) == blocks, name
+    monkeypatch.setattr(attention_spans_triton, "dot", counting)
+    setting = SETTING._replace(prefix_block_bytes=128)
+    # Tokens / 32, for each block of rows: of 8; of 8 and 1; of 8 and 2, which have two prefixes
+    for name, blocks in (("eight", 3), ("nine", 1 + 1), ("rows apart with one prefix", 4 + 4)):
+        counted.clear()
+        attended(attention_case(5, 1, 16, MIXED[name], torch.float32), device, setting=setting)
+        assert sum(counted) == blocks, name
 
 
-@pytest.mark.parametrize("name", ["groups that meet in a block", "one row"])
+@pytest.mark.parametrize("name", ["a row beside a pair", "one row"])
 def test_the_order_of_programs_does_not_matter(device, splits, reverse_grid, name):
     splits(8, 3)
     case = attention_case(4, 2, 16, MIXED[name], torch.float32)
