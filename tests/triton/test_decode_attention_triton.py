@@ -15,8 +15,8 @@ from mr1_fast.kernels.overlap import Overlap
 
 from ..kernels.decode.test_operations import attention_case, check_error, plain_attention
 
-# Blocks of 64 tokens for 16 bits, 32 of a prefix; for 32 bits half of it
-SETTING = AttendSetting(128, 64, 3, 3, 0.5)
+# Blocks of 64 tokens for 16 bits, and 32 of a prefix, which may be a split; for 32 bits half of it
+SETTING = AttendSetting(128, 64, 1, 3, 3, 0.5)
 # Two rows that share a prefix; the new token alone; own tokens alone, which end with a block and
 # beside one; prefixes that end with a block and inside one
 SPANS = [
@@ -154,7 +154,7 @@ def test_rows_that_share_prefixes(device, splits, name):
     check(attention_case(6, 1, 16, MIXED[name], dtype), device, setting=SETTING)
 
 
-@pytest.mark.parametrize("blocks", {setting[:2] for setting in attention_triton.ATTEND_VARIANTS})
+@pytest.mark.parametrize("blocks", {setting[:3] for setting in attention_triton.ATTEND_VARIANTS})
 def test_every_size_of_blocks(device, blocks):
     case = attention_case(7, 1, 16, MIXED["a row beside a pair"], torch.float16)
     check(case, device, setting=AttendSetting(*blocks, 3, 3, 0.5))
@@ -220,7 +220,7 @@ def test_weights_that_come_next_do_not_change_the_result(device):
 
 
 def test_splits_fill_the_gpu():
-    setting = AttendSetting(128, 64, 3, 3, 0.5)
+    setting = attention_triton.ATTEND_VARIANTS[0]
     for rows, kv_heads in ((1, 2), (2, 2), (8, 2), (64, 2), (64, 4), (512, 4)):
         block_rows = 8 if rows > 1 else 1
         blocks, pairs = kv_heads * -(-rows // block_rows), kv_heads * rows

@@ -100,12 +100,14 @@ def attend_own(
 
 
 @triton.jit
-def prefix_parts(SPANS, first_row, rows, splits, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def prefix_parts(SPANS, first_row, rows, splits, SPLIT: tl.constexpr, ROWS: tl.constexpr):
     """Divide the splits of a block of ROWS rows among the different prefixes of these rows.
 
-    Split s takes prefix s % count, and is the (s // count)-th part of it if it has so many blocks.
-    Returns, for each row, the number of its prefix, −1 without one, and how many parts that has;
-    and the count of prefixes, at least 1. Rows beyond the last are copies of it.
+    Split s takes prefix s % count, and is the (s // count)-th part of it if the prefix has enough
+    tokens: SPLIT for each part but the last. Rows beyond the last one are copies of it.
+
+    Returns the number of each row's prefix, −1 without one; how many parts it has; and the count of
+    prefixes, at least 1.
     """
     index = tl.arange(0, ROWS)
     at = SPANS + tl.minimum(first_row + index, rows - 1) * 4
@@ -118,7 +120,7 @@ def prefix_parts(SPANS, first_row, rows, splits, BLOCK: tl.constexpr, ROWS: tl.c
     first = tl.min(tl.where(same, index[None, :], ROWS), 1)
     number = tl.sum((counted & (index[None, :] < first[:, None])).to(tl.int32), 1)
     count = tl.maximum(tl.sum(counted.to(tl.int32)), 1)
-    parts = tl.minimum((splits - number + count - 1) // count, tl.cdiv(length, BLOCK))
+    parts = tl.minimum((splits - number + count - 1) // count, tl.cdiv(length, SPLIT))
     return tl.where(length > 0, number, -1), parts, count
 
 
