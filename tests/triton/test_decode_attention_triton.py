@@ -91,7 +91,7 @@ def splits(monkeypatch):
     """Return a function that fixes the splits of prefixes, where rows share, and of own tokens."""
 
     def fix(prefix: int, own: int) -> None:
-        def fixed(setting, multiprocessors, blocks, pairs, block_rows) -> tuple[int, int]:
+        def fixed(programs, share, rows, block_rows) -> tuple[int, int]:
             return (max(prefix, block_rows) if block_rows > 1 else 0), own
 
         monkeypatch.setattr(attention_triton, "_splits", fixed)
@@ -220,13 +220,12 @@ def test_weights_that_come_next_do_not_change_the_result(device):
 
 
 def test_splits_fill_the_gpu():
-    setting = attention_triton.ATTEND_VARIANTS[0]
-    for rows, kv_heads in ((1, 2), (2, 2), (8, 2), (64, 2), (64, 4), (512, 4)):
+    for rows, programs in ((1, 198.0), (2, 198.0), (8, 198.0), (64, 198.0), (64, 99.0), (512, 9.0)):
         block_rows = 8 if rows > 1 else 1
-        blocks, pairs = kv_heads * -(-rows // block_rows), kv_heads * rows
-        prefix, own = attention_triton._splits(setting, 132, blocks, pairs, block_rows)
+        blocks = -(-rows // block_rows)
+        prefix, own = attention_triton._splits(programs, 0.25, rows, block_rows)
         assert 1 <= own <= 16 and (prefix == 0 if rows == 1 else 8 <= prefix <= 16)
-        assert prefix * blocks + own * pairs <= max(1.25 * 3 * 132, 8 * blocks + pairs)
+        assert prefix * blocks + own * rows <= max(1.25 * programs, 8 * blocks + rows)
 
 
 def test_what_attention_cannot_take_is_told(device):

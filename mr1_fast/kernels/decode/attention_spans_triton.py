@@ -33,6 +33,18 @@ def _rotate(X, cos, sin, channels, D: tl.constexpr):
 
 
 @triton.jit
+def _weigh(score, peak, total, AXIS: tl.constexpr):
+    """Weigh a block of tokens, AXIS of the scores, by their distance from the largest score so far.
+
+    Returns the weights, what earlier sums shrink by, the sum of weights so far, and the new peak.
+    """
+    new_peak = tl.maximum(peak, tl.max(score, AXIS))
+    p = tl.exp2(score - tl.expand_dims(new_peak, AXIS))
+    shrink = tl.exp2(peak - new_peak)
+    return p, shrink, total * shrink + tl.sum(p, AXIS), new_peak
+
+
+@triton.jit
 def attend_own(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
     SPANS, PARTS, first_part, scale, row, head, split, splits,
@@ -84,13 +96,9 @@ def attend_own(
         key = tl.load(KEYS + at[:, None] + channels[None, :], mask=inside[:, None], other=0.0)
         score = dot(key, q, tl.zeros((BLOCK, PADDED), tl.float32))
         score = tl.where(inside[:, None], score * scale, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))
-        p = tl.exp2(score - new_peak[None, :])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 0)
+        p, shrink, total, peak = _weigh(score, peak, total, 0)
         value = tl.load(VALUES + at[None, :] + channels[:, None], mask=inside[None, :], other=0.0)
         out = dot(value, p.to(dtype), out * shrink[None, :])
-        peak = new_peak
 
     real = heads < GROUP
     out = tl.trans(out / total[None, :])
@@ -163,17 +171,13 @@ def attend_prefix(
         key = tl.load(KEYS + at[None, :] + channels[:, None], mask=inside[None, :], other=0.0)
         score = dot(q, key, tl.zeros((ROWS * HEADS, BLOCK), tl.float32))
         score = tl.where(inside[None, :], score * scale, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1))
-        p = tl.exp2(score - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, peak = _weigh(score, peak, total, 1)
         p = p.to(KEYS.dtype.element_ty)
         value_at = VALUES + at[:, None] + half[None, :]
         value = tl.load(value_at, mask=inside[:, None], other=0.0)
         low = dot(p, value, low * shrink[:, None])
         value = tl.load(value_at + D // 2, mask=inside[:, None], other=0.0)
         high = dot(p, value, high * shrink[:, None])
-        peak = new_peak
 
     spans = SPANS + row * 4
     has_it = (tl.load(spans) == start) & (tl.load(spans + 1) == length)

@@ -223,7 +223,7 @@ def attend(
     MAX_PAIRS pairs, and for heads that are not dense.
     """
     (rows, heads, d), kv_heads = q.shape, k.shape[1]
-    pairs, group = rows * kv_heads, heads // kv_heads
+    group = heads // kv_heads
     _require_dense(q, k, v, keys, values)
     if setting is None:
         setting = tuned("decode_attend", q.device, ATTEND_VARIANTS[0])
@@ -235,18 +235,17 @@ def attend(
     shares = rows > 1 and q.dtype in SHARING_DTYPES
     block_rows = max(1, min(BLOCK_ROWS, MAX_COLUMNS // columns)) if shares else 1
     row_blocks = triton.cdiv(rows, block_rows)
-    prefix_splits, own_splits = _splits(
-        setting, multiprocessors, row_blocks * kv_heads, pairs, block_rows
-    )
-    programs = kv_heads * (row_blocks * prefix_splits + rows * own_splits)
+    programs = setting.programs_per_sm * multiprocessors / kv_heads
+    prefix_splits, own_splits = _splits(programs, setting.prefix_share, rows, block_rows)
     out = q.new_empty(rows, heads, d)
     # Outputs, the logarithm of the sum of their weights, and what makes rows multiples of 16 bytes
-    part_shape = group, d + 4
-    parts = q.new_empty(pairs, prefix_splits + own_splits, *part_shape, dtype=torch.float32)
+    part = group, d + 4
+    splits = prefix_splits + own_splits
+    parts = q.new_empty(rows, kv_heads, splits, *part, dtype=torch.float32)
     block = setting.block_bytes // q.element_size()
     prefix_block = setting.prefix_block_bytes // q.element_size()
     launch(
-        _attend_kernel, (programs,), q.device,
+        _attend_kernel, (kv_heads * (row_blocks * prefix_splits + rows * own_splits),), q.device,
         q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
         keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
         out, parts, arrived, scale, rows, prefix_splits, own_splits,
@@ -273,16 +272,15 @@ def _require_dense(q, k, v, keys, values) -> None:
         )
 
 
-def _splits(
-    setting: AttendSetting, multiprocessors: int, blocks: int, pairs: int, block_rows: int
-) -> tuple[int, int]:
-    """Return the splits of the prefixes of a block of rows, and of the own tokens of a pair."""
-    programs = setting.programs_per_sm * multiprocessors
-    prefix = 0
+def _splits(programs: float, share: float, rows: int, block_rows: int) -> tuple[int, int]:
+    """Return the splits of a block's prefixes and of a row's own tokens, for `programs` a kv head.
+
+    A block has a split for each of its rows at least, as each may have another prefix.
+    """
+    blocks, prefix = -(-rows // block_rows), 0
     if block_rows > 1:
-        prefix = round(setting.prefix_share * programs / blocks)
-        prefix = max(block_rows, min(MAX_SPLITS, prefix))  # each row may have another prefix
-    own = round((programs - prefix * blocks) / pairs)
+        prefix = max(block_rows, min(MAX_SPLITS, round(share * programs / blocks)))
+    own = round((programs - prefix * blocks) / rows)
     return prefix, max(1, min(MAX_SPLITS, own))
 
 
