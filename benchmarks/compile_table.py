@@ -132,19 +132,17 @@ def launch_adamw(device: str = "meta", n: int = 151_936 * 1536, tile=None) -> No
 
 
 def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows: int = 64) -> None:
-    """Launch the kernels of a decode step, except for its linear layers."""
+    """Launch a decode step's attention, of one row and of several, and its sampling."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for heads, kv_heads, hidden, mlp, v in models:
-        q, new, angle = empty(rows, heads, 128), empty(rows, kv_heads, 128), empty(rows, 128)
-        pool, spans = empty(2**16, kv_heads, 128), empty(rows, 4, dtype=torch.int32)
-        attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
-        x = empty(rows, hidden)
-        for delta in (x, None):
-            operations_triton.add_rms_norm(x, delta, empty(hidden), 1e-6)
-        operations_triton.silu_mul(empty(rows, mlp), empty(rows, mlp))
+    for heads, kv_heads, _, _, v in models:
+        pool = empty(2**16, kv_heads, 128)
+        for n in (1, rows):
+            q, new, angle = empty(n, heads, 128), empty(n, kv_heads, 128), empty(n, 128)
+            spans = empty(n, 4, dtype=torch.int32)
+            attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
         for temperature in (1.0, 0.0):
             uniform = empty(rows, dtype=torch.float32)
             operations_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))

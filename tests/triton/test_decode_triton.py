@@ -1,86 +1,21 @@
-"""The kernels of a decode step against fp64, with errors bounded by those of PyTorch."""
+"""The kernels of a decode step in a graph, and sampling; attention has a file of its own."""
 
 import pytest
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
-from mr1_fast.kernels.decode import attention_triton, operations, operations_triton, reference
+from mr1_fast.kernels.decode import operations, operations_triton, reference
+from mr1_fast.kernels.layers.operations import add_norm, silu_mul
 
 from ..kernels.decode.test_operations import (
     attention_case,
     check_draws,
-    check_error,
     logits_case,
-    plain_attention,
     unsound_rows,
 )
+from .test_decode_attention_triton import SPANS
 
 BLOCK = operations_triton.VOCABULARY_BLOCK
-# Two rows that share a prefix; the new token alone; own tokens alone, which end with a block and
-# beside one; prefixes that end with a block and inside one
-SPANS = [
-    [0, 70, 300, 1],
-    [0, 70, 301, 66],
-    [7, 0, 400, 1],
-    [7, 0, 401, 65],
-    [7, 0, 470, 64],
-    [70, 64, 600, 2],
-    [134, 31, 610, 3],
-]
-
-
-def attended(case: list, device: str, splits: int | None = None) -> tuple[torch.Tensor, ...]:
-    """Return the output, and the keys and values afterwards."""
-    pool = torch.stack(case[5:7], dim=1).to(device)
-    arguments = [x.to(device) for x in case[:5]]
-    arguments[:3] = torch.cat(arguments[:3], dim=1).split(
-        [x.shape[1] for x in arguments[:3]], dim=1
-    )
-    spans = case[7].to(device)
-    out = attention_triton.attend(
-        *arguments, pool[:, 0], pool[:, 1], spans, case[0].shape[2] ** -0.5, splits
-    )
-    _, counters = attention_triton._device(out.device)
-    assert not counters.any(), "counters must be 0 for the next launch"
-    return out.cpu(), *pool.cpu().unbind(1)
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "d", "dtype", "splits"),
-    [
-        (12, 2, 128, torch.bfloat16, 3),
-        (12, 2, 128, torch.float32, None),
-        (7, 1, 128, torch.bfloat16, 2),
-        (7, 1, 16, torch.float32, 3),
-        (2, 2, 16, torch.bfloat16, 1),
-        (9, 1, 32, torch.float16, 5),
-    ],
-)
-def test_attention(device, heads, kv_heads, d, dtype, splits):
-    case = attention_case(heads, kv_heads, d, SPANS, dtype)
-    exact = plain_attention(*[x.double() for x in case[:7]], case[7], d**-0.5)
-    theirs = plain_attention(*case, d**-0.5)
-    out, keys, values = attended(case, device, splits)
-    assert out.dtype == dtype and out.shape == theirs.shape
-    check_error(out, theirs, exact)
-    reference.attend_ref(*case, d**-0.5)  # writes its own pool
-    if device == "cuda":
-        # The compiler may fuse a product of the rotation into its sum: a unit in the last place.
-        close = dict(rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-    elif dtype == torch.float32:
-        close = dict(rtol=1e-6, atol=1e-6)
-    else:
-        close = dict(rtol=0, atol=0)
-    torch.testing.assert_close(keys, case[5], equal_nan=True, **close)
-    torch.testing.assert_close(values, case[6], equal_nan=True, rtol=0, atol=0)
-
-
-def test_the_order_of_programs_does_not_matter(device, reverse_grid):
-    case = attention_case(4, 2, 16, SPANS[:3], torch.float32)
-    forwards = attended(case, device, 3)
-    reverse_grid()
-    for ours, theirs in zip(attended(case, device, 3), forwards, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_graph_holds_the_launches(device):
@@ -91,12 +26,9 @@ def test_a_graph_holds_the_launches(device):
 
     def step() -> tuple[torch.Tensor, ...]:
         out = operations.attend(*case, 128**-0.5).flatten(1)
-        residual, normed = operations.add_rms_norm(out, out, out[0], 1e-6)
-        return (
-            residual,
-            operations.silu_mul(normed, out),
-            *operations.sample(logits, uniform, 1.0, (3,)),
-        )
+        residual, normed = add_norm(out, out, out[0], None, 1e-6)
+        gated = silu_mul(torch.cat([normed, out], dim=1), None)
+        return residual, gated, *operations.sample(logits, uniform, 1.0, (3,))
 
     eager = step()
     graph = torch.cuda.CUDAGraph()
@@ -108,35 +40,6 @@ def test_a_graph_holds_the_launches(device):
     case[7][:, 3] -= (case[7][:, 3] > 1).int()  # shorter rows, in the same graph
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
-
-
-def test_what_attention_cannot_take_is_told(device):
-    case = attention_case(2, 1, 24, SPANS[:1], torch.float32)
-    with pytest.raises(ValueError, match="heads of 16, 32, 64"):
-        attended(case, device)
-    case = [x.to(device) for x in attention_case(2, 2, 16, SPANS[:1], torch.float32)]
-    case[0] = case[0].mT.contiguous().mT
-    with pytest.raises(ValueError, match="dense heads"):
-        attention_triton.attend(*case, 0.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [96, 1025])
-def test_norm_and_gate(device, dtype, width):
-    generator = torch.Generator().manual_seed(width)
-    both = torch.randn(3, 2 * width, generator=generator).to(dtype)  # rows that lie apart
-    weight = torch.randn(width, generator=generator).to(dtype)
-    x, delta = both.chunk(2, dim=1)
-    there = both.to(device).chunk(2, dim=1)
-
-    exact = silu(x.double()) * delta.double()
-    check_error(operations.silu_mul(*there), silu(x) * delta, exact)
-    for update, update_there in ((delta, there[1]), (None, None)):
-        residual, normed = operations.add_rms_norm(there[0], update_there, weight.to(device), 1e-6)
-        theirs = reference.add_rms_norm_ref(x, update, weight, 1e-6)
-        exact = reference.add_rms_norm_ref(theirs[0].double(), None, weight.double(), 1e-6)[1]
-        assert torch.equal(residual.cpu(), theirs[0])
-        check_error(normed, theirs[1], exact)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ A row is one completion. Its cached tokens are two spans of a pool: a prefix, wh
 a prompt share, and its own tokens.
 
 Never stored: scores, repeated prefixes, probabilities over the vocabulary, the products inside
-swiglu. Bytes of a step: a span's keys and values once (a shared prefix is read again from L2 by
-each of its rows), the weights once, the logits once.
+swiglu. Bytes of a step: own keys and values once, those of a shared prefix once for each aligned
+block of 8 rows, the weights once, the logits once.
 
 dtype contract: fp32, bf16 or fp16, and fp64 through PyTorch. Softmax, sums and log-probabilities
 are computed in fp32, for fp64 in fp64. What transformers rounds to the model's dtype is rounded
@@ -20,7 +20,7 @@ here, too, so that a rollout's log-probabilities stay close to those of training
 
     reference.py         the operations in PyTorch, which also run on a CPU
     operations.py        the public functions, and which back end takes a call
-    attention_triton.py  attend on a GPU
+    attention_triton.py  attend on a GPU; its loops over tokens: attention_spans_triton.py
     attention_native.py  attend on a CPU, by csrc/decode_cpu.cpp
     operations_triton.py sampling on a GPU
     sample_native.py     sampling on a CPU, by csrc/sample_cpu.cpp

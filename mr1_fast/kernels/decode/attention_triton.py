@@ -1,150 +1,202 @@
-"""Attention of a decode step in Triton: device functions, the kernel, its launcher.
+"""Attention of a decode step in Triton: settings, the kernel, its launcher.
 
-`attend` is one launch. The cached tokens of a (row, kv head) are split over programs, as in
-flash-decoding. Every program rotates the queries for itself, and the first one has the new token in
-registers, so none waits for what another writes to the pool. The last program to finish combines
-the parts. Products are transposed: tokens and channels are the long side of the tensor cores'
-tiles, and the 6 or 7 query heads of a kv head are the short side, padded to 8 instead of 16.
+`attend` is one launch with programs of two kinds. A prefix program takes the queries of an aligned
+block of 8 rows for a kv head, and one split of the prefixes that these rows have; an own program
+takes one row and one split of its own tokens. Every program rotates its queries for itself, and the
+first one of a row has the new token in registers, so none waits for what another writes to the
+pool. The last program of a (row, kv head) to finish combines the row's parts, as in flash-decoding.
 
-Lengths and the number of splits are run-time data, and nothing is read on the host, so a CUDA graph
+Bytes that move, 2·Hkv·d values a token: the own tokens of every row once, and a prefix once for
+each aligned block of 8 rows in which some row has it, wherever in the block these rows are. 64 rows
+of Qwen2-VL 2B in groups of 8, with 400 tokens of prefix and 128 of their own, read 3.3 and 8.4 MB;
+26 MB of prefixes if each row read its own. A part, H·(d + 4) fp32 values of a row, is written and
+read once: here 1.6 MB in 4 parts of prefixes and 0.8 in 2 of own tokens, which stay in L2. A single
+row has no one to share with: its own programs take its prefix, too.
+
+Lengths and numbers of splits are run-time data, and nothing is read on the host, so a CUDA graph
 can hold the launch, after a first one outside of it.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import launch
-from .dot_triton import dot
+from ..overlap import Overlap, decode_overlap, overlap_options
+from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
+from ..tuned import tuned
+from .attention_spans_triton import (
+    attend_own,
+    attend_prefix,
+    combine,
+    own_parts,
+    prefix_parts,
+)
 
-BLOCK_BYTES = 128
-"""Bytes of one channel in a block of tokens: 64 tokens of 16 bits."""
-STAGES = 3
-"""Blocks in shared memory at a time, 67 KB in all, where the smallest GPUs have 99 KB."""
-PROGRAMS_PER_SM = 3
-"""Programs that an H100's multiprocessor holds; where fewer fit, the others wait for their end."""
+
+class AttendSetting(NamedTuple):
+    """How a launch is cut into programs."""
+
+    block_bytes: int
+    """Bytes of one channel in a block of a row's own tokens: 128 are 64 tokens of 16 bits."""
+    prefix_block_bytes: int
+    """The same, of a prefix."""
+    split_blocks: int
+    """Fewest blocks of a prefix for a program, on average: its outputs are 8 rows', so that a split
+    of few tokens would write more than it reads."""
+    stages: int
+    """Blocks of keys and of values that a program has in flight, and works on."""
+    programs_per_sm: int
+    """Programs for each multiprocessor; where fewer fit at a time, the others wait."""
+    prefix_share: float
+    """Which of the programs read prefixes, as a fraction; the others read own tokens."""
+
+
+ATTEND_VARIANTS = tuple(AttendSetting(*fields) for fields in (
+    (128, 64, 4, 3, 3, 0.25),
+    (128, 64, 4, 3, 3, 0.5),
+    (128, 64, 2, 3, 3, 0.5),
+    (128, 64, 8, 3, 3, 0.25),
+    (128, 64, 4, 3, 4, 0.25),
+    (128, 64, 4, 2, 4, 0.25),
+    (128, 128, 2, 2, 2, 0.25),
+    (128, 128, 2, 3, 2, 0.25),
+    (64, 64, 4, 3, 3, 0.25),
+    (64, 64, 4, 4, 3, 0.25),
+    (64, 64, 4, 3, 4, 0.25),
+))  # fmt: skip
+"""Settings to try, the default first: of it an H100's multiprocessor holds three programs."""
+SHARING_DTYPES = torch.bfloat16, torch.float16
+"""Dtypes of which a block of rows reads its prefixes together. Products in fp32 do not run on
+tensor cores, and a thread would need thousands of registers for those of 64 queries."""
+BLOCK_ROWS = 8
+"""Rows of a block that reads its prefixes together."""
+MAX_COLUMNS = 64
+"""Most queries of a prefix program: four warps of tensor cores take as many, and their outputs are
+half of a thread's registers."""
 MAX_SPLITS = 16
-"""Most programs for one (row, kv head)."""
+"""Most programs of each kind for a row and a kv head."""
 MAX_PAIRS = 2**16
 """Most pairs of a row and a kv head in a launch."""
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 # --- device functions ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _rotate(X, cos, sin, columns, D: tl.constexpr):
-    """Compute x·cos + (−x2, x1)·sin of the rows at X, with each product rounded as in PyTorch."""
-    dtype = X.dtype.element_ty
-    x = tl.load(X + columns).to(tl.float32)
-    other = tl.load(X + (columns + D // 2) % D).to(tl.float32)
-    other = tl.where(columns < D // 2, -other, other)
-    return ((x * cos).to(dtype).to(tl.float32) + (other * sin).to(dtype).to(tl.float32)).to(dtype)
+def _prefix_program(
+    program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, OWN_BLOCK: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Read one split of a prefix for all rows of a block that have it."""
+    row_blocks = tl.cdiv(rows, ROWS)
+    first_row = program % row_blocks * ROWS
+    head = program // row_blocks % KV_HEADS
+    number, parts, count = prefix_parts(SPANS, first_row, rows, prefix_splits, SPLIT, ROWS)
+    number_here = program // row_blocks // KV_HEADS % count
+    split = program // row_blocks // KV_HEADS // count
+    index = tl.arange(0, ROWS)
+    has_it = number == number_here
+    leader = tl.min(tl.where(has_it, index, ROWS))
+    splits = tl.sum(tl.where(index == leader, parts, 0))
+    if split < splits:
+        size = (prefix_splits + own_splits) * GROUP
+        attend_prefix(
+            Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            SPANS, PARTS, size, scale, first_row, leader, rows, head, split, splits, own_splits,
+            KV_HEADS, GROUP, D, BLOCK, OWN_BLOCK, ROWS, HEADS,
+        )  # fmt: skip
+        has_it &= first_row + index < rows
+        own_len = tl.load(SPANS + (first_row + index) * 4 + 3, mask=has_it, other=1)
+        parts += own_parts(own_len, own_splits, OWN_BLOCK)
+        arrived = ARRIVED + (first_row + index) * KV_HEADS + head
+        tl.debug_barrier()  # all threads have stored their parts before one of them counts
+        before = tl.atomic_add(arrived, 1, mask=has_it, sem="acq_rel", scope="gpu")
+        complete = has_it & (before == parts - 1)
+        i = tl.min(tl.where(complete, index, ROWS))
+        while i < ROWS:
+            tl.debug_barrier()
+            pair = (first_row + i).to(tl.int64) * KV_HEADS + head
+            parts_of_row = tl.sum(tl.where(index == i, parts, 0))
+            combine(PARTS, OUT, ARRIVED, pair, size, parts_of_row, GROUP, PADDED, D)
+            i = tl.min(tl.where(complete & (index > i), index, ROWS))
 
 
 @triton.jit
-def _combine(parts, log_sums, splits, D: tl.constexpr, PADDED: tl.constexpr):
-    """Average the splits' outputs, weighted with their sums: (D, PADDED).
-
-    The first split is never empty: it has the new token.
-    """
-    heads = tl.zeros((D, 1), tl.int32) + tl.arange(0, PADDED)[None, :]
-    inside = tl.arange(0, D)[:, None] * PADDED + heads
-    peak = tl.full((D, PADDED), -float("inf"), tl.float32)
-    total = tl.zeros((D, PADDED), tl.float32)
-    out = tl.zeros((D, PADDED), tl.float32)
-    for begin in tl.range(0, splits, 4):
-        for i in tl.static_range(4):  # four splits are loaded at a time
-            at = begin + i
-            exists = inside < (splits - at) * D * PADDED
-            log_sum = tl.load(
-                log_sums + at * PADDED + heads,
-                mask=exists,
-                other=-float("inf"),
-                cache_modifier=".cg",
-            )
-            part = tl.load(
-                parts + at * D * PADDED + inside, mask=exists, other=0.0, cache_modifier=".cg"
-            )
-            new_peak = tl.maximum(peak, log_sum)
-            shrink = tl.exp2(peak - new_peak)
-            weight = tl.exp2(log_sum - new_peak)
-            total = total * shrink + weight
-            out = out * shrink + weight * part
-            peak = new_peak
-    return out / total
+def _own_program(
+    program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+    KEYS, VALUES, token_stride, head_stride,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Read one split of a row's own tokens; of its prefix, too, if ROWS is 1."""
+    row = (program % rows).to(tl.int64)  # neighbours first: if they share a prefix, L2 has it
+    head = program // rows % KV_HEADS
+    split = program // rows // KV_HEADS
+    length = tl.load(SPANS + row * 4 + 3)
+    if ROWS == 1:
+        length += tl.load(SPANS + row * 4 + 1)
+    splits = own_parts(length, own_splits, BLOCK)
+    if split < splits:
+        parts = splits
+        if ROWS > 1:
+            first_row = row // ROWS * ROWS
+            _, shared, _ = prefix_parts(SPANS, first_row, rows, prefix_splits, SPLIT, ROWS)
+            parts += tl.sum(tl.where(tl.arange(0, ROWS) == row % ROWS, shared, 0))
+        pair = row * KV_HEADS + head
+        size = (prefix_splits + own_splits) * GROUP
+        attend_own(
+            Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            KEYS, VALUES, token_stride, head_stride, SPANS, PARTS, pair * size,
+            scale, row, head, split, splits, GROUP, PADDED, D, BLOCK, ROWS > 1,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu") == parts - 1:
+            tl.debug_barrier()
+            combine(PARTS, OUT, ARRIVED, pair, size, parts, GROUP, PADDED, D)
 
 
 # --- kernel -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["SPANS"])
-def _attend_kernel(Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
-                   KEYS, VALUES, token_stride, head_stride,
-                   SPANS, OUT, PARTS, LOG_SUMS, ARRIVED, scale, splits,
-                   GROUP: tl.constexpr, PADDED: tl.constexpr,
-                   D: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Attend with the GROUP queries of a (row, kv head) over the blocks of one split."""
-    row = tl.program_id(0).to(tl.int64)  # neighbouring rows share a prefix, which L2 holds
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    prefix_start = tl.load(SPANS + row * 4)
-    prefix_len = tl.load(SPANS + row * 4 + 1)
-    own_start = tl.load(SPANS + row * 4 + 2)
-    cached = prefix_len + tl.load(SPANS + row * 4 + 3) - 1
-    columns = tl.arange(0, D)
-    heads = tl.arange(0, PADDED)
-    dtype = Q.dtype.element_ty
-    cos = tl.load(COS + row * D + columns).to(tl.float32)
-    sin = tl.load(SIN + row * D + columns).to(tl.float32)
-    k = _rotate(K + row * k_stride + head * D, cos, sin, columns, D)
-    v = tl.load(V + row * v_stride + head * D + columns)
-    new = (own_start - prefix_len + cached).to(tl.int64) * token_stride + head * head_stride
-    if split == 0:
-        tl.store(KEYS + new + columns, k)
-        tl.store(VALUES + new + columns, v)
-    q_heads = Q + row * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
-    q = _rotate(q_heads, cos[None, :], sin[None, :], columns[None, :], D)
-
-    scale = scale * _LOG2E
-    # Peak, sum and weighted values so far: of the new token in the first split, else of no token
-    new_score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
-    peak = tl.where(split == 0, new_score, -float("inf"))
-    total = tl.where(split == 0, tl.full((PADDED,), 1.0, tl.float32), 0.0)
-    out = tl.where(split == 0, v.to(tl.float32)[:, None], tl.zeros((D, PADDED), tl.float32))
-    q = tl.trans(q)
-    blocks = tl.cdiv(cached, BLOCK)
-    for block in tl.range(blocks * split // splits, blocks * (split + 1) // splits):
-        index = block * BLOCK + tl.arange(0, BLOCK)
-        inside = index < cached
-        token = tl.where(index < prefix_len, prefix_start, own_start - prefix_len) + index
-        at = token.to(tl.int64) * token_stride + head * head_stride
-        key = tl.load(KEYS + at[:, None] + columns[None, :], mask=inside[:, None], other=0.0)
-        score = dot(key, q, tl.zeros((BLOCK, PADDED), tl.float32))
-        score = tl.where(inside[:, None], score * scale, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 0))
-        p = tl.exp2(score - new_peak[None, :])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 0)
-        value = tl.load(VALUES + at[None, :] + columns[:, None], mask=inside[None, :], other=0.0)
-        out = dot(value, p.to(dtype), out * shrink[None, :])
-        peak = new_peak
-
-    pair = row * tl.num_programs(1) + head
-    parts = PARTS + pair * splits * D * PADDED
-    log_sums = LOG_SUMS + pair * splits * PADDED
-    out = out / tl.where(total == 0, 1.0, total)[None, :]  # 0 in a split without a block
-    tl.store(parts + split * D * PADDED + columns[:, None] * PADDED + heads[None, :], out)
-    tl.store(log_sums + split * PADDED + heads, peak + tl.log2(total))
-    tl.debug_barrier()  # all threads have stored their parts before one of them counts
-    if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel", scope="gpu") == splits - 1:
-        tl.debug_barrier()
-        tl.store(ARRIVED + pair, 0)  # for the next launch
-        combined = tl.trans(_combine(parts, log_sums, splits, D, PADDED)).to(dtype)
-        out_heads = OUT + (pair * GROUP + heads)[:, None] * D
-        tl.store(out_heads + columns[None, :], combined, mask=(heads < GROUP)[:, None])
+@triton.jit(
+    do_not_specialize=["rows", "prefix_splits", "own_splits"],
+    do_not_specialize_on_alignment=["SPANS"],
+)
+def _attend_kernel(
+    Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, DEPENDENT: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, PREFIX_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Attend over one split: of the prefixes of ROWS rows first, then of each row's own tokens."""
+    let_next_begin(DEPENDENT)
+    program = tl.program_id(0)
+    prefetch(UPCOMING, CHUNKS, program, tl.num_programs(0), COUNT, IN_BULK)
+    wait_for_previous(DEPENDENT)
+    own_program = program - tl.cdiv(rows, ROWS) * KV_HEADS * prefix_splits
+    if ROWS > 1 and own_program < 0:
+        _prefix_program(
+            program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+            KV_HEADS, GROUP, D, PREFIX_BLOCK, SPLIT, BLOCK, PADDED, ROWS, HEADS,
+        )  # fmt: skip
+    if own_program >= 0:
+        _own_program(
+            own_program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            KEYS, VALUES, token_stride, head_stride,
+            SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
+            KV_HEADS, GROUP, D, BLOCK, SPLIT, PADDED, ROWS,
+        )  # fmt: skip
 
 
 # --- launcher -----------------------------------------------------------------------------------
@@ -160,16 +212,54 @@ def attend(
     values: torch.Tensor,
     spans: torch.Tensor,
     scale: float,
-    splits: int | None = None,
+    upcoming: Sequence[torch.Tensor] = (),
+    overlap: Overlap | None = None,
+    setting: AttendSetting | None = None,
 ) -> torch.Tensor:
-    """`operations.attend`, with `splits` programs for each row and kv head.
+    """`operations.attend`.
 
-    None takes as many as the GPU runs at once. Raises ValueError for heads whose channels are not a
-    power of two from 16 on, for more than MAX_PAIRS pairs, and for heads that are not dense.
+    overlap, setting: None takes those of the launch table.
+    Raises ValueError for heads whose channels are not a power of two from 16 on, for more than
+    MAX_PAIRS pairs, and for heads that are not dense.
     """
     (rows, heads, d), kv_heads = q.shape, k.shape[1]
-    pairs, group = rows * kv_heads, heads // kv_heads
-    if d < 16 or d & (d - 1) or pairs > MAX_PAIRS:
+    group = heads // kv_heads
+    _require_dense(q, k, v, keys, values)
+    if setting is None:
+        setting = tuned("decode_attend", q.device, ATTEND_VARIANTS[0])
+    if overlap is None:
+        overlap = decode_overlap(q.device)
+    multiprocessors, arrived = _device(q.device)
+
+    columns = max(2, triton.next_power_of_2(group))  # tensor cores take 16 queries or more
+    shares = rows > 1 and q.dtype in SHARING_DTYPES
+    block_rows = max(1, min(BLOCK_ROWS, MAX_COLUMNS // columns)) if shares else 1
+    row_blocks = triton.cdiv(rows, block_rows)
+    programs = setting.programs_per_sm * multiprocessors / kv_heads
+    prefix_splits, own_splits = _splits(programs, setting.prefix_share, rows, block_rows)
+    out = q.new_empty(rows, heads, d)
+    # Outputs, the logarithm of the sum of their weights, and what makes rows multiples of 16 bytes
+    part = group, d + 4
+    splits = prefix_splits + own_splits
+    parts = q.new_empty(rows, kv_heads, splits, *part, dtype=torch.float32)
+    block = setting.block_bytes // q.element_size()
+    prefix_block = setting.prefix_block_bytes // q.element_size()
+    launch(
+        _attend_kernel, (kv_heads * (row_blocks * prefix_splits + rows * own_splits),), q.device,
+        q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
+        keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
+        out, parts, arrived, scale, rows, prefix_splits, own_splits,
+        KV_HEADS=kv_heads, GROUP=group, D=d,
+        BLOCK=block, PREFIX_BLOCK=prefix_block, SPLIT=prefix_block * setting.split_blocks,
+        PADDED=max(8, triton.next_power_of_2(group)), ROWS=block_rows, HEADS=columns,
+        num_stages=setting.stages, **overlap_options(overlap, upcoming, q.device),
+    )  # fmt: skip
+    return out
+
+
+def _require_dense(q, k, v, keys, values) -> None:
+    (rows, _, d), kv_heads = q.shape, k.shape[1]
+    if d < 16 or d & (d - 1) or rows * kv_heads > MAX_PAIRS:
         raise ValueError(
             f"q has shape {tuple(q.shape)} for {kv_heads} kv heads: heads of 16, 32, 64, … "
             f"channels are needed, and at most {MAX_PAIRS} pairs of a row and a kv head"
@@ -181,22 +271,17 @@ def attend(
             f"{values.stride()}: dense heads are needed, and pools with the same strides"
         )
 
-    padded = max(8, triton.next_power_of_2(group))
-    multiprocessors, arrived = _device(q.device)
-    if splits is None:
-        splits = round(PROGRAMS_PER_SM * multiprocessors / pairs)
-        splits = max(1, min(MAX_SPLITS, splits))
-    out = q.new_empty(rows, heads, d)
-    parts = q.new_empty(pairs, splits, d, padded, dtype=torch.float32)
-    log_sums = q.new_empty(pairs, splits, padded, dtype=torch.float32)
-    launch(
-        _attend_kernel, (rows, kv_heads, splits), q.device,
-        q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
-        keys, values, keys.stride(0), keys.stride(1),
-        spans.contiguous(), out, parts, log_sums, arrived, scale, splits,
-        GROUP=group, PADDED=padded, D=d, BLOCK=BLOCK_BYTES // q.element_size(), num_stages=STAGES,
-    )  # fmt: skip
-    return out
+
+def _splits(programs: float, share: float, rows: int, block_rows: int) -> tuple[int, int]:
+    """Return the splits of a block's prefixes and of a row's own tokens, for `programs` a kv head.
+
+    A block has a split for each of its rows at least, as each may have another prefix.
+    """
+    blocks, prefix = -(-rows // block_rows), 0
+    if block_rows > 1:
+        prefix = max(block_rows, min(MAX_SPLITS, round(share * programs / blocks)))
+    own = round((programs - prefix * blocks) / rows)
+    return prefix, max(1, min(MAX_SPLITS, own))
 
 
 @lru_cache

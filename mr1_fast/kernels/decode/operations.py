@@ -41,7 +41,7 @@ def attend(
     if use_triton(q):
         from . import attention_triton
 
-        return attention_triton.attend(q, k, v, cos, sin, keys, values, spans, scale)
+        return attention_triton.attend(q, k, v, cos, sin, keys, values, spans, scale, upcoming)
     if attention_native.takes(q):
         return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
     return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
