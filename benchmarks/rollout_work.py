@@ -12,6 +12,7 @@ from torch import nn
 
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.model.forward import base_model
+from mr1_fast.model.joined_weights import join_weights
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.model.prompt import PromptEncoder
 from mr1_fast.model.tiny import tiny_model, tiny_processor
@@ -52,7 +53,11 @@ class Work:
         warm_up_tokens: int,
         group: int = GROUP,
     ) -> "Work":
-        """The work of these examples, whose prompts are encoded here."""
+        """The work of these examples, whose prompts are encoded here.
+
+        Weights on the same input are moved next to one another, as those of a loaded policy are.
+        """
+        join_weights(base_model(model).model.language_model.layers)
         encode = PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
         prompts = [encode(example) for example in examples]
         return cls(model.eval(), processor, examples, prompts, lengths, warm_up_tokens, group)

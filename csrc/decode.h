@@ -16,6 +16,7 @@ struct DecodeArguments {
 };
 
 enum { DECODE_MAX_D = 256, DECODE_MAX_ROWS = 8 };
+enum { DECODE_TILE = 64 };  // tokens whose keys and values stay in L2
 
 // Neighbouring rows that have the same prefix, at most DECODE_MAX_ROWS.
 struct DecodeBlock {

@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int MOST_HEADS = WIDTH == 16 ? 8 : 4;  // query heads whose sums fit in registers
-constexpr int TILE = 64;                         // tokens whose keys and values stay in L2
+constexpr int TILE = DECODE_TILE;
 constexpr int AHEAD = 16;                        // tokens
 constexpr float LOG2E = 1.44269504f;
 constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 vanishes beside 1; subnormals take a hundred cycles
@@ -238,22 +238,27 @@ void begin(Heads<HEADS>& g, const DecodeArguments* a, int64_t row, int64_t head)
     }
 }
 
-// Attends with HEADS query heads, from `head` on, of each row of a block.
-template <class T, int HEADS>
+// Attends with HEADS query heads, from `head` on, of each row of a block of at most ROWS rows. A row
+// by itself has a function of its own, in which all is inlined.
+template <class T, int HEADS, int ROWS>
 void attend_heads(const DecodeArguments* a, const DecodeBlock& block, const Pool<T>& pool,
                   int64_t head) {
-    Heads<HEADS> g[DECODE_MAX_ROWS];
+    Heads<HEADS> g[ROWS];
     const int32_t(*spans)[4] = a->spans + block.first;
-    for (int r = 0; r < block.rows; ++r) begin<T>(g[r], a, block.first + r, head);
+    const int rows = ROWS > 1 ? block.rows : 1;
+    for (int r = 0; r < rows; ++r) begin<T>(g[r], a, block.first + r, head);
 
     // Only whole tiles of the prefix are shared, so that the tiles are those of a row by itself.
-    const int64_t shared = block.rows > 1 ? spans[0][1] / TILE * TILE : 0;
-    for (int64_t start = 0; start < shared; start += TILE) {
-        const Tile tile(spans[0], start, pool.stride);
-        for (int r = 0; r < block.rows; ++r) score(g[r], pool, tile, FromTile(block.rows, r));
-        for (int r = 0; r < block.rows; ++r) add_tile(g[r], pool, tile, FromTile(block.rows, r));
+    int64_t shared = 0;
+    if constexpr (ROWS > 1) {
+        shared = spans[0][1] / TILE * TILE;
+        for (int64_t start = 0; start < shared; start += TILE) {
+            const Tile tile(spans[0], start, pool.stride);
+            for (int r = 0; r < rows; ++r) score(g[r], pool, tile, FromTile(rows, r));
+            for (int r = 0; r < rows; ++r) add_tile(g[r], pool, tile, FromTile(rows, r));
+        }
     }
-    for (int r = 0; r < block.rows; ++r) {
+    for (int r = 0; r < rows; ++r) {
         for (int64_t start = shared; start < spans[r][1] + (int64_t)spans[r][3]; start += TILE) {
             const Tile tile(spans[r], start, pool.stride);
             score(g[r], pool, tile, FromRow());
@@ -271,7 +276,8 @@ inline void attend_up_to(int64_t heads, const DecodeArguments* a, const DecodeBl
                          const Pool<T>& pool, int64_t head) {
     if constexpr (HEADS > 1)
         if (heads < HEADS) return attend_up_to<T, HEADS - 1>(heads, a, block, pool, head);
-    attend_heads<T, HEADS>(a, block, pool, head);
+    if (block.rows == 1) return attend_heads<T, HEADS, 1>(a, block, pool, head);
+    attend_heads<T, HEADS, DECODE_MAX_ROWS>(a, block, pool, head);
 }
 
 template <class T>

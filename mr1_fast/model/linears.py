@@ -109,9 +109,6 @@ class Linears:
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y (T, ΣN) of x (T, D), with all biases; for use without gradients."""
-        matrices = self._matrices()
-        if self.adapters is None and len(matrices) == 1:
-            return F.linear(x, matrices[0], self.bias)
         y, _ = self.product(x)
         return y if self.bias_to_add is None else y.add_(self.bias_to_add)
 

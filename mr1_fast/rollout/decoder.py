@@ -102,6 +102,18 @@ def describe_layers(layers: list[DecoderLayer], like: Tensor) -> str:
     return " · ".join(found)
 
 
+def rotary_angles(text_model: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
+    """Compute the cosine and sine (P, d) of the first P text positions, in the model's dtype.
+
+    A text position is the same in M-RoPE's three axes, and so are its angles.
+    """
+    like = text_model.norm.weight
+    position = torch.arange(positions, device=like.device)
+    cos, sin = text_model.rotary_emb(like, position.expand(3, 1, -1))
+    # Older versions of transformers give angles for each axis, (3, 1, P, d); newer (1, P, d).
+    return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
+
+
 class Decoder:
     """Decodes up to `rows` samples at once, with a model's current weights and a pool."""
 
@@ -120,6 +132,9 @@ class Decoder:
         self.text, self.head = base.model.language_model, base.lm_head
         self.layers, self.norm = layers, Norm.of(self.text.norm)
         self.pool, self.sampling = pool, sampling
+        # An image takes no more positions than tokens, so no prompt ends behind its length.
+        positions = pool.layout.prompt_tokens + pool.layout.sample_tokens
+        self.cos, self.sin = rotary_angles(self.text, positions)
         # A sampled placeholder would ask the next forward for an image feature that does not exist.
         self.banned = (base.config.image_token_id, base.config.video_token_id)
         device = self.head.weight.device
@@ -205,7 +220,7 @@ class Decoder:
         tokens, position: (R,); spans: (R, 4) int32, as `attend` takes them.
         """
         residual, update = self.text.embed_tokens(tokens), None
-        cos, sin = self.angles(residual, position)
+        cos, sin = self.cos[position], self.sin[position]
         for layer, keys, values in zip(self.layers, self.pool.keys, self.pool.values, strict=True):
             residual, x = layer.norm1(residual, update, layer.qkv.upcoming)
             q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in layer.qkv.outputs(x))
@@ -220,12 +235,3 @@ class Decoder:
 
         _, x = self.norm(residual, update, (self.head.weight,))
         return x
-
-    def angles(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the cosine and sine (R, d) of text positions (R,), in the dtype of x (R, D).
-
-        A text position is the same in M-RoPE's three axes, and so are its angles.
-        """
-        cos, sin = self.text.rotary_emb(x[None], position.expand(3, 1, -1))
-        # Older versions of transformers give angles for each axis, (3, 1, R, d); newer (1, R, d).
-        return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]

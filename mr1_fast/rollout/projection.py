@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..kernels.decode.layer import Layer
 from ..kernels.decode.linear import linear_parts, linears, swiglu, takes
 from ..kernels.four_bit.weight import FourBitWeight
 from ..kernels.layers.operations import silu_mul
 from ..model.adapters import base_and_adapter
+from ..model.joined_weights import as_one
 from ..model.linears import Linears
 
 
@@ -46,7 +48,26 @@ class Projection:
 
 
 class JoinedProjection(Projection):
-    """Layers as training computes them, as one product where their weights lie together."""
+    """Layers whose weights lie behind one another, as one product."""
+
+    way = "one product"
+
+    def __init__(self, modules: tuple[nn.Module, ...], weight: Tensor, bias: Tensor | None):
+        super().__init__(modules)
+        self.weight, self.bias = weight, bias
+        self.lengths = [module.weight.shape[0] for module in modules]
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute them as one product."""
+        return linear(x, self.weight, self.bias).split(self.lengths, dim=1)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Compute both as one product, and gate it."""
+        return silu_mul(linear(x, self.weight, self.bias), None)
+
+
+class TrainingProjection(Projection):
+    """Layers with adapters or in 4 bits, as training computes them."""
 
     way = "as in training"
 
@@ -55,11 +76,11 @@ class JoinedProjection(Projection):
         self.linears = linears
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute them as one product."""
+        """Compute them side by side."""
         return self.linears.forward(x).split(self.linears.lengths, dim=1)
 
     def gated(self, x: Tensor) -> Tensor:
-        """Compute both as one product, and gate it."""
+        """Compute both side by side, and gate them."""
         return silu_mul(self.linears.forward(x), None)
 
 
@@ -99,9 +120,12 @@ def projection(like: Tensor, *modules: nn.Module) -> Projection:
         return KernelProjection(modules, layers)
     # On a GPU, a captured graph would hold copies of biases and adapters.
     joined = None if like.is_cuda else Linears.of(*modules)
-    if joined is not None and joined.dtype == like.dtype:
-        return JoinedProjection(modules, joined)
-    return Projection(modules)
+    if joined is None or joined.dtype != like.dtype:
+        return Projection(modules)
+    if joined.adapters is not None or joined.four_bits is not None:
+        return TrainingProjection(modules, joined)
+    weight = as_one(joined.weights)
+    return Projection(modules) if weight is None else JoinedProjection(modules, weight, joined.bias)
 
 
 def _layer(module: nn.Module, dtype: torch.dtype) -> Layer | None:
