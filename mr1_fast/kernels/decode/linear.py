@@ -36,7 +36,7 @@ def takes(layers: Sequence[Layer], like: Tensor) -> bool:
     return (
         use_triton(like)
         and like.dtype in (torch.float16, torch.bfloat16)
-        and len({_storage(layer) for layer in layers}) == 1
+        and len({_storage(layer) for layer in layers}) <= 1
         and all(_has_whole_blocks(layer) for layer in layers)
         and len({(adapter.a.dtype, adapter.b.dtype) for adapter in adapters}) <= 1
         and all(len(adapter.a) <= LARGEST_RANK for adapter in adapters)

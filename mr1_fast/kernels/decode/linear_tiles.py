@@ -74,9 +74,9 @@ TILES = {
 }
 """Two tiles for each operation and most rows: for GPUs with LARGE shared memory, and for others.
 
-The first of linears and swiglu in 16 bits are the best of benchmarks/bench_decode_step.py --sweep
-on an H100; nothing else was measured yet. In 4 bits a tile has what needs the fewest instructions
-for each number: 4 warps, since 8 would dequantise the same numbers twice.
+The first of linears and swiglu in 16 bits were the best of a sweep on an H100; nothing else was
+measured yet (benchmarks/sweep.py decode_linears, …). In 4 bits a tile has what needs the fewest
+instructions for each number: 4 warps, since 8 would dequantise the same numbers twice.
 """
 VARIANTS = {
     "linears": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class FourBitWeight:
         second = state.state2 if state.nested else None
         return cls(
             packed=module.weight.data.view(-1).view(torch.uint8),
-            code=state.code,
+            code=_levels(state),
             absmax=state.absmax,
             shape=tuple(state.shape),
             block=state.blocksize,
@@ -60,3 +61,27 @@ class FourBitWeight:
         """Bytes of the packed numbers and their scales."""
         scales = self.absmax_scale.nbytes if self.absmax_scale is not None else 0
         return self.packed.nbytes + self.absmax.nbytes + scales
+
+
+def _levels(state: object) -> Tensor:
+    """Return the 16 levels of bitsandbytes' quant_state, in fp32.
+
+    Weights that were quantised while another dtype was PyTorch's default have a rounded copy, which
+    bitsandbytes itself does not read on a GPU.
+    """
+    if state.code.dtype is torch.float32:
+        return state.code
+    return _exact_levels(state.quant_type, state.code.device)
+
+
+@lru_cache
+def _exact_levels(quant_type: str, device: torch.device) -> Tensor:
+    """Make the levels once for a device: a CUDA graph keeps their address."""
+    from bitsandbytes.functional import get_4bit_type
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return get_4bit_type(quant_type, device=device)
+    finally:
+        torch.set_default_dtype(default)

@@ -41,3 +41,17 @@ def test_other_modules_have_no_such_weight():
     layer = four_bit_layer(torch.randn(64, 64))
     layer.out_features = 32
     assert FourBitWeight.of(layer) is None, "of another shape"
+
+
+def test_levels_are_exact_whatever_dtype_was_the_default():
+    x = torch.randn(64, 64)
+    exact = FourBitWeight.of(four_bit_layer(x))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rounded = four_bit_layer(x)
+        assert rounded.weight.quant_state.code.dtype == torch.bfloat16
+        weight, again = FourBitWeight.of(rounded), FourBitWeight.of(rounded)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weight.code, exact.code)
+    assert weight.code.data_ptr() == again.code.data_ptr(), "a CUDA graph keeps the address"
