@@ -85,7 +85,7 @@ def prepare(config: TrainConfig) -> Run:
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
-    self_test(resolve_device(config))
+    self_test(resolve_device(config), config.load_in_4bit)
     source, held_out = load_data(config)
 
     log = RunLog(config)

@@ -4,6 +4,8 @@ There are devices on which a Triton kernel compiles, runs, and writes nothing (c
 unsloth#11614). A run there would train on whatever the memory held.
 """
 
+from dataclasses import fields, is_dataclass, replace
+
 import torch
 
 from ..errors import UserError
@@ -13,7 +15,9 @@ from .adamw.step import adamw_, add_stochastic_
 from .decode import linear as decode_linear
 from .decode import operations as decode
 from .decode import reference as decode_reference
-from .decode.layer import Layer
+from .decode.layer import Adapter, Layer
+from .decode.reference import linear_ref
+from .four_bit.weight import FourBitWeight
 from .grpo.linear import linear_grpo_loss_with_gradient
 from .grpo.objective import Objective, RowResults
 from .grpo.reference import grpo_loss_ref
@@ -22,10 +26,13 @@ from .layers import operations as layers
 from .layers import reference as layers_reference
 
 
-def self_test(device: torch.device) -> None:
-    """Raise UserError if a kernel on `device` gives other numbers than the reference on the CPU."""
+def self_test(device: torch.device, four_bits: bool = False) -> None:
+    """Raise UserError if a kernel on `device` gives other numbers than the reference on the CPU.
+
+    four_bits: whether the kernels that read weights in 4 bits are among them.
+    """
     try:
-        worst = _largest_errors(device)
+        worst = _largest_errors(device, four_bits)
     except UserError:
         raise
     except Exception as error:
@@ -40,7 +47,7 @@ def self_test(device: torch.device) -> None:
             )
 
 
-def _largest_errors(device: torch.device) -> dict[str, float]:
+def _largest_errors(device: torch.device, four_bits: bool) -> dict[str, float]:
     """Return the largest error of each result, relative to its largest value."""
     pairs = {
         **_loss_pairs(device),
@@ -48,6 +55,7 @@ def _largest_errors(device: torch.device) -> dict[str, float]:
         "its sum in fp32": _weight_gradients(device, fp32_accumulation=True),
         **_optimizer_pairs(device),
         **_decode_pairs(device),
+        **_decode_linear_pairs(device, four_bits),
         **_layer_pairs(device),
     }
     return {
@@ -166,26 +174,64 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     )
     angles = torch.randn(3, 32, generator=generator)
     spans = torch.tensor([[0, 5, 6, 2], [0, 5, 10, 1], [0, 0, 14, 4]], dtype=torch.int32)
-    x, gate, up = (torch.randn(n, 64, generator=generator) for n in (3, 48, 48))
     logits, uniform = torch.randn(3, 10_000, generator=generator), torch.tensor([0.1, 0.5, 0.9])
     attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
-    x, gate, up, logits = (t.bfloat16() for t in (x, gate, up, logits))
+    logits = logits.bfloat16()
     right = (
         decode_reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        torch.nn.functional.silu(x.float() @ gate.float().T) * (x.float() @ up.float().T),
         decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
     )
-    attention, (x, gate, up) = (
-        [t.to(device) for t in attention],
-        (t.to(device) for t in (x, gate, up)),
-    )
+    attention = [t.to(device) for t in attention]
     ours = (
         decode.attend(*attention, spans.to(device), 0.2),
-        decode_linear.swiglu(x, Layer(gate), Layer(up)),
         decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
     )
-    names = ("a rollout's attention", "a rollout's gating", "a rollout's draw")
+    names = ("a rollout's attention", "a rollout's draw")
     return dict(zip(names, zip(ours, right, strict=True), strict=True))
+
+
+def _decode_linear_pairs(
+    device: torch.device, four_bits: bool
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Compute a rollout's linear layers, of which one has an adapter and one is in 4 bits."""
+    generator = torch.Generator().manual_seed(6)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weights = random(3, 128).bfloat16(), [random(48, 128).bfloat16() for _ in range(2)]
+    adapter = Adapter(random(8, 128), random(48, 8), 0.5)
+    gate, up = Layer(weights[0]), Layer(weights[1], None, adapter)
+    calls = {"gating": ("swiglu", gate, up), "product in parts": ("linear_parts", up)}
+    if four_bits:
+        numbers = (torch.randint(256, (n,), generator=generator) for n in (48 * 64, 48 * 2))
+        packed, scales = (each.to(torch.uint8) for each in numbers)
+        second = random(256).abs(), random(1).abs(), random(1)[0].abs(), 256
+        small = FourBitWeight(packed, random(16), scales, (48, 128), 64, *second)
+        calls["product in 4 bits"] = "linear_parts", Layer(small, None, adapter)
+        calls["gating in 4 bits"] = "swiglu", Layer(small), Layer(small, None, adapter)
+
+    pairs = {}
+    for name, (operation, *given) in calls.items():
+        ours = getattr(decode_linear, operation)(x.to(device), *_moved(given, device))
+        ours = ours if ours.ndim == 2 else ours.sum(0)
+        gate, up = (linear_ref(x, layer).float() for layer in (given[0], given[-1]))
+        right = torch.nn.functional.silu(gate) * up if operation == "swiglu" else up
+        pairs[f"a rollout's {name}"] = ours, right
+    return pairs
+
+
+def _moved(layers: list[Layer], device: torch.device) -> list[Layer]:
+    """Move the tensors of layers, and of what they consist of, to a device."""
+
+    def move(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if is_dataclass(value):
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    return [move(layer) for layer in layers]
 
 
 def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -6,6 +6,7 @@ import torch
 from mr1_fast.errors import UserError
 from mr1_fast.kernels import self_test
 from mr1_fast.kernels.adamw import step_triton
+from mr1_fast.kernels.decode import attention_triton, linear_triton
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
 
@@ -23,12 +24,14 @@ KERNELS = [
     (gate_triton, "_silu_mul_backward_kernel"),
     (gate_triton, "_quick_gelu_kernel"),
     (gate_triton, "_quick_gelu_backward_kernel"),
+    (attention_triton, "_attend_kernel"),
+    (linear_triton, "_linears_kernel"),
 ]
 LAYERS = norm_triton, rotary_triton, gate_triton
 
 
 def test_passes(device):
-    self_test.self_test(torch.device(device))
+    self_test.self_test(torch.device(device), four_bits=True)
 
 
 @pytest.mark.parametrize(("module", "silent"), KERNELS)
@@ -44,8 +47,8 @@ def test_a_kernel_that_writes_nothing_is_refused(device, monkeypatch, module, si
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     if module in LAYERS:  # the rest takes seconds under the interpreter
-        for part in ("_loss_pairs", "_optimizer_pairs", "_decode_pairs"):
-            monkeypatch.setattr(self_test, part, lambda device: {})
+        for part in ("_loss_pairs", "_optimizer_pairs", "_decode_pairs", "_decode_linear_pairs"):
+            monkeypatch.setattr(self_test, part, lambda *_: {})
         nothing = torch.zeros(1), torch.zeros(1)
         monkeypatch.setattr(self_test, "_weight_gradients", lambda *_, **__: nothing)
     monkeypatch.setattr(module, silent, Silent())
