@@ -32,7 +32,7 @@ from decode_tiles import OVERLAPS
 from device_time import read
 from measure import finish, make_parser, print_table, release
 
-from mr1_fast.kernels.overlap import decode_overlap
+from mr1_fast.kernels.overlap import decode_overlap, possible_overlaps
 
 LAUNCHES = 20
 REPLAYS = 7
@@ -155,7 +155,7 @@ def measured_layers(
             random_layers(model, kind, layers, ROWS_OF_LAYERS, "cuda", torch.bfloat16), "cuda"
         )
         lines = []
-        for setting in (None, *OVERLAPS):
+        for setting in (None, *possible_overlaps(OVERLAPS, torch.device("cuda", 0))):
             step(setting)
             time = replayed(step.graphs[setting][0]) * 1000 / layers
             case = {"model": model, "kind": kind, "setting": setting and setting._asdict()}

@@ -217,17 +217,25 @@ def gate_up(shape: Shape, r: int, contents: Contents) -> Operation:
 
 
 def parts(name: str, n: int, d: int, shape: Shape, r: int, contents: Contents) -> Operation:
-    """A product as the launch table has it, by PyTorch, and split over its depth."""
+    """A product as the launch table has it, by PyTorch, and split over its depth.
+
+    The split one is timed with the norm that adds up its parts, beside the other with its norm.
+    """
     ours = lambda x, layers: linear_parts(x, layers[0])  # noqa: E731
     made = linear_operation(name, ours, (n,), d, shape, r, contents)
     if contents.kind == "" and contents.device != "cpu":
         from mr1_fast.kernels.decode import linear_triton
 
         tile = split_tile(r, contents.device)
-        made.ways[f"{name}: split"] = [
-            partial(lambda x, layers: linear_triton.linear_parts(x, layers[0], tile), *call.args)
-            for call in made.ways[name]
-        ]
+        residual, weight = contents.random(r, n), contents.random(n)
+
+        def normed(tile: tuple | None, x: Tensor, layers: list) -> object:
+            y = linear_triton.linear_parts(x, layers[0], tile)
+            return add_rms_norm(residual, y, weight, 1e-6)
+
+        calls = made.ways[name]
+        for label, choice in (("and norm", None), ("split, and norm", tile)):
+            made.ways[f"{name}, {label}"] = [partial(normed, choice, *call.args) for call in calls]
     return made
 
 

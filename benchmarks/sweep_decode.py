@@ -24,6 +24,7 @@ from mr1_fast.kernels.decode.layer import Layer
 from mr1_fast.kernels.decode.operations import add_rms_norm
 from mr1_fast.kernels.decode.reference import attend_ref
 from mr1_fast.kernels.four_bit.reference import dequantise_ref
+from mr1_fast.kernels.overlap import possible_overlaps
 
 USUAL_ROWS = 64
 """A group of 8 samples for each of 8 prompts: its entries come first."""
@@ -130,7 +131,7 @@ class Linears(DecodeKernel):
             outputs.clear()
             for layers in inputs.sets:
                 if self.operation == "linears":
-                    y = torch.cat(linear_triton.linears(inputs.x, layers, tile), dim=1)
+                    y = linear_triton.linears(inputs.x, layers, tile)
                 elif self.operation == "swiglu":
                     y = linear_triton.swiglu(inputs.x, *layers, tile)
                 else:
@@ -140,6 +141,7 @@ class Linears(DecodeKernel):
 
         def errors() -> dict[str, Tensor]:
             y, exact = outputs[0], inputs.exact
+            y = torch.cat(y, dim=1) if isinstance(y, tuple) else y
             y = y.double().sum(0) if y.ndim == 3 else y
             bound = bound_of(inputs.x) * exact.abs().max().item()
             return {"output": largest(y - exact, bound)}
@@ -275,7 +277,8 @@ class Overlapped(DecodeKernel):
     tiny = Size(3, 1, 128)
 
     def variants(self) -> tuple[tuple, ...]:
-        return OVERLAPS
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return tuple(possible_overlaps(OVERLAPS, device))
 
     def sizes(self) -> list[Size]:
         return [Size(64, 8, 1536), Size(64, 8, 3584)]

@@ -13,8 +13,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_LANES = tl.constexpr(128)
-"""Chunks that a program asks for at a time: one a thread, of a kernel with four warps."""
 _IN_BULK = tl.constexpr(
     "{.reg .pred p; setp.ne.u32 p, $2, 0; "
     "@p cp.async.bulk.prefetch.L2.global [$1], 2048; mov.u32 $0, 0;}"
@@ -39,21 +37,24 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
-def prefetch(UPCOMING, CHUNKS, program, programs, COUNT: tl.constexpr, IN_BULK: tl.constexpr):
+def prefetch(
+    UPCOMING, CHUNKS, program, programs,
+    COUNT: tl.constexpr, IN_BULK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Load this program's share of the upcoming weights into L2, without waiting for them.
 
-    UPCOMING, CHUNKS: COUNT pointers to bytes, and how many chunks of each (overlap.py).
+    UPCOMING, CHUNKS: COUNT pointers to bytes, and how many chunks of each (overlap.py): at most
+    LANES, the threads of a program, for each program.
     """
     if not _INTERPRETED:
+        SIZE: tl.constexpr = 2048 if IN_BULK else 128
         for i in tl.static_range(COUNT):
-            for first in tl.range(program * _LANES, CHUNKS[i], programs * _LANES):
-                chunk = first + tl.arange(0, _LANES)
-                SIZE: tl.constexpr = 2048 if IN_BULK else 128
-                tl.inline_asm_elementwise(
-                    _IN_BULK if IN_BULK else _BY_LINES,
-                    "=r,l,r",
-                    [UPCOMING[i] + chunk.to(tl.int64) * SIZE, (chunk < CHUNKS[i]).to(tl.int32)],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
+            chunk = program + programs * tl.arange(0, LANES)
+            tl.inline_asm_elementwise(
+                _IN_BULK if IN_BULK else _BY_LINES,
+                "=r,l,r",
+                [UPCOMING[i] + chunk.to(tl.int64) * SIZE, (chunk < CHUNKS[i]).to(tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )

@@ -129,9 +129,9 @@ class Engine:
         if num_generations < 0:
             raise UserError(f"num_generations is {num_generations}, but must not be negative.")
 
-        def lay_out(prompts: list[Prompt], more: bool) -> tuple[Decoder, Decoder | Graphs]:
+        def lay_out(lengths: list[int], more: bool) -> tuple[Decoder, Decoder | Graphs]:
             self._prepare(
-                self._layout(prompts, num_generations, sampling, cache_tokens, more), sampling
+                self._layout(lengths, num_generations, sampling, cache_tokens, more), sampling
             )
             return self._decoder, self._graphs or self._decoder
 
@@ -196,14 +196,17 @@ class Engine:
 
     def _layout(
         self,
-        prompts: list[Prompt],
+        lengths: list[int],
         num_generations: int,
         sampling: Sampling,
         budget: int | None,
         more: bool,
     ) -> Layout:
         """Choose how to cut the pool: as the last one if that is enough, since graphs hold it."""
-        wanted = fitting(prompts, num_generations, sampling, budget, more)
+        fit = partial(
+            Layout.fitting, lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES
+        )
+        wanted = fit(budget, more)
         last = self._decoder.pool.layout if self._decoder else None
         if last and last.covers(wanted) and (budget is None or last.tokens <= budget):
             return last
@@ -215,8 +218,7 @@ class Engine:
         self.release()
         torch.cuda.empty_cache()
         free = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-        most = int(free / token_bytes(self._text))
-        return fitting(prompts, num_generations, sampling, most, more)
+        return fit(int(free / token_bytes(self._text)), more)
 
     def _prepare(self, layout: Layout, sampling: Sampling) -> None:
         """Make a decoder with its pool, and its graphs on a GPU.
@@ -234,10 +236,10 @@ class Engine:
         self.release()
         pool = Pool(self._text, layout)
         self._decoder = Decoder(self.model, layers, pool, sampling, layout.sample_spans)
-        self._key = key
         # A graph cannot hold attention in PyTorch, which reads lengths on the host.
         if pool.keys.is_cuda and use_triton(pool.keys):
             self._graphs = Graphs(self._decoder, layout.sample_spans)
+        self._key = key
 
     def _ends(self, sampling: Sampling) -> Ends:
         """Make the function that tells why a completion ends: at "eos" or at a "stop" text."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..kernels.decode.layer import Layer
-from ..kernels.decode.linear import linear_parts, linears, swiglu, takes
+from ..kernels.decode.linear import linear_parts, linears, splits, swiglu, takes
 from ..kernels.four_bit.weight import FourBitWeight
 from ..kernels.layers.operations import silu_mul
 from ..model.adapters import base_and_adapter
@@ -31,8 +31,8 @@ class Projection:
 
     @property
     def key(self) -> tuple:
-        """Return what a CUDA graph holds beside pointers: another key needs another graph."""
-        return (self.way,)
+        """Return what a CUDA graph holds beside the model's weights: with another, it is stale."""
+        return self.way, *(_adapters_in_use(module) for module in self.modules)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Apply each of the layers to x (R, D): (R, N_i) each."""
@@ -87,18 +87,26 @@ class TrainingProjection(Projection):
 class KernelProjection(Projection):
     """Layers in one kernel for decoding, with their adapters, from weights in 16 or 4 bits."""
 
-    def __init__(self, modules: tuple[nn.Module, ...], layers: tuple[Layer, ...]):
+    def __init__(self, modules: tuple[nn.Module, ...], layers: tuple[Layer, ...], like: Tensor):
         super().__init__(modules)
         self.layers = layers
         self.upcoming = tuple(layer.stored for layer in layers)
         bits = "4" if layers[0].in_four_bits else "16"
         lora = " with LoRA" if any(layer.adapter for layer in layers) else ""
-        self.way = f"one kernel, {bits} bits{lora}"
+        is_split = len(layers) > 1 or splits(layers[0], like)
+        self.way = f"one kernel, {bits} bits{lora}" if is_split else "PyTorch's product"
 
     @property
     def key(self) -> tuple:
-        """Return the scales of adapters, too: a graph holds them as numbers."""
-        return self.way, *(layer.adapter and layer.adapter.scale for layer in self.layers)
+        """Return the numbers and addresses that a launch has beside those of weights, too."""
+        found: list[object] = [super().key]
+        for layer in self.layers:
+            tensors = [layer.adapter.a, layer.adapter.b] if layer.adapter else []
+            if isinstance(layer.weight, FourBitWeight):
+                parts = vars(layer.weight).values()
+                tensors += [each for each in parts if isinstance(each, Tensor)]
+            found += [layer.adapter and layer.adapter.scale, *(each.data_ptr() for each in tensors)]
+        return tuple(found)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute them in one launch."""
@@ -117,7 +125,7 @@ def projection(like: Tensor, *modules: nn.Module) -> Projection:
     """Choose the fastest way for modules on the same input, of the dtype and device of `like`."""
     layers = tuple(_layer(module, like.dtype) for module in modules)
     if None not in layers and takes(layers, like):
-        return KernelProjection(modules, layers)
+        return KernelProjection(modules, layers, like)
     # On a GPU, a captured graph would hold copies of biases and adapters.
     joined = None if like.is_cuda else Linears.of(*modules)
     if joined is None or joined.dtype != like.dtype:
@@ -143,3 +151,11 @@ def _layer(module: nn.Module, dtype: torch.dtype) -> Layer | None:
     if weight is None or (base.compute_dtype or base.weight.quant_state.dtype) != dtype:
         return None
     return Layer(weight, base.bias, adapter)
+
+
+def _adapters_in_use(module: nn.Module) -> tuple | None:
+    """Describe which adapters of peft's layer count in its forward, and how; None without any."""
+    if not hasattr(module, "lora_A"):
+        return None
+    state = module.disable_adapters, module.merged, *module.active_adapters
+    return *state, *(module.scaling.get(name) for name in module.active_adapters)

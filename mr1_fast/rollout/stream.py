@@ -23,6 +23,7 @@ from .cache import Layout, Pool
 from .decoder import Decoder, Wait
 from .graphs import Graphs
 from .schedule import Group, Results, Schedule, Step
+from .table import MOST_SAMPLES
 
 
 class Batch(NamedTuple):
@@ -39,8 +40,9 @@ class Means(NamedTuple):
 
     encode: PromptEncoder
     """Makes prompts of examples."""
-    lay_out: Callable[[list[Prompt], bool], tuple[Decoder, Decoder | Graphs]]
-    """lay_out(prompts, whether others follow) → a decoder with a pool, and what launches steps."""
+    lay_out: Callable[[list[int], bool], tuple[Decoder, Decoder | Graphs]]
+    """lay_out(lengths of prompts, whether others follow) → a decoder with a pool for them, and what
+    launches steps."""
     prefill: Callable[[list[Prompt], Pool, list[int]], Tensor]
     """Encodes prompts into a pool: `prefill` of prefill.py, with a model."""
 
@@ -67,6 +69,9 @@ class Stream:
         """The prompts of those batches by number."""
         self.coming: tuple[Batch, list[Prompt]] | None = None
         """The next batch and its prompts, which are longer than the pool's spans."""
+        self.longest = self.most = self.expected = 0
+        """Tokens of the longest prompt, prompts of the largest batch, and samples of that batch for
+        which the pool was laid out."""
         self.error: UserError | None = None
         """Why the next batch cannot be encoded."""
 
@@ -111,12 +116,12 @@ class Stream:
         batch, prompts = self.coming
         lengths = [len(prompt.input_ids) for prompt in prompts]
         count = len(prompts) * schedule.num_generations
-        if count and schedule.max_new_tokens and max(lengths) > schedule.layout.prompt_tokens:
+        if count and schedule.max_new_tokens and self._outgrows(lengths):
             # Another pool needs the memory of this one, so running samples end first. This happens
             # a few times: among n batches, about ln(n) have a longer prompt than all before.
             if not schedule.idle or self.launched:
                 return False
-            self._lay_out(prompts)
+            self._lay_out(lengths)
 
         uniform = torch.rand(
             (count, schedule.max_new_tokens), generator=torch.Generator().manual_seed(batch.seed)
@@ -128,27 +133,44 @@ class Stream:
         self.coming = None
         return True
 
-    def _encoded(self) -> tuple[Batch, list[Prompt]] | None:
-        """Encode the next batch; None if there is none, or if it cannot be encoded."""
-        batch = next(self.batches, None)
-        if batch is None:
-            return None
-        if batch.prompts is not None:
-            return batch, batch.prompts
+    def _take_batch(self) -> Batch | None:
+        """Take the next batch from the caller; None if there is none, or making it failed."""
         try:
-            return batch, self.means.encode.many(batch.examples)
+            return next(self.batches, None)
         except UserError as error:  # raised when the batches before have ended
             self.error = error
             return None
 
-    def _lay_out(self, prompts: list[Prompt]) -> None:
-        """Get a pool for prompts such as these."""
-        following = next(self.batches, None)
+    def _encoded(self) -> tuple[Batch, list[Prompt]] | None:
+        """Encode the next batch; None if there is none, or if it cannot be encoded."""
+        batch = self._take_batch()
+        if batch is None or batch.prompts is not None:
+            return batch and (batch, batch.prompts)
+        try:
+            return batch, self.means.encode.many(batch.examples)
+        except UserError as error:
+            self.error = error
+            return None
+
+    def _outgrows(self, lengths: list[int]) -> bool:
+        """Tell whether prompts of these lengths need another pool, if memory allows for one."""
+        layout, samples = self.schedule.layout, len(lengths) * self.schedule.num_generations
+        is_limited = layout.sample_spans < self.expected or layout.sample_spans >= MOST_SAMPLES
+        return max(lengths) > layout.prompt_tokens or (
+            samples > layout.sample_spans and not is_limited
+        )
+
+    def _lay_out(self, lengths: list[int]) -> None:
+        """Get a pool for prompts of these lengths, and for the largest batches so far."""
+        self.longest, self.most = max(self.longest, *lengths), max(self.most, len(lengths))
+        self.expected = min(self.most * self.schedule.num_generations, MOST_SAMPLES)
+        following = self._take_batch()
         if following is not None:
             self.batches = chain([following], self.batches)
+        more = following is not None or self.error is not None
         self.schedule.lay_out(Layout(0, 0, 0, 0))
         self.decoder = self.launcher = None  # before the next pool needs the memory
-        self.decoder, self.launcher = self.means.lay_out(prompts, following is not None)
+        self.decoder, self.launcher = self.means.lay_out([self.longest] * self.most, more)
         self.schedule.lay_out(self.decoder.pool.layout)
 
     # --- samples --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mr1_fast.kernels.four_bit import dequantise_triton, operations
-from mr1_fast.kernels.four_bit.dequantise_triton import lane_order, load_four_bits
+from mr1_fast.kernels.four_bit.dequantise_triton import load_four_bits
 from mr1_fast.kernels.four_bit.reference import dequantise_ref
 
 from ..data.four_bits import four_bit_weight
@@ -101,16 +101,16 @@ def test_nothing_but_the_weights_is_allocated(device):
 def _copy_kernel(
     OUT, PACKED, CODE, ABSMAX, ABSMAX_CODE, ABSMAX_SCALE, ABSMAX_OFFSET, N, D,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr, IN_LANE_ORDER: tl.constexpr,
+    NESTED: tl.constexpr,
 ):  # fmt: skip
     """Write a weight tile by tile; columns beyond D go to those of the next row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = lane_order(DEPTH) if IN_LANE_ORDER else tl.arange(0, DEPTH)
+    column = tl.arange(0, DEPTH)
     for k in tl.range(0, D, DEPTH):
         w = load_four_bits(
             PACKED, CODE, ABSMAX, ABSMAX_CODE, ABSMAX_SCALE, ABSMAX_OFFSET,
             tl.minimum(row, N - 1), k, D, DEPTH, BLOCK, ABSMAX_BLOCK, NESTED,
-            OUT.dtype.element_ty, IN_LANE_ORDER,
+            OUT.dtype.element_ty,
         )  # fmt: skip
         width = tl.cdiv(D, DEPTH) * DEPTH
         tl.store(OUT + row[:, None] * width + k + column[None, :], w, mask=(row < N)[:, None])
@@ -118,30 +118,15 @@ def _copy_kernel(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @KINDS
-@pytest.mark.parametrize("in_lane_order", [False, True])
 @pytest.mark.parametrize(("n", "d", "depth"), [(9, 384, 256), (13, 128, 128), (1, 1280, 512)])
-def test_tiles(device, n, d, depth, in_lane_order, kind, nested, block, dtype):
+def test_tiles(device, n, d, depth, kind, nested, block, dtype):
     weight = four_bit_weight(n, d, device, kind=kind, nested=nested, block=block)
     width = -(-d // depth) * depth
     out = torch.full((n, width), 7.0, dtype=dtype, device=device)
     _copy_kernel[(triton.cdiv(n, 8),)](
         out, weight.packed, weight.code, weight.absmax, weight.absmax_code, weight.absmax_scale,
         weight.absmax_offset, n, d, ROWS=8, DEPTH=depth, BLOCK=block,
-        ABSMAX_BLOCK=weight.absmax_block, NESTED=nested, IN_LANE_ORDER=in_lane_order,
+        ABSMAX_BLOCK=weight.absmax_block, NESTED=nested,
     )  # fmt: skip
     assert torch.equal(out[:, :d], dequantise_ref(weight, dtype))
     assert (out[:, d:] == 0).all()
-
-
-def test_the_order_of_lanes_gives_each_of_4_threads_a_quarter(device):
-    """A thread of the tensor cores has columns 2t, 2t + 1, 2t + 8, 2t + 9, …"""
-
-    @triton.jit
-    def _order_kernel(OUT, DEPTH: tl.constexpr):
-        tl.store(OUT + tl.arange(0, DEPTH), lane_order(DEPTH))
-
-    order = torch.empty(128, dtype=torch.int32, device=device)
-    _order_kernel[(1,)](order, DEPTH=128)
-    for t in range(4):
-        mine = order.view(16, 4, 2)[:, t]
-        assert mine.flatten().tolist() == list(range(32 * t, 32 * t + 32))

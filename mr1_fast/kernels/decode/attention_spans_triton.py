@@ -54,7 +54,7 @@ def attend_own(
     """Attend with the GROUP queries of a (row, kv head) over one split of the row's own tokens.
 
     If prefixes are not SHARED, over its prefix and its own tokens. The first split stores the new
-    key and value, and has them in registers. PARTS, LOG_SUMS: where the split's results go.
+    key and value, and has them in registers. PARTS: where the split's results go.
 
     Products are transposed: tokens and channels are the long side of the tensor cores' tiles, and
     the 6 or 7 query heads of a kv head are the short side, padded to 8 instead of 16.

@@ -173,7 +173,8 @@ def _own_program(
 def _attend_kernel(
     Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
     SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
-    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, DEPENDENT: tl.constexpr,
+    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, LANES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, PREFIX_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
@@ -181,7 +182,7 @@ def _attend_kernel(
     """Attend over one split: of the prefixes of ROWS rows first, then of each row's own tokens."""
     let_next_begin(DEPENDENT)
     program = tl.program_id(0)
-    prefetch(UPCOMING, CHUNKS, program, tl.num_programs(0), COUNT, IN_BULK)
+    prefetch(UPCOMING, CHUNKS, program, tl.num_programs(0), COUNT, IN_BULK, LANES)
     wait_for_previous(DEPENDENT)
     own_program = program - tl.cdiv(rows, ROWS) * KV_HEADS * prefix_splits
     if ROWS > 1 and own_program < 0:
@@ -235,8 +236,9 @@ def attend(
     shares = rows > 1 and q.dtype in SHARING_DTYPES
     block_rows = max(1, min(BLOCK_ROWS, MAX_COLUMNS // columns)) if shares else 1
     row_blocks = triton.cdiv(rows, block_rows)
-    programs = setting.programs_per_sm * multiprocessors / kv_heads
-    prefix_splits, own_splits = _splits(programs, setting.prefix_share, rows, block_rows)
+    wanted = setting.programs_per_sm * multiprocessors / kv_heads
+    prefix_splits, own_splits = _splits(wanted, setting.prefix_share, rows, block_rows)
+    programs = kv_heads * (row_blocks * prefix_splits + rows * own_splits)
     out = q.new_empty(rows, heads, d)
     # Outputs, the logarithm of the sum of their weights, and what makes rows multiples of 16 bytes
     part = group, d + 4
@@ -245,14 +247,14 @@ def attend(
     block = setting.block_bytes // q.element_size()
     prefix_block = setting.prefix_block_bytes // q.element_size()
     launch(
-        _attend_kernel, (kv_heads * (row_blocks * prefix_splits + rows * own_splits),), q.device,
+        _attend_kernel, (programs,), q.device,
         q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
         keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
         out, parts, arrived, scale, rows, prefix_splits, own_splits,
         KV_HEADS=kv_heads, GROUP=group, D=d,
         BLOCK=block, PREFIX_BLOCK=prefix_block, SPLIT=prefix_block * setting.split_blocks,
         PADDED=max(8, triton.next_power_of_2(group)), ROWS=block_rows, HEADS=columns,
-        num_stages=setting.stages, **overlap_options(overlap, upcoming, q.device),
+        num_stages=setting.stages, **overlap_options(overlap, upcoming, q.device, programs),
     )  # fmt: skip
     return out
 

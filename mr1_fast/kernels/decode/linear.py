@@ -37,6 +37,7 @@ def takes(layers: Sequence[Layer], like: Tensor) -> bool:
         use_triton(like)
         and like.dtype in (torch.float16, torch.bfloat16)
         and len({_storage(layer) for layer in layers}) <= 1
+        and all(layer.in_four_bits or layer.stored.dtype == like.dtype for layer in layers)
         and all(_has_whole_blocks(layer) for layer in layers)
         and len({(adapter.a.dtype, adapter.b.dtype) for adapter in adapters}) <= 1
         and all(len(adapter.a) <= LARGEST_RANK for adapter in adapters)
@@ -75,6 +76,17 @@ def linear_parts(x: Tensor, layer: Layer) -> Tensor:
 
         return linear_triton.linear_parts(x, layer)
     return linear_ref(x, layer)
+
+
+def splits(layer: Layer, like: Tensor) -> bool:
+    """Tell whether `linear_parts` takes our kernel for a layer that `takes` accepts.
+
+    For a plain layer it is PyTorch's product, until a sweep has found the kernel to be faster.
+    """
+    from . import linear_tiles
+
+    x = like.new_empty(1, layer.shape[1])
+    return linear_tiles.choose_tile("parts", x, (layer,)) != linear_tiles.BY_PYTORCH
 
 
 def _storage(layer: Layer) -> tuple:

@@ -63,8 +63,8 @@ TILES = {
     ("parts", 64): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
     ("parts", 128): (PartsTile(64, 64, 128, 4, 4, 2), PartsTile(64, 64, 64, 4, 3, 2)),
     ("linears_four_bit", 32): (Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
-    ("linears_four_bit", 64): (Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 4, 4)),
-    ("linears_four_bit", 128): (Tile(64, 32, 128, 4, 4), Tile(64, 32, 64, 4, 4)),
+    ("linears_four_bit", 64): (Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3)),
+    ("linears_four_bit", 128): (Tile(64, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3)),
     ("swiglu_four_bit", 32): (Tile(128, 32, 64, 4, 4), Tile(128, 32, 64, 4, 4)),
     ("swiglu_four_bit", 64): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3)),
     ("swiglu_four_bit", 128): (Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3)),
@@ -76,7 +76,8 @@ TILES = {
 
 The first of linears and swiglu in 16 bits were the best of a sweep on an H100; nothing else was
 measured yet (benchmarks/sweep.py decode_linears, …). In 4 bits a tile has what needs the fewest
-instructions for each number: 4 warps, since 8 would dequantise the same numbers twice.
+instructions for each number: 4 warps, since 8 would dequantise the same numbers twice, and all rows
+up to 64, since other programs would dequantise them again.
 """
 VARIANTS = {
     "linears": (
@@ -124,10 +125,16 @@ LEAST_STEPS = 2
 """Tiles of D that a part of a product has at least."""
 
 
-def choose_tile(operation: str, x: torch.Tensor, layers: Sequence[Layer]) -> Tile | PartsTile:
+def choose_tile(
+    operation: str,
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    tile: Tile | PartsTile | None = None,
+) -> Tile | PartsTile:
     """Choose the tile of an operation, for rows x (R, D), the kind of layers, and the GPU.
 
-    It is BY_PYTORCH for parts of a plain layer, unless the launch table knows better.
+    It is BY_PYTORCH for parts of a plain layer, unless the launch table knows better. A given tile
+    is only fitted to the layers' adapters.
     """
     bucket = min(max(1 << (len(x) - 1).bit_length(), 32), 128)
     shared = _shared_memory(x.device)
@@ -137,7 +144,8 @@ def choose_tile(operation: str, x: torch.Tensor, layers: Sequence[Layer]) -> Til
         kind += "_lora"
     if operation == "parts" and not kind:
         default = BY_PYTORCH
-    tile = tuned(f"decode_{operation}{kind}_{bucket}", x.device, default)
+    if tile is None:
+        tile = tuned(f"decode_{operation}{kind}_{bucket}", x.device, default)
     return _fitted(tile, operation, layers, shared)
 
 

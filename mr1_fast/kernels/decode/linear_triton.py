@@ -126,7 +126,7 @@ def _halves(x):
 @triton.jit
 def _add_b_and_bias(LAYER, column, row, t, product, with_bias, RANK: tl.constexpr,
                     BIASED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """Add B·(scale · t), scale · t being rounded once, as in training, and the bias."""
+    """Add B·(scale · t) and the bias; scale · t is rounded as in training, in each part of D."""
     if RANK:
         index = tl.arange(0, RANK)
         at = LAYER.b + row.to(tl.int64)[:, None] * LAYER.rank + index[None, :]
@@ -177,11 +177,12 @@ def _linears_kernel(
         length = tl.cdiv(tl.cdiv(D, DEPTH), tl.num_programs(2)) * DEPTH
         begin = tl.program_id(2) * length
         end = tl.minimum(begin + length, D)
-    if PREFETCH:
-        columns = tl.minimum(end - begin, PREFETCH)
-        _prefetch(layer, w_row, begin, columns, D, BLOCK)
-        if SWIGLU:
-            _prefetch(up, w_row, begin, columns, D, BLOCK)
+    if PREFETCH:  # noqa: SIM102 (known to the compiler)
+        if tl.program_id(0) == 0:  # programs of other rows have the same weights
+            columns = tl.minimum(end - begin, PREFETCH)
+            _prefetch(layer, w_row, begin, columns, D, BLOCK)
+            if SWIGLU:
+                _prefetch(up, w_row, begin, columns, D, BLOCK)
     wait_for_previous(DEPENDENT)
 
     x_at = X + tl.minimum(row, R - 1)[:, None] * x_stride + depth[None, :]
@@ -251,7 +252,7 @@ def linears(
         raise ValueError(f"there are {len(layers)} layers, but 1 to 3 are needed")
     widths = [layer.shape[0] for layer in layers]
     out = x.new_empty(len(x), sum(widths))
-    _run("linears", x, layers, out, tile or choose_tile("linears", x, layers), overlap)
+    _run("linears", x, layers, out, choose_tile("linears", x, layers, tile), overlap)
     return out.split(widths, dim=1)
 
 
@@ -270,7 +271,7 @@ def swiglu(
         raise ValueError(f"gate has shape {gate.shape} and up {up.shape}, but both need the same")
     layers = gate, up
     out = x.new_empty(len(x), gate.shape[0])
-    _run("swiglu", x, layers, out, tile or choose_tile("swiglu", x, layers), overlap)
+    _run("swiglu", x, layers, out, choose_tile("swiglu", x, layers, tile), overlap)
     return out
 
 
@@ -281,7 +282,7 @@ def linear_parts(
     overlap: Overlap | None = None,
 ) -> torch.Tensor:
     """`linear.linear_parts`: each part is a program's own."""
-    tile = tile or choose_tile("parts", x, (layer,))
+    tile = choose_tile("parts", x, (layer,), tile)
     if tile == BY_PYTORCH:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     splits, n = splits_of(tile, len(x), layer.shape, x.device), layer.shape[0]

@@ -5,12 +5,9 @@ few rows reads a quarter of the bytes that it reads of 16 bits, and has time for
 number on an H100, and 10 on an RTX 3090 or 4090. So a number takes 3.5: a shift, a shuffle, a
 multiplication, half a conversion. Whole weights take the time of writing them.
 
-For the loop of a product (machine code of Triton 3.6 and 3.7):
-
-- On Hopper, load weights and x in `lane_order`; otherwise single bytes are read from shared memory.
-  On others do not: Triton itself gives a thread 4 adjacent bytes there.
-- Before Hopper and on sm_120, Triton lets two warps dequantise the same rows if x has more than 16
-  rows for 64 of the weight. Two tiles and products in the body of the loop keep it from that.
+For the loop of a product (machine code of Triton 3.6 and 3.7): before Hopper and on sm_120, Triton
+lets two warps dequantise the same rows if x has more than 16 rows for 64 of the weight. Two tiles
+and products in the body of the loop keep it from that.
 """
 
 from __future__ import annotations
@@ -59,12 +56,11 @@ _HIGH, _LOW = tl.constexpr(_look_up(4)), tl.constexpr(_look_up(0))
 def load_four_bits(
     PACKED, CODE, ABSMAX, ABSMAX_CODE, ABSMAX_SCALE, ABSMAX_OFFSET, row_index, k, D,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, NESTED: tl.constexpr,
-    dtype: tl.constexpr, IN_LANE_ORDER: tl.constexpr = False,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """Load rows `row_index` (N,) of a weight with D columns, from column k on: (N, DEPTH).
 
-    The columns from D on are 0. D, k and DEPTH are multiples of BLOCK. With IN_LANE_ORDER, columns
-    are in the order of `lane_order`.
+    The columns from D on are 0. D, k and DEPTH are multiples of BLOCK.
     """
     ROWS: tl.constexpr = row_index.shape[0]
     BLOCKS: tl.constexpr = DEPTH // BLOCK
@@ -88,23 +84,7 @@ def load_four_bits(
     scale, code = scale[:, :, None], code[:, :, None]
     high = _levels(packed, CODE, code, True) * scale
     low = _levels(packed, CODE, code, False) * scale
-    w = tl.join(high, low).to(dtype)
-    if IN_LANE_ORDER:
-        w = tl.permute(tl.reshape(w, (ROWS, 4, DEPTH // 16, 2, 2)), (0, 2, 3, 1, 4))
-    return tl.reshape(w, (ROWS, DEPTH))
-
-
-@triton.jit
-def lane_order(DEPTH: tl.constexpr):
-    """Return the columns of a tile (DEPTH,) in the order in which they need not be exchanged.
-
-    The tensor cores of Hopper give each of 4 threads 2 columns of 8 in turn, which are single bytes
-    of a weight in 4 bits. In this order each thread has a quarter of the tile's columns, and loads
-    16 bytes at a time. The sum of a product over columns is the same if x is loaded in it, too.
-    """
-    column = tl.arange(0, DEPTH)
-    pair, thread = column % 2, column // 2 % 4
-    return tl.multiple_of(tl.max_contiguous(thread * (DEPTH // 4) + column // 8 * 2 + pair, 2), 2)
+    return tl.reshape(tl.join(high, low).to(dtype), (ROWS, DEPTH))
 
 
 @triton.jit

@@ -70,9 +70,10 @@ def _call(
     rows, d = out.shape
     if weight.shape != (d,):
         raise ValueError(f"weight {tuple(weight.shape)} does not fit rows {(rows, d)}")
+    weight = adjacent(weight)  # which must live during the call
     status()[0].mr1_norm(
         _pack_norm(
-            x.data_ptr(), update, adjacent(weight).data_ptr(), residual, out.data_ptr(),
+            x.data_ptr(), update, weight.data_ptr(), residual, out.data_ptr(),
             x.stride(0), *update_strides, parts, rows, d,
             DTYPES[x.dtype], torch.get_num_threads(), eps,
         )

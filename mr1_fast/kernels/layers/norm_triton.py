@@ -59,15 +59,15 @@ def _weigh(standard, weight, bias, dtype: tl.constexpr, LAYER: tl.constexpr):
 # --- kernels ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["part_stride"])
+@triton.jit
 def _norm_kernel(
     X, x_stride, UPDATE, update_stride, part_stride, WEIGHT, BIAS, RESIDUAL, NORMED, eps, D,
-    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr,
+    UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, LANES: tl.constexpr,
     PARTS: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add an update, which may come in parts, to one row of D columns, and norm it."""
     let_next_begin(DEPENDENT)
-    prefetch(UPCOMING, CHUNKS, tl.program_id(0), tl.num_programs(0), COUNT, IN_BULK)
+    prefetch(UPCOMING, CHUNKS, tl.program_id(0), tl.num_programs(0), COUNT, IN_BULK, LANES)
     wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -173,6 +173,7 @@ def add_norm(
     normed = x.new_empty(x.shape)
     residual = x if update is None else x.new_empty(x.shape)
     parts, part_stride, update_stride = 1, 0, 0
+    options = _row_options(x)
     if update is not None:
         update_stride = update.stride(-2)
         if update.ndim == 3:
@@ -180,7 +181,8 @@ def add_norm(
     launch(
         _norm_kernel, (rows,), x.device,
         x, x.stride(0), update, update_stride, part_stride, weight, bias, residual, normed, eps, d,
-        PARTS=parts, **overlap_options(overlap, upcoming, x.device), **_row_options(x),
+        PARTS=parts, **options,
+        **overlap_options(overlap, upcoming, x.device, rows, options["num_warps"]),
     )  # fmt: skip
     return residual, normed
 
