@@ -6,10 +6,9 @@
 // decode/sample_native.py, in this order. Strides are in elements.
 
 struct NormArguments {
-    const void *x, *update, *weight;  // (n, d); (n, d), or (parts, n, d) of fp32, or null; (d,)
+    const void *x, *update, *weight;  // (n, d); (n, d) or null; (d,)
     void *residual, *out;             // (n, d) twice; null without an update
-    int64_t x_stride, update_stride, part_stride, parts;  // 0 parts: the update is of the dtype
-    int64_t n, d, dtype, threads;
+    int64_t x_stride, update_stride, n, d, dtype, threads;
     double eps;
 };
 

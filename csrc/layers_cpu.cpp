@@ -89,22 +89,11 @@ void scale_row(const T* x, const T* weight, T* out, int64_t d, float inverse_rms
     }
 }
 
-// Adds the update, or its parts, to row i of x.
-template <class T> void add_row(const NormArguments* a, int64_t i, const T* x, T* residual) {
-    const T* update = (const T*)a->update + i * a->update_stride;
-    const float* parts = (const float*)a->update + i * a->update_stride;
-    for (int64_t c = 0; c < a->d; c += WIDTH) {
-        const int64_t count = a->d - c;
-        Floats sum;
-        if (!a->parts) {
-            sum = load_up_to(update + c, count, 0.0f);
-        } else {
-            sum = load_up_to(parts + c, count, 0.0f);
-            for (int64_t part = 1; part < a->parts; ++part)
-                sum = add(sum, load_up_to(parts + part * a->part_stride + c, count, 0.0f));
-            sum = rounded<T>(sum);
-        }
-        store_up_to(residual + c, count, add(load_up_to(x + c, count, 0.0f), sum));
+// Adds an update to a row of x.
+template <class T> void add_row(const T* x, const T* update, T* residual, int64_t d) {
+    for (int64_t c = 0; c < d; c += WIDTH) {
+        const auto part = [=](const T* p) { return load_up_to(p + c, d - c, 0.0f); };
+        store_up_to(residual + c, d - c, add(part(x), part(update)));
     }
 }
 
@@ -114,7 +103,7 @@ template <class T> void norm(const NormArguments* a, int64_t begin, int64_t end)
         const T* x = (const T*)a->x + i * a->x_stride;
         if (a->update) {
             T* residual = (T*)a->residual + i * d;
-            add_row(a, i, x, residual);
+            add_row(x, (const T*)a->update + i * a->update_stride, residual, d);
             x = residual;
         }
         const float mean = sum_of_squares(x, d) / (float)d;

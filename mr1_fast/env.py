@@ -65,7 +65,7 @@ def _mfu() -> str:
 def _decode_linears(like: torch.Tensor) -> str:
     """Say how a rollout computes linear layers, and whether its kernels overlap."""
     if not takes((), like):
-        return "as in training"
+        return "one product for layers on the same input; LoRA and 4 bits as in training"
     settings = read_table().get(architecture(like.device), {})
     tuned = sum(name.startswith("decode_") for name in settings)
     overlap = decode_overlap(like.device)

@@ -91,8 +91,8 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 def describe_layers(layers: list[DecoderLayer], like: Tensor) -> str:
     """Say in one line how decoding computes the layers, on the device and in the dtype of `like`.
 
-    An example: "attention by Triton, q, k, v: one kernel, 4 bits with LoRA, o: …". Where layers
-    differ, the number of layers is given.
+    An example: "attention: native · q, k, v: one product · o: …". Where layers differ, the number
+    of layers is given.
     """
     found = [f"attention: {attention_backend(like)}"]
     for name in layers[0].projections if layers else ():

@@ -265,15 +265,13 @@ def fitting(
     num_generations: int,
     sampling: Sampling,
     budget: int | None = None,
-    more: bool = False,
 ) -> Layout:
     """Lay out a pool for the prompts' samples, or for as many at once as `budget` tokens hold.
 
-    `more` tells whether other prompts follow. Raises UserError where not even one prompt with one
-    sample fits.
+    Raises UserError where not even one prompt with one sample fits.
     """
-    lengths, longest = [len(prompt.input_ids) for prompt in prompts], sampling.max_new_tokens
-    return Layout.fitting(lengths, num_generations, longest, MOST_SAMPLES, budget, more)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    return Layout.fitting(lengths, num_generations, sampling.max_new_tokens, MOST_SAMPLES, budget)
 
 
 def describe_decoding(model: nn.Module) -> str:

@@ -123,7 +123,7 @@ class KernelProjection(Projection):
 
 def projection(like: Tensor, *modules: nn.Module) -> Projection:
     """Choose the fastest way for modules on the same input, of the dtype and device of `like`."""
-    layers = tuple(_layer(module, like.dtype) for module in modules)
+    layers = tuple(layer_of(module, like.dtype) for module in modules)
     if None not in layers and takes(layers, like):
         return KernelProjection(modules, layers, like)
     # On a GPU, a captured graph would hold copies of biases and adapters.
@@ -136,7 +136,7 @@ def projection(like: Tensor, *modules: nn.Module) -> Projection:
     return Projection(modules) if weight is None else JoinedProjection(modules, weight, joined.bias)
 
 
-def _layer(module: nn.Module, dtype: torch.dtype) -> Layer | None:
+def layer_of(module: nn.Module, dtype: torch.dtype) -> Layer | None:
     """Read a linear layer, as it is now; None unless it is plain, in 4 bits, or LoRA on these.
 
     None, too, if it computes in another dtype.

@@ -167,10 +167,11 @@ class Stream:
         following = self._take_batch()
         if following is not None:
             self.batches = chain([following], self.batches)
-        more = following is not None or self.error is not None
         self.schedule.lay_out(Layout(0, 0, 0, 0))
         self.decoder = self.launcher = None  # before the next pool needs the memory
-        self.decoder, self.launcher = self.means.lay_out([self.longest] * self.most, more)
+        self.decoder, self.launcher = self.means.lay_out(
+            [self.longest] * self.most, following is not None
+        )
         self.schedule.lay_out(self.decoder.pool.layout)
 
     # --- samples --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mr1_fast.model.forward import base_model
 from mr1_fast.packing import pack
 from mr1_fast.rollout.engine import Engine, describe_decoding
 from mr1_fast.rollout.graphs import GRAPH_ROWS
+from mr1_fast.rollout.projection import KernelProjection, Projection, layer_of
 from mr1_fast.rollout.sampling import Sampling, draw_tokens
 from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 
@@ -28,6 +29,8 @@ from ..data.models import (
 from ..data.runs import stage_run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOST_ROWS = 256 if DEVICE == "cuda" else 64
+"""Largest graph that is tried: on a CPU there are none, and the time goes by rows."""
 
 
 def engine_of(policy) -> Engine:
@@ -94,7 +97,7 @@ def test_greedy_equals_generate_at_the_2bs_widths():
 
 
 @pytest.mark.parametrize(
-    "count", sorted({n for rows in GRAPH_ROWS if rows <= 64 for n in (rows, rows + 1)})
+    "count", sorted({n for rows in GRAPH_ROWS if rows <= MOST_ROWS for n in (rows, rows + 1)})
 )
 def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     example = mixed_examples()[1]
@@ -218,6 +221,35 @@ def test_new_adapters_count_at_once_and_so_does_turning_them_off():
     policy.model.merge_adapter()
     assert sampled() == second
     policy.model.unmerge_adapter()
+
+
+def test_what_a_graph_holds_has_a_key():
+    policy = tiny_policy(lora=True)
+    layer = base_model(policy.model).model.language_model.layers[0]
+    like = layer.input_layernorm.weight
+    kinds = {
+        "adapters": lambda: Projection((layer.self_attn.q_proj,)).key,
+        "kernel": lambda: kernel_projection(layer.self_attn.q_proj, like).key,
+    }
+    for key in kinds.values():
+        first = key()
+        assert key() == first
+        layer.self_attn.q_proj.scaling["default"] *= 2
+        assert key() != first
+        layer.self_attn.q_proj.scaling["default"] /= 2
+        with policy.model.disable_adapter():
+            assert key() != first
+        policy.model.merge_adapter()
+        assert key() != first
+        policy.model.unmerge_adapter()
+    first = kinds["kernel"]()
+    b = layer.self_attn.q_proj.lora_B["default"]
+    b.weight = torch.nn.Parameter(b.weight.detach().clone())
+    assert kinds["kernel"]() != first
+
+
+def kernel_projection(module: torch.nn.Module, like: torch.Tensor) -> KernelProjection:
+    return KernelProjection((module, module), (layer_of(module, like.dtype),) * 2, like)
 
 
 def test_how_layers_are_decoded_is_told():

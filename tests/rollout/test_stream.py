@@ -144,6 +144,24 @@ def test_batches_are_taken_and_encoded_when_there_is_room(policy):
     assert rollout.prompts[0].pixel_values is not None, "training encodes the prompts again"
 
 
+def test_a_later_batch_that_is_larger_gets_a_larger_pool(policy, monkeypatch):
+    text, _, _, pair = mixed_examples()
+    rows = []
+
+    def next_step(schedule, original=Schedule.next_step):
+        step = original(schedule)
+        rows.append(len(step.samples))
+        return step
+
+    monkeypatch.setattr(Schedule, "next_step", next_step)
+    sizes = [[text], [text] * 8, [pair], [text] * 8]
+    given = [Batch(examples, seed) for seed, examples in enumerate(sizes)]
+    engine = engine_of(policy, Engine)
+    assert len(list(engine.stream(given, 2, Sampling(8)))) == 4
+    assert max(rows) == 16 and sum(count == 16 for count in rows) >= 2
+    assert engine._decoder.pool.layout.sample_spans == 16, "a longer prompt keeps the rows"
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -178,6 +196,17 @@ def test_an_error_while_batches_are_made_ends_the_stream(engine):
     with pytest.raises(OSError, match="the disk is gone"):
         list(engine.stream(given(), 1, Sampling(8)))
     assert len(engine.generate(mixed_examples(), 1, Sampling(2)).completions) == 4
+
+
+def test_a_users_error_while_batches_are_made_comes_at_its_turn(engine):
+    def given():
+        yield Batch(mixed_examples()[:1])
+        raise UserError("row 7 is damaged")
+
+    stream = engine.stream(given(), 1, Sampling(8))
+    assert len(next(stream).completions) == 1
+    with pytest.raises(UserError, match="row 7"):
+        next(stream)
 
 
 # --- between rollouts ---------------------------------------------------------------------------

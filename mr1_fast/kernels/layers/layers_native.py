@@ -1,7 +1,8 @@
 """The RMS norm and the gating on a CPU, by csrc/layers_cpu.cpp.
 
-The norm has the bits of `reference`; the exponential of the gating rounds differently. Arguments of
-a call are packed in one go and passed as bytes, so that it takes only a few µs besides its work.
+On x86, the norm has the bits of `reference`; the exponential of the gating rounds differently.
+Arguments of a call are packed in one go and passed as bytes, so that it takes only a few µs besides
+its work.
 """
 
 import struct
@@ -12,8 +13,8 @@ from torch import Tensor
 from ..native import DTYPES, status
 from .strides import adjacent
 
-_pack_norm = struct.Struct("@5P8qd").pack
-"""Packs `NormArguments` of csrc/layers.h: five pointers, eight integers, eps."""
+_pack_norm = struct.Struct("@5P6qd").pack
+"""Packs `NormArguments` of csrc/layers.h: five pointers, six integers, eps."""
 _pack_gate = struct.Struct("@3P5q").pack
 """Packs `GateArguments` of csrc/layers.h: three pointers, five integers."""
 
@@ -28,39 +29,29 @@ def takes(x: Tensor, other: Tensor | None) -> bool:
     )
 
 
-def takes_update(x: Tensor, update: Tensor, weight: Tensor) -> bool:
-    """Tell whether `add_norm` handles these tensors: parts of an update are fp32."""
-    of_update = x.dtype if update.ndim == 2 else torch.float32
-    return update.dtype is of_update and len(update) > 0 and takes(x, weight)
-
-
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`operations.norm` without a bias: (T, D). Raises ValueError for shapes that do not fit."""
     rows, d = x.shape
     x, out = adjacent(x), x.new_empty((rows, d))
-    _call(x, 0, (0, 0), 0, weight, 0, out, eps)
+    _call(x, 0, 0, weight, 0, out, eps)
     return out
 
 
 def add_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`operations.add_norm` without a bias: (T, D) twice. Raises ValueError as `norm` does."""
     rows, d = shape = x.shape
-    if update.shape[-2:] != shape:
+    if update.shape != shape:
         raise ValueError(f"update {tuple(update.shape)} does not fit rows {tuple(shape)}")
     x, update = adjacent(x), adjacent(update)
     residual, out = x.new_empty((rows, d)), x.new_empty((rows, d))
-    strides, parts = update.stride(), 0
-    if update.ndim == 3:
-        strides, parts = (strides[1], strides[0]), len(update)
-    _call(x, update.data_ptr(), strides, parts, weight, residual.data_ptr(), out, eps)
+    _call(x, update.data_ptr(), update.stride(0), weight, residual.data_ptr(), out, eps)
     return residual, out
 
 
 def _call(
     x: Tensor,
     update: int,
-    update_strides: tuple[int, int],
-    parts: int,
+    update_stride: int,
     weight: Tensor,
     residual: int,
     out: Tensor,
@@ -74,7 +65,7 @@ def _call(
     status()[0].mr1_norm(
         _pack_norm(
             x.data_ptr(), update, weight.data_ptr(), residual, out.data_ptr(),
-            x.stride(0), *update_strides, parts, rows, d,
+            x.stride(0), update_stride, rows, d,
             DTYPES[x.dtype], torch.get_num_threads(), eps,
         )
     )  # fmt: skip

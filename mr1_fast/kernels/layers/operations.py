@@ -44,7 +44,7 @@ def add_norm(
         from . import norm_triton
 
         return norm_triton.add_norm(x, update, weight, bias, eps)
-    if bias is None and layers_native.takes_update(x, update, weight):
+    if bias is None and layers_native.takes(x, weight) and update.dtype is x.dtype:
         return layers_native.add_norm(x, update, weight, eps)
     return reference.add_norm_ref(x, update, weight, bias, eps)
 
