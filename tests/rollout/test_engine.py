@@ -12,10 +12,9 @@ from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model.forward import base_model
 from mr1_fast.packing import pack
-from mr1_fast.rollout.engine import Engine, describe_decoding
+from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.graphs import GRAPH_ROWS
-from mr1_fast.rollout.projection import KernelProjection, Projection, layer_of
-from mr1_fast.rollout.sampling import Sampling, draw_tokens
+from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
 
 from ..data.models import (
@@ -223,46 +222,6 @@ def test_new_adapters_count_at_once_and_so_does_turning_them_off():
     policy.model.unmerge_adapter()
 
 
-def test_what_a_graph_holds_has_a_key():
-    policy = tiny_policy(lora=True)
-    layer = base_model(policy.model).model.language_model.layers[0]
-    like = layer.input_layernorm.weight
-    kinds = {
-        "adapters": lambda: Projection((layer.self_attn.q_proj,)).key,
-        "kernel": lambda: kernel_projection(layer.self_attn.q_proj, like).key,
-    }
-    for key in kinds.values():
-        first = key()
-        assert key() == first
-        layer.self_attn.q_proj.scaling["default"] *= 2
-        assert key() != first
-        layer.self_attn.q_proj.scaling["default"] /= 2
-        with policy.model.disable_adapter():
-            assert key() != first
-        policy.model.merge_adapter()
-        assert key() != first
-        policy.model.unmerge_adapter()
-    first = kinds["kernel"]()
-    b = layer.self_attn.q_proj.lora_B["default"]
-    b.weight = torch.nn.Parameter(b.weight.detach().clone())
-    assert kinds["kernel"]() != first
-
-
-def kernel_projection(module: torch.nn.Module, like: torch.Tensor) -> KernelProjection:
-    return KernelProjection((module, module), (layer_of(module, like.dtype),) * 2, like)
-
-
-def test_how_layers_are_decoded_is_told():
-    policy = tiny_policy(lora=True)
-    layer = base_model(policy.model).model.language_model.layers[1]
-    told = describe_decoding(policy.model.train())
-    assert policy.model.training
-    assert told.startswith("attention: ") and told.count(" · ") == 4
-    assert "layers)" not in told
-    layer.mlp.down_proj.use_dora["default"] = True
-    assert "down: " in told and "module by module (1 layers)" in describe_decoding(policy.model)
-
-
 # --- who runs when ------------------------------------------------------------------------------
 
 
@@ -404,40 +363,6 @@ def test_settings_that_mean_nothing(engine, name):
         engine.generate([], -1)
     with pytest.raises(UserError, match=f"^{name} is .*, but must"):
         engine.generate([], 1, Sampling(**{name: BAD.get(name, -1)}))
-
-
-# --- the drawn distribution ---------------------------------------------------------------------
-
-LOGITS = torch.tensor([1.5, 2.0, 1.0, 0.2, 0.0, -1.0, 9.0])
-BANNED = (6,)
-KEPT = {
-    "temperature": (dict(temperature=0.6), [0, 1, 2, 3, 4, 5]),
-    "top_k": (dict(top_k=3), [0, 1, 2]),
-    # 0.44 + 0.27 < 0.8 <= 0.44 + 0.27 + 0.16: the third token crosses it and stays
-    "top_p": (dict(top_p=0.8), [0, 1, 2]),
-    "top_p alone": (dict(top_p=0.4), [1]),
-    "min_p": (dict(min_p=0.3), [0, 1, 2]),
-    "all": (dict(temperature=2.0, top_k=5, top_p=0.9, min_p=0.4), [0, 1, 2, 3]),
-}
-
-
-@pytest.mark.parametrize("case", KEPT)
-def test_draws_follow_the_filtered_distribution(case):
-    settings, kept = KEPT[case]
-    count, sampling = 20_000, Sampling(1, **settings)
-    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw_tokens(
-        LOGITS.repeat(count, 1).to(DEVICE), uniform.to(DEVICE), sampling, BANNED
-    )
-    drawn = tokens.cpu().bincount(minlength=7).double()
-    expected = torch.softmax(LOGITS[kept].double() / sampling.temperature, 0) * count
-    assert drawn.sum() == drawn[kept].sum() == count
-    statistic = ((drawn[kept] - expected) ** 2 / expected).sum()
-    # 99.9% quantile of chi-square, by Wilson and Hilferty (1931)
-    degrees = max(1, len(kept) - 1)
-    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
-    whole = torch.log_softmax(LOGITS.double() / sampling.temperature, 0)[tokens.cpu()]
-    torch.testing.assert_close(logprobs.cpu(), whole.float(), atol=1e-5, rtol=0)
 
 
 def test_an_engines_memory_is_free_when_it_is_gone(policy):

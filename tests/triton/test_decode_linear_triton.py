@@ -11,6 +11,7 @@ from mr1_fast.kernels.decode import linear as decode_linear
 from mr1_fast.kernels.decode.layer import Adapter, Layer
 from mr1_fast.kernels.decode.linear_tiles import BY_PYTORCH, PartsTile, Tile, splits_of
 from mr1_fast.kernels.decode.linear_triton import linear_parts, linears, swiglu
+from mr1_fast.kernels.decode.operations import add_rms_norm
 from mr1_fast.kernels.decode.reference import linear_ref
 from mr1_fast.kernels.four_bit.reference import dequantise_ref
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
@@ -312,3 +313,32 @@ def test_layers_that_do_not_fit_are_named(device):
         linears(case.x[:, :32], [layer])
     with pytest.raises(ValueError, match="columns must be adjacent"):
         linears(case.x[:, ::2], [layer])
+
+
+def test_a_graph_holds_the_launches_and_sees_new_adapters(device):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    case = Case(9, 128, BF16, device)
+    kinds = [case.layer(48, 16), case.layer(48, 16, nested=True)]
+    residual = case.normal(9, 48).to(device, BF16)
+
+    def step() -> list[torch.Tensor]:
+        found = []
+        for layer in kinds:
+            (out,) = decode_linear.linears(case.x, [layer])
+            parts = decode_linear.linear_parts(case.x, layer)
+            _, normed = add_rms_norm(residual, parts, residual[0], 1e-6)
+            found += [out, decode_linear.swiglu(case.x, layer, layer), normed]
+        return found
+
+    eager = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which fails if anything waits for the device
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, eager, rtol=0, atol=0)
+    for layer in kinds:
+        layer.adapter.b.mul_(-2)
+    graph.replay()
+    torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+    assert not torch.equal(captured[0], eager[0])
