@@ -48,4 +48,4 @@ def decoding(model: nn.Module, rows: int) -> Callable[[], Tensor]:
         dim=1,
     )
     tokens = torch.arange(rows, device=device) % text.embed_tokens.num_embeddings
-    return partial(decoder.hidden, tokens, torch.full_like(tokens, prefix + own), spans)
+    return partial(decoder.hidden, tokens, torch.full_like(tokens, prefix + own - 1), spans)
