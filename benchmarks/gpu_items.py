@@ -92,8 +92,8 @@ TRAFFIC = ("--clock-control", "none", "--kernel-name", "regex:grpo", "--metrics"
 ITEMS = (
     module("env", 15, "mr1_fast.env", sources="limits"),
     script("check", 100, "--check", "--seconds=40", file="sweep", after=("build", "compile"),
-           tiny=("--check", "--quick", "--repeats=1", "grpo", "logprobs", "adamw", "linear",
-                 "decode_attend", "decode_swiglu_four_bit_lora_32")),
+           # Decode's kernels are tried by the item of their sweep.
+           tiny=("--check", "--quick", "--repeats=1", "grpo", "logprobs", "adamw", "linear")),
     script("limits", 15, tiny=("--megabytes=1", "--size=32", "--rounds=2")),
     sweep("grpo", 50, 25),
     script("sweep_decode", 150, *DECODE_FAMILIES, "--seconds=1.5", file="sweep",

@@ -536,7 +536,10 @@ def test_the_terminal_shows_what_was_chosen_and_the_memory_plan(run_args, tmp_pa
     run(run_args(tmp_path / "run", optimizer="adamw_stochastic", reference="8bit"))
     shown = capsys.readouterr().out
     # On a CPU nothing is said of MFU between the two.
-    assert "optimizer LowMemoryAdamW · reference 8bit · packed attention sdpa\nMiB " in shown
+    chosen = (
+        "optimizer LowMemoryAdamW · reference 8bit · packed attention sdpa\ndecoding attention: "
+    )
+    assert re.search(rf"{chosen}\w+ · q, k, v: one product · .*\nMiB ", shown)
     assert re.search(r"^total +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", shown, re.MULTILINE)
 
 
