@@ -9,12 +9,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from decode_tiles import split_tile
 from torch import Tensor
 from torch.nn.functional import linear
 
 from mr1_fast.kernels.decode.layer import Adapter, Layer
 from mr1_fast.kernels.decode.linear import linear_parts, linears, swiglu
+from mr1_fast.kernels.decode.linear_tiles import default_tile
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample
 from mr1_fast.kernels.four_bit.operations import dequantise
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
@@ -226,7 +226,7 @@ def parts(name: str, n: int, d: int, shape: Shape, r: int, contents: Contents) -
     if contents.kind == "" and contents.device != "cpu":
         from mr1_fast.kernels.decode import linear_triton
 
-        tile = split_tile(r, contents.device)
+        tile = default_tile("parts", r, torch.device(contents.device))
         residual, weight = contents.random(r, n), contents.random(n)
 
         def normed(tile: tuple | None, x: Tensor, layers: list) -> object:

@@ -24,12 +24,6 @@ constexpr int AHEAD = 16;                        // tokens
 constexpr float LOG2E = 1.44269504f;
 constexpr float NEGLIGIBLE = -120.0f;  // 2^−120 vanishes beside 1; subnormals take a hundred cycles
 
-template <class T> inline Floats rounded(Floats x) {
-    T in_dtype[WIDTH];
-    store(in_dtype, x);
-    return load(in_dtype);
-}
-
 // Computes x·cos + cat(−x2, x1)·sin, where x1 and x2 are the halves of x; every operation rounds to
 // T, as PyTorch's.
 template <class T> void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t d) {

@@ -14,13 +14,6 @@ namespace {
 
 constexpr float LOG2E = 1.44269504f;
 
-template <class T> inline Floats rounded(Floats x) {
-    T in_dtype[WIDTH];
-    store(in_dtype, x);
-    return load(in_dtype);
-}
-template <> inline Floats rounded<float>(Floats x) { return x; }
-
 // --- norms ---------------------------------------------------------------------------------------
 
 // PyTorch adds up a row on x86 in CHAINS chains of LANES lanes. Every STEP sums, a chain joins that

@@ -309,6 +309,14 @@ template <class T> static inline void store_up_to(T* p, int64_t count, Floats x)
     count >= WIDTH ? store(p, x) : store_part(p, count, x);
 }
 
+// Rounds numbers to T.
+template <class T> static inline Floats rounded(Floats x) {
+    T in_dtype[WIDTH];
+    store(in_dtype, x);
+    return load(in_dtype);
+}
+template <> inline Floats rounded<float>(Floats x) { return x; }
+
 // Load 2·WIDTH elements as two vectors, in the order that is cheapest; `store_pair` puts them back
 // in place.
 template <class T> static inline void load_pair(const T* p, Floats* a, Floats* b) {

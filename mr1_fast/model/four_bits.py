@@ -36,9 +36,14 @@ class FourBits:
         weights = tuple(map(FourBitWeight.of, modules))
         if any(weight is None for weight in weights):
             return None
-        dtypes = {module.compute_dtype or module.weight.quant_state.dtype for module in modules}
+        dtypes = set(map(product_dtype, modules))
         return cls(weights, dtypes.pop()) if len(dtypes) == 1 else None
 
     def dequantise(self) -> Tensor:
         """Compute the weights below one another, (ΣN, D)."""
         return dequantise(self.weights, self.dtype)
+
+
+def product_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype in which bitsandbytes' 4-bit layer multiplies."""
+    return module.compute_dtype or module.weight.quant_state.dtype

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.decode.operations import add_rms_norm, attend, attention_backend
+from ..model.blocks import Norm
 from ..model.forward import base_model
 from .cache import Pool
 from .projection import Projection, projection
@@ -25,29 +26,6 @@ from .table import MOST_SAMPLES, SPAN_COLUMNS, Columns
 
 Wait = Callable[[], tuple[np.ndarray, np.ndarray]]
 """Waits for a step's tokens (R,) and log-probabilities (R,), and returns them."""
-
-
-@dataclass
-class Norm:
-    """An RMS norm of transformers."""
-
-    weight: Tensor
-    """(D,)."""
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Norm:
-        """Read a norm's module."""
-        return cls(module.weight, module.variance_epsilon)
-
-    def __call__(
-        self, residual: Tensor, update: Tensor | None, upcoming: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Compute residual + update, and its norm: (R, D) each.
-
-        update: (R, D), or parts (S, R, D) of it. upcoming: weights that are read next.
-        """
-        return add_rms_norm(residual, update, self.weight, self.eps, upcoming)
 
 
 @dataclass
@@ -100,6 +78,16 @@ def describe_layers(layers: list[DecoderLayer], like: Tensor) -> str:
         words = (way if len(ways) == 1 else f"{way} ({n} layers)" for way, n in ways.items())
         found.append(f"{name}: {', '.join(words)}")
     return " · ".join(found)
+
+
+def normed(
+    norm: Norm, residual: Tensor, update: Tensor | None, upcoming: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Compute residual + update, and its RMS norm: (R, D) each.
+
+    update: (R, D), or parts (S, R, D) of it. upcoming: weights that are read next.
+    """
+    return add_rms_norm(residual, update, norm.weight, norm.eps, upcoming)
 
 
 def rotary_angles(text_model: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +210,7 @@ class Decoder:
         residual, update = self.text.embed_tokens(tokens), None
         cos, sin = self.cos[position], self.sin[position]
         for layer, keys, values in zip(self.layers, self.pool.keys, self.pool.values, strict=True):
-            residual, x = layer.norm1(residual, update, layer.qkv.upcoming)
+            residual, x = normed(layer.norm1, residual, update, layer.qkv.upcoming)
             q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in layer.qkv.outputs(x))
             upcoming = (*layer.out.upcoming, *layer.gate_up.upcoming)
             attended = attend(
@@ -230,8 +218,8 @@ class Decoder:
             )
             update = layer.out.parts(attended.flatten(1))
 
-            residual, x = layer.norm2(residual, update, layer.gate_up.upcoming)
+            residual, x = normed(layer.norm2, residual, update, layer.gate_up.upcoming)
             update = layer.down.parts(layer.gate_up.gated(x))
 
-        _, x = self.norm(residual, update, (self.head.weight,))
+        _, x = normed(self.norm, residual, update, (self.head.weight,))
         return x

@@ -261,10 +261,7 @@ class Engine:
 
 
 def fitting(
-    prompts: list[Prompt],
-    num_generations: int,
-    sampling: Sampling,
-    budget: int | None = None,
+    prompts: list[Prompt], num_generations: int, sampling: Sampling, budget: int | None = None
 ) -> Layout:
     """Lay out a pool for the prompts' samples, or for as many at once as `budget` tokens hold.
 

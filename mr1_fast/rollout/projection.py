@@ -6,6 +6,9 @@ modules would add launches to each, and dequantise every weight at every step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -15,6 +18,7 @@ from ..kernels.decode.linear import linear_parts, linears, splits, swiglu, takes
 from ..kernels.four_bit.weight import FourBitWeight
 from ..kernels.layers.operations import silu_mul
 from ..model.adapters import base_and_adapter
+from ..model.four_bits import product_dtype
 from ..model.joined_weights import as_one
 from ..model.linears import Linears
 
@@ -48,40 +52,25 @@ class Projection:
 
 
 class JoinedProjection(Projection):
-    """Layers whose weights lie behind one another, as one product."""
+    """Layers whose outputs come side by side from one function."""
 
-    way = "one product"
-
-    def __init__(self, modules: tuple[nn.Module, ...], weight: Tensor, bias: Tensor | None):
+    def __init__(
+        self,
+        modules: tuple[nn.Module, ...],
+        way: str,
+        lengths: tuple[int, ...],
+        product: Callable[[Tensor], Tensor],
+    ):
         super().__init__(modules)
-        self.weight, self.bias = weight, bias
-        self.lengths = [module.weight.shape[0] for module in modules]
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute them as one product."""
-        return linear(x, self.weight, self.bias).split(self.lengths, dim=1)
-
-    def gated(self, x: Tensor) -> Tensor:
-        """Compute both as one product, and gate it."""
-        return silu_mul(linear(x, self.weight, self.bias), None)
-
-
-class TrainingProjection(Projection):
-    """Layers with adapters or in 4 bits, as training computes them."""
-
-    way = "as in training"
-
-    def __init__(self, modules: tuple[nn.Module, ...], linears: Linears):
-        super().__init__(modules)
-        self.linears = linears
+        self.way, self.lengths, self.product = way, lengths, product
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute them side by side."""
-        return self.linears.forward(x).split(self.linears.lengths, dim=1)
+        return self.product(x).split(self.lengths, dim=1)
 
     def gated(self, x: Tensor) -> Tensor:
         """Compute both side by side, and gate them."""
-        return silu_mul(self.linears.forward(x), None)
+        return silu_mul(self.product(x), None)
 
 
 class KernelProjection(Projection):
@@ -98,8 +87,8 @@ class KernelProjection(Projection):
 
     @property
     def key(self) -> tuple:
-        """Return the numbers and addresses that a launch has beside those of weights, too."""
-        found: list[object] = [super().key]
+        """Return the way, and what launches hold: scales, addresses of adapters and levels."""
+        found: list[object] = [self.way]
         for layer in self.layers:
             tensors = [layer.adapter.a, layer.adapter.b] if layer.adapter else []
             if isinstance(layer.weight, FourBitWeight):
@@ -131,9 +120,12 @@ def projection(like: Tensor, *modules: nn.Module) -> Projection:
     if joined is None or joined.dtype != like.dtype:
         return Projection(modules)
     if joined.adapters is not None or joined.four_bits is not None:
-        return TrainingProjection(modules, joined)
+        return JoinedProjection(modules, "as in training", joined.lengths, joined.forward)
     weight = as_one(joined.weights)
-    return Projection(modules) if weight is None else JoinedProjection(modules, weight, joined.bias)
+    if weight is None:
+        return Projection(modules)
+    product = partial(linear, weight=weight, bias=joined.bias)
+    return JoinedProjection(modules, "one product", joined.lengths, product)
 
 
 def layer_of(module: nn.Module, dtype: torch.dtype) -> Layer | None:
@@ -148,7 +140,7 @@ def layer_of(module: nn.Module, dtype: torch.dtype) -> Layer | None:
     if type(base) is nn.Linear:
         return Layer(base.weight, base.bias, adapter) if base.weight.dtype == dtype else None
     weight = FourBitWeight.of(base)
-    if weight is None or (base.compute_dtype or base.weight.quant_state.dtype) != dtype:
+    if weight is None or product_dtype(base) != dtype:
         return None
     return Layer(weight, base.bias, adapter)
 

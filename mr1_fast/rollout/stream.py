@@ -68,7 +68,7 @@ class Stream:
         self.prompts: dict[int, Prompt] = {}
         """The prompts of those batches by number."""
         self.coming: tuple[Batch, list[Prompt]] | None = None
-        """The next batch and its prompts, which are longer than the pool's spans."""
+        """The next batch and its prompts, which wait for a larger pool."""
         self.longest = self.most = self.expected = 0
         """Tokens of the longest prompt, prompts of the largest batch, and samples of that batch for
         which the pool was laid out."""

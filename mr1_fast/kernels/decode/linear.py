@@ -68,8 +68,7 @@ def swiglu(x: Tensor, gate: Layer, up: Layer) -> Tensor:
 def linear_parts(x: Tensor, layer: Layer) -> Tensor:
     """Apply a layer to x (R, D) in S parts over D, whose sum is the result: (S, R, N) fp32.
 
-    Where one part is enough, it is (R, N) in the dtype of x. `layers.operations.add_norm` takes
-    both.
+    Where one part is enough, it is (R, N) in the dtype of x. `operations.add_rms_norm` takes both.
     """
     if takes((layer,), x):
         from . import linear_triton

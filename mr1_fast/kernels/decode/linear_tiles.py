@@ -136,17 +136,26 @@ def choose_tile(
     It is BY_PYTORCH for parts of a plain layer, unless the launch table knows better. A given tile
     is only fitted to the layers' adapters.
     """
-    bucket = min(max(1 << (len(x) - 1).bit_length(), 32), 128)
-    shared = _shared_memory(x.device)
     kind = "_four_bit" if layers[0].in_four_bits else ""
-    default = TILES[operation + kind, bucket][0 if shared >= LARGE else 1]
+    default = default_tile(operation + kind, len(x), x.device)
     if any(layer.adapter is not None for layer in layers):
         kind += "_lora"
     if operation == "parts" and not kind:
         default = BY_PYTORCH
     if tile is None:
-        tile = tuned(f"decode_{operation}{kind}_{bucket}", x.device, default)
-    return _fitted(tile, operation, layers, shared)
+        tile = tuned(f"decode_{operation}{kind}_{bucket_of(len(x))}", x.device, default)
+    return _fitted(tile, operation, layers, _shared_memory(x.device))
+
+
+def default_tile(name: str, rows: int, device: torch.device) -> Tile | PartsTile:
+    """Return the tile of TILES for an operation, R rows and a GPU."""
+    large, small = TILES[name, bucket_of(rows)]
+    return large if _shared_memory(device) >= LARGE else small
+
+
+def bucket_of(rows: int) -> int:
+    """Return the most rows that have the tile of so many: one of 32, 64 and 128."""
+    return min(max(1 << (rows - 1).bit_length(), 32), 128)
 
 
 def splits_of(tile: PartsTile, rows: int, shape: tuple[int, int], device: torch.device) -> int:
