@@ -20,7 +20,7 @@ from mr1_fast.model.reference import Reference
 from mr1_fast.model.tiny import tiny_processor
 from mr1_fast.plan.out_of_memory import PACK_TOKENS, MemoryLimits
 from mr1_fast.run import Run
-from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
+from mr1_fast.stages import add_logprobs, grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 BETA = 0.04

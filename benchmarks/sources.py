@@ -37,6 +37,7 @@ STEP = (
     *LAYERS,
     *ROLLOUT,
     "mr1_fast/train.py",
+    "mr1_fast/stages.py",
     "mr1_fast/packing.py",
     "mr1_fast/optim.py",
 )

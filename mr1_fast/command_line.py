@@ -214,6 +214,9 @@ class SettingsParser(Generic[Config]):
             reason = "holds no settings: write a line such as `steps: 100` for each."
             raise UserError(f"config {path} {reason}")
         settings: dict[str, Any] = {}
+        if values.get("algo") == "grpo" and "loss_type" not in values:
+            # The config.yaml of an earlier version, whose GRPO had a constant β whatever this said.
+            values = {name: value for name, value in values.items() if name != "beta_shape"}
         for name, value in values.items():
             if name in RENAMED:
                 name, today = RENAMED[name]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .config import TrainConfig
+from .config.objective import ALGORITHMS
 
 PRESETS = {
     "counting": dict(
@@ -42,6 +43,8 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
     """
     preset = config.task if config.preset == "auto" else config.preset
     defaults = dict(PRESETS.get(preset, {}))
+    if ALGORITHMS[config.algo]["beta"] == 0:  # the paper's β is that of GRPO
+        defaults.pop("beta", None)
     if config.algo == "sft":
         defaults |= SFT
     if config.model in BUILT_IN:

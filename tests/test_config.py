@@ -10,6 +10,7 @@ from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import (
     AlgorithmConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     RewardConfig,
     RunConfig,
@@ -18,6 +19,7 @@ from mr1_fast.config import (
     TrainConfig,
     cache_folder,
 )
+from mr1_fast.config.objective import KLConfig
 from mr1_fast.kl_schedule import BetaShape, DynamicKL
 from mr1_fast.rollout import sampling
 
@@ -72,6 +74,8 @@ def test_every_setting_belongs_to_one_group():
     groups = [
         RunConfig,
         OptimizerConfig,
+        KLConfig,
+        ObjectiveConfig,
         AlgorithmConfig,
         RewardConfig,
         Sampling,

@@ -15,7 +15,7 @@ from mr1_fast.config import TrainConfig
 from mr1_fast.kernels.grpo.reference import policy_loss_ref
 from mr1_fast.model import attention
 from mr1_fast.segments import Gather
-from mr1_fast.train import grpo_batch_loss, pack_rollout
+from mr1_fast.stages import grpo_batch_loss, pack_rollout
 from mr1_fast.types import Rollout
 
 from ..data.models import (

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mr1_fast import train
+from mr1_fast import stages
+from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
@@ -65,7 +66,7 @@ def test_layers_are_recomputed_where_memory_runs_out_and_the_settings_leave_it_o
 ):
     policy = tiny_policy(recompute=recompute)
     policy.layers.recompute_text, policy.layers.recompute_vision = 1, 0
-    run = stage_run(policy, train.TrainConfig(recompute=recompute))
+    run = stage_run(policy, TrainConfig(recompute=recompute))
     assert run.recompute_all() == ("all layers recomputed" if changes else "")
     assert policy.layers.recompute_text == (3 if changes else 1)
     assert policy.layers.recompute_vision == (2 if changes else 0)
@@ -99,7 +100,7 @@ def test_half_of_what_is_of_use():
 def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(monkeypatch):
     policy = tiny_policy(torch.float64)
     prompts = policy.encode.many(mixed_examples())
-    config, layouts = train.TrainConfig(max_new_tokens=6, num_generations=3), []
+    config, layouts = TrainConfig(max_new_tokens=6, num_generations=3), []
 
     def cramped(text_model, layout):
         layouts.append(layout)
@@ -112,7 +113,7 @@ def test_a_rollout_that_runs_out_of_memory_draws_the_same_with_half_the_cache(mo
     run = stage_run(policy, config)
     needed = engine.fitting(prompts, 3, config).tokens
     for _ in range(2):
-        drawn = [train.sample(run, mixed_examples(), 0) for _ in range(2)]
+        drawn = [stages.sample(run, mixed_examples(), 0) for _ in range(2)]
     assert [layout.tokens <= needed // 2 for layout in layouts] == [False, False, True, True, True]
     assert all(
         torch.equal(a, b) for a, b in zip(drawn[0].completions, drawn[1].completions, strict=True)
@@ -153,8 +154,8 @@ def test_rows_keep_their_data_when_packed_anew():
     policy = tiny_policy()
     rollout = drawn_rollout(policy)
     advantages = torch.arange(8.0).reshape(4, 2)
-    batches = train.pack_rollout(rollout, advantages, 10**6)
-    expected = train.pack_rollout(rollout, advantages, 150)
+    batches = stages.pack_rollout(rollout, advantages, 10**6)
+    expected = stages.pack_rollout(rollout, advantages, 150)
     batches.repack(150)
     assert len(batches) == len(expected) > 1
     for batch, other in zip(batches, expected, strict=True):
@@ -169,18 +170,18 @@ def test_a_step_that_recomputes_after_it_ran_out_of_memory_changes_no_bit():
     weights, said = [], []
     for runs_out in (False, True):
         policy = tiny_policy()
-        rollout, config = drawn_rollout(policy), train.TrainConfig(learning_rate=1e-3)
+        rollout, config = drawn_rollout(policy), TrainConfig(learning_rate=1e-3)
         run = stage_run(policy, config, 200, said, optimizer=make_optimizer(policy.model, config))
-        batches = train.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200)
+        batches = stages.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200)
         calls = []
 
         def batch_loss(policy, batch, config=config, calls=calls, runs_out=runs_out):
             calls.append(policy.layers.recompute_text)
             if runs_out and len(calls) == 2:
                 raise torch.OutOfMemoryError(NO_ROOM)
-            return train.grpo_batch_loss(policy, batch, 0.0, config)
+            return stages.grpo_batch_loss(policy, batch, 0.0, config)
 
-        train.learn(run, batches, batch_loss, 0)
+        stages.learn(run, batches, batch_loss, 0)
         assert calls == ([0, 0, *[3] * len(batches)] if runs_out else [0] * len(batches))
         weights.append([p.detach().clone() for p in policy.model.parameters()])
     assert len(said) == 1 and said[0].endswith("with all layers recomputed")
@@ -193,22 +194,22 @@ def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
     for budget in (200, 100):
         policy = tiny_policy()
         rollout = drawn_rollout(policy)
-        config = train.TrainConfig(learning_rate=1e-3, updates_per_batch=2, recompute="none")
+        config = TrainConfig(learning_rate=1e-3, updates_per_batch=2, recompute="none")
         optimizer, said, calls = make_optimizer(policy.model, config), [], []
-        batches = train.pack_rollout(
+        batches = stages.pack_rollout(
             rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget
         )
         run = stage_run(policy, config, budget, said, optimizer=optimizer)
-        train.add_logprobs(run, batches)
+        stages.add_logprobs(run, batches)
 
         def batch_loss(policy, batch, config=config, calls=calls, budget=budget):
             calls.append(len(batch.input_ids))
             if budget == 200 and len(calls) == 2:
                 raise torch.OutOfMemoryError(NO_ROOM)
-            return train.grpo_batch_loss(policy, batch, 0.0, config)
+            return stages.grpo_batch_loss(policy, batch, 0.0, config)
 
         for step in range(2):
-            train.learn(run, batches, batch_loss, step)
+            stages.learn(run, batches, batch_loss, step)
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         assert len(batches) > 2 and max(len(batch.input_ids) for batch in batches) <= 100
         assert len(said) == (budget == 200)

@@ -29,7 +29,7 @@ from mr1_fast.plan.stand_ins import FourBitLinear
 from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
-from mr1_fast.train import grpo_batch_loss, pack_rollout
+from mr1_fast.stages import grpo_batch_loss, pack_rollout
 from mr1_fast.types import Prompt, Rollout
 
 from ..data.memory_trace import peak_bytes

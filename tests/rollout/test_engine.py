@@ -15,7 +15,7 @@ from mr1_fast.packing import pack
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.graphs import GRAPH_ROWS
 from mr1_fast.rollout.sampling import Sampling
-from mr1_fast.train import add_logprobs, grpo_batch_loss, pack_rollout
+from mr1_fast.stages import add_logprobs, grpo_batch_loss, pack_rollout
 
 from ..data.models import (
     fill_adapters,

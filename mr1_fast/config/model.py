@@ -1,0 +1,43 @@
+"""Settings of the model: which it is, and how it is held in memory."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """Which model is used, and how it is held in memory."""
+
+    model: str = "tiny"
+    """The model: `tiny` or `small` (built in), a local folder, or a name on the Hugging Face hub
+    such as Qwen/Qwen2-VL-2B-Instruct."""
+    lora: bool = False
+    """Train LoRA adapters on the language model's linear layers, not all weights; needs peft."""
+    lora_rank: int = 32
+    """Rank of the LoRA adapters; their scale alpha is twice the rank."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits (nf4); needs --lora and bitsandbytes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of weights and matrix products; `auto` is float32 on a CPU, bfloat16 on CUDA, and
+    float16 on cards without bfloat16, such as a T4. In float16 only --lora can be trained."""
+    device: str = "auto"
+    """Device of the model, such as cpu, cuda or cuda:1; `auto` is cuda if there is a GPU, else
+    cpu."""
+    recompute: Literal["auto", "all", "none"] = "auto"
+    """Which layers run again in the backward pass, which saves memory and takes up to a third more
+    time: all of them, which then keep their input alone; none; or as many as the memory plan says
+    (auto). The others keep the results of their matrix products and of attention."""
+    offload_checkpoints: bool = False
+    """Move the stored inputs of layers that are computed again to host memory."""
+    fused_layers: bool = True
+    """Compute the layers by fused kernels; false takes transformers' own modules."""
+    freeze_vision: bool = False
+    """Keep the vision tower as it is and train the language model alone, in less time and memory;
+    --lora freezes it in any case."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in text and image tokens; a longer one is an error and is never truncated."""
+    max_pixels: int = 401_408
+    """Largest image as width × height; the default, 401,408 pixels, is 512 image tokens."""
+    shrink_images: bool = False
+    """Scale images that are larger than --max-pixels down to it, and pad those that are too thin
+    for the model, instead of refusing them."""

@@ -1,0 +1,121 @@
+"""Settings of the objective, and the algorithms, each of which is a bundle of them.
+
+The formulas stand at `mr1_fast.loss` and in docs/loss.md.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UserError
+
+Algorithm = Literal["grpo-d", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sft"]
+
+BetaPath = Literal[
+    "constant", "grpo-d", "linear-up", "linear-down", "reversed", "accuracy", "target-kl"
+]
+
+GRPO: dict[str, Any] = dict(
+    loss_type="grpo",
+    surrogate="clip",
+    ratio="token",
+    clip_low=0.2,
+    clip_high=0.2,
+    advantage="group-std",
+    skip_equal_groups="keep",
+    overlong_penalty=0.0,
+    beta_shape="constant",
+    beta=0.04,
+)
+"""The settings of plain GRPO (DeepSeekMath, arXiv 2402.03300), from which the others differ."""
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "grpo-d": GRPO | dict(beta_shape="grpo-d"),
+    "grpo": GRPO,
+    "dr-grpo": GRPO | dict(loss_type="dr_grpo", advantage="group-mean", beta=0.0),
+    "dapo": GRPO
+    | dict(
+        loss_type="dapo",
+        clip_high=0.28,
+        skip_equal_groups="refill",
+        overlong_penalty=0.2,
+        beta=0.0,
+    ),
+    "gspo": GRPO | dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4, beta=0.0),
+    "cispo": GRPO | dict(loss_type="dapo", surrogate="cispo", clip_high=4.0, beta=0.0),
+    "sft": GRPO,
+}
+"""What each algorithm sets, by its name; a setting that is given itself counts more.
+
+- grpo-d: GRPO with the schedule of β (OThink-MR1, arXiv 2503.16081)
+- dr-grpo: no division by lengths and standard deviations (arXiv 2503.20783)
+- dapo: clip-higher, a mean over tokens, groups without a signal replaced, and a soft penalty of
+  overlong completions (arXiv 2503.14476)
+- gspo: a ratio per sequence (arXiv 2507.18071)
+- cispo: the capped, detached ratio of MiniMax-M1 (arXiv 2506.13585); its cap of 5 is ScaleRL's
+  (arXiv 2510.13786)
+"""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the loss is. The defaults are those of --algo."""
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo"] | None = None
+    """Mean over tokens: of each sequence, then over sequences (grpo); divided by --max-new-tokens
+    (dr_grpo); over all tokens of the step (dapo) or of a pack (bnpo); or the sum of each sequence,
+    then the mean over sequences (luspo)."""
+    surrogate: Literal["clip", "cispo", "sapo"] | None = None
+    """Policy term of a token: the clipped ratio (clip), its capped and detached ratio times the
+    log-probability (cispo), or a soft gate (sapo)."""
+    ratio: Literal["token", "sequence"] | None = None
+    """Whether the ratio π/π_old is that of a token, or the geometric mean of its sequence."""
+    clip_low: float | None = None
+    """Distance below 1 at which the ratio π/π_old is clipped."""
+    clip_high: float | None = None
+    """Distance above 1 at which the ratio π/π_old is clipped."""
+    clip_delta: float | None = None
+    """Upper bound on the ratio of a token with a negative advantage, such as 4 (INTELLECT-2); null
+    is off. Only with surrogate clip."""
+    advantage: Literal["group-std", "group-mean", "batch-std"] | None = None
+    """Advantage of a completion: its reward minus its group's mean, divided by its group's standard
+    deviation (group-std), by that of the whole step (batch-std), or by nothing (group-mean)."""
+    mask_truncated: bool = False
+    """Take completions that were cut at --max-new-tokens out of the loss."""
+    skip_equal_groups: Literal["keep", "drop", "refill"] | None = None
+    """What happens to groups whose rewards are all equal, which have no advantages: they stay for
+    their KL (keep), are left out of the loss (drop), or are replaced by groups of further prompts,
+    which are sampled until the step is full or a bound is reached (refill)."""
+    entropy_coefficient: float = 0.0
+    """Weight of the mean entropy of the step's tokens, which is subtracted from the loss; 0 is off,
+    and other values cost a fourth matrix product at the head."""
+
+    def check_objective(self) -> None:
+        """Raise UserError for an objective that does not exist."""
+        if self.clip_high < (-1 if self.surrogate == "cispo" else 0):
+            raise UserError(f"clip_high is {self.clip_high}, but must not be negative.")
+        if self.clip_delta is not None and self.surrogate != "clip":
+            raise UserError(
+                f"clip_delta bounds the ratio of surrogate clip, not of {self.surrogate}: leave "
+                "it out."
+            )
+
+
+@dataclass
+class KLConfig:
+    """How the weight β of the KL changes over the steps."""
+
+    beta_shape: BetaPath | None = None
+    """Path of the KL weight: none (constant); the paper's, from mean to min to max (grpo-d); from
+    min to max (linear-up); from max to min (linear-down); the paper's backwards in time (reversed);
+    by the accuracy of each step (accuracy); or whatever keeps the KL near its target (target-kl).
+    The last two stay between min and max, too."""
+    beta: float | None = None
+    """KL weight where it is constant; 0 needs no reference model."""
+    beta_min: float = 0.04
+    """Lowest KL weight; that of grpo-d reaches it at the end of the exploration steps."""
+    beta_max: float = 0.1
+    """Highest KL weight; that of grpo-d reaches it at the end of training."""
+    explore_fraction: float = 0.3
+    """Share of the steps in which the KL weight of grpo-d falls (w/t); it rises in the rest."""
+    target_kl: float = 0.01
+    """KL per token that --beta-shape target-kl aims at, in nats."""

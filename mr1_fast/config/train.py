@@ -1,0 +1,120 @@
+"""All settings of a training run, and what follows from several of them."""
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..kl_schedule import DynamicKL
+from .algorithm import AlgorithmConfig
+from .model import ModelConfig
+from .objective import ALGORITHMS, KLConfig, ObjectiveConfig
+from .optimizer import OptimizerConfig
+from .reward import RewardConfig
+from .run import RunConfig
+from .sampling import Sampling
+from .task import TaskConfig
+
+
+@dataclass
+class TrainConfig(
+    RunConfig,
+    OptimizerConfig,
+    KLConfig,
+    ObjectiveConfig,
+    AlgorithmConfig,
+    RewardConfig,
+    Sampling,
+    TaskConfig,
+    ModelConfig,
+):
+    """Post-train a vision-language model with GRPO-D, one of its relatives, or supervised
+    fine-tuning."""
+
+    def __post_init__(self):
+        for name, value in ALGORITHMS.get(self.algo, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, which are the t of the β schedule."""
+        return self.steps * self.updates_per_batch
+
+    def kl_schedule(self) -> DynamicKL:
+        """β as a function of the optimizer step."""
+        if self.beta_shape == "constant":
+            return DynamicKL(self.beta, self.beta, self.optimizer_steps())
+        return DynamicKL(
+            self.beta_min,
+            self.beta_max,
+            self.optimizer_steps(),
+            self.explore_fraction,
+            self.beta_shape,
+        )
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight of each reward, by the name that it is registered under."""
+        return {"accuracy": 1.0, "format": self.format_weight, **self.extra_rewards}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss has a KL term, for which a reference model must be kept."""
+        return self.algo != "sft" and self.kl_schedule().beta_max > 0
+
+    @property
+    def needs_thinking(self) -> bool:
+        """Whether worked solutions are imitated."""
+        return self.algo == "sft" and self.sft_target == "solution"
+
+    def check(self) -> None:
+        """Raise UserError for values with which no run is possible."""
+        for name, value in vars(self).items():
+            if name in _POSITIVE and value != "auto" and value <= 0:
+                raise UserError(f"{name} is {value}, but must be greater than 0.")
+            if name in _NOT_NEGATIVE and value < 0:
+                raise UserError(f"{name} is {value}, but must not be negative.")
+        if self.algo != "sft" and self.num_generations < 2:
+            raise UserError(
+                f"num_generations is {self.num_generations}, "
+                "but a group needs at least 2 completions."
+            )
+        self.check_sampling()
+        self.check_objective()
+        self.check_run()
+        if 0 < self.importance_cap < 1:
+            raise UserError(
+                f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
+            )
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
+        if self.load_in_4bit and not self.lora:
+            raise UserError(
+                "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
+            )
+        if self.offload_checkpoints and self.recompute == "none":
+            raise UserError(
+                "offload_checkpoints is true, but with recompute none no layer's input is stored "
+                "to be offloaded: pass --recompute auto or all."
+            )
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        if self.tokens_per_microbatch != "auto" and longest > self.tokens_per_microbatch:
+            raise UserError(
+                f"tokens_per_microbatch is {self.tokens_per_microbatch}, but one sequence may have "
+                f"max_prompt_tokens + max_new_tokens = {longest} tokens: raise the first or lower "
+                "the others."
+            )
+        try:
+            self.kl_schedule()
+        except ValueError as error:
+            raise UserError(f"the KL schedule is impossible: {error}.") from error
+
+
+_POSITIVE = {
+    *("steps", "prompts_per_step", "updates_per_batch", "tokens_per_microbatch"),
+    *("max_prompt_tokens", "max_new_tokens", "max_pixels", "lora_rank"),
+    *("learning_rate", "max_grad_norm", "temperature", "reward_seconds", "target_kl"),
+}
+_NOT_NEGATIVE = {
+    *("seed", "save_every", "eval_samples", "weight_decay"),
+    *("clip_low", "importance_cap", "entropy_coefficient"),
+    *("eval_every", "patience", "beta", "overlong_penalty"),
+}

@@ -1,0 +1,214 @@
+"""The stages of a step: sampling, scoring, packing, log-probabilities, the loss and the update.
+
+`train.py` calls them in this order.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from .config import TrainConfig
+from .loss import linear_grpo_loss, spread, token_weights
+from .metrics import Largest, Mean, RowMetric
+from .model.forward import lm_head_weight
+from .model.policy import Policy
+from .optim import BatchLoss, update
+from .packing import MicroBatches
+from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE
+from .rewards import Scores, score
+from .rollout.engine import Engine, fitting
+from .rollout.sampling import Sampling
+from .run import Run
+from .seeds import derive_seed
+from .tasks import get_task
+from .types import Example, PackedBatch, Rollout
+
+GAP = ("rollout_gap_mean", "rollout_gap_max")
+"""Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
+
+
+def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
+    """Reward the completions of a step, as configured."""
+    config = run.config
+    return score(
+        rollout.texts,
+        rollout.examples,
+        config.reward_weights,
+        accuracy=get_task(config.task).judge(config.judge, training=True),
+        seconds=config.reward_seconds,
+        completion_ids=[ids.tolist() for ids in rollout.completions],
+        trainer_state=SimpleNamespace(global_step=step, max_steps=config.steps),
+    )
+
+
+def sample(run: Run, examples: list[Example], step: int) -> Rollout:
+    """Sample G completions of each example, in a smaller KV cache if memory runs out.
+
+    The same step always gives the same completions, whatever the size of the cache.
+    """
+    config, policy = run.config, run.policy
+    # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
+    # batches do: this step's update changes the weights, and their keys would be of the old ones.
+    prompts = policy.encode.many(examples)
+    needed = fitting(prompts, config.num_generations, config).tokens
+
+    def generate(cache_tokens: int) -> Rollout:
+        engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
+        return engine.generate(
+            examples,
+            config.num_generations,
+            Sampling.of(config),
+            seed=derive_seed(config.seed, "rollout", step),
+            prompts=prompts,
+            cache_tokens=cache_tokens,
+            prefill_tokens=run.limits.amounts[PACK_TOKENS],
+        )
+
+    return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
+
+
+def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
+    """Pack the rollout; each row gets its advantage, its weight and its sampled log-probability.
+
+    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
+    """
+    count = len(rollout.completions)
+    batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
+    for batch in batches:
+        bounds = batch.loss_cu_seqlens
+        per_sequence = advantages.flatten()[batch.sequence_ids]
+        sampled = [rollout.logprobs[index] for index in batch.sequence_ids]
+        batch.row_data["advantages"] = spread(per_sequence, bounds)
+        batch.row_data["token_weights"] = token_weights(bounds, num_sequences=count)
+        batch.row_data["rollout_logp"] = torch.cat(sampled)
+    return batches
+
+
+@torch.no_grad()
+def add_logprobs(run: Run, batches: MicroBatches) -> None:
+    """Put the reference's log-probabilities on the rows, in smaller packs if memory runs out.
+
+    With `--importance-cap`, also the policy's own ones and the importance weights that follow.
+    Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
+    no forward pass.
+    """
+    config, policy = run.config, run.policy
+
+    def compute(tokens_per_pack: int) -> None:
+        batches.repack(tokens_per_pack)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in batches]
+        if run.reference is not None:
+            reference = run.reference.logprobs(batches, config.temperature)
+            for values, logp in zip(found, reference, strict=True):
+                values["ref_logp"] = logp
+        for batch, values in zip(batches, found, strict=True):
+            if config.updates_per_batch > 1:
+                values["old_logp"] = batch.row_data["rollout_logp"]
+            if config.importance_cap:
+                on_device = batch.to(policy.device)
+                own, _ = policy.logprobs(on_device, config.temperature)
+                ratio = (own - on_device.row_data["rollout_logp"]).exp()
+                values["old_logp"] = own
+                values["is_weights"] = ratio.clamp(max=config.importance_cap)
+
+        # All or none: an attempt that runs out of memory leaves nothing behind.
+        for batch, values in zip(batches, found, strict=True):
+            batch.row_data |= values
+
+    run.limits.attempt(PACK_TOKENS, compute)
+
+
+def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float]:
+    """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
+
+    The gap between rollout and training is that of the first: afterwards, the weights are no longer
+    the rollout's.
+    """
+    first: dict[str, float] = {}
+    for inner in range(run.config.updates_per_batch):
+        optimizer_step = step * run.config.updates_per_batch + inner
+        beta = run.schedule(optimizer_step)
+        batch_loss = partial(grpo_batch_loss, beta=beta, config=run.config)
+        metrics = {"beta": beta, **learn(run, batches, batch_loss, optimizer_step)}
+        first = first or metrics
+    return {**metrics, **{name: first[name] for name in GAP}}
+
+
+def grpo_batch_loss(
+    policy: Policy, batch: PackedBatch, beta: float, config: TrainConfig
+) -> tuple[torch.Tensor, dict[str, RowMetric]]:
+    """Compute the GRPO loss of one batch, a 0-d tensor, and what its rows tell for the metrics.
+
+    Logits exist for a chunk of rows at a time.
+    """
+    rows = batch.row_data
+    result = linear_grpo_loss(
+        policy.hidden(batch),
+        lm_head_weight(policy.model),
+        batch.targets,
+        rows["advantages"],
+        rows["token_weights"],
+        beta=beta,
+        old_logp=rows.get("old_logp"),
+        ref_logp=rows.get("ref_logp"),
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        temperature=config.temperature,
+        is_weights=rows.get("is_weights"),
+    )
+    gap = (result.logp - rows["rollout_logp"]).abs()
+    metrics: dict[str, RowMetric] = {
+        "entropy": Mean(result.entropy),
+        "clip_fraction": Mean(result.clipped),
+        "rollout_gap_mean": Mean(gap),
+        "rollout_gap_max": Largest(gap),
+    }
+    if "ref_logp" in rows:  # without a reference the KL is unknown, and a 0 would be a claim
+        metrics["kl"] = Mean(result.kl)
+        metrics["kl_limited"] = Mean(result.kl_limited)
+    return result.loss, metrics
+
+
+def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """Average over the completions of a step.
+
+    `zero_variance` is the share of groups without a learning signal.
+    """
+    count = len(rollout.completions)
+    rewards = scores.total
+    equal = (rewards == rewards[:, :1]).all(dim=1)
+    return {
+        "reward": rewards.mean().item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
+        **scores.means(),
+        "zero_variance": equal.float().mean().item(),
+        "completion_length": sum(map(len, rollout.completions)) / count,
+        "finished": sum(rollout.finished) / count,
+    }
+
+
+def learn(
+    run: Run, batches: MicroBatches, batch_loss: BatchLoss, optimizer_step: int
+) -> dict[str, float]:
+    """Take one optimizer step on the batches.
+
+    If memory runs out, layers are recomputed that were not (`--recompute auto`), and if that is not
+    enough, packs get smaller.
+    """
+    config = run.config
+
+    def attempt(tokens_per_pack: int) -> dict[str, float]:
+        batches.repack(tokens_per_pack)
+        return update(
+            run.policy,
+            run.optimizer,
+            batches,
+            batch_loss,
+            optimizer_step,
+            config.optimizer_steps(),
+            config,
+        )
+
+    return run.limits.attempt(PACK_TOKENS, attempt, relief=run.recompute_all)
