@@ -129,7 +129,7 @@ def _share(result: dict) -> str:
 
 def _training(config: TrainConfig, steps: int, drawn: list[str]) -> str:
     """How long and by which objective, with the picture, and a table of the main settings."""
-    lines = [f"{steps:,} of {config.steps:,} steps are recorded. {_beta(config)}".strip()]
+    lines = [f"Trained for {steps:,} of {config.steps:,} steps. {_beta(config)}".strip()]
     if drawn:
         lines.append(f"![{' and '.join(drawn)}, over the steps]({PICTURE})")
     names = _OF_SFT if config.algo == "sft" else _MATTERING
