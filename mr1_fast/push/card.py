@@ -89,9 +89,10 @@ def _about(config: TrainConfig) -> str:
         what += " over weights in 4 bits"
     elif not config.lora and config.freeze_vision:
         what = "The language model's weights"
+    task = inline(public(config.task))
     return (
-        f"This model is {base}, post-trained with {how} on the task {inline(config.task)}, on "
-        f"{data}. {what} were trained, with mr1_fast {__version__}.\n"
+        f"This model is {base}, post-trained with {how} on the task {task}, on {data}. {what} "
+        f"were trained, with mr1_fast {__version__}.\n"
     )
 
 
@@ -114,10 +115,11 @@ def _accuracy(evaluation: dict) -> str:
             cells[3] = f"{points:+.1f} points".replace("-", "−")
         rows.append(f"| {' | '.join(cells)} |")
     count = max(int(result["count"]) for result in after.values())
+    task, split = (inline(public(evaluation.get(name, "?"))) for name in ("task", "split"))
     note = (
-        f"Share of {count:,} held-out items (task {inline(evaluation.get('task', ''))}, split "
-        f"{inline(public(evaluation.get('split', '')))}) that were answered right, by the judge "
-        f"`{_code(evaluation.get('judge', 'strict'))}`. In brackets: Wilson's 95% intervals."
+        f"Share of {count:,} held-out items (task {task}, split {split}) that were answered right, "
+        f"by the judge `{_code(evaluation.get('judge', 'strict'))}`. In brackets: Wilson's 95% "
+        "intervals."
     )
     return "\n".join(rows) + f"\n\n{note}\n"
 

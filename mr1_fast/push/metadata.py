@@ -29,7 +29,7 @@ def metadata(config: TrainConfig, evaluation: dict, final: Path) -> str:
         datasets=[data] if data else None,
         eval_results=_results(config, evaluation) or None,
         library_name="peft" if alone else "transformers",
-        model_name=_line(f"{public(config.model)}-{config.algo}-{config.task}"),
+        model_name=_line(f"{public(config.model)}-{config.algo}-{public(config.task)}"),
         pipeline_tag="image-text-to-text",
         tags=[*_tags(config), *(["peft", "lora"] if adapter is not None else [])],
         **({"base_model_relation": relation} if base else {}),
@@ -83,7 +83,7 @@ def _results(config: TrainConfig, evaluation: dict) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-text-to-text",
-            task_name=_line(evaluation.get("task", config.task)),
+            task_name=_line(public(evaluation.get("task", config.task))),
             dataset_type=_line(hub_name(held_out) or "local"),
             dataset_name=_line(public(held_out)),
             dataset_split=_line(public(evaluation.get("split", "test"))),

@@ -11,7 +11,6 @@ from mr1_fast.errors import UserError
 from mr1_fast.push import __main__ as command
 from mr1_fast.push import upload
 from mr1_fast.push.upload import push_in_time, push_run, require_repository
-
 from mr1_fast.push.usage import THIS_MODEL
 
 from ..data.hub_server import TOKEN, Failure
