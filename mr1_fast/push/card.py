@@ -78,7 +78,7 @@ def _about(config: TrainConfig) -> str:
     if data := hub_name(config.data):
         data = f"[{inline(data)}](https://huggingface.co/datasets/{data})"
     elif config.data == "drawn":
-        data = f"items that mr1_fast draws (difficulty {config.difficulty})"
+        data = f"items that mr1_fast drew (difficulty {config.difficulty})"
     else:
         data = f"`{_code(public(config.data))}`"
 
@@ -91,7 +91,7 @@ def _about(config: TrainConfig) -> str:
         what = "The language model's weights"
     task = inline(public(config.task))
     return (
-        f"This model is {base}, post-trained with {how} on the task {task}, on {data}. {what} "
+        f"This model is {base}, post-trained with {how} on the task {task}, with {data}. {what} "
         f"were trained, with mr1_fast {__version__}.\n"
     )
 

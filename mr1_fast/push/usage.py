@@ -1,5 +1,6 @@
 """How to load a trained model: the code and the commands that its card shows."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -28,14 +29,14 @@ def usage(config: TrainConfig, final: Path) -> str:
     lines += [
         "",
         "model = AutoModelForImageTextToText.from_pretrained(",
-        f'    {loaded!r}, dtype="auto", device_map="auto"',
+        f'    {_quoted(loaded)}, dtype="auto", device_map="auto"',
         ")",
     ]
-    folder = "" if adapter in (None, ".") else f", subfolder={adapter!r}"
+    folder = "" if adapter in (None, ".") else f', subfolder="{adapter}"'
     if not whole:
-        lines.append(f"model = PeftModel.from_pretrained(model, {THIS_MODEL!r}{folder})")
+        lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{folder})')
     lines += [
-        f"processor = AutoProcessor.from_pretrained({THIS_MODEL!r})",
+        f'processor = AutoProcessor.from_pretrained("{THIS_MODEL}")',
         "",
         *_conversation(config),
         "inputs = processor.apply_chat_template(",
@@ -55,21 +56,27 @@ def usage(config: TrainConfig, final: Path) -> str:
 def _conversation(config: TrainConfig) -> list[str]:
     """Lines that make `messages` as the prompts of the training were made."""
     suffix = config.prompt_suffix if config.prompt_template is None else ""
-    question = f"How many circles are there? {suffix}".strip()
+    asked = "How many circles are there?" if config.task == "counting" else "What is the answer?"
+    question = f"{asked} {suffix}".strip()
     if len(question) > LONGEST_PROMPT:
         question = question[:LONGEST_PROMPT] + " …"
     lines = ["messages = ["]
     if config.system_prompt:
         system = public(config.system_prompt[:LONGEST_PROMPT])
-        lines.append(f'    {{"role": "system", "content": {system!r}}},')
+        lines.append(f'    {{"role": "system", "content": {_quoted(system)}}},')
     return [
         *lines,
         '    {"role": "user", "content": [',
         '        {"type": "image", "image": "picture.png"},',
-        f'        {{"type": "text", "text": {public(question)!r}}},',
+        f'        {{"type": "text", "text": {_quoted(public(question))}}},',
         "    ]},",
         "]",
     ]
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal that Python reads."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _vllm(config: TrainConfig, whole: bool, base: str, folder: str) -> str:

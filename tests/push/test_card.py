@@ -22,7 +22,6 @@ from mr1_fast.push.papers import OTHINK, PAPERS
 from mr1_fast.push.picture import panels, training_picture
 from mr1_fast.push.public import hub_name, public
 
-from ..data.runs import run
 from .conftest import made_run
 
 
@@ -75,7 +74,7 @@ def test_what_the_card_says(tmp_path):
         "β falls from 0.07 to 0.04 over the first 30% of the steps, and then rises to 0.1" in text
     )
     assert "post-trained with [GRPO-D](https://arxiv.org/abs/2503.16081)" in text
-    assert "This model is `my-qwen`" in text and "on `rows.jsonl`" in text
+    assert "This model is `my-qwen`" in text and "with `rows.jsonl`" in text
     assert "| prompt_suffix |" in text.partition("<details>")[2]
     assert "vllm serve path/to/final" in text
     with Image.open(tmp_path / "run" / "final" / "training.png") as picture:
@@ -105,8 +104,8 @@ def test_an_adapter_alone_is_loaded_on_its_base(tmp_path, where):
     write_card(tmp_path / "run", config)
     head, text = read(tmp_path / "run")
     assert head["library_name"] == "peft" and head["tags"][-2:] == ["peft", "lora"]
-    folder = ", subfolder='adapter'" if where == "adapter" else ""
-    assert f"PeftModel.from_pretrained(model, 'path/to/final'{folder})" in text
+    folder = ', subfolder="adapter"' if where == "adapter" else ""
+    assert f'PeftModel.from_pretrained(model, "path/to/final"{folder})' in text
     assert "vllm serve my-qwen --enable-lora --max-lora-rank 32" in text
     assert "LoRA adapters of rank 32 over weights in 4 bits were trained" in text
     assert not (final / "adapter" / "README.md").exists()
@@ -231,10 +230,3 @@ def test_the_picture_has_a_panel_for_each_metric():
     both = drawn(columns)
     assert both.width == 2 * drawn({"step": steps, "loss": steps}).width
     assert drawn(columns | {"beta": steps[::-1]}).tobytes() != both.tobytes()
-
-
-def test_every_run_has_a_card(run_args, tmp_path):
-    run(run_args(tmp_path / "run", steps=2, eval_samples=2, save_every=0))
-    head, text = read(tmp_path / "run")
-    assert head["library_name"] == "transformers" and "Trained for 2 of 2 steps." in text
-    assert str(tmp_path) not in text
