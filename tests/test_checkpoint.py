@@ -84,7 +84,7 @@ def interrupted(finished, tmp_path):
         shutil.rmtree(folder / name)
     (folder / "report.html").unlink()
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    del evaluation["after"]
+    del evaluation["after"], evaluation["final_step"]
     for shown in evaluation["examples"]:
         del shown["after"]
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
