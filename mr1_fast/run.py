@@ -82,7 +82,7 @@ class Run:
         return "all layers recomputed" if changes else ""
 
     def save(self, steps_done: int) -> None:
-        """Write the checkpoint of the state after `steps_done` steps, unless it is there already."""
+        """Write the checkpoint of the state after `steps_done` steps, unless it is there."""
         if self.saved == steps_done:
             return
         with self.time_limit.measure("save"):

@@ -63,7 +63,7 @@ class StopSignals:
 class TimeLimit:
     """Says when a run must end to be over after `hours`, by how long its parts have taken so far.
 
-    The parts are what `measure` names. With None there is no limit.
+    The parts are what `measure` names; `step` is one of them. With None there is no limit.
     """
 
     def __init__(self, hours: float | None = None):
@@ -80,8 +80,12 @@ class TimeLimit:
     def leaves(self, *parts: str) -> bool:
         """Say whether there is time for all parts, each as long as the longest of its last ones.
 
-        A part that was never measured counts as nothing: a run always begins its first step.
+        Until a step has been measured there is always time: a run that is resumed again and again
+        comes to its end, however short the limit. Any other part that was never measured counts as
+        nothing.
         """
+        if "step" not in self._seconds:
+            return True
         needed = sum(max(self._seconds.get(part, ()), default=0.0) for part in parts)
         return time.monotonic() + needed <= self.end
 
