@@ -13,7 +13,6 @@ import datasets
 import pytest
 import yaml
 
-from mr1_fast import run as run_module
 from mr1_fast import start as start_module
 from mr1_fast.config import TaskConfig
 from mr1_fast.errors import Stopped, UserError
