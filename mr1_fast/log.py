@@ -116,6 +116,7 @@ def _holds_a_run(folder: Path) -> bool:
     if not folder.exists():
         return False
     before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
+    before_the_first |= {"report.html", "completions.html"}
     return not folder.is_dir() or any(
         path.name not in before_the_first for path in folder.iterdir()
     )

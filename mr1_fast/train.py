@@ -25,7 +25,7 @@ from .log import Stopwatch
 from .model.load import save_pretrained
 from .model.policy import Policy
 from .plan.out_of_memory import PACK_TOKENS
-from .report.run_report import write_report
+from .report.live import LivePage
 from .run import Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
@@ -57,6 +57,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
+    page = LivePage(run.log.folder, run.log.say)
+    if config.open:
+        page.open()
     try:
         for step in range(run.first_step, config.steps):
             seed_step(config.seed, step)
@@ -66,6 +69,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             for warning in signal.look(metrics):
                 run.log.say(warning)
             run.memory.record(metrics)
+            page.renew()
 
             steps_done = step + 1
             if watch:
@@ -73,6 +77,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             last = steps_done == config.steps
             if config.save_every and (steps_done % config.save_every == 0 or last):
                 run.save(steps_done)
+    except BaseException:
+        page.finish()
+        raise
     finally:
         run.log.close()
 
@@ -81,7 +88,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     with atomic_folder(run.log.folder / "final") as folder:
         save_pretrained(run.policy, folder)
     record_evaluation(run, "after")
-    write_report(run.log.folder)
+    page.finish()
     return run.log.folder
 
 

@@ -1,13 +1,16 @@
 """What the HTML reports share: the page around a report, escaped text, cards and images.
 
 A page is a single file that loads nothing: plots are inline SVG, images are data URIs, and its
-content policy forbids scripts and all requests. What models, data and settings say may be hostile,
-so it enters a page through `text` alone.
+content policy forbids all requests, and all scripts but the one that the page is made with. What
+models, data and settings say may be hostile, so it enters a page through `text` alone, or through
+`data_block`, which only that script reads.
 """
 
 import base64
+import hashlib
 import html
 import io
+import json
 import re
 from pathlib import Path
 from string import Template
@@ -26,7 +29,7 @@ _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:$script_policy">$refresh
 <title>$model · $about</title><style>
 :root { color-scheme: light dark; $light }
 @media (prefers-color-scheme: dark) { :root { $dark } }
@@ -67,6 +70,21 @@ td > b { font-size: 1.25rem; }
 .mark { font-weight: 600; padding: .05rem .5rem; border: 1px solid; border-radius: 1rem;
   white-space: nowrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); border-style: dashed; }
+.tiles { --column: 11rem; margin-top: 1.25rem; } .tiles .card { padding: .7rem 1rem; }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.3;
+  font-variant-numeric: tabular-nums; }
+.tiles .soft { margin: 0; } a { color: var(--line0); }
+.filters { display: grid; gap: .6rem 1rem; align-items: end; position: sticky; top: 0; z-index: 1;
+  margin: 1.25rem 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); }
+.filters label { display: block; color: var(--soft); font-size: .8125rem; min-width: 0; }
+.filters .range { display: flex; gap: .4rem; } .filters .search { grid-column: span 2; }
+input, select, button { font: inherit; font-size: .9375rem; color: var(--ink); width: 100%;
+  min-width: 0; background: var(--page); border: 1px solid var(--grid); border-radius: 6px;
+  padding: .35rem .5rem; }
+button { cursor: pointer; } .more { margin: 1rem auto; width: auto; display: block;
+  padding: .5rem 1.5rem; } [hidden] { display: none !important; }
+@media (max-width: 40rem) { .filters { position: static;
+  grid-template-columns: 1fr 1fr; } }
 .output { white-space: pre-wrap; font: .8125rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace;
   max-height: 14rem;
   overflow: auto; background: var(--page); border-radius: 6px; padding: .5rem .6rem;
@@ -75,7 +93,7 @@ td > b { font-size: 1.25rem; }
 <h1>$model · <span class="soft">$about</span></h1>
 <p class="headline">$headline</p><p class="soft">$progress</p>
 $sections
-</main></body></html>
+</main>$script</body></html>
 """)
 
 # Control characters, direction overrides and surrogates would garble the page, or could not be
@@ -84,13 +102,27 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
+_MARKUP = re.compile("[<>&\u2028\u2029]")
 
-def html_page(*, model: str, about: str, headline: str, progress: str, sections: str) -> str:
-    """The whole page; all arguments are HTML.
+
+def html_page(
+    *,
+    model: str,
+    about: str,
+    headline: str,
+    progress: str,
+    sections: str,
+    script: str = "",
+    refresh: int = 0,
+) -> str:
+    """The whole page; all arguments but the last two are HTML.
 
     `model` and `about` make the title, `headline` is the result in large letters, and `progress`
-    stands below it.
+    stands below it. `script` is the JavaScript of the page, the only one that its content policy
+    lets run, by its hash. A browser loads the page again after `refresh` seconds, if that is not 0.
     """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    again = f'\n<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return _PAGE.substitute(
         light=_declarations(LIGHT),
         dark=_declarations(DARK),
@@ -99,6 +131,9 @@ def html_page(*, model: str, about: str, headline: str, progress: str, sections:
         headline=headline,
         progress=progress,
         sections=sections,
+        script=script and f"<script>{script}</script>",
+        script_policy=script and f"; script-src 'sha256-{digest}'",
+        refresh=again,
     )
 
 
@@ -106,16 +141,16 @@ def _declarations(colours: dict[str, str]) -> str:
     return " ".join(f"{name}: {colour};" for name, colour in colours.items())
 
 
-def printable(value: object) -> tuple[str, str]:
+def printable(value: object, longest: int = LONGEST_TEXT) -> tuple[str, str]:
     """`value` as text with unprintable characters replaced by visible ones, and a note.
 
-    A text of more than LONGEST_TEXT characters is cut, which the note says; otherwise it is "".
+    A text of more than `longest` characters is cut, which the note says; otherwise it is "".
     """
     whole = str(value).replace("\r\n", "\n")
-    shown = _UNPRINTABLE.sub(_stand_in, whole[:LONGEST_TEXT])
-    if len(whole) <= LONGEST_TEXT:
+    shown = _UNPRINTABLE.sub(_stand_in, whole[:longest])
+    if len(whole) <= longest:
         return shown, ""
-    return shown, f" … cut: {LONGEST_TEXT:,} of {len(whole):,} characters shown"
+    return shown, f" … cut: {longest:,} of {len(whole):,} characters shown"
 
 
 def _stand_in(found: re.Match) -> str:
@@ -129,10 +164,26 @@ def text(value: object) -> str:
     return html.escape(shown) + (note and f'<span class="soft">{note}</span>')
 
 
+def data_block(value: object) -> str:
+    """`value` as an element of JSON, which a browser does not run, for a page's script to read.
+
+    No character of it can end the element or begin another.
+    """
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    written = _MARKUP.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
+    return f'<script type="application/json" id="data">{written}</script>'
+
+
 def section(title: str, content: str, note: str = "") -> str:
     """A heading, a note in soft letters, and `content`; all three are HTML."""
     note = note and f'<p class="soft">{note}</p>'
     return f"<section><h2>{title}</h2>{note}{content}</section>"
+
+
+def tile(label: str, value: str, note: str = "") -> str:
+    """A card with a number in large letters; all three arguments are HTML."""
+    note = note and f'<p class="soft">{note}</p>'
+    return f'<div class="card"><p class="soft">{label}</p><b>{value}</b>{note}</div>'
 
 
 def bar(value: float, low: float, high: float) -> str:
