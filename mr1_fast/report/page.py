@@ -70,19 +70,20 @@ td > b { font-size: 1.25rem; }
 .mark { font-weight: 600; padding: .05rem .5rem; border: 1px solid; border-radius: 1rem;
   white-space: nowrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); border-style: dashed; }
-.tiles { --column: 11rem; margin-top: 1.25rem; } .tiles .card { padding: .7rem 1rem; }
+.tiles { margin-top: 1.25rem; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); } .tiles .card { padding: .7rem 1rem; }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.3;
   font-variant-numeric: tabular-nums; }
-.tiles .soft { margin: 0; } a { color: var(--line0); }
+.tiles small { font-size: .875rem; font-weight: 400; white-space: nowrap; } .tiles .soft { margin: 0; } a { color: var(--line0); }
 .filters { display: grid; gap: .6rem 1rem; align-items: end; position: sticky; top: 0; z-index: 1;
   margin: 1.25rem 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); }
 .filters label { display: block; color: var(--soft); font-size: .8125rem; min-width: 0; }
 .filters .range { display: flex; gap: .4rem; } .filters .search { grid-column: span 2; }
 input, select, button { font: inherit; font-size: .9375rem; color: var(--ink); width: 100%;
   min-width: 0; background: var(--page); border: 1px solid var(--grid); border-radius: 6px;
-  padding: .35rem .5rem; }
+  padding: 0 .5rem; height: 2.2rem; }
 button { cursor: pointer; } .more { margin: 1rem auto; width: auto; display: block;
-  padding: .5rem 1.5rem; } [hidden] { display: none !important; }
+  padding: 0 1.5rem; background: var(--card); } [hidden] { display: none !important; }
 @media (max-width: 40rem) { .filters { position: static;
   grid-template-columns: 1fr 1fr; } }
 .output { white-space: pre-wrap; font: .8125rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace;
@@ -180,10 +181,10 @@ def section(title: str, content: str, note: str = "") -> str:
     return f"<section><h2>{title}</h2>{note}{content}</section>"
 
 
-def tile(label: str, value: str, note: str = "") -> str:
-    """A card with a number in large letters; all three arguments are HTML."""
-    note = note and f'<p class="soft">{note}</p>'
-    return f'<div class="card"><p class="soft">{label}</p><b>{value}</b>{note}</div>'
+def tile(label: str, value: str, unit: str = "", note: str = "") -> str:
+    """A card with a number in large letters; all arguments are HTML."""
+    shown = f"<b>{value} <small>{unit}</small></b>"
+    return f'<div class="card"><p class="soft">{label}</p>{shown}<p class="soft">{note}</p></div>'
 
 
 def bar(value: float, low: float, high: float) -> str:
@@ -202,7 +203,8 @@ def answer(label: str, output: object, correct: bool, why: object = "") -> str:
 
 def sample_card(images: str, problem: object, solution: object, answers: str) -> str:
     """A card with an item and what models answered; `images` and `answers` are HTML."""
-    return f"""<article class="card"><div class="images">{images}</div>
+    images = images and f'<div class="images">{images}</div>'
+    return f"""<article class="card">{images}
 <p class="question">{text(problem)}</p>
 <p class="soft">Right answer: <b>{text(solution)}</b></p>{answers}</article>"""
 

@@ -14,6 +14,9 @@ BINS = 250
 MOST_EVALUATIONS = 200
 """Evaluations that are drawn with their intervals; of more, evenly spaced ones."""
 
+FEW = 6
+"""Different rewards up to which each has a bar of its own."""
+
 
 @dataclass
 class Plot:
@@ -34,6 +37,10 @@ class Plot:
 
 LENGTHS = ("completion_length", *(f"completion_length_p{share}" for share in (10, 50, 90)))
 MEMORY = tuple(f"peak_gib_{stage}" for stage in ("update", "rollout", "reference", "reward"))
+
+LEGEND = dict(zip(LENGTHS, ("mean", "10%", "median", "90%"), strict=True))
+LEGEND |= {name: name.removeprefix("peak_gib_") for name in MEMORY}
+"""What a legend calls metrics whose names are long; others are called as in metrics.jsonl."""
 
 PLOTS = [
     Plot("Loss", "nats per token", ("loss",), from_zero=False),
@@ -104,10 +111,13 @@ def evaluation_figure(evaluations: dict[str, np.ndarray]) -> str:
 
 def histogram(values: np.ndarray) -> str:
     """How often each reward of the last step was given, as a plot; `values` are finite, (n,)."""
-    counts, edges = np.histogram(values, bins=min(20, max(5, len(np.unique(values)))))
+    distinct, counts = np.unique(values, return_counts=True)
 
     def draw(axes: Axes) -> None:
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=LINES[0], alpha=0.7)
+        if len(distinct) <= FEW:
+            axes.bar([f"{value:.3g}" for value in distinct], counts, 0.6, color=LINES[0], alpha=0.7)
+        else:
+            axes.hist(values, bins=20, color=LINES[0], alpha=0.7)
         axes.set(xlabel="reward", ylabel="completions")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(axis="y", linewidth=0.8)
@@ -155,7 +165,7 @@ def _render(plot: Plot, steps: np.ndarray, shown: dict[str, np.ndarray], number:
                 axes.plot(*thinned(steps, values), color=colour, linewidth=0.8, alpha=0.5)
                 values = _moving_average(values, window)
             line = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 4}
-            axes.plot(*thinned(steps, values), dashes, **line, label=name)
+            axes.plot(*thinned(steps, values), dashes, **line, label=LEGEND.get(name, name))
         axes.set(xlabel="step", ylabel=plot.unit)
         if plot.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -10,6 +10,9 @@ import numpy as np
 
 from ..errors import UserError
 
+LARGEST = 1e100
+"""Values from here on are shown as missing: axes overflow near the largest floats, and such a value
+says no more than infinity does."""
 LAST_BYTES = 2**24
 """How much of the end of completions.jsonl is looked at for the last step, 16 MiB."""
 
@@ -36,15 +39,24 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """
     columns = {"step": array("d")}
     count = 0
-    for count, row in enumerate(_rows(path), start=1):
-        for name, value in {"step": count - 1, **row}.items():
-            column = columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (count - 1 - len(column)))
-            column.append(_number(value))
-    return {
-        name: np.array([*column, *[math.nan] * (count - len(column))])
-        for name, column in columns.items()
-    }
+    for row in _rows(path):
+        row.setdefault("step", count)
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = array("d")
+            column = columns[name]
+            if len(column) < count:  # steps that did not have it
+                column.extend([math.nan] * (count - len(column)))
+            column.append(value if type(value) is float else _number(value))
+        count += 1
+
+    metrics = {}
+    for name, column in columns.items():
+        values = np.full(count, np.nan)
+        values[: len(column)] = column
+        values[~(np.abs(values) < LARGEST)] = np.nan
+        metrics[name] = values
+    return metrics
 
 
 def read_evaluations(path: Path) -> dict[str, np.ndarray]:
@@ -101,5 +113,4 @@ def _rows(path: Path) -> Iterator[dict]:
 
 
 def _number(value: object) -> float:
-    # Axes overflow near the largest floats, and such a value says no more than infinity does.
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan

@@ -85,22 +85,22 @@ def speed_tiles(
     steps = len(columns["step"])
     if live and (left := _seconds_left(steps, seconds, evaluations, config)) is not None:
         of = f"{steps:,} of {config['steps']:,} steps done"
-        tiles.append(tile("Time left", f"about {duration(left)}", of))
+        tiles.append(tile("Time left, about", duration(left), note=of))
     per_step = f"{seconds:.3g} s a step"
-    tiles.append(tile("Speed", f"{_short(60 / seconds)} steps/min", per_step))
+    tiles.append(tile("Speed", _short(60 / seconds), "steps/min", per_step))
 
     sizes = (config.get("prompts_per_step"), config.get("num_generations"))
     if (length := _recent(columns.get("completion_length"))) and all(
         isinstance(size, int) for size in sizes
     ):
         tokens = length * sizes[0] * sizes[1]
-        rate = _short(tokens / seconds)
-        tiles.append(tile("Tokens", f"{rate} tokens/s", f"{tokens:,.0f} sampled tokens a step"))
+        note = f"{tokens:,.0f} sampled a step"
+        tiles.append(tile("Tokens", _short(tokens / seconds), "tokens/s", note))
     if mfu := _recent(columns.get("mfu_update")):
-        tiles.append(tile("MFU", f"{mfu:.0%}", "model FLOP utilisation of the update"))
+        tiles.append(tile("MFU", f"{mfu:.0%}", note="of peak, in the update"))
     if peaks := _peaks(columns):
         stage = max(peaks, key=peaks.get)
-        tiles.append(tile("Peak memory", f"{peaks[stage]:.1f} GiB", f"in the stage {text(stage)}"))
+        tiles.append(tile("Peak memory", f"{peaks[stage]:.1f}", "GiB", f"in the {text(stage)}"))
     note = f"Medians of the last {min(RECENT, steps)} steps."
     return f'<div class="grid tiles">{"".join(tiles)}</div><p class="soft">{note}</p>'
 
