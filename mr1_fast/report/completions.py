@@ -28,8 +28,8 @@ MOST_BYTES = 8_000_000
 """The most bytes of a page's completions, as JSON."""
 LONGEST = 4000
 """The most characters of a problem or a completion that are shown."""
-LIVE_BYTES = 64 * 2**20
-"""The largest completions.jsonl that is read again and again while a run goes on: 64 MiB."""
+LIVE_BYTES = 256 * 2**20
+"""The largest completions.jsonl that is read again and again while a run goes on: 256 MiB."""
 BLOCK = 2**20
 """Bytes that are read at once to find the lines."""
 

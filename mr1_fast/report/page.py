@@ -71,10 +71,12 @@ td > b { font-size: 1.25rem; }
   white-space: nowrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); border-style: dashed; }
 .tiles { margin-top: 1.25rem; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); } .tiles .card { padding: .7rem 1rem; }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
+.tiles .card { padding: .7rem 1rem; }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.3;
   font-variant-numeric: tabular-nums; }
-.tiles small { font-size: .875rem; font-weight: 400; white-space: nowrap; } .tiles .soft { margin: 0; } a { color: var(--line0); }
+.tiles small { font-size: .875rem; font-weight: 400; white-space: nowrap; }
+.tiles .soft { margin: 0; } a { color: var(--line0); }
 .filters { display: grid; gap: .6rem 1rem; align-items: end; position: sticky; top: 0; z-index: 1;
   margin: 1.25rem 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); }
 .filters label { display: block; color: var(--soft); font-size: .8125rem; min-width: 0; }
@@ -103,7 +105,8 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
-_MARKUP = re.compile("[<>&\u2028\u2029]")
+# Characters that mean something in HTML, and line ends of JavaScript that JSON has not.
+_MARKUP = "<>&\u2028\u2029"
 
 
 def html_page(
@@ -171,7 +174,8 @@ def data_block(value: object) -> str:
     No character of it can end the element or begin another.
     """
     written = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    written = _MARKUP.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
+    for character in _MARKUP:
+        written = written.replace(character, f"\\u{ord(character):04x}")
     return f'<script type="application/json" id="data">{written}</script>'
 
 

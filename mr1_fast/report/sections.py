@@ -239,9 +239,7 @@ def last_step_section(records: list[dict], link: str) -> str:
         said = answer(words, completion.get("text", ""), right, completion.get("why", ""))
         cards.append(sample_card("", record.get("problem", ""), record.get("solution", ""), said))
     step = text(records[0].get("step"))
-    return section(
-        f"Completions of step {step}", f'<div class="grid">{"".join(cards)}</div>', link
-    )
+    return section(f"Completions of step {step}", f'<div class="grid">{"".join(cards)}</div>', link)
 
 
 def _rewards(completion: dict) -> str:
