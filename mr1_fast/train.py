@@ -57,9 +57,26 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
-    page = LivePage(run.log.folder, run.log.say)
-    if config.open:
-        page.open()
+    with LivePage(run.log.folder, run.log.say) as page:
+        if config.open:
+            page.open()
+        take_steps(run, signal, page, watch)
+        if run.memory.measured:
+            run.log.say(run.memory.render())
+        with atomic_folder(run.log.folder / "final") as folder:
+            save_pretrained(run.policy, folder)
+        record_evaluation(run, "after")
+    return run.log.folder
+
+
+def take_steps(
+    run: Run,
+    signal: LearningSignal,
+    page: LivePage,
+    watch: Callable[[Policy, int], None] | None,
+) -> None:
+    """Do the steps that a run still has to do, and save its checkpoints."""
+    config = run.config
     try:
         for step in range(run.first_step, config.steps):
             seed_step(config.seed, step)
@@ -77,19 +94,8 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             last = steps_done == config.steps
             if config.save_every and (steps_done % config.save_every == 0 or last):
                 run.save(steps_done)
-    except BaseException:
-        page.finish()
-        raise
     finally:
         run.log.close()
-
-    if run.memory.measured:
-        run.log.say(run.memory.render())
-    with atomic_folder(run.log.folder / "final") as folder:
-        save_pretrained(run.policy, folder)
-    record_evaluation(run, "after")
-    page.finish()
-    return run.log.folder
 
 
 def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:

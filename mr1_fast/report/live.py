@@ -29,11 +29,11 @@ _PACKAGE = str(Path(__file__).parents[2])
 
 
 class LivePage:
-    """Keeps report.html of a run's folder up to date while the run goes on.
+    """Context manager that keeps report.html of a run's folder up to date while the run goes on.
 
-    Call `renew` after each step, and `finish` at the end, whatever the end was. At most one process
-    writes at a time. Nothing here ever raises: what goes wrong is said once in a sentence, by
-    `say`, and training goes on; later renewals are tried all the same.
+    Call `renew` after each step. The last page is written when the block ends, also by an error. At
+    most one process writes at a time. Nothing here ever raises: what goes wrong is said once in a
+    sentence, by `say`, and training goes on; later renewals are tried all the same.
     """
 
     def __init__(
@@ -49,6 +49,12 @@ class LivePage:
         self._writer: subprocess.Popen | None = None
         self._browser: subprocess.Popen | None = None
         self._said: set[str] = set()
+
+    def __enter__(self) -> "LivePage":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.finish()
 
     @property
     def path(self) -> Path:

@@ -1,4 +1,4 @@
-"""The page of completions: what it shows of how many, its bounds, and that no text of it can run."""
+"""The page of completions: what it shows of how many, its bounds, and that no text can run."""
 
 import base64
 import hashlib
@@ -7,6 +7,7 @@ import json
 import random
 import re
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +18,7 @@ from mr1_fast.report.page import printable
 from mr1_fast.report.run_report import write_report
 
 from ..data.hostile import injections, nested, random_strings
-from .test_run_report import CONFIG, Page, grpo_step, make_run
+from .test_run_report import CONFIG, Page, make_run
 
 MARKUP = [
     "</script><script>alert(1)</script>",
@@ -156,7 +157,7 @@ def test_long_run_shows_the_newest_and_an_even_sample_of_earlier_ones(tmp_path, 
     assert (chosen.shown, chosen.total, chosen.newest) == (200, 4000, 50)
     steps = [each["step"] for each in chosen.groups]
     assert steps[-50:] == [step for step in range(975, 1000) for _ in range(2)]
-    gaps = {after - before for before, after in zip(steps[:49], steps[1:50], strict=True)}
+    gaps = {after - before for before, after in pairwise(steps[:50])}
     assert steps[0] == 0 and steps[49] == 974 and max(gaps) - min(gaps) <= 1
     assert chosen.describe() == (
         "200 of 4,000 completions: the newest 100, from step 975 to 999, and an even sample of "
@@ -215,7 +216,7 @@ def test_damaged_line_is_named(tmp_path, line):
 
 
 def test_report_links_the_page_and_renews_it_while_that_is_cheap(tmp_path, monkeypatch):
-    run = make_run(tmp_path, [grpo_step(0)])
+    run = make_run(tmp_path)
     page = run / "completions.html"
     write_report(run)
     assert not page.exists() and "completions.html" not in (run / "report.html").read_text()

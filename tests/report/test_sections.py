@@ -7,7 +7,7 @@ from mr1_fast.report.run_report import write_report
 from mr1_fast.report.sections import duration, speed_tiles
 
 from .test_completions import completion, group, write_groups
-from .test_run_report import HOSTILE, Page, grpo_step, make_run
+from .test_run_report import HOSTILE, Page, grpo_step, make_run, sft_step
 
 CONFIG = {"steps": 400, "prompts_per_step": 4, "num_generations": 8}
 NO_EVALUATIONS = {"seconds": np.array([])}
@@ -60,7 +60,7 @@ def test_speed_tokens_use_and_memory():
 
 
 def test_last_step_shows_rewards_and_the_best_and_worst_completion(tmp_path):
-    run = make_run(tmp_path, [grpo_step(0), grpo_step(1)])
+    run = make_run(tmp_path)
     worst = completion(HOSTILE, reward=-0.25, accuracy=0.0, why="no answer", reason="length")
     best = completion("the best", reward=2.5, brief=0.5)
     write_groups(
@@ -83,7 +83,7 @@ def test_last_step_shows_rewards_and_the_best_and_worst_completion(tmp_path):
 
 
 def test_last_step_of_equal_rewards_and_of_none(tmp_path):
-    run = make_run(tmp_path, [grpo_step(0)])
+    run = make_run(tmp_path)
     write_groups(run, [group(0)])
     assert "All completions have the same reward" in Page(write_report(run)).text
     write_groups(run, [group(0, completions=[completion(reward=None)])])
@@ -92,13 +92,16 @@ def test_last_step_of_equal_rewards_and_of_none(tmp_path):
 
 
 def test_skipped_steps_are_listed(tmp_path):
-    steps = [grpo_step(step, skipped=float(step in (3, 5))) for step in range(8)]
-    page = Page(write_report(make_run(tmp_path / "a", steps)))
+    steps = [sft_step(step) | {"skipped": float(step in (3, 5))} for step in range(8)]
+    page = Page(write_report(make_run(tmp_path / "a", steps, algo="sft")))
     assert "2 of 8 steps skipped, as their gradient was not finite: 3, 5." in page.text
-    steps = [grpo_step(step, skipped=1.0) for step in range(30)]
-    text = Page(write_report(make_run(tmp_path / "b", steps))).text
+    steps = [sft_step(step) | {"skipped": 1.0} for step in range(30)]
+    text = Page(write_report(make_run(tmp_path / "b", steps, algo="sft"))).text
     assert "30 of 30 steps skipped" in text and "18, 19 and others." in text
-    assert "skipped" not in Page(write_report(make_run(tmp_path / "c", [grpo_step(0)]))).text
+    assert (
+        "skipped"
+        not in Page(write_report(make_run(tmp_path / "c", [sft_step(0)], algo="sft"))).text
+    )
 
 
 def test_evaluations_and_extra_rewards_have_plots(tmp_path):
