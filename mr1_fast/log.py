@@ -146,7 +146,7 @@ def _holds_a_run(folder: Path) -> bool:
         return False
     before_the_first = {
         *("config.yaml", "evaluation.json", "images", "completions.jsonl"),
-        *("evaluations.jsonl", "best", "report.html"),
+        *("evaluations.jsonl", "best", "report.html", "completions.html"),
     }
     return not folder.is_dir() or any(
         path.name not in before_the_first for path in folder.iterdir()

@@ -27,7 +27,7 @@ from .model.policy import Policy
 from .plan.out_of_memory import PACK_TOKENS
 from .push.card import write_card
 from .push.upload import push_in_time
-from .report.run_report import write_report
+from .report.live import LivePage
 from .run import End, Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
@@ -63,12 +63,14 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
 
         if not run.log.resuming:
             record_evaluation(run, "before", step=0)
-        steps_done, end = take_steps(run, watch)
-        if run.memory.measured:
-            run.log.say(run.memory.render())
-        if end in ("finished", "patience"):
-            finish(run, steps_done)
-        write_report(run.log.folder)
+        with LivePage(run.log.folder, run.log.say) as page:
+            if config.open:
+                page.open()
+            steps_done, end = take_steps(run, page, watch)
+            if run.memory.measured:
+                run.log.say(run.memory.render())
+            if end in ("finished", "patience"):
+                finish(run, steps_done)
         if end in ("finished", "patience"):
             write_card(run.log.folder, config)
             if config.push_to_hub:
@@ -82,7 +84,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     return run.log.folder
 
 
-def take_steps(run: Run, watch: Callable[[Policy, int], None] | None) -> tuple[int, End]:
+def take_steps(
+    run: Run, page: LivePage, watch: Callable[[Policy, int], None] | None
+) -> tuple[int, End]:
     """Do the steps that a run still has to do; returns how many are done, and why it ends there."""
     config, steps_done = run.config, run.first_step
     signal = LearningSignal(config.steps - run.first_step)
@@ -101,6 +105,7 @@ def take_steps(run: Run, watch: Callable[[Policy, int], None] | None) -> tuple[i
                 for warning in signal.look(metrics):
                     run.log.say(warning)
                 run.memory.record(metrics)
+                page.renew()
 
                 steps_done = step + 1
                 if watch:
