@@ -46,9 +46,9 @@ OPTIONAL = (
     OptionalPackage("bitsandbytes", "--load-in-4bit and --optimizer adamw8bit", "gpu"),
     OptionalPackage("accelerate", "--load-in-4bit", "gpu"),
     OptionalPackage("flash-attn", "packed attention by its kernels instead of torch's"),
-    OptionalPackage("torchvision", "AutoProcessor and pipelines of transformers on a trained model"),
+    OptionalPackage("torchvision", "transformers' AutoProcessor and pipelines"),
     OptionalPackage("trl", "mr1_fast.integrations.trl", "trl"),
-    OptionalPackage("liger-kernel", "loss types of mr1_fast.integrations.liger that are Liger's own", "trl"),
+    OptionalPackage("liger-kernel", "Liger's own loss, vespo", "trl"),
     OptionalPackage("tensorboard", "--loggers '[tensorboard]'", "loggers"),
     OptionalPackage("wandb", "--loggers '[wandb]'", "loggers"),
     OptionalPackage("trackio", "--loggers '[trackio]'", "loggers"),
@@ -109,7 +109,9 @@ def _decode_linears(like: torch.Tensor) -> str:
 def _triton() -> str:
     """Return Triton's version, or that a GPU needs it."""
     found = _version("triton")
-    return f"triton {found}, used on a GPU" if found else "missing, needed on a GPU: pip install triton"
+    if found is None:
+        return "missing, needed on a GPU: pip install triton"
+    return f"triton {found}, used on a GPU"
 
 
 def _native(status: str) -> str:

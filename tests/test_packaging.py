@@ -1,4 +1,4 @@
-"""Wheel and sdist: their contents with and without compilers, and that they work where installed."""
+"""Wheel and sdist: their contents with and without compilers, and that they work installed."""
 
 import importlib.util
 import os
