@@ -16,6 +16,7 @@ from .model.device import resolve_device
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
+from .model.save import check_save
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.out_of_memory import MemoryLimits
@@ -82,6 +83,7 @@ def prepare(config: TrainConfig) -> Run:
     Raises UserError for settings, data or a model that cannot be used.
     """
     get_task(config.task)
+    check_save(config, config)
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
@@ -158,6 +160,8 @@ def describe(run: Run) -> str:
     """
     if run.reference is None:
         kept = "none"
+    elif run.reference.adapters:
+        kept = "the policy with the adapters of its start"
     elif run.config.lora:
         kept = "the policy without adapters"
     else:

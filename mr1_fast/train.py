@@ -22,8 +22,8 @@ from .evaluate.held_out import print_table, record_evaluation
 from .files import atomic_folder
 from .learning_signal import LearningSignal
 from .log import Stopwatch
-from .model.load import save_pretrained
 from .model.policy import Policy
+from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
 from .report.run_report import write_report
 from .run import Run, prepare
@@ -79,7 +79,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     if run.memory.measured:
         run.log.say(run.memory.render())
     with atomic_folder(run.log.folder / "final") as folder:
-        save_pretrained(run.policy, folder)
+        save_pretrained(run.policy, folder, config.save)
     record_evaluation(run, "after")
     write_report(run.log.folder)
     return run.log.folder

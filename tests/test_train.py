@@ -395,7 +395,7 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
     }
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
     adapted = peft.PeftModel.from_pretrained(
-        load_pretrained(parse_train_config(argv))[0], folder / "final"
+        load_pretrained(parse_train_config(argv))[0], folder / "final" / "adapter"
     )
     torch.testing.assert_close(
         logits(adapted, policy.processor), logits(policy.model, policy.processor)
