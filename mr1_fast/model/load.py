@@ -168,8 +168,9 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
     try:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=config.lora)
     except Exception as error:  # files that do not fit together fail in many ways
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the adapter {folder} does not fit its model ({first_line(error)}): train it again, "
+            f"the adapter {folder} does not fit its model ({reason}): train it again, "
             "or correct base_model_name_or_path in its adapter_config.json."
         ) from error
     if not config.load_in_4bit:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,6 +49,8 @@ def save_pretrained(policy: Policy, folder: Path, save: str | None = None) -> No
         if save != "merged":
             _save_adapter(model, base, folder / ADAPTER_FOLDER)
     policy.processor.save_source(folder, base.config.model_type)
+    if (folder / "config.json").is_file():
+        _keep_config(policy.processor.source, folder, base.dtype)
 
 
 def write_weights(
@@ -100,6 +104,20 @@ def _save_merged(base: nn.Module, folder: Path) -> None:
         return weight
 
     write_weights(folder, {name: weight.nbytes for name, weight in weights.items()}, make)
+
+
+def _keep_config(source: str | None, folder: Path, dtype: torch.dtype) -> None:
+    """Put the config.json of the model that training began with in the place of transformers' own.
+
+    What reads that model then reads this one, too, also if it knows only older settings. It stays
+    transformers' own where weights have been trained in another dtype.
+    """
+    config = Path(source or "") / "config.json"
+    if source is None or not config.is_file():
+        return
+    settings = json.loads(config.read_text("utf-8"))
+    if settings.get("dtype", settings.get("torch_dtype")) == str(dtype).removeprefix("torch."):
+        shutil.copyfile(config, folder / "config.json")
 
 
 def _stored_name(name: str) -> str:
