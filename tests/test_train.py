@@ -342,7 +342,9 @@ def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"]
+    "settings",
+    [{}, {"lora": True}, {"algo": "sft", "lora": True, "save": "both"}],
+    ids=["", "lora", "sft lora"],
 )
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
@@ -350,6 +352,7 @@ def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, 
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
+    assert (folder / "final" / "adapter").is_dir() == ("save" in settings)
     torch.testing.assert_close(
         logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5
     )

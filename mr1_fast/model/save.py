@@ -101,7 +101,9 @@ def _save_merged(base: nn.Module, folder: Path) -> None:
         weight = module.base_layer.weight.detach()
         for adapter in module.active_adapters:
             weight = (weight + module.get_delta_weight(adapter).detach()).to(weight.dtype)
-        return weight
+        return (
+            weight.cpu()
+        )  # a card that is full of training has room for one layer, not for a file
 
     write_weights(folder, {name: weight.nbytes for name, weight in weights.items()}, make)
 
@@ -135,3 +137,4 @@ def _save_adapter(model: nn.Module, base: nn.Module, folder: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
     model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, not filled in

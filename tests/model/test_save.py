@@ -61,6 +61,9 @@ def test_the_default_is_the_merged_model(tiny_folder, finals, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in merged.iterdir()}
     assert "adapter" not in {p.name for p in merged.iterdir()}
     assert not (finals[0] / "adapter" / "config.json").exists()
+    inner = finals[0] / "adapter" / "adapter"
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in inner.iterdir()} == files
     assert (finals[0] / "both" / "config.json").exists()
 
 
