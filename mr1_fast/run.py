@@ -17,6 +17,7 @@ from .model.device import resolve_device
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
+from .model.save import check_save
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
@@ -138,6 +139,7 @@ def prepare(config: TrainConfig) -> Run:
     """
     time_limit = TimeLimit(config.max_hours)
     get_task(config.task)
+    check_save(config, config)
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
@@ -227,6 +229,8 @@ def describe(run: Run) -> str:
     """
     if run.reference is None:
         kept = "none"
+    elif run.reference.adapters:
+        kept = "the policy with the adapters of its start"
     elif run.config.lora:
         kept = "the policy without adapters"
     else:

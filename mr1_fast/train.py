@@ -22,8 +22,8 @@ from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, 
 from .files import atomic_folder
 from .learning_signal import LearningSignal
 from .log import Stopwatch
-from .model.load import save_pretrained
 from .model.policy import Policy
+from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
 from .push.card import write_card
 from .push.upload import push_in_time
@@ -127,7 +127,7 @@ def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
     with atomic_folder(run.log.folder / "final") as folder:
-        save_pretrained(run.policy, folder)
+        save_pretrained(run.policy, folder, run.config.save)
     record_evaluation(run, "after", step)
 
 

@@ -348,7 +348,9 @@ def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"]
+    "settings",
+    [{}, {"lora": True}, {"algo": "sft", "lora": True, "save": "both"}],
+    ids=["", "lora", "sft lora"],
 )
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
@@ -356,6 +358,7 @@ def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, 
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
+    assert (folder / "final" / "adapter").is_dir() == ("save" in settings)
     torch.testing.assert_close(
         logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5
     )
@@ -401,7 +404,7 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
     }
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
     adapted = peft.PeftModel.from_pretrained(
-        load_pretrained(parse_train_config(argv))[0], folder / "final"
+        load_pretrained(parse_train_config(argv))[0], folder / "final" / "adapter"
     )
     torch.testing.assert_close(
         logits(adapted, policy.processor), logits(policy.model, policy.processor)
