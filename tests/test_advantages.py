@@ -1,6 +1,6 @@
 import torch
 
-from mr1_fast.advantages import EPSILON, group_advantages
+from mr1_fast.advantages import EPSILON, equal_groups, group_advantages
 
 
 def test_centres_and_scales_within_each_group():
@@ -17,3 +17,10 @@ def test_equal_rewards_give_exactly_zero():
     assert (group_advantages(torch.full((1, 3), 0.1)) == 0).all()
     assert (group_advantages(torch.full((2, 7), 1 / 3)) == 0).all()
     assert (group_advantages(torch.tensor([[0.7]])) == 0).all()
+
+
+def test_groups_without_a_signal_are_those_without_advantages():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0, 1, 0], [1 / 3, 1 / 3, 0.333]])
+    assert equal_groups(rewards).tolist() == [True, False, False]
+    assert (group_advantages(rewards) == 0).all(dim=1).tolist() == [True, False, False]
+    assert group_advantages(torch.zeros(0, 3)).shape == (0, 3)
