@@ -92,11 +92,11 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     clock.lap("rollout")
 
     scores = score_rollout(run, rollout, step)
-    advantages = group_advantages(scores.total)
+    advantages = group_advantages(scores.total, run.config.advantage)
     run.log.completions(step, rollout, scores)
     clock.lap("reward")
 
-    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS])
+    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS], run.config)
     add_logprobs(run, batches)
     clock.lap("reference")
 
