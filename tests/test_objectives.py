@@ -6,7 +6,7 @@ the same hidden states and head, in fp64.
 """
 
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
@@ -70,16 +70,15 @@ class Step:
         self.completions = [torch.randint(5, V, (n,), generator=generator) for n in LENGTHS]
         for ids in self.completions[1:-1]:
             ids[-1] = EOS
-        self.rewards = torch.tensor([[2.0, 0.0, 1.0, 1.25], [0.0, 1.0, 1.0, 0.0]])
+        self.rewards = torch.tensor([[0.0, 0.5, 1.0, 2.0], [0.0, 1.0, 0.0, 1.25]])
         self.hidden = normal(sum(LENGTHS), D).requires_grad_()
         self.head = torch.nn.Linear(D, V, bias=False, dtype=torch.float64)
         self.head.weight.data = normal(V, D)
         logits = self.head(self.hidden).detach()
         logp, _ = token_logprobs_ref(logits, torch.cat(self.completions), TEMPERATURE)
-        # Apart for whole completions, too, so that ratios of tokens and of sequences are clipped.
-        apart = torch.linspace(-0.9, 0.9, len(LENGTHS), dtype=torch.float64)[
-            [0, 5, 2, 7, 4, 1, 6, 3]
-        ]
+        # Apart for whole completions, so that ratios of sequences are clipped, too: for either sign
+        # of the advantage some are too small, some too large, and some neither.
+        apart = torch.tensor([-0.9, 0.6, -0.4, 0.7, -0.6, -0.6, -0.1, 0.2], dtype=torch.float64)
         apart = apart.repeat_interleave(torch.tensor(LENGTHS))
         self.rows = {
             "old_logp": logp + apart + normal(len(logp), scale=0.3),
@@ -247,9 +246,16 @@ def test_an_objective_is_trls_or_refused(objective, trainer, step, scored):
         assert clipped > 0.1 or config.surrogate == "sapo"
 
 
-def test_the_whole_product_is_covered():
+def test_the_batch_tells_all_objectives_apart(step):
     accepted = [objective for objective in OBJECTIVES if is_trls(*objective)]
     assert (len(OBJECTIVES), len(accepted)) == (60, 22)
+    gradients = []
+    for objective in accepted:
+        config = TrainConfig(**settings_of(*objective), mask_truncated=True)
+        (_, gradient, _), _ = ours(step, config, BETA, True, tokens_per_pack=1000)
+        gradients.append(gradient.flatten())
+    for first, second in combinations(gradients, 2):
+        assert (first - second).abs().max() > 1e-3 * second.abs().max()
 
 
 def test_bnpo_with_an_entropy_takes_its_mean_over_all_tokens(step):
