@@ -20,6 +20,7 @@ from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
+from .push.upload import require_repository
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .start import load_policy
@@ -79,7 +80,8 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Load data, model, optimizer and checkpoint as configured; nothing is written yet.
 
-    Raises UserError for settings, data or a model that cannot be used.
+    Only the repository of --push-to-hub is created, where it does not exist. Raises UserError for
+    settings, data, a repository or a model that cannot be used.
     """
     get_task(config.task)
     if config.plugin:
@@ -91,6 +93,8 @@ def prepare(config: TrainConfig) -> Run:
     log = RunLog(config)
     check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
     check_data(held_out, config, config.eval_samples, log.say)
+    if config.push_to_hub is not None:
+        require_repository(config.push_to_hub)
     policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None

@@ -25,6 +25,8 @@ from .log import Stopwatch
 from .model.load import save_pretrained
 from .model.policy import Policy
 from .plan.out_of_memory import PACK_TOKENS
+from .push.card import write_card
+from .push.upload import push_in_time
 from .report.run_report import write_report
 from .run import Run, prepare
 from .seeds import seed_step
@@ -82,6 +84,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
         save_pretrained(run.policy, folder)
     record_evaluation(run, "after")
     write_report(run.log.folder)
+    write_card(run.log.folder, config)
+    if config.push_to_hub:
+        run.log.say(push_in_time(run.log.folder))
     return run.log.folder
 
 

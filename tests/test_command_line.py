@@ -50,6 +50,7 @@ LIGHT_MODULES = [
     "mr1_fast.files",
     "mr1_fast.kl_schedule",
     "mr1_fast.plan.settings",
+    "mr1_fast.push.__main__",
     "mr1_fast.report.__main__",
     "mr1_fast.setting_values",
     "mr1_fast.version",

@@ -138,6 +138,8 @@ def test_a_run_leaves_a_complete_folder(finished):
         "step-000003",
     }
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
+    card = (folder / "final" / "README.md").read_text(encoding="utf-8")
+    assert "Trained for 3 of 3 steps." in card and str(folder.parent) not in card
 
 
 def test_every_completion_is_recorded_with_its_rewards(finished):

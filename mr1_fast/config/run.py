@@ -29,8 +29,9 @@ class RunConfig:
     both. By default the merged model, and over 4-bit weights the adapter, which
     `python -m mr1_fast.merge` merges into the 16-bit model."""
     push_to_hub: str | None = None
-    """Name on the Hugging Face Hub, such as me/my-model, that final/ is uploaded to with a model
-    card; log in first with `hf auth login`."""
+    """Name on the Hugging Face Hub, such as me/my-model, that final/ is uploaded to with its model
+    card; it is created as a public repository unless it exists, and checked before training. Log in
+    first with `hf auth login`."""
     max_hours: float | None = None
     """Hours after which the run saves, writes its report and ends; --resume goes on from there."""
     open: bool = False
