@@ -18,10 +18,12 @@ from .optim import BatchLoss, update
 from .packing import MicroBatches
 from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE
 from .rewards import Scores, score
+from .rewards.overlong import overlong_rewards
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
 from .run import Run
 from .seeds import derive_seed
+from .segments import cumulative
 from .tasks import get_task
 from .types import Example, PackedBatch, Rollout
 
@@ -32,7 +34,7 @@ GAP = ("rollout_gap_mean", "rollout_gap_max")
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
     """Reward the completions of a step, as configured."""
     config = run.config
-    return score(
+    scores = score(
         rollout.texts,
         rollout.examples,
         config.reward_weights,
@@ -41,6 +43,11 @@ def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
         completion_ids=[ids.tolist() for ids in rollout.completions],
         trainer_state=SimpleNamespace(global_step=step, max_steps=config.steps),
     )
+    if config.overlong_penalty:
+        lengths = list(map(len, rollout.completions))
+        penalties = overlong_rewards(lengths, config.max_new_tokens, config.overlong_penalty)
+        scores = scores.with_part("overlong", penalties)
+    return scores
 
 
 def sample(run: Run, examples: list[Example], step: int, round_: int = 0) -> Rollout:
@@ -71,21 +78,59 @@ def sample(run: Run, examples: list[Example], step: int, round_: int = 0) -> Rol
     return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
 
 
-def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
-    """Pack the rollout; each row gets its advantage, its weight and its sampled log-probability.
+def pack_rollout(
+    rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int, config: TrainConfig
+) -> MicroBatches:
+    """Pack the rollout; each row gets its advantage, its weights and its sampled log-probability.
 
     `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
     """
-    count = len(rollout.completions)
     batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
-    for batch in batches:
-        bounds = batch.loss_cu_seqlens
-        per_sequence = advantages.flatten()[batch.sequence_ids]
-        sampled = [rollout.logprobs[index] for index in batch.sequence_ids]
-        batch.row_data["advantages"] = spread(per_sequence, bounds)
-        batch.row_data["token_weights"] = token_weights(bounds, num_sequences=count)
-        batch.row_data["rollout_logp"] = torch.cat(sampled)
+    if not batches:  # no group of the step has a signal
+        return batches
+    bounds = cumulative(list(map(len, rollout.completions)))
+    batches.add_row_data(
+        {
+            "advantages": spread(advantages.flatten(), bounds),
+            "rollout_logp": torch.cat(rollout.logprobs),
+            **row_weights(rollout, bounds, config),
+        }
+    )
     return batches
+
+
+def row_weights(
+    rollout: Rollout, bounds: torch.Tensor, config: TrainConfig
+) -> dict[str, torch.Tensor]:
+    """Return the weights (N,) of all rows of a step, whose completions have these `bounds` (S+1,).
+
+    They are `token_weights`, and with an entropy in the loss `entropy_weights`, which make the mean
+    entropy of the rows that count. All averages are those of the whole step, so that the loss does
+    not depend on its packs.
+
+    bnpo is TRL's with one prompt's group as micro-batch (per_device_train_batch_size = G): the mean
+    over groups of the mean over a group's tokens. With `mask_truncated` a cut completion has no
+    tokens that count, but it still is a sequence of the means over sequences, as in TRL.
+    """
+    counts = rollout.finished if config.mask_truncated else [True] * len(rollout.completions)
+    mask = spread(torch.tensor(counts), bounds)
+    loss_type, averaged = config.loss_type, bounds
+    if loss_type == "bnpo":
+        size = len(rollout.completions) // len(rollout.prompts)
+        loss_type, averaged = "grpo", bounds[::size]
+    weights = {
+        "token_weights": token_weights(
+            averaged,
+            loss_type,
+            num_tokens=mask.sum(),
+            max_completion_length=config.max_new_tokens,
+            mask=mask,
+        )
+    }
+    if config.entropy_coefficient:
+        mean = token_weights(bounds, "dapo", num_tokens=mask.sum(), mask=mask)
+        weights["entropy_weights"] = config.entropy_coefficient * mean
+    return weights
 
 
 @torch.no_grad()
@@ -164,19 +209,25 @@ def grpo_batch_loss(
         ref_logp=rows.get("ref_logp"),
         clip_low=config.clip_low,
         clip_high=config.clip_high,
+        delta=config.clip_delta,
         temperature=config.temperature,
+        surrogate=config.surrogate,
+        ratio_level=config.ratio,
+        cu_seqlens=batch.loss_cu_seqlens if config.ratio == "sequence" else None,
         is_weights=rows.get("is_weights"),
+        entropy_weights=rows.get("entropy_weights"),
     )
+    counts = rows["token_weights"] != 0  # not those of completions that --mask-truncated leaves out
     gap = (result.logp - rows["rollout_logp"]).abs()
     metrics: dict[str, RowMetric] = {
-        "entropy": Mean(result.entropy),
-        "clip_fraction": Mean(result.clipped),
+        "entropy": Mean(result.entropy[counts]),
+        "clip_fraction": Mean(result.clipped[counts]),
         "rollout_gap_mean": Mean(gap),
         "rollout_gap_max": Largest(gap),
     }
     if "ref_logp" in rows:  # without a reference the KL is unknown, and a 0 would be a claim
-        metrics["kl"] = Mean(result.kl)
-        metrics["kl_limited"] = Mean(result.kl_limited)
+        metrics["kl"] = Mean(result.kl[counts])
+        metrics["kl_limited"] = Mean(result.kl_limited[counts])
     return result.loss, metrics
 
 

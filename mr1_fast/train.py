@@ -150,7 +150,8 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     if equal_groups != "keep":
         rollout, rewards = groups_with_signal(rollout, rewards, limit=len(examples))
         metrics |= {"groups_sampled": len(scores.total), "groups_learnt": len(rewards)}
-    batches = pack_rollout(rollout, group_advantages(rewards), run.limits.amounts[PACK_TOKENS])
+    advantages = group_advantages(rewards, run.config.advantage)
+    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS], run.config)
     add_logprobs(run, batches)
     clock.lap("reference")
 

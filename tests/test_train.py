@@ -249,6 +249,23 @@ def test_without_kl_there_is_no_reference(run_args, tmp_path):
     assert min(column(tmp_path / "run", "grad_norm")) > 0
 
 
+@pytest.mark.parametrize("algo", ["dr-grpo", "dapo", "gspo", "cispo"])
+def test_an_algorithm_without_kl_trains(algo, run_args, tmp_path):
+    settings = {"algo": algo, "updates_per_batch": 2, "entropy_coefficient": 0.01}
+    run(run_args(tmp_path / "run", eval_samples=0, steps=2, **settings))
+    for record in metrics(tmp_path / "run"):
+        expected = KEYS - {"kl", "kl_limited"} | ({"overlong"} if algo == "dapo" else set())
+        assert record.keys() == {k for k in expected if not k.startswith(("seconds", "tflops"))}
+        assert all(map(math.isfinite, record.values()))
+        assert record["beta"] == record["skipped"] == 0 < record["grad_norm"]
+    if algo == "dapo":
+        for line in lines(tmp_path / "run" / "completions.jsonl"):
+            for sample in line["completions"]:
+                parts = ("accuracy", "format", "letters", "overlong")
+                assert sample["reward"] == pytest.approx(sum(sample[name] for name in parts))
+                assert sample["overlong"] == (-1 if sample["reason"] == "length" else 0)
+
+
 def test_the_reward_that_is_trained_rises(run_args, tmp_path):
     settings = dict(
         steps=25, prompts_per_step=4, num_generations=8, lr_schedule="constant", learning_rate=3e-3

@@ -82,6 +82,7 @@ class TrainConfig(
                 "but a group needs at least 2 completions."
             )
         self.check_sampling()
+        self.check_rewards()
         self.check_objective()
         self.check_run()
         if 0 < self.importance_cap < 1:

@@ -101,7 +101,7 @@ def measure(
     logprobs = [torch.zeros(len(ids)) for ids in completions]
     rollout = Rollout([], prompts, completions, [], [], logprobs, config.num_generations)
     batches = pack_rollout(
-        rollout, torch.randn(len(prompts), config.num_generations), choice.tokens
+        rollout, torch.randn(len(prompts), config.num_generations), choice.tokens, config
     )
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
@@ -171,6 +171,11 @@ CASES = {
         LONG,
         dict(top_p=0.9, recompute="none"),
         dict(vocab_size=8_000, tied=False),
+    ),
+    "a loss in two passes": (
+        LONG,
+        dict(ratio="sequence", entropy_coefficient=0.1, recompute="none"),
+        dict(vocab_size=8_000),
     ),
 }
 
