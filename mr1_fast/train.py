@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .advantages import group_advantages
+from .ahead import Ahead
 from .config import TrainConfig
 from .errors import exit_on_user_error
 from .evaluate.held_out import print_table, record_evaluation
@@ -38,7 +39,7 @@ from .stages import (
     score_rollout,
     update_policy,
 )
-from .types import Example
+from .types import Example, Prompt
 from .utilisation import utilisation
 
 
@@ -57,22 +58,24 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
+    take_step = sft_step if config.algo == "sft" else grpo_step
     try:
-        for step in range(run.first_step, config.steps):
-            seed_step(config.seed, step)
-            examples = run.source.take(step, config.prompts_per_step)
-            metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
-            run.log.step(step, metrics)
-            for warning in signal.look(metrics):
-                run.log.say(warning)
-            run.memory.record(metrics)
+        with Ahead(run) as ahead:
+            for step in range(run.first_step, config.steps):
+                data = ahead.take(step)
+                seed_step(config.seed, step)
+                metrics = take_step(run, data.examples, step, data.prompts)
+                run.log.step(step, {**metrics, "seconds_data": data.waited})
+                for warning in signal.look(metrics):
+                    run.log.say(warning)
+                run.memory.record(metrics)
 
-            steps_done = step + 1
-            if watch:
-                watch(run.policy, steps_done)
-            last = steps_done == config.steps
-            if config.save_every and (steps_done % config.save_every == 0 or last):
-                run.save(steps_done)
+                steps_done = step + 1
+                if watch:
+                    watch(run.policy, steps_done)
+                last = steps_done == config.steps
+                if config.save_every and (steps_done % config.save_every == 0 or last):
+                    run.save(steps_done)
     finally:
         run.log.close()
 
@@ -85,10 +88,15 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     return run.log.folder
 
 
-def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Sample, score and learn from the B examples of a step; returns the step's metrics."""
+def grpo_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Sample, score and learn from the B examples of a step; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
     clock = Stopwatch()
-    rollout = sample(run, examples, step)
+    rollout = sample(run, examples, step, prompts)
     clock.lap("rollout")
 
     scores = score_rollout(run, rollout, step)
@@ -106,11 +114,16 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     return {**rollout_metrics(rollout, scores), **metrics, **clock.laps, **speed}
 
 
-def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics."""
+def sft_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
     clock = Stopwatch()
     batches = solution_batches(
-        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target
+        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target, prompts
     )
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner
