@@ -118,12 +118,16 @@ def parse_settings(
 
 
 def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back.
+    """Write the settings as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(saved_settings(config), sort_keys=False))
+
+
+def saved_settings(config: object) -> dict[str, Any]:
+    """Return the settings that a run is known by, by name.
 
     `resume` is left out: it says how one process began, and not what the run is.
     """
-    values = {name: value for name, value in vars(config).items() if name != "resume"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return {name: value for name, value in vars(config).items() if name != "resume"}
 
 
 @dataclass

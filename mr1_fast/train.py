@@ -13,9 +13,11 @@ if __name__ == "__main__":  # before the imports below: help and a wrong setting
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from .advantages import group_advantages
+from .ahead import Ahead
 from .config import TrainConfig
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
@@ -42,7 +44,7 @@ from .stages import (
     update_policy,
 )
 from .stopping import StopSignals
-from .types import Example
+from .types import Example, Prompt
 from .utilisation import utilisation
 
 
@@ -58,13 +60,13 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     """
     with StopSignals() as signals:
         run = prepare(config)
-        run.log.create()
+        run.log.create(run.first_step)
         run.signals = signals
         signals.defer(run.log.way_on)
 
-        if not run.log.resuming:
-            record_evaluation(run, "before", step=0)
-        with LivePage(run.log.folder, run.log.say) as page:
+        with closing(run.log), LivePage(run.log.folder, run.log.say) as page:
+            if not run.log.resuming:
+                record_evaluation(run, "before", step=0)
             if config.open:
                 page.open()
             steps_done, end = take_steps(run, page, watch)
@@ -94,33 +96,35 @@ def take_steps(
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
+    take_step = sft_step if config.algo == "sft" else grpo_step
     try:
-        evaluate_if_due(run, steps_done)  # a run may have been stopped in an evaluation
-        while not (end := run.end(steps_done)):
-            step = steps_done
-            with run.time_limit.measure("step"):
-                seed_step(config.seed, step)
-                examples = run.source.take(step, config.prompts_per_step)
-                metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
-                run.log.step(step, metrics)
-                for warning in signal.look(metrics):
-                    run.log.say(warning)
-                run.memory.record(metrics)
-                page.renew()
+        with Ahead(run) as ahead:
+            evaluate_if_due(run, steps_done)  # a run may have been stopped in an evaluation
+            while not (end := run.end(steps_done)):
+                step = steps_done
+                with run.time_limit.measure("step"):
+                    data = ahead.take(step)
+                    seed_step(config.seed, step)
+                    metrics = take_step(run, data.examples, step, data.prompts)
+                    run.log.step(step, {**metrics, "seconds_data": data.waited})
+                    for warning in signal.look(metrics):
+                        run.log.say(warning)
+                    run.memory.record(metrics)
+                    page.renew()
 
-                steps_done = step + 1
-                if watch:
-                    watch(run.policy, steps_done)
-            evaluate_if_due(run, steps_done)
-            if run.save_is_due(steps_done):
-                run.save(steps_done)
+                    steps_done = step + 1
+                    if watch:
+                        watch(run.policy, steps_done)
+                evaluate_if_due(run, steps_done)
+                if run.save_is_due(steps_done):
+                    run.save(steps_done)
 
         if config.save_every or end in ("signal", "time"):
             run.save(steps_done)
         if end == "patience":
             run.log.say(f"no higher accuracy in {run.progress.waiting} evaluations: training ends")
     finally:
-        run.log.close()
+        run.log.end_steps()
     return steps_done, end
 
 
@@ -132,10 +136,15 @@ def finish(run: Run, steps_done: int) -> None:
     record_evaluation(run, "after", step)
 
 
-def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Sample, score and learn from the B examples of a step; returns the step's metrics."""
+def grpo_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Sample, score and learn from the B examples of a step; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
     equal_groups, clock = run.config.skip_equal_groups, Stopwatch()
-    rollout = sample(run, examples, step)
+    rollout = sample(run, examples, step, prompts)
     clock.lap("rollout")
 
     scores = score_rollout(run, rollout, step)
@@ -160,11 +169,16 @@ def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
 
 
-def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics."""
+def sft_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
     clock = Stopwatch()
     batches = solution_batches(
-        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target
+        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target, prompts
     )
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner

@@ -56,9 +56,10 @@ KEYS |= {
 }
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
 KEYS |= {"completion_length_p10", "completion_length_p50", "completion_length_p90"}
-KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
+KEYS |= {"seconds_data", "seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 KEYS |= {"tflops_reference", "tflops_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
+SFT_KEYS |= {"seconds_data"}
 SFT_KEYS |= {"tflops_update"}
 if torch.cuda.is_available():
     KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}

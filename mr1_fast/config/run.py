@@ -56,7 +56,8 @@ class RunConfig:
     loggers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=list
     )
-    """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
+    """Loggers that get the metrics and some samples besides the run folder, for example
+    '[tensorboard]'."""
 
     def check_run(self) -> None:
         """Raise UserError for settings that need one another."""
