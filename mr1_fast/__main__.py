@@ -12,6 +12,7 @@ COMMANDS = {
     "experiment": "run the paper's comparison of methods, or one of its ablations",
     "merge": "merge a LoRA adapter into its 16-bit model, layer by layer",
     "report": "write the report of a run again",
+    "push": "upload the model of a run to the Hugging Face Hub",
     "env": "print the versions, devices and kernels that are used, for bug reports",
 }
 

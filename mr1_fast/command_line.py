@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from .config import TrainConfig
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, exit_when_stopped
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
@@ -45,6 +45,10 @@ RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})
 Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
 
+EARLIER = {"output", "preset", "beta", "beta_min", "beta_max", "explore_fraction", "beta_shape"}
+"""Settings that the config.yaml of an earlier run has, which named all of them."""
+
+
 class Settings(Protocol):
     """A dataclass whose fields are settings, each with its help text as a string below it."""
 
@@ -61,11 +65,12 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
     """Begin a command: prepare its process, and return the settings of its command line.
 
     `parse` gets the words of the command line. A UserError becomes one line on stderr and exit
-    status 2. Call it before torch is imported:
+    status 2; Ctrl-C ends the process in silence while it imports. Call it before torch is imported:
 
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
+    exit_when_stopped()
     prepare_process()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
 
@@ -214,7 +219,7 @@ class SettingsParser(Generic[Config]):
             reason = "holds no settings: write a line such as `steps: 100` for each."
             raise UserError(f"config {path} {reason}")
         settings: dict[str, Any] = {}
-        if values.get("algo") == "grpo" and "loss_type" not in values:
+        if values.get("algo") == "grpo" and values.keys() >= EARLIER and "loss_type" not in values:
             # The config.yaml of an earlier version, whose GRPO had a constant β whatever this said.
             values = {name: value for name, value in values.items() if name != "beta_shape"}
         for name, value in values.items():
