@@ -19,7 +19,7 @@ def group_advantages(rewards: torch.Tensor, kind: str = "group-std") -> torch.Te
     of equal rewards, or of one completion, gives exactly 0.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if rewards.shape[1] < 2:
+    if rewards.shape[0] == 0 or rewards.shape[1] < 2:
         return torch.zeros_like(rewards)
 
     if kind == "group-std":
@@ -28,5 +28,13 @@ def group_advantages(rewards: torch.Tensor, kind: str = "group-std") -> torch.Te
         centred = centred / (rewards.std() + EPSILON)
 
     # Comparing the standard deviation with 0 would not do: a rounded mean leaves a residue.
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    equal = equal_groups(rewards)[:, None]
     return torch.where(equal, 0.0, centred)
+
+
+def equal_groups(rewards: torch.Tensor) -> torch.Tensor:
+    """Say for each group of rewards (B, G) whether all are equal: (B,) bool.
+
+    Such a group has no advantages, and so no signal to learn from.
+    """
+    return (rewards == rewards[:, :1]).all(dim=1)

@@ -45,6 +45,10 @@ RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})
 Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
 
+EARLIER = {"output", "preset", "beta", "beta_min", "beta_max", "explore_fraction", "beta_shape"}
+"""Settings that the config.yaml of an earlier run has, which named all of them."""
+
+
 class Settings(Protocol):
     """A dataclass whose fields are settings, each with its help text as a string below it."""
 
@@ -214,7 +218,7 @@ class SettingsParser(Generic[Config]):
             reason = "holds no settings: write a line such as `steps: 100` for each."
             raise UserError(f"config {path} {reason}")
         settings: dict[str, Any] = {}
-        if values.get("algo") == "grpo" and "loss_type" not in values:
+        if values.get("algo") == "grpo" and values.keys() >= EARLIER and "loss_type" not in values:
             # The config.yaml of an earlier version, whose GRPO had a constant β whatever this said.
             values = {name: value for name, value in values.items() if name != "beta_shape"}
         for name, value in values.items():

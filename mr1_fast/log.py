@@ -184,7 +184,8 @@ _LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 class Stopwatch:
     """Measures the stages of a step: seconds, and on CUDA the peak of allocated memory in GiB.
 
-    `laps` holds both under their names in metrics.jsonl.
+    `laps` holds both under their names in metrics.jsonl. Of a stage with several laps it has the
+    sum of the seconds and the largest peak.
     """
 
     def __init__(self):
@@ -200,7 +201,9 @@ class Stopwatch:
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.laps[f"peak_gib_{stage}"] = max(peak, self.laps.get(f"peak_gib_{stage}", 0.0))
             torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.laps[f"seconds_{stage}"], self.last = now - self.last, now
+        seconds = self.laps.get(f"seconds_{stage}", 0.0) + now - self.last
+        self.laps[f"seconds_{stage}"], self.last = seconds, now

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .checkpoint import Part, fingerprint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data_check import check_data
 from .errors import UserError, printable
 from .kernels.self_test import self_test
-from .kl_schedule import DynamicKL
+from .kl_schedule import KLSchedule
 from .log import RunLog
 from .model.attention import attention_kernel
 from .model.device import resolve_device
@@ -44,8 +44,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     reference: Reference | None = None
     """The policy as it was before training; None where the loss has no KL term."""
-    schedule: DynamicKL | None = None
-    """β as a function of the optimizer step."""
+    schedule: KLSchedule | None = None
+    """β as a function of the optimizer step, and maybe of what was measured before it."""
     source: DrawnExamples | LoadedExamples | None = None
     """Where the examples of each step come from."""
     held_out: list[Example] = field(default_factory=list)
@@ -74,7 +74,13 @@ class Run:
             self.policy.model,
             self.optimizer,
             self.start_fingerprint,
+            checkpoint_parts(self.schedule),
         )
+
+
+def checkpoint_parts(schedule: KLSchedule) -> dict[str, Part]:
+    """Return all that a checkpoint keeps beside weights and optimizer, by its name there."""
+    return {"kl_schedule": schedule}
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -99,9 +105,15 @@ def prepare(config: TrainConfig) -> Run:
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
-    first_step = 0
+    schedule, first_step = config.kl_schedule(), 0
     if log.resuming:
-        first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
+        first_step = load_checkpoint(
+            log.checkpoints,
+            policy.model,
+            optimizer,
+            start_fingerprint,
+            checkpoint_parts(schedule),
+        )
     # Drawn prompts differ little: the first show whether they are too long.
     for example in source.take(first_step, config.prompts_per_step):
         policy.encode.length(example)
@@ -114,7 +126,7 @@ def prepare(config: TrainConfig) -> Run:
         limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
         optimizer=optimizer,
         reference=reference,
-        schedule=config.kl_schedule(),
+        schedule=schedule,
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         log=log,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from .advantages import equal_groups
 from .config import TrainConfig
 from .loss import linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
@@ -49,16 +50,18 @@ def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
     return scores
 
 
-def sample(run: Run, examples: list[Example], step: int) -> Rollout:
+def sample(run: Run, examples: list[Example], step: int, round_: int = 0) -> Rollout:
     """Sample G completions of each example, in a smaller KV cache if memory runs out.
 
-    The same step always gives the same completions, whatever the size of the cache.
+    The same step and round always give the same completions, whatever the size of the cache; only a
+    step that replaces groups has rounds after the first, which is 0.
     """
     config, policy = run.config, run.policy
     # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
     # batches do: this step's update changes the weights, and their keys would be of the old ones.
     prompts = policy.encode.many(examples)
     needed = fitting(prompts, config.num_generations, config).tokens
+    draw = ("rollout", step, round_) if round_ else ("rollout", step)
 
     def generate(cache_tokens: int) -> Rollout:
         engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
@@ -66,7 +69,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
             examples,
             config.num_generations,
             Sampling.of(config),
-            seed=derive_seed(config.seed, "rollout", step),
+            seed=derive_seed(config.seed, *draw),
             prompts=prompts,
             cache_tokens=cache_tokens,
             prefill_tokens=run.limits.amounts[PACK_TOKENS],
@@ -138,6 +141,8 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
     Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
     no forward pass.
     """
+    if not batches:
+        return
     config, policy = run.config, run.policy
 
     def compute(tokens_per_pack: int) -> None:
@@ -168,14 +173,19 @@ def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float
     """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
 
     The gap between rollout and training is that of the first: afterwards, the weights are no longer
-    the rollout's.
+    the rollout's. Without batches there is no update, and nothing to measure: `skipped` is 1.
     """
+    if not batches:
+        last = (step + 1) * run.config.updates_per_batch - 1
+        return {"beta": run.schedule(last), "skipped": 1.0}
     first: dict[str, float] = {}
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner
         beta = run.schedule(optimizer_step)
         batch_loss = partial(grpo_batch_loss, beta=beta, config=run.config)
         metrics = {"beta": beta, **learn(run, batches, batch_loss, optimizer_step)}
+        if "kl" in metrics:
+            run.schedule.observe_kl(metrics["kl"])
         first = first or metrics
     return {**metrics, **{name: first[name] for name in GAP}}
 
@@ -228,13 +238,12 @@ def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """
     count = len(rollout.completions)
     rewards = scores.total
-    equal = (rewards == rewards[:, :1]).all(dim=1)
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
         **scores.means(),
-        "zero_variance": equal.float().mean().item(),
+        "zero_variance": equal_groups(rewards).float().mean().item(),
         "completion_length": sum(map(len, rollout.completions)) / count,
         "finished": sum(rollout.finished) / count,
     }

@@ -31,6 +31,7 @@ from .report.run_report import write_report
 from .run import Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
+from .signal_groups import groups_with_signal, refill
 from .stages import (
     add_logprobs,
     learn,
@@ -92,23 +93,30 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
 
 def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
     """Sample, score and learn from the B examples of a step; returns the step's metrics."""
-    clock = Stopwatch()
+    equal_groups, clock = run.config.skip_equal_groups, Stopwatch()
     rollout = sample(run, examples, step)
     clock.lap("rollout")
 
     scores = score_rollout(run, rollout, step)
-    advantages = group_advantages(scores.total, run.config.advantage)
+    if equal_groups == "refill":
+        rollout, scores = refill(run, rollout, scores, step, clock)
     run.log.completions(step, rollout, scores)
+    metrics = rollout_metrics(rollout, scores)
+    run.schedule.observe_accuracy(metrics["accuracy"])
     clock.lap("reward")
 
+    rewards = scores.total
+    if equal_groups != "keep":
+        rollout, rewards = groups_with_signal(rollout, rewards, limit=len(examples))
+        metrics |= {"groups_sampled": len(scores.total), "groups_learnt": len(rewards)}
+    advantages = group_advantages(rewards, run.config.advantage)
     batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS], run.config)
     add_logprobs(run, batches)
     clock.lap("reference")
 
-    metrics = update_policy(run, batches, step)
+    metrics |= update_policy(run, batches, step)
     clock.lap("update")
-    speed = utilisation(run, batches, clock.laps)
-    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps, **speed}
+    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
 
 
 def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:

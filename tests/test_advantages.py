@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mr1_fast.advantages import EPSILON, group_advantages
+from mr1_fast.advantages import EPSILON, equal_groups, group_advantages
 
 
 def test_centres_and_scales_within_each_group():
@@ -27,3 +27,10 @@ def test_equal_rewards_give_exactly_zero(kind):
     assert (group_advantages(torch.full((1, 3), 0.1), kind) == 0).all()
     assert (group_advantages(torch.full((2, 7), 1 / 3), kind) == 0).all()
     assert (group_advantages(torch.tensor([[0.7]]), kind) == 0).all()
+
+
+def test_groups_without_a_signal_are_those_without_advantages():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0, 1, 0], [1 / 3, 1 / 3, 0.333]])
+    assert equal_groups(rewards).tolist() == [True, False, False]
+    assert (group_advantages(rewards) == 0).all(dim=1).tolist() == [True, False, False]
+    assert group_advantages(torch.zeros(0, 3)).shape == (0, 3)

@@ -22,7 +22,7 @@ from mr1_fast.config import (
 )
 from mr1_fast.config.objective import KLConfig
 from mr1_fast.errors import UserError
-from mr1_fast.kl_schedule import BetaShape, DynamicKL
+from mr1_fast.kl_schedule import AccuracyKL, BetaShape, DynamicKL, TargetKL
 from mr1_fast.rollout import sampling
 
 
@@ -62,6 +62,16 @@ def test_the_schedule_has_the_shape_that_is_set(shape):
     assert parse_train_config(["--steps=10"]).kl_schedule().shape == "grpo-d"
 
 
+def test_feedback_paths_keep_the_bounds_and_the_target_that_are_set():
+    by_accuracy = parse_train_config(["--beta-shape=accuracy", "--beta-max=0.3"]).kl_schedule()
+    by_accuracy.observe_accuracy(1.0)
+    assert isinstance(by_accuracy, AccuracyKL) and by_accuracy(0) == pytest.approx(0.3)
+    config = parse_train_config(["--beta-shape=target-kl", "--beta-max=0.3", "--target-kl=0.02"])
+    controller = config.kl_schedule()
+    assert isinstance(controller, TargetKL)
+    assert (controller(0), controller.target) == (pytest.approx(0.17), 0.02)
+
+
 @pytest.mark.parametrize("variable", ["MR1_FAST_CACHE", "XDG_CACHE_HOME", None])
 def test_cache_folder(variable, monkeypatch, tmp_path):
     monkeypatch.delenv("MR1_FAST_CACHE", raising=False)
@@ -96,6 +106,10 @@ def test_every_setting_belongs_to_one_group():
         ({"algo": "grpo"}, True),
         ({"algo": "grpo", "beta": 0.0, "beta_max": 0.5}, False),
         ({"algo": "sft"}, False),
+        ({"beta_shape": "accuracy", "beta_min": 0.0}, True),
+        ({"beta_shape": "accuracy", "beta_min": 0.0, "beta_max": 0.0}, False),
+        ({"algo": "dapo"}, False),
+        ({"algo": "dapo", "beta_shape": "target-kl"}, True),
     ],
 )
 def test_a_reference_is_needed_where_the_loss_has_a_kl_term(settings, needed):

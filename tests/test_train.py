@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
-from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.kl_schedule import DynamicKL, TargetKL
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
@@ -212,6 +212,30 @@ def test_with_two_updates_the_schedule_counts_both(finished):
     assert min(column(folder, "kl")) > 0  # the first update has moved the policy
 
 
+def test_beta_follows_the_accuracy_of_its_own_step(tiny_folder, run_args, tmp_path):
+    """A model that answers 3 to everything is right wherever 3 is the solution."""
+    rows = [{"problem": f"How many? {i}", "solution": str(3 + i % 2)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dict(task="free", data=tmp_path / "rows.jsonl", max_new_tokens=1, eval_samples=0)
+    settings |= dict(model=silent_model(tiny_folder, tmp_path / "three", says="3"), beta_min=0.01)
+    run(run_args(tmp_path / "run", beta_shape="accuracy", steps=4, **settings))
+    accuracy, betas = column(tmp_path / "run", "accuracy"), column(tmp_path / "run", "beta")
+    assert sum(accuracy) == 2 and len(set(accuracy)) > 1  # 8 prompts, once each
+    expected = [0.01 + 0.09 * math.tanh(a) / math.tanh(1) for a in accuracy]
+    assert betas == pytest.approx(expected)
+
+
+def test_beta_follows_the_kl_of_the_optimizer_steps_before(run_args, tmp_path):
+    settings = dict(eval_samples=0, steps=5, target_kl=0.002)
+    run(run_args(tmp_path / "run", beta_shape="target-kl", **settings))
+    expected = TargetKL(0.04, 0.1, target=0.002)
+    kls, betas = column(tmp_path / "run", "kl"), column(tmp_path / "run", "beta")
+    for kl, beta in zip(kls, betas, strict=True):
+        assert beta == expected(0)
+        expected.observe_kl(kl)
+    assert len(set(betas)) == 5
+
+
 def test_without_kl_there_is_no_reference(run_args, tmp_path):
     run(run_args(tmp_path / "run", eval_samples=0, beta_min=0, beta_max=0))
     assert column(tmp_path / "run", "beta") == [0, 0, 0]
@@ -226,7 +250,8 @@ def test_an_algorithm_without_kl_trains(algo, run_args, tmp_path):
     settings = {"algo": algo, "updates_per_batch": 2, "entropy_coefficient": 0.01}
     run(run_args(tmp_path / "run", eval_samples=0, steps=2, **settings))
     for record in metrics(tmp_path / "run"):
-        expected = KEYS - {"kl", "kl_limited"} | ({"overlong"} if algo == "dapo" else set())
+        own = {"overlong", "groups_sampled", "groups_learnt"} if algo == "dapo" else set()
+        expected = KEYS - {"kl", "kl_limited"} | own
         assert record.keys() == {k for k in expected if not k.startswith(("seconds", "tflops"))}
         assert all(map(math.isfinite, record.values()))
         assert record["beta"] == record["skipped"] == 0 < record["grad_norm"]
@@ -483,8 +508,8 @@ def test_sft_imitates_reasoning_and_answer_or_the_answer_alone(processor):
         assert written == f"{text}<answer> {example.solution} </answer><|im_end|>"
 
 
-def silent_model(folder, target):
-    """A copy of the tiny model whose last layer writes EOS's embedding: it ends at once."""
+def silent_model(folder, target, says="<|im_end|>"):
+    """A copy of the tiny model whose last layer writes a token's embedding: by default it ends."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
     processor = ImageTextProcessor.load(folder)
     layer, width = model.model.language_model.layers[-1], model.config.text_config.hidden_size
@@ -493,7 +518,8 @@ def silent_model(folder, target):
         layer.self_attn.v_proj.bias.fill_(1)
         layer.self_attn.o_proj.weight.fill_(1)
         layer.mlp.down_proj.weight.zero_()
-        model.get_input_embeddings().weight[processor.tokenizer.eos_token_id] = torch.ones(width)
+        token = processor.tokenizer.convert_tokens_to_ids(says)
+        model.get_input_embeddings().weight[token] = torch.ones(width)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     return target

@@ -86,7 +86,7 @@ class ObjectiveConfig:
     skip_equal_groups: Literal["keep", "drop", "refill"] | None = None
     """What happens to groups whose rewards are all equal, which have no advantages: they stay for
     their KL (keep), are left out of the loss (drop), or are replaced by groups of further prompts,
-    which are sampled until the step is full or a bound is reached (refill)."""
+    which are sampled until the step is full, in at most three rounds (refill)."""
     entropy_coefficient: float = 0.0
     """Weight of the mean entropy of the step's tokens, which is subtracted from the loss, whatever
     --loss-type; 0 is off, and other values cost one more matrix product at the head."""
@@ -137,8 +137,8 @@ class KLConfig:
     beta_shape: BetaPath | None = None
     """Path of the KL weight: none (constant); the paper's, from mean to min to max (grpo-d); from
     min to max (linear-up); from max to min (linear-down); the paper's backwards in time (reversed);
-    by the accuracy of each step (accuracy); or whatever keeps the KL near its target (target-kl).
-    The last two stay between min and max, too."""
+    from min at a step without a right answer to max where all are right (accuracy, FG-ExPO's); or
+    from the mean to whatever between min and max keeps the KL near its target (target-kl)."""
     beta: float | None = None
     """KL weight where it is constant; 0 needs no reference model."""
     beta_min: float = 0.04

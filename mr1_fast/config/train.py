@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..kl_schedule import DynamicKL
+from ..kl_schedule import AccuracyKL, DynamicKL, KLSchedule, TargetKL
 from .algorithm import AlgorithmConfig
 from .model import ModelConfig
 from .objective import ALGORITHMS, KLConfig, ObjectiveConfig
@@ -38,10 +38,14 @@ class TrainConfig(
         """Optimizer steps of the whole run, which are the t of the β schedule."""
         return self.steps * self.updates_per_batch
 
-    def kl_schedule(self) -> DynamicKL:
-        """β as a function of the optimizer step."""
+    def kl_schedule(self) -> KLSchedule:
+        """β as a function of the optimizer step, as it is before the first one."""
         if self.beta_shape == "constant":
             return DynamicKL(self.beta, self.beta, self.optimizer_steps())
+        if self.beta_shape == "accuracy":
+            return AccuracyKL(self.beta_min, self.beta_max)
+        if self.beta_shape == "target-kl":
+            return TargetKL(self.beta_min, self.beta_max, self.target_kl)
         return DynamicKL(
             self.beta_min,
             self.beta_max,
