@@ -28,8 +28,7 @@ def group_advantages(rewards: torch.Tensor, kind: str = "group-std") -> torch.Te
         centred = centred / (rewards.std() + EPSILON)
 
     # Comparing the standard deviation with 0 would not do: a rounded mean leaves a residue.
-    equal = equal_groups(rewards)[:, None]
-    return torch.where(equal, 0.0, centred)
+    return torch.where(equal_groups(rewards)[:, None], 0.0, centred)
 
 
 def equal_groups(rewards: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from .config import TrainConfig
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, exit_when_stopped
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
@@ -65,11 +65,12 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
     """Begin a command: prepare its process, and return the settings of its command line.
 
     `parse` gets the words of the command line. A UserError becomes one line on stderr and exit
-    status 2. Call it before torch is imported:
+    status 2; Ctrl-C ends the process in silence while it imports. Call it before torch is imported:
 
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
+    exit_when_stopped()
     prepare_process()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
 
@@ -117,12 +118,16 @@ def parse_settings(
 
 
 def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back.
+    """Write the settings as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(saved_settings(config), sort_keys=False))
+
+
+def saved_settings(config: object) -> dict[str, Any]:
+    """Return the settings that a run is known by, by name.
 
     `resume` is left out: it says how one process began, and not what the run is.
     """
-    values = {name: value for name, value in vars(config).items() if name != "resume"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return {name: value for name, value in vars(config).items() if name != "resume"}
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
+import math
+import shlex
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .command_line import write_config
+from .command_line import saved_settings, write_config
 from .config import TrainConfig
 from .errors import UserError
 from .files import append_line, keep_lines_before
+from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
 from .rewards import Scores
 from .types import Rollout
 
@@ -24,6 +27,8 @@ class RunLog:
 
     LIVE = ("reward", "accuracy", "kl", "beta", "completion_length")
     """Metrics that stand beside the progress bar."""
+    TABLES = 20
+    """Steps of a run whose samples the loggers get, about evenly spread."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -35,7 +40,11 @@ class RunLog:
                 "--resume."
             )
         self.total = config.steps
-        self.loggers: list = []
+        self._logged = LoggerRun(self.folder, saved_settings(config), self.resuming)
+        self._found: dict[str, Logger] = {
+            name: LOGGERS[name](self._logged) for name in config.loggers
+        }
+        self.loggers: list[Background] = []
         self.bar: tqdm | None = None
 
     @property
@@ -43,8 +52,21 @@ class RunLog:
         """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
-    def create(self) -> None:
-        """Make the folder with the run's settings; call it once model and data have been loaded."""
+    @property
+    def best(self) -> Path:
+        """The folder of the weights with the highest accuracy so far, for `--keep-best`."""
+        return self.folder / "best"
+
+    @property
+    def evaluations(self) -> Path:
+        """The file with the evaluations on the way, a line of JSON for each."""
+        return self.folder / "evaluations.jsonl"
+
+    def create(self, step: int = 0) -> None:
+        """Make the folder with the run's settings, and open the loggers, after `step` steps.
+
+        Call it once model and data have been loaded.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / "config.yaml")
@@ -52,12 +74,21 @@ class RunLog:
             raise UserError(
                 f"output {self.folder} cannot be written ({error.strerror}): choose another."
             ) from error
-        self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
+        if not self.resuming:  # an earlier run may have ended here before its first step
+            keep_lines_before(self.evaluations, 0)
+        if self._found:
+            known = self._logged.steps_known(_steps_in(self.folder / "metrics.jsonl"))
+            self.loggers = [
+                Background(name, logger, self.say, known) for name, logger in self._found.items()
+            ]
+        for logger in self.loggers:
+            logger.open(step)
 
     def start(self, step: int) -> None:
         """Begin the progress bar after `step` finished steps; 0 for a new run."""
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_lines_before(self.folder / name, step)
+        keep_lines_before(self.evaluations, step + 1)  # one is made after its step
         self.bar = tqdm(
             total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
         )
@@ -74,8 +105,18 @@ class RunLog:
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
         self.bar.update()
 
+    def evaluation(self, record: dict) -> None:
+        """Record an evaluation on the way: `step`, the steps done before it, and its figures."""
+        append_line(self.evaluations, record)
+        for logger in self.loggers:
+            logger.log({"held_out_accuracy": record["accuracy"]}, record["step"])
+
     def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """Record the completions of a step with their rewards: a line for each prompt."""
+        if self.loggers and step % math.ceil(self.total / self.TABLES) == 0:
+            samples = choose_samples(rollout, scores)
+            for logger in self.loggers:
+                logger.samples(samples, step)
         size = rollout.num_generations
         for row, example in enumerate(rollout.examples):
             samples = [
@@ -96,16 +137,28 @@ class RunLog:
             }
             append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
 
+    def way_on(self) -> str:
+        """Say how a run that was stopped goes on."""
+        if any(self.checkpoints.glob("step-*")):
+            folder = shlex.quote(str(self.folder))
+            return f"go on with `python -m mr1_fast.train --resume {folder}`"
+        if (self.folder / "final").exists():
+            return f"{self.folder / 'final'} is whole"
+        return "nothing was saved yet, so start it again"
+
     def say(self, text: str) -> None:
         """Print text without breaking the progress bar."""
         tqdm.write(text)
 
-    def close(self) -> None:
-        """End the progress bar and the loggers."""
+    def end_steps(self) -> None:
+        """End the progress bar."""
         if self.bar is not None:
             self.bar.close()
-        for logger in self.loggers:
-            logger.close()
+
+    def close(self) -> None:
+        """End the progress bar and the loggers."""
+        self.end_steps()
+        close_all(self.loggers)
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -115,10 +168,19 @@ def _holds_a_run(folder: Path) -> bool:
     """
     if not folder.exists():
         return False
-    before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
+    before_the_first = {
+        *("config.yaml", "evaluation.json", "images", "completions.jsonl"),
+        *("evaluations.jsonl", "best", "report.html", "completions.html"),
+        *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
+    }
     return not folder.is_dir() or any(
         path.name not in before_the_first for path in folder.iterdir()
     )
+
+
+def _steps_in(metrics: Path) -> int:
+    """Count the steps whose metrics an earlier process has written whole."""
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -127,58 +189,6 @@ def run_folder(config: TrainConfig) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
     return Path(config.output)
-
-
-class TensorBoardLogger:
-    """Scalars for TensorBoard, under <run>/tensorboard."""
-
-    def __init__(self, folder: Path, config: TrainConfig):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "loggers has tensorboard, which is not installed: pip install tensorboard."
-            ) from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record one step."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is left, and end."""
-        self.writer.close()
-
-
-class WandbLogger:
-    """Scalars for Weights & Biases; offline unless you are logged in."""
-
-    def __init__(self, folder: Path, config: TrainConfig):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "loggers has wandb, which is not installed: pip install wandb."
-            ) from error
-        self.run = wandb.init(
-            project="mr1_fast",
-            name=folder.name,
-            dir=str(folder),
-            config=vars(config),
-            resume="allow",
-        )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record one step."""
-        self.run.log(metrics, step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
-
-
-_LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
 
 class Stopwatch:

@@ -38,7 +38,7 @@ def refill(
             break
         start = (step * ROUNDS + round_ - 1) * wanted
         examples = run.source.take_more(start, _prompts(wanted, found, len(scores.total)))
-        further = sample(run, examples, step, round_)
+        further = sample(run, examples, step, round_=round_)
         clock.lap("rollout")
         scores = _joined_scores(scores, score_rollout(run, further, step))
         rollout = _joined_rollout(rollout, further)

@@ -25,7 +25,7 @@ from .run import Run
 from .seeds import derive_seed
 from .segments import cumulative
 from .tasks import get_task
-from .types import Example, PackedBatch, Rollout
+from .types import Example, PackedBatch, Prompt, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
@@ -50,16 +50,23 @@ def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
     return scores
 
 
-def sample(run: Run, examples: list[Example], step: int, round_: int = 0) -> Rollout:
+def sample(
+    run: Run,
+    examples: list[Example],
+    step: int,
+    prompts: list[Prompt] | None = None,
+    round_: int = 0,
+) -> Rollout:
     """Sample G completions of each example, in a smaller KV cache if memory runs out.
 
     The same step and round always give the same completions, whatever the size of the cache; only a
-    step that replaces groups has rounds after the first, which is 0.
+    step that replaces groups has rounds after the first, which is 0. `prompts` are the examples as
+    `run.policy.encode` gives them, where they have been encoded.
     """
     config, policy = run.config, run.policy
     # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
     # batches do: this step's update changes the weights, and their keys would be of the old ones.
-    prompts = policy.encode.many(examples)
+    prompts = policy.encode.many(examples) if prompts is None else prompts
     needed = fitting(prompts, config.num_generations, config).tokens
     draw = ("rollout", step, round_) if round_ else ("rollout", step)
 
@@ -234,17 +241,24 @@ def grpo_batch_loss(
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Average over the completions of a step.
 
-    `zero_variance` is the share of groups without a learning signal.
+    `zero_variance` is the share of groups without a learning signal, and
+    `completion_length_p90` the length that 90% of the completions do not exceed.
     """
     count = len(rollout.completions)
     rewards = scores.total
+    lengths = torch.tensor([len(ids) for ids in rollout.completions], dtype=torch.float64)
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, p50, p90 = lengths.quantile(shares).tolist()
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
         **scores.means(),
         "zero_variance": equal_groups(rewards).float().mean().item(),
-        "completion_length": sum(map(len, rollout.completions)) / count,
+        "completion_length": lengths.mean().item(),
+        "completion_length_p10": p10,
+        "completion_length_p50": p50,
+        "completion_length_p90": p90,
         "finished": sum(rollout.finished) / count,
     }
 

@@ -37,6 +37,7 @@ LIGHT_COMMANDS = [
     "mr1_fast.evaluate",
     "mr1_fast.plan",
     "mr1_fast.experiment",
+    "mr1_fast.merge",
 ]
 """Commands that read their settings before they import anything of HEAVY."""
 LIGHT_MODULES = [
@@ -49,6 +50,7 @@ LIGHT_MODULES = [
     "mr1_fast.experiment.settings",
     "mr1_fast.files",
     "mr1_fast.kl_schedule",
+    "mr1_fast.merge.settings",
     "mr1_fast.plan.settings",
     "mr1_fast.push.__main__",
     "mr1_fast.report.__main__",
@@ -565,7 +567,7 @@ def test_mr1_runs_a_command_by_its_name():
 def test_mr1_lists_its_commands():
     listed = python("-m", "mr1_fast", "--help")
     assert listed.returncode == 0
-    for name in ("train", "evaluate", "plan", "experiment", "report", "env"):
+    for name in ("train", "evaluate", "plan", "experiment", "merge", "report", "env"):
         assert re.search(rf"^  {name} +\w+", listed.stdout, re.M)
     for words in ([], ["trian"], ["--stepz"]):
         refused = python("-m", "mr1_fast", *words)

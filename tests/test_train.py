@@ -55,9 +55,11 @@ KEYS |= {
     "step",
 }
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
-KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
+KEYS |= {"completion_length_p10", "completion_length_p50", "completion_length_p90"}
+KEYS |= {"seconds_data", "seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 KEYS |= {"tflops_reference", "tflops_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
+SFT_KEYS |= {"seconds_data"}
 SFT_KEYS |= {"tflops_update"}
 if torch.cuda.is_available():
     KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}
@@ -125,11 +127,14 @@ def test_a_run_leaves_a_complete_folder(finished):
         "checkpoints",
         "final",
     }
-    assert {path.name for path in folder.iterdir()} == {*names, "report.html"}
+    pages = {"report.html", "completions.html"}
+    assert {path.name for path in folder.iterdir()} == names | pages
     assert parse_train_config(["--config", str(folder / "config.yaml")]) == parse_train_config(argv)
     assert [record["step"] for record in lines(folder / "metrics.jsonl")] == [0, 1, 2]
     for record in lines(folder / "metrics.jsonl"):
         assert record.keys() == KEYS and all(math.isfinite(value) for value in record.values())
+        lengths = [record[f"completion_length_p{share}"] for share in (10, 50, 90)]
+        assert 1 <= lengths[0] <= lengths[1] <= lengths[2] <= 6
         assert record["skipped"] == 0 and all(
             record[key] > 0 for key in KEYS if key.startswith(("seconds", "tflops"))
         )
@@ -386,7 +391,9 @@ def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"]
+    "settings",
+    [{}, {"lora": True}, {"algo": "sft", "lora": True, "save": "both"}],
+    ids=["", "lora", "sft lora"],
 )
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
@@ -394,6 +401,7 @@ def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, 
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
+    assert (folder / "final" / "adapter").is_dir() == ("save" in settings)
     torch.testing.assert_close(
         logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5
     )
@@ -439,7 +447,7 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
     }
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
     adapted = peft.PeftModel.from_pretrained(
-        load_pretrained(parse_train_config(argv))[0], folder / "final"
+        load_pretrained(parse_train_config(argv))[0], folder / "final" / "adapter"
     )
     torch.testing.assert_close(
         logits(adapted, policy.processor), logits(policy.model, policy.processor)
@@ -549,7 +557,7 @@ def test_completions_that_are_cut(run_args, tmp_path):
     run(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
     for record in metrics(tmp_path / "run"):
         assert (
-            record["completion_length"] == 1
+            record["completion_length"] == record["completion_length_p90"] == 1
             and record["finished"] <= 0.2
             and record["skipped"] == 0
         )

@@ -95,6 +95,17 @@ class TrainConfig(
             raise UserError(
                 "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
             )
+        if self.save in ("adapter", "both") and not self.lora:
+            raise UserError(
+                f"save is {self.save}, but without adapters all weights are trained: add --lora, "
+                "or leave --save out."
+            )
+        if self.save in ("merged", "both") and self.load_in_4bit:
+            raise UserError(
+                f"save is {self.save}, but merging into 4-bit weights would lose precision: leave "
+                "--save out, and merge the adapter into the 16-bit model afterwards, with "
+                "`python -m mr1_fast.merge FINAL --output FOLDER`."
+            )
         if self.offload_checkpoints and self.recompute == "none":
             raise UserError(
                 "offload_checkpoints is true, but with recompute none no layer's input is stored "
