@@ -1,6 +1,7 @@
 """Answering items with a policy, and how many of the answers are right."""
 
 import math
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -25,8 +26,11 @@ def evaluate(
     cache_tokens: int | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     show_progress: bool = False,
+    stopped: Callable[[], bool] | None = None,
 ) -> list[dict]:
     """Answer the examples; returns a record of each, in order.
+
+    `stopped()` is asked after each batch: where it is true, the other batches are left out.
 
     A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
     `outputs` (texts) with what `judged` adds. `cache_tokens` and `prefill_tokens` are those of
@@ -56,6 +60,8 @@ def evaluate(
                     }
                 )
             bar.update(len(rollout.examples))
+            if stopped and stopped():
+                break
     return judged(records, judge)
 
 

@@ -42,7 +42,7 @@ def save_checkpoint(
     A save that fails leaves nothing behind. Checkpoints that are older than the newest KEEP are
     removed.
     """
-    path = folder / f"step-{step:06d}"
+    path = _step_folder(folder, step)
     tensors, numbers = {}, {}
     for name, value in _flatten(optimizer.state_dict()["state"]).items():
         if isinstance(value, torch.Tensor):
@@ -99,14 +99,59 @@ def load_checkpoint(
             f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of "
             "that run."
         )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
+    _restore(model, weights)
     optimizer.load_state_dict(
         {**optimizer.state_dict(), "state": _unflatten({**tensors, **numbers})}
     )
     return step
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
+    numbers = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def save_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Write the trained weights after `step` steps alone, for example `folder/step-000050`."""
+    with atomic_folder(_step_folder(folder, step)) as temporary:
+        save_file(_trained(model), temporary / "weights.safetensors")
+
+
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Restore the trained weights that `save_weights` has written.
+
+    Raises UserError where they are missing or damaged.
+    """
+    path = _step_folder(folder, step)
+    try:
+        weights = load_file(path / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the weights in {path} cannot be read ({error}): resume without --keep-best."
+        ) from error
+    if weights.keys() != _trained(model).keys():
+        raise UserError(f"the weights in {path} are of another model: resume without --keep-best.")
+    _restore(model, weights)
+
+
+def keep_only(folder: Path, steps: set[int]) -> None:
+    """Remove the weights in `folder` that are not of one of `steps`."""
+    for step in saved_steps(folder):
+        if step not in steps:
+            shutil.rmtree(_step_folder(folder, step))
+
+
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights into the parameters of their names."""
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
 
 
 def _flatten(state: dict, prefix: str = "") -> dict[str, object]:

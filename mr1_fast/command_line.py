@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from .config import TrainConfig
-from .errors import UserError, exit_on_user_error
+from .errors import UserError, exit_on_user_error, exit_when_stopped
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
@@ -61,11 +61,12 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
     """Begin a command: prepare its process, and return the settings of its command line.
 
     `parse` gets the words of the command line. A UserError becomes one line on stderr and exit
-    status 2. Call it before torch is imported:
+    status 2; Ctrl-C ends the process in silence while it imports. Call it before torch is imported:
 
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
+    exit_when_stopped()
     prepare_process()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
 

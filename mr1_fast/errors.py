@@ -1,11 +1,23 @@
-"""What is shown to the user: the exception that is meant for it, and text that may be hostile."""
+"""What ends a command: errors that are meant for the user, and the user's own wish to stop.
+
+Text that is shown may be hostile, so what a terminal would obey is escaped.
+"""
 
 import errno
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 from typing import TypeVar
 
 Result = TypeVar("Result")
+Handler = Callable[[int, FrameType | None], object]
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and how a job scheduler or `kill` asks a process to end."""
 
 
 def printable(text: str) -> str:
@@ -28,13 +40,69 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
-def exit_on_user_error(main: Callable[[], Result]) -> Result:
-    """Return what `main` returns, or exit with status 2 and one line on stderr if it fails.
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the work; the message says what was saved, and how to go on."""
 
-    That is for a UserError or a full disk; any other error is raised.
+    def __init__(self, number: int, message: str = "stopped"):
+        super().__init__(printable(message))
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells give a process which a signal has ended."""
+        return 128 + self.number
+
+
+class handling:
+    """Context manager under which `handler` gets the stop signals; afterwards all is as before.
+
+    A signal that the process was started to ignore, as in the background of a script, stays
+    ignored. Nothing happens outside the main thread, since Python allows no handlers there.
     """
+
+    def __init__(self, handler: Handler):
+        self.handler = handler
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.handler)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def exit_when_stopped() -> None:
+    """Let the stop signals end this process at once, with one word on stderr.
+
+    That is for a command that still imports its libraries, where an exception may come up in any of
+    them and be lost or reported as another one, and for one that is about to exit.
+    """
+    handling(_exit).__enter__()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, b"\nstopped\n")
+    os._exit(128 + number)
+
+
+def exit_on_user_error(main: Callable[[], Result]) -> Result:
+    """Return what `main` returns, or exit with one line on stderr if it does not come to its end.
+
+    The status is 2 for a UserError or a full disk, 130 after Ctrl-C, and 143 after SIGTERM; any
+    other error is raised.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
     try:
-        return main()
+        with handling(stop):
+            return main()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -44,3 +112,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        exit_when_stopped()
+        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        sys.exit(stopped.status if isinstance(stopped, Stopped) else 130)

@@ -1,5 +1,6 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -43,6 +44,16 @@ class RunLog:
         """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def best(self) -> Path:
+        """The folder of the weights with the highest accuracy so far, for `--keep-best`."""
+        return self.folder / "best"
+
+    @property
+    def evaluations(self) -> Path:
+        """The file with the evaluations on the way, a line of JSON for each."""
+        return self.folder / "evaluations.jsonl"
+
     def create(self) -> None:
         """Make the folder with the run's settings; call it once model and data have been loaded."""
         try:
@@ -52,12 +63,15 @@ class RunLog:
             raise UserError(
                 f"output {self.folder} cannot be written ({error.strerror}): choose another."
             ) from error
+        if not self.resuming:  # an earlier run may have ended here before its first step
+            keep_lines_before(self.evaluations, 0)
         self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
 
     def start(self, step: int) -> None:
         """Begin the progress bar after `step` finished steps; 0 for a new run."""
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_lines_before(self.folder / name, step)
+        keep_lines_before(self.evaluations, step + 1)  # one is made after its step
         self.bar = tqdm(
             total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
         )
@@ -73,6 +87,12 @@ class RunLog:
             live.append(f"mfu {metrics['mfu_update']:.0%}")
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
         self.bar.update()
+
+    def evaluation(self, record: dict) -> None:
+        """Record an evaluation on the way: `step`, the steps done before it, and its figures."""
+        append_line(self.evaluations, record)
+        for logger in self.loggers:
+            logger.log({"held_out_accuracy": record["accuracy"]}, record["step"])
 
     def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """Record the completions of a step with their rewards: a line for each prompt."""
@@ -96,6 +116,15 @@ class RunLog:
             }
             append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
 
+    def way_on(self) -> str:
+        """Say how a run that was stopped goes on."""
+        if any(self.checkpoints.glob("step-*")):
+            folder = shlex.quote(str(self.folder))
+            return f"go on with `python -m mr1_fast.train --resume {folder}`"
+        if (self.folder / "final").exists():
+            return f"{self.folder / 'final'} is whole"
+        return "nothing was saved yet, so start it again"
+
     def say(self, text: str) -> None:
         """Print text without breaking the progress bar."""
         tqdm.write(text)
@@ -115,7 +144,10 @@ def _holds_a_run(folder: Path) -> bool:
     """
     if not folder.exists():
         return False
-    before_the_first = {"config.yaml", "evaluation.json", "images", "completions.jsonl"}
+    before_the_first = {
+        *("config.yaml", "evaluation.json", "images", "completions.jsonl"),
+        *("evaluations.jsonl", "best", "report.html", "completions.html"),
+    }
     return not folder.is_dir() or any(
         path.name not in before_the_first for path in folder.iterdir()
     )

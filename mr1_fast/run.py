@@ -1,10 +1,11 @@
 """What the steps of a training run share, and how it is put together from the settings."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, saved_steps
 from .config import TrainConfig
 from .data_check import check_data
 from .errors import UserError, printable
@@ -18,15 +19,22 @@ from .model.policy import Policy
 from .model.reference import Reference
 from .optim import make_optimizer
 from .peak_flops import describe_peak
+from .plan.evaluations import describe_evaluations
 from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
+from .progress import Progress
 from .push.upload import require_repository
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .start import load_policy
+from .stopping import StopSignals, TimeLimit
 from .tasks import get_task
 from .tasks.data import DrawnExamples, LoadedExamples, configured_examples
 from .types import Example
+
+End = Literal["", "finished", "patience", "signal", "time"]
+"""Why a run takes no more steps: all are done, the accuracy has not risen for as long as `patience`
+says, it was told to stop, or its time is up; "" if it goes on."""
 
 
 @dataclass
@@ -49,14 +57,22 @@ class Run:
     source: DrawnExamples | LoadedExamples | None = None
     """Where the examples of each step come from."""
     held_out: list[Example] = field(default_factory=list)
-    """Items that are evaluated before and after training."""
+    """Items that are evaluated before and after training, and on the way."""
+    progress: Progress = field(default_factory=Progress)
+    """What the evaluations so far have shown."""
+    signals: StopSignals = field(default_factory=StopSignals)
+    """Whether the run was told to stop."""
+    time_limit: TimeLimit = field(default_factory=TimeLimit)
+    """When it must be over, and how long its parts take."""
     log: RunLog | None = None
     memory: RunMemory | None = None
     """The memory plan, and beside it what the steps have used."""
     start_fingerprint: str = ""
     """Identifies the model that training started from, so that no other one is resumed."""
     first_step: int = 0
-    """The step that comes next: 0, or where the checkpoint of a resumed run was saved."""
+    """The first step to do: 0, or where the checkpoint of a resumed run was saved."""
+    saved: int = 0
+    """After how many steps the last checkpoint was saved; the start needs none."""
 
     def recompute_all(self) -> str:
         """Run all layers again in the backward pass from now on, if the settings leave it open.
@@ -67,14 +83,51 @@ class Run:
         return "all layers recomputed" if changes else ""
 
     def save(self, steps_done: int) -> None:
-        """Write the checkpoint of the state after `steps_done` steps."""
-        save_checkpoint(
-            self.log.checkpoints,
-            steps_done,
-            self.policy.model,
-            self.optimizer,
-            self.start_fingerprint,
-        )
+        """Write the checkpoint of the state after `steps_done` steps, unless it is there."""
+        if self.saved == steps_done:
+            return
+        with self.time_limit.measure("save"):
+            save_checkpoint(
+                self.log.checkpoints,
+                steps_done,
+                self.policy.model,
+                self.optimizer,
+                self.start_fingerprint,
+            )
+        self.saved = steps_done
+
+    def save_is_due(self, steps_done: int) -> bool:
+        """Say whether a checkpoint is due; under `max_hours` the first step shows its time."""
+        every = self.config.save_every
+        return bool(every and steps_done % every == 0) or self.time_limit.must_learn("save")
+
+    def evaluation_is_due(self, steps_done: int) -> bool:
+        """Say whether an evaluation on the way is due after `steps_done` steps, and not yet made.
+
+        That of the last step is the one after training, unless it must tell which step is best.
+        """
+        config = self.config
+        if steps_done in self.progress.accuracies or not self.held_out or not config.eval_every:
+            return False
+        if steps_done == config.steps:
+            return config.keep_best
+        return steps_done % config.eval_every == 0
+
+    def end(self, steps_done: int) -> End:
+        """Say why the run ends after `steps_done` steps, if it does."""
+        config, limit = self.config, self.time_limit
+        if self.signals.received:
+            return "signal"
+        finished = steps_done >= config.steps
+        patience = bool(config.patience) and self.progress.waiting >= config.patience
+        if finished or patience:  # two saves: a checkpoint, and final/
+            rest = ["save", "save", "greedy evaluation", "sampled evaluation"]
+        else:
+            due = self.evaluation_is_due(steps_done + 1)
+            rest = ["step", "save", *["greedy evaluation"] * due]
+        if not limit.leaves(*rest):
+            return "time"
+        return "finished" if finished else "patience" if patience else ""
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -83,6 +136,7 @@ def prepare(config: TrainConfig) -> Run:
     Only the repository of --push-to-hub is created, where it does not exist. Raises UserError for
     settings, data, a repository or a model that cannot be used.
     """
+    time_limit = TimeLimit(config.max_hours)
     get_task(config.task)
     if config.plugin:
         load_plugin(config.plugin)
@@ -102,6 +156,12 @@ def prepare(config: TrainConfig) -> Run:
     first_step = 0
     if log.resuming:
         first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
+    progress = Progress.read(log.evaluations, first_step) if log.resuming else Progress()
+    if config.keep_best and progress.best() not in (None, *saved_steps(log.best)):
+        raise UserError(
+            f"keep_best is true, but the weights of the best evaluation so far, that after step "
+            f"{progress.best()}, are not in {log.best}: resume without it."
+        )
     # Drawn prompts differ little: the first show whether they are too long.
     for example in source.take(first_step, config.prompts_per_step):
         policy.encode.length(example)
@@ -117,14 +177,19 @@ def prepare(config: TrainConfig) -> Run:
         schedule=config.kl_schedule(),
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
+        progress=progress,
+        time_limit=time_limit,
         log=log,
         memory=memory,
         start_fingerprint=start_fingerprint,
         first_step=first_step,
+        saved=first_step,
     )
     first_prompt = policy.encode.rendered(source.all(1)[0])
     log.say(f"the first prompt:\n{printable(first_prompt)}\n")
     log.say(describe(run) + "\n" + memory.render())
+    if evaluations := describe_evaluations(config, len(run.held_out)):
+        log.say(evaluations)
     return run
 
 

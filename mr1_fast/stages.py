@@ -173,18 +173,25 @@ def grpo_batch_loss(
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Average over the completions of a step.
 
-    `zero_variance` is the share of groups without a learning signal.
+    `zero_variance` is the share of groups without a learning signal, and
+    `completion_length_p90` the length that 90% of the completions do not exceed.
     """
     count = len(rollout.completions)
     rewards = scores.total
     equal = (rewards == rewards[:, :1]).all(dim=1)
+    lengths = torch.tensor([len(ids) for ids in rollout.completions], dtype=torch.float64)
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, p50, p90 = lengths.quantile(shares).tolist()
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
         **scores.means(),
         "zero_variance": equal.float().mean().item(),
-        "completion_length": sum(map(len, rollout.completions)) / count,
+        "completion_length": lengths.mean().item(),
+        "completion_length_p10": p10,
+        "completion_length_p50": p50,
+        "completion_length_p90": p90,
         "finished": sum(rollout.finished) / count,
     }
 

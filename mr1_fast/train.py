@@ -18,7 +18,7 @@ from pathlib import Path
 from .advantages import group_advantages
 from .config import TrainConfig
 from .errors import exit_on_user_error
-from .evaluate.held_out import print_table, record_evaluation
+from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
 from .learning_signal import LearningSignal
 from .log import Stopwatch
@@ -27,8 +27,8 @@ from .model.policy import Policy
 from .plan.out_of_memory import PACK_TOKENS
 from .push.card import write_card
 from .push.upload import push_in_time
-from .report.run_report import write_report
-from .run import Run, prepare
+from .report.live import LivePage
+from .run import End, Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
 from .stages import (
@@ -40,6 +40,7 @@ from .stages import (
     score_rollout,
     update_policy,
 )
+from .stopping import StopSignals
 from .types import Example
 from .utilisation import utilisation
 
@@ -49,45 +50,85 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
 
     `watch(policy, steps_done)` is called before the first step and after each one; for a resumed
     run, after each of the steps that it still does.
-    """
-    run = prepare(config)
-    run.log.create()
-    if not run.log.resuming:
-        record_evaluation(run, "before")
 
+    A run whose `max_hours` are over returns before it has a final model. After Ctrl-C or SIGTERM,
+    the step is finished and saved, and Stopped is raised, which is a KeyboardInterrupt; a second
+    signal raises it at once.
+    """
+    with StopSignals() as signals:
+        run = prepare(config)
+        run.log.create()
+        run.signals = signals
+        signals.defer(run.log.way_on)
+
+        if not run.log.resuming:
+            record_evaluation(run, "before", step=0)
+        with LivePage(run.log.folder, run.log.say) as page:
+            if config.open:
+                page.open()
+            steps_done, end = take_steps(run, page, watch)
+            if run.memory.measured:
+                run.log.say(run.memory.render())
+            if end in ("finished", "patience"):
+                finish(run, steps_done)
+        if end in ("finished", "patience"):
+            write_card(run.log.folder, config)
+            if config.push_to_hub:
+                run.log.say(push_in_time(run.log.folder))
+
+        where = f"after {steps_done} of {config.steps} steps"
+        if signals.received:
+            raise signals.stopped(where)
+        if end == "time":
+            run.log.say(f"max_hours are over {where}: {run.log.way_on()}")
+    return run.log.folder
+
+
+def take_steps(
+    run: Run, page: LivePage, watch: Callable[[Policy, int], None] | None
+) -> tuple[int, End]:
+    """Do the steps that a run still has to do; returns how many are done, and why it ends there."""
+    config, steps_done = run.config, run.first_step
     signal = LearningSignal(config.steps - run.first_step)
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
     try:
-        for step in range(run.first_step, config.steps):
-            seed_step(config.seed, step)
-            examples = run.source.take(step, config.prompts_per_step)
-            metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
-            run.log.step(step, metrics)
-            for warning in signal.look(metrics):
-                run.log.say(warning)
-            run.memory.record(metrics)
+        evaluate_if_due(run, steps_done)  # a run may have been stopped in an evaluation
+        while not (end := run.end(steps_done)):
+            step = steps_done
+            with run.time_limit.measure("step"):
+                seed_step(config.seed, step)
+                examples = run.source.take(step, config.prompts_per_step)
+                metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
+                run.log.step(step, metrics)
+                for warning in signal.look(metrics):
+                    run.log.say(warning)
+                run.memory.record(metrics)
+                page.renew()
 
-            steps_done = step + 1
-            if watch:
-                watch(run.policy, steps_done)
-            last = steps_done == config.steps
-            if config.save_every and (steps_done % config.save_every == 0 or last):
+                steps_done = step + 1
+                if watch:
+                    watch(run.policy, steps_done)
+            evaluate_if_due(run, steps_done)
+            if run.save_is_due(steps_done):
                 run.save(steps_done)
+
+        if config.save_every or end in ("signal", "time"):
+            run.save(steps_done)
+        if end == "patience":
+            run.log.say(f"no higher accuracy in {run.progress.waiting} evaluations: training ends")
     finally:
         run.log.close()
+    return steps_done, end
 
-    if run.memory.measured:
-        run.log.say(run.memory.render())
+
+def finish(run: Run, steps_done: int) -> None:
+    """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
+    step = restore_best(run, steps_done)
     with atomic_folder(run.log.folder / "final") as folder:
         save_pretrained(run.policy, folder)
-    record_evaluation(run, "after")
-    write_report(run.log.folder)
-    write_card(run.log.folder, config)
-    if config.push_to_hub:
-        run.log.say(push_in_time(run.log.folder))
-    return run.log.folder
+    record_evaluation(run, "after", step)
 
 
 def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:

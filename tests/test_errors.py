@@ -18,6 +18,7 @@ from mr1_fast.evaluate import command as evaluate_command
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 
 from .data.runs import run
+from .data.scripts import run_script
 
 LACKS = "the folder lacks a readable model, tokenizer or image processor"
 ROW = {"image": "1.png", "problem": "How many?", "solution": "1"}
@@ -344,3 +345,19 @@ def test_an_evaluation_that_fails_writes_nothing(tiny_folder, monkeypatch, tmp_p
 def test_a_message_escapes_what_a_terminal_would_obey():
     error = UserError("no column \x1b[31m, \ud800 or é\n")
     assert str(error) == "no column \\x1b[31m, \\ud800 or é\n"
+
+
+STOPS = {
+    "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped"),
+    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped"),
+    "a message": ("raise Stopped(signal.SIGTERM, 'stopped: go on with X')", 143, "go on with X"),
+}
+
+
+@pytest.mark.parametrize("code, status, message", STOPS.values(), ids=STOPS)
+def test_a_command_that_is_stopped_says_so_in_a_line(code, status, message, tmp_path):
+    script = "import os, signal, time\nfrom mr1_fast.errors import Stopped, exit_on_user_error\n"
+    script += f"def main():\n    {code}\n    time.sleep(9)\nexit_on_user_error(main)"
+    done = run_script(tmp_path / "script.py", script)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (status, 2, "")
+    assert message in done.stderr

@@ -1,5 +1,7 @@
 """What a run shows beside its progress bar."""
 
+import json
+
 import pytest
 
 from mr1_fast.config import TrainConfig
@@ -25,3 +27,46 @@ def test_the_progress_bar_shows_mfu_where_it_is_known(metrics, shown, tmp_path):
     log.step(0, metrics)
     assert log.bar.postfix == shown
     log.close()
+
+
+def test_an_evaluation_goes_to_its_file_and_to_the_loggers(tmp_path):
+    log = RunLog(TrainConfig(output=str(tmp_path / "run"), steps=9))
+    log.create()
+    log.loggers.append(written := Written())
+    log.start(0)
+    for step in (0, 3, 6):
+        log.evaluation({"step": step, "accuracy": step / 10, "count": 4})
+    log.close()
+    assert written.values == [({"held_out_accuracy": step / 10}, step) for step in (0, 3, 6)]
+
+    resumed = RunLog(TrainConfig(resume=log.folder, output=str(log.folder), steps=9))
+    resumed.create()
+    resumed.start(3)  # what was evaluated after step 3 is known, and step 6 is yet to come
+    resumed.close()
+    assert [json.loads(line)["step"] for line in log.evaluations.open()] == [0, 3]
+
+    anew = RunLog(TrainConfig(output=str(log.folder), steps=9))
+    anew.create()
+    assert log.evaluations.read_text() == ""
+
+
+def test_a_stopped_run_is_told_how_to_go_on(tmp_path):
+    log = RunLog(TrainConfig(output=str(tmp_path / "my run"), steps=9))
+    assert log.way_on() == "nothing was saved yet, so start it again"
+    (log.folder / "final").mkdir(parents=True)
+    assert log.way_on() == f"{log.folder}/final is whole"
+    (log.checkpoints / "step-000005").mkdir(parents=True)
+    assert log.way_on() == f"go on with `python -m mr1_fast.train --resume '{log.folder}'`"
+
+
+class Written:
+    """A logger that keeps what it gets."""
+
+    def __init__(self):
+        self.values = []
+
+    def log(self, metrics, step):
+        self.values.append((metrics, step))
+
+    def close(self):
+        pass

@@ -55,6 +55,7 @@ KEYS |= {
     "step",
 }
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
+KEYS |= {"completion_length_p10", "completion_length_p50", "completion_length_p90"}
 KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 KEYS |= {"tflops_reference", "tflops_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
@@ -125,11 +126,14 @@ def test_a_run_leaves_a_complete_folder(finished):
         "checkpoints",
         "final",
     }
-    assert {path.name for path in folder.iterdir()} == {*names, "report.html"}
+    pages = {"report.html", "completions.html"}
+    assert {path.name for path in folder.iterdir()} == names | pages
     assert parse_train_config(["--config", str(folder / "config.yaml")]) == parse_train_config(argv)
     assert [record["step"] for record in lines(folder / "metrics.jsonl")] == [0, 1, 2]
     for record in lines(folder / "metrics.jsonl"):
         assert record.keys() == KEYS and all(math.isfinite(value) for value in record.values())
+        lengths = [record[f"completion_length_p{share}"] for share in (10, 50, 90)]
+        assert 1 <= lengths[0] <= lengths[1] <= lengths[2] <= 6
         assert record["skipped"] == 0 and all(
             record[key] > 0 for key in KEYS if key.startswith(("seconds", "tflops"))
         )
@@ -506,7 +510,7 @@ def test_completions_that_are_cut(run_args, tmp_path):
     run(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
     for record in metrics(tmp_path / "run"):
         assert (
-            record["completion_length"] == 1
+            record["completion_length"] == record["completion_length_p90"] == 1
             and record["finished"] <= 0.2
             and record["skipped"] == 0
         )

@@ -23,7 +23,7 @@ class RunConfig:
     seed: int = 0
     """Seed of everything random: the same seed gives the same numbers on the same machine."""
     save_every: int = 50
-    """Steps between checkpoints; 0 saves none."""
+    """Steps between checkpoints; 0 saves none, unless the run is stopped before its end."""
     save: Literal["merged", "adapter", "both"] | None = None
     """What a run with --lora leaves in final/: the merged model, the adapter in final/adapter, or
     both. By default the merged model, and over 4-bit weights the adapter, which
@@ -33,16 +33,18 @@ class RunConfig:
     card; it is created as a public repository unless it exists, and checked before training. Log in
     first with `hf auth login`."""
     max_hours: float | None = None
-    """Hours after which the run saves, writes its report and ends; --resume goes on from there."""
+    """Hours within which the run saves, writes its report and ends; --resume goes on from there,
+    with as many hours again."""
     open: bool = False
     """Open the live report in a browser once training begins."""
     eval_samples: int = 200
     """Number of held-out items that are evaluated before and after training; 0 skips evaluation."""
     eval_every: int = 0
-    """Steps between greedy evaluations of the held-out items during training; 0 is off."""
+    """Steps between greedy evaluations of the held-out items during training, which go to
+    evaluations.jsonl; 0 is off."""
     keep_best: bool = False
-    """Make final/ of the weights with the highest accuracy of the evaluations during training, and
-    not of the last ones; needs --eval-every."""
+    """Make final/ of the weights with the highest accuracy of all evaluations, the earliest of equal
+    ones, and not of the last weights; needs --eval-every."""
     patience: int = 0
     """Evaluations in a row without a higher accuracy after which training ends; 0 is off."""
     eval_data: str | None = None

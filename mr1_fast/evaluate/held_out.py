@@ -1,10 +1,13 @@
-"""Evaluations before and after training: accuracy and answers on held-out items."""
+"""Evaluations before, during and after training: accuracy and answers on held-out items."""
 
 import json
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, summarise
+from ..checkpoint import keep_only, load_weights, save_weights, saved_steps
 from ..config import TrainConfig
 from ..files import write_json
 from ..model.policy import Policy
@@ -22,10 +25,12 @@ SHOWN = 12
 """Held-out items whose images and answers the report shows."""
 
 
-def record_evaluation(run: Run, when: str) -> None:
+def record_evaluation(run: Run, when: str, step: int) -> None:
     """Evaluate a run's held-out items greedily and by sampling; print and record the accuracy.
 
-    `when` is `before` or `after` training; the figures go to evaluation.json under that name.
+    `when` is `before` or `after` training; the figures go to evaluation.json under that name. The
+    greedy accuracy is that of `step` in the curve of `--eval-every`. Nothing is recorded of an
+    evaluation that a signal has ended.
     """
     if not run.held_out:
         return
@@ -37,11 +42,20 @@ def record_evaluation(run: Run, when: str) -> None:
     if when == "after" and path.exists():
         result = json.loads(path.read_text())
     result[when] = {}
+    if when == "after":
+        result["final_step"] = step
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        records = answers(run.policy, config, run.held_out, mode, run.limits)
+        with run.time_limit.measure(f"{mode} evaluation"):
+            started = time.perf_counter()
+            records = _held_out_answers(run, mode)
+            seconds = time.perf_counter() - started
+        if run.signals.received:
+            return
         if mode == "greedy":
             _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
+            if config.eval_every and step not in run.progress.accuracies:
+                _record_point(run, step, records, seconds)
         figures = {mode: summarise(records)}
         for other in other_judges(config.judge, data):
             by_other = summarise(judged(records, task.judge(other)))
@@ -52,13 +66,81 @@ def record_evaluation(run: Run, when: str) -> None:
     write_json(path, result)
 
 
+def evaluate_if_due(run: Run, steps_done: int) -> None:
+    """Evaluate the held-out items greedily on the way, if that is due, and record the accuracy.
+
+    Nothing is recorded of an evaluation that a signal has ended: a resumed run makes it again.
+    """
+    if not run.evaluation_is_due(steps_done):
+        return
+    with run.time_limit.measure("greedy evaluation"):
+        started = time.perf_counter()
+        records = _held_out_answers(run, "greedy")
+        seconds = time.perf_counter() - started
+    if not run.signals.received:
+        _record_point(run, steps_done, records, seconds)
+        note = "" if run.progress.waiting else ", the best so far"
+        accuracy = accuracy_text(summarise(records))
+        run.log.say(f"step {steps_done}: greedy {accuracy}{note} ({seconds:.1f} s)")
+
+
+def _record_point(run: Run, step: int, records: list[dict], seconds: float) -> None:
+    """Record a point of the curve, and keep the weights if it is the best.
+
+    The weights come first: what is recorded as the best is there, whenever the process is killed.
+    """
+    progress, summary = run.progress, summarise(records)
+    progress.accuracies[step] = summary["accuracy"]
+    if run.config.keep_best and progress.best() == step:
+        save_weights(run.log.best, step, run.policy.model)
+    run.log.evaluation({"step": step, **summary, "seconds": round(seconds, 3)})
+
+    # A run that goes on from a checkpoint needs what was the best when that was saved.
+    starts = [*saved_steps(run.log.checkpoints), step]
+    keep_only(run.log.best, {progress.best(start) for start in starts})
+
+
+def restore_best(run: Run, steps_done: int) -> int:
+    """Bring the weights of the best evaluation back into the policy, under `--keep-best`.
+
+    Returns the number of steps after which the policy is now as it was.
+    """
+    best = run.progress.best()
+    if not run.config.keep_best or best is None:
+        return steps_done
+    if best != steps_done:
+        load_weights(run.log.best, best, run.policy.model)
+    run.log.say(
+        f"final/ is the model after step {best} of {steps_done}, "
+        f"whose accuracy of {run.progress.accuracies[best]:.1%} is the highest"
+    )
+    return best
+
+
+def _held_out_answers(run: Run, mode: str) -> list[dict]:
+    """Answer a run's held-out items; those that are left after a signal are left out."""
+    return answers(
+        run.policy,
+        run.config,
+        run.held_out,
+        mode,
+        run.limits,
+        stopped=lambda: bool(run.signals.received),
+    )
+
+
 def answers(
-    policy: Policy, config: TrainConfig, items: list[Example], mode: str, limits: MemoryLimits
+    policy: Policy,
+    config: TrainConfig,
+    items: list[Example],
+    mode: str,
+    limits: MemoryLimits,
+    stopped: Callable[[], bool] | None = None,
 ) -> list[dict]:
     """Answer items of `config.task`; returns the records of `accuracy.evaluate`.
 
     `mode` is `greedy`, or `sampled` at the temperature of training. The KV cache is made smaller if
-    memory runs out.
+    memory runs out; `stopped` is that of `evaluate`.
     """
     temperature = 0.0 if mode == "greedy" else config.temperature
     work = partial(
@@ -69,6 +151,7 @@ def answers(
         Sampling.of(config, temperature=temperature),
         seed=derive_seed(config.seed, mode),
         prefill_tokens=limits.amounts[PACK_TOKENS],
+        stopped=stopped,
     )
     return limits.attempt(EVALUATION_CACHE, lambda tokens: work(cache_tokens=tokens))
 

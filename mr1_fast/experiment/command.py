@@ -1,11 +1,12 @@
 """Running an experiment: every cell that is missing, one after the other, and then the report."""
 
+import signal
 import time
 from pathlib import Path
 
 import transformers
 
-from ..errors import UserError
+from ..errors import Stopped, UserError
 from .cells import Experiment
 from .description import describe, remember
 from .estimate import dry_run
@@ -90,9 +91,10 @@ def run_cells(experiment: Experiment) -> list[str]:
             if time.monotonic() - reported > REPORT_SECONDS:
                 write_report(experiment.output)
                 reported = time.monotonic()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         write_report(experiment.output)
-        raise
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        raise Stopped(number, "stopped: run the command again to go on") from stopped
     return failed
 
 

@@ -107,6 +107,8 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
         shutil.rmtree(run, ignore_errors=True)
         curve.unlink(missing_ok=True)
     train(config, _watch(experiment, config, curve) if experiment.scale.curve_every else None)
+    if not (run / "final").exists():
+        raise UserError("max_hours were over: run the command again to go on.")
 
 
 def _watch(

@@ -2,6 +2,7 @@
 
 from ..model.known import find_model_config
 from .advice import advice
+from .evaluations import describe_evaluations
 from .plan import make_plan, usable_bytes
 from .planned_run import planned_device
 from .settings import PlanConfig
@@ -16,6 +17,8 @@ def print_plan(config: PlanConfig) -> None:
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")
     print(f"{config.model} on {device} in {dtype_name}, largest prompts, images and completions")
+    if evaluations := describe_evaluations(config, config.eval_samples):
+        print(evaluations)
     if device == "cpu":
         print(make_plan(config, model_config).render())
         return

@@ -134,6 +134,9 @@ class _Client:
                     return self.worker.ask(request, seconds)
                 except _WorkerDied:
                     self.stop()
+                except BaseException:
+                    self.stop()  # or the next question would read the reply to this one
+                    raise
             return None
 
     def stop(self) -> None:

@@ -1,5 +1,8 @@
 """Whole runs in the process of the tests, and runs without data or log for a single stage."""
 
+import json
+from pathlib import Path
+
 from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
@@ -18,3 +21,31 @@ def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=Non
     say = [].append if said is None else said.append
     limits = MemoryLimits(say, lambda: "Change X.", {PACK_TOKENS: tokens, ROLLOUT_CACHE: tokens})
     return Run(config=config, policy=policy, limits=limits, **parts)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What each step of a run measured, but for times and speed."""
+    return records(folder / "metrics.jsonl", timed=("seconds", "tflops"))
+
+
+def curve(folder: Path) -> list[dict]:
+    """The evaluations of a run on the way, but for their times."""
+    return records(folder / "evaluations.jsonl", timed=("seconds",))
+
+
+def records(path: Path, timed: tuple[str, ...] = ()) -> list[dict]:
+    """The lines of a file of JSON objects, without what `timed` begins the name of."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(timed)}
+        for line in lines
+    ]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    """All that two finished runs have computed is equal, bit for bit."""
+    assert metrics(folder) == metrics(expected)
+    if (expected / "evaluations.jsonl").exists():
+        assert curve(folder) == curve(expected)
+    for name in ("final/model.safetensors", "completions.jsonl", "evaluation.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name

@@ -3,7 +3,9 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,9 @@ import datasets
 import pytest
 import yaml
 
-from mr1_fast import run as run_module
 from mr1_fast import start as start_module
 from mr1_fast.config import TaskConfig
-from mr1_fast.errors import UserError
+from mr1_fast.errors import Stopped, UserError
 from mr1_fast.experiment import presets, run_cell
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
@@ -205,31 +206,35 @@ def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
         assert tuple(found["grpo-d"][name] for name in ("beta_min", "beta_max", "beta")) == beta
 
 
-@pytest.mark.parametrize("when", ["between steps", "before its evaluation"])
+@pytest.mark.parametrize("when", ["in a step", "before its evaluation"])
 def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
     when, quick, monkeypatch, tmp_path
 ):
     use_methods(monkeypatch, GRPO_D)
     whole = quick(tmp_path / "whole") / "cells/grpo-d/counting/seed0"
-    saved = []
 
-    def save_and_interrupt(*arguments):
-        saved.append(save_checkpoint(*arguments))
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+    def note_signal_and_train(config, watch):
+        def stop_in_a_step(policy, done):
+            watch(policy, done)
+            if done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return train(config, stop_in_a_step)
 
     def interrupt_or_test(experiment, config, cell, folder):
         if cell.trained:
             raise KeyboardInterrupt
         return test(experiment, config, cell, folder)
 
-    save_checkpoint, test = run_module.save_checkpoint, run_cell._test
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if when == "between steps":
-            patch.setattr(run_module, "save_checkpoint", save_and_interrupt)
+    test, train = run_cell._test, run_cell.train
+    told = pytest.raises(Stopped, match="stopped: run the command again to go on")
+    with monkeypatch.context() as patch, told as stopped:
+        if when == "in a step":
+            patch.setattr(run_cell, "train", note_signal_and_train)
         else:
             patch.setattr(run_cell, "_test", interrupt_or_test)
         quick(tmp_path / "out")
+    assert stopped.value.status == (143 if when == "in a step" else 130)
     cell = tmp_path / "out/cells/grpo-d/counting/seed0"
     assert not (cell / "cell.json").exists() and not (cell / "failed.json").exists()
     assert "GRPO-D" in (tmp_path / "out/report.html").read_text()

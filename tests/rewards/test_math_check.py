@@ -194,3 +194,17 @@ def test_missing_math_verify_is_one_clear_error(tmp_path):
     done = run_script(tmp_path / "script.py", script, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert re.search("not installed here.*pip install math-verify", done.stderr)
+
+
+def test_an_interrupted_question_does_not_leave_its_reply_to_the_next():
+    """Ctrl-C in a notebook, where the process goes on."""
+    assert math_equal("<answer> 3 </answer>", "3")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            math_equal(endless()[0], "3", seconds=1.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [math_equal("<answer> 3 </answer>", str(n)) for n in (2, 3, 4)] == [False, True, False]

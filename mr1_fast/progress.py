@@ -1,0 +1,48 @@
+"""What the evaluations of a run have shown so far: the best step, and how long ago it was."""
+
+from pathlib import Path
+
+from .errors import UserError
+from .report.records import json_object
+
+
+class Progress:
+    """The greedy accuracy on held-out items, by the number of steps that were done before.
+
+    It has no other state, so that a resumed run reads all of it from evaluations.jsonl.
+    """
+
+    def __init__(self, accuracies: dict[int, float] | None = None):
+        self.accuracies = accuracies or {}
+
+    @classmethod
+    def read(cls, path: Path, last: int) -> "Progress":
+        """Read a file of evaluations, up to the one after `last` steps, if there is a file.
+
+        Raises UserError for a line that is no evaluation.
+        """
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        accuracies = {}
+        # A line without its end was being written when the run was killed.
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
+            record = json_object(line, f"{path} line {number}")
+            step, accuracy = record.get("step"), record.get("accuracy")
+            if not isinstance(step, int) or not isinstance(accuracy, int | float):
+                raise UserError(f"{path} line {number} has no step and accuracy: remove it.")
+            if step <= last:
+                accuracies[step] = float(accuracy)
+        return cls(accuracies)
+
+    def best(self, last: float = float("inf")) -> int | None:
+        """Return the step of the highest accuracy up to step `last`, the earliest of equal ones.
+
+        It is None before the first evaluation.
+        """
+        steps = [step for step in self.accuracies if step <= last]
+        return min(steps, key=lambda step: (-self.accuracies[step], step), default=None)
+
+    @property
+    def waiting(self) -> int:
+        """How many evaluations in a row have not been better than the best before them."""
+        best = self.best()
+        return sum(step > best for step in self.accuracies) if best is not None else 0

@@ -1,0 +1,94 @@
+"""When a run ends before its last step: a signal, or the time that it was given."""
+
+import math
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from .errors import Stopped, handling
+
+RECENT = 20
+"""Of how many of the last steps the longest says how long the next one may take."""
+NOTED = b"\nstopping: what has begun is finished and saved; a second signal stops at once\n"
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM, as a request that training looks at between its steps.
+
+    A context manager. Within it a signal raises Stopped, since nothing is lost while a run is
+    loaded. After `defer`, the first one is only noted in `received`, and the second one raises
+    Stopped at once. Outside the main thread, signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The number of the last signal; 0 if there was none."""
+        self._deferred = False
+        self._way_on: Callable[[], str] = lambda: "nothing was written"
+        self._handling = handling(self._note)
+
+    def defer(self, way_on: Callable[[], str]) -> None:
+        """Only note the first signal from now on; `way_on()` says how a stopped run goes on."""
+        self._deferred, self._way_on = True, way_on
+
+    def stopped(self, where: str) -> Stopped:
+        """Return the exception that ends the run, which says how to go on."""
+        return Stopped(self.received, f"stopped {where}: {self._way_on()}")
+
+    def __enter__(self) -> "StopSignals":
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._handling.__exit__()
+        # Ctrl-C reaches every process of the terminal: one that a step waits for, such as a
+        # compiler or a program that a reward calls, may die of it, and the step then fails.
+        if self.received and isinstance(error, Exception):
+            reason = " ".join(str(error).split()).removesuffix(".")
+            raise self.stopped(f"as {type(error).__name__} came up ({reason})") from error
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.received = self.received, number
+        if not self._deferred:
+            raise self.stopped("while loading")
+        if again:
+            raise self.stopped("at once")
+        with suppress(OSError):
+            os.write(2, NOTED)  # print may be what the signal has interrupted
+
+
+class TimeLimit:
+    """Says when a run must end to be over after `hours`, by how long its parts have taken so far.
+
+    The parts are what `measure` names; `step` is one of them. With None there is no limit.
+    """
+
+    def __init__(self, hours: float | None = None):
+        self.end = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Note how many seconds the block takes as those of `part`."""
+        started = time.monotonic()
+        yield
+        self._seconds[part].append(time.monotonic() - started)
+
+    def leaves(self, *parts: str) -> bool:
+        """Say whether there is time for all parts, each as long as the longest of its last ones.
+
+        Until a step has been measured there is always time: a run that is resumed again and again
+        comes to its end, however short the limit. Any other part that was never measured counts as
+        nothing.
+        """
+        if "step" not in self._seconds:
+            return True
+        needed = sum(max(self._seconds.get(part, ()), default=0.0) for part in parts)
+        return time.monotonic() + needed <= self.end
+
+    def must_learn(self, part: str) -> bool:
+        """Say whether it matters how long `part` takes, and that is not known yet."""
+        return self.end < math.inf and part not in self._seconds
