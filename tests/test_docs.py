@@ -2,9 +2,11 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +39,15 @@ def test_the_api_has_signatures_docstrings_and_doctests(site):
     assert "explore_fraction: float = 0.3" in text
     assert "falls from (β_min + β_max)/2" in text
     assert re.search(r"<pre.*&gt;&gt;&gt; </span>", page)
+
+
+def test_links_out_of_the_pages_lead_to_the_repository_where_its_address_is_known():
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks" / "links.py"))["on_page_markdown"]
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="experiment/tiny.md"))
+    config = SimpleNamespace(repo_url="https://example.org/us/mr1_fast/")
+    text = "[how](../experiment.md), [all](../../benchmarks/RESULTS.md#loss)"
+    address = "https://example.org/us/mr1_fast/blob/main/benchmarks/RESULTS.md#loss"
+    assert hook(text, page, config) == f"[how](../experiment.md), [all]({address})"
 
 
 def test_links_out_of_the_pages_become_paths_and_others_stay(site):

@@ -94,7 +94,8 @@ def test_what_remains_is_packed_as_if_nothing_else_had_been_sampled():
     )
     assert remaining == alone
     packed, expected = (
-        pack_rollout(each, group_advantages(rewards[[1, 3, 4]]), 150) for each in (remaining, alone)
+        pack_rollout(each, group_advantages(rewards[[1, 3, 4]]), 150, TrainConfig())
+        for each in (remaining, alone)
     )
     assert len(packed) == len(expected) > 1
     for left, right in zip(packed, expected, strict=True):
@@ -114,7 +115,11 @@ def test_surplus_groups_are_left_out_in_the_order_of_sampling():
     assert remaining.examples == [sampled.examples[0], sampled.examples[2]]
     nothing, none = groups_with_signal(sampled, torch.ones(4, 3), limit=4)
     assert (nothing.examples, nothing.completions, none.shape) == ([], [], (0, 3))
-    assert pack_rollout(nothing, group_advantages(none), 1000) == MicroBatches([], [], 1000) == []
+    assert (
+        pack_rollout(nothing, group_advantages(none), 1000, TrainConfig())
+        == MicroBatches([], [], 1000)
+        == []
+    )
 
 
 def test_dropping_nothing_changes_nothing(run_args, tmp_path):

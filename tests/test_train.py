@@ -255,7 +255,8 @@ def test_an_algorithm_without_kl_trains(algo, run_args, tmp_path):
     settings = {"algo": algo, "updates_per_batch": 2, "entropy_coefficient": 0.01}
     run(run_args(tmp_path / "run", eval_samples=0, steps=2, **settings))
     for record in metrics(tmp_path / "run"):
-        expected = KEYS - {"kl", "kl_limited"} | ({"overlong"} if algo == "dapo" else set())
+        own = {"overlong", "groups_sampled", "groups_learnt"} if algo == "dapo" else set()
+        expected = KEYS - {"kl", "kl_limited"} | own
         assert record.keys() == {k for k in expected if not k.startswith(("seconds", "tflops"))}
         assert all(map(math.isfinite, record.values()))
         assert record["beta"] == record["skipped"] == 0 < record["grad_norm"]

@@ -85,6 +85,7 @@ class TrainConfig(
         self.check_rewards()
         self.check_objective()
         self.check_run()
+        self._check_save()
         if 0 < self.importance_cap < 1:
             raise UserError(
                 f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
@@ -94,17 +95,6 @@ class TrainConfig(
         if self.load_in_4bit and not self.lora:
             raise UserError(
                 "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
-            )
-        if self.save in ("adapter", "both") and not self.lora:
-            raise UserError(
-                f"save is {self.save}, but without adapters all weights are trained: add --lora, "
-                "or leave --save out."
-            )
-        if self.save in ("merged", "both") and self.load_in_4bit:
-            raise UserError(
-                f"save is {self.save}, but merging into 4-bit weights would lose precision: leave "
-                "--save out, and merge the adapter into the 16-bit model afterwards, with "
-                "`python -m mr1_fast.merge FINAL --output FOLDER`."
             )
         if self.offload_checkpoints and self.recompute == "none":
             raise UserError(
@@ -122,6 +112,20 @@ class TrainConfig(
             self.kl_schedule()
         except ValueError as error:
             raise UserError(f"the KL schedule is impossible: {error}.") from error
+
+    def _check_save(self) -> None:
+        """Raise UserError for a final/ that cannot be written without loss, or has no adapter."""
+        if self.save in ("adapter", "both") and not self.lora:
+            raise UserError(
+                f"save is {self.save}, but without adapters all weights are trained: add --lora, "
+                "or leave --save out."
+            )
+        if self.save in ("merged", "both") and self.load_in_4bit:
+            raise UserError(
+                f"save is {self.save}, but merging into 4-bit weights would lose precision: leave "
+                "--save out, and merge the adapter into the 16-bit model afterwards, with "
+                "`python -m mr1_fast.merge FINAL --output FOLDER`."
+            )
 
 
 _POSITIVE = {
