@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import signal
-import sys
 from pathlib import Path
 
 from ..errors import exit_on_user_error
@@ -28,8 +26,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.live:
         os.nice(19)
-        # The run that has ended leaves no half-written file behind.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
     # Matplotlib takes a second to import, which `--help` need not wait for.
     from .run_report import write_report

@@ -208,8 +208,8 @@ def _skipped(columns: dict[str, np.ndarray]) -> str:
     listed = ", ".join(f"{step:.0f}" for step in skipped[:MOST_SKIPPED])
     more = " and others" if len(skipped) > MOST_SKIPPED else ""
     return (
-        f"{len(skipped)} of {len(steps)} steps skipped, as their gradient was not finite: "
-        f"{listed}{more}."
+        f"{len(skipped)} of {len(steps)} steps changed no weight, as their gradient was not finite "
+        f"or no group had a signal: {listed}{more}."
     )
 
 
