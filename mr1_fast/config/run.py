@@ -42,8 +42,8 @@ class RunConfig:
     """Steps between greedy evaluations of the held-out items during training, which go to
     evaluations.jsonl; 0 is off."""
     keep_best: bool = False
-    """Make final/ of the weights with the highest accuracy of all evaluations, the earliest of equal
-    ones, and not of the last weights; needs --eval-every."""
+    """Make final/ of the weights with the highest accuracy of all evaluations (of equal ones, the
+    earliest), and not of the last weights; needs --eval-every."""
     patience: int = 0
     """Evaluations in a row without a higher accuracy after which training ends; 0 is off."""
     eval_data: str | None = None
