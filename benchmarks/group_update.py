@@ -164,7 +164,7 @@ def packed(group: Group, repeated: bool) -> Case:
     def compute_loss():
         logprobs = [torch.zeros(len(ids)) for ids in group.completions]
         rollout = Rollout([], prompts, group.completions, [], [], logprobs, size)
-        batches = pack_rollout(rollout, group.advantages.view(-1, size), WHOLE)
+        batches = pack_rollout(rollout, group.advantages.view(-1, size), WHOLE, CONFIG)
         add_logprobs(run, batches)
         (batch,) = batches
         return grpo_batch_loss(group.policy, batch.to(group.device), BETA, CONFIG)[0]

@@ -10,7 +10,9 @@ COMMANDS = {
     "evaluate": "measure the accuracy of a model on held-out items",
     "plan": "tell whether a run fits into the memory of a GPU, and what to change if not",
     "experiment": "run the paper's comparison of methods, or one of its ablations",
+    "merge": "merge a LoRA adapter into its 16-bit model, layer by layer",
     "report": "write the report of a run again",
+    "push": "upload the model of a run to the Hugging Face Hub",
     "env": "print the versions, devices and kernels that are used, for bug reports",
 }
 

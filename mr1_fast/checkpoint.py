@@ -1,13 +1,16 @@
 """Checkpoints: whole on disk or not there, of safetensors and JSON, and resumed bit for bit.
 
-A checkpoint holds the trained weights and the optimizer's state. It needs no random state, since
-data order, sampling and dropout of step s are seeded from (seed, s) alone.
+A checkpoint holds the trained weights, the optimizer's state, and the numbers of what else follows
+from all steps so far, such as a β that reacts to the KL. It needs no random state, since data
+order, sampling and dropout of step s are seeded from (seed, s) alone.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +22,16 @@ from .files import atomic_folder
 
 KEEP = 2
 """How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
+
+
+class Part(Protocol):
+    """A part of a run that the next steps depend on, beside the weights and the optimizer."""
+
+    def state(self) -> dict[str, float]:
+        """Return the numbers that must be kept; none if the part is always as at the start."""
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from numbers that `state` has returned; raises ValueError for any others."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -36,11 +49,12 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
+    parts: Mapping[str, Part] | None = None,
 ) -> Path:
     """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
 
-    A save that fails leaves nothing behind. Checkpoints that are older than the newest KEEP are
-    removed.
+    The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
+    Checkpoints that are older than the newest KEEP are removed.
     """
     path = _step_folder(folder, step)
     tensors, numbers = {}, {}
@@ -55,6 +69,7 @@ def save_checkpoint(
         "start": start_fingerprint,
         "optimizer": type(optimizer).__name__,
         "optimizer_numbers": numbers,
+        "parts": {name: part.state() for name, part in (parts or {}).items()},
     }
     with atomic_folder(path) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
@@ -66,9 +81,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, start_fingerprint: str
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start_fingerprint: str,
+    parts: Mapping[str, Part] | None = None,
 ) -> int:
     """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
+
+    A part of which the checkpoint has no numbers stays as it is: those of earlier versions have
+    none, and a setting may have been changed.
 
     Raises UserError where there is none, where a file is damaged, and where it was made from
     another starting model or with another optimizer.
@@ -85,7 +107,11 @@ def load_checkpoint(
         kind = record["optimizer"]
         weights = load_file(path / "weights.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        states = record.get("parts", {})
+        for name, part in (parts or {}).items():
+            if states.get(name):
+                part.load(states[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {path} is damaged ({error}): delete it to resume from the one before."
         ) from error

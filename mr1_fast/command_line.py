@@ -45,6 +45,10 @@ RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})
 Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
 
+EARLIER = {"output", "preset", "beta", "beta_min", "beta_max", "explore_fraction", "beta_shape"}
+"""Settings that the config.yaml of an earlier run has, which named all of them."""
+
+
 class Settings(Protocol):
     """A dataclass whose fields are settings, each with its help text as a string below it."""
 
@@ -114,12 +118,16 @@ def parse_settings(
 
 
 def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back.
+    """Write the settings as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(saved_settings(config), sort_keys=False))
+
+
+def saved_settings(config: object) -> dict[str, Any]:
+    """Return the settings that a run is known by, by name.
 
     `resume` is left out: it says how one process began, and not what the run is.
     """
-    values = {name: value for name, value in vars(config).items() if name != "resume"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return {name: value for name, value in vars(config).items() if name != "resume"}
 
 
 @dataclass
@@ -215,7 +223,7 @@ class SettingsParser(Generic[Config]):
             reason = "holds no settings: write a line such as `steps: 100` for each."
             raise UserError(f"config {path} {reason}")
         settings: dict[str, Any] = {}
-        if values.get("algo") == "grpo" and "loss_type" not in values:
+        if values.get("algo") == "grpo" and values.keys() >= EARLIER and "loss_type" not in values:
             # The config.yaml of an earlier version, whose GRPO had a constant β whatever this said.
             values = {name: value for name, value in values.items() if name != "beta_shape"}
         for name, value in values.items():

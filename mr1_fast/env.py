@@ -1,6 +1,10 @@
-"""Print versions and which kernels are active, for bug reports: `python -m mr1_fast.env`."""
+"""Print what this machine runs and what is missing for what: `python -m mr1_fast.env`.
+
+The report is for bug reports, and for whoever wonders which extra to install.
+"""
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -15,17 +19,42 @@ from .model.attention import attention_kernel
 from .peak_flops import describe_peak
 from .version import __version__
 
-PACKAGES = (
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "math-verify",
-    "peft",
-    "bitsandbytes",
-    "flash-attn",
+REQUIRED = ("transformers", "tokenizers", "safetensors", "datasets", "math-verify")
+"""Packages that mr1_fast cannot do without, whose versions are printed."""
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package that mr1_fast runs without, and what it is needed for."""
+
+    name: str
+    needed_for: str
+    extra: str | None = None
+    """The extra of mr1_fast that installs it; None: pip installs it by its own name."""
+
+    def line(self) -> str:
+        """Return the version, or what the package is needed for and how to install it."""
+        found = _version(self.name)
+        if found is not None:
+            return found
+        wanted = f"'mr1_fast[{self.extra}]'" if self.extra else self.name
+        return f"missing, needed for {self.needed_for}: pip install {wanted}"
+
+
+OPTIONAL = (
+    OptionalPackage("peft", "--lora", "lora"),
+    OptionalPackage("bitsandbytes", "--load-in-4bit and --optimizer adamw8bit", "gpu"),
+    OptionalPackage("accelerate", "--load-in-4bit", "gpu"),
+    OptionalPackage("flash-attn", "packed attention by its kernels instead of torch's"),
+    OptionalPackage("torchvision", "transformers' AutoProcessor and pipelines"),
+    OptionalPackage("trl", "mr1_fast.integrations.trl", "trl"),
+    OptionalPackage("liger-kernel", "Liger's own loss, vespo", "trl"),
+    OptionalPackage("tensorboard", "--loggers '[tensorboard]'", "loggers"),
+    OptionalPackage("wandb", "--loggers '[wandb]'", "loggers"),
+    OptionalPackage("trackio", "--loggers '[trackio]'", "loggers"),
+    OptionalPackage("mlflow", "--loggers '[mlflow]'", "loggers"),
 )
-"""Packages whose versions are printed."""
+"""Packages that only some settings need."""
 
 
 def lines() -> list[tuple[str, str]]:
@@ -37,13 +66,14 @@ def lines() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("GPU", _gpu()),
         ("MFU", _mfu()),
-        ("Triton kernels", f"triton {_version('triton')}, used on a GPU"),
-        ("native CPU kernels", native.status()[1]),
-        ("native CUDA kernels", rows_cuda.status()[1]),
+        ("Triton kernels", _triton()),
+        ("native CPU kernels", _native(native.status()[1])),
+        ("native CUDA kernels", _native(rows_cuda.status()[1])),
         ("packed attention", attention_kernel(device, torch.bfloat16)),
         ("decode attention", attention_backend(torch.empty(0, device=device).bfloat16())),
         ("decode linears", _decode_linears(torch.empty(0, device=device).bfloat16())),
-        *((name, _version(name)) for name in PACKAGES),
+        *((name, _version(name) or f"missing: pip install {name}") for name in REQUIRED),
+        *((package.name, package.line()) for package in OPTIONAL),
     ]
 
 
@@ -76,11 +106,26 @@ def _decode_linears(like: torch.Tensor) -> str:
     )
 
 
-def _version(package: str) -> str:
+def _triton() -> str:
+    """Return Triton's version, or that a GPU needs it."""
+    found = _version("triton")
+    if found is None:
+        return "missing, needed on a GPU: pip install triton"
+    return f"triton {found}, used on a GPU"
+
+
+def _native(status: str) -> str:
+    """Add the way out to the status of a native library that was not built."""
+    is_missing = status.startswith("not built")
+    return f"{status}: with it in PATH, install mr1_fast again" if is_missing else status
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package, else None."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def main() -> None:

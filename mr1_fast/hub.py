@@ -34,6 +34,17 @@ def model_access(name: str) -> AbstractContextManager[None]:
     )
 
 
+def model_folder(name: str, patterns: Sequence[str]) -> Path:
+    """Return the folder that holds a model's files of these names.
+
+    That is its own, or for a name on the Hub the one in the local cache, into which the files are
+    downloaded where the Hub answers.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+
+
 def hub_splits(name: str, config: str | None = None) -> dict[str, Sequence]:
     """Load a data set from the Hub, or from the local cache while the Hub is out of reach.
 

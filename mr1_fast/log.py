@@ -1,5 +1,6 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
+import math
 import shlex
 import time
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .command_line import write_config
+from .command_line import saved_settings, write_config
 from .config import TrainConfig
 from .errors import UserError
 from .files import append_line, keep_lines_before
+from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
 from .rewards import Scores
 from .types import Rollout
 
@@ -25,6 +27,8 @@ class RunLog:
 
     LIVE = ("reward", "accuracy", "kl", "beta", "completion_length")
     """Metrics that stand beside the progress bar."""
+    TABLES = 20
+    """Steps of a run whose samples the loggers get, about evenly spread."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -36,7 +40,11 @@ class RunLog:
                 "--resume."
             )
         self.total = config.steps
-        self.loggers: list = []
+        self._logged = LoggerRun(self.folder, saved_settings(config), self.resuming)
+        self._found: dict[str, Logger] = {
+            name: LOGGERS[name](self._logged) for name in config.loggers
+        }
+        self.loggers: list[Background] = []
         self.bar: tqdm | None = None
 
     @property
@@ -54,8 +62,11 @@ class RunLog:
         """The file with the evaluations on the way, a line of JSON for each."""
         return self.folder / "evaluations.jsonl"
 
-    def create(self) -> None:
-        """Make the folder with the run's settings; call it once model and data have been loaded."""
+    def create(self, step: int = 0) -> None:
+        """Make the folder with the run's settings, and open the loggers, after `step` steps.
+
+        Call it once model and data have been loaded.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / "config.yaml")
@@ -65,7 +76,13 @@ class RunLog:
             ) from error
         if not self.resuming:  # an earlier run may have ended here before its first step
             keep_lines_before(self.evaluations, 0)
-        self.loggers = [_LOGGERS[name](self.folder, self.config) for name in self.config.loggers]
+        if self._found:
+            known = self._logged.steps_known(_steps_in(self.folder / "metrics.jsonl"))
+            self.loggers = [
+                Background(name, logger, self.say, known) for name, logger in self._found.items()
+            ]
+        for logger in self.loggers:
+            logger.open(step)
 
     def start(self, step: int) -> None:
         """Begin the progress bar after `step` finished steps; 0 for a new run."""
@@ -96,6 +113,10 @@ class RunLog:
 
     def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """Record the completions of a step with their rewards: a line for each prompt."""
+        if self.loggers and step % math.ceil(self.total / self.TABLES) == 0:
+            samples = choose_samples(rollout, scores)
+            for logger in self.loggers:
+                logger.samples(samples, step)
         size = rollout.num_generations
         for row, example in enumerate(rollout.examples):
             samples = [
@@ -129,12 +150,15 @@ class RunLog:
         """Print text without breaking the progress bar."""
         tqdm.write(text)
 
-    def close(self) -> None:
-        """End the progress bar and the loggers."""
+    def end_steps(self) -> None:
+        """End the progress bar."""
         if self.bar is not None:
             self.bar.close()
-        for logger in self.loggers:
-            logger.close()
+
+    def close(self) -> None:
+        """End the progress bar and the loggers."""
+        self.end_steps()
+        close_all(self.loggers)
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -146,11 +170,17 @@ def _holds_a_run(folder: Path) -> bool:
         return False
     before_the_first = {
         *("config.yaml", "evaluation.json", "images", "completions.jsonl"),
-        *("evaluations.jsonl", "best", "report.html"),
+        *("evaluations.jsonl", "best", "report.html", "completions.html"),
+        *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
     }
     return not folder.is_dir() or any(
         path.name not in before_the_first for path in folder.iterdir()
     )
+
+
+def _steps_in(metrics: Path) -> int:
+    """Count the steps whose metrics an earlier process has written whole."""
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -161,62 +191,11 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.output)
 
 
-class TensorBoardLogger:
-    """Scalars for TensorBoard, under <run>/tensorboard."""
-
-    def __init__(self, folder: Path, config: TrainConfig):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "loggers has tensorboard, which is not installed: pip install tensorboard."
-            ) from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record one step."""
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is left, and end."""
-        self.writer.close()
-
-
-class WandbLogger:
-    """Scalars for Weights & Biases; offline unless you are logged in."""
-
-    def __init__(self, folder: Path, config: TrainConfig):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "loggers has wandb, which is not installed: pip install wandb."
-            ) from error
-        self.run = wandb.init(
-            project="mr1_fast",
-            name=folder.name,
-            dir=str(folder),
-            config=vars(config),
-            resume="allow",
-        )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record one step."""
-        self.run.log(metrics, step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
-
-
-_LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
-
-
 class Stopwatch:
     """Measures the stages of a step: seconds, and on CUDA the peak of allocated memory in GiB.
 
-    `laps` holds both under their names in metrics.jsonl.
+    `laps` holds both under their names in metrics.jsonl. Of a stage with several laps it has the
+    sum of the seconds and the largest peak.
     """
 
     def __init__(self):
@@ -232,7 +211,9 @@ class Stopwatch:
         """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.laps[f"peak_gib_{stage}"] = torch.cuda.max_memory_allocated() / 2**30
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            self.laps[f"peak_gib_{stage}"] = max(peak, self.laps.get(f"peak_gib_{stage}", 0.0))
             torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.laps[f"seconds_{stage}"], self.last = now - self.last, now
+        seconds = self.laps.get(f"seconds_{stage}", 0.0) + now - self.last
+        self.laps[f"seconds_{stage}"], self.last = seconds, now

@@ -30,13 +30,18 @@ class MicroBatches(list[PackedBatch]):
         if tokens_per_pack == self.tokens_per_pack:
             return
         repacked = list(packs(self.prompts, self.completions, tokens_per_pack))
-        counts = [len(batch.targets) for batch in repacked]
-        for name in self[0].row_data if self else ():
-            values = torch.cat([batch.row_data[name] for batch in self])
-            for batch, part in zip(repacked, values.split(counts), strict=True):
-                batch.row_data[name] = part
+        names = self[0].row_data if self else ()
+        rows = {name: torch.cat([batch.row_data[name] for batch in self]) for name in names}
         self[:] = repacked
         self.tokens_per_pack = tokens_per_pack
+        self.add_row_data(rows)
+
+    def add_row_data(self, values: dict[str, torch.Tensor]) -> None:
+        """Give each pack its part of the values, (N,) each of all rows of the step, by name."""
+        counts = [len(batch.targets) for batch in self]
+        for name, of_all in values.items():
+            for batch, part in zip(self, of_all.split(counts), strict=True):
+                batch.row_data[name] = part
 
 
 def packs(

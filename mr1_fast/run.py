@@ -5,24 +5,26 @@ from typing import Literal
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, saved_steps
+from .checkpoint import Part, fingerprint, load_checkpoint, save_checkpoint, saved_steps
 from .config import TrainConfig
 from .data_check import check_data
 from .errors import UserError, printable
 from .kernels.self_test import self_test
-from .kl_schedule import DynamicKL
+from .kl_schedule import KLSchedule
 from .log import RunLog
 from .model.attention import attention_kernel
 from .model.device import resolve_device
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
+from .model.save import check_save
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
 from .plan.out_of_memory import MemoryLimits
 from .plan.run_memory import RunMemory
 from .progress import Progress
+from .push.upload import require_repository
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .start import load_policy
@@ -51,8 +53,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     reference: Reference | None = None
     """The policy as it was before training; None where the loss has no KL term."""
-    schedule: DynamicKL | None = None
-    """β as a function of the optimizer step."""
+    schedule: KLSchedule | None = None
+    """β as a function of the optimizer step, and maybe of what was measured before it."""
     source: DrawnExamples | LoadedExamples | None = None
     """Where the examples of each step come from."""
     held_out: list[Example] = field(default_factory=list)
@@ -92,6 +94,7 @@ class Run:
                 self.policy.model,
                 self.optimizer,
                 self.start_fingerprint,
+                checkpoint_parts(self.schedule),
             )
         self.saved = steps_done
 
@@ -129,13 +132,20 @@ class Run:
         return "finished" if finished else "patience" if patience else ""
 
 
+def checkpoint_parts(schedule: KLSchedule) -> dict[str, Part]:
+    """Return all that a checkpoint keeps beside weights and optimizer, by its name there."""
+    return {"kl_schedule": schedule}
+
+
 def prepare(config: TrainConfig) -> Run:
     """Load data, model, optimizer and checkpoint as configured; nothing is written yet.
 
-    Raises UserError for settings, data or a model that cannot be used.
+    Only the repository of --push-to-hub is created, where it does not exist. Raises UserError for
+    settings, data, a repository or a model that cannot be used.
     """
     time_limit = TimeLimit(config.max_hours)
     get_task(config.task)
+    check_save(config, config)
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
@@ -145,13 +155,21 @@ def prepare(config: TrainConfig) -> Run:
     log = RunLog(config)
     check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
     check_data(held_out, config, config.eval_samples, log.say)
+    if config.push_to_hub is not None:
+        require_repository(config.push_to_hub)
     policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
-    first_step = 0
+    schedule, first_step = config.kl_schedule(), 0
     if log.resuming:
-        first_step = load_checkpoint(log.checkpoints, policy.model, optimizer, start_fingerprint)
+        first_step = load_checkpoint(
+            log.checkpoints,
+            policy.model,
+            optimizer,
+            start_fingerprint,
+            checkpoint_parts(schedule),
+        )
     progress = Progress.read(log.evaluations, first_step) if log.resuming else Progress()
     if config.keep_best and progress.best() not in (None, *saved_steps(log.best)):
         raise UserError(
@@ -170,7 +188,7 @@ def prepare(config: TrainConfig) -> Run:
         limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
         optimizer=optimizer,
         reference=reference,
-        schedule=config.kl_schedule(),
+        schedule=schedule,
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         progress=progress,
@@ -223,6 +241,8 @@ def describe(run: Run) -> str:
     """
     if run.reference is None:
         kept = "none"
+    elif run.reference.adapters:
+        kept = "the policy with the adapters of its start"
     elif run.config.lora:
         kept = "the policy without adapters"
     else:

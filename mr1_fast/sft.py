@@ -8,23 +8,29 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .packing import MicroBatches
 from .tasks import format_answer, format_solution
-from .types import Example, PackedBatch
+from .types import Example, PackedBatch, Prompt
 
 
 def solution_batches(
-    policy: Policy, examples: list[Example], tokens_per_pack: int, target: str = "solution"
+    policy: Policy,
+    examples: list[Example],
+    tokens_per_pack: int,
+    target: str = "solution",
+    prompts: list[Prompt] | None = None,
 ) -> MicroBatches:
     """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
     `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Special
-    tokens that a solution contains are text.
+    tokens that a solution contains are text. `prompts` are the examples as `policy.encode` gives
+    them, where they have been encoded.
     """
     written = format_solution if target == "solution" else format_answer
     end = policy.processor.tokenizer.eos_token_id
     targets = [
         torch.tensor([*policy.encode.text_ids(written(example)), end]) for example in examples
     ]
-    batches = MicroBatches(policy.encode.many(examples), targets, tokens_per_pack)
+    prompts = policy.encode.many(examples) if prompts is None else prompts
+    batches = MicroBatches(prompts, targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(
             batch.loss_cu_seqlens, num_sequences=len(examples)

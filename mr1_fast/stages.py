@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from .advantages import equal_groups
 from .config import TrainConfig
 from .loss import linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
@@ -17,12 +18,14 @@ from .optim import BatchLoss, update
 from .packing import MicroBatches
 from .plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE
 from .rewards import Scores, score
+from .rewards.overlong import overlong_rewards
 from .rollout.engine import Engine, fitting
 from .rollout.sampling import Sampling
 from .run import Run
 from .seeds import derive_seed
+from .segments import cumulative
 from .tasks import get_task
-from .types import Example, PackedBatch, Rollout
+from .types import Example, PackedBatch, Prompt, Rollout
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
@@ -31,7 +34,7 @@ GAP = ("rollout_gap_mean", "rollout_gap_max")
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
     """Reward the completions of a step, as configured."""
     config = run.config
-    return score(
+    scores = score(
         rollout.texts,
         rollout.examples,
         config.reward_weights,
@@ -40,18 +43,32 @@ def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
         completion_ids=[ids.tolist() for ids in rollout.completions],
         trainer_state=SimpleNamespace(global_step=step, max_steps=config.steps),
     )
+    if config.overlong_penalty:
+        lengths = list(map(len, rollout.completions))
+        penalties = overlong_rewards(lengths, config.max_new_tokens, config.overlong_penalty)
+        scores = scores.with_part("overlong", penalties)
+    return scores
 
 
-def sample(run: Run, examples: list[Example], step: int) -> Rollout:
+def sample(
+    run: Run,
+    examples: list[Example],
+    step: int,
+    prompts: list[Prompt] | None = None,
+    round_: int = 0,
+) -> Rollout:
     """Sample G completions of each example, in a smaller KV cache if memory runs out.
 
-    The same step always gives the same completions, whatever the size of the cache.
+    The same step and round always give the same completions, whatever the size of the cache; only a
+    step that replaces groups has rounds after the first, which is 0. `prompts` are the examples as
+    `run.policy.encode` gives them, where they have been encoded.
     """
     config, policy = run.config, run.policy
     # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
     # batches do: this step's update changes the weights, and their keys would be of the old ones.
-    prompts = policy.encode.many(examples)
+    prompts = policy.encode.many(examples) if prompts is None else prompts
     needed = fitting(prompts, config.num_generations, config).tokens
+    draw = ("rollout", step, round_) if round_ else ("rollout", step)
 
     def generate(cache_tokens: int) -> Rollout:
         engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
@@ -59,7 +76,7 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
             examples,
             config.num_generations,
             Sampling.of(config),
-            seed=derive_seed(config.seed, "rollout", step),
+            seed=derive_seed(config.seed, *draw),
             prompts=prompts,
             cache_tokens=cache_tokens,
             prefill_tokens=run.limits.amounts[PACK_TOKENS],
@@ -68,21 +85,59 @@ def sample(run: Run, examples: list[Example], step: int) -> Rollout:
     return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
 
 
-def pack_rollout(rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int) -> MicroBatches:
-    """Pack the rollout; each row gets its advantage, its weight and its sampled log-probability.
+def pack_rollout(
+    rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int, config: TrainConfig
+) -> MicroBatches:
+    """Pack the rollout; each row gets its advantage, its weights and its sampled log-probability.
 
     `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
     """
-    count = len(rollout.completions)
     batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
-    for batch in batches:
-        bounds = batch.loss_cu_seqlens
-        per_sequence = advantages.flatten()[batch.sequence_ids]
-        sampled = [rollout.logprobs[index] for index in batch.sequence_ids]
-        batch.row_data["advantages"] = spread(per_sequence, bounds)
-        batch.row_data["token_weights"] = token_weights(bounds, num_sequences=count)
-        batch.row_data["rollout_logp"] = torch.cat(sampled)
+    if not batches:  # no group of the step has a signal
+        return batches
+    bounds = cumulative(list(map(len, rollout.completions)))
+    batches.add_row_data(
+        {
+            "advantages": spread(advantages.flatten(), bounds),
+            "rollout_logp": torch.cat(rollout.logprobs),
+            **row_weights(rollout, bounds, config),
+        }
+    )
     return batches
+
+
+def row_weights(
+    rollout: Rollout, bounds: torch.Tensor, config: TrainConfig
+) -> dict[str, torch.Tensor]:
+    """Return the weights (N,) of all rows of a step, whose completions have these `bounds` (S+1,).
+
+    They are `token_weights`, and with an entropy in the loss `entropy_weights`, which make the mean
+    entropy of the rows that count. All averages are those of the whole step, so that the loss does
+    not depend on its packs.
+
+    bnpo is TRL's with one prompt's group as micro-batch (per_device_train_batch_size = G): the mean
+    over groups of the mean over a group's tokens. With `mask_truncated` a cut completion has no
+    tokens that count, but it still is a sequence of the means over sequences, as in TRL.
+    """
+    counts = rollout.finished if config.mask_truncated else [True] * len(rollout.completions)
+    mask = spread(torch.tensor(counts), bounds)
+    loss_type, averaged = config.loss_type, bounds
+    if loss_type == "bnpo":
+        size = len(rollout.completions) // len(rollout.prompts)
+        loss_type, averaged = "grpo", bounds[::size]
+    weights = {
+        "token_weights": token_weights(
+            averaged,
+            loss_type,
+            num_tokens=mask.sum(),
+            max_completion_length=config.max_new_tokens,
+            mask=mask,
+        )
+    }
+    if config.entropy_coefficient:
+        mean = token_weights(bounds, "dapo", num_tokens=mask.sum(), mask=mask)
+        weights["entropy_weights"] = config.entropy_coefficient * mean
+    return weights
 
 
 @torch.no_grad()
@@ -93,6 +148,8 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
     Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
     no forward pass.
     """
+    if not batches:
+        return
     config, policy = run.config, run.policy
 
     def compute(tokens_per_pack: int) -> None:
@@ -123,14 +180,19 @@ def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float
     """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
 
     The gap between rollout and training is that of the first: afterwards, the weights are no longer
-    the rollout's.
+    the rollout's. Without batches there is no update, and nothing to measure: `skipped` is 1.
     """
+    if not batches:
+        last = (step + 1) * run.config.updates_per_batch - 1
+        return {"beta": run.schedule(last), "skipped": 1.0}
     first: dict[str, float] = {}
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner
         beta = run.schedule(optimizer_step)
         batch_loss = partial(grpo_batch_loss, beta=beta, config=run.config)
         metrics = {"beta": beta, **learn(run, batches, batch_loss, optimizer_step)}
+        if "kl" in metrics:
+            run.schedule.observe_kl(metrics["kl"])
         first = first or metrics
     return {**metrics, **{name: first[name] for name in GAP}}
 
@@ -154,37 +216,49 @@ def grpo_batch_loss(
         ref_logp=rows.get("ref_logp"),
         clip_low=config.clip_low,
         clip_high=config.clip_high,
+        delta=config.clip_delta,
         temperature=config.temperature,
+        surrogate=config.surrogate,
+        ratio_level=config.ratio,
+        cu_seqlens=batch.loss_cu_seqlens if config.ratio == "sequence" else None,
         is_weights=rows.get("is_weights"),
+        entropy_weights=rows.get("entropy_weights"),
     )
+    counts = rows["token_weights"] != 0  # not those of completions that --mask-truncated leaves out
     gap = (result.logp - rows["rollout_logp"]).abs()
     metrics: dict[str, RowMetric] = {
-        "entropy": Mean(result.entropy),
-        "clip_fraction": Mean(result.clipped),
+        "entropy": Mean(result.entropy[counts]),
+        "clip_fraction": Mean(result.clipped[counts]),
         "rollout_gap_mean": Mean(gap),
         "rollout_gap_max": Largest(gap),
     }
     if "ref_logp" in rows:  # without a reference the KL is unknown, and a 0 would be a claim
-        metrics["kl"] = Mean(result.kl)
-        metrics["kl_limited"] = Mean(result.kl_limited)
+        metrics["kl"] = Mean(result.kl[counts])
+        metrics["kl_limited"] = Mean(result.kl_limited[counts])
     return result.loss, metrics
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:
     """Average over the completions of a step.
 
-    `zero_variance` is the share of groups without a learning signal.
+    `zero_variance` is the share of groups without a learning signal, and
+    `completion_length_p90` the length that 90% of the completions do not exceed.
     """
     count = len(rollout.completions)
     rewards = scores.total
-    equal = (rewards == rewards[:, :1]).all(dim=1)
+    lengths = torch.tensor([len(ids) for ids in rollout.completions], dtype=torch.float64)
+    shares = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, p50, p90 = lengths.quantile(shares).tolist()
     return {
         "reward": rewards.mean().item(),
         "reward_min": rewards.min().item(),
         "reward_max": rewards.max().item(),
         **scores.means(),
-        "zero_variance": equal.float().mean().item(),
-        "completion_length": sum(map(len, rollout.completions)) / count,
+        "zero_variance": equal_groups(rewards).float().mean().item(),
+        "completion_length": lengths.mean().item(),
+        "completion_length_p10": p10,
+        "completion_length_p50": p50,
+        "completion_length_p90": p90,
         "finished": sum(rollout.finished) / count,
     }
 

@@ -13,22 +13,27 @@ if __name__ == "__main__":  # before the imports below: help and a wrong setting
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from .advantages import group_advantages
+from .ahead import Ahead
 from .config import TrainConfig
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
 from .learning_signal import LearningSignal
 from .log import Stopwatch
-from .model.load import save_pretrained
 from .model.policy import Policy
+from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
-from .report.run_report import write_report
+from .push.card import write_card
+from .push.upload import push_in_time
+from .report.live import LivePage
 from .run import End, Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
+from .signal_groups import groups_with_signal, refill
 from .stages import (
     add_logprobs,
     learn,
@@ -39,7 +44,7 @@ from .stages import (
     update_policy,
 )
 from .stopping import StopSignals
-from .types import Example
+from .types import Example, Prompt
 from .utilisation import utilisation
 
 
@@ -55,18 +60,24 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     """
     with StopSignals() as signals:
         run = prepare(config)
-        run.log.create()
+        run.log.create(run.first_step)
         run.signals = signals
         signals.defer(run.log.way_on)
 
-        if not run.log.resuming:
-            record_evaluation(run, "before", step=0)
-        steps_done, end = take_steps(run, watch)
-        if run.memory.measured:
-            run.log.say(run.memory.render())
+        with closing(run.log), LivePage(run.log.folder, run.log.say) as page:
+            if not run.log.resuming:
+                record_evaluation(run, "before", step=0)
+            if config.open:
+                page.open()
+            steps_done, end = take_steps(run, page, watch)
+            if run.memory.measured:
+                run.log.say(run.memory.render())
+            if end in ("finished", "patience"):
+                finish(run, steps_done)
         if end in ("finished", "patience"):
-            finish(run, steps_done)
-        write_report(run.log.folder)
+            write_card(run.log.folder, config)
+            if config.push_to_hub:
+                run.log.say(push_in_time(run.log.folder))
 
         where = f"after {steps_done} of {config.steps} steps"
         if signals.received:
@@ -76,39 +87,44 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     return run.log.folder
 
 
-def take_steps(run: Run, watch: Callable[[Policy, int], None] | None) -> tuple[int, End]:
+def take_steps(
+    run: Run, page: LivePage, watch: Callable[[Policy, int], None] | None
+) -> tuple[int, End]:
     """Do the steps that a run still has to do; returns how many are done, and why it ends there."""
     config, steps_done = run.config, run.first_step
     signal = LearningSignal(config.steps - run.first_step)
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
+    take_step = sft_step if config.algo == "sft" else grpo_step
     try:
-        evaluate_if_due(run, steps_done)  # a run may have been stopped in an evaluation
-        while not (end := run.end(steps_done)):
-            step = steps_done
-            with run.time_limit.measure("step"):
-                seed_step(config.seed, step)
-                examples = run.source.take(step, config.prompts_per_step)
-                metrics = (sft_step if config.algo == "sft" else grpo_step)(run, examples, step)
-                run.log.step(step, metrics)
-                for warning in signal.look(metrics):
-                    run.log.say(warning)
-                run.memory.record(metrics)
+        with Ahead(run) as ahead:
+            evaluate_if_due(run, steps_done)  # a run may have been stopped in an evaluation
+            while not (end := run.end(steps_done)):
+                step = steps_done
+                with run.time_limit.measure("step"):
+                    data = ahead.take(step)
+                    seed_step(config.seed, step)
+                    metrics = take_step(run, data.examples, step, data.prompts)
+                    run.log.step(step, {**metrics, "seconds_data": data.waited})
+                    for warning in signal.look(metrics):
+                        run.log.say(warning)
+                    run.memory.record(metrics)
+                    page.renew()
 
-                steps_done = step + 1
-                if watch:
-                    watch(run.policy, steps_done)
-            evaluate_if_due(run, steps_done)
-            if run.save_is_due(steps_done):
-                run.save(steps_done)
+                    steps_done = step + 1
+                    if watch:
+                        watch(run.policy, steps_done)
+                evaluate_if_due(run, steps_done)
+                if run.save_is_due(steps_done):
+                    run.save(steps_done)
 
         if config.save_every or end in ("signal", "time"):
             run.save(steps_done)
         if end == "patience":
             run.log.say(f"no higher accuracy in {run.progress.waiting} evaluations: training ends")
     finally:
-        run.log.close()
+        run.log.end_steps()
     return steps_done, end
 
 
@@ -116,36 +132,53 @@ def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
     with atomic_folder(run.log.folder / "final") as folder:
-        save_pretrained(run.policy, folder)
+        save_pretrained(run.policy, folder, run.config.save)
     record_evaluation(run, "after", step)
 
 
-def grpo_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Sample, score and learn from the B examples of a step; returns the step's metrics."""
-    clock = Stopwatch()
-    rollout = sample(run, examples, step)
+def grpo_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Sample, score and learn from the B examples of a step; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
+    equal_groups, clock = run.config.skip_equal_groups, Stopwatch()
+    rollout = sample(run, examples, step, prompts)
     clock.lap("rollout")
 
     scores = score_rollout(run, rollout, step)
-    advantages = group_advantages(scores.total)
+    if equal_groups == "refill":
+        rollout, scores = refill(run, rollout, scores, step, clock)
     run.log.completions(step, rollout, scores)
+    metrics = rollout_metrics(rollout, scores)
+    run.schedule.observe_accuracy(metrics["accuracy"])
     clock.lap("reward")
 
-    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS])
+    rewards = scores.total
+    if equal_groups != "keep":
+        rollout, rewards = groups_with_signal(rollout, rewards, limit=len(examples))
+        metrics |= {"groups_sampled": len(scores.total), "groups_learnt": len(rewards)}
+    advantages = group_advantages(rewards, run.config.advantage)
+    batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS], run.config)
     add_logprobs(run, batches)
     clock.lap("reference")
 
-    metrics = update_policy(run, batches, step)
+    metrics |= update_policy(run, batches, step)
     clock.lap("update")
-    speed = utilisation(run, batches, clock.laps)
-    return {**rollout_metrics(rollout, scores), **metrics, **clock.laps, **speed}
+    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
 
 
-def sft_step(run: Run, examples: list[Example], step: int) -> dict[str, float]:
-    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics."""
+def sft_step(
+    run: Run, examples: list[Example], step: int, prompts: list[Prompt] | None = None
+) -> dict[str, float]:
+    """Learn the worked solutions of a step's examples, μ times; returns the step's metrics.
+
+    `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
+    """
     clock = Stopwatch()
     batches = solution_batches(
-        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target
+        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target, prompts
     )
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner

@@ -134,7 +134,7 @@ class PackedBatch:
     """Values of each loss row, (N,) float32, by name.
 
     These are advantages, token_weights and rollout_logp, and where the loss needs them ref_logp,
-    old_logp and is_weights.
+    old_logp, is_weights and entropy_weights.
     """
 
     def to(self, device: torch.device | str) -> "PackedBatch":

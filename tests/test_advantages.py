@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from mr1_fast.advantages import EPSILON, group_advantages
+from mr1_fast.advantages import EPSILON, equal_groups, group_advantages
 
 
 def test_centres_and_scales_within_each_group():
@@ -12,8 +13,24 @@ def test_centres_and_scales_within_each_group():
         torch.testing.assert_close(row, (group - mean) / (std + EPSILON))
 
 
-def test_equal_rewards_give_exactly_zero():
+def test_other_kinds_scale_by_the_whole_step_or_by_nothing():
+    rewards = torch.tensor([[2.0, 0.0, 1.0, 1.0], [5.0, 5.0, 5.0, 1.0]])
+    centred = torch.tensor([[1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 1.0, -3.0]])
+    assert torch.equal(group_advantages(rewards, "group-mean"), centred)
+    std = (sum((r - 2.5) ** 2 for r in rewards.flatten().tolist()) / 7) ** 0.5
+    torch.testing.assert_close(group_advantages(rewards, "batch-std"), centred / (std + EPSILON))
+
+
+@pytest.mark.parametrize("kind", ["group-std", "group-mean", "batch-std"])
+def test_equal_rewards_give_exactly_zero(kind):
     # The mean of three times 0.1 may round; dividing by 1e-4 would magnify the residue.
-    assert (group_advantages(torch.full((1, 3), 0.1)) == 0).all()
-    assert (group_advantages(torch.full((2, 7), 1 / 3)) == 0).all()
-    assert (group_advantages(torch.tensor([[0.7]])) == 0).all()
+    assert (group_advantages(torch.full((1, 3), 0.1), kind) == 0).all()
+    assert (group_advantages(torch.full((2, 7), 1 / 3), kind) == 0).all()
+    assert (group_advantages(torch.tensor([[0.7]]), kind) == 0).all()
+
+
+def test_groups_without_a_signal_are_those_without_advantages():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0, 1, 0], [1 / 3, 1 / 3, 0.333]])
+    assert equal_groups(rewards).tolist() == [True, False, False]
+    assert (group_advantages(rewards) == 0).all(dim=1).tolist() == [True, False, False]
+    assert group_advantages(torch.zeros(0, 3)).shape == (0, 3)

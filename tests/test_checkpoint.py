@@ -14,6 +14,7 @@ import torch
 from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpoint
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
+from mr1_fast.kl_schedule import TargetKL
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
@@ -111,10 +112,12 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processo
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(updates_per_batch=2, lr_schedule="cosine", warmup_fraction=0.3),
+        dict(
+            updates_per_batch=2, lr_schedule="cosine", warmup_fraction=0.3, beta_shape="target-kl"
+        ),
         dict(lora=True, optimizer="adamw8bit"),
     ],
-    ids=["two updates, cosine", "lora, 8 bits"],
+    ids=["two updates, cosine, target KL", "lora, 8 bits"],
 )
 def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     settings, run_args, tmp_path
@@ -208,6 +211,10 @@ DAMAGES = {
     "no JSON": ("state.json", lambda data: data[:-5]),
     "no text": ("state.json", lambda data: b"\xff" + data),
     "no step": ("state.json", lambda data: b"{}"),
+    "β no number": ("state.json", lambda data: data.replace(b"0.0735", b'"0.0735"')),
+    "β not finite": ("state.json", lambda data: data.replace(b"0.0735", b"NaN")),
+    "β missing": ("state.json", lambda data: data.replace(b'"beta"', b'"gamma"')),
+    "no numbers of parts": ("state.json", lambda data: data.replace(b'"parts": {', b'"parts": [{')),
     "weights missing": ("weights.safetensors", None),
     "state missing": ("state.json", None),
 }
@@ -217,17 +224,46 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
     optimizer = make_optimizer(model, OptimizerConfig())
     a_step(model, optimizer, 0)
-    save_checkpoint(tmp_path, 1, model, optimizer, START)
-    newest = save_checkpoint(tmp_path, 2, model, optimizer, START)
+    parts = {"kl_schedule": target_kl(0.0735)}
+    save_checkpoint(tmp_path, 1, model, optimizer, START, parts)
+    newest = save_checkpoint(tmp_path, 2, model, optimizer, START, parts)
     data = (newest / name).read_bytes()
     (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
     with pytest.raises(
         UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before"
     ) as told:
-        load_checkpoint(tmp_path, model, optimizer, START)
+        load_checkpoint(tmp_path, model, optimizer, START, parts)
     assert "\n" not in str(told.value)
     shutil.rmtree(newest)
+    assert load_checkpoint(tmp_path, model, optimizer, START, parts) == 1
+
+
+def target_kl(beta):
+    """A controller of β that some steps have brought to this value."""
+    schedule = TargetKL(0.04, 0.1, target=0.01)
+    schedule.load({"beta": beta})
+    return schedule
+
+
+def test_numbers_of_further_parts_come_back_bit_for_bit(model, tmp_path):
+    optimizer, beta = make_optimizer(model, OptimizerConfig()), 0.04 + 0.1 / 3
+    kept, fresh, other = target_kl(beta), TargetKL(0.04, 0.1, 0.01), TargetKL(0.04, 0.1, 0.01)
+    save_checkpoint(tmp_path, 1, model, optimizer, START, {"kl_schedule": kept})
+    parts = {"kl_schedule": fresh, "of a later version": other}
+    assert load_checkpoint(tmp_path, model, optimizer, START, parts) == 1
+    assert (fresh(1), other(1)) == (beta, 0.07)
+    # With another path of β, what is there is not of use.
     assert load_checkpoint(tmp_path, model, optimizer, START) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_further_parts(model, tmp_path):
+    optimizer, schedule = make_optimizer(model, OptimizerConfig()), target_kl(0.05)
+    path = save_checkpoint(tmp_path, 1, model, optimizer, START, {"kl_schedule": target_kl(0.06)})
+    record = json.loads((path / "state.json").read_text())
+    del record["parts"]
+    (path / "state.json").write_text(json.dumps(record))
+    assert load_checkpoint(tmp_path, model, optimizer, START, {"kl_schedule": schedule}) == 1
+    assert schedule(1) == 0.05
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):

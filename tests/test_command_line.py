@@ -37,6 +37,7 @@ LIGHT_COMMANDS = [
     "mr1_fast.evaluate",
     "mr1_fast.plan",
     "mr1_fast.experiment",
+    "mr1_fast.merge",
 ]
 """Commands that read their settings before they import anything of HEAVY."""
 LIGHT_MODULES = [
@@ -49,7 +50,9 @@ LIGHT_MODULES = [
     "mr1_fast.experiment.settings",
     "mr1_fast.files",
     "mr1_fast.kl_schedule",
+    "mr1_fast.merge.settings",
     "mr1_fast.plan.settings",
+    "mr1_fast.push.__main__",
     "mr1_fast.report.__main__",
     "mr1_fast.setting_values",
     "mr1_fast.version",
@@ -267,6 +270,25 @@ def test_a_file_of_an_earlier_version_is_understood(tmp_path, before, now):
     assert parse_train_config(["--resume", str(tmp_path), "--recompute=auto"]).recompute == "auto"
 
 
+@pytest.mark.parametrize("algo, shape", [("grpo", "constant"), ("grpo-d", "linear-up")])
+def test_a_run_of_an_earlier_version_keeps_its_kl_weight(tmp_path, algo, shape):
+    """Its GRPO had a constant β, whatever shape stood in its config.yaml."""
+    old = dict(output="x", steps=9, algo=algo, preset="auto", num_generations=8, beta=0.03)
+    old |= dict(beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta_shape="linear-up")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    resumed = parse_train_config(["--resume", str(tmp_path)])
+    assert (resumed.beta_shape, resumed.beta) == (shape, 0.03)
+    betas = [resumed.kl_schedule()(step) for step in (0, 9)]
+    assert betas == ([0.03, 0.03] if algo == "grpo" else pytest.approx([0.04, 0.1]))
+    write_config(resumed, tmp_path / "config.yaml")  # as a resumed run does
+    assert parse_train_config(["--resume", str(tmp_path)]) == resumed
+
+
+def test_a_file_by_hand_may_give_grpo_any_kl_weight(tmp_path):
+    path = yaml_file(tmp_path, algo="grpo", beta_shape="linear-up", beta_max=0.2)
+    assert parse_train_config(["--config", path]).beta_shape == "linear-up"
+
+
 def test_a_value_that_no_earlier_version_had_is_refused(tmp_path):
     path = yaml_file(tmp_path, gradient_checkpointing="some")
     with pytest.raises(UserError, match="recompute is some, but must be one of auto, all, none"):
@@ -328,6 +350,8 @@ IMPOSSIBLE = {
         "offload_checkpoints is true, but with recompute none.*pass --recompute auto or all"
     ),
     "--beta_min=0.5": "KL schedule is impossible.*beta_min=0.5, beta_max=0.1",
+    "--target-kl=0": "target_kl is 0.0, but must be greater",
+    "--skip-equal-groups=skip": "skip_equal_groups is skip, but must be one of keep, drop, refill",
     "--beta-shape=cosine": ("beta_shape is cosine, but must be one of constant, grpo-d, linear-up"),
     "--explore_fraction=1.5": "KL schedule is impossible.*explore_fraction",
     "--algo=ppo": "algo is ppo, but must be one of grpo-d, grpo, dr-grpo, dapo, gspo, cispo, sft",
@@ -368,6 +392,22 @@ IMPOSSIBLE = {
 def test_what_no_run_could_mean_is_told_in_one_sentence(flag, message):
     with pytest.raises(UserError, match=message) as raised:
         parse_train_config([flag])
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--beta-shape=target-kl", "--task=geometry"],  # whose preset has β_min = 0
+            "KL schedule is impossible: beta_min is 0.*never leave: pass --beta-min 0.001",
+        ),
+        (["--beta-shape=accuracy", "--beta-min=0.5"], "impossible.*beta_min=0.5, beta_max=0.1"),
+    ],
+)
+def test_bounds_that_no_path_of_the_kl_weight_could_keep(argv, message):
+    with pytest.raises(UserError, match=message) as raised:
+        parse_train_config(argv)
     assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
 
 
@@ -527,7 +567,7 @@ def test_mr1_runs_a_command_by_its_name():
 def test_mr1_lists_its_commands():
     listed = python("-m", "mr1_fast", "--help")
     assert listed.returncode == 0
-    for name in ("train", "evaluate", "plan", "experiment", "report", "env"):
+    for name in ("train", "evaluate", "plan", "experiment", "merge", "report", "env"):
         assert re.search(rf"^  {name} +\w+", listed.stdout, re.M)
     for words in ([], ["trian"], ["--stepz"]):
         refused = python("-m", "mr1_fast", *words)

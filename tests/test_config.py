@@ -1,6 +1,7 @@
 """Settings: the paper's presets, the schedule of β, and what several stages ask of them."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,8 @@ from mr1_fast.config import (
     cache_folder,
 )
 from mr1_fast.config.objective import KLConfig
-from mr1_fast.kl_schedule import BetaShape, DynamicKL
+from mr1_fast.errors import UserError
+from mr1_fast.kl_schedule import AccuracyKL, BetaShape, DynamicKL, TargetKL
 from mr1_fast.rollout import sampling
 
 
@@ -60,6 +62,16 @@ def test_the_schedule_has_the_shape_that_is_set(shape):
     assert parse_train_config(["--steps=10"]).kl_schedule().shape == "grpo-d"
 
 
+def test_feedback_paths_keep_the_bounds_and_the_target_that_are_set():
+    by_accuracy = parse_train_config(["--beta-shape=accuracy", "--beta-max=0.3"]).kl_schedule()
+    by_accuracy.observe_accuracy(1.0)
+    assert isinstance(by_accuracy, AccuracyKL) and by_accuracy(0) == pytest.approx(0.3)
+    config = parse_train_config(["--beta-shape=target-kl", "--beta-max=0.3", "--target-kl=0.02"])
+    controller = config.kl_schedule()
+    assert isinstance(controller, TargetKL)
+    assert (controller(0), controller.target) == (pytest.approx(0.17), 0.02)
+
+
 @pytest.mark.parametrize("variable", ["MR1_FAST_CACHE", "XDG_CACHE_HOME", None])
 def test_cache_folder(variable, monkeypatch, tmp_path):
     monkeypatch.delenv("MR1_FAST_CACHE", raising=False)
@@ -94,10 +106,39 @@ def test_every_setting_belongs_to_one_group():
         ({"algo": "grpo"}, True),
         ({"algo": "grpo", "beta": 0.0, "beta_max": 0.5}, False),
         ({"algo": "sft"}, False),
+        ({"beta_shape": "accuracy", "beta_min": 0.0}, True),
+        ({"beta_shape": "accuracy", "beta_min": 0.0, "beta_max": 0.0}, False),
+        ({"algo": "dapo"}, False),
+        ({"algo": "dapo", "beta_shape": "target-kl"}, True),
     ],
 )
 def test_a_reference_is_needed_where_the_loss_has_a_kl_term(settings, needed):
     assert TrainConfig(**settings).needs_reference is needed
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"surrogate": "cispo"}, "surrogate cispo is averaged over all tokens of the step"),
+        ({"algo": "dapo", "surrogate": "sapo"}, "averaged over the tokens of each sequence, but"),
+        ({"loss_type": "luspo"}, "but ratio is token: pass --ratio sequence"),
+        ({"algo": "cispo", "clip_delta": 9.0}, "clip_delta bounds the ratio of surrogate clip"),
+        ({"clip_delta": 0.5}, "clip_delta is 0.5, a bound on the ratio itself, but must be above"),
+        ({"overlong_penalty": 1.5}, "overlong_penalty is 1.5, but must lie in [0, 1]"),
+        ({"algo": "dapo", "extra_rewards": {"overlong": 1.0}}, "choose another name, or pass"),
+        ({"entropy_coefficient": -0.1}, "entropy_coefficient is -0.1, but must not be negative"),
+    ],
+)
+def test_an_objective_that_does_not_exist_is_refused(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        TrainConfig(**settings).check()
+
+
+def test_a_setting_that_is_given_counts_more_than_its_algorithm():
+    config = parse_train_config(["--algo=dapo", "--clip-high=0.3", "--task=geometry"])
+    found = (config.loss_type, config.clip_low, config.clip_high, config.overlong_penalty)
+    assert found == ("dapo", 0.2, 0.3, 0.2)
+    assert config.beta == 0 and not config.needs_reference  # not the paper's β of GRPO
 
 
 def test_sampling_settings_have_one_definition():

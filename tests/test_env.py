@@ -4,9 +4,13 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from mr1_fast import env
 from mr1_fast.kernels import native
@@ -46,17 +50,47 @@ def test_prints_versions_and_what_is_active():
         assert lines["decode linears"].startswith("one kernel for 16 bits, 4 bits and LoRA; ")
     else:
         assert lines["decode linears"].startswith("one product for layers on the same input; ")
-    for package in ("transformers", "safetensors", "datasets", "flash-attn"):
-        assert lines[package] == "not installed" or lines[package][0].isdigit()
+    for package in env.REQUIRED:
+        assert lines[package] == version(package)
+    for package in env.OPTIONAL:
+        assert lines[package.name][0].isdigit() or lines[package.name].startswith("missing, needed")
 
 
 def test_says_what_is_turned_off():
     assert report(MR1_FAST_NATIVE="0")["native CPU kernels"] == "off, as MR1_FAST_NATIVE=0 says"
 
 
-def test_a_package_that_is_missing_is_said_to_be(monkeypatch):
-    monkeypatch.setattr(env, "PACKAGES", ("no-such-package",))
-    assert env.lines()[-1] == ("no-such-package", "not installed")
+def test_a_package_that_is_missing_is_said_to_be_and_for_what():
+    missing = env.OptionalPackage("no-such-package", "--dancing", "gpu")
+    assert missing.line() == "missing, needed for --dancing: pip install 'mr1_fast[gpu]'"
+    alone = env.OptionalPackage("no-such-package", "--dancing")
+    assert alone.line() == "missing, needed for --dancing: pip install no-such-package"
+
+
+def extras() -> dict[str, set[str]]:
+    """The packages of each extra in pyproject.toml, those of the extras that it includes, too."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)["project"]["optional-dependencies"]
+
+    def packages(extra: str) -> set[str]:
+        found = set()
+        for requirement in map(Requirement, table[extra]):
+            if requirement.name == "mr1_fast":
+                found |= set().union(*map(packages, requirement.extras))
+            else:
+                found.add(requirement.name)
+        return found
+
+    return {extra: packages(extra) for extra in table}
+
+
+def test_every_hint_names_the_extra_that_installs_the_package():
+    packages = extras()
+    for package in env.OPTIONAL:
+        if package.extra:
+            assert package.name in packages[package.extra], package
+    hinted = {package.name for package in env.OPTIONAL}
+    assert packages["lora"] | packages["gpu"] | packages["loggers"] | packages["trl"] <= hinted
 
 
 @pytest.mark.filterwarnings("ignore:mr1_fast's native CPU kernels")
@@ -68,6 +102,7 @@ def test_libraries_that_were_not_built_are_said_to_be(monkeypatch, tmp_path):
         lines = dict(env.lines())
         assert lines["native CPU kernels"].startswith("not built: no missing.so, as a C++ compiler")
         assert lines["native CUDA kernels"].startswith("not built: no missing.so, as nvcc")
+        assert lines["native CUDA kernels"].endswith("install mr1_fast again")
     finally:
         monkeypatch.undo()
         native.status.cache_clear()

@@ -269,7 +269,7 @@ MODELS = {
         ("<|image_pad|>", "<image>"),
         "tokenizer is not there, or not the model's",
     ),
-    "no image processor": ("processor_config.json", None, LACKS),
+    "no image processor": ("preprocessor_config.json", None, LACKS),
     "no chat template": ("chat_template.jinja", None, "has no chat template"),
 }
 

@@ -16,7 +16,10 @@ from huggingface_hub import constants
 from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
 from mr1_fast.hub import model_access
-from mr1_fast.model.load import load_pretrained
+from mr1_fast.merge.command import merge_adapter
+from mr1_fast.merge.settings import MergeConfig
+from mr1_fast.model.load import load_pretrained, make_policy
+from mr1_fast.model.save import save_pretrained
 from mr1_fast.tasks.data import DataOptions, load_examples
 
 from .data.pictures import table
@@ -104,6 +107,32 @@ def test_a_model_is_sought_in_the_cache_while_the_hub_is_out_of_reach(hub):
         load_pretrained(ModelConfig(model="owner/model", device="cpu"))
     assert time.perf_counter() - start < 5
     assert not constants.HF_HUB_OFFLINE, "also after an error"
+
+
+@pytest.mark.parametrize("hub", ["silent"], indirect=True)
+def test_a_model_in_the_cache_is_loaded_saved_and_merged_without_the_hub(
+    hub, tiny_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft")
+    repository = tmp_path / "cache" / "models--owner--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_folder, snapshot)
+    (snapshot / "video_preprocessor_config.json").write_text("{ }")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    config = ModelConfig(model="owner/model", device="cpu", lora=True, recompute="none")
+    policy = make_policy(*load_pretrained(config), config)
+    save_pretrained(policy, tmp_path / "final", "both")
+    merge_adapter(MergeConfig(str(tmp_path / "final" / "adapter"), str(tmp_path / "merged")))
+    for path in snapshot.iterdir():
+        for folder in ("final", "merged"):
+            if path.suffix != ".safetensors" and path.name != "config.json":
+                assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes()
+    written = json.loads((tmp_path / "final" / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "owner/model"
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("hub", ["not found"], indirect=True)

@@ -1,11 +1,13 @@
 """What a run shows beside its progress bar."""
 
 import json
+import time
 
 import pytest
 
 from mr1_fast.config import TrainConfig
-from mr1_fast.log import RunLog
+from mr1_fast.log import RunLog, Stopwatch
+from mr1_fast.loggers import Background, Logger
 
 GRPO = {"reward": 1.25, "accuracy": 0.5, "kl": 0.001, "beta": 0.07, "completion_length": 10.5}
 SHOWN = "reward 1.25 · accuracy 0.5 · kl 0.001 · beta 0.07 · completion_length 10.5"
@@ -32,7 +34,8 @@ def test_the_progress_bar_shows_mfu_where_it_is_known(metrics, shown, tmp_path):
 def test_an_evaluation_goes_to_its_file_and_to_the_loggers(tmp_path):
     log = RunLog(TrainConfig(output=str(tmp_path / "run"), steps=9))
     log.create()
-    log.loggers.append(written := Written())
+    written = Written()
+    log.loggers.append(Background("written", written, log.say))
     log.start(0)
     for step in (0, 3, 6):
         log.evaluation({"step": step, "accuracy": step / 10, "count": 4})
@@ -59,7 +62,7 @@ def test_a_stopped_run_is_told_how_to_go_on(tmp_path):
     assert log.way_on() == f"go on with `python -m mr1_fast.train --resume '{log.folder}'`"
 
 
-class Written:
+class Written(Logger):
     """A logger that keeps what it gets."""
 
     def __init__(self):
@@ -70,3 +73,11 @@ class Written:
 
     def close(self):
         pass
+
+
+def test_several_laps_of_a_stage_add_up():
+    clock = Stopwatch()
+    for stage in ("rollout", "reward", "rollout"):
+        time.sleep(0.01)
+        clock.lap(stage)
+    assert clock.laps["seconds_rollout"] >= 0.02 and clock.laps["seconds_reward"] >= 0.01

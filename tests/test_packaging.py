@@ -1,4 +1,4 @@
-"""Wheel and sdist: their contents with and without compilers, and that they work when unpacked."""
+"""Wheel and sdist: their contents with and without compilers, and that they work installed."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -44,15 +45,21 @@ print(rows_native.__file__, native.status()[1], loss.item(), sep="\\n")
 """
 
 
-def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def started(
+    program: str | Path, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess:
     removed = ("CXX", "PYTHONPATH") if "PATH" in environment else ("PYTHONPATH",)
     inherited = {
         k: v for k, v in os.environ.items() if k not in removed and not k.startswith("MR1_FAST_")
     }
-    command = [sys.executable, *arguments]
+    command = [program, *arguments]
     return subprocess.run(
         command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=300
     )
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return started(sys.executable, *arguments, cwd=cwd, **environment)
 
 
 def checked(run: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -82,24 +89,55 @@ def build_wheel(source: Path, output: Path, **environment: str) -> Path:
     return wheel
 
 
-def unpacked(wheel: Path) -> Path:
-    folder = wheel.parent / "unpacked"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
+def build_sdist(source: Path, output: Path) -> Path:
+    """The sdist that setuptools builds."""
+    output.mkdir()
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    checked(python("-c", build, str(output), cwd=source))
+    (sdist,) = output.glob("*.tar.gz")
+    return sdist
+
+
+def unpacked(archive: Path) -> Path:
+    """The folder of what a wheel or an sdist holds."""
+    folder = archive.parent / f"unpacked {archive.suffix}"
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(folder)
+        return folder
+    with tarfile.open(archive) as sdist:
+        sdist.extractall(folder, filter="data")
+    (inside,) = folder.iterdir()
+    return inside
+
+
+def empty_environment(folder: Path) -> Path:
+    """The python of an environment without mr1_fast, which borrows ours for what it needs."""
+    venv.create(folder, symlinks=True)
+    purelib = Path(sysconfig.get_path("purelib", "venv", {"base": folder}))
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    # Its .pth files, one of which may be that of an editable mr1_fast, are not read from there.
+    (purelib / "borrowed.pth").write_text("\n".join(ours))
+    return folder / "bin" / "python"
 
 
 def libraries(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.so")}
 
 
-def modules(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in (folder / "mr1_fast").rglob("*.py")}
+def contents(folder: Path) -> set[str]:
+    """The files of the package, without libraries."""
+    files = (path for path in (folder / "mr1_fast").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files if path.suffix != ".so"}
 
 
-def run_loss(folder: Path, cwd: Path) -> tuple[str, str]:
-    """(native status, stderr) of a loss with the package in `folder`."""
-    run = checked(python("-c", LOSS, cwd=cwd, PYTHONPATH=str(folder)))
+def run_loss(folder: Path, cwd: Path, program: Path | None = None) -> tuple[str, str]:
+    """(native status, stderr) of a loss with the package that is installed below `folder`.
+
+    program: the python of its environment; None: ours, which finds the package in `folder` itself.
+    """
+    path = {} if program else {"PYTHONPATH": str(folder)}
+    run = checked(started(program or sys.executable, "-c", LOSS, cwd=cwd, **path))
     path, status, loss = run.stdout.splitlines()
     assert Path(path).is_relative_to(folder), "another installation of mr1_fast was imported"
     assert float(loss) == pytest.approx(-3)
@@ -114,34 +152,49 @@ def no_compiler(tmp_path_factory) -> str:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_wheel_serves_every_python_and_torch_of_the_platform(tmp_path):
+def test_an_sdist_gives_a_wheel_that_works_in_an_empty_environment(tmp_path):
+    """One build of the kernels serves all of it: that takes most of the time."""
     source = copy_of_the_source(tmp_path / "source")
-    wheel = build_wheel(source, tmp_path / "wheels")
+    sdist = build_sdist(source, tmp_path / "dist")
+    folder = unpacked(sdist)
+    for path in (*source.glob("csrc/*"), *map(source.joinpath, ("setup.py", "LICENSE"))):
+        assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
+    assert contents(folder) == contents(source) and libraries(folder) == set()
+
+    wheel = build_wheel(folder, tmp_path / "dist")
     assert wheel.name == f"mr1_fast-{__version__}-py3-none-{PLATFORM}.whl"
-    folder = unpacked(wheel)
-    assert libraries(folder) == {"mr1_fast/_cpu.so"}
-    assert modules(folder) == modules(source)
-    status, stderr = run_loss(folder, tmp_path)
+    assert libraries(unpacked(wheel)) == {"mr1_fast/_cpu.so"}
+    assert contents(unpacked(wheel)) == contents(source)
+    checked(python("-m", "twine", "check", "--strict", str(sdist), str(wheel), cwd=tmp_path))
+
+    environment = empty_environment(tmp_path / "environment")
+    install = ("-m", "pip", "--python", str(environment), "install", "--no-deps", "--no-index")
+    checked(python(*install, "--disable-pip-version-check", str(wheel), cwd=tmp_path))
+    usage = checked(started(environment.parent / "mr1", "--help", cwd=tmp_path)).stdout
+    assert usage.startswith("usage: mr1 COMMAND")
+    report = checked(started(environment, "-m", "mr1_fast.env", cwd=tmp_path)).stdout
+    assert re.search(rf"^mr1_fast +{__version__}$", report, re.MULTILINE)
+    assert re.search(r"^native CPU kernels +(avx|neon|scalar)", report, re.MULTILINE)
+    status, stderr = run_loss(environment.parents[1], tmp_path, environment)
     assert re.match(r"(avx512bf16|avx512|avx2|neon|scalar)\b", status)
     assert "mr1_fast" not in stderr
 
     # Away from the source, so that it cannot be imported.
     shutil.copytree(ROOT / "tests", tmp_path / "away" / "tests")
     files = ["tests/loss/test_loss.py", "tests/kernels/decode/test_attention_native.py"]
-    where = (
-        f"import mr1_fast, pytest, sys; print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
+    check = (
+        "import torch, pytest, sys, mr1_fast; from mr1_fast.kernels.self_test import self_test; "
+        f"self_test(torch.device('cpu')); print(mr1_fast.__file__); sys.exit(pytest.main({files}))"
     )
-    run = checked(
-        python("-c", where, cwd=tmp_path / "away", PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
-    )
-    assert run.stdout.startswith(str(folder)) and " passed" in run.stdout
+    run = checked(started(environment, "-c", check, cwd=tmp_path / "away", OMP_NUM_THREADS="1"))
+    assert run.stdout.startswith(str(environment.parents[1])) and " passed" in run.stdout
 
 
 def test_without_a_compiler_the_wheel_falls_back_and_says_so_once(tmp_path, no_compiler):
     source = copy_of_the_source(tmp_path / "source")
     folder = unpacked(build_wheel(source, tmp_path / "wheels", PATH=no_compiler))
     assert libraries(folder) == set()
-    assert modules(folder) == modules(source)
+    assert contents(folder) == contents(source)
     status, stderr = run_loss(folder, tmp_path)
     assert status.startswith("not built")
     assert stderr.count("mr1_fast's native CPU kernels are not built") == 1
@@ -175,31 +228,6 @@ def test_an_inplace_build_leaves_no_library_of_an_earlier_one(tmp_path, no_compi
     build = ("setup.py", "build_ext", "--inplace")
     checked(python(*build, cwd=source, MR1_FAST_CUDA="0", PATH=no_compiler))
     assert libraries(source / "mr1_fast") == set()
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_wheel_builds_from_the_sdist(tmp_path):
-    source = copy_of_the_source(tmp_path / "source")
-    build = (
-        "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
-    )
-    (tmp_path / "sdist").mkdir()
-    checked(python("-c", build, str(tmp_path / "sdist"), cwd=source))
-    (sdist,) = (tmp_path / "sdist").glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "from sdist", filter="data")
-    (folder,) = (tmp_path / "from sdist").iterdir()
-    for path in (
-        *source.glob("csrc/*"),
-        source / "setup.py",
-        source / "LICENSE",
-        source / "README.md",
-    ):
-        assert (folder / path.relative_to(source)).read_bytes() == path.read_bytes()
-    assert modules(folder) == modules(source) and libraries(folder) == set()
-    wheel = build_wheel(folder, tmp_path / "wheels")
-    assert libraries(unpacked(wheel)) == {"mr1_fast/_cpu.so"}
 
 
 @needs_compiler

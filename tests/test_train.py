@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
-from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.kl_schedule import DynamicKL, TargetKL
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
@@ -55,9 +55,11 @@ KEYS |= {
     "step",
 }
 KEYS |= {"rollout_gap_mean", "rollout_gap_max"}
-KEYS |= {"seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
+KEYS |= {"completion_length_p10", "completion_length_p50", "completion_length_p90"}
+KEYS |= {"seconds_data", "seconds_rollout", "seconds_reward", "seconds_reference", "seconds_update"}
 KEYS |= {"tflops_reference", "tflops_update"}
 SFT_KEYS = {"step", "loss", "entropy", "grad_norm", "learning_rate", "skipped", "seconds_update"}
+SFT_KEYS |= {"seconds_data"}
 SFT_KEYS |= {"tflops_update"}
 if torch.cuda.is_available():
     KEYS |= {"peak_gib_rollout", "peak_gib_reward", "peak_gib_reference", "peak_gib_update"}
@@ -125,11 +127,14 @@ def test_a_run_leaves_a_complete_folder(finished):
         "checkpoints",
         "final",
     }
-    assert {path.name for path in folder.iterdir()} == {*names, "report.html"}
+    pages = {"report.html", "completions.html"}
+    assert {path.name for path in folder.iterdir()} == names | pages
     assert parse_train_config(["--config", str(folder / "config.yaml")]) == parse_train_config(argv)
     assert [record["step"] for record in lines(folder / "metrics.jsonl")] == [0, 1, 2]
     for record in lines(folder / "metrics.jsonl"):
         assert record.keys() == KEYS and all(math.isfinite(value) for value in record.values())
+        lengths = [record[f"completion_length_p{share}"] for share in (10, 50, 90)]
+        assert 1 <= lengths[0] <= lengths[1] <= lengths[2] <= 6
         assert record["skipped"] == 0 and all(
             record[key] > 0 for key in KEYS if key.startswith(("seconds", "tflops"))
         )
@@ -138,6 +143,8 @@ def test_a_run_leaves_a_complete_folder(finished):
         "step-000003",
     }
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
+    card = (folder / "final" / "README.md").read_text(encoding="utf-8")
+    assert "Trained for 3 of 3 steps." in card and str(folder.parent) not in card
 
 
 def test_every_completion_is_recorded_with_its_rewards(finished):
@@ -210,6 +217,30 @@ def test_with_two_updates_the_schedule_counts_both(finished):
     assert min(column(folder, "kl")) > 0  # the first update has moved the policy
 
 
+def test_beta_follows_the_accuracy_of_its_own_step(tiny_folder, run_args, tmp_path):
+    """A model that answers 3 to everything is right wherever 3 is the solution."""
+    rows = [{"problem": f"How many? {i}", "solution": str(3 + i % 2)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dict(task="free", data=tmp_path / "rows.jsonl", max_new_tokens=1, eval_samples=0)
+    settings |= dict(model=silent_model(tiny_folder, tmp_path / "three", says="3"), beta_min=0.01)
+    run(run_args(tmp_path / "run", beta_shape="accuracy", steps=4, **settings))
+    accuracy, betas = column(tmp_path / "run", "accuracy"), column(tmp_path / "run", "beta")
+    assert sum(accuracy) == 2 and len(set(accuracy)) > 1  # 8 prompts, once each
+    expected = [0.01 + 0.09 * math.tanh(a) / math.tanh(1) for a in accuracy]
+    assert betas == pytest.approx(expected)
+
+
+def test_beta_follows_the_kl_of_the_optimizer_steps_before(run_args, tmp_path):
+    settings = dict(eval_samples=0, steps=5, target_kl=0.002)
+    run(run_args(tmp_path / "run", beta_shape="target-kl", **settings))
+    expected = TargetKL(0.04, 0.1, target=0.002)
+    kls, betas = column(tmp_path / "run", "kl"), column(tmp_path / "run", "beta")
+    for kl, beta in zip(kls, betas, strict=True):
+        assert beta == expected(0)
+        expected.observe_kl(kl)
+    assert len(set(betas)) == 5
+
+
 def test_without_kl_there_is_no_reference(run_args, tmp_path):
     run(run_args(tmp_path / "run", eval_samples=0, beta_min=0, beta_max=0))
     assert column(tmp_path / "run", "beta") == [0, 0, 0]
@@ -217,6 +248,24 @@ def test_without_kl_there_is_no_reference(run_args, tmp_path):
         "kl" not in line for line in lines(tmp_path / "run" / "metrics.jsonl")
     )  # unknown, not 0
     assert min(column(tmp_path / "run", "grad_norm")) > 0
+
+
+@pytest.mark.parametrize("algo", ["dr-grpo", "dapo", "gspo", "cispo"])
+def test_an_algorithm_without_kl_trains(algo, run_args, tmp_path):
+    settings = {"algo": algo, "updates_per_batch": 2, "entropy_coefficient": 0.01}
+    run(run_args(tmp_path / "run", eval_samples=0, steps=2, **settings))
+    for record in metrics(tmp_path / "run"):
+        own = {"overlong", "groups_sampled", "groups_learnt"} if algo == "dapo" else set()
+        expected = KEYS - {"kl", "kl_limited"} | own
+        assert record.keys() == {k for k in expected if not k.startswith(("seconds", "tflops"))}
+        assert all(map(math.isfinite, record.values()))
+        assert record["beta"] == record["skipped"] == 0 < record["grad_norm"]
+    if algo == "dapo":
+        for line in lines(tmp_path / "run" / "completions.jsonl"):
+            for sample in line["completions"]:
+                parts = ("accuracy", "format", "letters", "overlong")
+                assert sample["reward"] == pytest.approx(sum(sample[name] for name in parts))
+                assert sample["overlong"] == (-1 if sample["reason"] == "length" else 0)
 
 
 def test_the_reward_that_is_trained_rises(run_args, tmp_path):
@@ -342,7 +391,9 @@ def test_a_frozen_vision_tower_stays_as_it_is(tiny_folder, run_args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora": True}, {"algo": "sft", "lora": True}], ids=["", "lora", "sft lora"]
+    "settings",
+    [{}, {"lora": True}, {"algo": "sft", "lora": True, "save": "both"}],
+    ids=["", "lora", "sft lora"],
 )
 def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, tmp_path):
     folder, argv = tmp_path / "run", run_args(tmp_path / "run", eval_samples=0, **settings)
@@ -350,6 +401,7 @@ def test_the_final_model_is_the_trained_policy(settings, tiny_folder, run_args, 
     policy = trained_policy(argv, folder)
     final = Qwen2VLForConditionalGeneration.from_pretrained(folder / "final")
     processor = ImageTextProcessor.load(folder / "final")
+    assert (folder / "final" / "adapter").is_dir() == ("save" in settings)
     torch.testing.assert_close(
         logits(final, processor), logits(policy.model, policy.processor), rtol=1e-5, atol=1e-5
     )
@@ -395,7 +447,7 @@ def test_four_bit_weights_stay_as_they_are_and_adapters_learn(run_args, tmp_path
     }
     assert len(small) == 3 * 7 and not any("visual" in name or "lm_head" in name for name in small)
     adapted = peft.PeftModel.from_pretrained(
-        load_pretrained(parse_train_config(argv))[0], folder / "final"
+        load_pretrained(parse_train_config(argv))[0], folder / "final" / "adapter"
     )
     torch.testing.assert_close(
         logits(adapted, policy.processor), logits(policy.model, policy.processor)
@@ -464,8 +516,8 @@ def test_sft_imitates_reasoning_and_answer_or_the_answer_alone(processor):
         assert written == f"{text}<answer> {example.solution} </answer><|im_end|>"
 
 
-def silent_model(folder, target):
-    """A copy of the tiny model whose last layer writes EOS's embedding: it ends at once."""
+def silent_model(folder, target, says="<|im_end|>"):
+    """A copy of the tiny model whose last layer writes a token's embedding: by default it ends."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
     processor = ImageTextProcessor.load(folder)
     layer, width = model.model.language_model.layers[-1], model.config.text_config.hidden_size
@@ -474,7 +526,8 @@ def silent_model(folder, target):
         layer.self_attn.v_proj.bias.fill_(1)
         layer.self_attn.o_proj.weight.fill_(1)
         layer.mlp.down_proj.weight.zero_()
-        model.get_input_embeddings().weight[processor.tokenizer.eos_token_id] = torch.ones(width)
+        token = processor.tokenizer.convert_tokens_to_ids(says)
+        model.get_input_embeddings().weight[token] = torch.ones(width)
     model.save_pretrained(target)
     processor.save_pretrained(target)
     return target
@@ -504,7 +557,7 @@ def test_completions_that_are_cut(run_args, tmp_path):
     run(run_args(tmp_path / "run", max_new_tokens=1, updates_per_batch=2))
     for record in metrics(tmp_path / "run"):
         assert (
-            record["completion_length"] == 1
+            record["completion_length"] == record["completion_length_p90"] == 1
             and record["finished"] <= 0.2
             and record["skipped"] == 0
         )

@@ -1,6 +1,6 @@
 """Settings of the objective, and the algorithms, each of which is a bundle of them.
 
-The formulas stand at `mr1_fast.loss` and in docs/loss.md.
+The formulas stand at `policy_loss_ref` and `token_weights`; docs/objectives.md has it all.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 - dapo: clip-higher, a mean over tokens, groups without a signal replaced, and a soft penalty of
   overlong completions (arXiv 2503.14476)
 - gspo: a ratio per sequence (arXiv 2507.18071)
-- cispo: the capped, detached ratio of MiniMax-M1 (arXiv 2506.13585); its cap of 5 is ScaleRL's
-  (arXiv 2510.13786)
+- cispo: the capped, detached ratio of MiniMax-M1 (arXiv 2506.13585); its cap of 5, 1 + clip_high,
+  is ScaleRL's (arXiv 2510.13786)
 """
 
 
@@ -61,43 +61,73 @@ class ObjectiveConfig:
     """What the loss is. The defaults are those of --algo."""
 
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo"] | None = None
-    """Mean over tokens: of each sequence, then over sequences (grpo); divided by --max-new-tokens
-    (dr_grpo); over all tokens of the step (dapo) or of a pack (bnpo); or the sum of each sequence,
-    then the mean over sequences (luspo)."""
+    """Average of a step's tokens: the mean over sequences of each one's mean (grpo), of its sum
+    over --max-new-tokens (dr_grpo) or of its sum (luspo, with ratio sequence alone); the mean over
+    all tokens (dapo); or the mean over groups of the mean over a group's tokens (bnpo)."""
     surrogate: Literal["clip", "cispo", "sapo"] | None = None
     """Policy term of a token: the clipped ratio (clip), its capped and detached ratio times the
-    log-probability (cispo), or a soft gate (sapo)."""
+    log-probability (cispo, with loss_type dapo), or a soft gate (sapo, with loss_type grpo)."""
     ratio: Literal["token", "sequence"] | None = None
-    """Whether the ratio π/π_old is that of a token, or the geometric mean of its sequence."""
+    """Whether the ratio π/π_old is that of a token, or the geometric mean of its sequence, which
+    costs one more matrix product at the head."""
     clip_low: float | None = None
     """Distance below 1 at which the ratio π/π_old is clipped."""
     clip_high: float | None = None
-    """Distance above 1 at which the ratio π/π_old is clipped."""
+    """Distance above 1 at which the ratio π/π_old is clipped; with surrogate cispo, capped."""
     clip_delta: float | None = None
-    """Upper bound on the ratio of a token with a negative advantage, such as 4 (INTELLECT-2); null
-    is off. Only with surrogate clip."""
+    """Upper bound on the ratio where the advantage is negative, such as 4 (INTELLECT-2), which
+    clip_high does not bound; null is off. Only with surrogate clip, and above 1 + clip_high."""
     advantage: Literal["group-std", "group-mean", "batch-std"] | None = None
     """Advantage of a completion: its reward minus its group's mean, divided by its group's standard
     deviation (group-std), by that of the whole step (batch-std), or by nothing (group-mean)."""
     mask_truncated: bool = False
-    """Take completions that were cut at --max-new-tokens out of the loss."""
+    """Take completions that were cut at --max-new-tokens out of the loss; their rewards still count
+    in the advantages of their group."""
     skip_equal_groups: Literal["keep", "drop", "refill"] | None = None
     """What happens to groups whose rewards are all equal, which have no advantages: they stay for
     their KL (keep), are left out of the loss (drop), or are replaced by groups of further prompts,
-    which are sampled until the step is full or a bound is reached (refill)."""
+    which are sampled until the step is full, in at most three rounds (refill)."""
     entropy_coefficient: float = 0.0
-    """Weight of the mean entropy of the step's tokens, which is subtracted from the loss; 0 is off,
-    and other values cost a fourth matrix product at the head."""
+    """Weight of the mean entropy of the step's tokens, which is subtracted from the loss, whatever
+    --loss-type; 0 is off, and other values cost one more matrix product at the head."""
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether loss and gradient come out of one pass over the logits."""
+        return self.ratio == "token" and not self.entropy_coefficient
 
     def check_objective(self) -> None:
         """Raise UserError for an objective that does not exist."""
+        averaged = _AVERAGED_AS.get(self.surrogate)
+        if averaged is not None and self.loss_type != averaged:
+            raise UserError(
+                f"surrogate {self.surrogate} is averaged over {_TOKENS_OF[averaged]}, but "
+                f"loss_type is {self.loss_type}: pass --loss-type {averaged}."
+            )
+        if self.loss_type == "luspo" and self.ratio != "sequence":
+            raise UserError(
+                "loss_type luspo sums over the tokens of a sequence, which share their ratio, but "
+                f"ratio is {self.ratio}: pass --ratio sequence."
+            )
         if self.clip_high < (-1 if self.surrogate == "cispo" else 0):
             raise UserError(f"clip_high is {self.clip_high}, but must not be negative.")
-        if self.clip_delta is not None and self.surrogate != "clip":
+        if self.clip_delta is None:
+            return
+        if self.surrogate != "clip":
             raise UserError(
                 f"clip_delta bounds the ratio of surrogate clip, not of {self.surrogate}: leave "
                 "it out."
             )
+        if self.clip_delta <= 1 + self.clip_high:
+            raise UserError(
+                f"clip_delta is {self.clip_delta}, a bound on the ratio itself, but must be above "
+                f"1 + clip_high = {1 + self.clip_high:g}, where positive advantages are clipped."
+            )
+
+
+_AVERAGED_AS = {"cispo": "dapo", "sapo": "grpo"}
+"""The loss_type of surrogates that have but one average, in their papers and in TRL."""
+_TOKENS_OF = {"dapo": "all tokens of the step", "grpo": "the tokens of each sequence"}
 
 
 @dataclass
@@ -107,8 +137,8 @@ class KLConfig:
     beta_shape: BetaPath | None = None
     """Path of the KL weight: none (constant); the paper's, from mean to min to max (grpo-d); from
     min to max (linear-up); from max to min (linear-down); the paper's backwards in time (reversed);
-    by the accuracy of each step (accuracy); or whatever keeps the KL near its target (target-kl).
-    The last two stay between min and max, too."""
+    from min at a step without a right answer to max where all are right (accuracy, FG-ExPO's); or
+    from the mean to whatever between min and max keeps the KL near its target (target-kl)."""
     beta: float | None = None
     """KL weight where it is constant; 0 needs no reference model."""
     beta_min: float = 0.04

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from ..errors import UserError
+
 
 @dataclass
 class RewardConfig:
-    """What is rewarded: accuracy + format_weight · format + the extra rewards − overlong."""
+    """What is rewarded: accuracy + format_weight · format + the extra rewards + overlong."""
 
     format_weight: float = 1.0
     """Weight α of the format reward; the accuracy reward has weight 1."""
@@ -19,3 +21,16 @@ class RewardConfig:
     """Python file that registers your own rewards with @reward."""
     reward_seconds: float = 300.0
     """How long a reward function may take for the completions of one step, in seconds."""
+
+    def check_rewards(self) -> None:
+        """Raise UserError for rewards that do not exist."""
+        if self.overlong_penalty > 1:
+            raise UserError(
+                f"overlong_penalty is {self.overlong_penalty}, but must lie in [0, 1], as a share "
+                "of max_new_tokens."
+            )
+        if self.overlong_penalty and "overlong" in self.extra_rewards:
+            raise UserError(
+                "extra_rewards has overlong, which is the name of the overlong penalty: choose "
+                "another name, or pass --overlong-penalty 0."
+            )

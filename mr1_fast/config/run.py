@@ -29,8 +29,9 @@ class RunConfig:
     both. By default the merged model, and over 4-bit weights the adapter, which
     `python -m mr1_fast.merge` merges into the 16-bit model."""
     push_to_hub: str | None = None
-    """Name on the Hugging Face Hub, such as me/my-model, that final/ is uploaded to with a model
-    card; log in first with `hf auth login`."""
+    """Name on the Hugging Face Hub, such as me/my-model, that final/ is uploaded to with its model
+    card; it is created as a public repository unless it exists, and checked before training. Log in
+    first with `hf auth login`."""
     max_hours: float | None = None
     """Hours within which the run saves, writes its report and ends; --resume goes on from there,
     with as many hours again."""
@@ -42,8 +43,8 @@ class RunConfig:
     """Steps between greedy evaluations of the held-out items during training, which go to
     evaluations.jsonl; 0 is off."""
     keep_best: bool = False
-    """Make final/ of the weights with the highest accuracy of all evaluations (of equal ones, the
-    earliest), and not of the last weights; needs --eval-every."""
+    """Make final/ of the weights with the highest accuracy of all evaluations, the earliest of
+    equal ones, and not of the last weights; needs --eval-every."""
     patience: int = 0
     """Evaluations in a row without a higher accuracy after which training ends; 0 is off."""
     eval_data: str | None = None
@@ -55,7 +56,8 @@ class RunConfig:
     loggers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = field(
         default_factory=list
     )
-    """Loggers that are written besides metrics.jsonl, for example '[tensorboard]'."""
+    """Loggers that get the metrics and some samples besides the run folder, for example
+    '[tensorboard]'."""
 
     def check_run(self) -> None:
         """Raise UserError for settings that need one another."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..kl_schedule import DynamicKL
+from ..kl_schedule import AccuracyKL, DynamicKL, KLSchedule, TargetKL
 from .algorithm import AlgorithmConfig
 from .model import ModelConfig
 from .objective import ALGORITHMS, KLConfig, ObjectiveConfig
@@ -38,10 +38,14 @@ class TrainConfig(
         """Optimizer steps of the whole run, which are the t of the β schedule."""
         return self.steps * self.updates_per_batch
 
-    def kl_schedule(self) -> DynamicKL:
-        """β as a function of the optimizer step."""
+    def kl_schedule(self) -> KLSchedule:
+        """β as a function of the optimizer step, as it is before the first one."""
         if self.beta_shape == "constant":
             return DynamicKL(self.beta, self.beta, self.optimizer_steps())
+        if self.beta_shape == "accuracy":
+            return AccuracyKL(self.beta_min, self.beta_max)
+        if self.beta_shape == "target-kl":
+            return TargetKL(self.beta_min, self.beta_max, self.target_kl)
         return DynamicKL(
             self.beta_min,
             self.beta_max,
@@ -78,8 +82,10 @@ class TrainConfig(
                 "but a group needs at least 2 completions."
             )
         self.check_sampling()
+        self.check_rewards()
         self.check_objective()
         self.check_run()
+        self._check_save()
         if 0 < self.importance_cap < 1:
             raise UserError(
                 f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
@@ -106,6 +112,20 @@ class TrainConfig(
             self.kl_schedule()
         except ValueError as error:
             raise UserError(f"the KL schedule is impossible: {error}.") from error
+
+    def _check_save(self) -> None:
+        """Raise UserError for a final/ that cannot be written without loss, or has no adapter."""
+        if self.save in ("adapter", "both") and not self.lora:
+            raise UserError(
+                f"save is {self.save}, but without adapters all weights are trained: add --lora, "
+                "or leave --save out."
+            )
+        if self.save in ("merged", "both") and self.load_in_4bit:
+            raise UserError(
+                f"save is {self.save}, but merging into 4-bit weights would lose precision: leave "
+                "--save out, and merge the adapter into the 16-bit model afterwards, with "
+                "`python -m mr1_fast.merge FINAL --output FOLDER`."
+            )
 
 
 _POSITIVE = {

@@ -13,6 +13,7 @@ from ..kernels.grpo.objective import GRPOLoss, Objective
 from ..kernels.grpo.operators import grpo_loss_with_gradient
 from ..kernels.grpo.operators import token_logprobs as token_logprobs_op
 from ..kernels.grpo.reference import (
+    entropy_sum_ref,
     grpo_loss_ref,
     objective_loss_ref,
     policy_loss_ref,
@@ -26,6 +27,7 @@ from .arguments import (
     check_weight_grad,
     check_weighted_logits,
     chunk_budget,
+    per_token,
     scalar,
 )
 from .weights import LOSS_TYPES, token_weights
@@ -111,12 +113,13 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     is_weights: Tensor | None = None,
     bias_corrected_kl: bool = False,
+    entropy_weights: Tensor | None = None,
     inplace: bool = False,
 ) -> GRPOLoss:
     """Compute Σ token_weights · (is_weights · surrogate + β·k3), its gradient, and what to log.
 
     One pass over the logits yields all of it. The formulas stand at `policy_loss_ref`, which this
-    equals.
+    equals. With `entropy_weights`, Σ entropy_weights · entropy is subtracted.
 
     - logits: (N, V) in fp32, bf16 or fp16, before temperature; targets: (N,) int64
     - advantages, is_weights: per token (N,), or per sequence (S,) with `cu_seqlens` (S+1,), the
@@ -135,8 +138,10 @@ def grpo_loss(
     - ratio_level: token; or sequence, for GSPO, which costs a second read of the logits, as ρ needs
       all of them
     - bias_corrected_kl: multiply k3 by ρ
+    - entropy_weights: (N,), for example c/N for c times the mean entropy of the tokens; costs a
+      second read of the logits. A token counts here by this weight alone
     - inplace: the gradient overwrites the logits, so that no second tensor of their size exists;
-      ignored where ρ is taken per sequence
+      ignored where ρ is taken per sequence, and with entropy_weights
 
     A row of NaN logits shows in `loss` and `logp`; its gradient is 0. Backward runs once per call.
     Raises ValueError.
@@ -147,10 +152,12 @@ def grpo_loss(
         surrogate, clip_low, clip_high, delta, *sapo_temperatures, bias_corrected_kl,
     )  # fmt: skip
     objective = check_objective(objective, logits, ratio_level, cu_seqlens)
+    entropy_weights = per_token("entropy_weights", entropy_weights, logits)
     targets = targets.contiguous()
-    if ratio_level == "sequence":
+    if ratio_level == "sequence" or entropy_weights is not None:
         logp, entropy, _, _ = token_logprobs_op(logits, targets, objective.temperature)
-        return _per_sequence(logp, entropy, objective, cu_seqlens)
+        sequences = cu_seqlens if ratio_level == "sequence" else None
+        return _by_autograd(logp, entropy, objective, sequences, entropy_weights)
     return grpo_loss_with_gradient(logits, targets, objective, inplace)
 
 
@@ -174,6 +181,7 @@ def linear_grpo_loss(
     cu_seqlens: Tensor | None = None,
     is_weights: Tensor | None = None,
     bias_corrected_kl: bool = False,
+    entropy_weights: Tensor | None = None,
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     fp32_accumulation: bool | None = None,
@@ -181,9 +189,9 @@ def linear_grpo_loss(
 ) -> GRPOLoss:
     """Compute `grpo_loss` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,).
 
-    Loss and all gradients take three GEMMs; a frozen weight costs no gradient and no third GEMM,
-    ratios per sequence cost a fourth. Under autocast the products run in its dtype. A tensor of all
-    logits never exists. Backward runs once per call. Raises ValueError.
+    Loss and all gradients take three GEMMs; a frozen weight costs no gradient and no third GEMM;
+    ratios per sequence or `entropy_weights` cost one more. Under autocast the products run in its
+    dtype. A tensor of all logits never exists. Backward runs once per call. Raises ValueError.
 
     - chunk_bytes: bound on the bytes of logits that exist at a time (default 832 MiB on a GPU,
       80 MiB on a CPU); a GPU takes as many rows as keep it busy
@@ -198,30 +206,42 @@ def linear_grpo_loss(
       RuntimeError on a CPU, and turns `weight_grad` to NaN on a GPU. Under no_grad nothing is added
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
-    check_weight_grad(weight_grad, weight, ratio_level)
+    in_one_pass = ratio_level != "sequence" and entropy_weights is None
+    check_weight_grad(weight_grad, weight, in_one_pass)
     objective = Objective(
         advantages, token_weights, beta, temperature, old_logp, ref_logp, is_weights,
         surrogate, clip_low, clip_high, delta, *sapo_temperatures, bias_corrected_kl,
     )  # fmt: skip
     objective = check_objective(objective, hidden, ratio_level, cu_seqlens)
+    entropy_weights = per_token("entropy_weights", entropy_weights, hidden)
     targets = targets.contiguous()
     budget = chunk_budget(chunk_bytes, hidden)
-    if ratio_level == "sequence":
+    if not in_one_pass:
         logp, entropy, _, _ = linear_token_logprobs_op(
             hidden, weight, bias, targets, objective.temperature, budget
         )
-        return _per_sequence(logp, entropy, objective, cu_seqlens)
+        sequences = cu_seqlens if ratio_level == "sequence" else None
+        return _by_autograd(logp, entropy, objective, sequences, entropy_weights)
     return linear_grpo_loss_with_gradient(
         hidden, weight, bias, targets, objective, budget, fp32_accumulation, weight_grad
     )
 
 
-def _per_sequence(
-    logp: Tensor, entropy: Tensor, objective: Objective, cu_seqlens: Tensor
+def _by_autograd(
+    logp: Tensor,
+    entropy: Tensor,
+    objective: Objective,
+    cu_seqlens: Tensor | None,
+    entropy_weights: Tensor | None,
 ) -> GRPOLoss:
-    """Compute the loss where a token's ratio depends on its whole sequence.
+    """Compute a loss whose derivative by a row's logits needs more than the row's own passes.
 
-    `logp` (N,) is differentiable: the equations of the reference do the rest, by autograd.
+    It is one with a ratio per sequence, whose bounds are `cu_seqlens` (S+1,), or with an entropy.
+    `logp` and `entropy` (N,) are differentiable: the reference's equations and autograd do the
+    rest.
     """
-    per_token, *per_row = objective_loss_ref(logp, objective, cu_seqlens)
-    return GRPOLoss(per_token.sum(), logp.detach(), entropy.detach(), *per_row)
+    losses, *per_row = objective_loss_ref(logp, objective, cu_seqlens)
+    loss = losses.sum()
+    if entropy_weights is not None:
+        loss = loss - entropy_sum_ref(entropy, entropy_weights)
+    return GRPOLoss(loss, logp.detach(), entropy.detach(), *per_row)

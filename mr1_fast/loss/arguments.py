@@ -41,11 +41,11 @@ def check_objective(
         _check_cu_seqlens(cu_seqlens, rows)
     return objective._replace(
         advantages=_per_token_or_sequence("advantages", objective.advantages, rows, cu_seqlens),
-        token_weights=_per_token("token_weights", objective.token_weights, rows),
+        token_weights=per_token("token_weights", objective.token_weights, rows),
         beta=scalar("beta", beta, rows),
         temperature=scalar("temperature", objective.temperature, rows),
-        old_logp=_per_token("old_logp", objective.old_logp, rows),
-        ref_logp=_per_token("ref_logp", ref_logp, rows),
+        old_logp=per_token("old_logp", objective.old_logp, rows),
+        ref_logp=per_token("ref_logp", ref_logp, rows),
         is_weights=_per_token_or_sequence("is_weights", objective.is_weights, rows, cu_seqlens),
         delta=math.inf if objective.delta is None else objective.delta,
     )
@@ -87,7 +87,7 @@ def _check_ratio_level(ratio_level: str, cu_seqlens: Tensor | None) -> None:
         )
 
 
-def _per_token(name: str, value: Tensor | None, rows: Tensor, hint: str = "") -> Tensor | None:
+def per_token(name: str, value: Tensor | None, rows: Tensor, hint: str = "") -> Tensor | None:
     """Return a value per token (N,) in the dtype of statistics.
 
     `hint` ends the message about a wrong shape.
@@ -107,7 +107,7 @@ def _per_token_or_sequence(
 ) -> Tensor | None:
     """Return a value per token (N,), or per sequence (S,) with cu_seqlens, per token."""
     if value is None or cu_seqlens is None:
-        return _per_token(name, value, rows, " (per-sequence values need cu_seqlens)")
+        return per_token(name, value, rows, " (per-sequence values need cu_seqlens)")
     check_tensor(name, value)
     per_sequence = value.ndim == 1 and len(value) == len(cu_seqlens) - 1
     if per_sequence and len(value) != len(rows):
@@ -121,7 +121,7 @@ def _per_token_or_sequence(
             f"{name} has shape {tuple(value.shape)}: expected ({len(rows)},), or "
             f"({len(cu_seqlens) - 1},)"
         )
-    return _per_token(name, value, rows)
+    return per_token(name, value, rows)
 
 
 # --- logits and hidden states -------------------------------------------------------------------
@@ -143,7 +143,7 @@ def check_weighted_logits(
     The targets of rows of weight 0 may be any numbers.
     """
     _check_matrix(logits)
-    token_weights = _per_token("token_weights", token_weights, logits)
+    token_weights = per_token("token_weights", token_weights, logits)
     _check_targets(targets, logits, logits.shape[1], token_weights)
     return logits if _has_unit_stride(logits) else logits.contiguous(), token_weights
 
@@ -236,8 +236,11 @@ def check_linear(
     return hidden, weight, bias
 
 
-def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, ratio_level: str) -> None:
-    """Check the tensor to which the gradient of `weight`, as check_linear returns it, is added."""
+def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, in_one_pass: bool) -> None:
+    """Check the tensor to which the gradient of `weight`, as check_linear returns it, is added.
+
+    `in_one_pass`: the forward makes the gradient.
+    """
     if weight_grad is None:
         return
     check_tensor("weight_grad", weight_grad)
@@ -253,8 +256,10 @@ def check_weight_grad(weight_grad: Tensor | None, weight: Tensor, ratio_level: s
         raise ValueError("weight_grad requires a gradient itself: pass weight.grad, or zeros")
     if not weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight_grad is given, but weight requires no gradient: leave it out")
-    if ratio_level == "sequence":
-        raise ValueError("weight_grad needs ratio_level='token': leave it out")
+    if not in_one_pass:
+        raise ValueError(
+            "weight_grad needs ratio_level='token' and no entropy_weights: leave it out"
+        )
 
 
 def _check_targets(

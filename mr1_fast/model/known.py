@@ -5,7 +5,8 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2VLConfig
 from ..errors import UserError
 from ..hub import model_access
 from ..profiles import BUILT_IN
-from .load import adapter_base, check_family
+from .load import check_family
+from .saved_adapter import adapter_base
 from .tiny import tiny_config, tiny_processor
 
 QWEN2_VL_SIZES = {

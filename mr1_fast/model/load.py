@@ -1,15 +1,14 @@
-"""Loading a model from a local folder or the hub, preparing it for training, and saving it.
+"""Loading a model from a local folder or the hub, and preparing it for training.
 
 A model is trained whole or through LoRA adapters, over weights in the model's dtype or in 4 bits.
 """
 
-import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -29,6 +28,7 @@ from .patches import use_patch_projection
 from .policy import Policy
 from .processor import ImageTextProcessor
 from .prompt import PromptEncoder
+from .saved_adapter import adapter_base, adapter_folder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 """The families of models that can be trained, as transformers' `model_type` names them."""
@@ -50,14 +50,16 @@ def make_policy(
 
     Raises UserError for adapters without the package peft.
     """
-    use_packed_attention(model)
-    use_patch_projection(model)
+    base = base_model(model)
+    use_packed_attention(base)
+    use_patch_projection(base)
 
     # bitsandbytes has already placed a 4-bit model, and its integers have no gradients.
     if not config.load_in_4bit:
         model.requires_grad_(True).to(resolve_device(config))
         model.model.visual.requires_grad_(not config.freeze_vision)
-    if config.lora:
+    has_adapters = base is not model
+    if config.lora and not has_adapters:
         model = with_lora(model, config)
     if config.fused_layers:
         join_weights(layers(model))
@@ -71,7 +73,7 @@ def make_policy(
         prompt_format,
     )
     run = LayerRun(fused=config.fused_layers, offload=config.offload_checkpoints)
-    policy = Policy(model.train(), processor, encode, run)
+    policy = Policy(model.train(), processor, encode, run, adapters_go_on=has_adapters)
     if config.recompute != "none":
         policy.recompute_all()
     return policy
@@ -80,15 +82,15 @@ def make_policy(
 def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
     """Load the model and its processor from a local folder or the hub.
 
-    A folder with an adapter, as a 4-bit run saves it, gives the model under it with the adapter on
-    top. Raises UserError, which names `model` and the way out, for whatever cannot be loaded.
+    A folder with an adapter gives the model under it, with the adapter merged into 16-bit weights;
+    over 4-bit weights it lies on top, and with `lora` training goes on with it. Raises UserError,
+    which names `model` and the way out, for whatever cannot be loaded.
     """
     name = config.model
     restore_folder(Path(name))
     if base := adapter_base(name):
         model, processor = load_pretrained(dataclasses.replace(config, model=base))
-        model.load_adapter(name)
-        return model, processor
+        return with_saved_adapter(model, config), processor
     with _loading(name):
         return _read(name, config)
 
@@ -148,25 +150,6 @@ def _read(name: str, config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor
     return model, processor
 
 
-def save_pretrained(policy: Policy, folder: Path) -> None:
-    """Save model and processor in Hugging Face format.
-
-    LoRA is merged into the weights first; over 4-bit weights, the adapter alone is saved.
-    """
-    model = policy.model
-    has_adapter = hasattr(model, "merge_and_unload")
-    if has_adapter and not getattr(base_model(model), "is_loaded_in_4bit", False):
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
-
-
-def adapter_base(name: str) -> str | None:
-    """Return the name of the model under the adapter in folder `name`, or None if it holds none."""
-    adapter = Path(name) / "adapter_config.json"
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
-
-
 def check_family(name: str, family: str) -> None:
     """Raise UserError unless models of `family`, a transformers `model_type`, can be trained."""
     if family not in FAMILIES:
@@ -175,18 +158,50 @@ def check_family(name: str, family: str) -> None:
         )
 
 
+def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Put the adapter in the folder `config.model` on the model that it belongs to.
+
+    It is merged into 16-bit weights in place, and laid on top of 4-bit weights. Raises UserError
+    for an adapter that does not fit, also one of another rank than `lora_rank` where it is trained.
+    """
+    peft, folder = _peft(), adapter_folder(config.model)
+    try:
+        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=config.lora)
+    except Exception as error:  # files that do not fit together fail in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the adapter {folder} does not fit its model ({reason}): train it again, "
+            "or correct base_model_name_or_path in its adapter_config.json."
+        ) from error
+    if not config.load_in_4bit:
+        return model.merge_and_unload()
+    rank = model.peft_config["default"].r
+    if config.lora and rank != config.lora_rank:
+        raise UserError(
+            f"lora_rank is {config.lora_rank}, but training goes on with the adapter {folder} of "
+            f"rank {rank}: pass --lora-rank {rank}."
+        )
+    return model
+
+
 def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
     """Wrap the model with adapters on every linear layer of its language model.
 
     Raises UserError without the package peft.
     """
+    peft = _peft()
+    alpha = 2 * config.lora_rank
+    lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    return peft.get_peft_model(model, lora)
+
+
+def _peft() -> ModuleType:
+    """Return the package peft; UserError where it is not installed."""
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
-    alpha = 2 * config.lora_rank
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
-    return get_peft_model(model, lora)
+    return peft
 
 
 def _four_bit(config: ModelConfig) -> dict:

@@ -21,6 +21,8 @@ class Policy:
     encode: PromptEncoder
     layers: LayerRun = field(default_factory=LayerRun)
     """How the layers are computed."""
+    adapters_go_on: bool = False
+    """Whether its adapters are those of an earlier run, and not new."""
 
     @property
     def device(self) -> torch.device:

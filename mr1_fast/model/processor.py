@@ -1,5 +1,7 @@
-"""Qwen2-VL's processor without its video half, which needs torchvision."""
+"""Qwen2-VL's processor without its video half, which needs torchvision, and the files of one."""
 
+import json
+import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -7,12 +9,28 @@ from transformers.models.qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from ..hub import model_folder
+
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "generation_config.json"),
+)
+"""Patterns of a model's files, its weights and config.json apart: whichever of them it has."""
+STOCK_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+"""transformers' own processor of each family, which is named by its `model_type`."""
+
 
 class ImageTextProcessor(Qwen2VLProcessor):
     """Tokenizer, chat template and PIL image processor of the Qwen2-VL family.
 
-    The same code prepares images with and without torchvision, so both give the same pixels.
+    The same code prepares images with and without torchvision, so both give the same pixels. It is
+    never named in a file: what it saves is for transformers' own processor, and loads as either.
     """
+
+    source: str | None = None
+    """Folder of the files that it was loaded from."""
 
     def __init__(
         self,
@@ -36,4 +54,37 @@ class ImageTextProcessor(Qwen2VLProcessor):
         # Older repositories keep the chat template in a file of its own.
         if processor.chat_template is None:
             processor.chat_template = cls.get_processor_dict(name)[0].get("chat_template")
+        processor.source = str(model_folder(str(name), PROCESSOR_FILES))
         return processor
+
+    def save_pretrained(self, folder: str | Path, family: str = "qwen2_vl") -> None:
+        """Write the files of transformers' own processor of a family, as its models on the hub have
+        them: tokenizer, chat template, and preprocessor_config.json."""
+        stock = STOCK_PROCESSORS[family]
+        self.tokenizer._set_processor_class(stock)
+        self.tokenizer.save_pretrained(folder)
+        values = {**self.image_processor.to_dict(), "processor_class": stock}
+        text = json.dumps(values, indent=2, sort_keys=True)
+        (Path(folder) / "preprocessor_config.json").write_text(text + "\n")
+
+    def save_source(self, folder: Path, family: str) -> None:
+        """Write the files that the processor was loaded from, byte for byte, where there are any.
+
+        Files of earlier versions of this package name a class that only it has; in their place, and
+        for a processor made in memory, the files of `save_pretrained` are written.
+        """
+        if self.source is None or _names_own_class(Path(self.source)):
+            self.save_pretrained(folder, family)
+            return
+        for pattern in PROCESSOR_FILES:
+            for path in Path(self.source).glob(pattern):
+                target = folder / path.relative_to(self.source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _names_own_class(folder: Path) -> bool:
+    """Whether the files are those of a version of this package that wrote its own class's name."""
+    files = (folder / name for name in ("processor_config.json", "tokenizer_config.json"))
+    found = (json.loads(file.read_text("utf-8")) for file in files if file.is_file())
+    return any(each.get("processor_class") == ImageTextProcessor.__name__ for each in found)

@@ -1,12 +1,13 @@
 """The reference: the policy as it was when training began, from which the KL is measured.
 
-A policy with adapters is its own reference without them. Any other needs a frozen copy, which is
-held in the model's dtype, in 8 bits, or in host memory.
+A policy with new adapters is its own reference without them, and one that goes on with adapters
+of an earlier run with a copy of those. Any other policy needs a frozen copy, which is held in the
+model's dtype, in 8 bits, or in host memory.
 """
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,8 @@ from .policy import Policy
 class Reference:
     """The starting policy, which gives reference log-probabilities.
 
-    A policy with adapters is its own reference with the adapters switched off. Otherwise `place`
-    says where a frozen copy is held:
+    A policy with adapters is its own reference with the adapters switched off, or as they are now
+    if they are those of an earlier run. Otherwise `place` says where a frozen copy is held:
     - `resident`: on the policy's device;
     - `8bit`: on the policy's device, with the weights of its layers in 8 bits;
     - `offload`: in host memory, from which layers are copied to the device ahead of their use, once
@@ -36,7 +37,12 @@ class Reference:
         self.policy, self.device = policy, policy.device
         self.has_adapter = hasattr(policy.model, "disable_adapter")
         self.stream: LayerStream | None = None
+        self.adapters: list[tuple[nn.Parameter, Tensor]] = []
+        """The parameters of an earlier run's adapters, and a copy of each as it was then."""
         if self.has_adapter:
+            if policy.adapters_go_on:
+                trained = [p for p in policy.model.parameters() if p.requires_grad]
+                self.adapters = [(p, p.detach().clone()) for p in trained]
             return
         # deepcopy takes what its memo holds as it is, so the device never holds a second full copy.
         shared = frozen_parameters(policy.model)
@@ -63,8 +69,23 @@ class Reference:
         if self.stream is not None:
             with self.stream:
                 return self._by_layers(self.stream, batches, temperature)
-        with self.policy.model.disable_adapter() if self.has_adapter else nullcontext():
+        with self._as_it_was():
             return [self.policy.logprobs(b.to(self.device), temperature)[0] for b in batches]
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Give the policy's adapters the effect that they had when training began."""
+        without = self.has_adapter and not self.adapters
+        self._swap_adapters()
+        try:
+            with self.policy.model.disable_adapter() if without else nullcontext():
+                yield
+        finally:
+            self._swap_adapters()
+
+    def _swap_adapters(self) -> None:
+        for parameter, other in self.adapters:
+            parameter.data, other.data = other.data, parameter.data
 
     def _by_layers(
         self, stream: LayerStream, batches: Sequence[PackedBatch], temperature: float

@@ -75,11 +75,16 @@ class HeadBytes:
     """Bytes that are kept for the backward pass."""
 
 
-def loss_head(run: PlannedRun, rows: int, trains: bool) -> HeadBytes:
+def loss_head(run: PlannedRun, rows: int, trains: bool, in_one_pass: bool = True) -> HeadBytes:
     """Bytes of kernels/grpo/linear.py on so many rows with loss, or of log-probabilities alone.
 
-    A GPU that is not at hand is taken to use the largest chunks.
+    A GPU that is not at hand is taken to use the largest chunks. A loss that is not computed
+    `in_one_pass` takes its log-probabilities first; what it allocates most at once, it does in the
+    backward, where the final norm has freed nothing yet.
     """
+    if not in_one_pass:
+        forward, backward = loss_head(run, rows, trains=False), loss_head(run, rows, trains)
+        return HeadBytes(max(forward.most, backward.most), backward.kept)
     model = run.policy
     trains_head = trains and model.trains_head
     chunk = chunk_rows(

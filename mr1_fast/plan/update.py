@@ -46,7 +46,7 @@ class PackUpdate:
             vision=model.vision_tower(images, run.training) if len(images) else None,
             decoder=model.decoder(batch.segments, run.training),
             norm=model.final_norm(tokens, len(batch.loss_rows), STORED),
-            head=loss_head(run, len(batch.targets), trains=True),
+            head=loss_head(run, len(batch.targets), True, run.config.in_one_pass),
             inputs=pack_bytes(run, batch),
             embeddings=model.hidden_bytes(tokens),
             rows=model.hidden_bytes(len(batch.loss_rows)),

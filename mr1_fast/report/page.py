@@ -1,13 +1,16 @@
 """What the HTML reports share: the page around a report, escaped text, cards and images.
 
 A page is a single file that loads nothing: plots are inline SVG, images are data URIs, and its
-content policy forbids scripts and all requests. What models, data and settings say may be hostile,
-so it enters a page through `text` alone.
+content policy forbids all requests, and all scripts but the one that the page is made with. What
+models, data and settings say may be hostile, so it enters a page through `text` alone, or through
+`data_block`, which only that script reads.
 """
 
 import base64
+import hashlib
 import html
 import io
+import json
 import re
 from pathlib import Path
 from string import Template
@@ -26,7 +29,7 @@ _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:$script_policy">$refresh
 <title>$model · $about</title><style>
 :root { color-scheme: light dark; $light }
 @media (prefers-color-scheme: dark) { :root { $dark } }
@@ -67,6 +70,24 @@ td > b { font-size: 1.25rem; }
 .mark { font-weight: 600; padding: .05rem .5rem; border: 1px solid; border-radius: 1rem;
   white-space: nowrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); border-style: dashed; }
+.tiles { margin-top: 1.25rem; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); }
+.tiles .card { padding: .7rem 1rem; }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.3;
+  font-variant-numeric: tabular-nums; }
+.tiles small { font-size: .875rem; font-weight: 400; white-space: nowrap; }
+.tiles .soft { margin: 0; } a { color: var(--line0); }
+.filters { display: grid; gap: .6rem 1rem; align-items: end; position: sticky; top: 0; z-index: 1;
+  margin: 1.25rem 0 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); }
+.filters label { display: block; color: var(--soft); font-size: .8125rem; min-width: 0; }
+.filters .range { display: flex; gap: .4rem; } .filters .search { grid-column: span 2; }
+input, select, button { font: inherit; font-size: .9375rem; color: var(--ink); width: 100%;
+  min-width: 0; background: var(--page); border: 1px solid var(--grid); border-radius: 6px;
+  padding: 0 .5rem; height: 2.2rem; }
+button { cursor: pointer; } .more { margin: 1rem auto; width: auto; display: block;
+  padding: 0 1.5rem; background: var(--card); } [hidden] { display: none !important; }
+@media (max-width: 40rem) { .filters { position: static;
+  grid-template-columns: 1fr 1fr; } }
 .output { white-space: pre-wrap; font: .8125rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace;
   max-height: 14rem;
   overflow: auto; background: var(--page); border-radius: 6px; padding: .5rem .6rem;
@@ -75,7 +96,7 @@ td > b { font-size: 1.25rem; }
 <h1>$model · <span class="soft">$about</span></h1>
 <p class="headline">$headline</p><p class="soft">$progress</p>
 $sections
-</main></body></html>
+</main>$script</body></html>
 """)
 
 # Control characters, direction overrides and surrogates would garble the page, or could not be
@@ -84,13 +105,28 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
+# Characters that mean something in HTML, and line ends of JavaScript that JSON has not.
+_MARKUP = "<>&\u2028\u2029"
 
-def html_page(*, model: str, about: str, headline: str, progress: str, sections: str) -> str:
-    """The whole page; all arguments are HTML.
+
+def html_page(
+    *,
+    model: str,
+    about: str,
+    headline: str,
+    progress: str,
+    sections: str,
+    script: str = "",
+    refresh: int = 0,
+) -> str:
+    """The whole page; all arguments but the last two are HTML.
 
     `model` and `about` make the title, `headline` is the result in large letters, and `progress`
-    stands below it.
+    stands below it. `script` is the JavaScript of the page, the only one that its content policy
+    lets run, by its hash. A browser loads the page again after `refresh` seconds, if that is not 0.
     """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    again = f'\n<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return _PAGE.substitute(
         light=_declarations(LIGHT),
         dark=_declarations(DARK),
@@ -99,6 +135,9 @@ def html_page(*, model: str, about: str, headline: str, progress: str, sections:
         headline=headline,
         progress=progress,
         sections=sections,
+        script=script and f"<script>{script}</script>",
+        script_policy=script and f"; script-src 'sha256-{digest}'",
+        refresh=again,
     )
 
 
@@ -106,16 +145,16 @@ def _declarations(colours: dict[str, str]) -> str:
     return " ".join(f"{name}: {colour};" for name, colour in colours.items())
 
 
-def printable(value: object) -> tuple[str, str]:
+def printable(value: object, longest: int = LONGEST_TEXT) -> tuple[str, str]:
     """`value` as text with unprintable characters replaced by visible ones, and a note.
 
-    A text of more than LONGEST_TEXT characters is cut, which the note says; otherwise it is "".
+    A text of more than `longest` characters is cut, which the note says; otherwise it is "".
     """
     whole = str(value).replace("\r\n", "\n")
-    shown = _UNPRINTABLE.sub(_stand_in, whole[:LONGEST_TEXT])
-    if len(whole) <= LONGEST_TEXT:
+    shown = _UNPRINTABLE.sub(_stand_in, whole[:longest])
+    if len(whole) <= longest:
         return shown, ""
-    return shown, f" … cut: {LONGEST_TEXT:,} of {len(whole):,} characters shown"
+    return shown, f" … cut: {longest:,} of {len(whole):,} characters shown"
 
 
 def _stand_in(found: re.Match) -> str:
@@ -129,10 +168,27 @@ def text(value: object) -> str:
     return html.escape(shown) + (note and f'<span class="soft">{note}</span>')
 
 
+def data_block(value: object) -> str:
+    """`value` as an element of JSON, which a browser does not run, for a page's script to read.
+
+    No character of it can end the element or begin another.
+    """
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in _MARKUP:
+        written = written.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="data">{written}</script>'
+
+
 def section(title: str, content: str, note: str = "") -> str:
     """A heading, a note in soft letters, and `content`; all three are HTML."""
     note = note and f'<p class="soft">{note}</p>'
     return f"<section><h2>{title}</h2>{note}{content}</section>"
+
+
+def tile(label: str, value: str, unit: str = "", note: str = "") -> str:
+    """A card with a number in large letters; all arguments are HTML."""
+    shown = f"<b>{value} <small>{unit}</small></b>"
+    return f'<div class="card"><p class="soft">{label}</p>{shown}<p class="soft">{note}</p></div>'
 
 
 def bar(value: float, low: float, high: float) -> str:
@@ -151,7 +207,8 @@ def answer(label: str, output: object, correct: bool, why: object = "") -> str:
 
 def sample_card(images: str, problem: object, solution: object, answers: str) -> str:
     """A card with an item and what models answered; `images` and `answers` are HTML."""
-    return f"""<article class="card"><div class="images">{images}</div>
+    images = images and f'<div class="images">{images}</div>'
+    return f"""<article class="card">{images}
 <p class="question">{text(problem)}</p>
 <p class="soft">Right answer: <b>{text(solution)}</b></p>{answers}</article>"""
 

@@ -2,15 +2,23 @@
 
 import json
 import math
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
 
+LARGEST = 1e100
+"""Values from here on are shown as missing: axes overflow near the largest floats, and such a value
+says no more than infinity does."""
+LAST_BYTES = 2**24
+"""How much of the end of completions.jsonl is looked at for the last step, 16 MiB."""
 
-def json_object(source: str, where: object) -> dict:
-    """The JSON object in the text `source`; UserError, naming `where`, if there is none."""
+
+def json_object(source: str | bytes, where: object) -> dict:
+    """The JSON object in `source`; UserError, naming `where`, if there is none."""
     try:
         return dict(json.loads(source))
     except (ValueError, TypeError, RecursionError) as error:
@@ -26,20 +34,83 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """The metrics of a file of JSON lines: name → float64 array of shape (steps,).
 
     A value that is missing or not finite is NaN. `step` is always there, and all arrays are empty
-    if there is no file. Raises UserError for a line that is no JSON object.
+    if there is no file. The file is read line by line, so memory holds the numbers alone. Raises
+    UserError for a line that is no JSON object.
     """
-    written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    columns = {"step": array("d")}
+    count = 0
+    for row in _rows(path):
+        row.setdefault("step", count)
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = array("d")
+            column = columns[name]
+            if len(column) < count:  # steps that did not have it
+                column.extend([math.nan] * (count - len(column)))
+            column.append(value if type(value) is float else _number(value))
+        count += 1
 
-    # A line without its end is being written at this moment, or the run was killed at it.
-    lines = written.split("\n")[:-1]
-    rows = [
-        {"step": step, **json_object(line, f"{path} line {step + 1}")}
-        for step, line in enumerate(lines)
-    ]
-    names = dict.fromkeys(["step", *(name for row in rows for name in row)])
-    return {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+    metrics = {}
+    for name, column in columns.items():
+        values = np.full(count, np.nan)
+        values[: len(column)] = column
+        values[~(np.abs(values) < LARGEST)] = np.nan
+        metrics[name] = values
+    return metrics
+
+
+def read_evaluations(path: Path) -> dict[str, np.ndarray]:
+    """The evaluations during training: `step`, `accuracy`, `low`, `high` and `seconds`, each (n,).
+
+    Every line of the file has the number of steps that were done, 0 before training; the interval
+    is split into its ends. What is missing is NaN, and all arrays are empty if there is no file.
+    Raises UserError for a line that is no JSON object.
+    """
+    names = ("step", "accuracy", "low", "high", "seconds")
+    rows = []
+    for row in _rows(path):
+        interval = row.get("interval")
+        if isinstance(interval, list) and len(interval) == 2:
+            row |= {"low": interval[0], "high": interval[1]}
+        rows.append([_number(row.get(name)) for name in names])
+    values = np.array(rows, dtype=float).reshape(-1, len(names))
+    return dict(zip(names, values.T, strict=True))
+
+
+def read_last_step(path: Path) -> list[dict]:
+    """The records of the last step in completions.jsonl, as far as LAST_BYTES reach back.
+
+    Only the end of the file is read, which may be far larger. Raises UserError for a line that is
+    no JSON object.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, 2) - LAST_BYTES)
+        file.seek(start)
+        lines = file.read(LAST_BYTES).split(b"\n")
+    # The first line may have lost its beginning, and the last one is being written.
+    whole = lines[bool(start) : -1]
+
+    records: list[dict] = []
+    for line in reversed(whole):
+        record = json_object(line, f"a line at the end of {path}")
+        if records and record.get("step") != records[0].get("step"):
+            break
+        records.insert(0, record)
+    return records
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    """The JSON objects of a file of lines; nothing if there is no file."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            # A line without its end is being written at this moment, or the run was killed at it.
+            if line.endswith("\n"):
+                yield json_object(line, f"{path} line {number}")
 
 
 def _number(value: object) -> float:
-    # Axes overflow near the largest floats, and such a value says no more than infinity does.
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan

@@ -26,6 +26,11 @@ class Scores:
     why: list[str]
     """B·G reasons of the accuracy judge; empty texts where accuracy is not rewarded."""
 
+    def with_part(self, name: str, values: list[float]) -> "Scores":
+        """Return the scores with one more part of B·G values, which are added to the totals."""
+        added = torch.tensor(values).view_as(self.total)
+        return Scores(self.total + added, {**self.parts, name: values}, self.why)
+
     def means(self) -> dict[str, float]:
         """Return the mean of each reward over the completions that it says something about.
 

@@ -19,6 +19,9 @@ from ..types import Example
 from .counting import CELL
 from .split import draw_for_split
 
+MOST_REPEATS = 1000
+"""Drawn figures in a row, all of them seen before, after which no new one is looked for."""
+
 
 def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
@@ -56,9 +59,11 @@ def _parameters(
 
     def filled(rng: random.Random) -> tuple[int, ...]:
         squares = {rng.randrange(side * side)}
+        edge = set(_neighbours(*squares, side))
         for _ in range(rng.randint(2, side * side * 11 // 16 - 1)):
-            edge = {beside for square in squares for beside in _neighbours(square, side)} - squares
-            squares.add(rng.choice(sorted(edge)))
+            square = rng.choice(sorted(edge))
+            squares.add(square)
+            edge = (edge | _neighbours(square, side)) - squares
         return tuple(sorted(squares))
 
     squares, rng = draw_for_split(filled, split, ("figures", seed, entry, difficulty))
@@ -74,7 +79,7 @@ def _new_entry(split: str, seed: int, index: int, difficulty: int) -> int:
         if parameters not in seen:
             seen.add(parameters)
             entries.append(entry)
-        elif entry - entries[-1] > 1000:
+        elif entry - entries[-1] > MOST_REPEATS:
             raise UserError(
                 f"figures of difficulty {difficulty} have no {index + 1} different {split} items: "
                 "ask for fewer, or raise the difficulty."
@@ -92,11 +97,12 @@ def _first_entries(split: str, seed: int, difficulty: int) -> tuple[list[int], s
     return [], set()
 
 
-def _neighbours(square: int, side: int) -> list[int]:
+@lru_cache(maxsize=256)
+def _neighbours(square: int, side: int) -> frozenset[int]:
     """Return the squares that share a side with `square`; squares are numbered row by row."""
     row, column = divmod(square, side)
     steps = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
-    return [y * side + x for y, x in steps if 0 <= y < side and 0 <= x < side]
+    return frozenset(y * side + x for y, x in steps if 0 <= y < side and 0 <= x < side)
 
 
 def _paint(squares: tuple[int, ...], side: int, rng: random.Random) -> Image.Image:

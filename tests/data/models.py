@@ -1,6 +1,7 @@
 """Small models and prompts that several test files share."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -167,6 +168,18 @@ def quantise(policy: Policy, dtype: torch.dtype) -> None:
                     setattr(part, name, small)
                 else:
                     module.base_layer = small
+
+
+def given_policy(hidden: Tensor, head: torch.nn.Linear, lengths: list[int]) -> SimpleNamespace:
+    """Make a policy of given hidden states (N, D): those of completions of these lengths, in order.
+
+    It has what `grpo_batch_loss` asks for.
+    """
+    parts = hidden.split(list(lengths))
+    return SimpleNamespace(
+        model=SimpleNamespace(lm_head=head),
+        hidden=lambda batch: torch.cat([parts[i] for i in batch.sequence_ids]),
+    )
 
 
 def mixed_examples() -> list[Example]:

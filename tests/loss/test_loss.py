@@ -13,7 +13,7 @@ from mr1_fast import (
     token_logprobs,
     token_weights,
 )
-from mr1_fast.loss import spread, token_logprobs_ref
+from mr1_fast.loss import grpo_loss_ref, spread, token_logprobs_ref
 
 from ..data.loss import loss_rows, objective_of
 
@@ -211,6 +211,47 @@ def test_inputs_get_no_gradient_and_may_require_one():
     assert all(value.grad is None for value in inputs.values())
 
 
+# --- the entropy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio_level", ["token", "sequence"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+def test_an_entropy_is_subtracted_as_the_reference_does(surrogate, ratio_level):
+    data = loss_rows(N, V, torch.float64)
+    arguments = objective_of(data, "old_logp", "ref_logp") | dict(
+        beta=0.1,
+        surrogate=surrogate,
+        ratio_level=ratio_level,
+        cu_seqlens=CU_SEQLENS,
+        entropy_weights=torch.tensor([0.1, 0.0, 0.2, 0.3, 0.0, 0.4], dtype=torch.float64),
+        temperature=0.7,
+    )
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    expected = grpo_loss_ref(hidden @ weight.T, **arguments)
+    right = torch.autograd.grad(expected.loss, (hidden, weight))
+    without = grpo_loss_ref(hidden @ weight.T, **arguments | {"entropy_weights": None})
+    assert (expected.loss - without.loss).abs() > 0.1
+    for result in (
+        grpo_loss(hidden @ weight.T, **arguments),
+        linear_grpo_loss(hidden, weight, **arguments, chunk_bytes=2 * V * 8),
+    ):
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(torch.autograd.grad(result.loss, (hidden, weight)), right)
+
+
+def test_an_entropy_of_weight_0_counts_nothing_even_if_it_is_nan():
+    data = loss_rows(N, V)
+    logits = data["logits"].clone()
+    logits[1] = math.nan
+    logits.requires_grad_()
+    counts = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    arguments = objective_of(data) | {"token_weights": counts, "entropy_weights": counts}
+    loss = grpo_loss(logits, **arguments, beta=0.0).loss
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and (logits.grad[1] == 0).all()
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 meta = torch.device("meta")
@@ -268,6 +309,10 @@ LOSS_CASES = {
     "is_weights shape": (
         {"is_weights": torch.zeros(4)},
         "is_weights has shape (4,): expected (6,)",
+    ),
+    "entropy_weights shape": (
+        {"entropy_weights": torch.zeros(4)},
+        "entropy_weights has shape (4,): expected (6,)",
     ),
     "no ref_logp": ({"beta": 0.04}, "beta is 0.04, but ref_logp is None"),
     "no ref_logp, tensor beta": ({"beta": torch.tensor(0.5)}, "ref_logp is None"),
@@ -442,6 +487,11 @@ WEIGHT_GRAD_CASES = {
         torch.zeros(V, D),
         {"ratio_level": "sequence", "cu_seqlens": torch.tensor([0, N])},
         "weight_grad needs ratio_level='token'",
+    ),
+    "entropy": (
+        torch.zeros(V, D),
+        {"entropy_weights": torch.zeros(N)},
+        "weight_grad needs ratio_level='token' and no entropy_weights",
     ),
 }
 

@@ -16,10 +16,10 @@ from mr1_fast.model.forward import (
     text_layer,
     vision_layer,
 )
-from mr1_fast.model.load import save_pretrained
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.recompute import run_layers
 from mr1_fast.model.reference import Reference
+from mr1_fast.model.save import save_pretrained
 from mr1_fast.model.vision import begin_patches
 from mr1_fast.packing import pack
 

@@ -8,8 +8,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.model.joined_weights import as_one, empty_joined, join_weights
 from mr1_fast.model.layer_stream import layers
-from mr1_fast.model.load import save_pretrained
 from mr1_fast.model.reference import Reference
+from mr1_fast.model.save import save_pretrained
 from mr1_fast.optim import make_optimizer
 
 from ..data.models import fill_adapters, tiny_policy

@@ -90,7 +90,7 @@ def shared(
     policy, drawn: Rollout, advantages, row_data: dict, budget: int
 ) -> tuple[torch.Tensor, dict, int]:
     """Loss and gradients of what `grpo_step` does, and how many packs there were."""
-    batches = pack_rollout(drawn, advantages, budget)
+    batches = pack_rollout(drawn, advantages, budget, CONFIG)
     start, loss = 0, 0.0
     for batch in batches:
         rows = slice(start, start + len(batch.targets))

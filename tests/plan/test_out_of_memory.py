@@ -154,8 +154,8 @@ def test_rows_keep_their_data_when_packed_anew():
     policy = tiny_policy()
     rollout = drawn_rollout(policy)
     advantages = torch.arange(8.0).reshape(4, 2)
-    batches = stages.pack_rollout(rollout, advantages, 10**6)
-    expected = stages.pack_rollout(rollout, advantages, 150)
+    batches = stages.pack_rollout(rollout, advantages, 10**6, TrainConfig())
+    expected = stages.pack_rollout(rollout, advantages, 150, TrainConfig())
     batches.repack(150)
     assert len(batches) == len(expected) > 1
     for batch, other in zip(batches, expected, strict=True):
@@ -172,7 +172,7 @@ def test_a_step_that_recomputes_after_it_ran_out_of_memory_changes_no_bit():
         policy = tiny_policy()
         rollout, config = drawn_rollout(policy), TrainConfig(learning_rate=1e-3)
         run = stage_run(policy, config, 200, said, optimizer=make_optimizer(policy.model, config))
-        batches = stages.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200)
+        batches = stages.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200, config)
         calls = []
 
         def batch_loss(policy, batch, config=config, calls=calls, runs_out=runs_out):
@@ -197,7 +197,7 @@ def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
         config = TrainConfig(learning_rate=1e-3, updates_per_batch=2, recompute="none")
         optimizer, said, calls = make_optimizer(policy.model, config), [], []
         batches = stages.pack_rollout(
-            rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget
+            rollout, torch.randn(4, 2, generator=torch.Generator().manual_seed(1)), budget, config
         )
         run = stage_run(policy, config, budget, said, optimizer=optimizer)
         stages.add_logprobs(run, batches)

@@ -101,7 +101,7 @@ def measure(
     logprobs = [torch.zeros(len(ids)) for ids in completions]
     rollout = Rollout([], prompts, completions, [], [], logprobs, config.num_generations)
     batches = pack_rollout(
-        rollout, torch.randn(len(prompts), config.num_generations), choice.tokens
+        rollout, torch.randn(len(prompts), config.num_generations), choice.tokens, config
     )
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
@@ -171,6 +171,11 @@ CASES = {
         LONG,
         dict(top_p=0.9, recompute="none"),
         dict(vocab_size=8_000, tied=False),
+    ),
+    "a loss in two passes": (
+        LONG,
+        dict(ratio="sequence", entropy_coefficient=0.1, recompute="none"),
+        dict(vocab_size=8_000),
     ),
 }
 
@@ -337,7 +342,9 @@ def test_advice_shows_a_phase_that_took_too_much():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_fit_their_card(recipe):
-    config, usable = parse_train_config(["--config", str(recipe)]), usable_bytes(24)
+    config = parse_train_config(["--config", str(recipe)])
+    # CUDA reports 14.6 GiB on a T4, which is sold as one of 16 GB.
+    usable = usable_bytes(14.6 if recipe.stem.endswith("16gb") else 24)
     plan = make_plan(config, find_model_config(config.model), usable=usable)
     assert plan.total("update") <= (1 - MARGIN) * usable and not plan.excess(usable)
     groups = config.max_prompt_tokens + config.num_generations * config.max_new_tokens

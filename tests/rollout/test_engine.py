@@ -388,7 +388,7 @@ def test_training_uses_the_rollouts_logprobs_and_weighs_what_they_are_off_by():
     lengths = [len(ids) for ids in rollout.completions]
     rollout.logprobs = [a + b for a, b in zip(rollout.logprobs, off.split(lengths), strict=True)]
     config = TrainConfig(updates_per_batch=2)
-    batches = pack_rollout(rollout, torch.ones(4, 2), 10_000)
+    batches = pack_rollout(rollout, torch.ones(4, 2), 10_000, config)
     (batch,) = batches
     add_logprobs(stage_run(policy, config, 10_000), batches)
     assert torch.equal(batch.row_data["old_logp"], torch.cat(rollout.logprobs))

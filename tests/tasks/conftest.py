@@ -11,7 +11,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module", params=DRAWN_TASKS)
+@pytest.fixture(scope="session", params=DRAWN_TASKS)
 def drawn(request):
     """Return each split's first items at difficulty 1; there are fewer figures that differ."""
     task, count = get_task(request.param), 1000 if request.param == "figures" else 2000

@@ -37,5 +37,9 @@ def test_figures_are_connected_true_and_new_where_held_out():
                     {"area": len(filled), "perimeter": edges + 2 * wraps}[asked]
                 )
             assert split == "train" or len({example.key for example in examples}) == len(examples)
+
+
+def test_more_held_out_figures_than_there_are_is_told(monkeypatch):
+    monkeypatch.setattr(figures, "MOST_REPEATS", 20)  # of a thousand, which take half a minute
     with pytest.raises(UserError, match="no 9999 different test items: ask for fewer"):
-        figures.draw("test", 3, 9998, 1)
+        figures.draw("test", 4, 9998, 1)

@@ -129,12 +129,24 @@ def grpo_loss_ref(
     token_weights: torch.Tensor,
     *,
     temperature: float | torch.Tensor = 1.0,
+    entropy_weights: torch.Tensor | None = None,
     **options,
 ) -> GRPOLoss:
-    """Compute the loss of logits (N, V), differentiable, with the options of `policy_loss_ref`."""
+    """Compute the loss of logits (N, V), differentiable, with the options of `policy_loss_ref`.
+
+    With `entropy_weights` (N,), Σ entropy_weights · entropy is subtracted.
+    """
     logp, entropy = token_logprobs_ref(logits, targets, temperature)
     per_token, kl, clipped, kl_limited = policy_loss_ref(logp, advantages, token_weights, **options)
-    return GRPOLoss(per_token.sum(), logp.detach(), entropy.detach(), kl, clipped, kl_limited)
+    loss = per_token.sum()
+    if entropy_weights is not None:
+        loss = loss - entropy_sum_ref(entropy, entropy_weights)
+    return GRPOLoss(loss, logp.detach(), entropy.detach(), kl, clipped, kl_limited)
+
+
+def entropy_sum_ref(entropy: torch.Tensor, entropy_weights: torch.Tensor) -> torch.Tensor:
+    """Return Σ entropy_weights · entropy of (N,) tokens; a weight of 0 takes out inf and NaN."""
+    return torch.where(entropy_weights != 0, entropy_weights * entropy, 0.0).sum()
 
 
 def spread(

@@ -10,7 +10,8 @@ from .epochs import check_limit, shuffled
 class DrawnExamples:
     """Examples drawn by a task module: endlessly many of them, or the first `limit` over and over.
 
-    With a limit, `len()` returns it. What `take` returns depends on the arguments alone.
+    With a limit, `len()` returns it. What `take` and `take_more` return depends on the arguments
+    alone.
     """
 
     def __init__(
@@ -49,6 +50,16 @@ class DrawnExamples:
         else:
             indices = shuffled(self.limit, self.seed, start, count)
         return [self._draw(index) for index in indices]
+
+    def take_more(self, start: int, count: int) -> list[Example]:
+        """Return entries `start` … `start + count − 1` of an endless list that no step takes from.
+
+        With a limit, they are the same examples in another order.
+        """
+        if self.limit is None:
+            return [self._draw(-1 - entry) for entry in range(start, start + count)]
+        order = shuffled(self.limit, f"{self.seed} more", start, count)
+        return [self._draw(index) for index in order]
 
     def all(self, count: int) -> list[Example]:
         """Return the first `count` examples, for evaluation, but no more than the limit."""

@@ -14,17 +14,18 @@ def check_limit(limit: int | None) -> None:
         )
 
 
-def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
+def shuffled(size: int, seed: int | str, start: int, count: int) -> list[int]:
     """Return entries `start` … `start + count − 1` of an endless list of indices.
 
-    In every epoch the list holds each of 0 … size − 1 once, in an order of the epoch's own.
+    In every epoch the list holds each of 0 … size − 1 once, in an order of the epoch's own. Other
+    seeds give other lists.
     """
     entries = range(start, start + count)
     return [_epoch_order(size, seed, entry // size)[entry % size] for entry in entries]
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+def _epoch_order(size: int, seed: int | str, epoch: int) -> list[int]:
     """Return 0 … size − 1 in an epoch's random order."""
     order = list(range(size))
     random.Random(f"epoch order {seed} {epoch}").shuffle(order)

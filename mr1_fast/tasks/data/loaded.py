@@ -26,9 +26,9 @@ from .table import Table
 class LoadedExamples:
     """Examples from rows in one of the layouts of `layouts.py`.
 
-    A row is read, and its images are decoded, only when it is taken. What `take` returns depends on
-    the arguments alone. Raises UserError for missing columns at once, and for a bad row or image
-    when it is read. Rows may be read from several threads at once.
+    A row is read, and its images are decoded, only when it is taken. What `take` and `take_more`
+    return depends on the arguments alone. Raises UserError for missing columns at once, and for a
+    bad row or image when it is read. Rows may be read from several threads at once.
     """
 
     def __init__(
@@ -80,6 +80,14 @@ class LoadedExamples:
         They are shuffled again in every epoch.
         """
         order = shuffled(len(self), self.seed, step * count, count)
+        return [self.read(self._kept[entry]) for entry in order]
+
+    def take_more(self, start: int, count: int) -> list[Example]:
+        """Return entries `start` … `start + count − 1` of an endless list apart from the steps'.
+
+        It has the same examples in another order.
+        """
+        order = shuffled(len(self), f"{self.seed} more", start, count)
         return [self.read(self._kept[entry]) for entry in order]
 
     def all(self, count: int) -> list[Example]:

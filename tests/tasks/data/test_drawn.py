@@ -29,6 +29,23 @@ def test_drawn_steps_follow_each_other():
         len(examples)
 
 
+def test_more_drawn_examples_are_none_that_a_step_takes_nor_held_out():
+    examples = DrawnExamples(get_task("counting"), "train", 0)
+    more = contents(examples.take_more(0, 30))
+    assert contents(examples.take_more(10, 5)) == more[10:15]
+    assert len({*more, *contents(examples.all(60))}) == 90
+    held_out = {item.key for item in DrawnExamples(get_task("counting"), "test", 0).all(200)}
+    assert not held_out & {item.key for item in examples.take_more(0, 200)}
+
+
+def test_with_a_limit_more_drawn_examples_are_the_same_in_another_order():
+    examples = DrawnExamples(get_task("counting"), "train", 0, limit=6)
+    more, taken = contents(examples.take_more(0, 6)), contents(examples.take(0, 6))
+    assert more != taken and sorted(more) == sorted(taken) == sorted(contents(examples.all(6)))
+    assert contents(examples.take_more(4, 6))[:2] == more[4:]  # across two epochs
+    assert contents(examples.take(0, 6)) == taken
+
+
 def test_limited_drawn_examples_come_once_per_epoch_in_a_new_order():
     examples = DrawnExamples(get_task("counting"), "train", 0, limit=6)
     items = contents(examples.all(100))

@@ -122,6 +122,10 @@ def test_rows_that_are_left_out_are_not_taken():
     assert [item.solution for item in examples.all(2)] == list("12")
     epochs = [[item.solution for item in examples.take(step, 6)] for step in range(3)]
     assert all(sorted(epoch) == list("124568") for epoch in epochs)
+    assert sorted(item.solution for item in examples.take_more(0, 6)) == list("124568")
+    more = [item.solution for item in examples.take_more(0, 12)]
+    assert [item.solution for item in examples.take_more(4, 8)] == more[4:]  # across two epochs
+    assert more[:6] not in epochs and sorted(more[6:]) == list("124568")
     examples.leave_out([8, 9])
     assert (list(examples.indices), len(examples)) == ([1, 2, 4, 5, 6], 5)
     third = examples.read(3)  # also what is left out

@@ -1,0 +1,73 @@
+"""Data on the way: the prompts of the next step are read and encoded while a step is computed."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from .run import Run
+from .types import Example, Prompt
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step begins with."""
+
+    examples: list[Example]
+    """B examples."""
+    prompts: list[Prompt]
+    """The examples as the model sees them, B prompts; their tensors are on the CPU."""
+    waited: float = 0.0
+    """How long the step had to wait for them, in seconds."""
+
+
+def read_step(run: Run, step: int) -> StepData:
+    """Read and encode the examples of a step; UserError for one that cannot be used."""
+    examples = run.source.take(step, run.config.prompts_per_step)
+    return StepData(examples, run.policy.encode.many(examples))
+
+
+class Ahead:
+    """Context manager that has the data of the next step read in a thread.
+
+    What a step gets depends on its number alone, so the data are those that reading within the step
+    would give. It holds the data of one step beside those that it has given out. Its thread ends
+    with the context; an item that is being read is read to its end first.
+
+    Sources and prompt writers may be used from several threads, so a step may read more on its own.
+
+    >>> with Ahead(run) as ahead:  # doctest: +SKIP
+    ...     for step in range(run.first_step, run.config.steps):
+    ...         data = ahead.take(step)
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data ahead")
+        self._coming: dict[int, Future[StepData]] = {}
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> StepData:
+        """Return the data of a step, and begin to read those of the next one, if there is one.
+
+        Raises what reading this step's data has raised.
+        """
+        start = time.perf_counter()
+        data = (self._coming.pop(step, None) or self._read(step)).result()
+        waited = time.perf_counter() - start
+        if step + 1 < self.run.config.steps:
+            self._coming = {step + 1: self._read(step + 1)}
+        return StepData(data.examples, data.prompts, waited)
+
+    def _read(self, step: int) -> Future[StepData]:
+        return self._thread.submit(read_step, self.run, step)

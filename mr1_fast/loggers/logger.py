@@ -1,0 +1,112 @@
+"""What a logger is, and what it is told about the run."""
+
+import importlib.util
+import json
+import threading
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..files import write_json
+from .samples import Sample
+
+PROJECT = "mr1_fast"
+"""Name of the project, or experiment, under which all runs are logged."""
+
+
+@dataclass
+class LoggerRun:
+    """A run as its loggers know it."""
+
+    folder: Path
+    """The run folder."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings as config.yaml has them; there is no token among them."""
+    resumed: bool = False
+    """Whether an earlier process has begun the run."""
+
+    def __post_init__(self):
+        self._lock = threading.Lock()  # each logger has a thread of its own
+        self._kept: dict[str, Any] = {}
+        if self.resumed:
+            with suppress(OSError, ValueError, TypeError):  # a lost file costs a second entry
+                self._kept = dict(json.loads(self._file.read_text(encoding="utf-8")))
+
+    @property
+    def name(self) -> str:
+        """The name under which the run is shown: that of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "loggers.json"
+
+    def recall(self, logger: str) -> str | None:
+        """Return the identifier that a logger has given this run, or None if there is none yet."""
+        return self._kept.get(logger)
+
+    def remember(self, logger: str, identifier: str | int) -> None:
+        """Keep a logger's identifier of this run, in loggers.json, for a process that resumes."""
+        with self._lock:
+            self._kept[logger] = identifier
+            write_json(self._file, self._kept)
+
+    def steps_known(self, steps: int) -> int:
+        """Return how many steps the loggers have been given by earlier processes.
+
+        `steps` is how many the last one of them has finished; one before may have come further.
+        """
+        if not self.resumed:
+            return 0
+        known = max(steps, self._kept.get("steps", 0))
+        self.remember("steps", known)
+        return known
+
+
+def installed(package: str) -> bool:
+    """Return whether a package can be imported; a folder of its name, such as wandb/, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+class Logger(ABC):
+    """Somewhere that the metrics and samples of a run are sent to.
+
+    The constructor looks for the logger's package before the run has written anything, and raises
+    UserError where it is missing. All other methods are called by one thread of the logger's own,
+    where they may wait, and may raise whatever they want.
+    """
+
+    REWRITES: ClassVar[bool] = False
+    """Whether a resumed run replaces the records of the steps that it does again.
+
+    Other loggers keep the first ones, and are not given those steps a second time."""
+
+    PACKAGE: ClassVar[str]
+    """The package that the logger needs."""
+
+    def __init__(self, run: LoggerRun):
+        self.run = run
+        if not installed(self.PACKAGE):
+            raise UserError(
+                f"loggers has {self.PACKAGE}, which is not installed: pip install {self.PACKAGE}."
+            )
+
+    @abstractmethod
+    def open(self, first_step: int) -> None:
+        """Begin, or go on with, the run, whose next step is `first_step`."""
+
+    @abstractmethod
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record the metrics of a step."""
+
+    @abstractmethod
+    def samples(self, samples: list[Sample], step: int) -> None:
+        """Record some completions of a step, with their images where the logger has images."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Send what is left, and end."""

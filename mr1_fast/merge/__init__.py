@@ -1,0 +1,1 @@
+"""Merging an adapter into its 16-bit model, layer by layer."""

@@ -1,0 +1,140 @@
+"""Saving a policy so that it loads everywhere: weights, adapter, and its processor's own files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import ModelConfig, RunConfig
+from ..errors import UserError
+from .forward import base_model
+from .policy import Policy
+from .saved_adapter import ADAPTER_FOLDER, adapter_folder
+
+SHARD_BYTES = 2 * 10**9
+"""Largest file of weights. What is made for a file, such as merged weights, waits in memory until
+it is written."""
+
+
+def check_save(run: RunConfig, model: ModelConfig) -> None:
+    """Raise UserError where an adapter is to be saved that would have no model on disk under it."""
+    if run.save in ("adapter", "both") and not model.load_in_4bit and adapter_folder(model.model):
+        raise UserError(
+            f"save is {run.save}, but model {model.model} is an adapter itself, and a second one "
+            f"would lie on no model: first run `python -m mr1_fast.merge {model.model} --output "
+            "FOLDER`, and train FOLDER."
+        )
+
+
+def save_pretrained(policy: Policy, folder: Path, save: str | None = None) -> None:
+    """Save a policy in Hugging Face format, with the processor's files of the model it began as.
+
+    save: what is written of a policy with LoRA adapters: "merged", the model with the adapters in
+    its weights; "adapter", those alone, in `folder/adapter`; or "both". None is the merged model,
+    and over 4-bit weights, which cannot be merged without loss, the adapter.
+    """
+    model, base = policy.model, base_model(policy.model)
+    if base is model:
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    else:
+        save = save or ("adapter" if getattr(base, "is_loaded_in_4bit", False) else "merged")
+        if save != "adapter":
+            _save_merged(base, folder)
+        if save != "merged":
+            _save_adapter(model, base, folder / ADAPTER_FOLDER)
+    policy.processor.save_source(folder, base.config.model_type)
+    if (folder / "config.json").is_file():
+        _keep_config(policy.processor.source, folder, base.dtype)
+
+
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], shard: int | None = None
+) -> None:
+    """Write tensors as safetensors files of at most `shard` bytes, by default SHARD_BYTES.
+
+    sizes: the bytes of each tensor; make: gives a tensor by its name. Only the tensors of one file
+    exist at a time.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard or SHARD_BYTES,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: make(name).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
+
+
+def _save_merged(base: nn.Module, folder: Path) -> None:
+    """Write the model with its adapters merged into the weights; it stays as it is itself."""
+    config = base.config
+    config.architectures, config.dtype = [type(base).__name__], base.dtype
+    config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+
+    weights, adapted = {}, {}
+    for name, weight in base.state_dict().items():
+        if ".lora_" not in name:
+            weights[_stored_name(name)] = weight
+    if base.lm_head.weight is base.get_input_embeddings().weight:
+        del weights["lm_head.weight"]
+    for name, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            adapted[_stored_name(f"{name}.weight")] = module
+
+    def make(name: str) -> Tensor:
+        module = adapted.get(name)
+        if module is None:
+            return weights[name]
+        weight = module.base_layer.weight.detach()
+        for adapter in module.active_adapters:
+            weight = (weight + module.get_delta_weight(adapter).detach()).to(weight.dtype)
+        return (
+            weight.cpu()
+        )  # a card that is full of training has room for one layer, not for a file
+
+    write_weights(folder, {name: weight.nbytes for name, weight in weights.items()}, make)
+
+
+def _keep_config(source: str | None, folder: Path, dtype: torch.dtype) -> None:
+    """Put the config.json of the model that training began with in the place of transformers' own.
+
+    What reads that model then reads this one, too, also if it knows only older settings. It stays
+    transformers' own where weights have been trained in another dtype.
+    """
+    config = Path(source or "") / "config.json"
+    if source is None or not config.is_file():
+        return
+    settings = json.loads(config.read_text("utf-8"))
+    if settings.get("dtype", settings.get("torch_dtype")) == str(dtype).removeprefix("torch."):
+        shutil.copyfile(config, folder / "config.json")
+
+
+def _stored_name(name: str) -> str:
+    """Return the name that a weight has in files: that of the models on the hub."""
+    name = name.replace(".base_layer.", ".")
+    for inner, stored in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(inner):
+            return stored + name.removeprefix(inner)
+    return name
+
+
+def _save_adapter(model: nn.Module, base: nn.Module, folder: Path) -> None:
+    """Write the adapter in PEFT's format, with a name of its model that holds from any folder."""
+    name = base.name_or_path
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, not filled in

@@ -1,0 +1,158 @@
+"""LoRA adapters on disk, in PEFT's format: where they lie, and merging one into its model.
+
+W' = W + s·B·A,   s = α/r, or α/√r with rsLoRA   (Hu et al., arXiv 2106.09685, section 4.1)
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import UserError
+
+ADAPTER_FOLDER = "adapter"
+"""Where the final folder of a run keeps its adapter."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways in which PEFT starts an adapter that change the model under it, too."""
+_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "alpha_pattern", "layer_replication")
+"""Settings of PEFT's LoraConfig which, if they are set, make an adapter another one than W + s·B·A
+with one α."""
+
+
+def adapter_folder(name: str) -> Path | None:
+    """Return the folder of the adapter that the model `name` consists of; None for any other.
+
+    That is the folder `name` itself, or `name/adapter` where `name` has no model of its own.
+    """
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    inner = folder / ADAPTER_FOLDER
+    is_adapter = (inner / "adapter_config.json").is_file()
+    return inner if is_adapter and not (folder / "config.json").is_file() else None
+
+
+def adapter_base(name: str) -> str | None:
+    """Return the name of the model under the adapter in folder `name`, or None if it holds none.
+
+    Raises UserError where the adapter does not name it, or where its folder is gone.
+    """
+    folder = adapter_folder(name)
+    if folder is None:
+        return None
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"the adapter {folder} does not name the model under it: write its name or folder as "
+            "base_model_name_or_path into adapter_config.json."
+        )
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(
+            f"the adapter {folder} belongs to the model {base}, which is not there: put it back, "
+            "or write its new place as base_model_name_or_path into adapter_config.json."
+        )
+    return base
+
+
+def read_config(folder: Path) -> dict:
+    """Read an adapter's settings; UserError for a file that is damaged."""
+    path = folder / "adapter_config.json"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): train or copy it again.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is no JSON object: train or copy it again.")
+    return settings
+
+
+def module_key(name: str) -> str:
+    """Return what is the same in all names of a module, such as `layers.0.mlp.up_proj`.
+
+    Files of different ages and the module in memory differ in what comes before it: `model.`,
+    `model.language_model.`, `base_model.model.model.`, and for the vision tower `visual.`.
+    """
+    return re.sub(r"^(base_model\.|model\.|language_model\.)+", "", name)
+
+
+@dataclass
+class SavedAdapter:
+    """A LoRA adapter, read from its files."""
+
+    folder: Path
+    settings: dict
+    """PEFT's, of adapter_config.json."""
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """A (r, in) and B (out, r) of each layer, by its `module_key`."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "SavedAdapter":
+        """Read an adapter; UserError for one that is damaged, or that is not plainly W + s·B·A."""
+        settings = read_config(folder)
+        _check_plain(folder, settings)
+        path = folder / "adapter_model.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}): train or copy it again.") from error
+
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            found = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
+            if not found or tensor.ndim != 2:
+                raise _cannot_merge(folder, f"it holds {name}")
+            factors.setdefault(module_key(found[1]), {})[found[2]] = tensor
+        for module, pair in factors.items():
+            if pair.keys() != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1]:
+                raise UserError(
+                    f"the adapter {folder} is damaged at {module}, where its two factors do not "
+                    "fit together: train or copy it again."
+                )
+        if not factors:
+            raise UserError(f"{path} holds no adapter: train or copy it again.")
+        return cls(folder, settings, {name: (p["A"], p["B"]) for name, p in factors.items()})
+
+    def fits(self, name: str, shape: list[int]) -> bool | None:
+        """Whether a weight (out, in) of the model has the adapter's shape; None if it has none."""
+        pair = self.factors.get(module_key(name).removesuffix(".weight"))
+        return None if pair is None else list(shape) == [len(pair[1]), pair[0].shape[1]]
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight of the model with its part of the adapter, in its own dtype.
+
+        It is computed in fp32 and rounded once. A weight without a part comes back as it is.
+        """
+        pair = self.factors.get(module_key(name).removesuffix(".weight"))
+        if pair is None or not name.endswith(".weight"):
+            return weight
+        low, high = (factor.to(weight.device, torch.float32) for factor in pair)
+        alpha = self.settings.get("lora_alpha", 8)
+        rank = len(low)
+        scale = alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
+        return torch.addmm(weight.float(), high, low, alpha=scale).to(weight.dtype)
+
+
+def _check_plain(folder: Path, settings: dict) -> None:
+    """Raise UserError for an adapter whose settings say that it is more than W + s·B·A."""
+    if settings.get("peft_type") != "LORA":
+        raise _cannot_merge(folder, f"its peft_type is {settings.get('peft_type')}")
+    for name in _PLAIN:
+        if settings.get(name):
+            raise _cannot_merge(folder, f"{name} is set")
+    if settings.get("bias", "none") != "none":
+        raise _cannot_merge(folder, f"bias is {settings['bias']}")
+    if str(settings.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        raise _cannot_merge(folder, f"init_lora_weights is {settings['init_lora_weights']}")
+
+
+def _cannot_merge(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"the adapter {folder} is no plain LoRA ({reason}): merge it with PEFT's merge_and_unload, "
+        "which holds the whole model in memory."
+    )

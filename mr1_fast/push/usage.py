@@ -1,0 +1,89 @@
+"""How to load a trained model: the code and the commands that its card shows."""
+
+import json
+import shlex
+from pathlib import Path
+
+from ..config import TrainConfig
+from ..profiles import BUILT_IN
+from ..report.markdown import fence
+from .metadata import adapter_folder, has_weights
+from .public import hub_name, public
+
+THIS_MODEL = "path/to/final"
+"""What the card calls its own model until `push_run` puts the name on the Hub in its place."""
+
+LONGEST_PROMPT = 400
+"""The most characters of a prompt in the code; a longer one is among the settings."""
+
+
+def usage(config: TrainConfig, final: Path) -> str:
+    """Return Markdown with code for transformers, and a line for vLLM."""
+    adapter = adapter_folder(final)
+    whole = has_weights(final) or adapter is None
+    base = hub_name(config.model) or Path(config.model).name
+    loaded = THIS_MODEL if whole else base
+    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
+    if not whole:
+        lines.insert(0, "from peft import PeftModel")
+    lines += [
+        "",
+        "model = AutoModelForImageTextToText.from_pretrained(",
+        f'    {_quoted(loaded)}, dtype="auto", device_map="auto"',
+        ")",
+    ]
+    folder = "" if adapter in (None, ".") else f', subfolder="{adapter}"'
+    if not whole:
+        lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{folder})')
+    lines += [
+        f'processor = AutoProcessor.from_pretrained("{THIS_MODEL}")',
+        "",
+        *_conversation(config),
+        "inputs = processor.apply_chat_template(",
+        "    messages, add_generation_prompt=True, tokenize=True, return_dict=True,",
+        '    return_tensors="pt",',
+        ").to(model.device)",
+        f"output = model.generate(**inputs, max_new_tokens={config.max_new_tokens})",
+        'answer = output[:, inputs["input_ids"].shape[1] :]',
+        "print(processor.batch_decode(answer, skip_special_tokens=True)[0])",
+    ]
+    parts = [fence("\n".join(lines), "python")]
+    if config.model not in BUILT_IN:
+        parts.append(f"With vLLM:\n\n{fence(_vllm(config, whole, base, folder), 'bash')}")
+    return "\n".join(parts)
+
+
+def _conversation(config: TrainConfig) -> list[str]:
+    """Lines that make `messages` as the prompts of the training were made."""
+    suffix = config.prompt_suffix if config.prompt_template is None else ""
+    asked = "How many circles are there?" if config.task == "counting" else "What is the answer?"
+    question = f"{asked} {suffix}".strip()
+    if len(question) > LONGEST_PROMPT:
+        question = question[:LONGEST_PROMPT] + " …"
+    lines = ["messages = ["]
+    if config.system_prompt:
+        system = public(config.system_prompt[:LONGEST_PROMPT])
+        lines.append(f'    {{"role": "system", "content": {_quoted(system)}}},')
+    return [
+        *lines,
+        '    {"role": "user", "content": [',
+        '        {"type": "image", "image": "picture.png"},',
+        f'        {{"type": "text", "text": {_quoted(public(question))}}},',
+        "    ]},",
+        "]",
+    ]
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal that Python reads."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _vllm(config: TrainConfig, whole: bool, base: str, folder: str) -> str:
+    if whole:
+        return f"vllm serve {THIS_MODEL}"
+    lora = f"--enable-lora --max-lora-rank {config.lora_rank} --lora-modules"
+    if folder:
+        download = f"hf download {THIS_MODEL} --local-dir trained\n"
+        return f"{download}vllm serve {shlex.quote(base)} {lora} trained=trained/adapter"
+    return f"vllm serve {shlex.quote(base)} {lora} trained={THIS_MODEL}"

@@ -1,0 +1,127 @@
+"""Data read in a thread: the same as reading within the step gives, in the same order."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mr1_fast.ahead import Ahead
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.config import TrainConfig
+from mr1_fast.errors import UserError
+from mr1_fast.run import prepare
+from mr1_fast.seeds import seed_step
+from mr1_fast.tasks import get_task
+from mr1_fast.tasks.data import DrawnExamples, load_examples
+from mr1_fast.train import grpo_step, sft_step
+
+from .data.models import tiny_policy
+from .data.runs import run, stage_run
+
+
+class Recording(DrawnExamples):
+    """Drawn examples that note which steps are read, and in which thread."""
+
+    def __init__(self):
+        super().__init__(get_task("counting"), "train", 0)
+        self.read = []
+
+    def take(self, step, count):
+        self.read.append((step, threading.current_thread().name))
+        return super().take(step, count)
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data ahead")]
+
+
+def rows_with_images(folder, count):
+    """Rows of data with an image file each."""
+    folder.mkdir()
+    rows = []
+    for index, example in enumerate(load_examples("counting", "drawn", "train", 0).all(count)):
+        example.images[0].save(folder / f"{index}.png")
+        row = {"image": f"{index}.png", "problem": example.problem, "solution": example.solution}
+        rows.append({**row, "thinking": example.thinking})
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small():
+    """A stage's run of three steps, whose source records what is read."""
+    return stage_run(tiny_policy(), TrainConfig(steps=3, prompts_per_step=2), source=Recording())
+
+
+@pytest.mark.parametrize("algo, step_of", [("grpo-d", grpo_step), ("sft", sft_step)])
+def test_a_run_has_the_numbers_of_one_that_reads_within_its_steps(
+    algo, step_of, run_args, tmp_path
+):
+    data = rows_with_images(tmp_path / "rows", 8)
+    settings = dict(algo=algo, data=str(data), eval_samples=0, save_every=0)
+    run(run_args(tmp_path / "ahead", **settings))
+    text = (tmp_path / "ahead" / "metrics.jsonl").read_text(encoding="utf-8")
+    ahead = [json.loads(line) for line in text.splitlines()]
+    assert len(ahead) == 3 and all(record["seconds_data"] > 0 for record in ahead)
+
+    within = prepare(parse_train_config(run_args(tmp_path / "within", **settings)))
+    within.log.create()
+    for record in ahead:
+        seed_step(within.config.seed, record["step"])
+        examples = within.source.take(record["step"], within.config.prompts_per_step)
+        metrics = step_of(within, examples, record["step"])
+        same = [name for name in metrics if not name.startswith(("seconds", "peak", "tflops"))]
+        assert {name: metrics[name] for name in same} == {name: record[name] for name in same}
+
+
+def test_every_step_is_read_once_and_one_ahead(small):
+    with Ahead(small) as ahead:
+        for step in range(3):
+            data = ahead.take(step)
+            assert len(small.source.read) <= step + 2
+            expected = DrawnExamples(get_task("counting"), "train", 0).take(step, 2)
+            assert [example.key for example in data.examples] == [e.key for e in expected]
+            for prompt, other in zip(data.prompts, small.policy.encode.many(expected), strict=True):
+                assert torch.equal(prompt.input_ids, other.input_ids)
+                assert torch.equal(prompt.pixel_values, other.pixel_values)
+    assert [step for step, _ in small.source.read] == [0, 1, 2]
+    assert {name for _, name in small.source.read} == {"data ahead_0"}
+    assert not reading_threads()
+
+
+def test_an_error_is_raised_at_its_step_in_the_same_words(tmp_path):
+    source = load_examples("counting", str(rows_with_images(tmp_path / "rows", 6)), "train", 0)
+    broken = source.take(2, 2)[1].key
+    (tmp_path / "rows" / broken).write_bytes(b"no image")
+    with pytest.raises(UserError) as here:
+        source.take(2, 2)
+
+    config = TrainConfig(steps=4, prompts_per_step=2)
+    failing = stage_run(tiny_policy(), config, source=source)
+    with Ahead(failing) as ahead:
+        assert [len(ahead.take(step).prompts) for step in (0, 1)] == [2, 2]
+        with pytest.raises(UserError) as there:
+            ahead.take(2)
+    assert str(there.value) == str(here.value) and broken in str(here.value)
+
+
+def test_a_run_that_ends_early_leaves_no_thread(small):
+    with pytest.raises(KeyboardInterrupt), Ahead(small) as ahead:
+        ahead.take(0)
+        assert reading_threads()
+        raise KeyboardInterrupt
+    assert not reading_threads()
+
+
+def test_threads_may_encode_at_once():
+    encode = tiny_policy().encode
+    examples = load_examples("counting", "drawn", "train", 0).all(24)
+    expected = encode.many(examples)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(encode.many, [examples] * 8):
+            for prompt, other in zip(found, expected, strict=True):
+                assert torch.equal(prompt.input_ids, other.input_ids)
+                assert torch.equal(prompt.position_ids, other.position_ids)

@@ -1,0 +1,110 @@
+"""Stages on a few rows: rewards with the overlong penalty, and steps without anything to learn.
+
+That losses and gradients are right, test_objectives.py shows.
+"""
+
+import pytest
+import torch
+
+from mr1_fast.advantages import group_advantages
+from mr1_fast.config import TrainConfig
+from mr1_fast.loss import LOSS_TYPES
+from mr1_fast.stages import grpo_batch_loss, pack_rollout, score_rollout
+from mr1_fast.types import Prompt, Rollout
+
+from .data.hostile import example
+from .data.models import given_policy
+from .data.runs import stage_run
+
+D, V = 4, 20
+
+
+def rollout_of(lengths: list[int], reasons: list[str], groups: int = 2) -> Rollout:
+    prompts = [Prompt(torch.tensor([5]), torch.zeros(3, 1).long(), 1) for _ in range(groups)]
+    completions = [torch.arange(5, 5 + n) for n in lengths]
+    sampled = [torch.zeros(n) for n in lengths]
+    texts = ["<think>a</think><answer>1</answer>"] * len(lengths)
+    size = len(lengths) // groups
+    examples = [example("1")] * groups
+    return Rollout(examples, prompts, completions, texts, reasons, sampled, size)
+
+
+def step_of(rollout: Rollout, config: TrainConfig) -> tuple[float, torch.Tensor, dict]:
+    """Loss, gradient of the hidden states, and the last pack's metrics."""
+    lengths = list(map(len, rollout.completions))
+    groups = len(rollout.prompts)
+    rewards = torch.arange(len(lengths)).float().view(groups, -1)
+    batches = pack_rollout(rollout, group_advantages(rewards, config.advantage), 8, config)
+    batches.add_row_data({"ref_logp": torch.full((sum(lengths),), -2.0)})
+    hidden = torch.randn(sum(lengths), D, requires_grad=True)
+    policy = given_policy(hidden, torch.nn.Linear(D, V, bias=False), lengths)
+    loss = torch.zeros(())
+    for batch in batches:
+        part, metrics = grpo_batch_loss(policy, batch, 0.1, config)
+        loss = loss + part
+    loss.backward()
+    return loss.item(), hidden.grad, metrics
+
+
+NOTHING = {
+    "all cut": ([3, 2, 3, 1], ["length"] * 4, 2),
+    "all empty": ([0, 0, 0, 0], ["eos"] * 4, 2),
+    "empty but one, which is cut": ([0, 0, 3, 0], ["eos", "eos", "length", "eos"], 2),
+    "one row, cut": ([1], ["length"], 1),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_step_without_a_token_that_counts_has_loss_0(loss_type, ratio, case):
+    settings = dict(loss_type=loss_type, ratio=ratio, mask_truncated=True, max_new_tokens=3)
+    for entropy in (0.0, 0.1):
+        config = TrainConfig(**settings, entropy_coefficient=entropy)
+        loss, gradient, metrics = step_of(rollout_of(*NOTHING[case]), config)
+        assert loss == 0 and (gradient == 0).all()
+        assert not len(metrics["entropy"].values)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_an_empty_completion_and_a_cut_one_spoil_nothing(loss_type):
+    config = TrainConfig(loss_type=loss_type, mask_truncated=True, max_new_tokens=3)
+    rollout = rollout_of([0, 2, 3, 1], ["eos", "eos", "length", "eos"])
+    loss, gradient, _ = step_of(rollout, config)
+    assert loss != 0 and gradient.isfinite().all()
+    assert (gradient != 0).any(dim=1).tolist() == [True, True, False, False, False, True]
+
+
+def test_a_step_without_groups_has_no_packs():
+    nothing = Rollout([], [], [], [], [], [], 4)
+    assert pack_rollout(nothing, torch.zeros(0, 4), 8, TrainConfig(loss_type="bnpo")) == []
+
+
+def test_weights_of_cut_completions_and_of_their_normalisers():
+    rollout = rollout_of([1, 2, 3, 2], ["eos", "eos", "length", "eos"])
+    expected = {  # rows of completions 0, 1 and 3; those of completion 2 are cut
+        "grpo": (1 / 4, 1 / 8, 1 / 8),
+        "luspo": (1 / 4, 1 / 4, 1 / 4),
+        "dr_grpo": (1 / 40, 1 / 40, 1 / 40),
+        "dapo": (1 / 5, 1 / 5, 1 / 5),
+        "bnpo": (1 / 6, 1 / 6, 1 / 4),  # each group has one half
+    }
+    for loss_type, (first, second, last) in expected.items():
+        config = TrainConfig(loss_type=loss_type, mask_truncated=True, max_new_tokens=10)
+        batches = pack_rollout(rollout, torch.zeros(2, 2), 4, config)
+        weights = torch.cat([batch.row_data["token_weights"] for batch in batches])
+        right = torch.tensor([first, second, second, 0, 0, 0, last, last])
+        torch.testing.assert_close(weights, right, msg=loss_type)
+
+
+def test_the_overlong_penalty_is_a_part_of_the_reward():
+    rollout = rollout_of([1, 8, 9, 10], ["eos", "eos", "eos", "length"])
+    plain = TrainConfig(max_new_tokens=10)
+    scores = score_rollout(stage_run(None, plain), rollout, 0)
+    assert scores.total.tolist() == [[2.0, 2.0], [2.0, 2.0]] and "overlong" not in scores.parts
+
+    config = TrainConfig(max_new_tokens=10, overlong_penalty=0.2)
+    scores = score_rollout(stage_run(None, config), rollout, 0)
+    assert scores.parts["overlong"] == [0.0, 0.0, -0.5, -1.0]
+    assert scores.total.tolist() == [[2.0, 2.0], [1.5, 1.0]]
+    assert scores.means() == {"accuracy": 1.0, "format": 1.0, "overlong": -0.375}
