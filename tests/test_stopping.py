@@ -18,7 +18,7 @@ from mr1_fast import stopping
 from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import STOP_SIGNALS, Stopped
-from mr1_fast.report.run_report import PLOTS
+from mr1_fast.report.plots import PLOTS
 from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
 
@@ -34,7 +34,7 @@ def quick_runs():
     """Runs have accuracies that go up and down, and no plots, which take half of their time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mr1_fast.tasks.judge_completion", toss)
-        patch.setattr("mr1_fast.report.run_report.PLOTS", PLOTS[:2])
+        patch.setattr("mr1_fast.report.plots.PLOTS", PLOTS[:2])
         yield
 
 
