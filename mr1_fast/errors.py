@@ -76,7 +76,7 @@ class handling:
 
 
 def exit_when_stopped() -> None:
-    """Let the stop signals end this process at once, with one word on stderr.
+    """Let the stop signals end this process at once, with one line on stderr.
 
     That is for a command that still imports its libraries, where an exception may come up in any of
     them and be lost or reported as another one, and for one that is about to exit.
@@ -86,7 +86,7 @@ def exit_when_stopped() -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     with suppress(OSError):
-        os.write(2, b"\nstopped\n")
+        os.write(2, b"\nstopped: there was nothing to save\n")
     os._exit(128 + number)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -233,16 +233,16 @@ def test_a_second_signal_stops_at_once(whole, run_args, tmp_path):
 def test_at_random_moments(whole, run_args, tmp_path):
     """Each time the signal comes at another moment: in loading, a step, an evaluation, a save."""
     folder, draw = tmp_path / "run", random.Random()
-    argv = run_args(folder, **SETTINGS | dict(save_every=0))
+    argv = run_args(folder, **SETTINGS)
     for _ in range(3):
         timer = threading.Timer(draw.uniform(0.1, 3.0), stop)
-        timer.start()
-        try:
-            train(parse_train_config(argv))
-            time.sleep(10)  # the signal comes after the end
-        except KeyboardInterrupt:
-            pass
-        timer.join()
+        with suppress(KeyboardInterrupt):
+            try:
+                timer.start()
+                train(parse_train_config(argv))
+            finally:
+                timer.cancel()  # it may come while this is done, but not later
+                timer.join()
         if saved_steps(folder / "checkpoints"):
             argv = ["--resume", str(folder)]
     train(parse_train_config(argv))
@@ -334,7 +334,7 @@ def test_every_command_ends_in_silence_while_it_imports(number, module, run_args
     while not catches_sigterm(process.pid) and time.monotonic() < deadline:
         time.sleep(0.001)
     os.killpg(process.pid, number)
-    assert ended(process, 128 + number) == "stopped"
+    assert ended(process, 128 + number).startswith("stopped")
     assert not list(tmp_path.iterdir())
 
 

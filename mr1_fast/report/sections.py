@@ -57,6 +57,8 @@ def accuracy_section(evaluation: dict) -> str:
     if judge := evaluation.get("judge"):
         items += f", judge: {text(judge)}"
     waiting = "" if after else " Not yet evaluated after training."
+    if after and "final_step" in evaluation:
+        waiting = f" The final model is that after step {text(evaluation['final_step'])}."
     return section(
         "Accuracy on held-out items",
         f'<table class="card">{head}{body}</table>',

@@ -16,7 +16,7 @@ from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.log import RunLog
-from mr1_fast.report.run_report import PLOTS
+from mr1_fast.report.plots import PLOTS
 from mr1_fast.rewards.answers.verdict import Verdict
 from mr1_fast.train import train
 
@@ -32,7 +32,7 @@ SETTINGS |= dict(save_every=2, learning_rate=3e-3)
 def few_plots():
     """Plots take half of a short run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mr1_fast.report.run_report.PLOTS", PLOTS[:2])
+        patch.setattr("mr1_fast.report.plots.PLOTS", PLOTS[:2])
         yield
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mr1_fast.report.run_report import write_report
-from mr1_fast.report.sections import duration, speed_tiles
+from mr1_fast.report.sections import accuracy_section, duration, speed_tiles
 
 from .test_completions import completion, group, write_groups
 from .test_run_report import HOSTILE, Page, grpo_step, make_run, sft_step
@@ -115,3 +115,11 @@ def test_evaluations_and_extra_rewards_have_plots(tmp_path):
     page = Page(write_report(run))
     assert page.plots()[:4] == ["Held-out accuracy", "Reward", "Accuracy", "Reward brief"]
     assert len(page.curves()["Reward brief"]) == 1
+
+
+def test_the_step_of_the_final_model_is_named():
+    score = {"accuracy": 0.5, "interval": [0.2, 0.8], "correct": 4, "count": 8}
+    evaluation = {"before": {"greedy": score}, "after": {"greedy": score}, "final_step": "<40>"}
+    assert "The final model is that after step &lt;40&gt;." in accuracy_section(evaluation)
+    del evaluation["after"]
+    assert "Not yet evaluated after training." in accuracy_section(evaluation)
