@@ -56,7 +56,7 @@ REFUSED_BEFORE_THE_RUN = {
         {"task": "chess"},
         "task is 'chess', but the known tasks are counting, geometry",
     ),
-    "unknown algorithm": ({"algo": "ppo"}, "algo is ppo, but must be one of grpo-d, grpo, sft"),
+    "unknown algorithm": ({"algo": "ppo"}, "algo is ppo, but must be one of grpo-d, grpo, dr-grpo"),
     "unknown preset": (
         {"preset": "chess"},
         "preset is chess, but must be one of auto, counting, geometry",
