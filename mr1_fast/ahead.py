@@ -1,4 +1,4 @@
-"""Data on the way: the prompts of the next step are read and encoded while a step is computed."""
+"""Data on the way: the next step's prompts are read and encoded while a GPU computes a step."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +30,9 @@ def read_step(run: Run, step: int) -> StepData:
 class Ahead:
     """Context manager that has the data of the next step read in a thread.
 
+    `thread`: whether it does; by default if the model is on a GPU. On a CPU the thread would take
+    its time from the step, so the data are read when the step asks for them.
+
     What a step gets depends on its number alone, so the data are those that reading within the step
     would give. It holds the data of one step beside those that it has given out. Its thread ends
     with the context; an item that is being read is read to its end first.
@@ -41,9 +44,10 @@ class Ahead:
     ...         data = ahead.take(step)
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, thread: bool | None = None):
         self.run = run
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data ahead")
+        threaded = run.policy.device.type != "cpu" if thread is None else thread
+        self._thread = ThreadPoolExecutor(1, "data ahead") if threaded else None
         self._coming: dict[int, Future[StepData]] = {}
 
     def __enter__(self) -> "Ahead":
@@ -55,7 +59,8 @@ class Ahead:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> StepData:
         """Return the data of a step, and begin to read those of the next one, if there is one.
@@ -63,11 +68,9 @@ class Ahead:
         Raises what reading this step's data has raised.
         """
         start = time.perf_counter()
-        data = (self._coming.pop(step, None) or self._read(step)).result()
+        coming = self._coming.pop(step, None)
+        data = coming.result() if coming else read_step(self.run, step)
         waited = time.perf_counter() - start
-        if step + 1 < self.run.config.steps:
-            self._coming = {step + 1: self._read(step + 1)}
+        if self._thread and step + 1 < self.run.config.steps:
+            self._coming = {step + 1: self._thread.submit(read_step, self.run, step + 1)}
         return StepData(data.examples, data.prompts, waited)
-
-    def _read(self, step: int) -> Future[StepData]:
-        return self._thread.submit(read_step, self.run, step)

@@ -62,23 +62,25 @@ def test_a_run_has_the_numbers_of_one_that_reads_within_its_steps(
 ):
     data = rows_with_images(tmp_path / "rows", 8)
     settings = dict(algo=algo, data=str(data), eval_samples=0, save_every=0)
-    run(run_args(tmp_path / "ahead", **settings))
-    text = (tmp_path / "ahead" / "metrics.jsonl").read_text(encoding="utf-8")
-    ahead = [json.loads(line) for line in text.splitlines()]
-    assert len(ahead) == 3 and all(record["seconds_data"] > 0 for record in ahead)
+    run(run_args(tmp_path / "within", **settings))  # on a CPU
+    text = (tmp_path / "within" / "metrics.jsonl").read_text(encoding="utf-8")
+    within = [json.loads(line) for line in text.splitlines()]
+    assert len(within) == 3 and all(record["seconds_data"] > 0 for record in within)
 
-    within = prepare(parse_train_config(run_args(tmp_path / "within", **settings)))
-    within.log.create()
-    for record in ahead:
-        seed_step(within.config.seed, record["step"])
-        examples = within.source.take(record["step"], within.config.prompts_per_step)
-        metrics = step_of(within, examples, record["step"])
-        same = [name for name in metrics if not name.startswith(("seconds", "peak", "tflops"))]
-        assert {name: metrics[name] for name in same} == {name: record[name] for name in same}
+    prepared = prepare(parse_train_config(run_args(tmp_path / "ahead", **settings)))
+    prepared.log.create()
+    with Ahead(prepared, thread=True) as ahead:
+        for record in within:
+            step = record["step"]
+            data = ahead.take(step)
+            seed_step(prepared.config.seed, step)
+            metrics = step_of(prepared, data.examples, step, data.prompts)
+            same = [name for name in metrics if not name.startswith(("seconds", "peak", "tflops"))]
+            assert {name: metrics[name] for name in same} == {name: record[name] for name in same}
 
 
 def test_every_step_is_read_once_and_one_ahead(small):
-    with Ahead(small) as ahead:
+    with Ahead(small, thread=True) as ahead:
         for step in range(3):
             data = ahead.take(step)
             assert len(small.source.read) <= step + 2
@@ -88,8 +90,15 @@ def test_every_step_is_read_once_and_one_ahead(small):
                 assert torch.equal(prompt.input_ids, other.input_ids)
                 assert torch.equal(prompt.pixel_values, other.pixel_values)
     assert [step for step, _ in small.source.read] == [0, 1, 2]
-    assert {name for _, name in small.source.read} == {"data ahead_0"}
+    # The first step's are read where they are needed.
+    assert [name for _, name in small.source.read[1:]] == ["data ahead_0"] * 2
     assert not reading_threads()
+
+
+def test_a_model_on_a_cpu_shares_it_with_no_thread(small):
+    with Ahead(small) as ahead:
+        assert [len(ahead.take(step).prompts) for step in range(3)] == [2, 2, 2]
+    assert {name for _, name in small.source.read} == {threading.current_thread().name}
 
 
 def test_an_error_is_raised_at_its_step_in_the_same_words(tmp_path):
@@ -101,7 +110,7 @@ def test_an_error_is_raised_at_its_step_in_the_same_words(tmp_path):
 
     config = TrainConfig(steps=4, prompts_per_step=2)
     failing = stage_run(tiny_policy(), config, source=source)
-    with Ahead(failing) as ahead:
+    with Ahead(failing, thread=True) as ahead:
         assert [len(ahead.take(step).prompts) for step in (0, 1)] == [2, 2]
         with pytest.raises(UserError) as there:
             ahead.take(2)
@@ -109,7 +118,7 @@ def test_an_error_is_raised_at_its_step_in_the_same_words(tmp_path):
 
 
 def test_a_run_that_ends_early_leaves_no_thread(small):
-    with pytest.raises(KeyboardInterrupt), Ahead(small) as ahead:
+    with pytest.raises(KeyboardInterrupt), Ahead(small, thread=True) as ahead:
         ahead.take(0)
         assert reading_threads()
         raise KeyboardInterrupt

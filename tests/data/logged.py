@@ -41,7 +41,7 @@ def log_steps(folder: Path, logger: str, first: int, last: int, **settings) -> N
     log = RunLog(
         TrainConfig(output=str(folder), steps=4, loggers=[logger], resume=resume, **settings)
     )
-    log.create()
+    log.create(first)
     log.start(first)
     for step in range(first, last):
         log.completions(step, *rollout_of(step))
