@@ -12,6 +12,7 @@ from .config import OptimizerConfig
 from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
 from .kernels.adamw.step import add_stochastic_
+from .loss_scale import LossScale
 from .metrics import RowMetric, RowMetrics
 from .model.policy import Policy
 from .seeds import derive_seed
@@ -80,6 +81,7 @@ def update(
     step: int,
     total_steps: int,
     config: OptimizerConfig,
+    loss_scale: LossScale | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on the summed loss of `batches`; returns the step's metrics.
 
@@ -88,6 +90,8 @@ def update(
     optimizer state untouched, since one bad batch must not end a run; `skipped` then is 1. Running
     out of memory before the optimizer's own step leaves them untouched, too, so that the caller can
     try again.
+
+    A float16 model needs a `loss_scale`. The batches are scaled by it, and what is returned is not.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,7 +99,10 @@ def update(
     try:
         with unbiased_accumulation(parameters, derive_seed(getattr(optimizer, "seed", 0), step)):
             for batch in batches:
-                part, metrics = batch_loss(policy, batch.to(policy.device))
+                batch = batch.to(policy.device)
+                if loss_scale:
+                    batch = loss_scale.scaled(batch)
+                part, metrics = batch_loss(policy, batch)
                 part.backward()
                 loss += part.item()
                 row_metrics.add(metrics)
@@ -107,18 +114,26 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
 
+    scale_metrics = {}
+    if loss_scale:
+        loss /= loss_scale.value
+        loss_scale.unscale_(p.grad for p in parameters if p.grad is not None)
+        scale_metrics = {"loss_scale": loss_scale.value}
     norm = gradient_norm(parameters)
     grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         _step(optimizer, parameters, norm, config.max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
+    if loss_scale:
+        loss_scale.observe(finite)
     return {
         "loss": loss,
         **row_metrics.result(),
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "skipped": float(not finite),
+        **scale_metrics,
     }
 
 

@@ -12,8 +12,9 @@ from .errors import UserError, printable
 from .kernels.self_test import self_test
 from .kl_schedule import KLSchedule
 from .log import RunLog
+from .loss_scale import LossScale
 from .model.attention import attention_kernel
-from .model.device import resolve_device
+from .model.device import resolve_device, resolve_dtype
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
@@ -55,6 +56,8 @@ class Run:
     """The policy as it was before training; None where the loss has no KL term."""
     schedule: KLSchedule | None = None
     """β as a function of the optimizer step, and maybe of what was measured before it."""
+    loss_scale: LossScale | None = None
+    """By what a float16 policy's loss is scaled; None in every other dtype."""
     source: DrawnExamples | LoadedExamples | None = None
     """Where the examples of each step come from."""
     held_out: list[Example] = field(default_factory=list)
@@ -94,7 +97,7 @@ class Run:
                 self.policy.model,
                 self.optimizer,
                 self.start_fingerprint,
-                checkpoint_parts(self.schedule),
+                checkpoint_parts(self.schedule, self.loss_scale),
             )
         self.saved = steps_done
 
@@ -132,9 +135,12 @@ class Run:
         return "finished" if finished else "patience" if patience else ""
 
 
-def checkpoint_parts(schedule: KLSchedule) -> dict[str, Part]:
+def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict[str, Part]:
     """Return all that a checkpoint keeps beside weights and optimizer, by its name there."""
-    return {"kl_schedule": schedule}
+    parts: dict[str, Part] = {"kl_schedule": schedule}
+    if loss_scale:
+        parts["loss_scale"] = loss_scale
+    return parts
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -146,6 +152,8 @@ def prepare(config: TrainConfig) -> Run:
     time_limit = TimeLimit(config.max_hours)
     get_task(config.task)
     check_save(config, config)
+    dtype = resolve_dtype(config)
+    config.check_dtype(str(dtype).removeprefix("torch."))
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
@@ -162,13 +170,14 @@ def prepare(config: TrainConfig) -> Run:
     reference = Reference(policy, config.reference) if config.needs_reference else None
     optimizer = make_optimizer(policy.model, config, config.seed)
     schedule, first_step = config.kl_schedule(), 0
+    loss_scale = LossScale() if dtype == torch.float16 else None
     if log.resuming:
         first_step = load_checkpoint(
             log.checkpoints,
             policy.model,
             optimizer,
             start_fingerprint,
-            checkpoint_parts(schedule),
+            checkpoint_parts(schedule, loss_scale),
         )
     progress = Progress.read(log.evaluations, first_step) if log.resuming else Progress()
     if config.keep_best and progress.best() not in (None, *saved_steps(log.best)):
@@ -189,6 +198,7 @@ def prepare(config: TrainConfig) -> Run:
         optimizer=optimizer,
         reference=reference,
         schedule=schedule,
+        loss_scale=loss_scale,
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         progress=progress,

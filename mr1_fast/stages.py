@@ -283,6 +283,7 @@ def learn(
             optimizer_step,
             config.optimizer_steps(),
             config,
+            run.loss_scale,
         )
 
     return run.limits.attempt(PACK_TOKENS, attempt, relief=run.recompute_all)

@@ -1,6 +1,7 @@
 """Checkpoints: resuming continues bit for bit, and what goes wrong leaves no half of one."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -15,6 +16,7 @@ from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpo
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import TargetKL
+from mr1_fast.loss_scale import LARGEST
 from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
@@ -66,10 +68,14 @@ def finished(run_args, tmp_path_factory):
 @pytest.fixture
 def interrupted(finished, tmp_path):
     """A copy of that run as if it had been killed after step 7 was logged."""
-    folder = tmp_path / "interrupted"
+    return interrupt(finished, tmp_path / "interrupted")
+
+
+def interrupt(finished, folder):
+    """Copy a finished run as if it had been killed before its last checkpoint."""
     shutil.copytree(finished, folder)
-    for name in ("checkpoints/step-000008", "final"):
-        shutil.rmtree(folder / name)
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    shutil.rmtree(folder / "final")
     (folder / "report.html").unlink()
     evaluation = json.loads((folder / "evaluation.json").read_text())
     del evaluation["after"], evaluation["final_step"]
@@ -136,6 +142,29 @@ def test_a_killed_run_goes_on_in_another_process_as_if_nothing_had_happened(
     run(["--resume", str(folder)])
     assert_same_run(folder, tmp_path / "whole")
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_run_in_float16_goes_on_with_its_loss_scale(run_args, tmp_path):
+    settings = dict(dtype="float16", lora=True, save_every=2, max_grad_norm=0.5)
+    run(run_args(whole := tmp_path / "whole", **settings))
+    steps = metrics(whole)
+    assert len(steps) == 3 and all(math.isfinite(x) for step in steps for x in step.values())
+    assert all(step["skipped"] == 0 and step["loss_scale"] == LARGEST for step in steps)
+    assert all(step["grad_norm"] > 0 for step in steps)
+
+    folder = interrupt(whole, tmp_path / "interrupted")
+    run(["--resume", str(folder)])
+    assert_same_run(folder, whole)
+    name = "checkpoints/step-000003/state.json"
+    state = json.loads((folder / name).read_text())
+    assert state["parts"]["loss_scale"] == {"value": LARGEST, "good_steps": 3}
+    assert state == json.loads((whole / name).read_text())
+
+
+def test_only_float16_has_a_loss_scale(finished):
+    assert all("loss_scale" not in step for step in metrics(finished))
+    for path in (finished / "checkpoints").glob("*/state.json"):
+        assert json.loads(path.read_text())["parts"].keys() == {"kl_schedule"}
 
 
 def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):

@@ -134,6 +134,16 @@ def test_an_objective_that_does_not_exist_is_refused(settings, message):
         TrainConfig(**settings).check()
 
 
+def test_float16_is_for_adapters_alone():
+    TrainConfig(dtype="float16", lora=True).check()
+    message = "dtype is float16, in which small updates .* add --lora, .* or pass --dtype float32"
+    with pytest.raises(UserError, match=message):
+        TrainConfig(dtype="float16").check()
+    TrainConfig().check()
+    with pytest.raises(UserError, match="dtype is auto, here float16, in which"):
+        TrainConfig().check_dtype("float16")
+
+
 def test_a_setting_that_is_given_counts_more_than_its_algorithm():
     config = parse_train_config(["--algo=dapo", "--clip-high=0.3", "--task=geometry"])
     found = (config.loss_type, config.clip_low, config.clip_high, config.overlong_penalty)

@@ -6,6 +6,7 @@ import torch
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.errors import UserError
 from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
+from mr1_fast.loss_scale import LARGEST, LossScale
 from mr1_fast.optim import (
     gradient_norm,
     learning_rate,
@@ -189,3 +190,91 @@ def test_running_out_of_memory_frees_what_was_accumulated():
     with pytest.raises(torch.OutOfMemoryError):
         update(policy, optimizer, batches_of(policy, 100), second_fails, 0, 1, config)
     assert len(calls) == 2 and all(p.grad is None for p in policy.model.parameters())
+
+
+# --- float16 --------------------------------------------------------------------------------------
+
+
+def adapted(dtype):
+    """A tiny policy with adapters that are not zero."""
+    policy = tiny_policy(dtype, lora=True, lora_rank=4)
+    torch.manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def scaled_gradient(dtype, scale: LossScale):
+    """Loss of one pack whose tokens weigh little, and the adapters' whole gradient."""
+    policy = adapted(dtype)
+    (batch,) = batches_of(policy, 10**6)
+    batch.row_data["token_weights"] = torch.full((len(batch.targets),), 1e-6)
+    loss, _ = sft_loss(policy, scale.scaled(batch))
+    loss.backward()
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}, "peft's adapters"
+    scale.unscale_(p.grad for p in trained)
+    return loss.item() / scale.value, torch.cat([p.grad.flatten() for p in trained])
+
+
+def test_under_a_scale_float16_has_the_gradients_of_float32():
+    """Errors are sums of roundings by eps/2 each, whose signs are as good as random.
+
+    The tiny model rounds some 60 times on the way to a gradient, so √60 · eps/2 ≈ 4·eps of error
+    are expected; the bound is twice that. bfloat16 has 8 times float16's eps.
+    """
+    loss, expected = scaled_gradient(torch.float32, LossScale())
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        found, gradient = scaled_gradient(dtype, LossScale())
+        errors[dtype] = ((gradient - expected).norm() / expected.norm()).item()
+        bound = 8 * torch.finfo(dtype).eps
+        assert found == pytest.approx(loss, rel=bound) and errors[dtype] < bound
+    assert errors[torch.float16] < errors[torch.bfloat16] / 4
+
+    none = LossScale()
+    none.value = 1.0
+    _, gradient = scaled_gradient(torch.float16, none)
+    assert (gradient - expected).norm() > 0.1 * expected.norm(), "most of it is below 6e-8"
+
+
+def test_what_overflows_in_float16_changes_nothing_and_halves_the_scale():
+    policy, scale = adapted(torch.float16), LossScale()
+    config = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant")
+    optimizer = make_optimizer(policy.model, config)
+    batches = batches_of(policy, 10**6)
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+
+    def loss_of(weight):
+        for batch in batches:
+            batch.row_data["token_weights"] = torch.full((len(batch.targets),), weight)
+        return update(policy, optimizer, batches, sft_loss, 0, 1, config, scale)
+
+    metrics = loss_of(10.0)  # 655,360 times a probability
+    assert metrics["skipped"] == 1 and metrics["loss_scale"] == LARGEST
+    assert scale.value == LARGEST / 2 and not optimizer.state
+    assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
+
+    metrics = loss_of(0.01)
+    assert metrics["skipped"] == 0 and metrics["loss_scale"] == LARGEST / 2
+    assert scale.state() == {"value": LARGEST / 2, "good_steps": 1}
+    changed = {n for n, p in policy.model.named_parameters() if not torch.equal(before[n], p)}
+    assert changed and all("lora" in name for name in changed)
+
+
+def test_a_loss_scale_does_not_show_in_what_is_reported():
+    """In float32, where a power of 2 rounds nothing."""
+    found = []
+    for scale in (None, LossScale()):
+        policy = tiny_policy()
+        config = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant", optimizer="adamw")
+        optimizer, batches = make_optimizer(policy.model, config), batches_of(policy, 100)
+        for batch in batches:
+            batch.row_data["token_weights"] = torch.ones(len(batch.targets))
+        metrics = update(policy, optimizer, batches, sft_loss, 0, 1, config, scale)
+        assert metrics.pop("loss_scale", None) == (LARGEST if scale else None)
+        found.append((metrics, policy.model.state_dict()))
+    (plain, weights), (scaled, others) = found
+    assert plain == scaled
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())

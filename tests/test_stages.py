@@ -9,6 +9,7 @@ import torch
 from mr1_fast.advantages import group_advantages
 from mr1_fast.config import TrainConfig
 from mr1_fast.loss import LOSS_TYPES
+from mr1_fast.loss_scale import LARGEST, LossScale
 from mr1_fast.stages import grpo_batch_loss, pack_rollout, score_rollout
 from mr1_fast.types import Prompt, Rollout
 
@@ -29,7 +30,9 @@ def rollout_of(lengths: list[int], reasons: list[str], groups: int = 2) -> Rollo
     return Rollout(examples, prompts, completions, texts, reasons, sampled, size)
 
 
-def step_of(rollout: Rollout, config: TrainConfig) -> tuple[float, torch.Tensor, dict]:
+def step_of(
+    rollout: Rollout, config: TrainConfig, scale: LossScale | None = None
+) -> tuple[float, torch.Tensor, dict]:
     """Loss, gradient of the hidden states, and the last pack's metrics."""
     lengths = list(map(len, rollout.completions))
     groups = len(rollout.prompts)
@@ -40,6 +43,7 @@ def step_of(rollout: Rollout, config: TrainConfig) -> tuple[float, torch.Tensor,
     policy = given_policy(hidden, torch.nn.Linear(D, V, bias=False), lengths)
     loss = torch.zeros(())
     for batch in batches:
+        batch = scale.scaled(batch) if scale else batch
         part, metrics = grpo_batch_loss(policy, batch, 0.1, config)
         loss = loss + part
     loss.backward()
@@ -73,6 +77,19 @@ def test_an_empty_completion_and_a_cut_one_spoil_nothing(loss_type):
     loss, gradient, _ = step_of(rollout, config)
     assert loss != 0 and gradient.isfinite().all()
     assert (gradient != 0).any(dim=1).tolist() == [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_loss_scale_multiplies_all_of_the_loss(ratio):
+    config = TrainConfig(ratio=ratio, entropy_coefficient=0.1, max_new_tokens=3)
+    steps = []
+    for scale in (None, LossScale()):
+        torch.manual_seed(0)
+        rollout = rollout_of([0, 2, 3, 1], ["eos", "eos", "length", "eos"])
+        steps.append(step_of(rollout, config, scale))
+    (loss, gradient, metrics), (scaled, larger, others) = steps
+    assert loss != 0 and scaled == loss * LARGEST and torch.equal(larger, gradient * LARGEST)
+    assert torch.equal(metrics["entropy"].values, others["entropy"].values)
 
 
 def test_a_step_without_groups_has_no_packs():

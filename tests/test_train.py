@@ -206,6 +206,13 @@ def test_beta_of_every_step_is_that_of_the_schedule(settings, low, high, run_arg
     assert column(tmp_path / "run", "kl")[0] == 0 < column(tmp_path / "run", "kl")[1]
 
 
+def test_float16_that_auto_has_chosen_is_for_adapters_alone(run_args, tmp_path, monkeypatch):
+    monkeypatch.setattr("mr1_fast.run.resolve_dtype", lambda config: torch.float16)
+    with pytest.raises(UserError, match=r"dtype is auto, here float16, in which .* add --lora"):
+        run(run_args(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_with_two_updates_the_schedule_counts_both(finished):
     _, folder = finished
     schedule = DynamicKL(0.04, 0.1, total_steps=6, explore_fraction=0.3)

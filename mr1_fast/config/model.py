@@ -19,7 +19,8 @@ class ModelConfig:
     """Hold the frozen weights in 4 bits (nf4); needs --lora and bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and matrix products; `auto` is float32 on a CPU, bfloat16 on CUDA, and
-    float16 on cards without bfloat16, such as a T4. In float16 only --lora can be trained."""
+    float16 on cards without bfloat16, such as a T4. In float16 only --lora can be trained, under a
+    loss scale."""
     device: str = "auto"
     """Device of the model, such as cpu, cuda or cuda:1; `auto` is cuda if there is a GPU, else
     cpu."""

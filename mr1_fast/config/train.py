@@ -86,6 +86,7 @@ class TrainConfig(
         self.check_objective()
         self.check_run()
         self._check_save()
+        self.check_dtype(self.dtype)
         if 0 < self.importance_cap < 1:
             raise UserError(
                 f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
@@ -112,6 +113,18 @@ class TrainConfig(
             self.kl_schedule()
         except ValueError as error:
             raise UserError(f"the KL schedule is impossible: {error}.") from error
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise UserError for weights in `dtype`, such as float16, that cannot be trained.
+
+        What `auto` means is known on the machine alone, so a run checks it once more.
+        """
+        if dtype == "float16" and not self.lora:
+            chosen = "float16" if self.dtype == dtype else f"{self.dtype}, here float16"
+            raise UserError(
+                f"dtype is {chosen}, in which small updates of the weights would be lost: add "
+                "--lora, whose adapters are float32, or pass --dtype float32."
+            )
 
     def _check_save(self) -> None:
         """Raise UserError for a final/ that cannot be written without loss, or has no adapter."""

@@ -14,7 +14,10 @@ def device_name(config: ModelConfig, has_cuda: bool) -> str:
 
 
 def dtype_name(config: ModelConfig, device_type: str) -> str:
-    """Return the name of the weights' dtype, `bfloat16` or `float32`, on a type of device."""
+    """Return the name of the weights' dtype on a type of device, without asking the device.
+
+    A card that is planned for is taken to have bfloat16; `resolve_dtype` asks that of this machine.
+    """
     if config.dtype == "auto":
         return "bfloat16" if device_type == "cuda" else "float32"
     return config.dtype
@@ -36,10 +39,17 @@ def resolve_device(config: ModelConfig) -> torch.device:
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:
-    """Return the dtype that the settings mean on this machine."""
+    """Return the dtype that the settings mean on this machine.
+
+    `auto` is float16 on a CUDA card without units for bfloat16, such as a T4 or a V100: torch
+    computes bfloat16 there as well, but slowly.
+    """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return getattr(torch, dtype_name(config, resolve_device(config).type))
+    device = resolve_device(config)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return getattr(torch, dtype_name(config, device.type))
 
 
 def first_line(error: Exception) -> str:

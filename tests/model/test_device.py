@@ -3,6 +3,7 @@ import torch
 
 from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
+from mr1_fast.model import device
 from mr1_fast.model.attention import attention_kernel, uses_varlen
 from mr1_fast.model.device import device_name, dtype_name, resolve_device, resolve_dtype
 
@@ -20,6 +21,18 @@ def test_a_setting_is_taken_as_it_is():
     chosen = ModelConfig(device="cpu", dtype="bfloat16")
     assert resolve_device(chosen) == torch.device("cpu")
     assert resolve_dtype(chosen) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+    ids=["V100", "T4", "A100"],
+)
+def test_auto_is_float16_on_a_card_without_bfloat16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(device, "resolve_device", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype(ModelConfig()) == dtype
+    assert resolve_dtype(ModelConfig(dtype="float32")) == torch.float32
 
 
 def test_a_device_that_is_not_here_is_an_error_that_names_the_way_out():
