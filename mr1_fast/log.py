@@ -1,8 +1,10 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
+import json
 import math
 import shlex
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -77,9 +79,15 @@ class RunLog:
         if not self.resuming:  # an earlier run may have ended here before its first step
             keep_lines_before(self.evaluations, 0)
         if self._found:
-            known = self._logged.steps_known(_steps_in(self.folder / "metrics.jsonl"))
+            evaluated = 1 + max((record["step"] for record in self._evaluations()), default=-1)
+            known = {
+                "known_steps": self._logged.known(
+                    "steps", _steps_in(self.folder / "metrics.jsonl")
+                ),
+                "known_evaluations": self._logged.known("evaluations", evaluated),
+            }
             self.loggers = [
-                Background(name, logger, self.say, known) for name, logger in self._found.items()
+                Background(name, logger, self.say, **known) for name, logger in self._found.items()
             ]
         for logger in self.loggers:
             logger.open(step)
@@ -89,6 +97,11 @@ class RunLog:
         for name in ("metrics.jsonl", "completions.jsonl"):
             keep_lines_before(self.folder / name, step)
         keep_lines_before(self.evaluations, step + 1)  # one is made after its step
+        if self.resuming:
+            # A logger that rewrites has dropped what it had of `step`, which is not made again.
+            self._log_evaluations(
+                record for record in self._evaluations() if record["step"] == step
+            )
         self.bar = tqdm(
             total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
         )
@@ -108,8 +121,19 @@ class RunLog:
     def evaluation(self, record: dict) -> None:
         """Record an evaluation on the way: `step`, the steps done before it, and its figures."""
         append_line(self.evaluations, record)
-        for logger in self.loggers:
-            logger.log({"held_out_accuracy": record["accuracy"]}, record["step"])
+        self._log_evaluations([record])
+
+    def _log_evaluations(self, records: Iterable[dict]) -> None:
+        for record in records:
+            for logger in self.loggers:
+                logger.evaluation({"held_out_accuracy": record["accuracy"]}, record["step"])
+
+    def _evaluations(self) -> list[dict]:
+        """The evaluations that are recorded whole."""
+        if not self.evaluations.exists():
+            return []
+        lines = self.evaluations.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """Record the completions of a step with their rewards: a line for each prompt."""

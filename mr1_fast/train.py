@@ -77,6 +77,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
         if end in ("finished", "patience"):
             write_card(run.log.folder, config)
             if config.push_to_hub and not signals.received:
+                run.log.say(f"uploading {run.log.folder / 'final'} to {config.push_to_hub} …")
                 run.log.say(push_in_time(run.log.folder))
 
         where = f"after {steps_done} of {config.steps} steps"

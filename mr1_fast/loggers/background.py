@@ -29,10 +29,15 @@ class Background:
         say: Callable[[str], None],
         known_steps: int = 0,
         records: int = RECORDS,
+        known_evaluations: int = 0,
     ):
-        """`known_steps`: how many steps an earlier process has given to the logger already."""
+        """`known_steps`: how many steps an earlier process has given to the logger already.
+
+        known_evaluations: before which step it has given it the evaluations.
+        """
         self.name, self.logger, self.say = name, logger, say
         self.known_steps = 0 if logger.REWRITES else known_steps
+        self.known_evaluations = 0 if logger.REWRITES else known_evaluations
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(records)
         self._failed = self._full = False
         self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
@@ -45,6 +50,11 @@ class Background:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record the metrics of a step."""
         if step >= self.known_steps:
+            self._put(lambda: self.logger.log(metrics, step))
+
+    def evaluation(self, metrics: dict[str, float], step: int) -> None:
+        """Record the metrics of an evaluation, made after `step` steps."""
+        if step >= self.known_evaluations:
             self._put(lambda: self.logger.log(metrics, step))
 
     def samples(self, samples: list[Sample], step: int) -> None:

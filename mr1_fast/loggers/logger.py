@@ -54,15 +54,15 @@ class LoggerRun:
             self._kept[logger] = identifier
             write_json(self._file, self._kept)
 
-    def steps_known(self, steps: int) -> int:
-        """Return how many steps the loggers have been given by earlier processes.
+    def known(self, records: str, count: int) -> int:
+        """Return how many "steps" or "evaluations" the loggers have from earlier processes.
 
-        `steps` is how many the last one of them has finished; one before may have come further.
+        `count` is how many the last one of them has recorded; one before may have come further.
         """
         if not self.resumed:
             return 0
-        known = max(steps, self._kept.get("steps", 0))
-        self.remember("steps", known)
+        known = max(count, self._kept.get(records, 0))
+        self.remember(records, known)
         return known
 
 

@@ -167,6 +167,8 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
     peft, folder = _peft(), adapter_folder(config.model)
     try:
         model = peft.PeftModel.from_pretrained(model, folder, is_trainable=config.lora)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # files that do not fit together fail in many ways
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -200,7 +202,7 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise UserError("lora needs the package peft: pip install 'mr1_fast[gpu]'.") from error
+        raise UserError("lora needs the package peft: pip install 'mr1_fast[lora]'.") from error
     return peft
 
 

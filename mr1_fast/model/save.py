@@ -136,5 +136,6 @@ def _save_adapter(model: nn.Module, base: nn.Module, folder: Path) -> None:
     name = base.name_or_path
     for config in model.peft_config.values():
         config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
-    model.save_pretrained(folder)
+    # Without a look for trained embeddings, for which PEFT asks the Hub for the base's config.
+    model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, not filled in

@@ -4,6 +4,7 @@ W' = W + s·B·A,   s = α/r, or α/√r with rsLoRA   (Hu et al., arXiv 2106.09
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file of an adapter's settings."""
 ADAPTER_FOLDER = "adapter"
 """Where the final folder of a run keeps its adapter."""
 
@@ -31,11 +34,11 @@ def adapter_folder(name: str) -> Path | None:
     That is the folder `name` itself, or `name/adapter` where `name` has no model of its own.
     """
     folder = Path(name)
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / ADAPTER_CONFIG):  # which a name of any length is asked by
         return folder
     inner = folder / ADAPTER_FOLDER
-    is_adapter = (inner / "adapter_config.json").is_file()
-    return inner if is_adapter and not (folder / "config.json").is_file() else None
+    is_adapter = os.path.isfile(inner / ADAPTER_CONFIG)
+    return inner if is_adapter and not os.path.isfile(folder / "config.json") else None
 
 
 def adapter_base(name: str) -> str | None:
@@ -60,9 +63,19 @@ def adapter_base(name: str) -> str | None:
     return base
 
 
+def model_under(name: str) -> str:
+    """Return the model that lies under all adapters of the model `name`, which may be that itself.
+
+    Raises UserError as adapter_base does.
+    """
+    while base := adapter_base(name):
+        name = base
+    return name
+
+
 def read_config(folder: Path) -> dict:
     """Read an adapter's settings; UserError for a file that is damaged."""
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..files import write_bytes, write_text
+from ..model.saved_adapter import model_under
 from ..report.markdown import inline
 from ..report.page import printable
-from ..report.records import read_json_object, read_metrics
+from ..report.records import read_evaluation, read_metrics
 from ..setting_values import shown
 from ..version import __version__
 from .metadata import metadata
 from .papers import OTHINK, PAPERS
 from .picture import panels, training_picture
-from .public import hub_name, public, public_settings
+from .public import hub_name, public, public_name, public_settings
 from .usage import usage
 
 CARD, PICTURE = "README.md", "training.png"
@@ -43,44 +44,42 @@ def write_card(run: Path, config: TrainConfig) -> None:
     Reads metrics.jsonl and evaluation.json, as far as they exist. Raises UserError where one of
     them is damaged, or a file cannot be written.
     """
-    final, evaluation = run / "final", run / "evaluation.json"
-    results = read_json_object(evaluation) if evaluation.exists() else {}
+    final, model = run / "final", model_under(config.model)
+    results = read_evaluation(run / "evaluation.json")
     columns = read_metrics(run / "metrics.jsonl")
     drawn = list(panels(columns).values())
     if drawn:
         write_bytes(final / PICTURE, training_picture(columns), _WAY_OUT)
     parts = (
-        f"---\n{metadata(config, results, final)}---\n",
-        f"# {inline(public(config.model))}, trained with {_algorithm(config)}\n",
-        _about(config),
+        f"---\n{metadata(config, model, results, final)}---\n",
+        f"# {inline(public_name(model))}, trained with {_algorithm(config)}\n",
+        _about(config, model),
         f"## Accuracy\n\n{_accuracy(results)}",
-        f"## Training\n\n{_training(config, len(columns['step']), drawn)}",
-        f"## Use\n\n{usage(config, final)}",
+        f"## Training\n\n{_training(config, results, len(columns['step']), drawn)}",
+        f"## Use\n\n{usage(config, model, final)}",
         f"## Settings\n\n{_settings(config)}",
         f"## Versions\n\n{_versions()}",
         f"## Citation\n\n{_citation(config)}",
     )
     write_text(final / CARD, "\n".join(parts), _WAY_OUT)
-    # peft leaves a template there, which says nothing but the local path of the base.
-    (final / "adapter" / CARD).unlink(missing_ok=True)
 
 
 def _algorithm(config: TrainConfig) -> str:
     return PAPERS[config.algo].algorithm if config.algo in PAPERS else "supervised fine-tuning"
 
 
-def _about(config: TrainConfig) -> str:
-    """From what, how, and on which data the model was trained, in a sentence."""
-    if base := hub_name(config.model):
+def _about(config: TrainConfig, model: str) -> str:
+    """From what, how, and on which data the model was trained, in a sentence or two."""
+    if base := hub_name(model):
         base = f"[{inline(base)}](https://huggingface.co/{base})"
     else:
-        base = f"`{_code(public(config.model))}`"
+        base = f"`{_code(public_name(model))}`"
     if data := hub_name(config.data):
         data = f"[{inline(data)}](https://huggingface.co/datasets/{data})"
     elif config.data == "drawn":
         data = f"items that mr1_fast drew (difficulty {config.difficulty})"
     else:
-        data = f"`{_code(public(config.data))}`"
+        data = f"`{_code(public_name(config.data))}`"
 
     paper = PAPERS.get(config.algo)
     how = f"[{paper.algorithm}]({paper.url})" if paper else _algorithm(config)
@@ -90,9 +89,10 @@ def _about(config: TrainConfig) -> str:
     elif not config.lora and config.freeze_vision:
         what = "The language model's weights"
     task = inline(public(config.task))
+    earlier = "" if model == config.model else " Training went on from an earlier adapter of it."
     return (
         f"This model is {base}, post-trained with {how} on the task {task}, with {data}. {what} "
-        f"were trained, with mr1_fast {__version__}.\n"
+        f"were trained, with mr1_fast {__version__}.{earlier}\n"
     )
 
 
@@ -129,13 +129,17 @@ def _share(result: dict) -> str:
     return f"{result['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _training(config: TrainConfig, steps: int, drawn: list[str]) -> str:
+def _training(config: TrainConfig, evaluation: dict, steps: int, drawn: list[str]) -> str:
     """How long and by which objective, with the picture, and a table of the main settings."""
-    lines = [f"Trained for {steps:,} of {config.steps:,} steps. {_beta(config)}".strip()]
+    parts = [f"Trained for {steps:,} of {config.steps:,} steps.", _beta(config)]
+    if config.keep_best and "final_step" in evaluation:
+        parts.insert(1, f"The weights are those after step {evaluation['final_step']}, the best.")
+    lines = [" ".join(filter(None, parts))]
     if drawn:
         lines.append(f"![{' and '.join(drawn)}, over the steps]({PICTURE})")
     names = _OF_SFT if config.algo == "sft" else _MATTERING
-    return "\n\n".join([*lines, _table({name: getattr(config, name) for name in names})]) + "\n"
+    settings = public_settings(config)
+    return "\n\n".join([*lines, _table({name: settings[name] for name in names})]) + "\n"
 
 
 def _beta(config: TrainConfig) -> str:
@@ -161,8 +165,7 @@ def _settings(config: TrainConfig) -> str:
 
 def _table(values: dict) -> str:
     rows = [
-        f"| {name} | {inline(shown(public(value))[:LONGEST_VALUE])} |"
-        for name, value in values.items()
+        f"| {name} | {inline(shown(value)[:LONGEST_VALUE])} |" for name, value in values.items()
     ]
     return "\n".join(["| setting | value |", "| --- | --- |", *rows])
 

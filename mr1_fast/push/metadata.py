@@ -10,18 +10,19 @@ from huggingface_hub.repocard import metadata_load
 
 from ..config import TrainConfig
 from ..hub import HUB_TIMEOUT
+from ..model.saved_adapter import ADAPTER_CONFIG, ADAPTER_FOLDER
 from ..report.page import printable
 from .papers import PAPERS
-from .public import hub_name, public
+from .public import hub_name, public, public_name
 
 LARGEST_CARD = 2**20
 """Bytes above which the card of a base model is not read."""
 
 
-def metadata(config: TrainConfig, evaluation: dict, final: Path) -> str:
-    """Return the metadata of the model in folder `final` as YAML."""
-    base, data = hub_name(config.model), hub_name(config.data)
-    adapter = adapter_folder(final)
+def metadata(config: TrainConfig, model: str, evaluation: dict, final: Path) -> str:
+    """Return the metadata of the model in folder `final`, trained from `model`, as YAML."""
+    base, data = hub_name(model), hub_name(config.data)
+    adapter = adapter_place(final)
     alone = adapter is not None and not has_weights(final)
     relation = "adapter" if alone else "finetune"
     card = ModelCardData(
@@ -29,20 +30,20 @@ def metadata(config: TrainConfig, evaluation: dict, final: Path) -> str:
         datasets=[data] if data else None,
         eval_results=_results(config, evaluation) or None,
         library_name="peft" if alone else "transformers",
-        model_name=_line(f"{public(config.model)}-{config.algo}-{public(config.task)}"),
+        model_name=_line(f"{public_name(model)}-{config.algo}-{public(config.task)}"),
         pipeline_tag="image-text-to-text",
         tags=[*_tags(config), *(["peft", "lora"] if adapter is not None else [])],
         **({"base_model_relation": relation} if base else {}),
-        **base_license(config.model),
+        **base_license(model),
     )
     fields = card.to_dict()
     fields.pop("model_name", None)  # it is there where nothing was evaluated
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
-def adapter_folder(final: Path) -> str | None:
+def adapter_place(final: Path) -> str | None:
     """Return where `final` holds an adapter, as a path in it: "." for itself; None for nowhere."""
-    found = [name for name in ("adapter", ".") if (final / name / "adapter_config.json").is_file()]
+    found = [name for name in (ADAPTER_FOLDER, ".") if (final / name / ADAPTER_CONFIG).is_file()]
     return found[0] if found else None
 
 
@@ -85,7 +86,7 @@ def _results(config: TrainConfig, evaluation: dict) -> list[EvalResult]:
             task_type="image-text-to-text",
             task_name=_line(public(evaluation.get("task", config.task))),
             dataset_type=_line(hub_name(held_out) or "local"),
-            dataset_name=_line(public(held_out)),
+            dataset_name=_line(public_name(held_out)),
             dataset_split=_line(public(evaluation.get("split", "test"))),
             metric_type="accuracy",
             metric_value=round(float(result["accuracy"]), 4),

@@ -5,28 +5,39 @@ the end of a run is a process of its own, the command `python -m mr1_fast.push`,
 it takes too long: whatever happens to it, the run is complete and can be pushed again.
 """
 
-import os
+import json
 import shlex
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    get_token,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (
+    DEFAULT_IGNORE_PATTERNS,
+    filter_repo_objects,
+    validate_repo_id,
+)
 
 from ..command_line import parse_train_config
 from ..errors import UserError
-from ..files import write_text
+from ..model.saved_adapter import ADAPTER_CONFIG, read_config
+from ..processes import module_process
 from .card import CARD, write_card
+from .public import public_name
 from .usage import THIS_MODEL
 
 ANSWER_SECONDS = 60.0
@@ -48,12 +59,13 @@ def require_repository(name: str) -> None:
 
     Raises UserError, which names push_to_hub and the way out, where an upload would fail now.
     """
-    then = "or leave push_to_hub out"
     failures: list[Exception] = []
+
+    then = "or leave push_to_hub out"
 
     def check() -> None:
         try:
-            _repository(name, then)
+            _repository(name, lambda _: then)
         except Exception as error:
             failures.append(error)
 
@@ -73,8 +85,9 @@ def require_repository(name: str) -> None:
 def push_run(run: Path, name: str | None = None) -> str:
     """Upload final/ of the run in folder `run` to `name`, in one commit; returns its address.
 
-    `name` is by default the run's push_to_hub. A run without a model card gets one first. Raises
-    UserError where anything of this fails; the run stays as it is.
+    `name` is by default the run's push_to_hub. A run without a model card gets one first. The card
+    is sent with the name of its repository, and an adapter with the public name of its model; on
+    disk both stay as they are. Raises UserError where anything of this fails.
     """
     final = run / "final"
     if not final.is_dir():
@@ -86,19 +99,42 @@ def push_run(run: Path, name: str | None = None) -> str:
     if not (final / CARD).exists():
         write_card(run, config)
 
-    then = f"then run `{push_command(run)}`; the run is complete"
-    repository = _repository(name, then)
-    card = (final / CARD).read_text(encoding="utf-8")
-    write_text(final / CARD, card.replace(THIS_MODEL, repository))
+    def then(again: str) -> str:
+        return f"then run `{push_command(run)} {again}`; the run is complete"
+
+    repository, api = _repository(name, then), HfApi()
+    paths = [path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()]
+    ignored = [*DEFAULT_IGNORE_PATTERNS, "*.partial"]
+    sent = {
+        path: _published(final / path, repository)
+        for path in sorted(filter_repo_objects(paths, ignore_patterns=ignored))
+    }
     with _one_sentence(name, then):
-        HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=final,
-            commit_message="Upload a model trained with mr1_fast",
-            ignore_patterns=["*.partial"],
-            delete_patterns=_OF_OLDER_WEIGHTS,
+        older = filter_repo_objects(
+            api.list_repo_files(repository), allow_patterns=_OF_OLDER_WEIGHTS
         )
-    return f"{HfApi().endpoint}/{repository}"
+        # Not upload_folder, which may take several commits and sends files as they are.
+        api.create_commit(
+            repository,
+            [
+                *(CommitOperationDelete(path) for path in older if path not in sent),
+                *(CommitOperationAdd(path, content) for path, content in sent.items()),
+            ],
+            commit_message="Upload a model trained with mr1_fast",
+        )
+    return f"{api.endpoint}/{repository}"
+
+
+def _published(path: Path, repository: str) -> Path | bytes:
+    """Return what is sent in the place of a file of final/: the file, or its bytes for the Hub."""
+    if path.name == CARD:
+        return path.read_text(encoding="utf-8").replace(THIS_MODEL, repository).encode()
+    if path.name == ADAPTER_CONFIG:
+        settings = read_config(path.parent)
+        if isinstance(base := settings.get("base_model_name_or_path"), str):
+            settings["base_model_name_or_path"] = public_name(base)
+            return json.dumps(settings, indent=2).encode()
+    return path
 
 
 def push_in_time(run: Path) -> str:
@@ -108,15 +144,11 @@ def push_in_time(run: Path) -> str:
     """
     size = sum(path.stat().st_size for path in (run / "final").rglob("*") if path.is_file())
     seconds = START_SECONDS + size / BYTES_PER_SECOND
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    settings = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
+    command, environment = module_process("mr1_fast.push", str(run))
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "mr1_fast.push", str(run)],
-            env=os.environ | settings,
+            command,
+            env=environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             capture_output=True,
             text=True,
             errors="replace",
@@ -138,8 +170,11 @@ def push_command(run: Path) -> str:
     return f"python -m mr1_fast.push {shlex.quote(str(run))}"
 
 
-def _repository(name: str, then: str) -> str:
-    """Return OWNER/NAME of a repository that exists and can be written; creates it if need be."""
+def _repository(name: str, then: Callable[[str], str]) -> str:
+    """Return OWNER/NAME of a repository that exists and can be written; creates it if need be.
+
+    then: as for _one_sentence.
+    """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -157,15 +192,19 @@ def _repository(name: str, then: str) -> str:
 
 
 @contextmanager
-def _one_sentence(name: str, then: str) -> Iterator[None]:
-    """Bound the time of each answer, and turn whatever huggingface_hub raises into a UserError."""
+def _one_sentence(name: str, then: Callable[[str], str]) -> Iterator[None]:
+    """Bound the time of each answer, and turn whatever huggingface_hub raises into a UserError.
+
+    then: what to do after that, given the name to push to; that is NAME if `name` was refused.
+    """
     session = get_session()
     usual, session.timeout = session.timeout, ANSWER_SECONDS
     try:
         yield
     except Exception as error:  # of the connection, of HTTP, of JSON that is none, of files
         reason, way_out = _reason(error)
-        raise UserError(f"push_to_hub is {name}, but {reason}: {way_out}, {then}.") from error
+        again = then("NAME" if "another name" in way_out else name)
+        raise UserError(f"push_to_hub is {name}, but {reason}: {way_out}, {again}.") from error
     finally:
         session.timeout = usual
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..profiles import BUILT_IN
 from ..report.markdown import fence
-from .metadata import adapter_folder, has_weights
-from .public import hub_name, public
+from .metadata import adapter_place, has_weights
+from .public import public, public_name
 
 THIS_MODEL = "path/to/final"
 """What the card calls its own model until `push_run` puts the name on the Hub in its place."""
@@ -17,11 +17,11 @@ LONGEST_PROMPT = 400
 """The most characters of a prompt in the code; a longer one is among the settings."""
 
 
-def usage(config: TrainConfig, final: Path) -> str:
-    """Return Markdown with code for transformers, and a line for vLLM."""
-    adapter = adapter_folder(final)
+def usage(config: TrainConfig, model: str, final: Path) -> str:
+    """Return Markdown with code for transformers, and a line for vLLM; `model` is the base."""
+    adapter = adapter_place(final)
     whole = has_weights(final) or adapter is None
-    base = hub_name(config.model) or Path(config.model).name
+    base = public_name(model)
     loaded = THIS_MODEL if whole else base
     lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
     if not whole:
@@ -32,9 +32,10 @@ def usage(config: TrainConfig, final: Path) -> str:
         f'    {_quoted(loaded)}, dtype="auto", device_map="auto"',
         ")",
     ]
-    folder = "" if adapter in (None, ".") else f', subfolder="{adapter}"'
+    folder = "" if adapter in (None, ".") else adapter
     if not whole:
-        lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{folder})')
+        where = f', subfolder="{folder}"' if folder else ""
+        lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{where})')
     lines += [
         f'processor = AutoProcessor.from_pretrained("{THIS_MODEL}")',
         "",
@@ -48,7 +49,7 @@ def usage(config: TrainConfig, final: Path) -> str:
         "print(processor.batch_decode(answer, skip_special_tokens=True)[0])",
     ]
     parts = [fence("\n".join(lines), "python")]
-    if config.model not in BUILT_IN:
+    if model not in BUILT_IN:
         parts.append(f"With vLLM:\n\n{fence(_vllm(config, whole, base, folder), 'bash')}")
     return "\n".join(parts)
 
@@ -85,5 +86,5 @@ def _vllm(config: TrainConfig, whole: bool, base: str, folder: str) -> str:
     lora = f"--enable-lora --max-lora-rank {config.lora_rank} --lora-modules"
     if folder:
         download = f"hf download {THIS_MODEL} --local-dir trained\n"
-        return f"{download}vllm serve {shlex.quote(base)} {lora} trained=trained/adapter"
+        return f"{download}vllm serve {shlex.quote(base)} {lora} trained=trained/{folder}"
     return f"vllm serve {shlex.quote(base)} {lora} trained={THIS_MODEL}"

@@ -18,7 +18,9 @@
     return made;
   }
 
-  const isRight = (row) => row.parts.accuracy > 0;
+  // A completion that has not been judged is neither.
+  const verdictOf = ({ parts: { accuracy } }) =>
+    accuracy == null ? "" : accuracy > 0 ? "right" : "wrong";
   const number = (value) => (value === null ? "none" : String(+value.toFixed(3)));
 
   function card(row) {
@@ -26,8 +28,9 @@
     const about = [`Step ${row.group.step}`, `reward ${number(row.reward)}`, ...rewards];
     if (row.reason) about.push(`ended by ${row.reason}`);
     const head = element("p", "soft", about.join(" · ") + " ");
-    if ("accuracy" in row.parts) {
-      const [kind, sign] = isRight(row) ? ["right", "✓"] : ["wrong", "✗"];
+    const kind = verdictOf(row);
+    if (kind) {
+      const sign = kind === "right" ? "✓" : "✗";
       head.append(element("b", `mark ${kind}`, `${sign} ${kind}`), row.why ? ` ${row.why}` : "");
     }
     const output = element("div", "output", row.text);
@@ -53,7 +56,7 @@
       (row) =>
         row.group.step >= from && row.group.step <= to &&
         row.reward >= low && row.reward <= high &&
-        (!verdict || isRight(row) === (verdict === "right")) &&
+        (!verdict || verdictOf(row) === verdict) &&
         (!ended || row.reason === ended) &&
         row.searched.includes(words)
     );

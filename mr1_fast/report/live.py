@@ -5,7 +5,6 @@ training, and the loop itself would stand still; a process at the lowest priorit
 training leaves. docs/configuration.md has the measurement.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from ..processes import module_process
 from .run_report import write_report
 
 FIRST = 10.0
@@ -25,7 +25,6 @@ GRACE = 5.0
 """Seconds that a process gets to end when it is told to."""
 
 _BROWSE = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
-_PACKAGE = str(Path(__file__).parents[2])
 
 
 class LivePage:
@@ -71,8 +70,8 @@ class LivePage:
         if not self.path.exists():
             return
         # A browser in the terminal would stop training until it is left, so it gets no terminal.
-        command = [sys.executable, "-c", _BROWSE, self.path.resolve().as_uri()]
-        self._browser = self._start(command, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-P", "-c", _BROWSE, self.path.resolve().as_uri()]
+        self._browser = self._start(command, None, stderr=subprocess.DEVNULL)
 
     def renew(self) -> None:
         """Begin to write the page again if the last time was long enough ago; returns at once."""
@@ -103,18 +102,19 @@ class LivePage:
 
     def _write(self) -> None:
         self._next = time.monotonic() + self.every
-        command = [sys.executable, "-m", "mr1_fast.report", str(self.run), "--live"]
-        self._writer = self._start(command, stderr=subprocess.PIPE)
+        command, environment = module_process("mr1_fast.report", str(self.run), "--live")
+        self._writer = self._start(command, environment, stderr=subprocess.PIPE)
 
-    def _start(self, command: list[str], stderr: int) -> subprocess.Popen | None:
-        path = os.pathsep.join(filter(None, [_PACKAGE, os.environ.get("PYTHONPATH")]))
+    def _start(
+        self, command: list[str], environment: dict[str, str] | None, stderr: int
+    ) -> subprocess.Popen | None:
         try:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment,
                 # Ctrl-C is for the run alone, which then writes its last page.
                 start_new_session=True,
             )

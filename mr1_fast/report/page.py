@@ -197,11 +197,15 @@ def bar(value: float, low: float, high: float) -> str:
 <i style="left:{value:.2%}"></i></span>"""
 
 
-def answer(label: str, output: object, correct: bool, why: object = "") -> str:
-    """A model's output, below a label and the verdict with its reason; `label` is HTML."""
+def answer(label: str, output: object, correct: bool | None, why: object = "") -> str:
+    """A model's output, below a label and the verdict with its reason; `label` is HTML.
+
+    An output that was not judged, whose `correct` is None, has no verdict.
+    """
     verdict, sign = ("right", "✓") if correct else ("wrong", "✗")
     shown = text(output) or '<span class="soft">(empty)</span>'
-    mark = f'<b class="mark {verdict}">{sign} {verdict}</b>' + (f" {text(why)}" if why else "")
+    mark = "" if correct is None else f'<b class="mark {verdict}">{sign} {verdict}</b>'
+    mark += f" {text(why)}" if why else ""
     return f'<p class="soft">{label} {mark}</p><div class="output">{shown}</div>'
 
 

@@ -18,9 +18,12 @@ LAST_BYTES = 2**24
 
 
 def json_object(source: str | bytes, where: object) -> dict:
-    """The JSON object in `source`; UserError, naming `where`, if there is none."""
+    """The JSON object in `source`; UserError, naming `where`, if there is none.
+
+    An integer beyond the largest float becomes infinite, as JSON's other numbers do.
+    """
     try:
-        return dict(json.loads(source))
+        return dict(json.loads(source, parse_int=_integer))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is no JSON object: remove it.") from error
 
@@ -28,6 +31,53 @@ def json_object(source: str | bytes, where: object) -> dict:
 def read_json_object(path: Path) -> dict:
     """The JSON object in the file `path`; UserError, which names the file, if there is none."""
     return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def read_evaluation(path: Path) -> dict:
+    """The accuracies and examples of evaluation.json; {} if there is no such file.
+
+    Raises UserError, which names the file, unless it has all that a page or a card reads of it.
+    """
+    if not path.exists():
+        return {}
+    evaluation = read_json_object(path)
+    results = [evaluation.get(when) or {} for when in ("before", "after")]
+    examples = evaluation.get("examples") or []
+    whole = (
+        all(isinstance(each, dict) and (not each or "greedy" in each) for each in results)
+        and all(_is_summary(figures) for each in results for figures in each.values())
+        and isinstance(examples, list)
+        and all(map(_is_example, examples))
+        and isinstance(evaluation.get("final_step", 0), int)
+    )
+    if not whole:
+        raise UserError(f"{path} is damaged: remove it.")
+    return evaluation
+
+
+def _is_summary(figures: object) -> bool:
+    """Whether something is the accuracy of a way to answer, with its interval and counts."""
+    if not isinstance(figures, dict):
+        return False
+    interval = figures.get("interval")
+    shares = [figures.get("accuracy"), *(interval if isinstance(interval, list) else [])]
+    return (
+        len(shares) == 3
+        and all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
+        and all(isinstance(figures.get(name), int) for name in ("correct", "count"))
+    )
+
+
+def _is_example(example: object) -> bool:
+    """Whether something is a held-out item with its images and answers."""
+    if not isinstance(example, dict) or not {"problem", "solution"} <= example.keys():
+        return False
+    images, answers = example.get("images"), [example.get(w) or {} for w in ("before", "after")]
+    return (
+        isinstance(images, list)
+        and all(isinstance(name, str) for name in images)
+        and all(isinstance(a, dict) and (not a or {"text", "correct"} <= a.keys()) for a in answers)
+    )
 
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
@@ -95,6 +145,8 @@ def read_last_step(path: Path) -> list[dict]:
     records: list[dict] = []
     for line in reversed(whole):
         record = json_object(line, f"a line at the end of {path}")
+        if not isinstance(record.get("completions", []), list):
+            raise UserError(f"a line at the end of {path} has no completions: remove it.")
         if records and record.get("step") != records[0].get("step"):
             break
         records.insert(0, record)
@@ -110,6 +162,11 @@ def _rows(path: Path) -> Iterator[dict]:
             # A line without its end is being written at this moment, or the run was killed at it.
             if line.endswith("\n"):
                 yield json_object(line, f"{path} line {number}")
+
+
+def _integer(digits: str) -> int | float:
+    """An integer of JSON, or infinity where no float is as large."""
+    return int(digits) if len(digits) <= 300 else float(digits)
 
 
 def _number(value: object) -> float:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import write_text
 from .completions import LIVE_BYTES, PAGE, RECORDS, write_completions
 from .page import html_page, section, settings_table, text
-from .records import read_evaluations, read_json_object, read_last_step, read_metrics
+from .records import read_evaluation, read_evaluations, read_last_step, read_metrics
 from .sections import (
     about,
     accuracy_section,
@@ -49,8 +49,7 @@ def write_report(run: Path, live: bool = False) -> Path:
 def _page(run: Path, config: dict, live: bool, linked: bool) -> str:
     columns = read_metrics(run / "metrics.jsonl")
     evaluations = read_evaluations(run / "evaluations.jsonl")
-    path = run / "evaluation.json"
-    evaluation = read_json_object(path) if path.exists() else {}
+    evaluation = read_evaluation(run / "evaluation.json")
     link = f'<a href="{PAGE}">Search and filter completions</a>' if linked else ""
 
     steps, total = len(columns["step"]), text(config.get("steps", "?"))

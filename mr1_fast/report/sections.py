@@ -237,7 +237,8 @@ def last_step_section(records: list[dict], link: str) -> str:
     for label, index in shown.items():
         _, record, completion = given[index]
         words = f"{label}, {_rewards(completion)}:"
-        right = bool(completion.get("accuracy"))
+        right = completion.get("accuracy")
+        right = None if right is None else bool(right)
         said = answer(words, completion.get("text", ""), right, completion.get("why", ""))
         cards.append(sample_card("", record.get("problem", ""), record.get("solution", ""), said))
     step = text(records[0].get("step"))

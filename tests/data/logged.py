@@ -1,5 +1,6 @@
 """A run as its loggers see it: steps with known metrics and completions, without any model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,15 +36,24 @@ def metrics_of(step: int) -> dict[str, float]:
     return {"loss": 0.5 + step, "/home/me/../mine.py:brief": float(step)}
 
 
-def log_steps(folder: Path, logger: str, first: int, last: int, **settings) -> None:
-    """Log the steps from `first` on, before `last`, as a run does; it is resumed if first > 0."""
+def log_steps(
+    folder: Path, logger: str, first: int, last: int, evaluate: Sequence[int] = (), **settings
+) -> None:
+    """Log the steps from `first` on, before `last`, as a run does; it is resumed if first > 0.
+
+    evaluate: after how many steps there is an evaluation; 0 is that before training.
+    """
     resume = str(folder) if first else None
     log = RunLog(
         TrainConfig(output=str(folder), steps=4, loggers=[logger], resume=resume, **settings)
     )
     log.create(first)
+    if 0 in evaluate:
+        log.evaluation({"step": 0, "accuracy": 0.5})
     log.start(first)
     for step in range(first, last):
         log.completions(step, *rollout_of(step))
         log.step(step, metrics_of(step))
+        if step + 1 in evaluate:
+            log.evaluation({"step": step + 1, "accuracy": 0.5})
     log.close()

@@ -72,6 +72,40 @@ def test_a_resumed_run_logs_again_only_what_is_replaced(tmp_path):
         assert logger.got[1:-1] == [(step, x) for step in steps for x in (0.0, [])]
 
 
+def evaluations_of_a_resumed_run(tmp_path, monkeypatch, rewrites):
+    """What a logger gets of evaluations at steps 2 and 4, of which a resumed run repeats one."""
+
+    class Kept(Recorder):
+        def __init__(self, run):
+            super().__init__(run, rewrites=rewrites)
+            self.got = got
+
+        def log(self, metrics, step):
+            self.got.append((step, *metrics))
+
+    got = []
+    monkeypatch.setitem(LOGGERS, "tensorboard", Kept)
+    for first, resume in ((0, None), (2, str(tmp_path / "run"))):
+        config = TrainConfig(output=str(tmp_path / "run"), loggers=["tensorboard"], resume=resume)
+        log = RunLog(config)
+        log.create(first)
+        log.start(first)
+        for step in range(first, 4):
+            log.step(step, {"loss": 1.0})
+            if step % 2:
+                log.evaluation({"step": step + 1, "accuracy": 0.5})
+        log.close()
+    return [entry for entry in got if entry[-1] != "loss" and entry != "close"]
+
+
+def test_evaluations_of_a_resumed_run(tmp_path, monkeypatch):
+    name = "held_out_accuracy"
+    once = [("open", 0), (2, name), (4, name), ("open", 2)]
+    assert evaluations_of_a_resumed_run(tmp_path / "a", monkeypatch, False) == once
+    again = [*once, (2, name), (4, name)]
+    assert evaluations_of_a_resumed_run(tmp_path / "b", monkeypatch, True) == again
+
+
 def test_a_logger_that_raises_is_off_and_said_once(tmp_path):
     logger, background, said = started(tmp_path, bad=1)
     log(background, 0, 1)
@@ -119,7 +153,7 @@ def test_a_damaged_file_of_identifiers_begins_anew(tmp_path):
     again = LoggerRun(tmp_path, resumed=True)
     assert again.recall("wandb") == "abc"
     # A process that was killed earlier may have come further than the last one.
-    assert [again.steps_known(5), LoggerRun(tmp_path, resumed=True).steps_known(3)] == [5, 5]
+    assert [again.known("steps", 5), LoggerRun(tmp_path, resumed=True).known("steps", 3)] == [5, 5]
     for text in ("{", "[1]", "7"):
         (tmp_path / "loggers.json").write_text(text)
         assert LoggerRun(tmp_path, resumed=True).recall("wandb") is None

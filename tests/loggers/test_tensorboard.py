@@ -8,12 +8,14 @@ event = pytest.importorskip("tensorboard.backend.event_processing.event_accumula
 
 
 def test_scalars_samples_and_pictures_of_a_resumed_run(tmp_path):
-    log_steps(tmp_path / "run", "tensorboard", 0, 3)
-    log_steps(tmp_path / "run", "tensorboard", 2, 4)
+    log_steps(tmp_path / "run", "tensorboard", 0, 3, evaluate=[0, 2, 3])
+    log_steps(tmp_path / "run", "tensorboard", 2, 4, evaluate=[3, 4])
     events = event.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     for name in metrics_of(0):
         logged = [(item.step, item.value) for item in events.Scalars(name)]
         assert logged == [(step, metrics_of(step)[name]) for step in range(4)]
+
+    assert [item.step for item in events.Scalars("held_out_accuracy")] == [0, 2, 3, 4]
 
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "reward 1" in text

@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model import save as saving
+from mr1_fast.model.forward import base_model
 from mr1_fast.model.load import load_pretrained, load_processor, make_policy
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.processor import PROCESSOR_FILES, ImageTextProcessor
@@ -130,6 +131,27 @@ def test_an_adapters_model_is_named_so_that_it_is_found_from_anywhere(
     save_pretrained(adapted(Path(tiny_folder.name)), tmp_path, "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(tiny_folder)
+
+
+def test_saving_an_adapter_does_not_ask_the_hub(tiny_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *name: asked.append(name)
+    )
+    policy = adapted(tiny_folder)
+    base_model(policy.model).name_or_path = "someone/model"
+    save_pretrained(policy, tmp_path, "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() and not asked
+
+
+def test_a_full_card_is_no_fault_of_the_adapter(tiny_folder, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    save_pretrained(adapted(tiny_folder), tmp_path, "adapter")
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_pretrained(settings(tmp_path))
 
 
 def test_an_adapter_whose_model_is_gone(tiny_folder, finals, tmp_path):

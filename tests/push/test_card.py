@@ -20,7 +20,7 @@ from mr1_fast.push.card import write_card
 from mr1_fast.push.metadata import base_license
 from mr1_fast.push.papers import OTHINK, PAPERS
 from mr1_fast.push.picture import panels, training_picture
-from mr1_fast.push.public import hub_name, public
+from mr1_fast.push.public import hub_name, public, public_settings
 
 from .conftest import made_run
 
@@ -98,7 +98,6 @@ def test_an_adapter_alone_is_loaded_on_its_base(tmp_path, where):
     config = made_run(tmp_path / "run", model="/home/alice/my-qwen", lora=True, load_in_4bit=True)
     final = tmp_path / "run" / "final"
     (final / "model.safetensors").unlink()
-    (final / "adapter" / "README.md").write_text("base: /home/alice/my-qwen")
     if where == ".":
         (final / "adapter" / "adapter_config.json").rename(final / "adapter_config.json")
     write_card(tmp_path / "run", config)
@@ -108,7 +107,6 @@ def test_an_adapter_alone_is_loaded_on_its_base(tmp_path, where):
     assert f'PeftModel.from_pretrained(model, "path/to/final"{folder})' in text
     assert "vllm serve my-qwen --enable-lora --max-lora-rank 32" in text
     assert "LoRA adapters of rank 32 over weights in 4 bits were trained" in text
-    assert not (final / "adapter" / "README.md").exists()
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -146,9 +144,58 @@ def test_no_setting_shows_a_path_or_a_token(tmp_path):
     assert "thing.py:fn" in text and "Look at thing.py with hf_…" in text
 
 
+def test_the_base_of_a_run_that_went_on_from_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name, base in (("first", "Qwen/Qwen2-VL-2B-Instruct"), ("second", str(tmp_path / "first"))):
+        (tmp_path / name).mkdir()
+        settings = json.dumps({"base_model_name_or_path": base})
+        (tmp_path / name / "adapter_config.json").write_text(settings)
+    head, text = card_of(tmp_path / "run", model=str(tmp_path / "second"), lora=True)
+    assert head["base_model"] == "Qwen/Qwen2-VL-2B-Instruct"
+    assert "This model is [Qwen/Qwen2-VL-2B-Instruct](https://huggingface.co/Qwen/" in text
+    assert "Training went on from an earlier adapter of it." in text
+    assert text.startswith("\n# Qwen/Qwen2-VL-2B-Instruct, trained with")
+
+
+def test_the_step_of_the_best_weights(tmp_path):
+    settings = {"keep_best": True, "eval_every": 1}
+    config = made_run(tmp_path / "run", **settings)
+    path = tmp_path / "run" / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"final_step": 2}))
+    write_card(tmp_path / "run", config)
+    assert "The weights are those after step 2, the best." in read(tmp_path / "run")[1]
+
+
 def test_words_that_look_like_paths_stay():
     for text in ("<think> </think> and/or km/h", "https://a.org/b/c", "a/b", "/no_think Answer."):
         assert public(text) == text
+
+
+@pytest.mark.parametrize(
+    "path, shown",
+    [
+        ("/home/Ann Smith/x y.parquet", "x y.parquet"),
+        ("../client/x.json", "x.json"),
+        ("client/x.json", "x.json"),
+        ("client/a/rows", "rows"),
+        ("file:///home/ann/rows", "rows"),
+        ("https://user:pw@host/a/rows.csv?key=1", "rows.csv"),
+        ("https://user:pw@host", "host"),
+        (r"C:\Users\ann\rows.csv", "rows.csv"),
+        ("/home/ann/rows/", "rows"),
+    ],
+)
+def test_a_path_that_is_gone_shows_its_last_part(tmp_path, path, shown):
+    names = ("model", "data", "eval_data", "image_root", "plugin")
+    config = TrainConfig(**dict.fromkeys(names, path), extra_rewards={f"{path}:fn": 1.0})
+    settings = public_settings(config)
+    assert {settings[name] for name in names} == {shown}
+    if "?" not in path and not path.endswith("/"):
+        assert list(settings["extra_rewards"]) == [f"{shown}:fn"]
+    head, text = card_of(tmp_path / "run", **dict.fromkeys(names, path))
+    for hidden in ("Smith", "client", "ann", "user:", "pw@"):
+        assert hidden not in text + str(head), hidden
+    assert public("at file:///home/a b, https://user:pw@host/x") == "at a b, https://host/x"
 
 
 def test_hostile_settings_stay_text(tmp_path):

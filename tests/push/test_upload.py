@@ -1,5 +1,6 @@
 """Uploads to a Hub on this machine: what arrives, what stays, and every way in which it fails."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -42,11 +43,17 @@ def contents(folder):
     }
 
 
+def published(run, name="me/model"):
+    """The files of a run's final/ as the Hub gets them: the card with the repository's name."""
+    files = contents(run / "final")
+    return files | {"README.md": files["README.md"].replace(THIS_MODEL.encode(), name.encode())}
+
+
 def test_the_hub_gets_final_and_nothing_else(hub, finished):
     (finished / "final" / "README.md").unlink()
     before = contents(finished)
     assert push_run(finished) == f"{hub.address}/me/model"
-    assert hub.files("me/model") == contents(finished / "final")
+    assert hub.files("me/model") == published(finished)
     assert {"README.md", "training.png", "adapter/adapter_config.json"} < hub.files(
         "me/model"
     ).keys()
@@ -57,11 +64,32 @@ def test_the_hub_gets_final_and_nothing_else(hub, finished):
 
 
 def test_the_card_names_the_repository_and_edits_stay(hub, finished):
+    before = contents(finished)
     push_run(finished, "model")  # without an owner
+    push_run(finished, "me/second")
     assert hub.files("me/model")["README.md"] == b"# me/model\n"
+    assert hub.files("me/second")["README.md"] == b"# me/second\n"
+    assert contents(finished) == before
     (finished / "final" / "README.md").write_text("By hand.\n")
     push_run(finished)
     assert hub.files("me/model")["README.md"] == b"By hand.\n"
+
+
+@pytest.mark.parametrize(
+    "base, shown", [("/home/alice/my-qwen", "my-qwen"), ("Qwen/Qwen2-VL-2B", "Qwen/Qwen2-VL-2B")]
+)
+def test_an_adapter_is_sent_with_the_public_name_of_its_model(hub, finished, base, shown):
+    path = finished / "final" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({"base_model_name_or_path": base, "r": 8}))
+    before = contents(finished)
+    push_run(finished)
+    sent = json.loads(hub.files("me/model")["adapter/adapter_config.json"])
+    assert sent == {"base_model_name_or_path": shown, "r": 8}
+    assert contents(finished) == before
+    assert len(hub.repos["me/model"]) == 2, "created, then one commit"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        push_run(finished)
 
 
 def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, finished):
@@ -69,7 +97,7 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, finishe
     hub.repos["me/model"] = [{**earlier, "notes.txt": b"mine", "q4.gguf": b"mine"}]
     push_run(finished)
     mine = {"notes.txt": b"mine", "q4.gguf": b"mine"}
-    assert hub.files("me/model") == {**contents(finished / "final"), **mine}
+    assert hub.files("me/model") == {**published(finished), **mine}
     assert hub.repos["me/model"][0].items() >= earlier.items(), "the history keeps them"
 
 
@@ -85,7 +113,7 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, finishe
 def test_a_failure_that_passes_is_tried_again(hub, finished, patient, route, failure):
     hub.failures[route] = failure
     push_run(finished)
-    assert hub.files("me/model") == contents(finished / "final")
+    assert hub.files("me/model") == published(finished)
     assert failure.times == 0 and patient
 
 
@@ -112,18 +140,19 @@ def test_an_upload_that_fails_loses_nothing(
     monkeypatch.setattr(upload, "ANSWER_SECONDS", 0.2)
     before = contents(finished)
     hub.failures[route] = failure
-    then = rf"{said}.*, then run `python -m mr1_fast\.push {finished}`; the run is complete\.$"
+    again = "NAME" if failure.status == 403 else "me/model"
+    then = (
+        rf"{said}.*, then run `python -m mr1_fast\.push {finished} {again}`; the run is complete\.$"
+    )
     with pytest.raises(UserError, match=f"^push_to_hub is me/model, but {then}"):
         push_run(finished)
     assert hub.repos.get("me/model", [{}]) == [{}], "no commit"
-    with_name = before["final/README.md"].replace(THIS_MODEL.encode(), b"me/model")
-    after = contents(finished)
-    assert after in (before, before | {"final/README.md": with_name})
+    assert contents(finished) == before
     assert sum(patient) < 60
 
     hub.failures.clear()
     push_run(finished)
-    assert hub.files("me/model") == contents(finished / "final")
+    assert hub.files("me/model") == published(finished)
 
 
 def test_a_hub_that_refuses_the_connection(hub, finished, patient, monkeypatch):
@@ -207,7 +236,7 @@ def test_the_command(hub, finished, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["push", str(finished), "me/other"])
     command.main()
     assert capsys.readouterr().out == (f"uploaded {finished}/final to {hub.address}/me/other\n")
-    assert hub.files("me/other") == contents(finished / "final")
+    assert hub.files("me/other") == published(finished, "me/other")
     with pytest.raises(UserError, match="nowhere/final does not exist: name the folder of a fin"):
         push_run(tmp_path / "nowhere")
     made_run(tmp_path / "unnamed")
@@ -229,8 +258,10 @@ def test_an_upload_in_a_process_of_its_own_ends_in_time(hub, finished, monkeypat
 def test_a_run_is_pushed_at_its_end(hub, run_args, tmp_path, capsys):
     folder = tmp_path / "run"
     run(run_args(folder, push_to_hub="me/model", steps=1, eval_samples=2, save_every=0))
-    assert f"uploaded {folder}/final to {hub.address}/me/model" in capsys.readouterr().out
-    assert hub.files("me/model") == contents(folder / "final")
+    said = capsys.readouterr().out
+    assert f"uploading {folder}/final to me/model …" in said
+    assert f"uploaded {folder}/final to {hub.address}/me/model" in said
+    assert hub.files("me/model") == published(folder)
     assert "model.safetensors" in hub.files("me/model")
     for path, content in contents(tmp_path).items():
         assert TOKEN.encode() not in content, path
@@ -240,11 +271,13 @@ def test_an_upload_that_fails_does_not_fail_the_run(hub, finished):
     hub.failures["commit"] = Failure(status=403)
     said = push_in_time(finished)
     assert said.startswith("error: push_to_hub is me/model, but the token may not write there")
-    assert said.endswith(f"then run `python -m mr1_fast.push {finished}`; the run is complete.")
+    assert said.endswith(
+        f"then run `python -m mr1_fast.push {finished} NAME`; the run is complete."
+    )
     assert TOKEN not in said and "\n" not in said
     hub.failures.clear()
     push_run(finished)
-    assert hub.files("me/model") == contents(finished / "final")
+    assert hub.files("me/model") == published(finished)
 
 
 def test_a_run_that_could_not_be_pushed_does_not_begin(hub, run_args, tmp_path):

@@ -471,12 +471,30 @@ def test_same_run_gives_the_same_page(finished):
         ("metrics.jsonl", '{"step": 0}\n{"step": 1\n{"step": 2}\n', "metrics.jsonl line 2 "),
         ("metrics.jsonl", "7\n", "metrics.jsonl line 1 "),
         ("evaluation.json", '{"before": ', "evaluation.json is no JSON object"),
+        (
+            "evaluation.json",
+            '{"before": {"greedy": {"accuracy": 1}}}',
+            "evaluation.json is damaged",
+        ),
+        ("evaluation.json", '{"after": {"sampled": {}}}', "evaluation.json is damaged"),
+        ("evaluation.json", '{"before": [1]}', "evaluation.json is damaged"),
+        ("evaluation.json", '{"examples": [{"problem": 1}]}', "evaluation.json is damaged"),
+        ("completions.jsonl", '{"step": 0, "completions": 5}\n', "completions.jsonl has no compl"),
     ],
 )
 def test_damaged_file_is_named(finished, name, content, says):
     (finished / name).write_text(content)
     with pytest.raises(UserError, match=says):
         write_report(finished)
+
+
+def test_an_integer_beyond_floats_is_shown_as_missing(finished):
+    huge = 10**400
+    records = [{"step": huge, "completions": [{"text": "a", "reward": huge, "accuracy": huge}]}]
+    (finished / "completions.jsonl").write_text(json.dumps(records[0]) + "\n")
+    (finished / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": huge}) + "\n")
+    write_report(finished)
+    assert "0" * 50 not in (finished / "completions.html").read_text()
 
 
 def test_report_that_cannot_be_written(finished):

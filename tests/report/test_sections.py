@@ -86,6 +86,8 @@ def test_last_step_of_equal_rewards_and_of_none(tmp_path):
     run = make_run(tmp_path)
     write_groups(run, [group(0)])
     assert "All completions have the same reward" in Page(write_report(run)).text
+    write_groups(run, [group(0, completions=[completion(accuracy=None)])])
+    assert "✗" not in Page(write_report(run)).text, "neither right nor wrong"
     write_groups(run, [group(0, completions=[completion(reward=None)])])
     page = Page(write_report(run))
     assert "Completions" in page.headings() and "Search and filter" in page.text
