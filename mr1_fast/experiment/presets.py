@@ -138,8 +138,9 @@ def _numeric(name: str, label: str, sign: str, setting: str, values: tuple) -> S
 
 
 SFT = Variant("sft", "SFT", {"algo": "sft"})
-GRPO = Variant("grpo", "GRPO", {"algo": "grpo"})
-GRPO_D = Variant("grpo-d", "GRPO-D", {"algo": "grpo-d"})
+# They differ by the path of β, so that nobody can give all of them the same one.
+GRPO = Variant("grpo", "GRPO", {"algo": "grpo", "beta_shape": "constant"})
+GRPO_D = Variant("grpo-d", "GRPO-D", {"algo": "grpo-d", "beta_shape": "grpo-d"})
 METHODS = (SFT, GRPO, GRPO_D)
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 STUDIES = {
