@@ -75,7 +75,11 @@ class TimeLimit:
         """Note how many seconds the block takes as those of `part`."""
         started = time.monotonic()
         yield
-        self._seconds[part].append(time.monotonic() - started)
+        self.note(part, time.monotonic() - started)
+
+    def note(self, part: str, seconds: float) -> None:
+        """Note how many seconds `part` has taken, or is thought to take."""
+        self._seconds[part].append(seconds)
 
     def leaves(self, *parts: str) -> bool:
         """Say whether there is time for all parts, each as long as the longest of its last ones.

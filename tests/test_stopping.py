@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM at any moment, max_hours, and going on as if nothing had happened."""
 
+import json
 import os
 import random
 import re
@@ -23,7 +24,7 @@ from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
 
 from .data.judge import toss
-from .data.runs import assert_same_run, curve, metrics, run
+from .data.runs import assert_same_run, curve, metrics, records, run
 
 SETTINGS = dict(steps=4, num_generations=2, eval_every=2, save_every=2, keep_best=True)
 HANDLERS = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -276,6 +277,23 @@ def test_max_hours_end_a_run_that_goes_on(whole, run_args, tmp_path, capsys):
     assert_same_run(folder, whole)
     run(["--resume", str(folder), "--max-hours", "99"])
     assert_same_run(folder, whole)
+
+
+def test_a_resumed_run_knows_how_long_its_evaluations_take(run_args, tmp_path):
+    """It ends in time before one that would take longer than what is left of its hours."""
+    settings = SETTINGS | dict(steps=3, eval_samples=3, save_every=1, keep_best=False)
+    argv, folder = run_args(tmp_path / "run", **settings), tmp_path / "run"
+    stopped(argv, watch=lambda _, done: stop() if done == 1 else None)
+    (line,) = records(folder / "evaluations.jsonl")
+    line["seconds"] = 99 * 3600
+    (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    prepared = run_module.prepare(parse_train_config(["--resume", str(folder), "--max-hours", "9"]))
+    limit = prepared.time_limit
+    assert limit.leaves("greedy evaluation")  # before its first step
+    limit.note("step", 0.1)
+    assert limit.leaves("step", "save")
+    assert not limit.leaves("greedy evaluation") and not limit.leaves("sampled evaluation")
+    assert prepared.end(1) == "time" == prepared.end(3) and prepared.end(2) == ""
 
 
 # --- the commands -------------------------------------------------------------------------------
