@@ -24,6 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 import yaml
 
 from .config import TrainConfig
+from .config.objective import ALGORITHMS
 from .errors import UserError, exit_on_user_error, exit_when_stopped
 from .profiles import profile_defaults
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -103,6 +104,8 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
             )
         given.files.insert(0, str(saved))
         given.flags["output"] = resume
+    if "algo" in given.flags:
+        parser.check_algorithm(given)
     return parser.settle(given)
 
 
@@ -197,6 +200,20 @@ class SettingsParser(Generic[Config]):
             sys.exit(0)
         config.check()
         return config
+
+    def check_algorithm(self, given: Given) -> None:
+        """Raise UserError for another algorithm than that of a file which names all it consists of.
+
+        A run's config.yaml is such a file: its settings would count more than those of --algo.
+        """
+        for path in given.files:
+            values = self._read_yaml(path)
+            algo = values.get("algo")
+            if values.keys() >= ALGORITHMS["grpo"].keys() and algo != given.flags["algo"]:
+                raise UserError(
+                    f"algo is {given.flags['algo']}, but config {path} has all settings of {algo}: "
+                    "leave --algo out, or start a run without that file."
+                )
 
     def print_help(self, config: Config) -> None:
         """Print every flag with its help text, the values it may have, and that of `config`."""

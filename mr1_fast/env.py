@@ -51,7 +51,7 @@ OPTIONAL = (
     OptionalPackage("liger-kernel", "Liger's own loss, vespo", "trl"),
     OptionalPackage("tensorboard", "--loggers '[tensorboard]'", "loggers"),
     OptionalPackage("wandb", "--loggers '[wandb]'", "loggers"),
-    OptionalPackage("trackio", "--loggers '[trackio]'", "loggers"),
+    OptionalPackage("trackio", "--loggers '[trackio]'", "trackio"),
     OptionalPackage("mlflow", "--loggers '[mlflow]'", "loggers"),
 )
 """Packages that only some settings need."""

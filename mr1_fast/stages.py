@@ -151,7 +151,7 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
 
     With `--importance-cap`, also the policy's own ones and the importance weights that follow.
     Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
-    no forward pass.
+    no forward pass, unless `needs_own_logprobs`.
     """
     if not batches:
         return
@@ -167,11 +167,11 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
         for batch, values in zip(batches, found, strict=True):
             if config.updates_per_batch > 1:
                 values["old_logp"] = batch.row_data["rollout_logp"]
-            if config.importance_cap:
+            if config.needs_own_logprobs:
                 on_device = batch.to(policy.device)
-                own, _ = policy.logprobs(on_device, config.temperature)
-                ratio = (own - on_device.row_data["rollout_logp"]).exp()
-                values["old_logp"] = own
+                values["old_logp"], _ = policy.logprobs(on_device, config.temperature)
+            if config.importance_cap:
+                ratio = (values["old_logp"] - on_device.row_data["rollout_logp"]).exp()
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
 
         # All or none: an attempt that runs out of memory leaves nothing behind.

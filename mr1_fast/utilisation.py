@@ -30,7 +30,7 @@ def stage_flop(run: Run, batches: MicroBatches) -> dict[str, int]:
     reference = 0
     if run.reference is not None:  # it has no adapters, also where the policy has some
         reference += sum(count_flop(sizes, batch).forward for batch in batches)
-    if config.importance_cap and config.algo != "sft":
+    if config.needs_own_logprobs:
         reference += forward
     return {"reference": reference, "update": config.updates_per_batch * (forward + backward)}
 

@@ -574,3 +574,14 @@ def test_mr1_lists_its_commands():
         assert refused.returncode == 2 and refused.stderr.endswith(listed.stdout)
         assert not words or f"{words[0]!r} is no command" in refused.stderr
     assert python("-m", "mr1_fast", "--version").stdout == f"{mr1_fast.__version__}\n"
+
+
+def test_another_algorithm_than_that_of_a_runs_own_settings_is_told(tmp_path):
+    write_config(parse_train_config(["--algo=gspo"]), path := tmp_path / "config.yaml")
+    message = f"algo is dapo, but config {path} has all settings of gspo: leave --algo out"
+    with pytest.raises(UserError, match=message):
+        parse_train_config([f"--config={path}", "--algo=dapo"])
+    assert parse_train_config([f"--config={path}", "--algo=gspo"]).ratio == "sequence"
+    partly = yaml_file(tmp_path, algo="gspo", clip_high=0.3)
+    config = parse_train_config([f"--config={partly}", "--algo=dapo"])
+    assert (config.loss_type, config.clip_high) == ("dapo", 0.3)

@@ -91,11 +91,6 @@ class ObjectiveConfig:
     """Weight of the mean entropy of the step's tokens, which is subtracted from the loss, whatever
     --loss-type; 0 is off, and other values cost one more matrix product at the head."""
 
-    @property
-    def in_one_pass(self) -> bool:
-        """Whether loss and gradient come out of one pass over the logits."""
-        return self.ratio == "token" and not self.entropy_coefficient
-
     def check_objective(self) -> None:
         """Raise UserError for an objective that does not exist."""
         averaged = _AVERAGED_AS.get(self.surrogate)
@@ -140,7 +135,8 @@ class KLConfig:
     from min at a step without a right answer to max where all are right (accuracy, FG-ExPO's); or
     from the mean to whatever between min and max keeps the KL near its target (target-kl)."""
     beta: float | None = None
-    """KL weight where it is constant; 0 needs no reference model."""
+    """KL weight with --beta-shape constant, which is that of --algo grpo; 0 needs no reference
+    model."""
     beta_min: float = 0.04
     """Lowest KL weight; that of grpo-d reaches it at the end of the exploration steps."""
     beta_max: float = 0.1

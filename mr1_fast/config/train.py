@@ -65,6 +65,21 @@ class TrainConfig(
         return self.algo != "sft" and self.kl_schedule().beta_max > 0
 
     @property
+    def needs_own_logprobs(self) -> bool:
+        """Whether the policy's log-probabilities are computed before the update.
+
+        Importance weights are made of them. The clip of a ratio per sequence is so narrow that the
+        rollout's rounding would already be outside of it (3e-4 in GSPO).
+        """
+        clips_sequences = self.ratio == "sequence" and self.updates_per_batch > 1
+        return self.algo != "sft" and (bool(self.importance_cap) or clips_sequences)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether loss and gradient come out of one pass over the logits."""
+        return self.algo == "sft" or (self.ratio == "token" and not self.entropy_coefficient)
+
+    @property
     def needs_thinking(self) -> bool:
         """Whether worked solutions are imitated."""
         return self.algo == "sft" and self.sft_target == "solution"

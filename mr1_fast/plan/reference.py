@@ -11,11 +11,8 @@ from .workload import patches_of
 
 
 def has_pass_before_update(run: PlannedRun) -> bool:
-    """Whether the step computes log-probabilities before its update: the reference's, or its own.
-
-    The policy's own are needed where the weights of the loss correct for the rollout's.
-    """
-    return run.config.needs_reference or bool(run.config.importance_cap)
+    """Whether the step computes log-probabilities before its update, by the reference or policy."""
+    return run.config.needs_reference or run.config.needs_own_logprobs
 
 
 def reference_pass(

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mr1_fast import train
+from mr1_fast import stages
+from mr1_fast.config import TrainConfig
 from mr1_fast.model import reference as reference_module
 from mr1_fast.model.reference import Int8Linear, Reference, layers
 from mr1_fast.optim import make_optimizer
-from mr1_fast.packing import packs
+from mr1_fast.packing import MicroBatches, packs
 from mr1_fast.types import PackedBatch
 
 from ..data.models import mixed_examples, tiny_policy
@@ -161,12 +162,12 @@ def test_running_out_of_memory_in_a_layer_leaves_nothing_behind(failing, fused_l
 
 def test_after_running_out_of_memory_the_step_goes_on_with_smaller_packs(monkeypatch):
     policy = tiny_policy()
-    config, said = train.TrainConfig(), []
+    config, said = TrainConfig(), []
     reference = Reference(policy, "offload")
     examples = mixed_examples()
     completions = [torch.tensor([5, 6, 7 + i]) for i in range(2 * len(examples))]
     prompts = [policy.encode(e) for e in examples]
-    batches = train.MicroBatches(prompts, completions, 180)
+    batches = MicroBatches(prompts, completions, 180)
     run = stage_run(policy, config, 180, said, reference=reference)
     calls, attend = [], F.scaled_dot_product_attention
 
@@ -177,7 +178,7 @@ def test_after_running_out_of_memory_the_step_goes_on_with_smaller_packs(monkeyp
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
-    train.add_logprobs(run, batches)
+    stages.add_logprobs(run, batches)
     assert len(said) == 1 and batches.tokens_per_pack == 90
     assert_equal(
         [batch.row_data["ref_logp"] for batch in batches],
@@ -228,7 +229,7 @@ def test_what_is_not_trained_is_the_policys_own(place):
     before = reference.logprobs(several, TEMPERATURE)
     if place != "8bit":
         assert_equal(before, start)
-    config = train.TrainConfig(learning_rate=1e-2)
+    config = TrainConfig(learning_rate=1e-2)
     optimizer = make_optimizer(policy.model, config)
     torch.cat([policy.logprobs(batch, TEMPERATURE)[0] for batch in several]).sum().backward()
     optimizer.step()

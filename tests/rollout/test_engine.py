@@ -397,6 +397,12 @@ def test_training_uses_the_rollouts_logprobs_and_weighs_what_they_are_off_by():
     for name in ("rollout_gap_mean", "rollout_gap_max"):
         torch.testing.assert_close(metrics[name].values.cpu(), off.abs(), atol=1e-4, rtol=0)
 
+    # The clip of a ratio per sequence is narrower than what the rollout is off by.
+    own = torch.cat(rollout.logprobs) - off
+    add_logprobs(stage_run(policy, replace(config, ratio="sequence"), 10_000), batches)
+    torch.testing.assert_close(batch.row_data["old_logp"].cpu(), own, atol=1e-4, rtol=0)
+    assert "is_weights" not in batch.row_data
+
     add_logprobs(stage_run(policy, replace(config, importance_cap=1.5), 10_000), batches)
     torch.testing.assert_close(
         batch.row_data["is_weights"].cpu(), (-off).exp().clamp(max=1.5), atol=1e-3, rtol=0
