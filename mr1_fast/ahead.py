@@ -1,7 +1,8 @@
 """Data on the way: the next step's prompts are read and encoded while a GPU computes a step."""
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -21,10 +22,20 @@ class StepData:
     """How long the step had to wait for them, in seconds."""
 
 
-def read_step(run: Run, step: int) -> StepData:
-    """Read and encode the examples of a step; UserError for one that cannot be used."""
-    examples = run.source.take(step, run.config.prompts_per_step)
-    return StepData(examples, run.policy.encode.many(examples))
+def read_step(run: Run, step: int, ended: threading.Event | None = None) -> StepData:
+    """Read and encode the examples of a step, one after the other.
+
+    Raises UserError for one that cannot be used, and CancelledError before the next one once
+    `ended` is set.
+    """
+    data, count = StepData([], []), run.config.prompts_per_step
+    for entry in range(step * count, (step + 1) * count):
+        if ended is not None and ended.is_set():
+            raise CancelledError
+        (example,) = run.source.take(entry, 1)  # as in steps of one example
+        data.examples.append(example)
+        data.prompts.append(run.policy.encode(example))
+    return data
 
 
 class Ahead:
@@ -49,6 +60,7 @@ class Ahead:
         threaded = run.policy.device.type != "cpu" if thread is None else thread
         self._thread = ThreadPoolExecutor(1, "data ahead") if threaded else None
         self._coming: dict[int, Future[StepData]] = {}
+        self._ended = threading.Event()
 
     def __enter__(self) -> "Ahead":
         return self
@@ -59,8 +71,9 @@ class Ahead:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._ended.set()
         if self._thread:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()
 
     def take(self, step: int) -> StepData:
         """Return the data of a step, and begin to read those of the next one, if there is one.
@@ -72,5 +85,6 @@ class Ahead:
         data = coming.result() if coming else read_step(self.run, step)
         waited = time.perf_counter() - start
         if self._thread and step + 1 < self.run.config.steps:
-            self._coming = {step + 1: self._thread.submit(read_step, self.run, step + 1)}
+            coming = self._thread.submit(read_step, self.run, step + 1, self._ended)
+            self._coming = {step + 1: coming}
         return StepData(data.examples, data.prompts, waited)

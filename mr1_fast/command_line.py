@@ -66,7 +66,8 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
     """Begin a command: prepare its process, and return the settings of its command line.
 
     `parse` gets the words of the command line. A UserError becomes one line on stderr and exit
-    status 2; Ctrl-C ends the process in silence while it imports. Call it before torch is imported:
+    status 2; Ctrl-C while it imports ends the process with a line. Call it before torch is
+    imported:
 
         if __name__ == "__main__":
             config = start(parse_train_config)

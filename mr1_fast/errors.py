@@ -41,11 +41,15 @@ class UserError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has ended the work; the message says what was saved, and how to go on."""
+    """A signal has ended the work; the message says what was saved, and how to go on.
 
-    def __init__(self, number: int, message: str = "stopped"):
+    `at_once`: it was the second one, so that nothing may be waited for.
+    """
+
+    def __init__(self, number: int, message: str = "stopped", at_once: bool = False):
         super().__init__(printable(message))
         self.number = number
+        self.at_once = at_once
 
     @property
     def status(self) -> int:
@@ -53,7 +57,12 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
-class handling:
+def stops_at_once(error: BaseException | None) -> bool:
+    """Return whether a context that an error leaves must not wait for anything."""
+    return isinstance(error, Stopped) and error.at_once
+
+
+class SignalHandling:
     """Context manager under which `handler` gets the stop signals; afterwards all is as before.
 
     A signal that the process was started to ignore, as in the background of a script, stays
@@ -81,12 +90,12 @@ def exit_when_stopped() -> None:
     That is for a command that still imports its libraries, where an exception may come up in any of
     them and be lost or reported as another one, and for one that is about to exit.
     """
-    handling(_exit).__enter__()
+    SignalHandling(_exit).__enter__()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
     with suppress(OSError):
-        os.write(2, b"\nstopped: there was nothing to save\n")
+        os.write(2, b"\nstopped\n")
     os._exit(128 + number)
 
 
@@ -101,7 +110,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
         raise Stopped(number)
 
     try:
-        with handling(stop):
+        with SignalHandling(stop):
             return main()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

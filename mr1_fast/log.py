@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .command_line import saved_settings, write_config
 from .config import TrainConfig
-from .errors import UserError
+from .errors import UserError, stops_at_once
 from .files import append_line, keep_lines_before
 from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
 from .rewards import Scores
@@ -21,6 +21,8 @@ from .types import Rollout
 
 class RunLog:
     """The run folder, and everything that is reported at each step.
+
+    A context manager, whose end closes it; after a second signal that waits for no logger.
 
     Nothing is written before `create`, so that a run which cannot begin leaves no folder and spoils
     no older one. A resumed run drops the lines of the steps that come after its checkpoint, and
@@ -42,6 +44,8 @@ class RunLog:
                 "--resume."
             )
         self.total = config.steps
+        self.final_stands = False
+        """Whether this process has written final/ of this run."""
         self._logged = LoggerRun(self.folder, saved_settings(config), self.resuming)
         self._found: dict[str, Logger] = {
             name: LOGGERS[name](self._logged) for name in config.loggers
@@ -163,11 +167,15 @@ class RunLog:
 
     def way_on(self) -> str:
         """Say how a run that was stopped goes on."""
+        final = f"{self.folder / 'final'} is whole"
+        resume = f"`python -m mr1_fast.train --resume {shlex.quote(str(self.folder))}`"
         if any(self.checkpoints.glob("step-*")):
-            folder = shlex.quote(str(self.folder))
-            return f"go on with `python -m mr1_fast.train --resume {folder}`"
+            # An earlier process may have left final/ of fewer steps, but this one has not.
+            if self.final_stands:
+                return f"{final}; {resume} makes what is missing of evaluation, card and upload"
+            return f"go on with {resume}"
         if (self.folder / "final").exists():
-            return f"{self.folder / 'final'} is whole"
+            return final
         return "nothing was saved yet, so start it again"
 
     def say(self, text: str) -> None:
@@ -179,10 +187,16 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
 
-    def close(self) -> None:
-        """End the progress bar and the loggers."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(0.0 if stops_at_once(error) else None)
+
+    def close(self, seconds: float | None = None) -> None:
+        """End the progress bar and the loggers, and wait for them as `close_all` does."""
         self.end_steps()
-        close_all(self.loggers)
+        close_all(self.loggers, seconds)
 
 
 def _holds_a_run(folder: Path) -> bool:

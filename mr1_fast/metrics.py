@@ -48,10 +48,7 @@ class RowMetrics:
                 self._rows[name] += len(metric.values)
 
     def result(self) -> dict[str, float]:
-        """Return one number for each name; 0 where no batch had a row."""
-        means = {name: total / max(1, self._rows[name]) for name, total in self._sums.items()}
-        largest = {}
-        for name, parts in self._largest.items():
-            values = torch.cat(parts)
-            largest[name] = values.max().item() if len(values) else 0.0
-        return {**means, **largest}
+        """Return one number for each name of which a batch had a row; others are not known."""
+        means = {name: self._sums[name] / rows for name, rows in self._rows.items() if rows}
+        largest = {name: torch.cat(parts) for name, parts in self._largest.items()}
+        return {**means, **{name: v.max().item() for name, v in largest.items() if len(v)}}

@@ -9,11 +9,13 @@ from .report.records import json_object
 class Progress:
     """The greedy accuracy on held-out items, by the number of steps that were done before.
 
-    It has no other state, so that a resumed run reads all of it from evaluations.jsonl.
+    It has no other state, so that a resumed run reads all of it from evaluations.jsonl. `seconds`
+    is what the longest evaluation of earlier processes has taken; 0 where none is known.
     """
 
-    def __init__(self, accuracies: dict[int, float] | None = None):
+    def __init__(self, accuracies: dict[int, float] | None = None, seconds: float = 0.0):
         self.accuracies = accuracies or {}
+        self.seconds = seconds
 
     @classmethod
     def read(cls, path: Path, last: int) -> "Progress":
@@ -22,7 +24,7 @@ class Progress:
         Raises UserError for a line that is no evaluation.
         """
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        accuracies = {}
+        accuracies, longest = {}, 0.0
         # A line without its end was being written when the run was killed.
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             record = json_object(line, f"{path} line {number}")
@@ -31,7 +33,10 @@ class Progress:
                 raise UserError(f"{path} line {number} has no step and accuracy: remove it.")
             if step <= last:
                 accuracies[step] = float(accuracy)
-        return cls(accuracies)
+            seconds = record.get("seconds")
+            if isinstance(seconds, int | float) and longest < seconds < float("inf"):
+                longest = float(seconds)
+        return cls(accuracies, longest)
 
     def best(self, last: float = float("inf")) -> int | None:
         """Return the step of the highest accuracy up to step `last`, the earliest of equal ones.

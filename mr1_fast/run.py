@@ -180,6 +180,9 @@ def prepare(config: TrainConfig) -> Run:
             checkpoint_parts(schedule, loss_scale),
         )
     progress = Progress.read(log.evaluations, first_step) if log.resuming else Progress()
+    if progress.seconds:  # of a sampled one nothing is written; it has as many answers
+        for mode in ("greedy", "sampled"):
+            time_limit.note(f"{mode} evaluation", progress.seconds)
     if config.keep_best and progress.best() not in (None, *saved_steps(log.best)):
         raise UserError(
             f"keep_best is true, but the weights of the best evaluation so far, that after step "

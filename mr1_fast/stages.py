@@ -90,17 +90,22 @@ def pack_rollout(
 ) -> MicroBatches:
     """Pack the rollout; each row gets its advantage, its weights and its sampled log-probability.
 
-    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens.
+    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens. There are no packs where
+    no row counts: no group has a signal, or all completions are cut and `mask_truncated` is set.
     """
-    batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
-    if not batches:  # no group of the step has a signal
-        return batches
+    nothing = MicroBatches([], [], tokens_per_pack)
+    if not rollout.prompts:
+        return nothing
     bounds = cumulative(list(map(len, rollout.completions)))
+    weights = row_weights(rollout, bounds, config)
+    if not weights["token_weights"].any():
+        return nothing
+    batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
     batches.add_row_data(
         {
             "advantages": spread(advantages.flatten(), bounds),
             "rollout_logp": torch.cat(rollout.logprobs),
-            **row_weights(rollout, bounds, config),
+            **weights,
         }
     )
     return batches

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from .errors import Stopped, handling
+from .errors import SignalHandling, Stopped
 
 RECENT = 20
 """Of how many of the last steps the longest says how long the next one may take."""
@@ -28,15 +28,15 @@ class StopSignals:
         """The number of the last signal; 0 if there was none."""
         self._deferred = False
         self._way_on: Callable[[], str] = lambda: "nothing was written"
-        self._handling = handling(self._note)
+        self._handling = SignalHandling(self._note)
 
     def defer(self, way_on: Callable[[], str]) -> None:
         """Only note the first signal from now on; `way_on()` says how a stopped run goes on."""
         self._deferred, self._way_on = True, way_on
 
-    def stopped(self, where: str) -> Stopped:
+    def stopped(self, where: str, at_once: bool = False) -> Stopped:
         """Return the exception that ends the run, which says how to go on."""
-        return Stopped(self.received, f"stopped {where}: {self._way_on()}")
+        return Stopped(self.received, f"stopped {where}: {self._way_on()}", at_once)
 
     def __enter__(self) -> "StopSignals":
         self._handling.__enter__()
@@ -55,7 +55,7 @@ class StopSignals:
         if not self._deferred:
             raise self.stopped("while loading")
         if again:
-            raise self.stopped("at once")
+            raise self.stopped("at once", at_once=True)
         with suppress(OSError):
             os.write(2, NOTED)  # print may be what the signal has interrupted
 
@@ -75,7 +75,11 @@ class TimeLimit:
         """Note how many seconds the block takes as those of `part`."""
         started = time.monotonic()
         yield
-        self._seconds[part].append(time.monotonic() - started)
+        self.note(part, time.monotonic() - started)
+
+    def note(self, part: str, seconds: float) -> None:
+        """Note how many seconds `part` has taken, or is thought to take."""
+        self._seconds[part].append(seconds)
 
     def leaves(self, *parts: str) -> bool:
         """Say whether there is time for all parts, each as long as the longest of its last ones.

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports below: help and a wrong setting
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 from .advantages import group_advantages
@@ -64,7 +63,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
         run.signals = signals
         signals.defer(run.log.way_on)
 
-        with closing(run.log), LivePage(run.log.folder, run.log.say) as page:
+        with run.log, LivePage(run.log.folder, run.log.say) as page:
             if not run.log.resuming:
                 record_evaluation(run, "before", step=0)
             if config.open:
@@ -134,6 +133,7 @@ def finish(run: Run, steps_done: int) -> None:
     step = restore_best(run, steps_done)
     with atomic_folder(run.log.folder / "final") as folder:
         save_pretrained(run.policy, folder, run.config.save)
+    run.log.final_stands = True
     record_evaluation(run, "after", step)
 
 

@@ -22,13 +22,14 @@ from .data.runs import run, stage_run
 
 
 class Recording(DrawnExamples):
-    """Drawn examples that note which steps are read, and in which thread."""
+    """Drawn examples that note which are read, each by its number, and in which thread."""
 
     def __init__(self):
         super().__init__(get_task("counting"), "train", 0)
         self.read = []
 
     def take(self, step, count):
+        assert count == 1
         self.read.append((step, threading.current_thread().name))
         return super().take(step, count)
 
@@ -83,15 +84,15 @@ def test_every_step_is_read_once_and_one_ahead(small):
     with Ahead(small, thread=True) as ahead:
         for step in range(3):
             data = ahead.take(step)
-            assert len(small.source.read) <= step + 2
+            assert len(small.source.read) <= 2 * (step + 2)
             expected = DrawnExamples(get_task("counting"), "train", 0).take(step, 2)
             assert [example.key for example in data.examples] == [e.key for e in expected]
             for prompt, other in zip(data.prompts, small.policy.encode.many(expected), strict=True):
                 assert torch.equal(prompt.input_ids, other.input_ids)
                 assert torch.equal(prompt.pixel_values, other.pixel_values)
-    assert [step for step, _ in small.source.read] == [0, 1, 2]
+    assert [number for number, _ in small.source.read] == list(range(6))
     # The first step's are read where they are needed.
-    assert [name for _, name in small.source.read[1:]] == ["data ahead_0"] * 2
+    assert [name for _, name in small.source.read[2:]] == ["data ahead_0"] * 4
     assert not reading_threads()
 
 
@@ -123,6 +124,22 @@ def test_a_run_that_ends_early_leaves_no_thread(small):
         assert reading_threads()
         raise KeyboardInterrupt
     assert not reading_threads()
+
+
+def test_a_run_that_ends_reads_the_item_that_it_has_begun_and_no_other(small):
+    begun = threading.Event()
+
+    def wait_and_take(entry, count, take=small.source.take):
+        if entry == 2:  # the first one of the thread
+            begun.set()
+            assert ahead._ended.wait(60)
+        return take(entry, count)
+
+    small.source.take = wait_and_take
+    with Ahead(small, thread=True) as ahead:
+        ahead.take(0)
+        assert begun.wait(60)
+    assert [number for number, _ in small.source.read] == [0, 1, 2]
 
 
 def test_threads_may_encode_at_once():

@@ -1,11 +1,13 @@
 """What a run shows beside its progress bar."""
 
 import json
+import threading
 import time
 
 import pytest
 
 from mr1_fast.config import TrainConfig
+from mr1_fast.errors import Stopped
 from mr1_fast.log import RunLog, Stopwatch
 from mr1_fast.loggers import Background, Logger
 
@@ -59,7 +61,25 @@ def test_a_stopped_run_is_told_how_to_go_on(tmp_path):
     (log.folder / "final").mkdir(parents=True)
     assert log.way_on() == f"{log.folder}/final is whole"
     (log.checkpoints / "step-000005").mkdir(parents=True)
-    assert log.way_on() == f"go on with `python -m mr1_fast.train --resume '{log.folder}'`"
+    resume = f"`python -m mr1_fast.train --resume '{log.folder}'`"
+    assert log.way_on() == f"go on with {resume}"  # final/ may be that of fewer steps
+    log.final_stands = True
+    assert log.way_on().startswith(f"{log.folder}/final is whole; {resume} makes")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_only_a_second_signal_waits_for_no_logger(at_once, tmp_path):
+    log, go_on = RunLog(TrainConfig(output=str(tmp_path / "run"), steps=9)), threading.Event()
+    slow = Written()
+    slow.open = lambda first_step: go_on.wait(60)
+    with pytest.raises(Stopped), log:
+        log.loggers.append(Background("slow", slow, log.say))
+        log.loggers[0].open(0)
+        if not at_once:
+            threading.Timer(0.2, go_on.set).start()
+        raise Stopped(2, "stopped", at_once)
+    assert log.loggers[0]._thread.is_alive() == at_once
+    go_on.set()
 
 
 class Written(Logger):

@@ -35,6 +35,16 @@ def test_the_file_is_read_up_to_a_step_without_a_line_that_was_cut(tmp_path):
     assert Progress.read(path, 99).accuracies == {0: 0.0, 10: 0.1, 20: 0.2}
 
 
+def test_the_longest_time_is_known_whatever_the_step(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    times = ["3.5", "9", "2", "NaN", "Infinity", '"many"']
+    lines = [f'{{"step": {n}, "accuracy": 0, "seconds": {time}}}\n' for n, time in enumerate(times)]
+    path.write_text("".join(lines))
+    assert Progress.read(path, 0).seconds == 9.0
+    path.write_text('{"step": 0, "accuracy": 0}\n')
+    assert Progress.read(path, 0).seconds == Progress().seconds == 0.0
+
+
 @pytest.mark.parametrize("line", ["", "[1]", "{}", '{"step": "0", "accuracy": 1}', "\xff"])
 def test_a_damaged_line_is_named(line, tmp_path):
     path = tmp_path / "evaluations.jsonl"

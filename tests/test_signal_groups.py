@@ -71,6 +71,16 @@ def with_signal(sampled):
     return sum(len(set(rewards)) > 1 for _, rewards in sampled)
 
 
+def test_a_step_whose_completions_are_all_cut_changes_nothing(some_args, tmp_path):
+    """Neither β nor, by Adam's momentum, the weights; and nothing is claimed of KL or entropy."""
+    settings = dict(beta_shape="target-kl", mask_truncated=True, max_new_tokens=1)
+    run(some_args(tmp_path / "run", steps=2, save_every=0, **settings))
+    for record in metrics(tmp_path / "run"):
+        assert record["finished"] == 0 and record["skipped"] == 1 and record["beta"] == 0.07
+        assert not record.keys() & {"loss", "kl", "entropy", "clip_fraction", "grad_norm"}
+    assert (tmp_path / "run/report.html").exists()
+
+
 def rollout_of(policy, count, generations=3):
     config = Sampling(max_new_tokens=6)
     examples = load_examples("counting", "drawn", "train", 0).all(count)

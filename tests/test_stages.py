@@ -61,13 +61,25 @@ NOTHING = {
 @pytest.mark.parametrize("case", NOTHING)
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_step_without_a_token_that_counts_has_loss_0(loss_type, ratio, case):
+def test_a_step_without_a_token_that_counts_has_no_packs(loss_type, ratio, case):
     settings = dict(loss_type=loss_type, ratio=ratio, mask_truncated=True, max_new_tokens=3)
+    rollout = rollout_of(*NOTHING[case])
+    advantages = torch.zeros(len(rollout.prompts), rollout.num_generations)
     for entropy in (0.0, 0.1):
         config = TrainConfig(**settings, entropy_coefficient=entropy)
-        loss, gradient, metrics = step_of(rollout_of(*NOTHING[case]), config)
-        assert loss == 0 and (gradient == 0).all()
-        assert not len(metrics["entropy"].values)
+        assert pack_rollout(rollout, advantages, 8, config) == []
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_pack_without_a_token_that_counts_adds_nothing(loss_type, ratio):
+    settings = dict(loss_type=loss_type, ratio=ratio, mask_truncated=True, max_new_tokens=3)
+    rollout = rollout_of([3, 3, 3, 3], ["eos", "eos", "length", "length"])
+    for entropy in (0.0, 0.1):
+        config = TrainConfig(**settings, entropy_coefficient=entropy)
+        loss, gradient, metrics = step_of(rollout, config)
+        assert loss != 0 and (gradient != 0).any(dim=1).tolist() == [True] * 6 + [False] * 6
+        assert not len(metrics["entropy"].values)  # of the last pack
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

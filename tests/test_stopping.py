@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM at any moment, max_hours, and going on as if nothing had happened."""
 
+import json
 import os
 import random
 import re
@@ -23,7 +24,7 @@ from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
 
 from .data.judge import toss
-from .data.runs import assert_same_run, curve, metrics, run
+from .data.runs import assert_same_run, curve, metrics, records, run
 
 SETTINGS = dict(steps=4, num_generations=2, eval_every=2, save_every=2, keep_best=True)
 HANDLERS = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -214,7 +215,7 @@ def test_a_save_is_completed(whole, run_args, tmp_path, monkeypatch):
 def test_final_stands_where_the_evaluation_after_training_is_left(whole, run_args, tmp_path):
     argv, folder = run_args(tmp_path / "run", **SETTINGS), tmp_path / "run"
     with judge_that_stops(lambda: (folder / "final").exists()):
-        assert "after 4 of 4 steps: go on with" in str(stopped(argv))
+        assert f"after 4 of 4 steps: {folder / 'final'} is whole; `python" in str(stopped(argv))
     final = (folder / "final/model.safetensors").read_bytes()
     assert final == (whole / "final/model.safetensors").read_bytes()
     run(["--resume", str(folder)])
@@ -226,14 +227,30 @@ def test_a_second_signal_stops_at_once(whole, run_args, tmp_path):
     told = stopped(argv, watch=lambda _, done: (stop(), stop()) if done == 3 else None)
     assert str(told).startswith("stopped at once: go on with `python -m mr1_fast.train --resume")
     assert saved_steps(folder / "checkpoints") == [2] and len(metrics(folder)) == 3
+    assert not (folder / "report.html").exists()
     run(["--resume", str(folder)])
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("stage", ["write_card", "push_in_time"])
+def test_what_comes_after_final_is_told_of(stage, run_args, tmp_path, monkeypatch):
+    settings = dict(steps=1, num_generations=2, eval_samples=0, save_every=1)
+    argv, folder = run_args(tmp_path / "run", **settings), tmp_path / "run"
+    config = parse_train_config(argv)
+    monkeypatch.setattr(run_module, "require_repository", lambda name: None)
+    config.push_to_hub = "me/model"
+    monkeypatch.setattr(f"mr1_fast.train.{stage}", lambda *_: stop())
+    monkeypatch.setattr("mr1_fast.log.RunLog.say", lambda self, text: None)
+    with pytest.raises(Stopped) as told:
+        train(config)
+    assert str(told.value).startswith(f"stopped after 1 of 1 steps: {folder}/final is whole; `")
+
+
 def test_at_random_moments(whole, run_args, tmp_path):
     """Each time the signal comes at another moment: in loading, a step, an evaluation, a save."""
-    folder, draw = tmp_path / "run", random.Random()
-    argv = run_args(folder, **SETTINGS)
+    folder, seed = tmp_path / "run", random.randrange(10**6)
+    print(f"seed of the moments: {seed}")  # pytest shows it where the test fails
+    argv, draw = run_args(folder, **SETTINGS), random.Random(seed)
     for _ in range(3):
         timer = threading.Timer(draw.uniform(0.1, 3.0), stop)
         with suppress(KeyboardInterrupt):
@@ -260,6 +277,23 @@ def test_max_hours_end_a_run_that_goes_on(whole, run_args, tmp_path, capsys):
     assert_same_run(folder, whole)
     run(["--resume", str(folder), "--max-hours", "99"])
     assert_same_run(folder, whole)
+
+
+def test_a_resumed_run_knows_how_long_its_evaluations_take(run_args, tmp_path):
+    """It ends in time before one that would take longer than what is left of its hours."""
+    settings = SETTINGS | dict(steps=3, eval_samples=3, save_every=1, keep_best=False)
+    argv, folder = run_args(tmp_path / "run", **settings), tmp_path / "run"
+    stopped(argv, watch=lambda _, done: stop() if done == 1 else None)
+    (line,) = records(folder / "evaluations.jsonl")
+    line["seconds"] = 99 * 3600
+    (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    prepared = run_module.prepare(parse_train_config(["--resume", str(folder), "--max-hours", "9"]))
+    limit = prepared.time_limit
+    assert limit.leaves("greedy evaluation")  # before its first step
+    limit.note("step", 0.1)
+    assert limit.leaves("step", "save")
+    assert not limit.leaves("greedy evaluation") and not limit.leaves("sampled evaluation")
+    assert prepared.end(1) == "time" == prepared.end(3) and prepared.end(2) == ""
 
 
 # --- the commands -------------------------------------------------------------------------------

@@ -46,10 +46,7 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
         result["final_step"] = step
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        with run.time_limit.measure(f"{mode} evaluation"):
-            started = time.perf_counter()
-            records = _held_out_answers(run, mode)
-            seconds = time.perf_counter() - started
+        records, seconds = _held_out_answers(run, mode)
         if run.signals.received:
             return
         if mode == "greedy":
@@ -73,10 +70,7 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     """
     if not run.evaluation_is_due(steps_done):
         return
-    with run.time_limit.measure("greedy evaluation"):
-        started = time.perf_counter()
-        records = _held_out_answers(run, "greedy")
-        seconds = time.perf_counter() - started
+    records, seconds = _held_out_answers(run, "greedy")
     if not run.signals.received:
         _record_point(run, steps_done, records, seconds)
         note = "" if run.progress.waiting else ", the best so far"
@@ -117,9 +111,13 @@ def restore_best(run: Run, steps_done: int) -> int:
     return best
 
 
-def _held_out_answers(run: Run, mode: str) -> list[dict]:
-    """Answer a run's held-out items; those that are left after a signal are left out."""
-    return answers(
+def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
+    """Answer a run's held-out items; those that are left after a signal are left out.
+
+    The second value is how many seconds that took, of which the time limit takes note.
+    """
+    started = time.perf_counter()
+    records = answers(
         run.policy,
         run.config,
         run.held_out,
@@ -127,6 +125,9 @@ def _held_out_answers(run: Run, mode: str) -> list[dict]:
         run.limits,
         stopped=lambda: bool(run.signals.received),
     )
+    seconds = time.perf_counter() - started
+    run.time_limit.note(f"{mode} evaluation", seconds)
+    return records, seconds
 
 
 def answers(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.objective import ALGORITHMS
 from ..errors import UserError
 from ..profiles import BUILT_IN, TINY
 from ..profiles import PRESETS as PAPER
@@ -101,13 +102,18 @@ class Study:
         return all(variant.value is not None for variant in self.variants)
 
     def varied(self) -> set[str]:
-        """The names of all settings in which variants may differ."""
-        return {
+        """The names of all settings in which variants may differ, also by their algorithms."""
+        given = {
             name
             for variant in self.variants
             for settings in (variant.settings, *variant.by_role.values())
             for name in settings
         }
+        bundles = [ALGORITHMS[each.settings.get("algo", "grpo-d")] for each in self.variants]
+        by_algorithm = {
+            name for name in bundles[0] if len({bundle[name] for bundle in bundles}) > 1
+        }
+        return given | by_algorithm
 
 
 def mean_beta(role: str) -> float:

@@ -5,8 +5,14 @@ from typing import Any
 
 from ..errors import UserError
 
-FIXED = ("seed", "output", "task", "data", "algo", "resume", "eval_samples")
-"""Settings of `mr1_fast.train` that an experiment decides for each of its cells."""
+FIXED = (
+    *("seed", "output", "task", "data", "algo", "resume", "eval_samples", "eval_every"),
+    *("keep_best", "patience", "save", "push_to_hub", "open"),
+)
+"""Settings of `mr1_fast.train` that an experiment decides for each of its cells.
+
+Every cell is trained to its end, tested by the experiment itself, and leaves a whole model in its
+own folder alone."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ def describe_evaluations(config: TrainConfig, items: int) -> str:
 
     The share of the sampled tokens follows from the settings, with answers as long as completions:
     before and after training each item is answered greedily and by sampling, on the way greedily.
+    Groups that are refilled are further completions, of which nobody knows how many there will be.
     """
     if not items or not config.eval_samples:
         return ""
@@ -22,7 +23,8 @@ def describe_evaluations(config: TrainConfig, items: int) -> str:
 
     completions = config.steps * config.prompts_per_step * config.num_generations
     share = answers / (answers + completions)
+    least, most = ("at least ", "at most ") if config.skip_equal_groups == "refill" else ("", "")
     return (
-        f"{text} beside {completions:,} completions of training, {share:.0%} of the sampled tokens "
-        "if they are equally long"
+        f"{text} beside {least}{completions:,} completions of training, {most}{share:.0%} of the "
+        "sampled tokens if they are equally long"
     )

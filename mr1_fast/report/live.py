@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import stops_at_once
 from ..processes import module_process
 from .run_report import write_report
 
@@ -30,9 +31,10 @@ _BROWSE = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
 class LivePage:
     """Context manager that keeps report.html of a run's folder up to date while the run goes on.
 
-    Call `renew` after each step. The last page is written when the block ends, also by an error. At
-    most one process writes at a time. Nothing here ever raises: what goes wrong is said once in a
-    sentence, by `say`, and training goes on; later renewals are tried all the same.
+    Call `renew` after each step. The last page is written when the block ends, also by an error,
+    but not by a second signal, after which nothing is waited for. At most one process writes at a
+    time. Nothing here ever raises: what goes wrong is said once in a sentence, by `say`, and
+    training goes on; later renewals are tried all the same.
     """
 
     def __init__(
@@ -53,7 +55,10 @@ class LivePage:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.finish()
+        if not stops_at_once(error):
+            self.finish()
+        elif self._writer is not None:
+            self._writer.terminate()
 
     @property
     def path(self) -> Path:

@@ -211,7 +211,7 @@ def _skipped(columns: dict[str, np.ndarray]) -> str:
     more = " and others" if len(skipped) > MOST_SKIPPED else ""
     return (
         f"{len(skipped)} of {len(steps)} steps changed no weight, as their gradient was not finite "
-        f"or no group had a signal: {listed}{more}."
+        f"or no completion counted: {listed}{more}."
     )
 
 

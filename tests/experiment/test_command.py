@@ -344,6 +344,10 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
         ({"test_items": 0}, "test_items is 0, but must be at least 1"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\], but must be different"),
         ({"settings": {"algo": "grpo"}}, "settings has algo, which the preset's cells decide"),
+        ({"settings": {"push_to_hub": "me/x", "open": True}}, "settings has open, push_to_hub, wh"),
+        ({"settings": {"eval_every": 5, "keep_best": True}}, "settings has eval_every, keep_best"),
+        ({"settings": {"patience": 2, "save": "adapter"}}, "settings has patience, save, which"),
+        ({"settings": {"beta_shape": "linear-up"}}, "settings has beta_shape, which preset tiny v"),
         ({"settings": {"stepz": 1}}, "stepz"),
         (
             {"preset": "tiny_beta", "settings": {"beta": 0.02}},

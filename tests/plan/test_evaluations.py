@@ -20,6 +20,11 @@ def test_evaluations_are_counted_with_their_share_of_the_answers():
     assert "26% of the sampled tokens" in described(eval_every=3)
 
 
+def test_refilled_groups_make_the_share_smaller():
+    refilled = described(skip_equal_groups="refill")
+    assert "beside at least 200 completions of training, at most 17% of the sampled" in refilled
+
+
 def test_the_last_step_is_evaluated_on_the_way_only_to_find_the_best():
     assert "1 on the way" in described(eval_every=5)
     assert "2 on the way" in described(eval_every=5, keep_best=True)

@@ -7,6 +7,7 @@ import pytest
 
 from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
+from mr1_fast.errors import Stopped
 from mr1_fast.report.live import LivePage
 
 from .test_run_report import Page, grpo_step, make_run
@@ -51,6 +52,14 @@ def test_page_is_renewed_by_one_process_at_a_time_until_the_end(live, going_on):
     assert second.returncode is not None and live._writer is None  # no process is left behind
     assert refreshes(live.path) == [] and "Time left" not in Page(live.path).text
     assert not list(going_on.glob(".*")) and live.said == []
+
+
+def test_second_signal_waits_for_no_page(going_on):
+    with pytest.raises(Stopped), LivePage(going_on, print, first=0, every=0) as live:
+        live.renew()
+        raise Stopped(2, "stopped at once", at_once=True)
+    assert live._writer.wait(60) and not live.path.exists()
+    live._writer.stderr.close()
 
 
 def test_short_run_starts_no_process(going_on):
