@@ -96,7 +96,7 @@ def test_last_step_of_equal_rewards_and_of_none(tmp_path):
 def test_skipped_steps_are_listed(tmp_path):
     steps = [sft_step(step) | {"skipped": float(step in (3, 5))} for step in range(8)]
     page = Page(write_report(make_run(tmp_path / "a", steps, algo="sft")))
-    assert "2 of 8 steps changed no weight" in page.text and " a signal: 3, 5." in page.text
+    assert "2 of 8 steps changed no weight" in page.text and " counted: 3, 5." in page.text
     steps = [sft_step(step) | {"skipped": 1.0} for step in range(30)]
     text = Page(write_report(make_run(tmp_path / "b", steps, algo="sft"))).text
     assert "30 of 30 steps changed no weight" in text and "18, 19 and others." in text
