@@ -194,7 +194,8 @@ def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
         different = {
             name for name, value in found["grpo"].items() if found["grpo-d"][name] != value
         }
-        assert different == {"algo", "output"}
+        assert different == {"algo", "beta_shape", "output"}  # the path of β is what they are
+        assert [found[name]["beta_shape"] for name in ("grpo", "grpo-d")] == ["constant", "grpo-d"]
         different = {name for name, value in found["grpo"].items() if found["sft"][name] != value}
         of_sft = (
             set()
