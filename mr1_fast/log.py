@@ -1,6 +1,5 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
-import json
 import math
 import shlex
 import time
@@ -15,6 +14,7 @@ from .config import TrainConfig
 from .errors import UserError, stops_at_once
 from .files import append_line, keep_lines_before
 from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
+from .report.records import read_lines
 from .rewards import Scores
 from .types import Rollout
 
@@ -83,7 +83,9 @@ class RunLog:
         if not self.resuming:  # an earlier run may have ended here before its first step
             keep_lines_before(self.evaluations, 0)
         if self._found:
-            evaluated = 1 + max((record["step"] for record in self._evaluations()), default=-1)
+            evaluated = 1 + max(
+                (record["step"] for record in read_lines(self.evaluations)), default=-1
+            )
             known = {
                 "known_steps": self._logged.known(
                     "steps", _steps_in(self.folder / "metrics.jsonl")
@@ -104,7 +106,7 @@ class RunLog:
         if self.resuming:
             # A logger that rewrites has dropped what it had of `step`, which is not made again.
             self._log_evaluations(
-                record for record in self._evaluations() if record["step"] == step
+                record for record in read_lines(self.evaluations) if record["step"] == step
             )
         self.bar = tqdm(
             total=self.total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
@@ -131,13 +133,6 @@ class RunLog:
         for record in records:
             for logger in self.loggers:
                 logger.evaluation({"held_out_accuracy": record["accuracy"]}, record["step"])
-
-    def _evaluations(self) -> list[dict]:
-        """The evaluations that are recorded whole."""
-        if not self.evaluations.exists():
-            return []
-        lines = self.evaluations.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def completions(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """Record the completions of a step with their rewards: a line for each prompt."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .errors import UserError
-from .report.records import json_object
+from .report.records import read_lines
 
 
 class Progress:
@@ -23,11 +23,8 @@ class Progress:
 
         Raises UserError for a line that is no evaluation.
         """
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         accuracies, longest = {}, 0.0
-        # A line without its end was being written when the run was killed.
-        for number, line in enumerate(text.split("\n")[:-1], start=1):
-            record = json_object(line, f"{path} line {number}")
+        for number, record in enumerate(read_lines(path), start=1):
             step, accuracy = record.get("step"), record.get("accuracy")
             if not isinstance(step, int) or not isinstance(accuracy, int | float):
                 raise UserError(f"{path} line {number} has no step and accuracy: remove it.")

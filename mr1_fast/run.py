@@ -151,7 +151,7 @@ def prepare(config: TrainConfig) -> Run:
     """
     time_limit = TimeLimit(config.max_hours)
     get_task(config.task)
-    check_save(config, config)
+    check_save(config)
     dtype = resolve_dtype(config)
     config.check_dtype(str(dtype).removeprefix("torch."))
     if config.plugin:

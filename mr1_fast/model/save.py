@@ -11,7 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import ModelConfig, RunConfig
+from ..config import TrainConfig
 from ..errors import UserError
 from .forward import base_model
 from .policy import Policy
@@ -22,13 +22,14 @@ SHARD_BYTES = 2 * 10**9
 it is written."""
 
 
-def check_save(run: RunConfig, model: ModelConfig) -> None:
+def check_save(config: TrainConfig) -> None:
     """Raise UserError where an adapter is to be saved that would have no model on disk under it."""
-    if run.save in ("adapter", "both") and not model.load_in_4bit and adapter_folder(model.model):
+    saves_adapter = config.save in ("adapter", "both")
+    if saves_adapter and not config.load_in_4bit and adapter_folder(config.model):
         raise UserError(
-            f"save is {run.save}, but model {model.model} is an adapter itself, and a second one "
-            f"would lie on no model: first run `python -m mr1_fast.merge {model.model} --output "
-            "FOLDER`, and train FOLDER."
+            f"save is {config.save}, but model {config.model} is an adapter itself, and a second "
+            f"one would lie on no model: first run `python -m mr1_fast.merge {config.model} "
+            "--output FOLDER`, and train FOLDER."
         )
 
 

@@ -33,6 +33,20 @@ def read_json_object(path: Path) -> dict:
     return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
+def read_lines(path: Path) -> Iterator[dict]:
+    """The JSON objects of a file of lines, one at a time; none if there is no file.
+
+    Raises UserError, which names the line, for one that is no JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            # A line without its end is being written at this moment, or the run was killed at it.
+            if line.endswith("\n"):
+                yield json_object(line, f"{path} line {number}")
+
+
 def read_evaluation(path: Path) -> dict:
     """The accuracies and examples of evaluation.json; {} if there is no such file.
 
@@ -89,7 +103,7 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """
     columns = {"step": array("d")}
     count = 0
-    for row in _rows(path):
+    for row in read_lines(path):
         row.setdefault("step", count)
         for name, value in row.items():
             if name not in columns:
@@ -118,7 +132,7 @@ def read_evaluations(path: Path) -> dict[str, np.ndarray]:
     """
     names = ("step", "accuracy", "low", "high", "seconds")
     rows = []
-    for row in _rows(path):
+    for row in read_lines(path):
         interval = row.get("interval")
         if isinstance(interval, list) and len(interval) == 2:
             row |= {"low": interval[0], "high": interval[1]}
@@ -151,17 +165,6 @@ def read_last_step(path: Path) -> list[dict]:
             break
         records.insert(0, record)
     return records
-
-
-def _rows(path: Path) -> Iterator[dict]:
-    """The JSON objects of a file of lines; nothing if there is no file."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            # A line without its end is being written at this moment, or the run was killed at it.
-            if line.endswith("\n"):
-                yield json_object(line, f"{path} line {number}")
 
 
 def _integer(digits: str) -> int | float:

@@ -323,6 +323,6 @@ def test_what_cannot_be_saved_is_refused_at_once(wrong, reason):
 def test_an_adapter_on_an_adapter_would_have_no_model(finals):
     root = finals[0]
     with pytest.raises(UserError, match=r"python -m mr1_fast\.merge .* --output FOLDER"):
-        check_save(TrainConfig(save="adapter"), settings(root / "adapter", lora=True))
-    check_save(TrainConfig(save="adapter"), settings(root / "both", lora=True))
-    check_save(TrainConfig(save="merged"), settings(root / "adapter", lora=True))
+        check_save(TrainConfig(model=str(root / "adapter"), lora=True, save="adapter"))
+    check_save(TrainConfig(model=str(root / "both"), lora=True, save="adapter"))
+    check_save(TrainConfig(model=str(root / "adapter"), lora=True, save="merged"))
