@@ -8,7 +8,7 @@ from decode_cases import GROUP, OWN, PREFIX
 from random_models import model_config, random_model
 from torch import Tensor, nn
 
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import text_model
 from mr1_fast.model.tiny import tiny_processor
 from mr1_fast.rollout.cache import Layout, Pool
 from mr1_fast.rollout.decoder import Decoder, decoder_layers
@@ -29,7 +29,7 @@ def random_layers(
 
 def decoding(model: nn.Module, rows: int) -> Callable[[], Tensor]:
     """`Decoder.hidden` for rows in groups, each in the middle of its completion."""
-    text = base_model(model).model.language_model
+    text = text_model(model)
     device = text.norm.weight.device
     prefix, own = (PREFIX, OWN) if device.type == "cuda" else (20, 6)
     layout = Layout(-(-rows // GROUP), prefix, rows, own)

@@ -208,7 +208,7 @@ def _adapted(layer: nn.Module, settings: ModelConfig, device: str) -> nn.Module:
                     )
                     setattr(module, name, linear.to(device))
     holder = nn.Module()
-    holder.config, holder.language_model = {}, layer
+    holder.config, holder.language_model = Qwen2_5_VLConfig(), layer
     layer = with_lora(holder, settings).get_base_model().language_model
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import base_model
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.rollout.table import Columns

@@ -11,7 +11,7 @@ from random_models import model_config, random_model
 from torch import nn
 
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import base_model, text_model
 from mr1_fast.model.joined_weights import join_weights
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.model.prompt import PromptEncoder
@@ -57,7 +57,7 @@ class Work:
 
         Weights on the same input are moved next to one another, as those of a loaded policy are.
         """
-        join_weights(base_model(model).model.language_model.layers)
+        join_weights(text_model(model).layers)
         encode = PromptEncoder(model, processor, max_prompt_tokens=2**31, max_pixels=2**31)
         prompts = [encode(example) for example in examples]
         return cls(model.eval(), processor, examples, prompts, lengths, warm_up_tokens, group)
@@ -69,7 +69,7 @@ class Work:
     def least_bytes(self) -> int:
         """Bytes that steps which all unfinished samples share must read after the first tokens."""
         base = base_model(self.model)
-        text = base.model.language_model
+        text = text_model(base)
         read = (*text.layers.parameters(), text.norm.weight, base.lm_head.weight)
         weights = sum(each.nbytes for each in read) + scale_bytes(text.layers)
 

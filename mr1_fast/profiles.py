@@ -16,7 +16,7 @@ PRESETS = {
 PRESETS["figures"] = PRESETS["geometry"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
 
-BUILT_IN = ("tiny", "small")
+BUILT_IN = ("tiny", "small", "tiny-qwen2_5vl", "tiny-qwen3vl", "tiny-text")
 """Names of the models that are made without downloads (model/tiny.py)."""
 
 TINY = dict(

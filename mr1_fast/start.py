@@ -19,7 +19,7 @@ from .config import (
 from .files import atomic_folder
 from .model.load import load_pretrained, load_processor, make_policy
 from .model.policy import Policy
-from .model.processor import ImageTextProcessor
+from .model.processor import Processor
 from .model.prompt import PromptWriter
 from .model.tiny import tiny_config, tiny_model, tiny_processor
 from .optim import make_optimizer, update
@@ -64,7 +64,7 @@ def supervised_start(
     The start ends where the sampled accuracy on validation items reaches `enough` in every task. It
     is made once and kept in the cache; the folder's name holds a hash of all that it depends on.
     """
-    processor = tiny_processor()
+    processor = tiny_processor(model)
     folder = _start_folder(model, tasks, seed, enough, processor)
     if folder.exists():
         return folder
@@ -76,12 +76,12 @@ def supervised_start(
     _train_start(policy, tasks, seed, START[model], enough)
     with atomic_folder(folder) as temporary:
         policy.model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        processor.save_pretrained(temporary, policy.model.config.model_type)
     return folder
 
 
 def _start_folder(
-    model: str, tasks: Sequence[TaskConfig], seed: int, enough: float, processor: ImageTextProcessor
+    model: str, tasks: Sequence[TaskConfig], seed: int, enough: float, processor: Processor
 ) -> Path:
     """Name the folder after all that the start depends on, with a look at what the tasks draw."""
     looks = []
@@ -147,7 +147,7 @@ def with_start(config: Config) -> Config:
 def load_writer(config: Config) -> PromptWriter:
     """Load what writes the prompts of a run, without the weights of its model."""
     is_built_in = config.model in BUILT_IN
-    processor = tiny_processor() if is_built_in else load_processor(config)
+    processor = tiny_processor(config.model) if is_built_in else load_processor(config)
     limits = (config.max_prompt_tokens, config.max_pixels, config.shrink_images)
     return PromptWriter(processor, *limits, PromptFormat.of(config))
 

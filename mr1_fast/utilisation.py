@@ -2,8 +2,9 @@
 
 import torch
 
+from .model.families import base_model
 from .model.flop_count import Trained, count_flop
-from .model.forward import base_model, lm_head_weight
+from .model.forward import lm_head_weight
 from .packing import MicroBatches
 from .peak_flops import TERA, peak_flops
 from .run import Run

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from ..loss import GRPOLoss, linear_grpo_loss, policy_loss_ref, token_weights
-from ..model.forward import base_model
+from ..model.families import base_model
 from . import check_version, warn_once
 from .head import HeadError
 from .loss_options import AVERAGES, loss_options, per_token, rows_with_loss

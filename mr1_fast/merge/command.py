@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from ..errors import UserError
 from ..files import atomic_folder
 from ..hub import model_access, model_folder
 from ..model.device import first_line
-from ..model.load import check_family
-from ..model.processor import PROCESSOR_FILES, ImageTextProcessor
+from ..model.families import check_supported
+from ..model.processor import PROCESSOR_FILES, Processor, load_processor, save_source
 from ..model.save import write_weights
 from ..model.saved_adapter import SavedAdapter, adapter_base, adapter_folder, module_key
 from .settings import MergeConfig
@@ -52,7 +53,7 @@ def merge_adapter(config: MergeConfig) -> None:
                 target, sizes, lambda name: adapter.merged(name, weights[name].get_tensor(name))
             )
             shutil.copyfile(source / "config.json", target / "config.json")
-            processor.save_source(target, family)
+            save_source(processor, target, family)
     print(f"wrote {config.output}: {base} with {len(adapter.factors)} layers of {folder} merged")
 
 
@@ -68,24 +69,25 @@ def _base_folder(base: str) -> Path:
         ) from error
 
 
-def _description(base: str, source: Path) -> tuple[str, ImageTextProcessor]:
+def _description(base: str, source: Path) -> tuple[str, Processor]:
     """Return the base's family and its processor; UserError where it cannot be a 16-bit model."""
     try:
-        settings = json.loads((source / "config.json").read_text("utf-8"))
-        family = settings["model_type"]
-        processor = ImageTextProcessor.load(source)
+        config = AutoConfig.from_pretrained(source)
+        check_supported(base, config)
+        processor = load_processor(source, config.model_type)
+    except UserError:
+        raise
     except Exception as error:  # files that do not fit together fail in many ways
         raise UserError(
             f"base {base} is no whole model in Hugging Face format ({first_line(error)}): name "
             "another folder with --base."
         ) from error
-    check_family(base, family)
-    if settings.get("quantization_config"):
+    if getattr(config, "quantization_config", None):
         raise UserError(
             f"base {base} holds quantised weights, into which nothing can be merged without loss: "
             "name the 16-bit model with --base."
         )
-    return family, processor
+    return config.model_type, processor
 
 
 def _weights(base: str, source: Path, files: ExitStack) -> dict[str, Any]:

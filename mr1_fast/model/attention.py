@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..segments import Segments
+from .families import text_model, vision_tower
 
 TEXT_NAME = "mr1_packed"
 """The name of `packed_attention` in transformers, for the language model."""
@@ -193,13 +194,11 @@ def _full_attention(
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Make a `…ForConditionalGeneration` of the Qwen2-VL family use `packed_attention` throughout.
-
-    Both its language model and its vision tower then use it.
-    """
-    model.set_attn_implementation({"text_config": TEXT_NAME})
-    # set_attn_implementation would take "flash" in the name for a wish for the package flash-attn.
-    model.model.visual.config._attn_implementation = VISION_NAME
+    """Make a model use `packed_attention` in its language model and in its vision tower."""
+    # set_attn_implementation would take "flash" in a name for a wish for the package flash-attn.
+    text_model(model).config._attn_implementation = TEXT_NAME
+    if tower := vision_tower(model):
+        tower.config._attn_implementation = VISION_NAME
 
 
 AttentionInterface.register(TEXT_NAME, packed_attention)

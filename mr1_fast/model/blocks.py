@@ -77,7 +77,7 @@ class Block:
 def text_block(layer: nn.Module) -> Block | None:
     """Take a text layer apart; None if one of its parts is not known here."""
     attention, mlp = layer.self_attn, layer.mlp
-    if not _is_silu(mlp.act_fn):
+    if not _is_silu(mlp.act_fn) or hasattr(attention, "q_norm"):
         return None
     return _block(
         attention,
@@ -97,7 +97,10 @@ def vision_block(layer: nn.Module) -> Block | None:
     if hasattr(mlp, "gate_proj"):
         is_known, up, down = _is_silu(mlp.act_fn), (mlp.gate_proj, mlp.up_proj), mlp.down_proj
     else:
-        is_known, up, down = isinstance(mlp.act, QuickGELUActivation), (mlp.fc1,), mlp.fc2
+        activation = getattr(mlp, "act", None)
+        if not isinstance(activation, QuickGELUActivation):
+            return None
+        is_known, up, down = True, (mlp.fc1,), mlp.fc2
     if not is_known:
         return None
     heads = attention.num_heads

@@ -20,6 +20,7 @@ from ..kernels.layers.operators import add_norm
 from ..segments import Segments
 from ..types import PackedBatch
 from .blocks import Norm, run_block, text_block, vision_block
+from .families import base_model, text_model, text_positions, vision_tower
 from .recompute import Carry, Layer, run_layers, summed
 from .vision import BlockCall, encode_patches
 
@@ -38,11 +39,6 @@ class LayerRun:
     """Store the inputs of layers that are run again in host memory."""
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the `…ForConditionalGeneration` under a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def lm_head_weight(model: nn.Module) -> Tensor:
     """Return the LM head's weight (V, D)."""
     return base_model(model).lm_head.weight
@@ -50,14 +46,14 @@ def lm_head_weight(model: nn.Module) -> Tensor:
 
 def trains_vision(model: nn.Module) -> bool:
     """Return whether any part of the vision tower is trained."""
-    return any(p.requires_grad for p in base_model(model).model.visual.parameters())
+    tower = vision_tower(model)
+    return tower is not None and any(p.requires_grad for p in tower.parameters())
 
 
 def trained_layers(model: nn.Module) -> tuple[int, int]:
     """Count the layers that may be run again in the backward pass: text layers, vision blocks."""
-    inner = base_model(model).model
-    blocks = len(inner.visual.blocks) if trains_vision(model) else 0
-    return len(inner.language_model.layers), blocks
+    blocks = len(vision_tower(model).blocks) if trains_vision(model) else 0
+    return len(text_model(model).layers), blocks
 
 
 def packed_hidden(
@@ -72,7 +68,7 @@ def packed_hidden(
     values, or None.
     """
     run = run or LayerRun()
-    text = base_model(model).model.language_model
+    text = text_model(model)
     x = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw, run)
     angles = text_angles(text, x, batch.position_ids)
     layers = [
@@ -88,7 +84,7 @@ def packed_hidden(
 
 def text_angles(text: nn.Module, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines (T, d) of M-RoPE positions (3, T), in the dtype of x (T, D)."""
-    cos, sin = text.rotary_emb(x[None], positions.unsqueeze(1))
+    cos, sin = text.rotary_emb(x[None], text_positions(text, positions))
     return cos[0], sin[0]
 
 
@@ -160,13 +156,12 @@ def embed(
     `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) hold the images in the order of their
     tokens; both are None for text alone.
     """
-    inner = base_model(model).model
-    embeddings = inner.get_input_embeddings()(input_ids)
+    embeddings = base_model(model).get_input_embeddings()(input_ids)
     if pixel_values is None:
         return embeddings
     blocks = partial(_run_vision_blocks, run or LayerRun())
     with torch.set_grad_enabled(trains_vision(model) and torch.is_grad_enabled()):
-        features = encode_patches(inner.visual, pixel_values, image_grid_thw, blocks)
+        features = encode_patches(vision_tower(model), pixel_values, image_grid_thw, blocks)
     return place_features(model, input_ids, embeddings, features)
 
 

@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .forward import base_model
+from .families import text_model, vision_tower
 from .joined_weights import empty_joined
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """Return the vision blocks and then the decoder layers, as a forward pass uses them."""
-    inner = base_model(model).model
-    return [*inner.visual.blocks, *inner.language_model.layers]
+    tower = vision_tower(model)
+    return [*(tower.blocks if tower else ()), *text_model(model).layers]
 
 
 def on_host(parameters: Collection[nn.Parameter]) -> dict[int, nn.Parameter]:

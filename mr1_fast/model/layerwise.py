@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..types import PackedBatch
-from .forward import (
-    base_model,
-    final_hidden,
-    place_features,
-    text_angles,
-    text_layer,
-    vision_layer,
-)
+from .families import base_model, text_model, vision_tower
+from .forward import final_hidden, place_features, text_angles, text_layer, vision_layer
 from .layer_stream import LayerStream
 from .recompute import Carry, summed
 from .vision import BlockCall, begin_patches, merge_patches
@@ -39,10 +33,10 @@ def states_wait_on_device(
 
 def state_bytes(model: nn.Module, batch: PackedBatch) -> int:
     """Return the bytes of a pack's hidden state between two layers, where they are most."""
-    inner = base_model(model).model
-    embedding, patch_embedding = inner.get_input_embeddings().weight, inner.visual.patch_embed.proj
-    patches = 0 if batch.pixel_values is None else len(batch.pixel_values)
-    in_tower = patches * patch_embedding.out_channels
+    embedding, in_tower = base_model(model).get_input_embeddings().weight, 0
+    if batch.pixel_values is not None:
+        width = vision_tower(model).patch_embed.proj.out_channels
+        in_tower = len(batch.pixel_values) * width
     return max(in_tower, batch.input_ids.numel() * embedding.shape[1]) * embedding.itemsize
 
 
@@ -59,8 +53,7 @@ def run_by_layers(
     The packs may be anywhere; each is moved to the device when it begins, its pixels only until
     they are embedded. To be called within the context of the stream and without gradients.
     """
-    inner = base_model(model).model
-    blocks, text = list(inner.visual.blocks), inner.language_model
+    text = text_model(model)
     *decoder_layers, last = text.layers
     packs = [_Pack(model, batch, stream.device, fused, wait_on_device) for batch in batches]
 
@@ -68,6 +61,7 @@ def run_by_layers(
     if with_images:
         for pack in with_images:
             pack.begin_patches()
+        blocks = list(vision_tower(model).blocks)
         for index, _ in enumerate(stream.through(blocks, then=text.layers[0])):
             for pack in with_images:
                 pack.run_block(index)
@@ -120,7 +114,8 @@ class _Pack:
         fused: bool,
         wait_on_device: bool,
     ):
-        self.inner, self.model, self.fused = base_model(model).model, model, fused
+        self.model, self.fused = model, fused
+        self.text, self.tower = text_model(model), vision_tower(model)
         self.pixels = batch.pixel_values
         self.batch = replace(batch, pixel_values=None, row_data={}).to(device)
         self.state = _State(device, wait_on_device)
@@ -130,7 +125,7 @@ class _Pack:
         """Embed the image patches, and note what the blocks of the vision tower are told."""
         pixels = self.pixels.to(self.state.device, non_blocking=True)
         grid = self.batch.image_grid_thw
-        patches, self.calls = begin_patches(self.inner.visual, pixels, grid)
+        patches, self.calls = begin_patches(self.tower, pixels, grid)
         self.state.put(patches)
 
     def run_block(self, index: int) -> None:
@@ -141,13 +136,13 @@ class _Pack:
     def begin_tokens(self) -> None:
         """Embed the tokens, with the features of the images that have been through the tower."""
         ids = self.batch.input_ids
-        hidden = self.inner.get_input_embeddings()(ids)
+        hidden = self.text.embed_tokens(ids)
         if self.calls:
             grid = self.batch.image_grid_thw
-            features = merge_patches(self.inner.visual, self.state.take(), grid)
+            features = merge_patches(self.tower, self.state.take(), grid)
             hidden = place_features(self.model, ids, hidden, features)
             self.calls = []
-        self.angles = text_angles(self.inner.language_model, hidden, self.batch.position_ids)
+        self.angles = text_angles(self.text, hidden, self.batch.position_ids)
         self.state.put(hidden)
 
     def run_layer(self, layer: nn.Module) -> None:
@@ -156,7 +151,7 @@ class _Pack:
 
     def final_hidden(self, layer: nn.Module) -> Tensor:
         """Run the last text layer: the final hidden states (N, D) of the rows with loss."""
-        hidden = final_hidden(self.inner.language_model, self._computed(layer), self.fused)
+        hidden = final_hidden(self.text, self._computed(layer), self.fused)
         return hidden.index_select(0, self.batch.loss_rows)
 
     def _computed(self, layer: nn.Module) -> Carry:

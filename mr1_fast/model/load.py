@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from ..config import ModelConfig
 from ..errors import UserError
@@ -21,24 +21,27 @@ from ..hub import model_access
 from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .device import first_line, resolve_device, resolve_dtype
-from .forward import LayerRun, base_model
+from .families import (
+    auto_class,
+    base_model,
+    check_supported,
+    lora_layers,
+    vision_tower,
+)
+from .forward import LayerRun
 from .joined_weights import join_weights
 from .layer_stream import layers
 from .patches import use_patch_projection
 from .policy import Policy
-from .processor import ImageTextProcessor
+from .processor import Processor
+from .processor import load_processor as load_processor_files
 from .prompt import PromptEncoder
 from .saved_adapter import adapter_base, adapter_folder
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-"""The families of models that can be trained, as transformers' `model_type` names them."""
-LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Regular expression of the full names of the linear layers that get adapters."""
 
 
 def make_policy(
     model: nn.Module,
-    processor: ImageTextProcessor,
+    processor: Processor,
     config: ModelConfig,
     prompt_format: PromptFormat | None = None,
 ) -> Policy:
@@ -57,7 +60,8 @@ def make_policy(
     # bitsandbytes has already placed a 4-bit model, and its integers have no gradients.
     if not config.load_in_4bit:
         model.requires_grad_(True).to(resolve_device(config))
-        model.model.visual.requires_grad_(not config.freeze_vision)
+        if tower := vision_tower(model):
+            tower.requires_grad_(not config.freeze_vision)
     has_adapters = base is not model
     if config.lora and not has_adapters:
         model = with_lora(model, config)
@@ -79,7 +83,7 @@ def make_policy(
     return policy
 
 
-def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
+def load_pretrained(config: ModelConfig) -> tuple[nn.Module, Processor]:
     """Load the model and its processor from a local folder or the hub.
 
     A folder with an adapter gives the model under it, with the adapter merged into 16-bit weights;
@@ -95,7 +99,7 @@ def load_pretrained(config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]
         return _read(name, config)
 
 
-def load_processor(config: ModelConfig) -> ImageTextProcessor:
+def load_processor(config: ModelConfig) -> Processor:
     """Load the processor alone of a model in a local folder or on the hub.
 
     Raises UserError as load_pretrained does.
@@ -105,7 +109,9 @@ def load_processor(config: ModelConfig) -> ImageTextProcessor:
     if base := adapter_base(name):
         return load_processor(dataclasses.replace(config, model=base))
     with _loading(name):
-        return ImageTextProcessor.load(name)
+        config = AutoConfig.from_pretrained(name)
+        check_supported(name, config)
+        return load_processor_files(name, config.model_type)
 
 
 @contextmanager
@@ -130,16 +136,17 @@ def _loading(name: str) -> Iterator[None]:
         raise UserError(f"model {name} cannot be loaded; {hint} ({first_line(error)}).") from error
 
 
-def _read(name: str, config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor]:
+def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
     """Read model and processor with transformers, and check that they belong together."""
-    check_family(name, AutoConfig.from_pretrained(name).model_type)
+    description = AutoConfig.from_pretrained(name)
+    check_supported(name, description)
     options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
-    model, info = AutoModelForImageTextToText.from_pretrained(name, **options)
+    model, info = auto_class(description).from_pretrained(name, **options)
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
 
-    processor = ImageTextProcessor.load(name)
-    is_its_own = processor.image_token_id == model.config.image_token_id
+    processor = load_processor_files(name, description.model_type)
+    is_its_own = processor.image_token_id == getattr(model.config, "image_token_id", None)
     if not is_its_own or not processor.chat_template:
         raise ValueError("its tokenizer is not there, or not the model's, or has no chat template")
 
@@ -148,14 +155,6 @@ def _read(name: str, config: ModelConfig) -> tuple[nn.Module, ImageTextProcessor
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, processor
-
-
-def check_family(name: str, family: str) -> None:
-    """Raise UserError unless models of `family`, a transformers `model_type`, can be trained."""
-    if family not in FAMILIES:
-        raise UserError(
-            f"model {name} is a {family}, but mr1_fast trains {', '.join(FAMILIES)}: choose one."
-        )
 
 
 def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -193,7 +192,9 @@ def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
     """
     peft = _peft()
     alpha = 2 * config.lora_rank
-    lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    lora = peft.LoraConfig(
+        r=config.lora_rank, lora_alpha=alpha, target_modules=lora_layers(model.config)
+    )
     return peft.get_peft_model(model, lora)
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .families import vision_tower
+
 
 class PatchProjection(nn.Conv3d):
     """A 3D convolution whose input has exactly its kernel's size.
@@ -19,10 +21,13 @@ class PatchProjection(nn.Conv3d):
 
 
 def use_patch_projection(model: nn.Module) -> None:
-    """Make a `…ForConditionalGeneration` of the Qwen2-VL family embed patches by a matrix product.
+    """Make the vision tower of a model, if it has one, embed patches by a matrix product.
 
     Its weights stay as they are. A projection that is not such a convolution is left alone.
     """
-    projection = model.model.visual.patch_embed.proj
+    tower = vision_tower(model)
+    if tower is None:
+        return
+    projection = tower.patch_embed.proj
     if type(projection) is nn.Conv3d and projection.stride == projection.kernel_size:
         projection.__class__ = PatchProjection

@@ -8,7 +8,7 @@ from torch import nn
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .forward import LayerRun, lm_head_weight, packed_hidden, trained_layers
-from .processor import ImageTextProcessor
+from .processor import Processor
 from .prompt import PromptEncoder
 
 
@@ -17,7 +17,7 @@ class Policy:
     """A model with its processor and its prompt encoder."""
 
     model: nn.Module
-    processor: ImageTextProcessor
+    processor: Processor
     encode: PromptEncoder
     layers: LayerRun = field(default_factory=LayerRun)
     """How the layers are computed."""

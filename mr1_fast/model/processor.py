@@ -1,4 +1,4 @@
-"""Qwen2-VL's processor without its video half, which needs torchvision, and the files of one."""
+"""Processors of images and text, and of text alone, and their files."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 
 from ..hub import model_folder
+from .families import FAMILIES
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -18,8 +19,6 @@ PROCESSOR_FILES = (
     *("vocab.json", "merges.txt", "generation_config.json"),
 )
 """Patterns of a model's files, its weights and config.json apart: whichever of them it has."""
-STOCK_PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
-"""transformers' own processor of each family, which is named by its `model_type`."""
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
@@ -60,27 +59,74 @@ class ImageTextProcessor(Qwen2VLProcessor):
     def save_pretrained(self, folder: str | Path, family: str = "qwen2_vl") -> None:
         """Write the files of transformers' own processor of a family, as its models on the hub have
         them: tokenizer, chat template, and preprocessor_config.json."""
-        stock = STOCK_PROCESSORS[family]
+        stock = FAMILIES[family].vision.processor
         self.tokenizer._set_processor_class(stock)
         self.tokenizer.save_pretrained(folder)
         values = {**self.image_processor.to_dict(), "processor_class": stock}
         text = json.dumps(values, indent=2, sort_keys=True)
         (Path(folder) / "preprocessor_config.json").write_text(text + "\n")
 
-    def save_source(self, folder: Path, family: str) -> None:
-        """Write the files that the processor was loaded from, byte for byte, where there are any.
 
-        Files of earlier versions of this package name a class that only it has; in their place, and
-        for a processor made in memory, the files of `save_pretrained` are written.
-        """
-        if self.source is None or _names_own_class(Path(self.source)):
-            self.save_pretrained(folder, family)
-            return
-        for pattern in PROCESSOR_FILES:
-            for path in Path(self.source).glob(pattern):
-                target = folder / path.relative_to(self.source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+class TextProcessor:
+    """Tokenizer and chat template of a model of text alone; it is used as ImageTextProcessor is."""
+
+    image_processor = image_token = image_token_id = video_token = video_token_id = None
+    source: str | None = None
+    """Folder of the files that it was loaded from."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str | Path) -> "TextProcessor":
+        """Load from a local folder or a hub name; raises OSError if it is neither."""
+        processor = cls(AutoTokenizer.from_pretrained(name, padding_side="left"))
+        processor.source = str(model_folder(str(name), PROCESSOR_FILES))
+        return processor
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that writes messages."""
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, messages: list[dict], **arguments) -> str:
+        """Write messages whose contents are lists of parts, which are texts; without a gap."""
+        joined = [
+            {**message, "content": "".join(part["text"] for part in message["content"])}
+            for message in messages
+        ]
+        return self.tokenizer.apply_chat_template(joined, **arguments)
+
+    def save_pretrained(self, folder: str | Path, family: str) -> None:
+        """Write the tokenizer's files and the chat template."""
+        self.tokenizer.save_pretrained(folder)
+
+
+Processor = ImageTextProcessor | TextProcessor
+"""What turns text and images into a model's inputs."""
+
+
+def load_processor(name: str | Path, family: str) -> Processor:
+    """Load the processor of a model of a family; raises OSError if there is none of that name."""
+    has_images = FAMILIES[family].vision is not None
+    return (ImageTextProcessor if has_images else TextProcessor).load(name)
+
+
+def save_source(processor: Processor, folder: Path, family: str) -> None:
+    """Write the files that a processor was loaded from, byte for byte, where there are any.
+
+    Files of earlier versions of this package name a class that only it has; in their place, and
+    for a processor made in memory, the files of `save_pretrained` are written.
+    """
+    source = processor.source
+    if source is None or _names_own_class(Path(source)):
+        processor.save_pretrained(folder, family)
+        return
+    for pattern in PROCESSOR_FILES:
+        for path in Path(source).glob(pattern):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _names_own_class(folder: Path) -> bool:

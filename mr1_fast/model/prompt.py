@@ -12,9 +12,9 @@ from ..tasks import PromptFormat
 from ..tasks.prompts import IMAGE_MARK
 from ..types import Example, Prompt
 from .device import first_line
-from .forward import base_model
+from .families import base_model
 from .image_size import ImageSizes
-from .processor import ImageTextProcessor
+from .processor import Processor
 from .prompt_text import PromptText
 
 LONGEST_TOKEN = 256
@@ -34,7 +34,7 @@ class PromptWriter:
 
     def __init__(
         self,
-        processor: ImageTextProcessor,
+        processor: Processor,
         max_prompt_tokens: int = 1024,
         max_pixels: int = 401_408,
         shrink_images: bool = False,
@@ -126,7 +126,7 @@ class PromptEncoder(PromptWriter):
     def __init__(
         self,
         model: nn.Module,
-        processor: ImageTextProcessor,
+        processor: Processor,
         max_prompt_tokens: int = 1024,
         max_pixels: int = 401_408,
         shrink_images: bool = False,
@@ -144,7 +144,8 @@ class PromptEncoder(PromptWriter):
                 fitted = [self.sizes.fit(image) for image in example.images]
                 encoded = self.processor.image_processor(images=fitted, return_tensors="pt")
         grids = encoded.get("image_grid_thw")
-        is_image = input_ids == self.processor.image_token_id
+        image_token = self.processor.image_token_id
+        is_image = input_ids == (-1 if image_token is None else image_token)
         position_ids = self._positions(input_ids, is_image, grids)
         return Prompt(
             input_ids=input_ids,

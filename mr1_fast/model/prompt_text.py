@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from tokenizers import AddedToken, Tokenizer
 
-from .processor import ImageTextProcessor
+from .processor import Processor
 
 _MARK = f"\ue000{uuid4().hex}"
 """What the marks begin with; it differs from process to process and is never seen by a model."""
@@ -22,10 +22,10 @@ class PromptText:
     Its methods may be called from several threads.
     """
 
-    def __init__(self, processor: ImageTextProcessor):
+    def __init__(self, processor: Processor):
         tokenizer = processor.tokenizer
         self.processor = processor
-        vision = {processor.image_token, processor.video_token}
+        vision = {processor.image_token, processor.video_token} - {None}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | vision
         self.control_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
         self.marks = {token: f"{_MARK}-{i}\ue001" for i, token in enumerate(sorted(special))}

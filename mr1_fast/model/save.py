@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..errors import UserError
-from .forward import base_model
+from .families import Family, base_model, family_of
 from .policy import Policy
+from .processor import save_source
 from .saved_adapter import ADAPTER_FOLDER, adapter_folder
 
 SHARD_BYTES = 2 * 10**9
@@ -49,7 +50,7 @@ def save_pretrained(policy: Policy, folder: Path, save: str | None = None) -> No
             _save_merged(base, folder)
         if save != "merged":
             _save_adapter(model, base, folder / ADAPTER_FOLDER)
-    policy.processor.save_source(folder, base.config.model_type)
+    save_source(policy.processor, folder, base.config.model_type)
     if (folder / "config.json").is_file():
         _keep_config(policy.processor.source, folder, base.dtype)
 
@@ -80,7 +81,7 @@ def write_weights(
 
 def _save_merged(base: nn.Module, folder: Path) -> None:
     """Write the model with its adapters merged into the weights; it stays as it is itself."""
-    config = base.config
+    config, family = base.config, family_of(base.config)
     config.architectures, config.dtype = [type(base).__name__], base.dtype
     config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
@@ -88,12 +89,12 @@ def _save_merged(base: nn.Module, folder: Path) -> None:
     weights, adapted = {}, {}
     for name, weight in base.state_dict().items():
         if ".lora_" not in name:
-            weights[_stored_name(name)] = weight
+            weights[_stored_name(name, family)] = weight
     if base.lm_head.weight is base.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     for name, module in base.named_modules():
         if hasattr(module, "lora_A"):
-            adapted[_stored_name(f"{name}.weight")] = module
+            adapted[_stored_name(f"{name}.weight", family)] = module
 
     def make(name: str) -> Tensor:
         module = adapted.get(name)
@@ -123,10 +124,10 @@ def _keep_config(source: str | None, folder: Path, dtype: torch.dtype) -> None:
         shutil.copyfile(config, folder / "config.json")
 
 
-def _stored_name(name: str) -> str:
+def _stored_name(name: str, family: Family) -> str:
     """Return the name that a weight has in files: that of the models on the hub."""
     name = name.replace(".base_layer.", ".")
-    for inner, stored in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+    for inner, stored in family.stored_names.items():
         if name.startswith(inner):
             return stored + name.removeprefix(inner)
     return name

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ..tasks import DRAWN_TASKS, format_problem, format_solution
-from .processor import ImageTextProcessor
+from .families import FAMILIES, BuiltInSize, Family, TokenIds, auto_class
+from .processor import ImageTextProcessor, Processor, TextProcessor
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -27,37 +29,21 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @dataclass(frozen=True)
-class BuiltInSize:
-    """The settings in which the built-in models differ."""
+class BuiltInModel:
+    """A built-in model."""
 
-    hidden_size: int
-    layers: int
-    """Number of decoder layers."""
-    heads: int
-    """Number of attention heads, both of the language model and of the vision tower."""
-    mrope_section: tuple[int, int, int]
-    """Pairs of a head's channels that turn with the temporal, height and width position."""
-    vision_width: int
-    vision_blocks: int
+    family: Family
+    size: BuiltInSize
 
 
-BUILT_IN_SIZES = {
-    "tiny": BuiltInSize(
-        hidden_size=128,
-        layers=3,
-        heads=4,
-        mrope_section=(4, 6, 6),
-        vision_width=64,
-        vision_blocks=2,
-    ),
-    "small": BuiltInSize(
-        hidden_size=384,
-        layers=8,
-        heads=6,
-        mrope_section=(8, 12, 12),
-        vision_width=192,
-        vision_blocks=4,
-    ),
+TINY = BuiltInSize(hidden_size=128, layers=3, heads=4, vision_width=64, vision_blocks=2)
+SMALL = BuiltInSize(hidden_size=384, layers=8, heads=6, vision_width=192, vision_blocks=4)
+BUILT_IN_MODELS = {
+    "tiny": BuiltInModel(FAMILIES["qwen2_vl"], TINY),
+    "small": BuiltInModel(FAMILIES["qwen2_vl"], SMALL),
+    "tiny-qwen2_5vl": BuiltInModel(FAMILIES["qwen2_5_vl"], TINY),
+    "tiny-qwen3vl": BuiltInModel(FAMILIES["qwen3_vl"], TINY),
+    "tiny-text": BuiltInModel(FAMILIES["qwen3"], TINY),
 }
 """The built-in models by name."""
 
@@ -77,11 +63,29 @@ QWEN2_PATTERN = (
 """Qwen2's pre-tokenization: words with their leading space, and every digit on its own."""
 
 
-def tiny_processor() -> ImageTextProcessor:
-    """Make the processor of the built-in models.
+def tiny_processor(name: str = "tiny") -> Processor:
+    """Make the processor of a built-in model, by its name in BUILT_IN_MODELS."""
+    return family_processor(BUILT_IN_MODELS[name].family)
 
-    Its tokenizer is a byte-level BPE trained on the drawn tasks' own sentences, with Qwen2-VL's
-    special tokens; its image processor is Qwen2-VL's.
+
+def family_processor(family: Family) -> Processor:
+    """Make a processor for built-in models of a family, whose image processor is Qwen2-VL's."""
+    tokenizer = _tokenizer()
+    if family.vision is None:
+        return TextProcessor(tokenizer)
+    patch, merge = family.vision.patch_size, family.vision.merge_size
+    side = patch * merge
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=side**2, max_pixels=512 * side**2, patch_size=patch
+    )
+    return ImageTextProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """Make the tokenizer of the built-in models.
+
+    It is a byte-level BPE trained on the drawn tasks' own sentences, with Qwen2-VL's special
+    tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -107,64 +111,40 @@ def tiny_processor() -> ImageTextProcessor:
     )
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
-    return ImageTextProcessor(
-        Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=401_408),
-        tokenizer,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return tokenizer
 
 
-def tiny_config(processor: ImageTextProcessor, size: str = "tiny") -> Qwen2VLConfig:
-    """Return the configuration of a built-in model, by its name in BUILT_IN_SIZES."""
+def tiny_config(processor: Processor, name: str = "tiny") -> PretrainedConfig:
+    """Return the configuration of a built-in model, by its name in BUILT_IN_MODELS."""
+    model = BUILT_IN_MODELS[name]
+    return family_config(processor, model.family, model.size)
+
+
+def family_config(
+    processor: Processor, family: Family, size: BuiltInSize = TINY
+) -> PretrainedConfig:
+    """Return a configuration of a family in the size of a built-in model."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
-    sizes = BUILT_IN_SIZES[size]
-    return Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=sizes.hidden_size,
-            intermediate_size=3 * sizes.hidden_size,
-            num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": list(sizes.mrope_section),
-            },
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-        ),
-        vision_config=dict(
-            depth=sizes.vision_blocks,
-            embed_dim=sizes.vision_width,
-            hidden_size=sizes.hidden_size,
-            num_heads=sizes.heads,
-            mlp_ratio=4,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            in_channels=3,
-        ),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
+    ids = TokenIds(
+        vocabulary=len(tokenizer),
+        end=tokenizer.eos_token_id,
+        padding=tokenizer.pad_token_id,
+        image=token_id("<|image_pad|>"),
+        video=token_id("<|video_pad|>"),
+        vision_start=token_id("<|vision_start|>"),
+        vision_end=token_id("<|vision_end|>"),
     )
+    return family.config(family.built_in(size, ids))
 
 
-def tiny_model(
-    processor: ImageTextProcessor, size: str = "tiny"
-) -> Qwen2VLForConditionalGeneration:
+def tiny_model(processor: Processor, name: str = "tiny") -> nn.Module:
     """Make a built-in model with fresh weights.
 
     They are drawn from torch's global generator: seed it first.
     """
-    return Qwen2VLForConditionalGeneration(tiny_config(processor, size))
+    config = tiny_config(processor, name)
+    return auto_class(config).from_config(config)
 
 
 @lru_cache

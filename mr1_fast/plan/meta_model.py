@@ -12,9 +12,10 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..config import ModelConfig
+from ..model.families import auto_class, text_model, vision_tower
 from ..model.forward import (
     final_hidden,
     lm_head_weight,
@@ -64,7 +65,7 @@ class MetaModel:
 
     def __init__(self, model: nn.Module, device: str, fused: bool = True):
         self.model, self.device, self.fused = model, device, fused
-        self.text, self.vision = model.model.language_model, model.model.visual
+        self.text, self.vision = text_model(model), vision_tower(model)
         head = lm_head_weight(model)
         self.vocabulary, self.width = head.shape
         self.dtype, self.itemsize, self.head_bytes = head.dtype, head.itemsize, head.nbytes
@@ -260,10 +261,11 @@ def _build(
     """`meta_model` by what it depends on; `settings` are the model configuration's as JSON."""
     model_config = config_class.from_dict(json.loads(settings))
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
+        model = auto_class(model_config).from_config(model_config, dtype=dtype)
     use_planned_attention(model, device)
     use_patch_projection(model)
-    model.model.visual.requires_grad_(not frozen_vision)
+    if tower := vision_tower(model):
+        tower.requires_grad_(not frozen_vision)
     if in_4_bits:
         use_four_bits(model)
     if lora_rank:

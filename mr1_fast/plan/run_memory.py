@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 
 from ..config import TrainConfig
-from ..model.forward import base_model, lm_head_weight, trained_layers
+from ..model.families import base_model
+from ..model.forward import lm_head_weight, trained_layers
 from ..model.policy import Policy
 from .advice import advice
 from .choice import Choice

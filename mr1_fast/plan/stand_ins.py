@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..model.attention import uses_varlen
-from ..model.load import LORA_LAYERS
+from ..model.families import lora_layers, text_model, vision_tower
 from ..segments import Segments
 
 # --- attention ------------------------------------------------------------------------------------
@@ -31,9 +31,10 @@ VISION_NAMES = {"cuda": "mr1_plan_flash", "cpu": "mr1_plan_cpu_flash"}
 
 def use_planned_attention(model: nn.Module, device: str) -> None:
     """Make a `…ForConditionalGeneration` on the meta device allocate what attention does there."""
-    model.set_attn_implementation({"text_config": TEXT_NAMES[device]})
-    # Set on the configuration: set_attn_implementation would look for a package by that name.
-    model.model.visual.config._attn_implementation = VISION_NAMES[device]
+    # Set on the configurations: set_attn_implementation would look for a package by a vision name.
+    text_model(model).config._attn_implementation = TEXT_NAMES[device]
+    if tower := vision_tower(model):
+        tower.config._attn_implementation = VISION_NAMES[device]
 
 
 def planned_attention(
@@ -214,7 +215,7 @@ def use_four_bits(model: nn.Module) -> None:
 
     model/load.py leaves the vision tower and the LM head as they are, and so does this.
     """
-    for module in list(model.model.language_model.modules()):
+    for module in list(text_model(model).modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, FourBitLinear(child))
@@ -258,7 +259,8 @@ class LoraLinear(nn.Module):
 def use_lora(model: nn.Module, rank: int) -> None:
     """Freeze a model and put adapters where `with_lora` of model/load.py has peft put them."""
     model.requires_grad_(False)
+    pattern = lora_layers(model.config)
     for name, module in list(model.named_modules()):
-        if re.fullmatch(LORA_LAYERS, name):
+        if re.fullmatch(pattern, name):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoraLinear(module, rank))

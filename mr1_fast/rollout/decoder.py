@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels.decode.operations import add_rms_norm, attend, attention_backend
 from ..model.blocks import Norm
-from ..model.forward import base_model
+from ..model.families import banned_tokens, base_model, text_model, text_positions
 from .cache import Pool
 from .projection import Projection, projection
 from .sampling import Sampling, draw_tokens
@@ -63,7 +63,7 @@ class DecoderLayer:
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """Read the layers of the language model of a `…ForConditionalGeneration`, or of PEFT's."""
-    return [DecoderLayer.of(layer) for layer in base_model(model).model.language_model.layers]
+    return [DecoderLayer.of(layer) for layer in text_model(model).layers]
 
 
 def describe_layers(layers: list[DecoderLayer], like: Tensor) -> str:
@@ -90,14 +90,14 @@ def normed(
     return add_rms_norm(residual, update, norm.weight, norm.eps, upcoming)
 
 
-def rotary_angles(text_model: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
+def rotary_angles(text: nn.Module, positions: int) -> tuple[Tensor, Tensor]:
     """Compute the cosine and sine (P, d) of the first P text positions, in the model's dtype.
 
     A text position is the same in M-RoPE's three axes, and so are its angles.
     """
-    like = text_model.norm.weight
-    position = torch.arange(positions, device=like.device)
-    cos, sin = text_model.rotary_emb(like, position.expand(3, 1, -1))
+    like = text.norm.weight
+    position = torch.arange(positions, device=like.device).expand(3, -1)
+    cos, sin = text.rotary_emb(like, text_positions(text, position))
     # Older versions of transformers give angles for each axis, (3, 1, P, d); newer (1, P, d).
     return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
 
@@ -117,14 +117,13 @@ class Decoder:
         rows: int,
     ):
         base = base_model(model)
-        self.text, self.head = base.model.language_model, base.lm_head
+        self.text, self.head = text_model(base), base.lm_head
         self.layers, self.norm = layers, Norm.of(self.text.norm)
         self.pool, self.sampling = pool, sampling
         # An image takes no more positions than tokens, so no prompt ends behind its length.
         positions = pool.layout.prompt_tokens + pool.layout.sample_tokens
         self.cos, self.sin = rotary_angles(self.text, positions)
-        # A sampled placeholder would ask the next forward for an image feature that does not exist.
-        self.banned = (base.config.image_token_id, base.config.video_token_id)
+        self.banned = banned_tokens(base.config)
         device = self.head.weight.device
         self.previous = torch.zeros(rows, dtype=torch.int64, device=device)
         """(rows,) int64 tokens of the step before."""

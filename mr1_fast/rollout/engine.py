@@ -23,8 +23,9 @@ from torch import nn
 from ..errors import UserError
 from ..kernels.dispatch import use_triton
 from ..model.attention import use_packed_attention
-from ..model.forward import LayerRun, base_model
-from ..model.processor import ImageTextProcessor
+from ..model.families import base_model, text_model
+from ..model.forward import LayerRun
+from ..model.processor import Processor
 from ..model.prompt import PromptEncoder
 from ..types import Example, Prompt, Rollout
 from .cache import Layout, Pool, token_bytes
@@ -60,7 +61,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        processor: ImageTextProcessor,
+        processor: Processor,
         encode: PromptEncoder | None = None,
         layers: LayerRun | None = None,
     ):
@@ -192,7 +193,7 @@ class Engine:
     @property
     def _text(self) -> nn.Module:
         """The language model, without vision and LM head."""
-        return base_model(self.model).model.language_model
+        return text_model(self.model)
 
     def _layout(
         self,

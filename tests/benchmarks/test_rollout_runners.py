@@ -16,7 +16,7 @@ from rollout_runners import (
 from rollout_work import BATCH, WORKS, scale_bytes
 
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import text_model
 from mr1_fast.model.tiny import tiny_processor
 from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.rollout.table import Columns
@@ -78,7 +78,7 @@ def test_a_random_model_in_4_bits_is_as_bitsandbytes_loads_it(lora):
     processor = tiny_processor()
     config = model_config("tiny", processor, 1)
     model = random_model(config, "cpu", torch.bfloat16, lora=lora, four_bit=True)
-    layers = base_model(model).model.language_model.layers
+    layers = text_model(model).layers
     small = [each for each in layers.modules() if isinstance(each, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 1 and len(small) == 7
     for each in small:

@@ -7,8 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2VLForConditionalGeneration,
@@ -17,10 +15,10 @@ from transformers.initialization import no_init_weights
 
 from mr1_fast.config import ModelConfig
 from mr1_fast.model import attention
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import FAMILIES, auto_class, base_model, text_model
 from mr1_fast.model.load import make_policy
 from mr1_fast.model.policy import Policy
-from mr1_fast.model.tiny import tiny_config, tiny_model, tiny_processor
+from mr1_fast.model.tiny import family_config, family_processor, tiny_config, tiny_processor
 from mr1_fast.types import Example
 
 
@@ -29,9 +27,9 @@ def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **
 
     They are large enough to make every token's distribution uneven.
     """
-    processor = tiny_processor()
+    processor = family_processor(FAMILIES[family])
     torch.manual_seed(0)
-    model = tiny_model(processor) if family == "qwen2_vl" else tiny_qwen2_5(processor)
+    model = family_model(processor, family)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -40,38 +38,10 @@ def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **
     return make_policy(model.to(dtype), processor, config)
 
 
-def tiny_qwen2_5(processor) -> torch.nn.Module:
-    """Make a Qwen2.5-VL of the tiny model's sizes.
-
-    The first layer of its vision tower attends within windows.
-    """
-    base = tiny_config(processor).to_dict()
-    vision = dict(
-        depth=2,
-        hidden_size=64,
-        out_hidden_size=128,
-        intermediate_size=128,
-        num_heads=4,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=56,
-        fullatt_block_indexes=[1],
-    )
-    text = {k: v for k, v in base["text_config"].items() if k != "model_type"}
-    ids = {
-        k: base[k]
-        for k in (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        )
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
+def family_model(processor, family: str) -> torch.nn.Module:
+    """Make a fresh tiny model of a family, by its `model_type`."""
+    config = family_config(processor, FAMILIES[family])
+    return auto_class(config).from_config(config)
 
 
 def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
@@ -148,7 +118,7 @@ def quantise(policy: Policy, dtype: torch.dtype) -> None:
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for layer in base_model(policy.model).model.language_model.layers:
+    for layer in text_model(policy.model).layers:
         for part in (layer.self_attn, layer.mlp):
             for name, module in [*part.named_children()]:
                 base = getattr(module, "base_layer", module)
@@ -215,6 +185,9 @@ def plain_inputs(policy: Policy, example: Example) -> dict[str, torch.Tensor]:
     text = policy.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
+    if policy.processor.image_processor is None:
+        inputs = dict(policy.processor.tokenizer([text], return_tensors="pt"))
+        return inputs | {"mm_token_type_ids": torch.zeros_like(inputs["input_ids"])}
     return dict(
         policy.processor(text=[text], images=list(example.images) or None, return_tensors="pt")
     )
@@ -263,6 +236,8 @@ def own_logprobs(
             inputs[name] = torch.cat(parts)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    if policy.processor.image_processor is None:
+        del inputs["mm_token_type_ids"]
     logits = model(**inputs, use_cache=False).logits[:, start - 1 : -1] if length else None
     logp = [
         torch.log_softmax(logits[i, : len(ids)] / temperature, dim=-1).gather(1, ids[:, None])[:, 0]

@@ -9,13 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mr1_fast.kernels.layers.strides import require_adjacent
 from mr1_fast.model import blocks
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.forward import (
-    base_model,
-    packed_hidden,
-    text_angles,
-    text_layer,
-    vision_layer,
-)
+from mr1_fast.model.families import base_model, text_model
+from mr1_fast.model.forward import packed_hidden, text_angles, text_layer, vision_layer
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.recompute import run_layers
 from mr1_fast.model.reference import Reference
@@ -86,7 +81,7 @@ def test_without_adapters_the_policy_is_its_reference(no_module_runs):
     policy = adapted_policy()
     batch = batch_of(policy)
     with policy.model.disable_adapter():
-        block = blocks.text_block(base_model(policy.model).model.language_model.layers[0])
+        block = blocks.text_block(text_model(policy.model).layers[0])
     assert all(linears.adapters is None for linears in block.linears)
     ours = Reference(policy).logprobs([batch], 0.7)[0]
     plain = tiny_policy().logprobs(batch, 0.7)[0]
@@ -133,7 +128,7 @@ class Operations(TorchDispatchMode):
 def operations_per_layer(policy: Policy, recompute: bool) -> Counter:
     """Operations that one text layer adds to forward, recomputation and backward."""
     batch = batch_of(policy)
-    text = base_model(policy.model).model.language_model
+    text = text_model(policy.model)
     x = torch.randn(len(batch.input_ids), text.config.hidden_size, dtype=policy.model.dtype)
     angles = tuple(torch.randn(len(x), text.layers[0].self_attn.head_dim) for _ in range(2))
     trained = [p for p in text.parameters() if p.requires_grad]

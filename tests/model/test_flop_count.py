@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 from mr1_fast.model.attention import use_packed_attention
+from mr1_fast.model.families import base_model
 from mr1_fast.model.flop_count import (
     BLOCKS,
     EMBEDDING,
@@ -25,7 +26,7 @@ from mr1_fast.model.flop_count import (
     image_pairs,
     window_pairs,
 )
-from mr1_fast.model.forward import base_model, lm_head_weight
+from mr1_fast.model.forward import lm_head_weight
 from mr1_fast.packing import packs
 
 from ..data.models import mixed_examples, tiny_policy

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mr1_fast.model import blocks, four_bits
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import text_model
 from mr1_fast.model.four_bits import FourBits
 from mr1_fast.model.linears import Linears
 from mr1_fast.model.policy import Policy
@@ -37,7 +37,7 @@ def in_four_bits(linear: nn.Linear, nested: bool = True, **settings) -> nn.Modul
 def four_bit_policy(dtype: torch.dtype = torch.float32, **settings) -> Policy:
     """An `adapted_policy` whose language model is in 4 bits under its adapters."""
     policy = adapted_policy(dtype, **settings)
-    for layer in base_model(policy.model).model.language_model.layers:
+    for layer in text_model(policy.model).layers:
         for adapted in (*layer.self_attn.children(), *layer.mlp.children()):
             if hasattr(adapted, "base_layer"):
                 adapted.base_layer = in_four_bits(adapted.base_layer)
@@ -77,7 +77,7 @@ def test_a_weight_is_dequantised_once_in_each_pass(recompute, monkeypatch, no_mo
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_dequantised_weights_live_for_one_layer(recompute, monkeypatch, no_module_runs):
     policy = four_bit_policy(recompute=recompute)
-    layer, made = base_model(policy.model).model.language_model.layers[0], weakref.WeakSet()
+    layer, made = text_model(policy.model).layers[0], weakref.WeakSet()
     dequantise, most = FourBits.dequantise, [0]
     of_a_layer = sum(
         each.four_bits.dequantise().nbytes for each in blocks.text_block(layer).linears
@@ -153,7 +153,7 @@ def test_other_layers_are_left_to_themselves():
 
 def test_a_layer_that_computes_in_another_dtype_than_its_norms_is_left_to_itself():
     policy = four_bit_policy()
-    layer = base_model(policy.model).model.language_model.layers[0]
+    layer = text_model(policy.model).layers[0]
     assert blocks.text_block(layer) is not None
     layer.mlp.down_proj.base_layer.compute_dtype = torch.bfloat16
     assert blocks.text_block(layer) is None

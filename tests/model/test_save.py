@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model import save as saving
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import base_model
 from mr1_fast.model.load import load_pretrained, load_processor, make_policy
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.processor import PROCESSOR_FILES, ImageTextProcessor

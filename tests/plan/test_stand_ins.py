@@ -67,7 +67,7 @@ def test_a_lora_layer_allocates_what_pefts_does(dtype, in_4_bits):
     holder = nn.Module()
     holder.language_model = nn.Module()
     holder.language_model.mlp = nn.ModuleDict({"up_proj": linear()})
-    holder.config = {}
+    holder.config = small_config()
     ours = LoraLinear(linear(), rank=8).requires_grad_(False)
     for part in (ours.lora_A, ours.lora_B):
         part.requires_grad_(True)

@@ -10,7 +10,7 @@ import torch
 
 from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import base_model, text_model
 from mr1_fast.packing import pack
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.graphs import GRAPH_ROWS
@@ -329,7 +329,7 @@ def test_nothing_to_do(engine):
 def test_nan_logits_end_the_rollout_with_the_way_out(layer):
     policy = tiny_policy()
     with torch.no_grad():
-        base_model(policy.model).model.language_model.layers[layer].mlp.up_proj.weight[3] = math.nan
+        text_model(policy.model).layers[layer].mlp.up_proj.weight[3] = math.nan
     with pytest.raises(UserError, match=r"logits are NaN after 0 tokens .* earlier checkpoint"):
         engine_of(policy).generate(mixed_examples(), 2, Sampling(4))
 

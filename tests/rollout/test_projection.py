@@ -2,7 +2,7 @@
 
 import torch
 
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import text_model
 from mr1_fast.rollout.engine import describe_decoding
 from mr1_fast.rollout.projection import KernelProjection, Projection, layer_of
 
@@ -11,7 +11,7 @@ from ..data.models import tiny_policy
 
 def test_what_a_graph_holds_has_a_key():
     policy = tiny_policy(lora=True)
-    layer = base_model(policy.model).model.language_model.layers[0]
+    layer = text_model(policy.model).layers[0]
     like = layer.input_layernorm.weight
     kinds = {
         "adapters": lambda: Projection((layer.self_attn.q_proj,)).key,
@@ -40,7 +40,7 @@ def kernel_projection(module: torch.nn.Module, like: torch.Tensor) -> KernelProj
 
 def test_how_layers_are_decoded_is_told():
     policy = tiny_policy(lora=True)
-    layer = base_model(policy.model).model.language_model.layers[1]
+    layer = text_model(policy.model).layers[1]
     told = describe_decoding(policy.model.train())
     assert policy.model.training
     assert told.startswith("attention: ") and told.count(" · ") == 4

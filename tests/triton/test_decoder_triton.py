@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mr1_fast.model.forward import base_model
+from mr1_fast.model.families import text_model
 from mr1_fast.packing import pack
 from mr1_fast.rollout.engine import Engine, describe_decoding
 from mr1_fast.rollout.sampling import Sampling
@@ -25,7 +25,7 @@ def test_a_rollouts_logprobs_are_close_to_trainings(device, kind):
     if "nf4" in kind:
         pytest.importorskip("bitsandbytes")
         quantise(policy, torch.bfloat16)
-    text = base_model(policy.model).model.language_model
+    text = text_model(policy.model)
     text.layers = text.layers[:1]  # an interpreted layer takes seconds
     text.config.num_hidden_layers = 1
     policy.model.to(device)
