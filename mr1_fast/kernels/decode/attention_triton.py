@@ -240,9 +240,7 @@ def attend(
         overlap = decode_overlap(q.device)
     multiprocessors, arrived = _device(q.device)
 
-    columns = max(
-        MIN_COLUMNS, triton.next_power_of_2(group)
-    )  # tensor cores take 16 queries or more
+    columns = max(2, triton.next_power_of_2(group))  # tensor cores take 16 queries or more
     shares = rows > 1 and q.dtype in SHARING_DTYPES
     block_rows = max(1, min(BLOCK_ROWS, MAX_COLUMNS // columns)) if shares else 1
     row_blocks = triton.cdiv(rows, block_rows)
