@@ -45,7 +45,9 @@ def trainers(tmp_path_factory):
             return made[kind]
         processor = tiny_processor() if kind == "text" else family_processor(FAMILIES[kind])
         tokenizer, sees = processor.tokenizer, processor.image_processor and kind != "text"
-        model = small_text_model(len(tokenizer)) if kind == "text" else tiny_policy(family=kind).model
+        model = (
+            small_text_model(len(tokenizer)) if kind == "text" else tiny_policy(family=kind).model
+        )
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder)
         options = {"beta": 0.1, "temperature": 0.7}
