@@ -12,9 +12,10 @@ from .qwen2 import QWEN2
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
 from .qwen3 import QWEN3
-from .qwen3_vl import QWEN3_VL
+from .qwen3_vl import DEEPSTACK_MERGERS, QWEN3_VL
 
 __all__ = [
+    "DEEPSTACK_MERGERS",
     "FAMILIES",
     "BuiltInSize",
     "Family",
@@ -24,6 +25,7 @@ __all__ = [
     "banned_tokens",
     "base_model",
     "check_supported",
+    "deepstack_mergers",
     "family_of",
     "lora_layers",
     "mlp_width",
@@ -73,6 +75,14 @@ def vision_tower(model: nn.Module) -> nn.Module | None:
     """Return the vision tower of a model: `patch_embed`, `blocks`, `merger`; None without one."""
     base = base_model(model)
     return base.model.visual if family_of(base.config).vision else None
+
+
+def deepstack_mergers(tower: nn.Module) -> list[nn.Module]:
+    """Return the mergers of a vision tower's deepstack features, none for most towers.
+
+    The i-th feature is added to the hidden states of the image tokens after decoder layer i.
+    """
+    return list(getattr(tower, DEEPSTACK_MERGERS, ()))
 
 
 def banned_tokens(config: PretrainedConfig) -> tuple[int, ...]:
