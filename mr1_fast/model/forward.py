@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.layers.operators import add_norm
 from ..segments import Segments
@@ -22,7 +23,7 @@ from ..types import PackedBatch
 from .blocks import Norm, run_block, text_block, vision_block
 from .families import base_model, text_model, text_positions, vision_tower
 from .recompute import Carry, Layer, run_layers, summed
-from .vision import BlockCall, encode_patches
+from .vision import BlockCall, Features, encode_patches
 
 
 @dataclass
@@ -69,13 +70,21 @@ def packed_hidden(
     """
     run = run or LayerRun()
     text = text_model(model)
-    x = embed(model, batch.input_ids, batch.pixel_values, batch.image_grid_thw, run)
+    x = text.embed_tokens(batch.input_ids)
+    after = None
+    if batch.pixel_values is not None:
+        features = image_features(model, batch.pixel_values, batch.image_grid_thw, run)
+        x = place_features(model, batch.input_ids, x, features.tokens)
+        if features.deepstack:
+            rows = image_rows(model, batch.input_ids, len(features.tokens))
+            after = partial(_add_next, rows, features.deepstack)
+        del features  # each is needed for a while only
     angles = text_angles(text, x, batch.position_ids)
     layers = [
         text_layer(layer, angles, batch.segments, run.fused, past_key_values)
         for layer in text.layers
     ]
-    carry = run_layers(layers, (x, None), run.recompute_text, run.offload)
+    carry = run_layers(layers, (x, None), run.recompute_text, run.offload, after)
     return final_hidden(text, carry, run.fused).index_select(0, batch.loss_rows)
 
 
@@ -144,41 +153,75 @@ def _run_module(
 # --- images ---------------------------------------------------------------------------------------
 
 
-def embed(
-    model: nn.Module,
-    input_ids: Tensor,
-    pixel_values: Tensor | None,
-    image_grid_thw: Tensor | None,
-    run: LayerRun | None = None,
-) -> Tensor:
-    """Return token embeddings (…, D) with image features in the place of image tokens.
+def image_features(
+    model: nn.Module, pixel_values: Tensor, image_grid_thw: Tensor, run: LayerRun
+) -> Features:
+    """Compute the features of images in the order of their tokens.
 
-    `pixel_values` (P, 3·2·14·14) and `image_grid_thw` (I, 3) hold the images in the order of their
-    tokens; both are None for text alone.
+    `pixel_values` (P, C·t·p·p) and `image_grid_thw` (I, 3) hold the images.
     """
-    embeddings = base_model(model).get_input_embeddings()(input_ids)
-    if pixel_values is None:
-        return embeddings
-    blocks = partial(_run_vision_blocks, run or LayerRun())
+    blocks = partial(_run_vision_blocks, run)
     with torch.set_grad_enabled(trains_vision(model) and torch.is_grad_enabled()):
-        features = encode_patches(vision_tower(model), pixel_values, image_grid_thw, blocks)
-    return place_features(model, input_ids, embeddings, features)
+        return encode_patches(vision_tower(model), pixel_values, image_grid_thw, blocks)
 
 
 def place_features(
     model: nn.Module, input_ids: Tensor, embeddings: Tensor, features: Tensor
 ) -> Tensor:
-    """Return the embeddings (…, D) with the features (M, D) in the place of image tokens."""
-    image_token = base_model(model).model.config.image_token_id
-    return embeddings.masked_scatter(
-        (input_ids == image_token).unsqueeze(-1), features.to(embeddings.dtype)
-    )
+    """Return the embeddings (T, D) with the features (M, D) in the place of image tokens."""
+    is_image = _is_image(model, input_ids).unsqueeze(-1)
+    return embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
 
 
-def _run_vision_blocks(run: LayerRun, patches: Tensor, calls: list[BlockCall]) -> Tensor:
-    """Run the blocks of the vision tower on embedded patches (P, D)."""
+def image_rows(model: nn.Module, input_ids: Tensor, count: int) -> Tensor:
+    """Return which of the tokens (T,) are image tokens: `count` of them, (count,) int64.
+
+    As their number is known, the host does not wait for the device.
+    """
+    return torch.nonzero_static(_is_image(model, input_ids), size=count)[:, 0]
+
+
+def _is_image(model: nn.Module, input_ids: Tensor) -> Tensor:
+    return input_ids == base_model(model).config.image_token_id
+
+
+def add_deepstack(carry: Carry, rows: Tensor, feature: Tensor) -> Carry:
+    """Add a deepstack feature (M, D) to the hidden states of the image tokens.
+
+    Nothing but the feature's rows is kept for the backward pass.
+    """
+    residual, update = carry
+    feature = feature.to(residual.dtype)
+    if update is None:
+        return residual.index_add(0, rows, feature), None
+    return residual, update.index_add(0, rows, feature)
+
+
+def _add_next(rows: Tensor, features: list[Tensor], index: int, carry: Carry) -> Carry:
+    """Add the first feature that is left, after each layer; whoever adds it lets go of it."""
+    return add_deepstack(carry, rows, features.pop(0)) if features else carry
+
+
+def _run_vision_blocks(
+    run: LayerRun, patches: Tensor, calls: list[BlockCall]
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the blocks of the vision tower on embedded patches (P, D), as `RunBlocks` says."""
     layers = [vision_layer(call, run.fused) for call in calls]
-    return summed(run_layers(layers, (patches, None), run.recompute_vision, run.offload))
+    features: list[Tensor] = []
+
+    def merge(index: int, carry: Carry) -> Carry:
+        merger = calls[index].merger
+        if merger is None:
+            return carry
+        hidden = summed(carry)
+        if torch.is_grad_enabled() and index < run.recompute_vision:
+            features.append(checkpoint(merger, hidden, use_reentrant=False))
+        else:
+            features.append(merger(hidden))
+        return hidden, None  # the next block keeps the tensor that the merger keeps
+
+    carry = run_layers(layers, (patches, None), run.recompute_vision, run.offload, merge)
+    return summed(carry), features
 
 
 def vision_layer(call: BlockCall, fused: bool = True) -> Layer:

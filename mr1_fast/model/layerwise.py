@@ -2,18 +2,34 @@
 
 Weights that have to be copied to the device are copied once, however many packs there are. Between
 two layers, a pack's hidden state waits on the device, or in host memory where the states of all
-packs would take too much. The numbers are those of `packed_hidden`, pack by pack.
+packs would take too much; its deepstack features wait with it. The numbers are those of
+`packed_hidden`, pack by pack.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..types import PackedBatch
-from .families import base_model, text_model, vision_tower
-from .forward import final_hidden, place_features, text_angles, text_layer, vision_layer
+from .families import (
+    base_model,
+    deepstack_mergers,
+    patches_per_token,
+    text_model,
+    vision_tower,
+)
+from .forward import (
+    add_deepstack,
+    final_hidden,
+    image_rows,
+    place_features,
+    text_angles,
+    text_layer,
+    vision_layer,
+)
 from .layer_stream import LayerStream
 from .recompute import Carry, summed
 from .vision import BlockCall, begin_patches, merge_patches
@@ -32,12 +48,20 @@ def states_wait_on_device(
 
 
 def state_bytes(model: nn.Module, batch: PackedBatch) -> int:
-    """Return the bytes of a pack's hidden state between two layers, where they are most."""
-    embedding, in_tower = base_model(model).get_input_embeddings().weight, 0
+    """Return the bytes of a pack's state between two layers, where they are most.
+
+    That is its hidden state and its deepstack features, which are all there from the tower's last
+    block to the first text layer.
+    """
+    embedding = text_model(model).embed_tokens.weight
+    width, in_tower, deepstack = embedding.shape[1], 0, 0
     if batch.pixel_values is not None:
-        width = vision_tower(model).patch_embed.proj.out_channels
-        in_tower = len(batch.pixel_values) * width
-    return max(in_tower, batch.input_ids.numel() * embedding.shape[1]) * embedding.itemsize
+        tower, patches = vision_tower(model), len(batch.pixel_values)
+        in_tower = patches * tower.patch_embed.proj.out_channels
+        tokens = patches // patches_per_token(base_model(model).config)
+        deepstack = len(deepstack_mergers(tower)) * tokens * width
+    hidden = max(in_tower, batch.input_ids.numel() * width)
+    return (hidden + deepstack) * embedding.itemsize
 
 
 def run_by_layers(
@@ -118,7 +142,9 @@ class _Pack:
         self.text, self.tower = text_model(model), vision_tower(model)
         self.pixels = batch.pixel_values
         self.batch = replace(batch, pixel_values=None, row_data={}).to(device)
-        self.state = _State(device, wait_on_device)
+        self.new_state = partial(_State, device, wait_on_device)
+        self.state = self.new_state()
+        self.deepstack: list[_State] = []
         self.calls: list[BlockCall] = []
 
     def begin_patches(self) -> None:
@@ -130,8 +156,13 @@ class _Pack:
 
     def run_block(self, index: int) -> None:
         """Run a block of the vision tower."""
-        layer = vision_layer(self.calls[index], self.fused)
-        self.state.put(summed(layer(self.state.take(), None)))
+        call = self.calls[index]
+        layer = vision_layer(call, self.fused)
+        hidden = summed(layer(self.state.take(), None))
+        if call.merger is not None:
+            self.deepstack.append(self.new_state())
+            self.deepstack[-1].put(call.merger(hidden))
+        self.state.put(hidden)
 
     def begin_tokens(self) -> None:
         """Embed the tokens, with the features of the images that have been through the tower."""
@@ -141,6 +172,8 @@ class _Pack:
             grid = self.batch.image_grid_thw
             features = merge_patches(self.tower, self.state.take(), grid)
             hidden = place_features(self.model, ids, hidden, features)
+            if self.deepstack:
+                self.rows = image_rows(self.model, ids, len(features))
             self.calls = []
         self.angles = text_angles(self.text, hidden, self.batch.position_ids)
         self.state.put(hidden)
@@ -156,4 +189,7 @@ class _Pack:
 
     def _computed(self, layer: nn.Module) -> Carry:
         compute = text_layer(layer, self.angles, self.batch.segments, self.fused)
-        return compute(self.state.take(), None)
+        carry = compute(self.state.take(), None)
+        if self.deepstack:
+            carry = add_deepstack(carry, self.rows, self.deepstack.pop(0).take())
+        return carry

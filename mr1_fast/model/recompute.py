@@ -16,6 +16,9 @@ Carry = tuple[Tensor, Tensor | None]
 """A residual (T, D) and an update (T, D) or None, whose sum is the hidden state."""
 Layer = Callable[..., Carry]
 """A layer: `layer(residual, update, remember, again)`, as `run_block` of blocks.py."""
+After = Callable[[int, Carry], Carry]
+"""What happens between a layer, by its index, and the next one: maps the one's carry to the
+other's."""
 
 
 def summed(carry: Carry) -> Tensor:
@@ -24,11 +27,17 @@ def summed(carry: Carry) -> Tensor:
     return residual if update is None else residual + update
 
 
-def run_layers(layers: list[Layer], carry: Carry, recomputed: int, offload: bool = False) -> Carry:
+def run_layers(
+    layers: list[Layer],
+    carry: Carry,
+    recomputed: int,
+    offload: bool = False,
+    after: After | None = None,
+) -> Carry:
     """Run layers one after the other; in a pass with gradients, recompute the first `recomputed`.
 
     The last layers are the ones that keep their results, since their gradients come first: where
-    the first ones are run again, that memory is free.
+    the first ones are run again, that memory is free. `after` is not run again.
     """
     for index, layer in enumerate(layers):
         if torch.is_grad_enabled() and index < recomputed:
@@ -37,6 +46,8 @@ def run_layers(layers: list[Layer], carry: Carry, recomputed: int, offload: bool
             carry = checkpoint(_Again(layer, carry, offload), place, use_reentrant=False)
         else:
             carry = layer(*carry)
+        if after is not None:
+            carry = after(index, carry)
     return carry
 
 

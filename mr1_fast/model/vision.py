@@ -1,9 +1,10 @@
 """The vision tower with its loop over blocks in our hands.
 
 transformers' forward of the tower embeds the patches, makes rotary angles and, for Qwen2.5-VL,
-sorts patches into windows; then it calls its blocks, one after the other, and merges. Here the
-blocks are replaced, for the time of a call, by stand-ins that note what each block is told. The
-last one of them hands over all blocks at once.
+sorts patches into windows; then it calls its blocks, one after the other, and merges. Qwen3-VL's
+also merges what some blocks in its middle give: its deepstack features. Here the blocks and all
+mergers are replaced, for the time of a call, by stand-ins that note what each block is told and
+which merger follows it. The one for the last merger hands over all blocks at once.
 
 `begin_patches` and `merge_patches` are the tower in two calls, between which the blocks can be run
 at any time.
@@ -11,9 +12,12 @@ at any time.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
+
+from .families import DEEPSTACK_MERGERS, deepstack_mergers
 
 
 @dataclass
@@ -23,34 +27,39 @@ class BlockCall:
     block: nn.Module
     arguments: dict
     """`cu_seqlens`, `position_embeddings` and, in newer versions, `max_seqlen`."""
+    merger: nn.Module | None = None
+    """Makes a deepstack feature (M, D) of the block's result (P, D), if the block has one."""
 
 
-RunBlocks = Callable[[Tensor, list[BlockCall]], Tensor]
-"""Maps the embedded patches (P, D) to the last block's hidden states (P, D)."""
+@dataclass
+class Features:
+    """What the tower makes of the M image tokens of a pack."""
+
+    tokens: Tensor
+    """(M, D): what stands in the place of the image tokens' embeddings."""
+    deepstack: list[Tensor] = field(default_factory=list)
+    """(M, D) each: the i-th is added to their hidden states after decoder layer i."""
 
 
-def encode_patches(visual: nn.Module, pixels: Tensor, grid: Tensor, run: RunBlocks) -> Tensor:
-    """Compute the features (M, D) of images, with `run` in the place of the loop over blocks.
+RunBlocks = Callable[[Tensor, list[BlockCall]], tuple[Tensor, list[Tensor]]]
+"""Maps embedded patches (P, D) to the last block's hidden states and the deepstack features."""
+_Merge = Callable[[Tensor, list[BlockCall]], Tensor]
+"""Stands in the place of the last merger: gets the embedded patches and how to call each block."""
 
-    pixels: (P, 3·2·14·14); grid: (I, 3), as transformers' tower takes them.
+
+def encode_patches(visual: nn.Module, pixels: Tensor, grid: Tensor, run: RunBlocks) -> Features:
+    """Compute the features of images, with `run` in the place of the loop over blocks.
+
+    pixels (P, C·t·p·p), grid (I, 3): as transformers' tower takes them.
     """
-    calls: list[BlockCall] = []
-    *blocks, last = visual.blocks
-    stand_ins = [*(_StandIn(block, calls) for block in blocks), _StandIn(last, calls, run)]
-    tower = _with_part(visual, "blocks", nn.ModuleList(stand_ins))
-    return tower(pixels, grid_thw=grid, return_dict=True).pooler_output
+    deepstack: list[Tensor] = []
 
+    def merge(patches: Tensor, calls: list[BlockCall]) -> Tensor:
+        hidden, features = run(patches, calls)
+        deepstack.extend(features)
+        return visual.merger(hidden)
 
-class _StandIn(nn.Module):
-    """Stands for a block: notes how it is called, and calls `run` if it is the last one."""
-
-    def __init__(self, block: nn.Module, calls: list[BlockCall], run: RunBlocks | None = None):
-        super().__init__()
-        self.__dict__.update(block=block, calls=calls, run=run)  # not as a submodule
-
-    def forward(self, hidden_states: Tensor, **arguments) -> Tensor:
-        self.calls.append(BlockCall(self.block, arguments))
-        return self.run(hidden_states, self.calls) if self.run else hidden_states
+    return Features(_call(visual, pixels, grid, merge), deepstack)
 
 
 def begin_patches(
@@ -66,20 +75,52 @@ def begin_patches(
         noted.append((patches, calls))
         return patches
 
-    encode_patches(_with_part(visual, "merger", nn.Identity()), pixels, grid, note)
+    _call(visual, pixels, grid, note)
     return noted[0]
 
 
 def merge_patches(visual: nn.Module, hidden: Tensor, grid: Tensor) -> Tensor:
     """Compute the features (M, D) of images from the last block's hidden states (P, D)."""
-    tower = _with_part(visual, "patch_embed", nn.Identity())
-    # One number a patch is all that the way to the last block's place is given to carry.
-    return encode_patches(tower, hidden[:, :1], grid, lambda *_: hidden)
+    tower = _with_parts(visual, {"patch_embed": nn.Identity()})
+    # One number a patch is all that the way to the merger's place is given to carry.
+    return _call(tower, hidden[:, :1], grid, lambda *_: visual.merger(hidden))
 
 
-def _with_part(visual: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """Return the tower with one of its parts replaced; it shares all others."""
+def _call(visual: nn.Module, pixels: Tensor, grid: Tensor, merge: _Merge) -> Tensor:
+    """Call the tower with stand-ins for its blocks and mergers, and `merge` in the last one."""
+    calls: list[BlockCall] = []
+
+    def note_block(block: nn.Module, hidden: Tensor, **arguments) -> Tensor:
+        calls.append(BlockCall(block, arguments))
+        return hidden
+
+    def note_merger(merger: nn.Module, hidden: Tensor) -> Tensor:
+        calls[-1].merger = merger
+        return hidden
+
+    parts = {
+        "blocks": nn.ModuleList(_StandIn(partial(note_block, block)) for block in visual.blocks),
+        "merger": _StandIn(lambda patches: merge(patches, calls)),
+    }
+    if mergers := deepstack_mergers(visual):
+        stand_ins = (_StandIn(partial(note_merger, merger)) for merger in mergers)
+        parts[DEEPSTACK_MERGERS] = nn.ModuleList(stand_ins)
+    return _with_parts(visual, parts)(pixels, grid_thw=grid, return_dict=True).pooler_output
+
+
+class _StandIn(nn.Module):
+    """Stands for a part of the tower: calls a function instead."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, hidden_states: Tensor, **arguments) -> Tensor:
+        return self.function(hidden_states, **arguments)
+
+
+def _with_parts(visual: nn.Module, parts: dict[str, nn.Module]) -> nn.Module:
+    """Return the tower with some of its parts replaced; it shares all others."""
     tower = copy.copy(visual)
-    tower.__dict__["_modules"] = dict(visual._modules)
-    setattr(tower, name, part)
+    tower.__dict__["_modules"] = visual._modules | parts
     return tower

@@ -1,16 +1,14 @@
 """Small models and prompts that several test files share."""
 
+import copy
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2VLForConditionalGeneration,
-)
+from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
 from mr1_fast.config import ModelConfig
@@ -18,8 +16,11 @@ from mr1_fast.model import attention
 from mr1_fast.model.families import FAMILIES, auto_class, base_model, text_model
 from mr1_fast.model.load import make_policy
 from mr1_fast.model.policy import Policy
-from mr1_fast.model.tiny import family_config, family_processor, tiny_config, tiny_processor
+from mr1_fast.model.tiny import family_config, family_processor
 from mr1_fast.types import Example
+
+VISION_FAMILIES = [name for name, family in FAMILIES.items() if family.vision]
+"""The families whose models see images."""
 
 
 def tiny_policy(dtype: torch.dtype = torch.float32, family: str = "qwen2_vl", **settings) -> Policy:
@@ -65,44 +66,45 @@ def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
     return model
 
 
-def wide_policy(dtype: torch.dtype, vocabulary: int = 2048) -> Policy:
-    """Make a policy of two layers with Qwen2-VL-2B's widths in text and vision.
+def wide_policy(dtype: torch.dtype, family: str = "qwen2_vl", vocabulary: int = 2048) -> Policy:
+    """Make a policy of two layers with the widths of a family's smallest published model.
 
-    Its LM head is tied and has a small vocabulary.
+    Its vocabulary is small. A vision tower has three blocks; those of Qwen3-VL give deepstack
+    features at the first and the last of them, and the middle one of Qwen2.5-VL sees all of an
+    image.
     """
-    processor = tiny_processor()
-    config = tiny_config(processor)
-    text = dict(
-        hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2
-    )
-    vision = dict(embed_dim=1280, hidden_size=1536, num_heads=16, depth=2)
-    for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
-        for name, value in sizes.items():
-            setattr(part, name, value)
-    config.text_config.vocab_size, config.text_config.num_hidden_layers = vocabulary, 2
-    config.text_config.layer_types = config.text_config.layer_types[:2]
-    config.text_config.rope_parameters = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [16, 24, 24],
-    }
+    processor = family_processor(FAMILIES[family])
     with no_init_weights():
-        model = Qwen2VLForConditionalGeneration(config).to(dtype)
+        config = _wide_config(processor, family, vocabulary)
+        model = auto_class(config).from_config(config).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(
-        1_000_003, generator=generator, dtype=dtype
-    )  # drawing every weight anew takes seconds
+    # Drawing every weight anew takes seconds.
+    pool = torch.randn(1_000_003, generator=generator, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_scale = parameter.ndim == 1 and name.endswith("weight")
             scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(
-                pool.repeat(parameter.numel() // len(pool) + 1)[: parameter.numel()].view_as(
-                    parameter
-                )
-            )
+            repeats = parameter.numel() // len(pool) + 1
+            parameter.copy_(pool.repeat(repeats)[: parameter.numel()].view_as(parameter))
             parameter.mul_(scale).add_(1.0 if is_scale else 0.0)
     return make_policy(model, processor, ModelConfig(device="cpu", recompute="none"))
+
+
+def _wide_config(processor, family: str, vocabulary: int) -> PretrainedConfig:
+    """Cut the settings of a family's smallest published model, for `wide_policy`."""
+    tiny = family_config(processor, FAMILIES[family]).to_dict()
+    settings = copy.deepcopy(next(iter(FAMILIES[family].sizes.values())))
+    text = settings.get("text_config", settings)
+    text.update(num_hidden_layers=2, vocab_size=vocabulary)
+    for name in ("eos_token_id", "pad_token_id"):
+        text[name] = tiny.get("text_config", tiny)[name]
+    if FAMILIES[family].vision:
+        settings |= {name: value for name, value in tiny.items() if name.endswith("_token_id")}
+        vision = settings["vision_config"]
+        vision["depth"] = 3
+        cut = {"deepstack_visual_indexes": [0, 2], "fullatt_block_indexes": [1]}
+        vision.update((name, value) for name, value in cut.items() if name in vision)
+    return FAMILIES[family].config(settings)
 
 
 def fill_adapters(policy: Policy, dtype: torch.dtype) -> None:
@@ -152,27 +154,35 @@ def given_policy(hidden: Tensor, head: torch.nn.Linear, lengths: list[int]) -> S
     )
 
 
-def mixed_examples() -> list[Example]:
+def mixed_examples(family: str = "qwen2_vl") -> list[Example]:
     """Make examples with no image, a square one, a wide one, and two of different sizes.
 
-    Their prompts have different lengths.
+    Their prompts have different lengths. Those for a family of text alone have no images.
     """
     generator = torch.Generator().manual_seed(1)
 
-    def image(width: int, height: int) -> Image.Image:
-        pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-        return Image.fromarray(pixels.numpy())
+    def images(*sizes: tuple[int, int]) -> tuple[Image.Image, ...]:
+        if family not in VISION_FAMILIES:
+            return ()
+        shapes = [(height, width, 3) for width, height in sizes]
+        draw = partial(torch.randint, 256, generator=generator, dtype=torch.uint8)
+        return tuple(Image.fromarray(draw(shape).numpy()) for shape in shapes)
 
     return [
         Example("How many?", (), "3", key="text"),
-        Example("How many items are there in the image?", (image(84, 84),), "4", key="square"),
-        Example("What is the angle?", (image(140, 56),), "70°", key="wide"),
+        Example("How many items are there in the image?", images((84, 84)), "4", key="square"),
+        Example("What is the angle?", images((140, 56)), "70°", key="wide"),
         Example(
             "How many items are there in the first image, and in the second?",
-            (image(56, 84), image(112, 84)),
+            images((56, 84), (112, 84)),
             "5",
         ),
     ]
+
+
+def examples_for(policy: Policy) -> list[Example]:
+    """Return the mixed examples of a policy's family."""
+    return mixed_examples(base_model(policy.model).config.model_type)
 
 
 def plain_inputs(policy: Policy, example: Example) -> dict[str, torch.Tensor]:

@@ -9,12 +9,14 @@ import struct
 import torch
 from torch import Tensor
 
+from ..layers.strides import adjacent
 from ..native import DTYPES, status
+from .norms import HeadNorms
 
 MAX_HEAD_SIZE = 256
 """Most channels of a head: DECODE_MAX_D of csrc/decode.h."""
-_pack = struct.Struct("@9P9qd").pack
-"""Packs `DecodeArguments` of csrc/decode.h: nine pointers, nine integers, a scale."""
+_pack = struct.Struct("@11P9q2d").pack
+"""Packs `DecodeArguments` of csrc/decode.h: eleven pointers, nine integers, scale and eps."""
 
 
 def takes(q: Tensor) -> bool:
@@ -38,6 +40,7 @@ def attend(
     values: Tensor,
     spans: Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """`operations.attend`: (R, H, d).
 
@@ -62,6 +65,7 @@ def attend(
     dtype = q.dtype
     if not (k.dtype is v.dtype is cos.dtype is sin.dtype is keys.dtype is values.dtype is dtype):
         raise TypeError("q, k, v, cos, sin and the pools are not of one dtype")
+    q_norm, k_norm, eps = _checked(norms, dtype, d) if norms is not None else (None, None, 0.0)
     if spans.dtype is not torch.int32 or not (keys.is_contiguous() and values.is_contiguous()):
         raise TypeError("spans must be int32 and the pools contiguous")
 
@@ -71,9 +75,10 @@ def attend(
     status()[0].mr1_decode(
         _pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            _address(q_norm), _address(k_norm),
             keys.data_ptr(), values.data_ptr(), out.data_ptr(), spans.data_ptr(),
             q.stride(0), k.stride(0), v.stride(0), rows, heads, kv_heads, d,
-            DTYPES[dtype], torch.get_num_threads(), scale,
+            DTYPES[dtype], torch.get_num_threads(), scale, eps,
         )
     )  # fmt: skip
     return out
@@ -83,3 +88,18 @@ def _dense_rows(x: Tensor, d: int) -> Tensor:
     """Return x (R, H, d) if each of its rows is dense, else a copy."""
     _, head_stride, channel_stride = x.stride()
     return x if channel_stride == 1 and head_stride == d else x.contiguous()
+
+
+def _checked(norms: HeadNorms, dtype: torch.dtype, d: int) -> HeadNorms:
+    """Return the norms with weights as the kernel reads them, or raise what `attend` does."""
+    q, k, eps = norms
+    if not q.shape == k.shape == (d,):
+        shapes = tuple(q.shape), tuple(k.shape)
+        raise ValueError(f"weights of norms {shapes} do not fit heads of {d} channels")
+    if not (q.dtype is k.dtype is dtype):
+        raise TypeError(f"weights of norms are {q.dtype} and {k.dtype}, but heads {dtype}")
+    return HeadNorms(adjacent(q), adjacent(k), eps)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -10,6 +10,9 @@ from transformers import Qwen3VLConfig
 from .family import BuiltInSize, Family, TokenIds, VisionTower
 from .text_settings import built_in_text, image_ids, published_text
 
+DEEPSTACK_MERGERS = "deepstack_merger_list"
+"""Where the vision tower has these mergers, in the order of the blocks that they follow."""
+
 
 def _published(text: dict, depth: int, width: int, between: int, deepstack: list[int]) -> dict:
     rope = {
