@@ -27,7 +27,15 @@ from transformers import PretrainedConfig
 
 from ..segments import Segments
 from ..types import PackedBatch
-from .families import family_of, mlp_width, patches_per_token, text_model, vision_tower
+from .families import (
+    deepstack_blocks,
+    deepstack_mergers,
+    family_of,
+    mlp_width,
+    patches_per_token,
+    text_model,
+    vision_tower,
+)
 from .forward import lm_head_weight
 
 PATCH_EMBEDDING, POSITIONS, BLOCKS, MERGERS = "patches", "positions", "blocks", "mergers"
@@ -78,7 +86,7 @@ def _parts(model: nn.Module) -> dict[str, list[nn.Module]]:
         PATCH_EMBEDDING: [tower.patch_embed],
         POSITIONS: [positions] if positions is not None else [],
         BLOCKS: [tower.blocks],
-        MERGERS: [tower.merger, *getattr(tower, "deepstack_merger_list", ())],
+        MERGERS: [tower.merger, *deepstack_mergers(tower)],
     }
 
 
@@ -182,7 +190,7 @@ def _count_vision(
 
     merged, below = width * patches_per_token(config), count.below
     rows = patches // patches_per_token(config)
-    for _ in range(1 + len(getattr(vision, "deepstack_visual_indexes", ()))):
+    for _ in range(1 + len(deepstack_blocks(vision))):
         count.below = below or MERGERS in parts  # its norm
         count.linear(rows, [(merged, merged)], MERGERS in parts)
         count.linear(rows, [(merged, getattr(vision, tower.out_width))], MERGERS in parts)

@@ -52,8 +52,10 @@ class Plan:
         """The plan as a table of components by phase.
 
         A last line says what was chosen, and with `usable` bytes, the one before it how much is to
-        spare. Lines before those say where samples wait for room in the KV cache. With `measured` peaks of tensors in bytes, by phase, a row shows them beside the
-        plan: what CUDA takes besides tensors is not among them, so the planned workspace is added.
+        spare. Lines before those say where samples wait for room in the KV cache.
+
+        With `measured` peaks of tensors in bytes, by phase, a row shows them beside the plan: what
+        CUDA takes besides tensors is not among them, so the planned workspace is added.
         """
         unit, size = ("GiB", GIB) if self.peak >= 4 * GIB else ("MiB", MIB)
         rows = [_row(unit, self.phases)]

@@ -6,7 +6,7 @@ from ..rollout.cache import Layout, token_bytes
 from ..rollout.engine import MOST_SAMPLES
 from ..rollout.sampling import Sampling
 from .memory_use import MemoryUse, added
-from .passes import encode_images, pack_bytes, pixel_bytes
+from .passes import deepstack_bytes, encode_images, pack_bytes, pixel_bytes
 from .planned_run import PlannedRun
 from .workload import Workload, patches_of
 
@@ -94,9 +94,10 @@ def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryU
         inputs += pixel_bytes(model, int(images.sum()))
     first_samples = min(prompts * work.group, MOST_SAMPLES)
     logits = prompts * model.vocabulary * model.itemsize
+    decoder = model.decoder(batch.segments).infer
     return [
         *encode_images(model, images, embeddings, copies_pixels=True),
-        {"activations": inputs + embeddings + model.decoder(batch.segments).infer},
+        {"activations": inputs + embeddings + decoder + deepstack_bytes(model, images)},
         {"activations": embeddings, "loss head": logits + _drawing(run, first_samples)},
     ]
 
