@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import cos, sin
 
 from mr1_fast.loss import linear_token_logprobs
 from mr1_fast.model import forward
@@ -103,7 +102,8 @@ def test_qwen3_vl_turns_pairs_of_channels_by_interleaved_axes():
     turned = positions[:, :, None] * frequencies  # (3, T, pairs)
     interleaved = torch.stack([turned[k % 3 if k < 15 else 0, :, k] for k in range(16)], dim=1)
     in_sections = torch.cat([part[axis] for axis, part in enumerate(turned.split(sections, 2))], 1)
-    for found, function in zip(text_angles(text, torch.ones(2, 128), positions), (cos, sin)):
+    angles = text_angles(text, torch.ones(2, 128), positions)
+    for found, function in zip(angles, (torch.cos, torch.sin), strict=True):
         torch.testing.assert_close(found, function(interleaved).repeat(1, 2))
         assert (found - function(in_sections).repeat(1, 2)).abs().max() > 0.1
 
