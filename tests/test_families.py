@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import re
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +96,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path):
 def test_the_final_model_answers_the_same_with_transformers_alone(finished, family, task, tmp_path):
     final = finished[0] / "final"
     expected = last_answers(finished[0])
+    assert any(expected)
     assert answers(final, task, tmp_path / "evaluation.json") == expected
 
     model, processor = read(final), load_processor(final, family)
@@ -132,3 +135,50 @@ def test_adapters_are_trained_saved_and_trained_on(arguments, start, task, tmp_p
     run(arguments(again, model=final / "adapter", lora=True, steps=1))
     shown = json.loads((again / "evaluation.json").read_text())["examples"]
     assert [each["before"]["text"] for each in shown] == expected
+
+
+def table_of_the_documentation():
+    """The cells that claim a test: (feature, family, letter); and the tests by letter."""
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    tests = dict(re.findall(r"^- (\w): `(tests/.+)`$", text, re.MULTILINE))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    header = rows.index([family.title for family in FAMILIES.values()])
+    return [
+        (feature, family, letter)
+        for feature, *cells in rows[header + 1 :]
+        for family, cell in zip(FAMILIES, cells, strict=True)
+        for letter in cell.replace("–", "").split()
+    ], tests
+
+
+def test_each_cell_of_the_documentation_has_its_test():
+    cells, tests = table_of_the_documentation()
+    assert len(cells) > 90
+    used = {letter.strip("()") for _, _, letter in cells}
+    assert used == tests.keys()
+    found = cases(tests.values())
+    for feature, family, letter in cells:
+        ids = found[tests[letter.strip("()")]]
+        assert ids, f"{letter}: no such test"
+        # Qwen2-VL is what is tested where no family is named.
+        if family != "qwen2_vl" and "(" not in letter:
+            names = family, FAMILIES[family].title
+            named = any(re.search(rf"\b{re.escape(n)}\b(?!-VL)", i) for n in names for i in ids)
+            assert named, f"{feature}: {tests[letter]} does not run with {family}"
+
+
+def cases(tests):
+    """Test → a text for each of its cases, of the id and of the values of its parameters."""
+    found = {test: [] for test in tests}
+
+    class Collected:
+        def pytest_collection_modifyitems(self, items):
+            for item in items:
+                name = f"{item.path.relative_to(item.config.rootpath)}::{item.originalname}"
+                values = getattr(item, "callspec", SimpleNamespace(params={})).params
+                found[name].append(f"{item.name} {values}")
+
+    words = ["--collect-only", "-qq", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*words, *found], plugins=[Collected()])
+    return found
