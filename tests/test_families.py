@@ -114,6 +114,20 @@ def test_the_final_model_answers_the_same_with_transformers_alone(finished, fami
         assert processor.tokenizer.decode(new, skip_special_tokens=True) == answer
 
 
+def test_the_card_says_what_the_model_reads_and_its_code_runs(finished, family, capsys):
+    final = finished[0] / "final"
+    card = (final / "README.md").read_text(encoding="utf-8")
+    sees = FAMILIES[family].vision is not None
+    assert f"pipeline_tag: {'image-text-to-text' if sees else 'text-generation'}\n" in card
+    assert ("picture.png" in card) == sees
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    if not sees:  # the other code needs torchvision, and a picture
+        pytest.importorskip("accelerate")
+        exec(code.replace("path/to/final", str(final)), {})
+        assert capsys.readouterr().out.strip()
+
+
 def test_the_run_is_planned(finished):
     _, said = finished
     total = next(line for line in said.splitlines() if line.startswith("total"))
