@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, operations_triton
+from mr1_fast.kernels.decode.norms import HeadNorms
 from mr1_fast.kernels.four_bit import dequantise_triton
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
@@ -61,8 +62,14 @@ An H100 can issue 18 to 20 in the time in which it copies a 16-bit element, and 
 it moves an optimizer's 14 bytes. The optimizer's count holds the code for special cases of roots
 and divisions, which hardly runs: 25 of it.
 """
-MODELS = ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064))
-"""Heads, key heads, hidden size, MLP size and vocabulary of Qwen2-VL 2B and 7B."""
+MODELS = (
+    (12, 2, 1536, 8960, 151_936, False),
+    (28, 4, 3584, 18_944, 152_064, False),
+    (16, 8, 2048, 6144, 151_936, True),
+    (32, 8, 2560, 9728, 151_936, True),
+)
+"""Heads, key heads, hidden size, MLP size and vocabulary, and whether heads are normed: Qwen2-VL 2B
+and 7B, Qwen3-VL 2B and 4B."""
 LAYERS = (
     (1536, 12, 2, 128, 8960),
     (3584, 28, 4, 128, 18_944),
@@ -137,12 +144,13 @@ def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for heads, kv_heads, _, _, v in models:
+    for heads, kv_heads, _, _, v, is_normed in models:
         pool = empty(2**16, kv_heads, 128)
+        norms = HeadNorms(empty(128), empty(128), 1e-6) if is_normed else None
         for n in (1, rows):
             q, new, angle = empty(n, heads, 128), empty(n, kv_heads, 128), empty(n, 128)
             spans = empty(n, 4, dtype=torch.int32)
-            attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
+            attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09, norms)
         for temperature in (1.0, 0.0):
             uniform = empty(rows, dtype=torch.float32)
             operations_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))

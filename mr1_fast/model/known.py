@@ -3,12 +3,13 @@
 import re
 from itertools import groupby
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..errors import UserError
 from ..hub import model_access
 from ..profiles import BUILT_IN
-from .families import FAMILIES, check_supported
+from .description import read_description
+from .families import FAMILIES
 from .saved_adapter import adapter_base
 from .tiny import tiny_config, tiny_processor
 
@@ -29,14 +30,14 @@ def find_model_config(name: str) -> PretrainedConfig:
         return find_model_config(base)
     try:
         with model_access(name):
-            config = AutoConfig.from_pretrained(name)
+            return read_description(name)
+    except UserError:
+        raise
     except Exception as error:  # no network, no such name, or a folder without a config.json
         raise UserError(
             f"model {name} has no configuration that can be read here: check the name and the "
             f"network, pass a local folder, or plan for one that is built in ({known_names()})."
         ) from error
-    check_supported(name, config)
-    return config
 
 
 def published_config(name: str) -> PretrainedConfig | None:
