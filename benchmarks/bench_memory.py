@@ -1,11 +1,12 @@
-"""Does it fit on its card? Two steps of training under a memory cap; each phase's peak and its plan.
+"""Does it fit on its card? Two steps of training under a memory cap; each phase's peak, planned and
+measured.
 
     python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train]
 
-The cases are recipes, each under the cap of its card, with random weights and images of 401,408 pixels, the
-most that `max_pixels` allows. Random weights hardly ever end an answer, so nearly every completion
-has its 512 tokens. Flags apply to all cases. `tiny` takes the same path with a tiny model; on a CPU
-nothing is measured. The last line is one JSON document.
+The cases are recipes, each under the cap of its card, with random weights and images of 401,408
+pixels, the most that `max_pixels` allows. Random weights hardly ever end an answer, so nearly every
+completion has all its tokens. Flags apply to all cases. `tiny` and `tiny-qwen3vl` take the same
+path with built-in models; on a CPU nothing is measured. The last line is one JSON document.
 """
 
 import argparse
