@@ -257,7 +257,7 @@ def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Te
 
     x, update, gradient, gate_up = rows(96), rows(96), rows(96), rows(192)
     qkv, cos, sin, bias = rows(160), rows(32), rows(32), rows(160)[0]
-    q, k, v = rows(3, 32), rows(1, 32), rows(1, 32)
+    q, k, v, weights = rows(3, 32), rows(1, 32), rows(1, 32), rows(32)[:2]
     calls = {
         "norm": ("norm", x, update[0], None, 1e-6),
         "addition and norm": ("add_norm", x, update, gradient[0], update[0], 1e-6),
@@ -267,10 +267,18 @@ def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Te
         ),
         "rotation": ("rotary", qkv, bias, cos, sin, 3, 1),
         "gradient of a rotation": ("rotary_backward", q, k, v, cos, sin),
+        "rotation of normed heads": ("norm_rotary", qkv, *weights, 1e-6, cos, sin, 3, 1),
+        "gradient of normed heads": (
+            *("norm_rotary_backward", q, k, v, qkv, *weights),
+            *(1e-6, cos, sin, True),
+        ),
         "gating": ("silu_mul", gate_up, gate_up[0]),
         "gradient of gating": ("silu_mul_backward", gradient, gate_up, gate_up[0]),
-        "activation": ("quick_gelu", x),
-        "gradient of an activation": ("quick_gelu_backward", gradient, x),
+        **{f"{kind} GELU": ("gelu", x, kind) for kind in layers.GELUS},
+        **{
+            f"gradient of a {kind} GELU": ("gelu_backward", gradient, x, kind)
+            for kind in layers.GELUS
+        },
     }
     parts = torch.randn(70, 2, 96, generator=generator)
     summed = layers.norm_gradients(parts.to(device), x[0].to(device))

@@ -170,11 +170,13 @@ class Engine:
     ) -> Rollout:
         """Make the rollout of a batch that has ended."""
         ids = results.completions
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        openings = [prompt.opening for prompt in prompts for _ in range(num_generations)]
         return Rollout(
             examples=batch.examples,
             prompts=prompts,
             completions=[torch.tensor(each, dtype=torch.int64) for each in ids],
-            texts=self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            texts=[opening + text for opening, text in zip(openings, texts, strict=True)],
             logprobs=[torch.tensor(each, dtype=torch.float32) for each in results.logprobs],
             reasons=results.reasons,
             num_generations=num_generations,
