@@ -1,12 +1,13 @@
 // Decode attention of some rows and a key head, compiled once per instruction set. setup.py keeps
-// the compiler from fusing multiplications and additions, so that the rotation rounds as PyTorch's
-// does.
+// the compiler from fusing multiplications and additions, so that norms and the rotation round as
+// PyTorch's do.
 //
 // The query heads of a group are computed together, so that a key or a value is loaded and widened
 // once for all of them. The softmax goes online over tiles of tokens, so that no buffer grows with
 // the context. Rows that share a prefix take turns at each of its tiles, so that the tile comes from
 // memory once; what a row computes, and in which order, is the same as without the others.
 #include "decode.h"
+#include "norm.h"
 #include "row_kernels.h"
 #include "simd.h"
 
@@ -37,6 +38,17 @@ template <class T> void rotate(const T* x, const T* cos, const T* sin, T* out, i
         store_up_to(out + half + i, count,
                     add(product(x2, part(cos + half)), product(x1, part(sin + half))));
     }
+}
+
+// Rotates a head after its norm, if it has a weight.
+template <class T>
+void prepare(const DecodeArguments* a, const T* head, const T* weight, int64_t row, T* out) {
+    T normed[DECODE_MAX_D];
+    if (weight) {
+        norm_row(head, weight, normed, a->d, (float)a->eps);
+        head = normed;
+    }
+    rotate(head, (const T*)a->cos + row * a->d, (const T*)a->sin + row * a->d, out, a->d);
 }
 
 // Loads the columns of a head as vectors, of which pairs are in `load_pair`'s order; columns beyond
@@ -224,7 +236,7 @@ void begin(Heads<HEADS>& g, const DecodeArguments* a, int64_t row, int64_t head)
     const T* q = (const T*)a->q + row * a->q_stride + head * d;
     for (int h = 0; h < HEADS; ++h) {
         T rotated[DECODE_MAX_D];
-        rotate(q + h * d, (const T*)a->cos + row * d, (const T*)a->sin + row * d, rotated, d);
+        prepare(a, q + h * d, (const T*)a->q_norm, row, rotated);
         load_head(rotated, d, g.q[h]);
         for (int64_t c = 0; c < d; c += WIDTH) store(g.sum[h] + c, all(0.0f));
         g.weights[h] = all(0.0f);
@@ -281,8 +293,8 @@ void attend(const DecodeArguments* a, const DecodeBlock& block, int64_t kv_head)
                           (float)a->scale};
     for (int64_t row = block.first; row < block.first + block.rows; ++row) {
         const int64_t last = stride * ((int64_t)a->spans[row][2] + a->spans[row][3] - 1);
-        rotate((const T*)a->k + row * a->k_stride + kv_head * d, (const T*)a->cos + row * d,
-               (const T*)a->sin + row * d, pool.keys + last, d);
+        const T* k = (const T*)a->k + row * a->k_stride + kv_head * d;
+        prepare(a, k, (const T*)a->k_norm, row, pool.keys + last);
         memcpy(pool.values + last, (const T*)a->v + row * a->v_stride + kv_head * d,
                d * sizeof(T));
     }

@@ -69,7 +69,7 @@ def _settings_digest(writer: PromptWriter, config: TaskConfig, needs_thinking: b
     model = [
         len(processor.tokenizer),
         processor.chat_template,
-        processor.image_processor.to_json_string(),
+        processor.image_processor and processor.image_processor.to_json_string(),
         config.model,
     ]
     text = json.dumps([__version__, settings, model, needs_thinking], sort_keys=True, default=str)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .config import TrainConfig
+from .config import TaskConfig, TrainConfig
 from .config.objective import ALGORITHMS
 
 PRESETS = {
@@ -14,10 +14,13 @@ PRESETS = {
     ),
 }
 PRESETS["figures"] = PRESETS["geometry"]
+PRESETS["arithmetic"] = PRESETS["counting"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
 
 BUILT_IN = ("tiny", "small", "tiny-qwen2_5vl", "tiny-qwen3vl", "tiny-text")
 """Names of the models that are made without downloads (model/tiny.py)."""
+BUILT_IN_TEXT = ("tiny-text",)
+"""Those that read text alone."""
 
 TINY = dict(
     max_new_tokens=24,
@@ -41,7 +44,8 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
 
     `config` holds what the user has set, and the defaults of the classes above for the rest.
     """
-    preset = config.task if config.preset == "auto" else config.preset
+    of_model = model_defaults(config.model, config.task, config.difficulty)
+    preset = of_model.get("task", config.task) if config.preset == "auto" else config.preset
     defaults = dict(PRESETS.get(preset, {}))
     if ALGORITHMS[config.algo]["beta"] == 0:  # the paper's β is that of GRPO
         defaults.pop("beta", None)
@@ -49,4 +53,21 @@ def profile_defaults(config: TrainConfig) -> dict[str, Any]:
         defaults |= SFT
     if config.model in BUILT_IN:
         defaults |= TINY
-    return defaults
+    return defaults | of_model
+
+
+def model_defaults(model: str, task: str, difficulty: int) -> dict[str, Any]:
+    """Return the defaults of a built-in model that training and evaluation share.
+
+    A model of text alone, which cannot see the items of the default task, is asked for sums.
+    """
+    if model not in BUILT_IN:
+        return {}
+    if model in BUILT_IN_TEXT and task == TaskConfig.task:
+        task = "arithmetic"
+    return {"task": task, "max_new_tokens": answer_tokens(task, difficulty)}
+
+
+def answer_tokens(task: str, difficulty: int) -> int:
+    """Return the most tokens of a built-in model's answer; a worked sum goes through its digits."""
+    return 12 + 12 * difficulty if task == "arithmetic" else TINY["max_new_tokens"]

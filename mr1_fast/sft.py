@@ -20,16 +20,18 @@ def solution_batches(
 ) -> MicroBatches:
     """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
-    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. Special
-    tokens that a solution contains are text. `prompts` are the examples as `policy.encode` gives
+    `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. What the
+    prompt has already written of an answer, such as `<think>`, is not repeated. Special tokens that
+    a solution contains are text. `prompts` are the examples as `policy.encode` gives
     them, where they have been encoded.
     """
     written = format_solution if target == "solution" else format_answer
     end = policy.processor.tokenizer.eos_token_id
-    targets = [
-        torch.tensor([*policy.encode.text_ids(written(example)), end]) for example in examples
-    ]
     prompts = policy.encode.many(examples) if prompts is None else prompts
+    targets = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        completion = written(example).removeprefix(prompt.opening.strip())
+        targets.append(torch.tensor([*policy.encode.text_ids(completion), end]))
     batches = MicroBatches(prompts, targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(

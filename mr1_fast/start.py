@@ -23,7 +23,7 @@ from .model.processor import Processor
 from .model.prompt import PromptWriter
 from .model.tiny import tiny_config, tiny_model, tiny_processor
 from .optim import make_optimizer, update
-from .profiles import BUILT_IN, TINY
+from .profiles import BUILT_IN, answer_tokens, model_defaults
 from .rollout.sampling import Sampling
 from .seeds import derive_seed
 from .sft import sft_loss, solution_batches
@@ -44,7 +44,7 @@ _TINY_START = OptimizerConfig(
     tokens_per_microbatch=16_384,
 )
 START = {
-    "tiny": _TINY_START,
+    **dict.fromkeys(BUILT_IN, _TINY_START),
     "small": replace(_TINY_START, steps=2000, learning_rate=3e-4, warmup_fraction=0.05),
 }
 """How the supervised start of each built-in model is trained."""
@@ -69,8 +69,8 @@ def supervised_start(
     if folder.exists():
         return folder
     torch.manual_seed(derive_seed(seed, model))
-    # The tiny model is the same wherever it is made, but the small one would take a CPU an hour.
-    device = "cpu" if model == "tiny" else "auto"
+    # The tiny models are the same wherever they are made; the small one would take a CPU an hour.
+    device = "auto" if model == "small" else "cpu"
     where = ModelConfig(device=device, dtype="float32", recompute="none")
     policy = make_policy(tiny_model(processor, model), processor, where)
     _train_start(policy, tasks, seed, START[model], enough)
@@ -112,7 +112,7 @@ def _train_start(
         held_out.append(validation.all(128))
 
     optimizer = make_optimizer(policy.model, settings)
-    sampling = Sampling(TINY["max_new_tokens"])
+    sampling = Sampling(max(answer_tokens(task.task, task.difficulty) for task in tasks))
     share = settings.prompts_per_step // len(sources)
     with tqdm(desc="supervised start", unit="step") as bar:
         for step in range(settings.steps):
@@ -139,8 +139,9 @@ def with_start(config: Config) -> Config:
     """Return the settings with a built-in model's name replaced by the folder of its start."""
     if config.model not in BUILT_IN:
         return config
-    # A task without drawn items has none to start on; counting teaches the form of an answer.
-    task = config if get_task(config.task).draw else TaskConfig(task="counting")
+    # A task without drawn items has none to start on; the default teaches the form of an answer.
+    default = model_defaults(config.model, TaskConfig.task, TaskConfig.difficulty)["task"]
+    task = config if get_task(config.task).draw else TaskConfig(task=default)
     return replace(config, model=str(supervised_start(config.model, [task], config.seed)))
 
 

@@ -60,11 +60,14 @@ class Prompt:
     next_position: int
     """The position of a completion's first token, in all three axes: the largest position + 1."""
     pixel_values: torch.Tensor | None = None
-    """(P, 3·2·14·14) float32 patches of all the prompt's images, or None."""
+    """(P, 3·2·p·p) float32 patches of p × p pixels, of all the prompt's images, or None."""
     image_grid_thw: torch.Tensor | None = None
     """(I, 3) int64: patches along time, height and width of each image, or None."""
     num_image_tokens: int = 0
     """How many of the L tokens are image tokens; each is replaced by one merged image feature."""
+    opening: str = ""
+    """What the chat template has already written of the answer, such as the `<think>` of a model
+    that always thinks. It is part of a completion's text, and none of its tokens."""
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Rollout:
     completions: list[torch.Tensor]
     """B·G int64 tensors of token ids, with EOS if it was sampled; a completion may be empty."""
     texts: list[str]
-    """B·G decoded completions, without special tokens."""
+    """B·G decoded completions, without special tokens, each with its prompt's `opening` before."""
     reasons: list[str]
     """B·G reasons why a completion ended: `eos`, `stop` (one of the stop texts) or `length`."""
     logprobs: list[torch.Tensor]
@@ -127,7 +130,7 @@ class PackedBatch:
     sequence_ids: list[int]
     """S indices: which completion of the rollout each one is."""
     pixel_values: torch.Tensor | None = None
-    """(P, 3·2·14·14) float32 patches of the prompts' images, in order, or None."""
+    """(P, 3·2·p·p) float32 patches of p × p pixels, of the prompts' images, in order, or None."""
     image_grid_thw: torch.Tensor | None = None
     """(I, 3) int64: patches along time, height and width of each image, or None."""
     row_data: dict[str, torch.Tensor] = field(default_factory=dict)

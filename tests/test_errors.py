@@ -250,7 +250,7 @@ MODELS = {
     "another family": (
         "config.json",
         '{"model_type": "bert"}',
-        "is a bert, but mr1_fast trains qwen2_vl, qwen2_5_vl",
+        "is a bert, but mr1_fast trains Qwen2-VL, Qwen2.5-VL",
     ),
     "no configuration": ("config.json", None, LACKS),
     "configuration cut": ("config.json", '{"model_type": ', LACKS),

@@ -9,8 +9,9 @@ class ModelConfig:
     """Which model is used, and how it is held in memory."""
 
     model: str = "tiny"
-    """The model: `tiny` or `small` (built in), a local folder, or a name on the Hugging Face hub
-    such as Qwen/Qwen2-VL-2B-Instruct."""
+    """The model: a built-in one (`tiny` and `small`, which are Qwen2-VL, or `tiny-qwen2_5vl`,
+    `tiny-qwen3vl` or `tiny-text`, a Qwen3), a local folder, or a name on the Hugging Face hub such
+    as Qwen/Qwen3-VL-2B-Instruct or Qwen/Qwen3-1.7B."""
     lora: bool = False
     """Train LoRA adapters on the language model's linear layers, not all weights; needs peft."""
     lora_rank: int = 32
@@ -38,7 +39,8 @@ class ModelConfig:
     max_prompt_tokens: int = 1024
     """Longest prompt, in text and image tokens; a longer one is an error and is never truncated."""
     max_pixels: int = 401_408
-    """Largest image as width × height; the default, 401,408 pixels, is 512 image tokens."""
+    """Largest image as width × height; the default, 401,408 pixels, is 512 image tokens of Qwen2-VL
+    and Qwen2.5-VL, and 392 of Qwen3-VL."""
     shrink_images: bool = False
     """Scale images that are larger than --max-pixels down to it, and pad those that are too thin
     for the model, instead of refusing them."""

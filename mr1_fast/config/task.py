@@ -19,7 +19,8 @@ class TaskConfig:
 
     task: str = "counting"
     """The task, which decides which items are drawn: counting, geometry or figures (area and
-    perimeter); free, which draws none, is anything whose answers can be verified."""
+    perimeter), which show images, or arithmetic, which is text alone; free, which draws none, is
+    anything whose answers can be verified."""
     data: str = "drawn"
     """Where items come from: `drawn` makes them; otherwise the name of a hub data set, a folder, or
     a parquet, arrow, json, jsonl or csv file (docs/data.md shows the layouts)."""

@@ -6,7 +6,7 @@ from typing import Any
 from ..command_line import parse_settings
 from ..config import EVALUATION_BATCH_SIZE, ModelConfig, Sampling, TaskConfig
 from ..errors import UserError
-from ..profiles import BUILT_IN, TINY
+from ..profiles import model_defaults
 
 
 @dataclass
@@ -64,4 +64,4 @@ def parse(argv: list[str]) -> EvaluateConfig:
 
 def _profile(config: EvaluateConfig) -> dict[str, Any]:
     """Return the defaults of a built-in model."""
-    return {"max_new_tokens": TINY["max_new_tokens"]} if config.model in BUILT_IN else {}
+    return model_defaults(config.model, config.task, config.difficulty)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from ..errors import UserError
 from ..files import atomic_folder
 from ..hub import model_access, model_folder
+from ..model.description import read_description
 from ..model.device import first_line
-from ..model.families import check_supported
 from ..model.processor import PROCESSOR_FILES, Processor, load_processor, save_source
 from ..model.save import write_weights
 from ..model.saved_adapter import SavedAdapter, adapter_base, adapter_folder, module_key
@@ -72,8 +71,7 @@ def _base_folder(base: str) -> Path:
 def _description(base: str, source: Path) -> tuple[str, Processor]:
     """Return the base's family and its processor; UserError where it cannot be a 16-bit model."""
     try:
-        config = AutoConfig.from_pretrained(source)
-        check_supported(base, config)
+        config = read_description(source, base)
         processor = load_processor(source, config.model_type)
     except UserError:
         raise

@@ -1,16 +1,20 @@
 """Finding a model's configuration by its name, without its weights."""
 
-from transformers import AutoConfig, PretrainedConfig
+import re
+from itertools import groupby
+
+from transformers import PretrainedConfig
 
 from ..errors import UserError
 from ..hub import model_access
 from ..profiles import BUILT_IN
-from .families import FAMILIES, check_supported
+from .description import read_description
+from .families import FAMILIES
 from .saved_adapter import adapter_base
 from .tiny import tiny_config, tiny_processor
 
-VARIANTS = ("-Instruct", "-Thinking")
-"""What follows the size in the names of models that have the same configuration."""
+VARIANT = re.compile(r"-(base|instruct|thinking)(-2507)?$", re.IGNORECASE)
+"""What follows the size in the names of models that have the same sizes."""
 
 
 def find_model_config(name: str) -> PretrainedConfig:
@@ -26,22 +30,35 @@ def find_model_config(name: str) -> PretrainedConfig:
         return find_model_config(base)
     try:
         with model_access(name):
-            config = AutoConfig.from_pretrained(name)
+            return read_description(name)
+    except UserError:
+        raise
     except Exception as error:  # no network, no such name, or a folder without a config.json
-        known = (*BUILT_IN, *(size for family in FAMILIES.values() for size in family.sizes))
         raise UserError(
             f"model {name} has no configuration that can be read here: check the name and the "
-            f"network, pass a local folder, or plan for one that is built in ({', '.join(known)})."
+            f"network, pass a local folder, or plan for one that is built in ({known_names()})."
         ) from error
-    check_supported(name, config)
-    return config
 
 
 def published_config(name: str) -> PretrainedConfig | None:
-    """Return the configuration of a published model that is known here by its name, or None."""
-    for variant in VARIANTS:
-        name = name.removesuffix(variant)
+    """Return the configuration of a published model that is known here by its name, or None.
+
+    As on the hub, capital and small letters are the same.
+    """
+    wanted = VARIANT.sub("", name).lower()
     for family in FAMILIES.values():
-        if name in family.sizes:
-            return family.config(family.sizes[name])
+        for known, settings in family.sizes.items():
+            if known.lower() == wanted:
+                return family.config(settings)
     return None
+
+
+def known_names() -> str:
+    """Return the names of all models whose configurations are built in, as a short list."""
+    names = [known for family in FAMILIES.values() for known in family.sizes]
+    series = groupby(names, key=lambda known: known.rpartition("-")[0])
+    published = (
+        f"{begin}-{{{','.join(known.rpartition('-')[2] for known in sizes)}}}"
+        for begin, sizes in series
+    )
+    return ", ".join((*BUILT_IN, *published))

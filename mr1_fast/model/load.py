@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from ..config import ModelConfig
 from ..errors import UserError
@@ -20,14 +20,9 @@ from ..files import restore_folder
 from ..hub import model_access
 from ..tasks import PromptFormat
 from .attention import use_packed_attention
+from .description import read_description
 from .device import first_line, resolve_device, resolve_dtype
-from .families import (
-    auto_class,
-    base_model,
-    check_supported,
-    lora_layers,
-    vision_tower,
-)
+from .families import auto_class, base_model, lora_layers, unquantised, vision_tower
 from .forward import LayerRun
 from .joined_weights import join_weights
 from .layer_stream import layers
@@ -45,7 +40,7 @@ def make_policy(
     config: ModelConfig,
     prompt_format: PromptFormat | None = None,
 ) -> Policy:
-    """Prepare a loaded `…ForConditionalGeneration` for training on prompts of a format.
+    """Prepare a loaded model for training on prompts of a format.
 
     Gives it packed attention, and adapters where the settings ask for them, and moves it to its
     device. The vision tower is frozen if that is set. With `recompute` auto, all layers are
@@ -109,9 +104,8 @@ def load_processor(config: ModelConfig) -> Processor:
     if base := adapter_base(name):
         return load_processor(dataclasses.replace(config, model=base))
     with _loading(name):
-        config = AutoConfig.from_pretrained(name)
-        check_supported(name, config)
-        return load_processor_files(name, config.model_type)
+        description = read_description(name)
+        return _read_processor(name, description)
 
 
 @contextmanager
@@ -138,23 +132,37 @@ def _loading(name: str) -> Iterator[None]:
 
 def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
     """Read model and processor with transformers, and check that they belong together."""
-    description = AutoConfig.from_pretrained(name)
-    check_supported(name, description)
-    options = dict(dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config))
+    description = read_description(name)
+    processor = _read_processor(name, description)
+    options = dict(
+        dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config, description)
+    )
     model, info = auto_class(description).from_pretrained(name, **options)
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
-
-    processor = load_processor_files(name, description.model_type)
-    is_its_own = processor.image_token_id == getattr(model.config, "image_token_id", None)
-    if not is_its_own or not processor.chat_template:
-        raise ValueError("its tokenizer is not there, or not the model's, or has no chat template")
 
     for module in model.modules():
         # The product that bitsandbytes uses on CPUs with AVX-512 has no backward pass.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, processor
+
+
+def _read_processor(name: str, description: PretrainedConfig) -> Processor:
+    """Read a model's processor, and check that it is the model's own and can write prompts."""
+    processor = load_processor_files(name, description.model_type)
+    is_its_own = processor.image_token_id == getattr(description, "image_token_id", None)
+    # Models of text alone have no such id. Embeddings are often padded to more rows than tokens.
+    tokenizer, rows = processor.tokenizer, description.get_text_config().vocab_size
+    if not is_its_own or len(tokenizer) > rows or not tokenizer.encode("1"):
+        raise ValueError("its tokenizer is not there, or not the model's")
+    if not processor.chat_template:
+        raise UserError(
+            f"model {name} has no chat template, as many base models have none: choose its "
+            "Instruct version, or put the template as chat_template.jinja into a folder of the "
+            "model and pass that."
+        )
+    return processor
 
 
 def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
@@ -207,7 +215,7 @@ def _peft() -> ModuleType:
     return peft
 
 
-def _four_bit(config: ModelConfig) -> dict:
+def _four_bit(config: ModelConfig, description: PretrainedConfig) -> dict:
     """Return the arguments of `from_pretrained` that load 4-bit weights, if they are asked for."""
     if not config.load_in_4bit:
         return {}
@@ -223,7 +231,6 @@ def _four_bit(config: ModelConfig) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=resolve_dtype(config),
-        # The vision tower is small, and its errors reach every token.
-        llm_int8_skip_modules=["model.visual", "lm_head"],
+        llm_int8_skip_modules=unquantised(description),
     )
     return {"quantization_config": quantization, "device_map": {"": resolve_device(config)}}

@@ -75,10 +75,10 @@ class PromptWriter:
     def _ids(self, example: Example) -> list[int]:
         """Return the prompt's token ids; UserError if the settings or the model forbid it."""
         with _named(example):
+            messages = self._messages(example)
             for image in example.images:
                 self.sizes.check(image.size, example.name)
             image_tokens = [self.sizes.num_tokens(image.size) for image in example.images]
-            messages = self._messages(example)
             # A text of many megabytes would take minutes and gigabytes to split into tokens.
             characters = sum(len(p.get("text", "")) for m in messages for p in m["content"])
             fits = characters <= LONGEST_TOKEN * self.max_prompt_tokens
@@ -98,6 +98,11 @@ class PromptWriter:
 
         Images stand where the text marks them, and first where it does not.
         """
+        if example.images and self.processor.image_processor is None:
+            raise UserError(
+                f"{example.name} has an image, but the model reads text alone: choose a model that "
+                "reads images, such as Qwen/Qwen3-VL-4B-Instruct, or a task and data without them."
+            )
         texts = self.prompt_format.user_text(example).split(IMAGE_MARK)
         count, marks = len(example.images), len(texts) - 1
         if marks == 0:
@@ -138,6 +143,8 @@ class PromptEncoder(PromptWriter):
     def __call__(self, example: Example) -> Prompt:
         """Encode one example; the tensors are on the CPU."""
         input_ids = torch.tensor(self._ids(example))
+        with _named(example):
+            opening = self.text.opening
         encoded = {}
         if example.images:
             with _named(example):
@@ -154,6 +161,7 @@ class PromptEncoder(PromptWriter):
             pixel_values=encoded.get("pixel_values"),
             image_grid_thw=grids,
             num_image_tokens=int(is_image.sum()),
+            opening=opening,
         )
 
     def many(self, examples: list[Example]) -> list[Prompt]:

@@ -6,6 +6,7 @@ guess stands for them, so that its own control tokens are told from theirs.
 """
 
 import re
+from functools import cached_property
 from uuid import uuid4
 
 from tokenizers import AddedToken, Tokenizer
@@ -14,6 +15,8 @@ from .processor import Processor
 
 _MARK = f"\ue000{uuid4().hex}"
 """What the marks begin with; it differs from process to process and is never seen by a model."""
+_ROLE = re.compile(r"^(\s*\w+(:|\n|$))?\s*")
+"""The name of who speaks, which is no part of what is said: `assistant` and a line break."""
 
 
 class PromptText:
@@ -53,6 +56,19 @@ class PromptText:
         return self.processor.apply_chat_template(
             hidden, tokenize=False, add_generation_prompt=True
         )
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes of every answer itself, such as `<think>` and a line break.
+
+        It follows the last control token of a prompt and the name of the role; "" where the
+        template writes no control token before an answer.
+        """
+        question = f"{_MARK}-question\ue001"
+        content = [{"type": "text", "text": question}]
+        written = self.written([{"role": "user", "content": content}])
+        _, *tokens_and_texts = self.control.split(written.rpartition(question)[2])
+        return _ROLE.sub("", tokens_and_texts[-1]) if tokens_and_texts else ""
 
     def shown(self, written: str) -> str:
         """Return a written prompt with the characters for which its marks stand."""

@@ -1,6 +1,6 @@
-"""The built-in models, `tiny` and `small`, which are made without downloads.
+"""The built-in models, which are made without downloads: a tiny one in every family, and `small`.
 
-They are real Qwen2-VL models, of 0.9M and 16.8M parameters.
+They are real models of their families, of about 0.9M parameters, and `small` of 16.8M.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def tiny_processor(name: str = "tiny") -> Processor:
 
 def family_processor(family: Family) -> Processor:
     """Make a processor for built-in models of a family, whose image processor is Qwen2-VL's."""
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(has_images=family.vision is not None)
     if family.vision is None:
         return TextProcessor(tokenizer)
     patch, merge = family.vision.patch_size, family.vision.merge_size
@@ -81,11 +81,11 @@ def family_processor(family: Family) -> Processor:
     return ImageTextProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def _tokenizer() -> PreTrainedTokenizerBase:
-    """Make the tokenizer of the built-in models.
+def _tokenizer(has_images: bool) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of the built-in models with images, or of those of text alone.
 
-    It is a byte-level BPE trained on the drawn tasks' own sentences, with Qwen2-VL's special
-    tokens.
+    It is a byte-level BPE trained on the sentences of the drawn tasks that its models can see, with
+    Qwen2-VL's special tokens. Digits and signs are tokens of both.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -98,7 +98,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    bpe.train_from_iterator(_sentences(), trainer)
+    bpe.train_from_iterator(_sentences(has_images), trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -148,13 +148,16 @@ def tiny_model(processor: Processor, name: str = "tiny") -> nn.Module:
 
 
 @lru_cache
-def _sentences(per_task: int = 200) -> list[str]:
-    """Return texts of every drawn task at two difficulties, for training the tokenizer.
+def _sentences(has_images: bool, per_task: int = 200) -> list[str]:
+    """Return texts of the drawn tasks with images, or of those without, for training a tokenizer.
 
-    Drawing them takes seconds, and a process makes several processors.
+    They are of two difficulties. Drawing them takes seconds, and a process makes several
+    processors.
     """
     sentences = []
     for task in DRAWN_TASKS.values():
+        if task.draws_images != has_images:
+            continue
         for difficulty in (1, 3):
             for index in range(per_task):
                 example = task.draw("train", 0, index, difficulty)

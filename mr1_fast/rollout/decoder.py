@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..kernels.decode.norms import HeadNorms
 from ..kernels.decode.operations import add_rms_norm, attend, attention_backend
 from ..model.blocks import Norm
 from ..model.families import banned_tokens, base_model, text_model, text_positions
@@ -34,6 +35,8 @@ class DecoderLayer:
 
     norm1: Norm
     qkv: Projection
+    head_norms: HeadNorms | None
+    """The norms of queries and keys, in families that have them."""
     scaling: float
     """What the products of queries and keys are multiplied with."""
     out: Projection
@@ -48,6 +51,7 @@ class DecoderLayer:
         return cls(
             norm1=Norm.of(layer.input_layernorm),
             qkv=projection(like, attention.q_proj, attention.k_proj, attention.v_proj),
+            head_norms=_head_norms(attention),
             scaling=attention.scaling,
             out=projection(like, attention.o_proj),
             norm2=Norm.of(layer.post_attention_layernorm),
@@ -61,8 +65,16 @@ class DecoderLayer:
         return {"q, k, v": self.qkv, "o": self.out, "gate, up": self.gate_up, "down": self.down}
 
 
+def _head_norms(attention: nn.Module) -> HeadNorms | None:
+    """Read the norms of an attention module's queries and keys; None if it has none."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+    return HeadNorms(q.weight, k.weight, q.eps)
+
+
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """Read the layers of the language model of a `…ForConditionalGeneration`, or of PEFT's."""
+    """Read the layers of a model's decoder, as they are now."""
     return [DecoderLayer.of(layer) for layer in text_model(model).layers]
 
 
@@ -213,7 +225,7 @@ class Decoder:
             q, k, v = (part.view(len(x), -1, keys.shape[-1]) for part in layer.qkv.outputs(x))
             upcoming = (*layer.out.upcoming, *layer.gate_up.upcoming)
             attended = attend(
-                q, k, v, cos, sin, keys, values, spans, layer.scaling, upcoming=upcoming
+                q, k, v, cos, sin, keys, values, spans, layer.scaling, layer.head_norms, upcoming
             )
             update = layer.out.parts(attended.flatten(1))
 

@@ -45,7 +45,7 @@ PREFILL_TOKENS = 8192
 
 
 class Engine:
-    """Samples from a `…ForConditionalGeneration` of the Qwen2-VL family, with its current weights.
+    """Samples from a model of any family, or from PEFT's around it, with its current weights.
 
     The pool and the captured graphs are kept between calls; `release()` frees their memory. Call
     it, too, after changing what the model computes by other means than its weights' values: a graph
@@ -170,11 +170,13 @@ class Engine:
     ) -> Rollout:
         """Make the rollout of a batch that has ended."""
         ids = results.completions
+        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        openings = [prompt.opening for prompt in prompts for _ in range(num_generations)]
         return Rollout(
             examples=batch.examples,
             prompts=prompts,
             completions=[torch.tensor(each, dtype=torch.int64) for each in ids],
-            texts=self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            texts=[opening + text for opening, text in zip(openings, texts, strict=True)],
             logprobs=[torch.tensor(each, dtype=torch.float32) for each in results.logprobs],
             reasons=results.reasons,
             num_generations=num_generations,
@@ -246,8 +248,10 @@ class Engine:
         """Make the function that tells why a completion ends: at "eos" or at a "stop" text."""
         tokenizer = self.processor.tokenizer
         stop = StopTexts(tokenizer, sampling.stop)
-        # Qwen2-VL ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>.
-        configured = base_model(self.model).generation_config.eos_token_id
+        # Qwen ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>. A
+        # model may name its ends in a configuration for generating, or not.
+        generation = getattr(base_model(self.model), "generation_config", None)
+        configured = getattr(generation, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         eos = {tokenizer.eos_token_id, *configured}
 

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..rewards import CompletionJudge, judge_completion
 from ..rewards.r1v import r1v_counting, r1v_geometry, r1v_reward
 from ..types import Example
-from . import counting, figures, geometry
+from . import arithmetic, counting, figures, geometry
 from .prompts import PROMPT_SUFFIX, PromptFormat, format_answer, format_problem, format_solution
 
 __all__ = [
@@ -41,6 +41,8 @@ class Task:
     """R1-V's rule by which it evaluates such a task; it trains every task by `r1v_reward`."""
     untagged: bool = False
     """Whether a completion without any answer tag is judged as a whole."""
+    draws_images: bool = True
+    """Whether its drawn items show images; those of the others are text alone."""
 
     def judge(self, judging: Judging, training: bool = False) -> CompletionJudge:
         """Return the judge of completions by its name, in evaluation or in training.
@@ -62,6 +64,7 @@ TASKS: dict[str, Task] = {
         Task("counting", counting.draw, r1v_counting),
         Task("geometry", geometry.draw, r1v_geometry),
         Task("figures", figures.draw, r1v_counting),
+        Task("arithmetic", arithmetic.draw, r1v_counting, draws_images=False),
         Task("free", None, r1v_reward, untagged=True),
     )
 }

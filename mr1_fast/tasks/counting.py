@@ -24,7 +24,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 CELL = 28
-"""Width of a cell in pixels: one Qwen2-VL image token, which is 2×2 patches of 14 pixels."""
+"""Width of a cell in pixels: one Qwen2-VL image token, which is 2×2 patches of 14 pixels.
+
+It is the same for every family, so that all of them are asked the same items. The processor of
+Qwen3-VL, whose image tokens are 32 pixels wide, enlarges 3×3 cells to 3×3 of its tokens, and 4×4 to
+4×4; of 5×5 cells it makes 4×4.
+"""
 
 
 def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..native import DTYPES, status
+from .norms import HeadNorms
 
 MAX_HEAD_SIZE = 256
 """Most channels of a head: DECODE_MAX_D of csrc/decode.h."""
-_pack = struct.Struct("@9P9qd").pack
-"""Packs `DecodeArguments` of csrc/decode.h: nine pointers, nine integers, a scale."""
+_pack = struct.Struct("@11P9q2d").pack
+"""Packs `DecodeArguments` of csrc/decode.h: eleven pointers, nine integers, scale and eps."""
 
 
 def takes(q: Tensor) -> bool:
@@ -38,6 +39,7 @@ def attend(
     values: Tensor,
     spans: Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """`operations.attend`: (R, H, d).
 
@@ -62,6 +64,11 @@ def attend(
     dtype = q.dtype
     if not (k.dtype is v.dtype is cos.dtype is sin.dtype is keys.dtype is values.dtype is dtype):
         raise TypeError("q, k, v, cos, sin and the pools are not of one dtype")
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    if norms is not None:
+        norms.require_fitting(d)
+        if not (q_norm.dtype is k_norm.dtype is dtype):
+            raise TypeError(f"a norm's weights are {q_norm.dtype} and {k_norm.dtype}, not {dtype}")
     if spans.dtype is not torch.int32 or not (keys.is_contiguous() and values.is_contiguous()):
         raise TypeError("spans must be int32 and the pools contiguous")
 
@@ -71,9 +78,10 @@ def attend(
     status()[0].mr1_decode(
         _pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            _address(q_norm), _address(k_norm),
             keys.data_ptr(), values.data_ptr(), out.data_ptr(), spans.data_ptr(),
             q.stride(0), k.stride(0), v.stride(0), rows, heads, kv_heads, d,
-            DTYPES[dtype], torch.get_num_threads(), scale,
+            DTYPES[dtype], torch.get_num_threads(), scale, eps,
         )
     )  # fmt: skip
     return out
@@ -83,3 +91,7 @@ def _dense_rows(x: Tensor, d: int) -> Tensor:
     """Return x (R, H, d) if each of its rows is dense, else a copy."""
     _, head_stride, channel_stride = x.stride()
     return x if channel_stride == 1 and head_stride == d else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

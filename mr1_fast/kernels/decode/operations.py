@@ -9,6 +9,7 @@ from ..dispatch import use_triton
 from ..layers.operations import add_norm, norm
 from ..overlap import decode_overlap
 from . import attention_native, sample_native
+from .norms import HeadNorms
 from .reference import attend_ref, sample_ref
 
 
@@ -22,29 +23,33 @@ def attend(
     values: torch.Tensor,
     spans: torch.Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
     upcoming: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Compute one layer's attention of R rows with one new token each: (R, H, d).
 
-    Rotates q and k, writes the new tokens' keys and values into the pool, and attends from each
-    row's new token over its two spans.
+    Norms and rotates q and k, writes the new tokens' keys and values into the pool, and attends
+    from each row's new token over its two spans.
 
     q: (R, H, d); k, v: (R, Hkv, d), as projected; rows may lie apart, in one tensor of all three.
     cos, sin: (R, d) in the model's dtype.
-    keys, values: (T, Hkv, d), this layer's pool of cached tokens, keys rotated; written in place.
+    keys, values: (T, Hkv, d), this layer's pool of cached tokens, keys normed and rotated; written
+    in place.
     spans: (R, 4) int32 of prefix_start, prefix_len ≥ 0, own_start, own_len ≥ 1, in tokens of the
     pool. The new token is the last of a row's own and goes to own_start + own_len − 1, which no
     other row may read. Spans are not checked, since that would wait for the GPU.
     scale: what the products of queries and keys are multiplied with.
+    norms: of each head of q and k; None for a model without.
     upcoming: weights that the next kernels read, which a GPU may prefetch.
     """
+    arguments = q, k, v, cos, sin, keys, values, spans, scale, norms
     if use_triton(q):
         from . import attention_triton
 
-        return attention_triton.attend(q, k, v, cos, sin, keys, values, spans, scale, upcoming)
+        return attention_triton.attend(*arguments, upcoming)
     if attention_native.takes(q):
-        return attention_native.attend(q, k, v, cos, sin, keys, values, spans, scale)
-    return attend_ref(q, k, v, cos, sin, keys, values, spans, scale)
+        return attention_native.attend(*arguments)
+    return attend_ref(*arguments)
 
 
 def add_rms_norm(

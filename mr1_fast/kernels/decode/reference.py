@@ -6,8 +6,9 @@ from torch.nn.functional import linear, pad
 from ..dispatch import statistics_dtype
 from ..four_bit.reference import dequantise_ref
 from ..four_bit.weight import FourBitWeight
-from ..layers.reference import rotate
+from ..layers.reference import norm_ref, rotate
 from .layer import Layer
+from .norms import HeadNorms
 
 WHOLE_ROW = 4096
 """Largest vocabulary for which the probabilities of a row are summed up in one go."""
@@ -25,8 +26,11 @@ def attend_ref(
     values: torch.Tensor,
     spans: torch.Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
 ) -> torch.Tensor:
     """`operations.attend`, gathering every row's tokens to the length of the longest row, L."""
+    if norms is not None:
+        q, k = (norm_ref(x, w, None, norms.eps) for x, w in ((q, norms.q), (k, norms.k)))
     # Each (R, 1)
     prefix_start, prefix_len, own_start, own_len = spans.long().unsqueeze(-1).unbind(1)
     length = prefix_len + own_len

@@ -12,6 +12,7 @@ from ...errors import UserError
 from .conversations import Conversation, is_conversation, read_conversation
 from .images import as_list
 from .marks import place_images, with_marks
+from .worked import read_worked
 
 COLUMNS = {
     "images": (
@@ -148,6 +149,7 @@ def _answer(
     row: Row, columns: Mapping[str, str], talk: Conversation | None, name: str
 ) -> tuple[str, str]:
     """Return the solution of a row, and the worked solution or an empty text."""
+    way = ""
     column, value = _first(row, columns, "solution")
     if _missing(value) and talk and talk.answer is not None:
         column, value = "the assistant's message", talk.answer
@@ -155,6 +157,7 @@ def _answer(
         # Beside an answer, a solution is the way to it, unless it has R1-V's tags.
         is_worked = isinstance(value, str) and "<answer>" not in value
         if is_worked and not _missing(row["answer"]):
+            way = _text(value, column, name)
             column, value = "answer", row["answer"]
 
     if isinstance(value, list) and len(value) == 1:
@@ -166,11 +169,14 @@ def _answer(
         )
     solution = _text(value, column, name)
     bare = _text(_inside("answer", solution), column, name)
+    if bare == solution:  # no tag says where the answer is
+        bare, working = read_worked(solution)
+        way = way if way not in ("", bare) else working
 
     thinking = _first(row, columns, "thinking")[1]
     if not _missing(thinking):
         return bare, _inside("think", _text(thinking, "thinking", name))
-    return bare, _inside("think", solution) if "</think>" in solution else ""
+    return bare, _inside("think", solution) if "</think>" in solution else way
 
 
 def _images(row: Row, columns: Mapping[str, str], name: str) -> tuple[str | None, list[Any]]:

@@ -8,6 +8,7 @@ import torch
 from mr1_fast.kernels.decode import attention_native
 from mr1_fast.kernels.decode.reference import attend_ref
 
+from ...data.decode import exactly_normed, head_norms
 from ...data.loss import assert_within_bound
 from ...data.native import DTYPES, INSTRUCTION_SETS, Guards, threads, using
 
@@ -64,6 +65,8 @@ def copy_of(arguments, dtype=None):
 
 def assert_agrees(arguments, label="output"):
     eager, exact = copy_of(arguments), copy_of(arguments, torch.float64)
+    if norms := exact.pop("norms", None):
+        exact["q"], exact["k"] = exactly_normed(exact["q"], exact["k"], norms)
     expected, exact_output = attend_ref(**eager), attend_ref(**exact)
     out = attention_native.attend(**arguments)
     assert out.dtype == arguments["q"].dtype and out.is_contiguous()
@@ -89,6 +92,28 @@ def test_it_agrees_with_fp64_and_appends_exactly(dtype, d):
                 problem(dtype, heads, kv_heads, d, lengths),
                 f"{name}, {heads} heads, {kv_heads} of keys",
             )
+
+
+@pytest.mark.parametrize("d", [2, 20, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_are_normed_before_the_rotation_with_pytorchs_bits(dtype, d):
+    norms = head_norms(d, dtype)
+    for heads, kv_heads in ((1, 1), (2, 1), (8, 2), (17, 1)):
+        for name, lengths in LENGTHS.items():
+            arguments = problem(dtype, heads, kv_heads, d, lengths)
+            assert_agrees(arguments | {"norms": norms}, f"{name}, {heads} heads")
+
+
+def test_each_norm_counts_where_it_belongs():
+    arguments, norms = problem(torch.float32, 4, 2, 32, LENGTHS["few"]), head_norms(32)
+    plain = copy_of(arguments)
+    out = attention_native.attend(**plain, norms=norms)
+    for name, value in {"q": torch.ones(32), "k": torch.ones(32), "eps": 1.0}.items():
+        other = copy_of(arguments)
+        changed = attention_native.attend(**other, norms=norms._replace(**{name: value}))
+        assert not torch.equal(out, changed), name
+        same_keys = torch.equal(plain["keys"].nan_to_num(), other["keys"].nan_to_num())
+        assert same_keys == (name == "q"), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,6 +207,10 @@ def test_what_it_takes_and_what_it_refuses():
     for name, value in wrong.items():
         with pytest.raises((ValueError, TypeError)):
             attention_native.attend(**arguments | {name: value})
+    norms = head_norms(32)
+    for changed in ({"q": norms.q[:16]}, {"k": norms.k[None]}, {"k": norms.k.half()}):
+        with pytest.raises((ValueError, TypeError), match="a norm's weight"):
+            attention_native.attend(**arguments, norms=norms._replace(**changed))
     apart = arguments["keys"].transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(TypeError, match="contiguous"):
         attention_native.attend(**arguments | {"keys": apart})

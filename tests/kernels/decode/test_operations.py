@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from mr1_fast.kernels.decode import attention_native, operations, reference
 from mr1_fast.kernels.decode.operations import attend
 from mr1_fast.kernels.decode.reference import attend_ref, sample_ref
+
+from ...data.decode import exactly_normed, head_norms
 
 SIX_SIGMA = 6.0
 LARGEST_UNIFORM = 1 - 2**-24
@@ -147,12 +150,33 @@ def test_attention_is_that_of_a_full_softmax(heads, kv_heads, d):
         check_error(attend_ref(*case, d**-0.5), theirs, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(16, 8, 128), (8, 2, 64), (2, 2, 32)])
+def test_heads_are_normed_as_transformers_does_before_the_rotation(heads, kv_heads, d, dtype):
+    q, k, *rest = case = attention_case(heads, kv_heads, d, SPANS, dtype)
+    norms, scale, theirs = head_norms(d, dtype), d**-0.5, []
+    for x, weight in ((q, norms.q), (k, norms.k)):
+        module = Qwen3RMSNorm(d, norms.eps)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        theirs.append(module(x))
+    exact = plain_attention(
+        *exactly_normed(q, k, norms), *(x.double() for x in rest[:5]), rest[5], scale
+    )
+    ours = attend_ref(*case, scale, norms)
+    check_error(ours, plain_attention(*theirs, *rest, scale), exact)
+    new = (rest[5][:, 2] + rest[5][:, 3] - 1).long()
+    assert torch.equal(case[5][new], reference.rotate(theirs[1], *rest[1:3]))
+    without = attend_ref(*attention_case(heads, kv_heads, d, SPANS, dtype), scale)
+    assert (without.double() - exact).abs().max() > 20 * (ours.double() - exact).abs().max()
+
+
 def test_attention_is_the_native_kernels_where_they_take_the_rows(monkeypatch):
-    case = attention_case(2, 1, 16, SPANS[:1], torch.float32)
+    case, norms = attention_case(2, 1, 16, SPANS[:1], torch.float32), head_norms(16)
     monkeypatch.setattr(attention_native, "attend", lambda *arguments: arguments)
     for takes in (True, False):
         monkeypatch.setattr(attention_native, "takes", lambda q, takes=takes: takes)
-        assert isinstance(attend(*case, 0.25), tuple) == takes
+        out = attend(*case, 0.25, norms)
+        assert isinstance(out, tuple) == takes and (not takes or out[-1] is norms)
 
 
 @pytest.mark.parametrize("v", [1, 300, reference.WHOLE_ROW, reference.WHOLE_ROW + 1, 10_000])

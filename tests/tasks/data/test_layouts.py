@@ -115,6 +115,46 @@ def test_worked_solutions():
     assert fields(ROW | {"thinking": " ", "solution": "<think>x</think>3"}).thinking == "x"
 
 
+GSM8K = "Half of 48 is 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72.\n#### 1,072"
+MATH = r"Since $2x = 1$, it is $\boxed{\frac{1}{2}}$. \(x > 0\)"
+ENDS = {
+    "GSM8K": ({"answer": GSM8K}, "1,072", "Half of 48 is 48/2 = 24.\nIn all 48+24 = 72."),
+    "GSM8K without a way": ({"answer": "#### 72"}, "72", ""),
+    "only the last line": ({"answer": "#### a\nb\n#### c"}, "c", "#### a\nb"),
+    "a heading": ({"answer": "#### Way\nIt is 3"}, "#### Way\nIt is 3", ""),
+    "within a line": ({"answer": "see #### 3"}, "see #### 3", ""),
+    "no number": ({"answer": "It is 3\n####"}, "It is 3\n####", ""),
+    "MATH": ({"solution": MATH}, r"\frac{1}{2}", MATH),
+    "MATH-500": ({"solution": MATH, "answer": "0.5"}, "0.5", MATH),
+    "the last box": ({"solution": r"\boxed{1}, so \boxed {2}"}, "2", r"\boxed{1}, so \boxed {2}"),
+    "braces that are text": ({"solution": r"So \boxed{\{1\}}"}, r"\{1\}", r"So \boxed{\{1\}}"),
+    "a box alone": ({"answer": r"$\boxed{2}$."}, "2", ""),
+    "an open box": ({"answer": r"It is \boxed{2"}, r"It is \boxed{2", ""),
+    "an empty box": ({"answer": r"It is \boxed{ }"}, r"It is \boxed{ }", ""),
+    "a box in tags": ({"solution": r"<answer>\boxed{2} a</answer>"}, r"\boxed{2} a", ""),
+    "thoughts and a box": (
+        {"messages": [USER, {"role": "assistant", "content": r"<think>1+2</think> \boxed{3}"}]},
+        "3",
+        "1+2",
+    ),
+    "a way of its own": ({"solution": MATH, "answer": "1", "thinking": "x"}, "1", "x"),
+    "twice the same": ({"solution": "3", "answer": "3"}, "3", ""),
+}
+
+
+@pytest.mark.parametrize("row, solution, thinking", ENDS.values(), ids=ENDS)
+def test_worked_solutions_that_end_in_the_answer(row, solution, thinking):
+    problem = {} if "messages" in row else {"question": "How many?"}
+    read = fields(row | problem | ({"images": ["a.png"]} if "messages" in row else {}))
+    assert (read.solution, read.thinking) == (solution, thinking)
+    assert read.images == (["a.png"] if "messages" in row else [])
+
+
+def test_long_texts_of_braces_and_boxes_take_no_time():
+    for text in ("\\boxed{" * 50_000, "\\" * 99_999 + "\\boxed{" + "\\" * 99_999, "<<" * 99_999):
+        assert fields({"problem": "?", "solution": text + "\n."}).thinking == ""
+
+
 def test_all_other_columns_are_kept():
     row = ROW | {"options": ["A", "B"], "question": "raw", "level": 3, "thinking": "x"}
     assert fields(row).extra == {"options": ["A", "B"], "question": "raw", "level": 3}
