@@ -25,13 +25,14 @@ def metadata(config: TrainConfig, model: str, evaluation: dict, final: Path) -> 
     adapter = adapter_place(final)
     alone = adapter is not None and not has_weights(final)
     relation = "adapter" if alone else "finetune"
+    kind = "image-text-to-text" if reads_images(final) else "text-generation"
     card = ModelCardData(
         base_model=base,
         datasets=[data] if data else None,
-        eval_results=_results(config, evaluation) or None,
+        eval_results=_results(config, evaluation, kind) or None,
         library_name="peft" if alone else "transformers",
         model_name=_line(f"{public_name(model)}-{config.algo}-{public(config.task)}"),
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=kind,
         tags=[*_tags(config), *(["peft", "lora"] if adapter is not None else [])],
         **({"base_model_relation": relation} if base else {}),
         **base_license(model),
@@ -50,6 +51,12 @@ def adapter_place(final: Path) -> str | None:
 def has_weights(final: Path) -> bool:
     """Say whether `final` holds the weights of a whole model."""
     return any(final.glob("model*.safetensors"))
+
+
+def reads_images(final: Path) -> bool:
+    """Say whether the model in `final` reads images: whether it has a processor of them."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    return any((final / name).is_file() for name in names)
 
 
 def base_license(model: str) -> dict[str, str]:
@@ -78,12 +85,12 @@ def _tags(config: TrainConfig) -> list[str]:
     return [*dict.fromkeys(how), "mr1_fast", *([f"arxiv:{paper.arxiv}"] if paper else [])]
 
 
-def _results(config: TrainConfig, evaluation: dict) -> list[EvalResult]:
-    """The accuracies after training, each with the mode and the judge in its name."""
+def _results(config: TrainConfig, evaluation: dict, kind: str) -> list[EvalResult]:
+    """The accuracies after training of a model of that kind, each with the mode in its name."""
     held_out = config.eval_data or config.data
     return [
         EvalResult(
-            task_type="image-text-to-text",
+            task_type=kind,
             task_name=_line(public(evaluation.get("task", config.task))),
             dataset_type=_line(hub_name(held_out) or "local"),
             dataset_name=_line(public_name(held_out)),
