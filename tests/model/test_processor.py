@@ -261,7 +261,7 @@ def test_with_torchvision(folder):
 
 
 def test_what_it_saves_loads_again(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path, "qwen2_vl")
     assert {path.name for path in tmp_path.iterdir()} == {
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
         "preprocessor_config.json",

@@ -266,7 +266,7 @@ def hub_folder(tiny_folder, tmp_path):
     policy = tiny_policy()
     folder = tmp_path / "hub"
     policy.model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
+    policy.processor.save_pretrained(folder, "qwen2_vl")
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(
         json.dumps({"chat_template": policy.processor.chat_template}, indent=4)
