@@ -80,7 +80,7 @@ def make_model(name: str, folder: Path, device: str) -> None:
     with torch.device(device):
         model = auto_class(config).from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor.save_pretrained(folder, config.model_type)
 
 
 def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
