@@ -51,7 +51,7 @@ def make_model(name: str, folder: Path, device: str) -> None:
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor.save_pretrained(folder, config.model_type)
 
 
 def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:

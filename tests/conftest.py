@@ -62,7 +62,7 @@ def tiny_folder(processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     tiny_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    processor.save_pretrained(folder, "qwen2_vl")
     return folder
 
 

@@ -200,7 +200,7 @@ def test_the_newest_are_kept(model, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_path):
     torch.manual_seed(1)
     tiny_model(processor).save_pretrained(tmp_path / "other")
-    processor.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other", "qwen2_vl")
     before = content(interrupted)
     for wrong in (["--model", str(tmp_path / "other")], ["--lora"]):
         with pytest.raises(

@@ -7,6 +7,7 @@ from PIL import Image
 
 from mr1_fast.errors import UserError
 
+from .data.models import tiny_policy
 from .data.runs import run
 
 ROW = {"image": "a.png", "problem": "How many?", "solution": "3"}
@@ -56,6 +57,36 @@ def test_a_late_bad_row_is_named_before_anything_is_written(
     with pytest.raises(UserError, match=r"^1 row of .*row 38 of .*/data.*") as raised:
         run(arguments(bad, **settings))
     assert raised.match(message) and raised.match("--bad-rows skip.$")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    """Folder of a fresh tiny model of text alone."""
+    policy, folder = tiny_policy(family="qwen3"), tmp_path_factory.mktemp("text")
+    policy.model.save_pretrained(folder)
+    policy.processor.save_pretrained(folder, "qwen3")
+    return folder
+
+
+def test_an_image_for_a_model_of_text_is_named_and_the_others_are_trained_on(
+    text_folder, run_args, tmp_path
+):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    rows = [{"problem": "How many?", "solution": "3"} for _ in range(3)] + [ROW]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = dict(model=text_folder, data=str(tmp_path / "train.jsonl"), eval_samples=0, steps=1)
+    with pytest.raises(UserError, match=r"^1 row of .*row 4 of .* has an image, but the model rea"):
+        run(run_args(tmp_path / "run", **settings))
+    run(run_args(tmp_path / "run", bad_rows="skip", prompts_per_step=3, **settings))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "run" / "final" / "preprocessor_config.json").exists()
+    assert "AutoModelForCausalLM" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+def test_a_drawn_task_with_images_is_refused_before_the_first_step(text_folder, run_args, tmp_path):
+    with pytest.raises(UserError, match="has an image, but the model reads text alone"):
+        run(run_args(tmp_path / "run", model=text_folder, task="counting"))
     assert not (tmp_path / "run").exists()
 
 

@@ -536,7 +536,7 @@ def silent_model(folder, target, says="<|im_end|>"):
         token = processor.tokenizer.convert_tokens_to_ids(says)
         model.get_input_embeddings().weight[token] = torch.ones(width)
     model.save_pretrained(target)
-    processor.save_pretrained(target)
+    processor.save_pretrained(target, "qwen2_vl")
     return target
 
 

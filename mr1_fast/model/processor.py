@@ -22,7 +22,10 @@ PROCESSOR_FILES = (
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
-    """Tokenizer, chat template and PIL image processor of the Qwen2-VL family.
+    """Tokenizer, chat template and PIL image processor of a model that reads images.
+
+    It is right for Qwen3-VL, too, whose own processor differs from Qwen2-VL's in videos alone: its
+    patches and limits are settings of the same image processor.
 
     The same code prepares images with and without torchvision, so both give the same pixels. It is
     never named in a file: what it saves is for transformers' own processor, and loads as either.
@@ -56,7 +59,7 @@ class ImageTextProcessor(Qwen2VLProcessor):
         processor.source = str(model_folder(str(name), PROCESSOR_FILES))
         return processor
 
-    def save_pretrained(self, folder: str | Path, family: str = "qwen2_vl") -> None:
+    def save_pretrained(self, folder: str | Path, family: str) -> None:
         """Write the files of transformers' own processor of a family, as its models on the hub have
         them: tokenizer, chat template, and preprocessor_config.json."""
         stock = FAMILIES[family].vision.processor

@@ -1,6 +1,5 @@
 """The YAML at the head of a model card, by which the Hub finds and lists the model."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from huggingface_hub.repocard import metadata_load
 
 from ..config import TrainConfig
 from ..hub import HUB_TIMEOUT
-from ..model.families import FAMILIES
 from ..model.saved_adapter import ADAPTER_CONFIG, ADAPTER_FOLDER
 from ..report.page import printable
 from .papers import PAPERS
@@ -27,14 +25,14 @@ def metadata(config: TrainConfig, model: str, evaluation: dict, final: Path) -> 
     adapter = adapter_place(final)
     alone = adapter is not None and not has_weights(final)
     relation = "adapter" if alone else "finetune"
-    pipeline = "image-text-to-text" if reads_images(final) else "text-generation"
+    kind = "image-text-to-text" if reads_images(final) else "text-generation"
     card = ModelCardData(
         base_model=base,
         datasets=[data] if data else None,
-        eval_results=_results(config, evaluation, pipeline) or None,
+        eval_results=_results(config, evaluation, kind) or None,
         library_name="peft" if alone else "transformers",
         model_name=_line(f"{public_name(model)}-{config.algo}-{public(config.task)}"),
-        pipeline_tag=pipeline,
+        pipeline_tag=kind,
         tags=[*_tags(config), *(["peft", "lora"] if adapter is not None else [])],
         **({"base_model_relation": relation} if base else {}),
         **base_license(model),
@@ -56,12 +54,9 @@ def has_weights(final: Path) -> bool:
 
 
 def reads_images(final: Path) -> bool:
-    """Say whether the model of `final` reads images: by its family, or by its processor's files."""
-    config = final / "config.json"
-    if config.is_file():
-        family = FAMILIES.get(json.loads(config.read_text("utf-8")).get("model_type"))
-        return family is None or family.vision is not None
-    return any((final / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
+    """Say whether the model in `final` reads images: whether it has a processor of them."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    return any((final / name).is_file() for name in names)
 
 
 def base_license(model: str) -> dict[str, str]:
@@ -90,12 +85,12 @@ def _tags(config: TrainConfig) -> list[str]:
     return [*dict.fromkeys(how), "mr1_fast", *([f"arxiv:{paper.arxiv}"] if paper else [])]
 
 
-def _results(config: TrainConfig, evaluation: dict, pipeline: str) -> list[EvalResult]:
-    """The accuracies after training, each with the mode and the judge in its name."""
+def _results(config: TrainConfig, evaluation: dict, kind: str) -> list[EvalResult]:
+    """The accuracies after training of a model of that kind, each with the mode in its name."""
     held_out = config.eval_data or config.data
     return [
         EvalResult(
-            task_type=pipeline,
+            task_type=kind,
             task_name=_line(public(evaluation.get("task", config.task))),
             dataset_type=_line(hub_name(held_out) or "local"),
             dataset_name=_line(public_name(held_out)),

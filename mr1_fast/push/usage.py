@@ -23,16 +23,17 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
     whole = has_weights(final) or adapter is None
     base = public_name(model)
     loaded = THIS_MODEL if whole else base
-    with_images = reads_images(final)
-    auto, reader = "AutoModelForCausalLM", "AutoTokenizer"
-    if with_images:
-        auto, reader = "AutoModelForImageTextToText", "AutoProcessor"
-    lines = [f"from transformers import {auto}, {reader}"]
+    has_images = reads_images(final)
+    kind = "AutoModelForImageTextToText" if has_images else "AutoModelForCausalLM"
+    loader, reader = (
+        ("AutoProcessor", "processor") if has_images else ("AutoTokenizer", "tokenizer")
+    )
+    lines = [f"from transformers import {kind}, {loader}"]
     if not whole:
         lines.insert(0, "from peft import PeftModel")
     lines += [
         "",
-        f"model = {auto}.from_pretrained(",
+        f"model = {kind}.from_pretrained(",
         f'    {_quoted(loaded)}, dtype="auto", device_map="auto"',
         ")",
     ]
@@ -41,16 +42,16 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
         where = f', subfolder="{folder}"' if folder else ""
         lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{where})')
     lines += [
-        f'processor = {reader}.from_pretrained("{THIS_MODEL}")',
+        f'{reader} = {loader}.from_pretrained("{THIS_MODEL}")',
         "",
-        *_conversation(config, with_images),
-        "inputs = processor.apply_chat_template(",
+        *_conversation(config, has_images),
+        f"inputs = {reader}.apply_chat_template(",
         "    messages, add_generation_prompt=True, tokenize=True, return_dict=True,",
         '    return_tensors="pt",',
         ").to(model.device)",
         f"output = model.generate(**inputs, max_new_tokens={config.max_new_tokens})",
         'answer = output[:, inputs["input_ids"].shape[1] :]',
-        "print(processor.batch_decode(answer, skip_special_tokens=True)[0])",
+        f"print({reader}.batch_decode(answer, skip_special_tokens=True)[0])",
     ]
     parts = [fence("\n".join(lines), "python")]
     if model not in BUILT_IN:
@@ -58,7 +59,7 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
     return "\n".join(parts)
 
 
-def _conversation(config: TrainConfig, with_images: bool) -> list[str]:
+def _conversation(config: TrainConfig, has_images: bool) -> list[str]:
     """Lines that make `messages` as the prompts of the training were made."""
     suffix = config.prompt_suffix if config.prompt_template is None else ""
     asked = "How many circles are there?" if config.task == "counting" else "What is the answer?"
@@ -69,9 +70,9 @@ def _conversation(config: TrainConfig, with_images: bool) -> list[str]:
     if config.system_prompt:
         system = public(config.system_prompt[:LONGEST_PROMPT])
         lines.append(f'    {{"role": "system", "content": {_quoted(system)}}},')
-    if not with_images:
-        content = _quoted(public(question))
-        return [*lines, f'    {{"role": "user", "content": {content}}},', "]"]
+    if not has_images:
+        asks = f'    {{"role": "user", "content": {_quoted(public(question))}}},'
+        return [*lines, asks, "]"]
     return [
         *lines,
         '    {"role": "user", "content": [',

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -13,6 +14,7 @@ from mr1_fast.errors import UserError
 from mr1_fast.merge.command import merge_adapter
 from mr1_fast.merge.settings import MergeConfig, parse
 from mr1_fast.model import save as saving
+from mr1_fast.model.families import FAMILIES
 from mr1_fast.model.load import load_pretrained, make_policy
 from mr1_fast.model.save import save_pretrained
 
@@ -23,9 +25,9 @@ from ..model.test_save import adapted, settings, stored
 peft = pytest.importorskip("peft")
 
 
-def train(root: Path, dtype: str) -> Path:
+def train(root: Path, dtype: str, family: str = "qwen2_vl") -> Path:
     """Make a base of a dtype, and the final folder of a run with an adapter on it."""
-    save_pretrained(tiny_policy(getattr(torch, dtype)), root / "base")
+    save_pretrained(tiny_policy(getattr(torch, dtype), family), root / "base")
     save_pretrained(adapted(root / "base", dtype=dtype), root / "final", "adapter")
     return root
 
@@ -40,12 +42,22 @@ def merge(adapter: Path, output: Path, *others: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_merged_model_is_that_of_peft(dtype, tmp_path, capsys):
-    made = train(tmp_path, dtype)
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        ("qwen2_vl", "float32"),
+        ("qwen2_vl", "bfloat16"),
+        ("qwen2_5_vl", "float32"),
+        ("qwen3_vl", "bfloat16"),
+        ("qwen2", "float32"),
+        ("qwen3", "bfloat16"),
+    ],
+)
+def test_the_merged_model_is_that_of_peft(family, dtype, tmp_path, capsys):
+    made = train(tmp_path, dtype, family)
     merged = merge(made / "final", tmp_path / "merged")
     assert capsys.readouterr().out.startswith(f"wrote {merged}: ")
-    base = AutoModelForImageTextToText.from_pretrained(made / "base")
+    base = getattr(transformers, FAMILIES[family].auto_class).from_pretrained(made / "base")
     theirs = peft.PeftModel.from_pretrained(base, made / "final" / "adapter").merge_and_unload()
     theirs.save_pretrained(tmp_path / "theirs")
 

@@ -11,6 +11,9 @@ from mr1_fast.model.image_size import ImageSizes
 PROCESSORS = {
     "tiny's": Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=401_408),
     "Qwen2-VL's": Qwen2VLImageProcessorPil(),
+    "Qwen3-VL's": Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 65_536, "longest_edge": 16_777_216}, patch_size=16
+    ),
     "a narrow one": Qwen2VLImageProcessorPil(min_pixels=112 * 112, max_pixels=140 * 140),
 }
 SIZES = [
@@ -70,6 +73,15 @@ def test_a_thin_image_is_padded_with_white_in_its_own_resolution():
     seen = np.asarray(padded)
     assert (seen[9:18] == pixels).all()
     assert (seen[:9] == 255).all() and (seen[18:] == 255).all()
+
+
+def test_a_token_of_qwen3_vl_is_32_pixels_wide():
+    sizes = ImageSizes(PROCESSORS["Qwen3-VL's"], 200_000, True)
+    assert sizes.side == 32 and sizes.num_tokens((320, 640)) == 10 * 20
+    assert sizes.num_tokens((32, 32)) == 64, "a small image is enlarged to 65,536 pixels"
+    assert sizes.fitted((2048, 9)) == (2048, 32)
+    width, height = sizes.fitted((3000, 2000))
+    assert width % 32 == height % 32 == 0 and 150_000 < width * height <= 200_000
 
 
 @pytest.mark.parametrize("size", [(60_000, 300), (300, 60_000), (3000, 2000), (401, 1999)])

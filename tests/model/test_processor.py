@@ -1,18 +1,21 @@
 """final/ as others load it, each in a fresh process: transformers, PEFT and TRL."""
 
+import json
 import subprocess
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from mr1_fast.config import ModelConfig
+from mr1_fast.model.load import load_pretrained, make_policy
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.model.save import save_pretrained
 from mr1_fast.tasks import format_problem
 from mr1_fast.types import Example
 
-from ..data.models import own_attention
+from ..data.models import own_attention, tiny_policy
 from ..data.scripts import run_script
 from ..data.torchvision import PREAMBLE, needs_torchvision
 from .test_save import adapted
@@ -128,6 +131,90 @@ trainer.train()
 assert not torch.equal(before, trainer.model.model.visual.merger.mlp[0].weight), "images count"
 """
 
+QWEN3_VL = """
+from mr1_fast.config import ModelConfig
+from mr1_fast.model.load import load_pretrained
+from mr1_fast.model.processor import ImageTextProcessor
+from transformers import AutoProcessor, Qwen3VLProcessor
+
+processor = AutoProcessor.from_pretrained(FINAL)
+assert type(processor) is Qwen3VLProcessor
+assert "Pil" not in type(processor.image_processor).__name__
+written = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+model, mine = load_pretrained(ModelConfig(model=FINAL, device="cpu"))
+for index, size in enumerate([(256, 256), (320, 288), (100, 60), (517, 333)]):
+    scaled = image.resize(size, Image.Resampling.BICUBIC)
+    encoded = processor(text=[written], images=[scaled], return_tensors="pt")
+    expected = {name: ours[f"{index}.{name}"] for name in ("ids", "grids", "pixels", "positions")}
+    assert torch.equal(encoded["input_ids"][0], expected["ids"])
+    assert torch.equal(encoded["image_grid_thw"], expected["grids"])
+    positions, _ = model.model.get_rope_index(
+        **{n: encoded[n] for n in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+    )
+    assert torch.equal(positions[:, 0], expected["positions"])
+    difference = (encoded["pixel_values"] - expected["pixels"]).abs()
+    print(size, "pixels differ by at most", float(difference.max()), "mean", difference.mean())
+    assert difference.max() < 1e-5 or index > 1, "only the order of the arithmetic differs"
+    assert difference.mean() < 0.005 and difference.max() < 0.1, "in units of half the range"
+    again = mine.image_processor(images=[scaled], return_tensors="pt")["pixel_values"]
+    assert torch.equal(again, expected["pixels"]), "the same pixels with torchvision and without"
+"""
+PUBLISHED = {
+    "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+    **{"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2},
+    **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+    "processor_class": "Qwen3VLProcessor",
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+}
+"""What preprocessor_config.json of Qwen3-VL's models says."""
+
+
+@pytest.fixture(scope="module")
+def qwen3_vl(tmp_path_factory):
+    """A tiny Qwen3-VL with the published settings of images, and our inputs for several images."""
+    root, policy = tmp_path_factory.mktemp("qwen3_vl"), tiny_policy(family="qwen3_vl")
+    save_pretrained(policy, root / "base")
+    (root / "base" / "preprocessor_config.json").write_text(json.dumps(PUBLISHED))
+    config = ModelConfig(model=str(root / "base"), device="cpu", recompute="none")
+    policy = make_policy(*load_pretrained(config), config)
+    save_pretrained(policy, root / "final")
+
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randint(0, 256, (9, 13, 3), generator=generator, dtype=torch.uint8)
+    image = Image.fromarray(coarse.numpy())
+    image.save(root / "image.png")
+    found = {}
+    for index, size in enumerate([(256, 256), (320, 288), (100, 60), (517, 333)]):
+        scaled = image.resize(size, Image.Resampling.BICUBIC)
+        example = Example("How many items are there?", (scaled,), "3")
+        prompt = policy.encode(example)
+        found |= {
+            f"{index}.ids": prompt.input_ids,
+            f"{index}.grids": prompt.image_grid_thw,
+            f"{index}.pixels": prompt.pixel_values,
+            f"{index}.positions": prompt.position_ids.contiguous(),
+        }
+    (root / "text.txt").write_text(format_problem(example))
+    save_file(found, root / "ours.safetensors")
+    return root
+
+
+def test_qwen3_vl_has_a_token_for_32_pixels(qwen3_vl):
+    ours = load_file(qwen3_vl / "ours.safetensors")
+    grids = [ours[f"{index}.grids"].tolist()[0] for index in range(4)]
+    assert grids == [[1, 16, 16], [1, 18, 20], [1, 14, 22], [1, 20, 32]]
+    assert ours["0.pixels"].shape == (256, 3 * 2 * 16 * 16)
+    white = ImageTextProcessor.load(qwen3_vl / "final").image_processor
+    (pixels,) = white(images=[Image.new("RGB", (256, 256), "white")])["pixel_values"][None]
+    assert (pixels == 1).all(), "mean and deviation are half the range"
+
+
+@pytest.mark.slow
+@pytest.mark.torchvision
+@needs_torchvision
+def test_qwen3_vl_with_torchvision(qwen3_vl):
+    passed(run_script(qwen3_vl / "with.py", PREAMBLE + BEGIN + QWEN3_VL, timeout=200))
+
 
 @pytest.fixture(scope="module")
 def folder(tiny_folder, tmp_path_factory):
@@ -174,7 +261,7 @@ def test_with_torchvision(folder):
 
 
 def test_what_it_saves_loads_again(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path, "qwen2_vl")
     assert {path.name for path in tmp_path.iterdir()} == {
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
         "preprocessor_config.json",

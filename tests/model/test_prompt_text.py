@@ -133,5 +133,7 @@ def test_special_tokens_in_a_prompt_of_text_are_text(token):
 def test_an_image_for_a_model_of_text_is_one_sentence(use):
     encode = tiny_policy(family="qwen2").encode
     example = Example("How many?", mixed_examples()[1].images, "3", source="row 7 of train.jsonl")
-    with pytest.raises(UserError, match="^row 7 of train.jsonl has an image, but the model reads"):
+    with pytest.raises(
+        UserError, match=r"^row 7 of train\.jsonl has an image, but the model reads"
+    ):
         getattr(encode, use)(example)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.errors import UserError
 from mr1_fast.model import save as saving
-from mr1_fast.model.families import base_model
+from mr1_fast.model.families import auto_class, base_model
 from mr1_fast.model.load import load_pretrained, load_processor, make_policy
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.processor import PROCESSOR_FILES, ImageTextProcessor
@@ -176,22 +176,53 @@ def test_an_adapter_whose_model_is_gone(tiny_folder, finals, tmp_path):
 # --- weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_weights_have_the_names_that_transformers_gives_them(family, tmp_path):
+FIRST = {
+    "qwen2_vl": "model.layers.0.mlp.up_proj.weight",
+    "qwen2_5_vl": "model.layers.0.mlp.up_proj.weight",
+    "qwen3_vl": "model.language_model.layers.0.mlp.up_proj.weight",
+    "qwen2": "model.layers.0.mlp.up_proj.weight",
+    "qwen3": "model.layers.0.mlp.up_proj.weight",
+}
+"""What the models on the hub call a weight."""
+
+
+@pytest.mark.parametrize("family, first", FIRST.items())
+def test_weights_have_the_names_that_transformers_gives_them(family, first, tmp_path):
     policy = tiny_policy(family=family, lora=True, lora_rank=4)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    save_pretrained(policy, tmp_path / "ours")
+    save_pretrained(policy, tmp_path / "ours", "both")
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
     plain = policy.model.unload()
     plain.save_pretrained(tmp_path / "theirs")
     names = [stored(tmp_path / folder).keys() for folder in ("ours", "theirs")]
-    assert names[0] == names[1] and "model.layers.0.mlp.up_proj.weight" in names[0]
+    assert names[0] == names[1] and first in names[0]
+    assert ("model.visual.pos_embed.weight" in names[0]) == (family == "qwen3_vl")
     ours, theirs = (
         json.loads((tmp_path / f / "config.json").read_text()) for f in ("ours", "theirs")
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_what_is_saved_loads_by_the_auto_classes(family, tmp_path):
+    """The merged model, the adapter on the model that it began as, and both beside each other."""
+    policy = tiny_policy(family=family)
+    save_pretrained(policy, tmp_path / "base")
+    policy = adapted(tmp_path / "base")
+    expected = logits(policy.model.eval())
+    save_pretrained(policy, tmp_path / "final", "both")
+
+    load = auto_class(base_model(policy.model).config).from_pretrained
+    merged, info = load(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits(merged.eval()), expected, rtol=1e-4, atol=1e-5)
+    on_top = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "final" / "adapter")
+    torch.testing.assert_close(logits(on_top.eval()), expected, rtol=1e-4, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert tokenizer.get_vocab() == policy.processor.tokenizer.get_vocab()
+    assert tokenizer.chat_template == policy.processor.chat_template
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -235,7 +266,7 @@ def hub_folder(tiny_folder, tmp_path):
     policy = tiny_policy()
     folder = tmp_path / "hub"
     policy.model.save_pretrained(folder)
-    policy.processor.save_pretrained(folder)
+    policy.processor.save_pretrained(folder, "qwen2_vl")
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(
         json.dumps({"chat_template": policy.processor.chat_template}, indent=4)
@@ -269,6 +300,30 @@ def test_the_models_own_files_come_along_byte_for_byte(lora, hub_folder, tmp_pat
     again = ImageTextProcessor.load(tmp_path / "final")
     assert again.chat_template == policy.processor.chat_template
     assert again.image_processor.to_dict() == policy.processor.image_processor.to_dict()
+
+
+def test_the_files_of_a_model_of_text_come_along_byte_for_byte(tmp_path):
+    """They are those of Qwen3's repositories, whose chat template is a setting of the tokenizer."""
+    policy, hub = tiny_policy(family="qwen3"), tmp_path / "hub"
+    policy.model.save_pretrained(hub)
+    policy.processor.save_pretrained(hub, "qwen3")
+    settings_file = hub / "tokenizer_config.json"
+    values = json.loads(settings_file.read_text())
+    values["chat_template"] = (hub / "chat_template.jinja").read_text()
+    settings_file.write_text(json.dumps(values, indent=5))
+    (hub / "chat_template.jinja").unlink()
+    policy.processor.tokenizer.backend_tokenizer.model.save(str(hub))  # vocab.json, merges.txt
+    (hub / "generation_config.json").write_text('{"eos_token_id": [445, 446],  "top_k": 20}')
+
+    config = settings(hub)
+    policy = make_policy(*load_pretrained(config), config)
+    assert policy.processor.chat_template == values["chat_template"]
+    save_pretrained(policy, tmp_path / "final")
+    names = {path.name for path in hub.iterdir()}
+    assert names >= {"vocab.json", "merges.txt", "tokenizer.json", "generation_config.json"}
+    assert names == {path.name for path in (tmp_path / "final").iterdir()}
+    for name in names - {"config.json", "model.safetensors"}:
+        assert (tmp_path / "final" / name).read_bytes() == (hub / name).read_bytes(), name
 
 
 def test_weights_of_another_dtype_than_the_models_say_so(hub_folder, tmp_path):

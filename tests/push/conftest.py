@@ -16,6 +16,7 @@ def made_run(folder, **settings):
     final = folder / "final"
     (final / "adapter").mkdir(parents=True)
     (final / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (final / "preprocessor_config.json").write_text("{}")
     (final / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
     (final / "adapter" / "adapter_config.json").write_text("{}")
     (final / "adapter" / "adapter_model.safetensors").write_bytes(b"adapter" * 999)

@@ -93,6 +93,26 @@ def test_the_code_is_python_that_asks_as_in_training(tmp_path):
     compile(code[1], "card", "exec")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_of_text_is_listed_and_loaded_as_one(tmp_path, whole):
+    config = made_run(tmp_path / "run", model="Qwen/Qwen3-4B", task="free", lora=True)
+    final = tmp_path / "run" / "final"
+    (final / "preprocessor_config.json").unlink()
+    if not whole:
+        (final / "model.safetensors").unlink()
+    write_card(tmp_path / "run", config)
+    head, text = read(tmp_path / "run")
+    assert head["pipeline_tag"] == "text-generation"
+    assert head["model-index"][0]["results"][0]["task"]["type"] == "text-generation"
+    [code] = re.findall(r"\n```python\n(.*?)\n```\n", text, re.DOTALL)
+    compile(code, "card", "exec")
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in code
+    assert 'tokenizer = AutoTokenizer.from_pretrained("path/to/final")' in code
+    assert "processor" not in code and "image" not in code.lower()
+    [message] = eval(code.partition("messages = ")[2].partition("\ninputs")[0])
+    assert message["content"].startswith("What is the answer? Output the thinking")
+
+
 @pytest.mark.parametrize("where", ["adapter", "."])
 def test_an_adapter_alone_is_loaded_on_its_base(tmp_path, where):
     config = made_run(tmp_path / "run", model="/home/alice/my-qwen", lora=True, load_in_4bit=True)
