@@ -36,12 +36,10 @@ def _last_boxed(text: str) -> tuple[int, int] | None:
 
     It is None, too, where there is nothing inside, or no brace closes it.
     """
-    found = None
-    for found in _BOXED.finditer(text):
-        pass
-    if found is None:
+    boxes = list(_BOXED.finditer(text))
+    if not boxes:
         return None
-    depth = 1
+    found, depth = boxes[-1], 1
     for brace in re.finditer(r"(?<!\\)(?:\\\\)*([{}])", text[found.end() :]):
         depth += 1 if brace[1] == "{" else -1
         if depth == 0:
