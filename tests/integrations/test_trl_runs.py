@@ -63,7 +63,12 @@ RUNS = {
         "tie_word_embeddings": False,
         "importance_sampling_level": "sequence",
     },
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager", "beta": 0.1},
+    "compiled": {
+        "torch_compile": True,
+        "torch_compile_backend": "eager",
+        "beta": 0.1,
+        "max_steps": 2,  # one more batch would be compiled for its lengths once more
+    },
 }
 
 
@@ -107,8 +112,8 @@ def test_steps_of_training_are_trls(case, tmp_path):
             )
         )
     (ours, weights), (theirs, right_weights) = runs
-    _, second, _, last = steps(theirs)
-    assert abs(second["loss"]) > 1e-3 and last["grad_norm"] > 1e-3
+    _, second, *_ = entries = steps(theirs)
+    assert abs(second["loss"]) > 1e-3 and entries[-1]["grad_norm"] > 1e-3
     exact = dtype == torch.float32 and not settings.get("bf16")
     assert_same_logs(ours, theirs, **{} if exact else {"rel": 0.03, "abs": 0.03})
     for name, right in right_weights.items():
