@@ -40,6 +40,8 @@ MOST = {
     Setting("2B", "all weights", TEXT): 39,
     Setting("2B", "all weights", VISION): 35,
     Setting("2.5-3B", "all weights", VISION): 36,
+    Setting("3-4B", "all weights", TEXT): 38,  # sums for two norms of heads, none for biases
+    Setting("3-2B", "all weights", VISION): 35,
     Setting("2B", "LoRA", TEXT): 69,
     Setting("2B", "LoRA on 4 bits", TEXT): 77,  # LoRA, and 8 of dequantisation
 }
