@@ -46,11 +46,12 @@ MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 """Of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
 SHORT_ACCESSES = 2
 """16-bit accesses that a kernel may have: the target's logit is read alone."""
-MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}
+MORE_SHORT_ACCESSES = {"attend": 7, "attend of normed heads": 13, "linears": 12}
 """16-bit accesses of the kernels that need more.
 
 Attention reads the new token's angles, key (twice) and value, and writes two values, a channel a
-thread. Linear layers read biases, one or two columns a thread, or write the output of few rows.
+thread; norms have weights for each key and query that it reads, twice in a prefix, too. Linear
+layers read biases, one or two columns a thread, or write the output of few rows.
 """
 ELEMENTS = {"grpo": "TILE", "logprobs": "BLOCK", "adamw": "TILE"}
 """The constant of a kernel that says how many elements its instructions are counted for."""
@@ -293,8 +294,17 @@ def decode_table(dtypes: list[str], targets: list[GPUTarget] = NVIDIA, models=MO
                 launch_four_bit(DTYPES[dtype], models)
                 if dtype != "fp32":  # in fp32, PyTorch computes linear layers
                     launch_decode_linear(DTYPES[dtype], target.arch)
+            compiled = [(_decode_name(*each), each[1]) for each in compiled]
             rows += _worst(compiled, target, {"dtype": dtype, "V": None, "setting": None})
     return rows
+
+
+def _decode_name(name: str, kernel) -> str:
+    """Tell attention with norms of heads apart, which reads their weights, too."""
+    if name != "attend":
+        return name
+    constants = {kernel.src.fn.arg_names[i] for i, *_ in kernel.src.constants}
+    return name if "Q_NORM" in constants else f"{name} of normed heads"
 
 
 def layers_table(
