@@ -5,7 +5,10 @@ import json
 import pytest
 from PIL import Image
 
+from mr1_fast.command_line import parse_train_config
+from mr1_fast.data_check import check_data
 from mr1_fast.errors import UserError
+from mr1_fast.run import load_data
 
 from .data.models import tiny_policy
 from .data.runs import run
@@ -69,19 +72,17 @@ def text_folder(tmp_path_factory):
     return folder
 
 
-def test_an_image_for_a_model_of_text_is_named_and_the_others_are_trained_on(
-    text_folder, run_args, tmp_path
-):
+def test_an_image_for_a_model_of_text_is_named_or_left_out(text_folder, run_args, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     rows = [{"problem": "How many?", "solution": "3"} for _ in range(3)] + [ROW]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = dict(model=text_folder, data=str(tmp_path / "train.jsonl"), eval_samples=0, steps=1)
     with pytest.raises(UserError, match=r"^1 row of .*row 4 of .* has an image, but the model rea"):
         run(run_args(tmp_path / "run", **settings))
-    run(run_args(tmp_path / "run", bad_rows="skip", prompts_per_step=3, **settings))
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert not (tmp_path / "run" / "final" / "preprocessor_config.json").exists()
-    assert "AutoModelForCausalLM" in (tmp_path / "run" / "final" / "README.md").read_text()
+    config = parse_train_config(run_args(tmp_path / "run", bad_rows="skip", **settings))
+    source, _ = load_data(config)
+    check_data(source, config)
+    assert len(source.indices) == 3
 
 
 def test_a_drawn_task_with_images_is_refused_before_the_first_step(text_folder, run_args, tmp_path):

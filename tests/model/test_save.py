@@ -124,55 +124,6 @@ def test_an_adapter_that_an_earlier_version_left_at_the_top_loads(tiny_folder, f
     torch.testing.assert_close(logits(model), finals[1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapters_model_is_named_so_that_it_is_found_from_anywhere(
-    tiny_folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tiny_folder.parent)
-    save_pretrained(adapted(Path(tiny_folder.name)), tmp_path, "adapter")
-    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert written["base_model_name_or_path"] == str(tiny_folder)
-
-
-def test_saving_an_adapter_does_not_ask_the_hub(tiny_folder, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *name: asked.append(name)
-    )
-    policy = adapted(tiny_folder)
-    base_model(policy.model).name_or_path = "someone/model"
-    save_pretrained(policy, tmp_path, "adapter")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() and not asked
-
-
-def test_a_full_card_is_no_fault_of_the_adapter(tiny_folder, tmp_path, monkeypatch):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("no room")
-
-    save_pretrained(adapted(tiny_folder), tmp_path, "adapter")
-    monkeypatch.setattr("peft.PeftModel.from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        load_pretrained(settings(tmp_path))
-
-
-def test_an_adapter_whose_model_is_gone(tiny_folder, finals, tmp_path):
-    save_pretrained(adapted(tiny_folder), tmp_path, "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    values = json.loads(config.read_text())
-    for base, reason in (
-        (str(tmp_path / "gone"), "which is not there: put it back"),
-        (None, "does not name the model under it"),
-    ):
-        config.write_text(json.dumps({**values, "base_model_name_or_path": base}))
-        with pytest.raises(UserError, match=reason):
-            load_pretrained(settings(tmp_path))
-    config.write_text("{")
-    with pytest.raises(UserError, match=r"adapter_config.json cannot be read"):
-        load_pretrained(settings(tmp_path))
-    config.write_text(json.dumps({**values, "r": 2}))
-    with pytest.raises(UserError, match=r"does not fit its model .*size mismatch for"):
-        load_pretrained(settings(tmp_path))
-
-
 # --- weights --------------------------------------------------------------------------------------
 
 
