@@ -46,14 +46,21 @@ _TINY_START = OptimizerConfig(
 START = {
     **dict.fromkeys(BUILT_IN, _TINY_START),
     "small": replace(_TINY_START, steps=2000, learning_rate=3e-4, warmup_fraction=0.05),
+    "tiny-text": replace(
+        _TINY_START,
+        steps=1200,
+        prompts_per_step=32,
+        learning_rate=2e-3,
+        warmup_fraction=75 / 1200,
+    ),
 }
 """How the supervised start of each built-in model is trained."""
 START_ACCURACY = 0.4
 """Sampled accuracy on validation items at which the supervised start ends.
 
 It is high enough for GRPO to find rewards, and leaves much to learn."""
-CHECK_EVERY = 5
-"""Steps between two looks at the accuracy, which rises steeply near the end."""
+CHECK_EVERY = 320
+"""Prompts between two looks at the accuracy, which rises steeply near the end."""
 
 
 def supervised_start(
@@ -114,13 +121,14 @@ def _train_start(
     optimizer = make_optimizer(policy.model, settings)
     sampling = Sampling(max(answer_tokens(task.task, task.difficulty) for task in tasks))
     share = settings.prompts_per_step // len(sources)
+    steps_apart = CHECK_EVERY // settings.prompts_per_step
     with tqdm(desc="supervised start", unit="step") as bar:
         for step in range(settings.steps):
             examples = [example for source in sources for example in source.take(step, share)]
             batches = solution_batches(policy, examples, settings.tokens_per_microbatch)
             metrics = update(policy, optimizer, batches, sft_loss, step, settings.steps, settings)
             bar.update()
-            if step % CHECK_EVERY != CHECK_EVERY - 1:
+            if step % steps_apart != steps_apart - 1:
                 continue
 
             accuracies = []
