@@ -1,5 +1,7 @@
 """The memory plan equals counts by hand, its advice works, and a run shows it."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from mr1_fast.plan.advice import advice
 from mr1_fast.plan.choice import MARGIN
 from mr1_fast.plan.command import print_plan
 from mr1_fast.plan.layers import nbytes
-from mr1_fast.plan.plan import make_plan, usable_bytes
+from mr1_fast.plan.plan import GIB, make_plan, usable_bytes
 from mr1_fast.plan.planned_run import PlannedRun, planned_run
 from mr1_fast.plan.resident import resident
 from mr1_fast.plan.run_memory import RunMemory
@@ -104,7 +106,7 @@ def test_advice_shows_a_phase_that_took_too_much():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_fit_their_card(recipe):
+def test_recipes_fit_their_card_and_say_what_they_take(recipe):
     config = parse_train_config(["--config", str(recipe)])
     # CUDA reports 14.6 GiB on a T4, which is sold as one of 16 GB.
     usable = usable_bytes(14.6 if recipe.stem.endswith("16gb") else 24)
@@ -113,6 +115,11 @@ def test_recipes_fit_their_card(recipe):
     groups = config.max_prompt_tokens + config.num_generations * config.max_new_tokens
     assert plan.choice.tokens >= groups, "no group is split"
     assert str(plan.choice) == plan.render(usable).splitlines()[-1]
+    if "gb" in recipe.stem:
+        said = re.findall(r"(rollout|update) takes ([\d.]+) GiB", recipe.read_text())
+        assert said == [
+            (phase, f"{plan.total(phase) / GIB:.1f}") for phase in ("rollout", "update")
+        ]
 
 
 def test_a_run_shows_its_plan_and_what_was_measured_beside_it():
@@ -203,3 +210,52 @@ def test_a_cpu_has_no_limit(capsys):
 def test_bad_input():
     with pytest.raises(UserError, match="vram is -1"):
         PlanConfig(vram=-1).check()
+
+
+QWEN3_2B, TEXT_1B7 = "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-1.7B"
+
+
+def test_samples_wait_where_the_kv_cache_has_no_room_for_all(capsys):
+    """Keys and values of Qwen3-VL-2B take 114,688 bytes a token, those of Qwen2-VL-2B a quarter."""
+    flags = ["--lora", "true", "--recompute", "all", "--tokens-per-microbatch", "5120"]
+    print_plan(parse(["--model", QWEN3_2B, "--vram", "9", "--eval-samples", "0", *flags]))
+    printed = capsys.readouterr().out
+    [line] = [line for line in printed.splitlines() if line.startswith("rollout: ")]
+    found = re.fullmatch(
+        r"rollout: the KV cache has room for (\d+) of 128 samples of 512 tokens at once; "
+        r"the others wait",
+        line,
+    )
+    assert 8 < int(found[1]) < 64
+    assert "to spare" in printed and "to make it fit" not in printed
+
+
+def test_advice_for_a_kv_cache_that_cannot_hold_a_sample_makes_completions_shorter():
+    config = TrainConfig(
+        model=TEXT_1B7,
+        lora=True,
+        load_in_4bit=True,
+        max_new_tokens=65_536,
+        num_generations=4,
+        prompts_per_step=1,
+        recompute="all",
+        offload_checkpoints=True,
+        eval_samples=0,
+    )
+    model_config, usable = find_model_config(TEXT_1B7), usable_bytes(8)
+    plan = make_plan(config, model_config, usable=usable)
+    assert plan.phases["rollout"]["KV cache"] == (1 + 1024 + 65_536) * 114_688
+    assert plan.total("rollout") > usable
+    [*_, line] = advice(config, model_config, usable)
+    assert line.startswith("--max-new-tokens ") and "pixels" not in line
+
+
+def test_a_model_of_text_alone_is_told_nothing_of_images():
+    config = TrainConfig(model=TEXT_1B7, eval_samples=0, prompts_per_step=4)
+    model_config = find_model_config(TEXT_1B7)
+    larger, smaller = (
+        make_plan(replace(config, max_pixels=pixels), model_config) for pixels in (10**6, 10**5)
+    )
+    assert larger == smaller and larger.choice.layers.vision == 0
+    flags = " ".join(advice(config, model_config, usable_bytes(4)))
+    assert flags and "vision" not in flags and "pixels" not in flags
