@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from ..profiles import BUILT_IN_TEXT
 
 FIXED = (
     *("seed", "output", "task", "data", "algo", "resume", "eval_samples", "eval_every"),
@@ -49,6 +50,11 @@ class ExperimentConfig:
             raise UserError(f"test_items is {self.test_items}, but must be at least 1.")
         if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
             raise UserError(f"seeds is {self.seeds}, but must be different numbers, none negative.")
+        if self.settings.get("model") in BUILT_IN_TEXT:
+            raise UserError(
+                f"settings has the model {self.settings['model']}, which reads text alone, but the "
+                "presets' tasks show images: choose a model that reads them."
+            )
         fixed = sorted(self.settings.keys() & set(FIXED))
         if fixed:
             raise UserError(

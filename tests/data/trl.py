@@ -12,8 +12,11 @@ def reward(completion_ids, **kwargs):
     return [float(len(set(ids)) + ids[0] % 3) for ids in completion_ids]
 
 
-def make_trainer(cls, model, processor, folder, **settings):
-    """A trainer of class `cls` on the CPU; `settings` are those of GRPOConfig."""
+def make_trainer(cls, model, processor, folder, images=None, **settings):
+    """A trainer of class `cls` on the CPU; `settings` are those of GRPOConfig.
+
+    images: of each of its eight prompts, a list; None for prompts of text.
+    """
     defaults = {
         "max_completion_length": COMPLETION,
         "num_generations": 4,
@@ -31,7 +34,8 @@ def make_trainer(cls, model, processor, folder, **settings):
         **defaults | settings,
     )
     prompts = [[{"role": "user", "content": text}] for text in ("how many", "items")] * 4
-    data = Dataset.from_dict({"prompt": prompts})
+    columns = {"prompt": prompts} | ({} if images is None else {"images": images})
+    data = Dataset.from_dict(columns)
     return cls(
         model,
         reward_funcs=reward,

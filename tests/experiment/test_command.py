@@ -351,6 +351,10 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
         ({"settings": {"beta_shape": "linear-up"}}, "settings has beta_shape, which preset tiny v"),
         ({"settings": {"stepz": 1}}, "stepz"),
         (
+            {"settings": {"model": "tiny-text"}},
+            "settings has the model tiny-text, which reads text",
+        ),
+        (
             {"preset": "tiny_beta", "settings": {"beta": 0.02}},
             "settings has beta, which preset tiny_beta varies",
         ),
