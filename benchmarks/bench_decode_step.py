@@ -3,10 +3,11 @@
     python benchmarks/bench_decode_step.py [--models 2B 7B Qwen3-VL-2B] [--rows 8 64 128]
     [--layers 8]
 
-Widths are those of Qwen2-VL 2B and 7B and of Qwen3-VL 2B, in bf16; R is the number of rows. The linear layers are plain, or have
-adapters of rank 16, or weights in nf4 with double quantisation, or both. Beside ours are PyTorch's
-products, adapters as peft computes them (three more products for each layer), and weights that are
-dequantised first, by us or by bitsandbytes. Merged adapters are plain layers.
+Widths are those of Qwen2-VL 2B and 7B and of Qwen3-VL 2B, in bf16; R is the number of rows. The
+linear layers are plain, or have adapters of rank 16, or weights in nf4 with double quantisation, or
+both. Beside ours are PyTorch's products, adapters as peft computes them (three more products for
+each layer), and weights that are dequantised first, by us or by bitsandbytes. Merged adapters are
+plain layers.
 
 Each operation is a CUDA graph of 20 launches, which rotate over sets of weights, keys and logits:
 as many sets, up to 20, as together exceed L2. A row shares 600 tokens with seven others and has 256
