@@ -4,8 +4,9 @@
 
 Both cases attend to the same tokens: the rows of each group are neighbours, or lie so that no two
 neighbours have the same prefix, when each reads its prefix by itself. A row has 1 to 64 (tiny: 14)
-tokens of its own. Widths are those of a layer of Qwen2-VL 2B and 7B and of the tiny model. Every
-call takes the next of several pools, as many as hold POOL_BYTES.
+tokens of its own. Widths are those of a layer of Qwen2-VL 2B and 7B, of Qwen3-VL 2B and of the tiny
+model. Every call takes the next of several pools, as many as hold POOL_BYTES. A third case is the
+first with norms of queries and keys, whether the model has them or not.
 
 The limit is a read's bandwidth in the same run, for the bytes that must be read at least: a shared
 prefix once, and each row's own tokens. Ratios are between medians of alternating calls. Prints a
@@ -28,6 +29,7 @@ from measure import (
 
 from mr1_fast.kernels import native
 from mr1_fast.kernels.decode.attention_native import attend
+from mr1_fast.kernels.decode.norms import HeadNorms
 
 POOL_BYTES = 2**26
 LIMIT_BYTES = 2**28
@@ -48,6 +50,7 @@ class Shape(NamedTuple):
 MODELS = {
     "2B": Shape(12, 2, 128, 8, 8, 561, 64),
     "7B": Shape(28, 4, 128, 8, 8, 561, 64),
+    "Qwen3-VL-2B": Shape(16, 8, 128, 8, 8, 561, 64),
     "tiny": Shape(4, 2, 32, 16, 8, 50, 14),
 }
 
@@ -74,7 +77,7 @@ def least_bytes(shape: Shape, spans: torch.Tensor, itemsize: int) -> int:
 
 
 def attention_cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
-    """The two cases, on the same pools."""
+    """The cases, on the same pools."""
     spans = spans_of(shape)
     heads, kv_heads, d = shape.heads, shape.kv_heads, shape.d
     size = (shape.groups * (shape.prefix + shape.group * shape.own), kv_heads, d)
@@ -87,22 +90,28 @@ def attention_cases(shape: Shape, dtype: torch.dtype) -> dict[str, Case]:
         *(x.to(dtype) for x in (angles.cos(), angles.sin())),
     )
 
-    def case(spans: torch.Tensor) -> Case:
-        turns = itertools.cycle(pools)
-        return Case(lambda: (attend(*new, *next(turns), spans, d**-0.5), []))
+    norms = HeadNorms(*torch.rand(2, d).add_(0.5).to(dtype), 1e-6)
 
-    return {"ours, neighbours share": case(spans), "ours, none share": case(apart(spans, shape))}
+    def case(spans: torch.Tensor, norms: HeadNorms | None = None) -> Case:
+        turns = itertools.cycle(pools)
+        return Case(lambda: (attend(*new, *next(turns), spans, d**-0.5, norms), []))
+
+    return {
+        "ours, neighbours share": case(spans),
+        "ours, none share": case(apart(spans, shape)),
+        "ours, heads normed": case(spans, norms),
+    }
 
 
 def measured(model: str, dtype: torch.dtype, rounds: int) -> dict:
-    """The times of both cases and of a read, the least bytes, and what they come to."""
+    """The times of the cases and of a read, the least bytes, and what they come to."""
     shape, skipped = MODELS[model], {}
     limit = read_case(torch.zeros(LIMIT_BYTES, dtype=torch.uint8))
     cases = {**attention_cases(shape, dtype), "read": limit}
     for case in cases.values():
         case.call()
     times = time_alternating(cases, rounds, "cpu", skipped)
-    shared, alone, read = (times[name]["median"] for name in cases)
+    shared, alone, normed, read = (times[name]["median"] for name in cases)
     needed = least_bytes(shape, spans_of(shape), dtype.itemsize)
     return {
         "model": model,
@@ -111,6 +120,7 @@ def measured(model: str, dtype: torch.dtype, rounds: int) -> dict:
         "bytes": needed,
         "of_read": needed / LIMIT_BYTES * read / shared,
         "ratio": alone / shared,
+        "of_norms": normed / shared - 1,
     }
 
 
@@ -127,11 +137,12 @@ def main() -> None:
         measured(model, getattr(torch, dtype), arguments.rounds)
         for model, dtype in itertools.product(arguments.models, arguments.dtypes)
     ]
-    columns = ["model", "dtype", "neighbours share, µs", "none share, µs", "×", "% of a read"]
+    columns = ["model", "dtype", "neighbours share, µs", "none share, µs", "heads normed, µs", "×"]
+    columns += ["% of a read", "norms add"]
     rows = []
     for line in lines:
-        taken = [microseconds(times["median"]) for times in line["times"].values()][:2]
-        ends = f"{line['ratio']:.2f}", f"{line['of_read']:.0%}"
+        taken = [microseconds(times["median"]) for times in line["times"].values()][:3]
+        ends = f"{line['ratio']:.2f}", f"{line['of_read']:.0%}", f"{line['of_norms']:.1%}"
         rows.append([line["model"], line["dtype"], *taken, *ends])
     print_table(f"A layer, {torch.get_num_threads()} threads, {status}", columns, rows)
     finish("decode_attention", "cpu", settings=vars(arguments), active=status, results=lines)

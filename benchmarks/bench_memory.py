@@ -1,11 +1,12 @@
-"""Does it fit into 24 GB? Two steps of training under a memory cap; each phase's peak and its plan.
+"""Does it fit on its card? Two steps of training under a memory cap; each phase's peak, planned and
+measured.
 
     python benchmarks/bench_memory.py 2b_full 7b_qlora [any flag of python -m mr1_fast.train]
 
-The cases are the recipes of those models, with random weights and images of 401,408 pixels, the
-most that `max_pixels` allows. Random weights hardly ever end an answer, so nearly every completion
-has its 512 tokens. Flags apply to all cases. `tiny` takes the same path with a tiny model; on a CPU
-nothing is measured. The last line is one JSON document.
+The cases are recipes, each under the cap of its card, with random weights and images of 401,408
+pixels, the most that `max_pixels` allows. Random weights hardly ever end an answer, so nearly every
+completion has all its tokens. Flags apply to all cases. `tiny` and `tiny-qwen3vl` take the same
+path with built-in models; on a CPU nothing is measured. The last line is one JSON document.
 """
 
 import argparse
@@ -14,42 +15,70 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import measure
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from random_models import use_token_ids
 
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
+from mr1_fast.model.families import auto_class, family_of
 from mr1_fast.model.known import find_model_config
-from mr1_fast.model.tiny import tiny_processor
+from mr1_fast.model.tiny import family_processor
 from mr1_fast.plan.plan import make_plan, usable_bytes
 from mr1_fast.train import train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]
+
+
+class Case(NamedTuple):
+    """A run that is measured."""
+
+    flags: list[str]
+    target: float | None = None
+    """The most GiB that it should take."""
+    vram: float = 24.0
+    """Memory of the card to mimic, in GB."""
+    image: tuple[int, int] = (896, 448)
+    """Width and height of the images, in pixels."""
+
+
+def recipe(name: str, target: float = 23.0, vram: float = 24.0) -> Case:
+    """The run of a recipe on a card of so many GB."""
+    return Case(["--config", f"{RECIPES}/{name}.yaml"], target, vram)
+
+
+def small(name: str) -> Case:
+    """A run of a built-in model, to try the script out."""
+    return Case(["--model", name, *SMALL], image=(96, 96))
+
+
 CASES = {
-    "2b_full": (
-        "Qwen/Qwen2-VL-2B-Instruct",
-        ["--config", f"{RECIPES}/qwen2vl_2b_counting_24gb.yaml"],
-    ),
-    "7b_qlora": ("Qwen/Qwen2-VL-7B-Instruct", ["--config", f"{RECIPES}/qwen2vl_7b_lora_24gb.yaml"]),
-    "tiny": ("tiny", ["--device", "cpu", "--prompts-per-step", "2", "--max-new-tokens", "8"]),
+    "2b_full": recipe("qwen2vl_2b_counting_24gb"),
+    "7b_qlora": recipe("qwen2vl_7b_lora_24gb"),
+    "qwen3vl_2b_full": recipe("qwen3vl_2b_full_24gb"),
+    "qwen3vl_4b_lora": recipe("qwen3vl_4b_lora_24gb"),
+    "qwen3vl_8b_qlora": recipe("qwen3vl_8b_qlora_24gb"),
+    "qwen2_5vl_3b_full": recipe("qwen2_5vl_3b_full_24gb"),
+    "qwen2_5vl_7b_qlora": recipe("qwen2_5vl_7b_qlora_24gb"),
+    "qwen3vl_2b_lora": recipe("qwen3vl_2b_lora_16gb", target=14.0, vram=14.6),
+    "tiny": small("tiny"),
+    "tiny-qwen3vl": small("tiny-qwen3vl"),
 }
-TARGETS = {"2b_full": 23.0, "7b_qlora": 23.0}
-"""The most GiB that a case should take."""
-IMAGE_SIZES = {"2b_full": (896, 448), "7b_qlora": (896, 448), "tiny": (84, 84)}
-"""Width and height of the images, in pixels."""
 
 
 def make_model(name: str, folder: Path, device: str) -> None:
-    """Save a model of `name`'s shape with random weights, and the tiny model's processor."""
-    processor, config = tiny_processor(), find_model_config(name)
-    for token in ("image_token_id", "video_token_id"):
-        setattr(config, token, getattr(processor, token))
+    """Save a model of `name`'s shape with random weights, and a built-in model's processor."""
+    config = find_model_config(name)
+    family = family_of(config)
+    processor = family_processor(family)
+    use_token_ids(config, processor, family)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -73,29 +102,30 @@ def make_data(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 def case_config(case: str, scratch: Path, flags: list[str]) -> TrainConfig:
     """Write a case's model and data into `scratch`; return the settings of two steps of it."""
-    name, recipe = CASES[case]
+    run = CASES[case]
+    name = parse_train_config(run.flags).model
     make_model(name, scratch / "model", "cuda" if torch.cuda.is_available() else "cpu")
     measure.release()
-    data = make_data(scratch, IMAGE_SIZES[case], count=16)
+    data = make_data(scratch, run.image, count=16)
     own = ["--model", str(scratch / "model"), "--data", str(data), "--image-root", str(scratch)]
     own += ["--output", str(scratch / "run"), "--steps", "2"]
     own += ["--eval-samples", "0", "--save-every", "0"]
-    return parse_train_config([*recipe, *own, *flags])
+    return parse_train_config([*run.flags, *own, *flags])
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, default: list[str]) -> None:
     """Add the arguments that say which cases run, and on how much memory."""
     parser.add_argument("cases", nargs="*", choices=CASES, default=default)
-    parser.add_argument("--vram", type=float, default=24.0, help="memory of the card to mimic, GB")
+    help = "memory of the card to mimic, GB; by default that of each case"
+    parser.add_argument("--vram", type=float, help=help)
 
 
-def limit_memory(vram: float) -> str:
-    """Let the process use no more of a GPU than a card of `vram` GB has; return the device."""
+def limit_memory(vram: float) -> None:
+    """Let the process use no more of a GPU, if there is one, than a card of `vram` GB has."""
     if not torch.cuda.is_available():
-        return "cpu"
+        return
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, usable_bytes(vram) / whole))
-    return "cuda"
 
 
 def measure_case(case: str, vram: float, flags: list[str]) -> dict:
@@ -124,7 +154,7 @@ def measure_case(case: str, vram: float, flags: list[str]) -> dict:
     return {
         "planned": planned,
         "measured": measured,
-        "target": TARGETS.get(case),
+        "target": CASES[case].target,
         "cap": usable_bytes(vram) / 2**30,
         "completion_length": steps[-1]["completion_length"],
         **seconds,
@@ -137,11 +167,12 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     # An exception, unlike the signal itself, lets measure_case print what the run has measured.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    device = limit_memory(arguments.vram)
-    results, failed = {}, {}
+    device, results, failed = measure.pick_device("auto"), {}, {}
     for case in arguments.cases:
+        vram = arguments.vram or CASES[case].vram
+        limit_memory(vram)
         try:
-            results[case] = measure_case(case, arguments.vram, flags)
+            results[case] = measure_case(case, vram, flags)
         except UserError as error:  # out of memory, with advice
             failed[case] = str(error)
             print(f"{case}: {error}")

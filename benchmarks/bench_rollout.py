@@ -1,7 +1,7 @@
 """The rollout: ours beside transformers' `generate` and continuous batching, and a bandwidth limit.
 
-    python benchmarks/bench_rollout.py [--parts tail prefix long lora qlora stream] [--rounds 3]
-    [--device auto] [--quick]
+    python benchmarks/bench_rollout.py [--parts tail prefix long long_qwen3vl lora qlora stream]
+    [--rounds 3] [--device auto] [--quick]
 
 - tail: the tiny model, 16 prompts × 8 samples whose lengths have a long tail: log-normal with
   median 48 and σ = 1, generated once, clipped to at most 256. Target: 5 times the tokens per second
@@ -11,7 +11,9 @@
   neighbours share a prefix, so that each reads its own. Target: 1.5 times its tokens per second
 - long: a model of Qwen2-VL-2B's shape in bf16, the same prompts × 8 samples of 512 tokens. Targets:
   10 times the tokens per second of `generate`, and 75% of the limit
-- lora: the same with adapters of rank 16 and 256 tokens, beside merged adapters. Targets: at most
+- long_qwen3vl: the same with Qwen3-VL-2B's shape, whose images have 392 tokens, and whose keys and
+  values take four times the room. Targets: as above
+- lora: `long` with adapters of rank 16 and 256 tokens, beside merged adapters. Targets: at most
   1.15 times the time of merged ones, and 10 times the tokens per second of `generate`
 - qlora: the 7B's shape in 4 bits (nf4, double quantisation) with adapters of rank 16, 128 tokens.
   Targets: 1.5 times the limit's time, and 10 times the tokens per second of `generate`
@@ -94,6 +96,10 @@ PARTS = {
             GENERATE: Generate,
             BATCHING: ContinuousBatching,
         },
+        {GENERATE: 10, "limit": 0.75},
+    ),
+    "long_qwen3vl": Part(
+        {OURS: Ours, WITHOUT_GRAPHS: OursWithoutGraphs, APART: OursApart, GENERATE: Generate},
         {GENERATE: 10, "limit": 0.75},
     ),
     "lora": Part(

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, operations_triton
+from mr1_fast.kernels.decode.norms import HeadNorms
 from mr1_fast.kernels.four_bit import dequantise_triton
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
@@ -40,11 +41,12 @@ MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}
 """Of A100, RTX 3090, RTX 4090, H100 and RTX 5090."""
 SHORT_ACCESSES = 2
 """16-bit accesses that a kernel may have: the target's logit is read alone."""
-MORE_SHORT_ACCESSES = {"attend": 7, "linears": 12}
+MORE_SHORT_ACCESSES = {"attend": 7, "attend of normed heads": 13, "linears": 12}
 """16-bit accesses of the kernels that need more.
 
 Attention reads the new token's angles, key (twice) and value, and writes two values, a channel a
-thread. Linear layers read biases, one or two columns a thread, or write the output of few rows.
+thread; norms have weights for each key and query that it reads, twice in a prefix, too. Linear
+layers read biases, one or two columns a thread, or write the output of few rows.
 """
 ELEMENTS = {"grpo": "TILE", "logprobs": "BLOCK", "adamw": "TILE"}
 """The constant of a kernel that says how many elements its instructions are counted for."""
@@ -61,8 +63,14 @@ An H100 can issue 18 to 20 in the time in which it copies a 16-bit element, and 
 it moves an optimizer's 14 bytes. The optimizer's count holds the code for special cases of roots
 and divisions, which hardly runs: 25 of it.
 """
-MODELS = ((12, 2, 1536, 8960, 151_936), (28, 4, 3584, 18_944, 152_064))
-"""Heads, key heads, hidden size, MLP size and vocabulary of Qwen2-VL 2B and 7B."""
+MODELS = (
+    (12, 2, 1536, 8960, 151_936, False),
+    (28, 4, 3584, 18_944, 152_064, False),
+    (16, 8, 2048, 6144, 151_936, True),
+    (32, 8, 2560, 9728, 151_936, True),
+)
+"""Heads, key heads, hidden size, MLP size and vocabulary, and whether heads are normed: Qwen2-VL 2B
+and 7B, Qwen3-VL 2B and 4B."""
 LAYERS = (
     (1536, 12, 2, 128, 8960),
     (3584, 28, 4, 128, 18_944),
@@ -137,12 +145,13 @@ def launch_decode(dtype: torch.dtype, models=MODELS, device: str = "meta", rows:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for heads, kv_heads, _, _, v in models:
+    for heads, kv_heads, _, _, v, is_normed in models:
         pool = empty(2**16, kv_heads, 128)
+        norms = HeadNorms(empty(128), empty(128), 1e-6) if is_normed else None
         for n in (1, rows):
             q, new, angle = empty(n, heads, 128), empty(n, kv_heads, 128), empty(n, 128)
             spans = empty(n, 4, dtype=torch.int32)
-            attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09)
+            attention_triton.attend(q, new, new, angle, angle, pool, pool, spans, 0.09, norms)
         for temperature in (1.0, 0.0):
             uniform = empty(rows, dtype=torch.float32)
             operations_triton.sample(empty(rows, v), uniform, temperature, (151_655, 151_656))
@@ -268,8 +277,17 @@ def decode_table(dtypes: list[str], targets: list[GPUTarget] = NVIDIA, models=MO
                 launch_four_bit(DTYPES[dtype], models)
                 if dtype != "fp32":  # in fp32, PyTorch computes linear layers
                     launch_decode_linear(DTYPES[dtype], target.arch)
+            compiled = [(_decode_name(*each), each[1]) for each in compiled]
             rows += _worst(compiled, target, {"dtype": dtype, "V": None, "setting": None})
     return rows
+
+
+def _decode_name(name: str, kernel) -> str:
+    """Tell attention with norms of heads apart, which reads their weights, too."""
+    if name != "attend":
+        return name
+    constants = {kernel.src.fn.arg_names[i] for i, *_ in kernel.src.constants}
+    return name if "Q_NORM" in constants else f"{name} of normed heads"
 
 
 def layers_table(

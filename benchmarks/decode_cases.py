@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from mr1_fast.kernels.decode.layer import Adapter, Layer
 from mr1_fast.kernels.decode.linear import linear_parts, linears, swiglu
 from mr1_fast.kernels.decode.linear_tiles import default_tile
+from mr1_fast.kernels.decode.norms import HeadNorms
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample
 from mr1_fast.kernels.four_bit.operations import dequantise
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
@@ -35,7 +36,10 @@ NF4 = (
 
 
 class Shape(NamedTuple):
-    """Sizes of a model: width of hidden states, MLP, queries and keys; layers; vocabulary."""
+    """Sizes of a model: width of hidden states, MLP, queries and keys; layers; vocabulary.
+
+    And the channels of a head, and whether heads are normed; then linear layers have no biases.
+    """
 
     d: int
     f: int
@@ -44,12 +48,15 @@ class Shape(NamedTuple):
     layers: int
     v: int
     head: int = HEAD
+    is_normed: bool = False
 
 
 MODELS = {
     "2B": Shape(1536, 8960, 1536, 256, 28, 151_936),
     "7B": Shape(3584, 18944, 3584, 512, 28, 152_064),
+    "Qwen3-VL-2B": Shape(2048, 6144, 2048, 1024, 28, 151_936, is_normed=True),
 }
+"""Qwen2-VL 2B and 7B, and another family by its name."""
 
 
 class Operation(NamedTuple):
@@ -205,7 +212,9 @@ def linear_operation(
 def qkv(shape: Shape, r: int, contents: Contents) -> Operation:
     """Queries, keys and values."""
     widths = shape.q, shape.kv, shape.kv
-    return linear_operation("linears", linears, widths, shape.d, shape, r, contents, bias=True)
+    return linear_operation(
+        "linears", linears, widths, shape.d, shape, r, contents, not shape.is_normed
+    )
 
 
 def gate_up(shape: Shape, r: int, contents: Contents) -> Operation:
@@ -227,7 +236,7 @@ def parts(name: str, n: int, d: int, shape: Shape, r: int, contents: Contents) -
         from mr1_fast.kernels.decode import linear_triton
 
         tile = default_tile("parts", r, torch.device(contents.device))
-        residual, weight = contents.random(r, n), contents.random(n)
+        residual, weight = contents.normal(r, n), contents.normal(n)
 
         def normed(tile: tuple | None, x: Tensor, layers: list) -> object:
             y = linear_triton.linear_parts(x, layers[0], tile)
@@ -315,11 +324,10 @@ def attention(shape: Shape, r: int, contents: Contents) -> Operation:
     angles = [contents.normal(r, d) for _ in range(2)]
     make = lambda: [contents.normal(*pool) for _ in range(2)]  # noqa: E731
     ways = {"attend": [], "attend: rows apart": []}
+    norms = HeadNorms(contents.normal(d), contents.normal(d), 1e-6) if shape.is_normed else None
     reordered = spans[apart(r).to(contents.device)]
     for pools in contents.sets(make, 4 * tokens * shape.kv):
-        ways["attend"].append(partial(attend, *new, *angles, *pools, spans, d**-0.5))
-        ways["attend: rows apart"].append(
-            partial(attend, *new, *angles, *pools, reordered, d**-0.5)
-        )
+        for name, rows in zip(ways, (spans, reordered), strict=True):
+            ways[name].append(partial(attend, *new, *angles, *pools, rows, d**-0.5, norms))
     cost = 4 * (tokens * shape.kv + r * shape.q)
     return Operation("attend", shape.layers, cost, ways)

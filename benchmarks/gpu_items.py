@@ -72,6 +72,12 @@ def rollout(part: str, seconds: int) -> Item:
     return script(f"rollout_{part}", seconds, "--parts", part, **more)
 
 
+def memory(name: str, seconds: int, *arguments: str, tiny: tuple[str, ...] | None = None) -> Item:
+    """An item of two training steps under the memory cap of a card."""
+    more = dict(file="bench_memory", sources="memory", tiny=tiny)
+    return script(f"memory_{name}", seconds, *arguments, **more)
+
+
 BACKGROUND = (
     Item("build", ("python", "setup.py"), ("-q", "build_ext", "--inplace"), 60,
          tiny=None, needs="nvcc"),
@@ -82,7 +88,7 @@ BACKGROUND = (
 
 SMALL_LOSS = ("--tokens=8", "--vocab=64", "--rounds=1", "--quick")
 GPU_TESTS = ("tests/triton", "tests/kernels", "tests/loss", "tests/rollout",
-             "tests/plan/test_plan.py", "tests/model/test_device.py")  # fmt: skip
+             "tests/plan/test_steps.py", "tests/model/test_device.py")  # fmt: skip
 """The tests that run on a GPU where there is one."""
 WORKERS = ("-n", "8") if find_spec("xdist") else ()
 TRAFFIC = ("--clock-control", "none", "--kernel-name", "regex:grpo", "--metrics",
@@ -101,6 +107,7 @@ ITEMS = (
     sweep("decode_overlap", 90, 10),
     script("decode_step", 90),
     rollout("long", 130),
+    rollout("long_qwen3vl", 130),
     rollout("qlora", 90),
     rollout("lora", 80),
     sweep("linear", 70, 45),
@@ -128,14 +135,19 @@ ITEMS = (
     script("train_step", 150, tiny=("--parts", "curve", "step", "--quick", "--rounds=1")),
     script("integrations", 90, tiny=("--completions=2", "--length=8", "--hidden=16", "--vocab=64",
                                      "--rounds=1", "--quick")),
-    script("memory_2b", 120, "2b_full", file="bench_memory", sources="memory", tiny=("tiny",)),
-    script("memory_2b_80", 120, "2b_full", "--vram", "80", file="bench_memory", sources="memory",
-           tiny=None),
+    memory("2b", 120, "2b_full", tiny=("tiny",)),
+    memory("qwen3vl_2b", 120, "qwen3vl_2b_full", tiny=("tiny-qwen3vl",)),
+    memory("qwen3vl_4b", 150, "qwen3vl_4b_lora"),
+    memory("2b_80", 120, "2b_full", "--vram", "80"),
     script("profile_2b", 120, "2b_full", file="profile_step", sources="profile_step",
            tiny=("tiny",)),
     script("trl_2b", 180, "--parts", "update", "--layers", "28", file="bench_train_step",
            sources="train_step", tiny=("--parts", "update", "--quick", "--rounds=1")),
-    script("memory_7b", 180, "7b_qlora", file="bench_memory", sources="memory", tiny=None),
+    memory("7b", 180, "7b_qlora"),
+    memory("qwen3vl_8b", 200, "qwen3vl_8b_qlora"),
+    memory("qwen3vl_2b_16", 90, "qwen3vl_2b_lora"),
+    memory("qwen2_5vl_3b", 150, "qwen2_5vl_3b_full"),
+    memory("qwen2_5vl_7b", 180, "qwen2_5vl_7b_qlora"),
     script("default_run", 200, "--seeds", "0",
            tiny=("--quick", "--seeds", "0", "--steps", "1", "--eval-samples", "2",
                  "--prompts-per-step", "2", "--max-new-tokens", "8")),

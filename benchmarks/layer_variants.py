@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from mr1_fast.model.attention import packed_attention
-from mr1_fast.model.blocks import text_block, vision_block
+from mr1_fast.model.block_parts import text_block, vision_block
 from mr1_fast.model.forward import text_layer, vision_layer
 from mr1_fast.model.joined_weights import join_weights
 from mr1_fast.model.recompute import run_layers

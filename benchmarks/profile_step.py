@@ -16,7 +16,7 @@ from pathlib import Path
 
 import measure
 import torch
-from bench_memory import add_case_arguments, case_config, limit_memory
+from bench_memory import CASES, add_case_arguments, case_config, limit_memory
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,9 +109,9 @@ def main() -> None:
     parser = measure.make_parser(__doc__)
     add_case_arguments(parser, ["2b_full"])
     arguments, flags = parser.parse_known_args()
-    device = limit_memory(arguments.vram)
-    results = {}
+    device, results = measure.pick_device("auto"), {}
     for case in arguments.cases:
+        limit_memory(arguments.vram or CASES[case].vram)
         results[case] = profile_case(case, flags)
         print_profile(case, results[case])
         results[case]["kernels"] = results[case]["kernels"][:MOST_KERNELS]

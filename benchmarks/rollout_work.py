@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
-from random_models import model_config, random_model
+from random_models import model_config, processor_of, random_model, tiny_of
 from torch import nn
 
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.model.families import base_model, text_model
 from mr1_fast.model.joined_weights import join_weights
-from mr1_fast.model.processor import ImageTextProcessor
+from mr1_fast.model.processor import Processor
 from mr1_fast.model.prompt import PromptEncoder
 from mr1_fast.model.tiny import tiny_model, tiny_processor
 from mr1_fast.rollout.cache import token_bytes
@@ -33,7 +33,7 @@ class Work:
     """A model, B prompts, and how many tokens each of their B·G samples has, G = `group`."""
 
     model: nn.Module
-    processor: ImageTextProcessor
+    processor: Processor
     examples: list[Example]
     prompts: list[Prompt]
     lengths: list[int]
@@ -114,12 +114,13 @@ def image_work(
 ) -> Work:
     """8 prompts of 512 image tokens and some text × 8 samples of so many tokens.
 
-    size, layers: of the model, which `random_model` makes of this kind; with `quick` a tiny one.
+    size, layers: of the model, which `random_model` makes of this kind; with `quick` a tiny one of
+    its family.
     """
     prompts, (width, height) = (2, (84, 84)) if quick else (8, IMAGE_SIZE)
-    processor = tiny_processor()
+    processor = processor_of(size)
     torch.manual_seed(0)
-    config = model_config("tiny" if quick else size, processor, layers)
+    config = model_config(tiny_of(size) if quick else size, processor, layers)
     dtype = torch.float32 if quick or device == "cpu" else torch.bfloat16
     model = random_model(config, device, dtype, **kind)
     shape = prompts, height, width, 3
@@ -133,6 +134,7 @@ def image_work(
 WORKS = {
     "tail": partial(tail_work, 16, GROUP),
     "long": partial(image_work, "2B", 512),
+    "long_qwen3vl": partial(image_work, "Qwen3-VL-2B", 512),
     "prefix": partial(image_work, "2B", 64, layers=4),
     "lora": partial(image_work, "2B", 256, lora=True),
     "qlora": partial(image_work, "7B", 128, lora=True, four_bit=True),

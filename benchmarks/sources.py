@@ -29,7 +29,7 @@ DECODE = (
     "csrc/decode*",
 )
 LAYERS = ("mr1_fast/kernels/layers/*.py", "mr1_fast/kernels/launch.py")
-MODEL = ("mr1_fast/model/*.py",)
+MODEL = ("mr1_fast/model/*.py", "mr1_fast/model/families/*.py")
 ROLLOUT = (*DECODE, *MODEL, "mr1_fast/rollout/*.py")
 STEP = (
     *HEAD,

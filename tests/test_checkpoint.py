@@ -21,7 +21,7 @@ from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
 
-from .data.runs import assert_same_run, metrics, run
+from .data.runs import assert_same_run, interrupt, metrics, run
 
 START = "0123456789abcdef"
 
@@ -69,20 +69,6 @@ def finished(run_args, tmp_path_factory):
 def interrupted(finished, tmp_path):
     """A copy of that run as if it had been killed after step 7 was logged."""
     return interrupt(finished, tmp_path / "interrupted")
-
-
-def interrupt(finished, folder):
-    """Copy a finished run as if it had been killed before its last checkpoint."""
-    shutil.copytree(finished, folder)
-    shutil.rmtree(max((folder / "checkpoints").iterdir()))
-    shutil.rmtree(folder / "final")
-    (folder / "report.html").unlink()
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    del evaluation["after"], evaluation["final_step"]
-    for shown in evaluation["examples"]:
-        del shown["after"]
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    return folder
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])

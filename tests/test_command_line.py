@@ -169,14 +169,21 @@ def test_a_number_may_have_a_word_beside_it(tmp_path, capsys, monkeypatch):
     assert "(whole number or auto; default: auto)" in text
 
 
-def test_there_are_recipes_for_both_tasks_and_both_sizes():
+def test_there_are_recipes_for_both_tasks_and_for_several_sizes():
     expected = {
         "tiny_counting",
         "tiny_geometry",
         "qwen2vl_2b_counting_24gb",
         "qwen2vl_2b_geometry_24gb",
+        "qwen2vl_7b_lora_24gb",
+        "qwen3vl_2b_full_24gb",
+        "qwen3vl_4b_lora_24gb",
+        "qwen3vl_8b_qlora_24gb",
+        "qwen3vl_2b_lora_16gb",
+        "qwen2_5vl_3b_full_24gb",
+        "qwen2_5vl_7b_qlora_24gb",
     }
-    assert {path.stem for path in RECIPES} >= {*expected, "qwen2vl_7b_lora_24gb"}
+    assert {path.stem for path in RECIPES} >= expected
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

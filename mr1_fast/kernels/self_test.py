@@ -16,6 +16,7 @@ from .decode import linear as decode_linear
 from .decode import operations as decode
 from .decode import reference as decode_reference
 from .decode.layer import Adapter, Layer
+from .decode.norms import HeadNorms
 from .decode.reference import linear_ref
 from .four_bit.weight import FourBitWeight
 from .grpo.linear import linear_grpo_loss_with_gradient
@@ -177,17 +178,30 @@ def _decode_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.T
     logits, uniform = torch.randn(3, 10_000, generator=generator), torch.tensor([0.1, 0.5, 0.9])
     attention = [t.bfloat16() for t in (q, k, v, angles.cos(), angles.sin(), keys, values)]
     logits = logits.bfloat16()
-    right = (
-        decode_reference.attend_ref(*[t.float() for t in attention], spans, 0.2),
-        decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
-    )
-    attention = [t.to(device) for t in attention]
-    ours = (
-        decode.attend(*attention, spans.to(device), 0.2),
-        decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
-    )
-    names = ("a rollout's attention", "a rollout's draw")
-    return dict(zip(names, zip(ours, right, strict=True), strict=True))
+    q_weight, k_weight = (torch.rand(2, 32, generator=generator) + 0.5).bfloat16()
+    pairs = {
+        "a rollout's draw": (
+            decode.sample(logits.to(device), uniform.to(device), 0.9, (7,))[1],
+            decode_reference.sample_ref(logits, uniform, 0.9, (7,))[1],
+        )
+    }
+    for name, weights in (("attention", None), ("attention of normed heads", (q_weight, k_weight))):
+        ours, right = (
+            [t.to(device, copy=True) for t in attention],
+            [t.to(torch.float32, copy=True) for t in attention],
+        )
+        pairs[f"a rollout's {name}"] = (
+            decode.attend(*ours, spans.to(device), 0.2, _head_norms(weights, ours[0])),
+            decode_reference.attend_ref(*right, spans, 0.2, _head_norms(weights, right[0])),
+        )
+    return pairs
+
+
+def _head_norms(
+    weights: tuple[torch.Tensor, torch.Tensor] | None, like: torch.Tensor
+) -> HeadNorms | None:
+    """Make the norms of heads with these weights, in the dtype and on the device of `like`."""
+    return weights and HeadNorms(*(weight.to(like) for weight in weights), 1e-6)
 
 
 def _decode_linear_pairs(
@@ -243,7 +257,7 @@ def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Te
 
     x, update, gradient, gate_up = rows(96), rows(96), rows(96), rows(192)
     qkv, cos, sin, bias = rows(160), rows(32), rows(32), rows(160)[0]
-    q, k, v = rows(3, 32), rows(1, 32), rows(1, 32)
+    q, k, v, weights = rows(3, 32), rows(1, 32), rows(1, 32), rows(32)[:2]
     calls = {
         "norm": ("norm", x, update[0], None, 1e-6),
         "addition and norm": ("add_norm", x, update, gradient[0], update[0], 1e-6),
@@ -253,10 +267,18 @@ def _layer_pairs(device: torch.device) -> dict[str, tuple[torch.Tensor, torch.Te
         ),
         "rotation": ("rotary", qkv, bias, cos, sin, 3, 1),
         "gradient of a rotation": ("rotary_backward", q, k, v, cos, sin),
+        "rotation of normed heads": ("norm_rotary", qkv, *weights, 1e-6, cos, sin, 3, 1),
+        "gradient of normed heads": (
+            *("norm_rotary_backward", q, k, v, qkv, *weights),
+            *(1e-6, cos, sin, True),
+        ),
         "gating": ("silu_mul", gate_up, gate_up[0]),
         "gradient of gating": ("silu_mul_backward", gradient, gate_up, gate_up[0]),
-        "activation": ("quick_gelu", x),
-        "gradient of an activation": ("quick_gelu_backward", gradient, x),
+        **{f"{kind} GELU": ("gelu", x, kind) for kind in layers.GELUS},
+        **{
+            f"gradient of a {kind} GELU": ("gelu_backward", gradient, x, kind)
+            for kind in layers.GELUS
+        },
     }
     parts = torch.randn(70, 2, 96, generator=generator)
     summed = layers.norm_gradients(parts.to(device), x[0].to(device))

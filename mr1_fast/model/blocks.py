@@ -4,145 +4,30 @@ A layer is pre-norm: h ← h + attention(norm₁(h)), h ← h + mlp(norm₂(h)).
 (residual, update), whose sum it is: the next norm adds the two while it reads them, so that no
 kernel adds alone. Two functions with backward passes of their own surround attention:
 
-    attention_inputs   h = residual + update; q, k, v = rotary(linear(norm₁(h)))
+    attention_inputs   h = residual + update; q, k, v = rotary(linear(norm₁(h))), with a norm of
+                       each head of q and k before the rotation where the model has them
     after_attention    h = h + linear(attended); update = linear(act(linear(norm₂(h))))
 
 They keep the results of matrix products that their gradients need, and h; norms and gating are
 computed again by the kernels of their own gradients, which read their inputs anyway.
 
-The modules are transformers', and so are their weights: nothing here holds any.
+block_parts.py takes the modules of transformers apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
-from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
 from ..kernels.layers.strides import adjacent
-from .adapters import Adapters, cast_adapters, forget_casts
-from .linears import NOTHING, Kept, Linears
-
-
-@dataclass
-class Norm:
-    """An RMSNorm, or a LayerNorm where it has a bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Norm:
-        """Read a LayerNorm of torch, or an RMSNorm of transformers."""
-        if isinstance(module, nn.LayerNorm):
-            return cls(module.weight, module.bias, module.eps)
-        return cls(module.weight, None, module.variance_epsilon)
-
-
-@dataclass
-class Block:
-    """The parts of a layer, and what its attention is told."""
-
-    attention: nn.Module
-    """The attention module, for its scale and the name of its attention function."""
-    norm1: Norm
-    qkv: Linears
-    heads: int
-    kv_heads: int
-    out: Linears
-    norm2: Norm
-    up: Linears
-    is_gated: bool
-    """Whether `up` is a gate and an up, for silu(gate) · up, or a layer before a quick GELU."""
-    down: Linears
-
-    @property
-    def linears(self) -> tuple[Linears, ...]:
-        """All linear layers, in the order of their use."""
-        return self.qkv, self.out, self.up, self.down
-
-    @property
-    def adapters(self) -> list[Adapters | None]:
-        """The adapters of all linear layers."""
-        return [linears.adapters for linears in self.linears]
-
-
-def text_block(layer: nn.Module) -> Block | None:
-    """Take a text layer apart; None if one of its parts is not known here."""
-    attention, mlp = layer.self_attn, layer.mlp
-    if not _is_silu(mlp.act_fn) or hasattr(attention, "q_norm"):
-        return None
-    return _block(
-        attention,
-        (layer.input_layernorm, layer.post_attention_layernorm),
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        attention.config.num_attention_heads,
-        attention.config.num_key_value_heads,
-        attention.o_proj,
-        (mlp.gate_proj, mlp.up_proj),
-        mlp.down_proj,
-    )
-
-
-def vision_block(layer: nn.Module) -> Block | None:
-    """Take a vision block apart; None if one of its parts is not known here."""
-    attention, mlp = layer.attn, layer.mlp
-    if hasattr(mlp, "gate_proj"):
-        is_known, up, down = _is_silu(mlp.act_fn), (mlp.gate_proj, mlp.up_proj), mlp.down_proj
-    else:
-        activation = getattr(mlp, "act", None)
-        if not isinstance(activation, QuickGELUActivation):
-            return None
-        is_known, up, down = True, (mlp.fc1,), mlp.fc2
-    if not is_known:
-        return None
-    heads = attention.num_heads
-    norms = layer.norm1, layer.norm2
-    return _block(attention, norms, (attention.qkv,), heads, heads, attention.proj, up, down)
-
-
-def _block(
-    attention: nn.Module,
-    norms: tuple[nn.Module, nn.Module],
-    qkv: tuple[nn.Module, ...],
-    heads: int,
-    kv_heads: int,
-    out: nn.Module,
-    up: tuple[nn.Module, ...],
-    down: nn.Module,
-) -> Block | None:
-    """Put a block together from modules; None if a linear layer is not known here.
-
-    Linear layers must compute in the dtype of the norms.
-    """
-    norm1, norm2 = map(Norm.of, norms)
-    linears = [Linears.of(*modules) for modules in (qkv, (out,), up, (down,))]
-    if any(each is None or each.dtype != norm1.weight.dtype for each in linears):
-        return None
-    qkv_linears, out_linears, up_linears, down_linears = linears
-    return Block(
-        attention=attention,
-        norm1=norm1,
-        qkv=qkv_linears,
-        heads=heads,
-        kv_heads=kv_heads,
-        out=out_linears,
-        norm2=norm2,
-        up=up_linears,
-        is_gated=len(up) == 2,
-        down=down_linears,
-    )
-
-
-def _is_silu(activation: nn.Module | Callable) -> bool:
-    return "silu" in type(activation).__name__.lower()
+from .adapters import cast_adapters, forget_casts
+from .block_parts import Block, HeadNorms, Norm
+from .linears import NOTHING, Kept
 
 
 def run_block(
@@ -166,9 +51,10 @@ def run_block(
     """
     cast_adapters(block.adapters)
     recomputed = again or remember is not None
+    head_weights = block.head_norms.weights if block.head_norms else (None, None)
     h, q, k, v = _AttentionInputs.apply(
         block, recomputed, residual, update, *angles, block.norm1.weight, block.norm1.bias,
-        block.qkv.bias, *block.qkv.tensors,
+        *head_weights, block.qkv.bias, *block.qkv.tensors,
     )  # fmt: skip
     if remember is not None:
         remember(h)
@@ -200,18 +86,28 @@ class _AttentionInputs(Function):
         else:
             h, x = fused.add_norm(residual, update, norm.weight, norm.bias, norm.eps)
         qkv, kept = linears.product(x, recomputed)
-        q, k, v = fused.rotary(qkv, linears.bias_to_add, cos, sin, block.heads, block.kv_heads)
+        bias, counts = linears.bias_to_add, (block.heads, block.kv_heads)
+        if block.head_norms is None:
+            q, k, v = fused.rotary(qkv, bias, cos, sin, *counts)
+            qkv = None
+        else:
+            qkv = qkv if bias is None else qkv.add_(bias)
+            norms = block.head_norms
+            q, k, v = fused.norm_rotary(qkv, *norms.weights, norms.eps, cos, sin, *counts)
         ctx.block = block
-        ctx.save_for_backward(h, cos, sin, *kept, *linears.tensors)
+        ctx.save_for_backward(h, cos, sin, qkv, *kept, *linears.tensors)
         return h, q, k, v
 
     @staticmethod
     def backward(ctx, dh, dq, dk, dv):
-        h, cos, sin, *saved = ctx.saved_tensors
+        h, cos, sin, qkv, *saved = ctx.saved_tensors
         norm, linears, kept = ctx.block.norm1, ctx.block.qkv, next(Kept.among(saved))
         _, _, for_residual, for_update, _, _, *needs = ctx.needs_input_grad
-        needs_norm, _, needs_bias, *needs_linears = needs
-        dqkv = fused.rotary_backward(*map(adjacent, (dq, dk, dv)), cos, sin)
+        needs_norm, _, *needs_heads, needs_bias = needs[:5]
+        needs_linears = needs[5:]
+        dqkv, by_heads = _rotary_gradient(
+            ctx.block.head_norms, map(adjacent, (dq, dk, dv)), qkv, cos, sin, needs_heads
+        )
         dx, dt = linears.input_gradient(dqkv, kept)
         dh, x, partial = fused.norm_backward(
             dx, adjacent(dh), h, norm.weight, norm.bias, norm.eps, any(needs_linears), needs_norm
@@ -226,6 +122,7 @@ class _AttentionInputs(Function):
             None,
             None,
             *_norm_gradients(norm, partial),
+            *by_heads,
             dqkv.sum(0) if needs_bias else None,
             *gradients,
         )
@@ -294,16 +191,35 @@ class _AfterAttention(Function):
         )
 
 
+def _rotary_gradient(
+    norms: HeadNorms | None,
+    gradients: Iterable[Tensor],
+    qkv: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the gradient by qkv, and those by the weights of the heads' norms."""
+    if norms is None:
+        return fused.rotary_backward(*gradients, cos, sin), (None, None)
+    dqkv, partial = fused.norm_rotary_backward(
+        *gradients, qkv, *norms.weights, norms.eps, cos, sin, any(needed)
+    )
+    return dqkv, fused.head_norm_gradients(partial, norms.q_weight, needed)
+
+
 def _activated(block: Block, up: Tensor) -> Tensor:
     """Apply the MLP's activation to (T, 2F) or (T, F): returns (T, F)."""
-    return fused.silu_mul(up, block.up.bias_to_add) if block.is_gated else fused.quick_gelu(up)
+    if block.activation == "silu_mul":
+        return fused.silu_mul(up, block.up.bias_to_add)
+    return fused.gelu(up, block.activation)
 
 
 def _activation_gradient(block: Block, gradient: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of `up`, and the activation's result once more."""
-    if block.is_gated:
+    if block.activation == "silu_mul":
         return fused.silu_mul_backward(gradient, up, block.up.bias_to_add)
-    return fused.quick_gelu_backward(gradient, up)
+    return fused.gelu_backward(gradient, up, block.activation)
 
 
 def _norm_gradients(norm: Norm, partial: Tensor) -> tuple[Tensor | None, Tensor | None]:

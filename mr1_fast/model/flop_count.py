@@ -4,7 +4,8 @@ The count is the one of model FLOP utilisation (PaLM, Chowdhery et al., 2022, ap
 model's definition needs for the tokens that ran, whatever the implementation does besides.
 
 - A linear layer with W weights on n rows is 2·W·n FLOP. Text layers have the T packed tokens as
-  rows, the LM head the N rows with loss, the vision blocks P patches, and the merger P / 4.
+  rows, the LM head the N rows with loss, the vision blocks P patches, and each of the mergers as
+  many rows as there are image tokens.
 - Attention is 4·(pairs of a query and a key that it sees)·heads·head_dim FLOP a layer: the scores
   and the sum of values.
 - A backward pass adds the same again for the gradient of the inputs, where something below is
@@ -12,8 +13,8 @@ model's definition needs for the tokens that ran, whatever the implementation do
   weights but two inputs to either product, it adds twice the forward.
 
 What is recomputed in the backward pass is not counted a second time, and neither is padding. Norms,
-activations, softmax, rotary angles, the embedding's rows and the loss are left out, as in PaLM:
-they are no matrix products.
+activations, softmax, positions, the embedding's rows and the loss are left out, as in PaLM: they
+are no matrix products.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ from transformers import PretrainedConfig
 
 from ..segments import Segments
 from ..types import PackedBatch
+from .families import (
+    deepstack_blocks,
+    deepstack_mergers,
+    family_of,
+    mlp_width,
+    patches_per_token,
+    text_model,
+    vision_tower,
+)
 from .forward import lm_head_weight
 
-PATCH_EMBEDDING, BLOCKS, MERGER = "visual.patch_embed.", "visual.blocks.", "visual.merger."
-EMBEDDING, LAYERS, HEAD = "embed_tokens.", "language_model.layers.", "lm_head."
-PARTS = (PATCH_EMBEDDING, BLOCKS, MERGER, EMBEDDING, LAYERS, HEAD)
-"""The parts of a model of the Qwen2-VL family, by what the names of their parameters contain."""
+PATCH_EMBEDDING, POSITIONS, BLOCKS, MERGERS = "patches", "positions", "blocks", "mergers"
+EMBEDDING, LAYERS, HEAD = "embedding", "layers", "head"
 
 
 class Flop(NamedTuple):
@@ -46,24 +54,40 @@ class Trained:
     """Which parts of a model are trained, each of them as a whole or not at all."""
 
     parts: frozenset[str] = frozenset()
-    """The parts, by their names in PARTS, whose own weights are trained."""
+    """The parts, as `_parts` and HEAD name them, whose own weights are trained."""
     rank: int = 0
     """Rank of the LoRA adapters beside the linear layers of all text layers; 0 without adapters."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Trained:
-        """Read from a `…ForConditionalGeneration`, which PEFT may have wrapped, what is trained."""
+        """Read from a model, which PEFT may have wrapped, what is trained."""
         parts, rank = set(), 0
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if "lora_" not in name:
-                parts.update(part for part in PARTS if part in name)
-            elif "lora_A" in name:
-                rank = parameter.shape[0]
-        if lm_head_weight(model).requires_grad:  # a tied head has the embedding's name alone
+        for part, modules in _parts(model).items():
+            for name, parameter in nn.ModuleList(modules).named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                if "lora_" not in name:
+                    parts.add(part)
+                elif "lora_A" in name:
+                    rank = parameter.shape[0]
+        if lm_head_weight(model).requires_grad:
             parts.add(HEAD)
         return cls(frozenset(parts), rank)
+
+
+def _parts(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the modules of a model's parts; the LM head, which may be tied, is not among them."""
+    text, tower = text_model(model), vision_tower(model)
+    parts = {EMBEDDING: [text.embed_tokens], LAYERS: [text.layers]}
+    if tower is None:
+        return parts
+    positions = getattr(tower, "pos_embed", None)
+    return parts | {
+        PATCH_EMBEDDING: [tower.patch_embed],
+        POSITIONS: [positions] if positions is not None else [],
+        BLOCKS: [tower.blocks],
+        MERGERS: [tower.merger, *deepstack_mergers(tower)],
+    }
 
 
 FROZEN = Trained()
@@ -73,14 +97,14 @@ FROZEN = Trained()
 def count_flop(config: PretrainedConfig, batch: PackedBatch, trained: Trained = FROZEN) -> Flop:
     """Count the FLOP of a forward and a backward pass over a batch, whose tensors are on the CPU.
 
-    `config` is the one of a Qwen2-VL or Qwen2.5-VL. The backward pass of a model that trains
-    nothing has 0 FLOP.
+    `config` is the one of the whole model. The backward pass of a model that trains nothing has 0
+    FLOP.
     """
     count = _Count()
     if batch.image_grid_thw is not None:
         _count_vision(count, config, batch.image_grid_thw.tolist(), trained.parts)
 
-    text, tokens = config.text_config, batch.input_ids.numel()
+    text, tokens = config.get_text_config(), batch.input_ids.numel()
     width, between = text.hidden_size, text.intermediate_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
@@ -147,37 +171,39 @@ def _count_vision(
     count: _Count, config: PretrainedConfig, images: list[list[int]], parts: frozenset[str]
 ) -> None:
     """Add the vision tower on images of (frames, patches down, patches across) each."""
-    vision, patches = config.vision_config, sum(t * h * w for t, h, w in images)
-    if config.model_type == "qwen2_vl":
-        width, out_width = vision.embed_dim, vision.hidden_size
-        between = int(width * vision.mlp_ratio)
-        into_mlp = [(width, between)]
-        windowed = 0
-    else:
-        width, out_width = vision.hidden_size, vision.out_hidden_size
-        between = vision.intermediate_size
-        into_mlp = [(width, between), (width, between)]
-        windowed = sum(index not in vision.fullatt_block_indexes for index in range(vision.depth))
+    vision, tower = config.vision_config, family_of(config).vision
+    patches = sum(t * h * w for t, h, w in images)
+    width, between = getattr(vision, tower.width), mlp_width(vision, tower)
+    into_mlp = [(width, between)] * (2 if tower.has_gated_mlp else 1)
 
     numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     count.linear(patches, [(numbers, width)], PATCH_EMBEDDING in parts)
 
-    whole, within = image_pairs(images), windowed and window_pairs(images, vision)
     own = BLOCKS in parts
-    count.below |= own  # its first norm
-    for index in range(vision.depth):
+    count.below |= own or POSITIONS in parts  # the first norm, and what is added before it
+    for pairs in _pairs_of_blocks(images, vision):
         count.linear(patches, [(width, 3 * width)], own)
-        # Which blocks have windows makes no difference to the sums.
-        count.attention(within if index < windowed else whole, width)
+        count.attention(pairs, width)
         count.linear(patches, [(width, width)], own)
         count.linear(patches, into_mlp, own)
         count.linear(patches, [(between, width)], own)
 
-    unit = vision.spatial_merge_size**2
-    merged = width * unit
-    count.below |= MERGER in parts  # its norm
-    count.linear(patches // unit, [(merged, merged)], MERGER in parts)
-    count.linear(patches // unit, [(merged, out_width)], MERGER in parts)
+    merged, below = width * patches_per_token(config), count.below
+    rows = patches // patches_per_token(config)
+    for _ in range(1 + len(deepstack_blocks(vision))):
+        count.below = below or MERGERS in parts  # its norm
+        count.linear(rows, [(merged, merged)], MERGERS in parts)
+        count.linear(rows, [(merged, getattr(vision, tower.out_width))], MERGERS in parts)
+
+
+def _pairs_of_blocks(images: list[list[int]], vision: PretrainedConfig) -> list[int]:
+    """Count the pairs of patches that see one another, in each of the blocks."""
+    whole = image_pairs(images)
+    full = getattr(vision, "fullatt_block_indexes", None)
+    if full is None:
+        return [whole] * vision.depth
+    within = window_pairs(images, vision)
+    return [whole if index in full else within for index in range(vision.depth)]
 
 
 def image_pairs(images: list[list[int]]) -> int:

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.layers.operators import add_norm
 from ..segments import Segments
 from ..types import PackedBatch
-from .blocks import Norm, run_block, text_block, vision_block
+from .block_parts import Norm, text_block, vision_block
+from .blocks import run_block
 from .families import base_model, text_model, text_positions, vision_tower
 from .recompute import Carry, Layer, run_layers, summed
 from .vision import BlockCall, Features, encode_patches

@@ -1,5 +1,8 @@
 """Finding a model's configuration by its name, without its weights."""
 
+import re
+from itertools import groupby
+
 from transformers import PretrainedConfig
 
 from ..errors import UserError
@@ -10,8 +13,8 @@ from .families import FAMILIES
 from .saved_adapter import adapter_base
 from .tiny import tiny_config, tiny_processor
 
-VARIANTS = ("-Instruct", "-Thinking")
-"""What follows the size in the names of models that have the same configuration."""
+VARIANT = re.compile(r"-(base|instruct|thinking)(-2507)?$", re.IGNORECASE)
+"""What follows the size in the names of models that have the same sizes."""
 
 
 def find_model_config(name: str) -> PretrainedConfig:
@@ -31,18 +34,31 @@ def find_model_config(name: str) -> PretrainedConfig:
     except UserError:
         raise
     except Exception as error:  # no network, no such name, or a folder without a config.json
-        known = (*BUILT_IN, *(size for family in FAMILIES.values() for size in family.sizes))
         raise UserError(
             f"model {name} has no configuration that can be read here: check the name and the "
-            f"network, pass a local folder, or plan for one that is built in ({', '.join(known)})."
+            f"network, pass a local folder, or plan for one that is built in ({known_names()})."
         ) from error
 
 
 def published_config(name: str) -> PretrainedConfig | None:
-    """Return the configuration of a published model that is known here by its name, or None."""
-    for variant in VARIANTS:
-        name = name.removesuffix(variant)
+    """Return the configuration of a published model that is known here by its name, or None.
+
+    As on the hub, capital and small letters are the same.
+    """
+    wanted = VARIANT.sub("", name).lower()
     for family in FAMILIES.values():
-        if name in family.sizes:
-            return family.config(family.sizes[name])
+        for known, settings in family.sizes.items():
+            if known.lower() == wanted:
+                return family.config(settings)
     return None
+
+
+def known_names() -> str:
+    """Return the names of all models whose configurations are built in, as a short list."""
+    names = [known for family in FAMILIES.values() for known in family.sizes]
+    series = groupby(names, key=lambda known: known.rpartition("-")[0])
+    published = (
+        f"{begin}-{{{','.join(known.rpartition('-')[2] for known in sizes)}}}"
+        for begin, sizes in series
+    )
+    return ", ".join((*BUILT_IN, *published))

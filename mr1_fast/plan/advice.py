@@ -7,9 +7,10 @@ import torch
 from transformers import PretrainedConfig
 
 from ..config import TrainConfig
+from ..model.families import pixels_per_token
 from .plan import GIB, Plan, make_plan
 from .planned_run import planned_device
-from .workload import PIXELS_PER_TOKEN, image_tokens
+from .workload import image_tokens
 
 MOST_LINES = 3
 """Changes that are named at most."""
@@ -43,7 +44,7 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
     before = plan()
     excess = before.excess(usable)
     chosen: dict[str, Values] = {}
-    for change in _changes(config):
+    for change in _changes(config, model_config):
         for value in change.values:
             if not excess:
                 break
@@ -69,11 +70,12 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
     return lines
 
 
-def _changes(config: TrainConfig) -> Iterator[Change]:
+def _changes(config: TrainConfig, model_config: PretrainedConfig) -> Iterator[Change]:
     """The changes that are tried, in the order of what a user loses by them."""
     _, dtype = planned_device(config)
     trains_bf16 = dtype == torch.bfloat16 and not config.lora
     longest = config.max_prompt_tokens + config.max_new_tokens
+    pixels = pixels_per_token(model_config)
 
     # The same numbers, or nearly, in more time.
     if config.recompute == "none":
@@ -92,11 +94,12 @@ def _changes(config: TrainConfig) -> Iterator[Change]:
         yield Change("stochastic", [{"optimizer": "adamw_stochastic"}])
 
     # Another run, which learns less from a step, or another model.
-    if not (config.lora or config.freeze_vision):
+    if pixels and not (config.lora or config.freeze_vision):
         yield Change("vision", [{"freeze_vision": True}])
     yield _halved("prompts_per_step", config.prompts_per_step, 1)
-    pixels = _halves(config.max_pixels, LEAST_IMAGE_TOKENS * PIXELS_PER_TOKEN)
-    yield Change("images", [_smaller_images(config, most) for most in pixels])
+    if pixels:
+        sizes = _halves(config.max_pixels, LEAST_IMAGE_TOKENS * pixels)
+        yield Change("images", [_smaller_images(config, model_config, most) for most in sizes])
     if config.algo != "sft":
         yield _halved("num_generations", config.num_generations, LEAST_GENERATIONS)
     if not config.lora:
@@ -120,9 +123,10 @@ def _halves(value: int, least: int) -> list[int]:
     return halves
 
 
-def _smaller_images(config: TrainConfig, pixels: int) -> Values:
+def _smaller_images(config: TrainConfig, model_config: PretrainedConfig, pixels: int) -> Values:
     """Images of at most `pixels` pixels, and prompts shorter by as many image tokens."""
-    saved = image_tokens(config) - image_tokens(replace(config, max_pixels=pixels))
+    smaller = replace(config, max_pixels=pixels)
+    saved = image_tokens(config, model_config) - image_tokens(smaller, model_config)
     prompt = config.max_prompt_tokens - saved
     return {"max_pixels": pixels, "max_prompt_tokens": prompt, "shrink_images": True}
 

@@ -7,7 +7,7 @@ meta device cannot run is in stand_ins.py.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,19 +130,22 @@ class LayerStack:
         again = min(layers, recomputed)
         return again * self.again.saved + (layers - again) * self.stored.saved
 
-    def backward(self, recomputed: int) -> Iterator[tuple[int, int]]:
+    def backward(
+        self, recomputed: int, others: Collection[int] = ()
+    ) -> Iterator[tuple[int, int, int]]:
         """The possible peaks of the backward pass, from the last layer to the first.
 
-        Yields the bytes of what the layers keep and the current one allocates, beside the incoming
-        gradient, and those of the gradients that the layers after it have left. From layer to layer
-        what is kept becomes less and the gradients more, both by a constant for each kind of layer:
-        so the peak of a kind is at its last layer or at its first.
+        Yields a layer's number, counted from 1; the bytes of what the layers keep and this one
+        allocates, beside the incoming gradient; and those of the gradients that the layers after it
+        have left. From layer to layer what is kept becomes less and the gradients more, both by a
+        constant for each kind of layer: so the peak of a kind is at its last layer or at its first.
+        `others` are further layers to look at.
         """
-        ends = {self.depth, recomputed + 1, recomputed, 1}
+        ends = {self.depth, recomputed + 1, recomputed, 1, *others}
         for layer in sorted(ends & set(range(1, self.depth + 1)), reverse=True):
             kind = self.again if layer <= recomputed else self.stored
             kept = self.saved(recomputed, layer - 1)
-            yield kept + kind.extra, (self.depth - layer) * kind.gradients
+            yield layer, kept + kind.extra, (self.depth - layer) * kind.gradients
 
 
 def trace_layer(

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..config import ModelConfig
-from ..model.families import auto_class, text_model, vision_tower
+from ..model.families import (
+    auto_class,
+    deepstack_blocks,
+    deepstack_mergers,
+    patches_per_token,
+    text_model,
+    vision_tower,
+)
 from ..model.forward import (
     final_hidden,
     lm_head_weight,
@@ -32,7 +39,8 @@ from ..model.reference import in_8_bits
 from ..model.vision import BlockCall
 from ..segments import Segments
 from .layers import STORED, LayerBytes, LayerStack, Training, nbytes, trace_layer, trace_part
-from .stand_ins import use_four_bits, use_lora, use_planned_attention
+from .stand_ins import PatchEmbedding, use_four_bits, use_lora, use_planned_attention
+from .vision import Deepstack, VisionBytes
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,8 @@ class Recomputed:
     """Of the blocks of the vision tower."""
 
 
-@dataclass(frozen=True)
-class VisionBytes:
-    """Bytes that the parts of the vision tower allocate on the images of one pack."""
-
-    embedding: LayerBytes
-    """The patch embedding."""
-    blocks: LayerStack
-    """The transformer blocks."""
-    merger: LayerBytes
-    """The projection of 2 × 2 patches to one token."""
-
-
 class MetaModel:
-    """A `…ForConditionalGeneration` on torch's meta device, as it runs on `device`, cuda or cpu.
+    """A model on torch's meta device, as it runs on `device`, cuda or cpu.
 
     fused: whether its layers are computed by fused operators, else by transformers' modules.
     """
@@ -95,19 +91,24 @@ class MetaModel:
         return self.text.layers[0].self_attn.head_dim
 
     @property
+    def query_width(self) -> int:
+        """Channels of all attention heads of the language model."""
+        return self.text.config.num_attention_heads * self.head_dim
+
+    @property
     def vision_width(self) -> int:
-        """Hidden size of the vision blocks."""
-        return self.vision.patch_embed.proj.out_channels
+        """Hidden size of the vision blocks; 0, as below, without a vision tower."""
+        return self.vision.patch_embed.proj.out_channels if self.vision else 0
 
     @property
     def vision_head_dim(self) -> int:
         """Channels of one attention head of the vision blocks."""
-        return self.vision_width // self.vision.config.num_heads
+        return self.vision_width // self.vision.config.num_heads if self.vision else 0
 
     @property
     def patch_size(self) -> int:
-        """Numbers of one image patch, 3 colours × 2 frames × 14 × 14."""
-        return self.vision.patch_embed.proj.weight[0].numel()
+        """Numbers of one image patch: colours × frames × height × width."""
+        return self.vision.patch_embed.proj.weight[0].numel() if self.vision else 0
 
     @cached_property
     def layers(self) -> Recomputed:
@@ -117,6 +118,8 @@ class MetaModel:
     @cached_property
     def patch_work(self) -> float:
         """Multiplications of a patch in the vision blocks, by those of a token in the layers."""
+        if self.vision is None:
+            return 0.0
 
         def products(layers: nn.ModuleList) -> int:
             linears = (m for m in layers[0].modules() if isinstance(m, nn.Linear))
@@ -184,13 +187,30 @@ class MetaModel:
         ends = STORED if training else None
         pixels = self._empty(patches, self.patch_size, dtype=torch.float32)
         x = self._empty(patches, self.vision_width)
-        embed, merger = self.vision.patch_embed, self.vision.merger
+        embed, merger = PatchEmbedding(self.vision), self.vision.merger
         return VisionBytes(
             self._trace(
                 ("embedding", patches), trace_part, embed, lambda: embed(pixels), (), training=ends
             ),
             self._stack(("blocks", *images.tolist()), self.vision.blocks, make, x, training),
             self._trace(("merger", patches), trace_part, merger, merger, (x,), training=ends),
+            self._deepstack(x, ends),
+            hidden=x.nbytes,
+        )
+
+    def _deepstack(self, x: Tensor, training: Training | None) -> Deepstack:
+        """Bytes of the mergers of deepstack features, for hidden states x (P, D) of the tower."""
+        mergers = deepstack_mergers(self.vision)
+        if not mergers:
+            return Deepstack.none()
+        merger = mergers[0]
+        return Deepstack(
+            after=tuple(1 + index for index in deepstack_blocks(self.vision.config)),
+            merger=self._trace(
+                ("deepstack", len(x)), trace_part, merger, merger, (x,), training=training
+            ),
+            feature=self.hidden_bytes(len(x) // patches_per_token(self.model.config)),
+            shared=x.nbytes,
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -54,15 +54,20 @@ def encode_images(
         return []
     tower, patches = model.vision_tower(images), int(images.sum())
     pixels = pixel_bytes(model, patches) if copies_pixels else 0
-    hidden = patches * model.vision_width * model.itemsize
     # transformers' tower holds the first block's input until the last block has run.
-    angles = model.angle_bytes(patches)
+    angles, deepstack = model.angle_bytes(patches), tower.deepstack
+    blocks = max(tower.blocks.infer, 2 * tower.hidden + deepstack.merger.infer)
     most = max(
         tower.embedding.infer,
-        angles + hidden + tower.blocks.infer,
-        angles + tower.merger.infer,
+        angles + tower.hidden + blocks + deepstack.features,
+        angles + tower.merger.infer + deepstack.features,
     )
     return [{"activations": others + pixels + most}]
+
+
+def deepstack_bytes(model: MetaModel, images: Tensor) -> int:
+    """Bytes of the deepstack features of images, which wait for the decoder's first layers."""
+    return model.vision_tower(images).deepstack.features if len(images) else 0
 
 
 @dataclass(frozen=True)

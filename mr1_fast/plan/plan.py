@@ -11,7 +11,7 @@ from .memory_use import COMPONENTS, MemoryUse, added, total
 from .planned_run import PlannedRun, planned_run
 from .reference import has_pass_before_update, reference_pass
 from .resident import resident
-from .rollout import cache_tokens_for, rollout
+from .rollout import Samples, cache_tokens_for, rollout
 from .update import PackUpdate, optimizer_step
 from .workload import Workload, patches_of
 
@@ -32,6 +32,8 @@ class Plan:
     """The size of packs, and which layers are run again; None in a plan without phases."""
     work: float = 0.0
     """The update's work, by which plans of the same step compare (choice.py)."""
+    samples: dict[str, Samples] = field(default_factory=dict)
+    """How many samples are decoded at once, by phase as above."""
 
     def total(self, phase: str) -> int:
         """Bytes at the peak of a phase."""
@@ -50,8 +52,10 @@ class Plan:
         """The plan as a table of components by phase.
 
         A last line says what was chosen, and with `usable` bytes, the one before it how much is to
-        spare. With `measured` peaks of tensors in bytes, by phase, a row shows them beside the
-        plan: what CUDA takes besides tensors is not among them, so the planned workspace is added.
+        spare. Lines before those say where samples wait for room in the KV cache.
+
+        With `measured` peaks of tensors in bytes, by phase, a row shows them beside the plan: what
+        CUDA takes besides tensors is not among them, so the planned workspace is added.
         """
         unit, size = ("GiB", GIB) if self.peak >= 4 * GIB else ("MiB", MIB)
         rows = [_row(unit, self.phases)]
@@ -70,6 +74,7 @@ class Plan:
                 for phase, use in self.phases.items()
             )
             rows.append(_row("measured", cells))
+        rows += [f"{phase}: {each}" for phase, each in self.samples.items() if each.wait]
         if usable is not None:
             difference = f"{abs(usable - self.peak) / size:.2f} {unit}"
             rows.append(
@@ -93,7 +98,7 @@ def make_plan(
     """Plan the steps of `config` on `workload`; by default on the largest that the settings allow.
 
     The KV cache holds what all samples need at once. With `usable` bytes in all it holds no more
-    than is left beside everything else, and samples wait; but never less than one group needs.
+    than is left beside everything else, and samples wait; but never less than one sample needs.
     What the settings leave to be chosen (`auto`) fits into the usable bytes with a margin, if
     anything does.
     """
@@ -122,17 +127,20 @@ def _plan(
     always = resident(run)
     available = None if usable is None else usable - total(always)
     generations = 1 if config.algo == "sft" else config.num_generations
-    step = workload or Workload.largest(config, generations, config.prompts_per_step)
+    sizes = config, run.model_config, generations
+    step = workload or Workload.largest(*sizes, config.prompts_per_step)
     batches = step.packs(config.tokens_per_microbatch)
     # In the worst case also the packs that groups of other lengths could fill.
-    full = [] if workload else Workload.full_packs(config, generations)
+    full = [] if workload else Workload.full_packs(*sizes)
     packs = _distinct([*batches, *(batch for packs in full for batch in packs)])
 
     uses: dict[str, list[MemoryUse]] = {}
     cache_tokens: dict[str, int] = {}
+    samples: dict[str, Samples] = {}
 
     def plan_rollout(phase: str, work: Workload) -> None:
         cache_tokens[phase] = cache_tokens_for(run, work, available)
+        samples[phase] = Samples.of(work, cache_tokens[phase])
         uses[phase] = rollout(run, work, cache_tokens[phase])
 
     if config.algo != "sft":
@@ -148,10 +156,11 @@ def _plan(
 
     if config.eval_samples and workload is None:
         count = min(EVALUATION_BATCH_SIZE, config.eval_samples)
-        plan_rollout("evaluation", Workload.largest(config, 1, count))
+        plan_rollout("evaluation", Workload.largest(config, run.model_config, 1, count))
     phases = {phase: added(always, max(each, key=total)) for phase, each in uses.items()}
     choice = Choice(config.tokens_per_microbatch, recomputed, run.policy.layers)
-    return Plan(phases, cache_tokens, choice, work(run.policy, batches, recomputed))
+    load = work(run.policy, batches, recomputed)
+    return Plan(phases, cache_tokens, choice, load, samples)
 
 
 @dataclass

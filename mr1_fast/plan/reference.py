@@ -5,7 +5,7 @@ from ..model.layerwise import state_bytes, states_wait_on_device
 from ..model.reference import frozen_parameters
 from ..types import PackedBatch
 from .memory_use import MemoryUse, added
-from .passes import encode_images, loss_head, pack_bytes, pixel_bytes, token_bytes
+from .passes import deepstack_bytes, encode_images, loss_head, pack_bytes, pixel_bytes, token_bytes
 from .planned_run import PlannedRun
 from .workload import patches_of
 
@@ -36,9 +36,10 @@ def _by_packs(run: PlannedRun, batch: PackedBatch) -> list[MemoryUse]:
     decoder = model.decoder(batch.segments)
     norm = model.final_norm(tokens, len(batch.loss_rows))
     embeddings, inputs = model.hidden_bytes(tokens), pack_bytes(run, batch)
+    features = deepstack_bytes(model, patches_of(batch))
     return [
         *encode_images(model, patches_of(batch), embeddings, run.device == "cuda"),
-        {"activations": inputs + embeddings + max(decoder.infer, norm.infer)},
+        {"activations": inputs + embeddings + max(decoder.infer + features, norm.infer)},
         {
             "activations": inputs + model.hidden_bytes(rows),
             "loss head": loss_head(run, rows, trains=False).most,
@@ -105,6 +106,7 @@ def _most_inside_layers(run: PlannedRun, batch: PackedBatch) -> int:
         tower = model.vision_tower(images)
         pixels = pixel_bytes(model, int(images.sum())) if run.device == "cuda" else 0
         most += [pixels + tower.embedding.infer, tower.blocks.alone, tower.merger.alone]
+        most.append(tower.hidden + tower.deepstack.merger.alone)
     return max(most)
 
 

@@ -1,10 +1,12 @@
 """Bytes of the rollout (rollout/engine.py): the prompts' images, the prompts, and decoding."""
 
+from dataclasses import dataclass
+
 from ..rollout.cache import Layout, token_bytes
 from ..rollout.engine import MOST_SAMPLES
 from ..rollout.sampling import Sampling
 from .memory_use import MemoryUse, added
-from .passes import encode_images, pack_bytes, pixel_bytes
+from .passes import deepstack_bytes, encode_images, pack_bytes, pixel_bytes
 from .planned_run import PlannedRun
 from .workload import Workload, patches_of
 
@@ -30,6 +32,36 @@ def rollout(run: PlannedRun, work: Workload, cache_tokens: int | None = None) ->
     return [cache | use for use in (*prefill, decoding)]
 
 
+@dataclass(frozen=True)
+class Samples:
+    """How many of a rollout's samples are decoded at once."""
+
+    at_once: int
+    wanted: int
+    """As many as would be with room for all."""
+    longest: int
+    """Most tokens of a sample."""
+
+    @classmethod
+    def of(cls, work: Workload, cache_tokens: int) -> "Samples":
+        """The samples of `work` with a KV cache of so many tokens."""
+        at_once, wanted = (
+            cache_layout(work, tokens).sample_spans for tokens in (cache_tokens, None)
+        )
+        return cls(at_once, wanted, max(work.completions))
+
+    @property
+    def wait(self) -> bool:
+        """Whether some wait for room in the KV cache."""
+        return self.at_once < self.wanted
+
+    def __str__(self) -> str:
+        return (
+            f"the KV cache has room for {self.at_once} of {self.wanted} samples of "
+            f"{self.longest:,} tokens at once; the others wait"
+        )
+
+
 def cache_layout(work: Workload, cache_tokens: int | None) -> Layout:
     """How the engine lays out its KV cache for the work's samples in `cache_tokens` tokens."""
     longest = max(work.completions)
@@ -40,12 +72,12 @@ def cache_tokens_for(run: PlannedRun, work: Workload, available: float | None) -
     """Tokens of the KV cache with which the work's samples are drawn.
 
     As many as all samples need, or as fit into `available` bytes beside the rollout's other
-    memory; but no fewer than the samples of one prompt need.
+    memory; but no fewer than one prompt needs with one of its samples.
     """
     needed = cache_layout(work, None).tokens
     if available is None:
         return needed
-    least = cache_layout(work.first_group(), None).tokens
+    least = cache_layout(work.first_sample(), None).tokens
     others = max(sum(use.values()) - use["KV cache"] for use in rollout(run, work, needed))
     left = available - others
     return int(min(needed, max(least, left / token_bytes(run.policy.text))))
@@ -62,9 +94,10 @@ def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryU
         inputs += pixel_bytes(model, int(images.sum()))
     first_samples = min(prompts * work.group, MOST_SAMPLES)
     logits = prompts * model.vocabulary * model.itemsize
+    decoder = model.decoder(batch.segments).infer
     return [
         *encode_images(model, images, embeddings, copies_pixels=True),
-        {"activations": inputs + embeddings + model.decoder(batch.segments).infer},
+        {"activations": inputs + embeddings + decoder + deepstack_bytes(model, images)},
         {"activations": embeddings, "loss head": logits + _drawing(run, first_samples)},
     ]
 
@@ -72,9 +105,10 @@ def _prefill(run: PlannedRun, work: Workload, most_prompts: int) -> list[MemoryU
 def _decoding(run: PlannedRun, samples: int) -> MemoryUse:
     """Bytes of one decoding step of so many samples at once; no KV cache."""
     model = run.policy
-    # Of a row: residual, its norm, queries and what attention and MLP make of them (6 · D), and
-    # gate, up and their product (3 · the MLP's width).
-    numbers = 6 * model.width + 3 * model.text.config.intermediate_size
+    # Of a row: residual, its norm, and what attention and MLP add (4 · D); queries and what they
+    # have found (2 · heads · head_dim); gate, up and their product (3 · the MLP's width).
+    between = model.text.config.intermediate_size
+    numbers = 4 * model.width + 2 * model.query_width + 3 * between
     return {
         "activations": samples * numbers * model.itemsize,
         "loss head": _drawing(run, samples),

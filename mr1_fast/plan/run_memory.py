@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from ..config import TrainConfig
-from ..model.families import base_model
+from ..model.families import base_model, family_of
 from ..model.forward import lm_head_weight, trained_layers
 from ..model.policy import Policy
 from .advice import advice
@@ -16,8 +16,8 @@ from .out_of_memory import EVALUATION_CACHE, PACK_TOKENS, ROLLOUT_CACHE
 from .plan import GIB, Plan, make_plan
 from .resident import CUDA_WORKSPACE
 
-LOWER = "lower --tokens-per-microbatch, --prompts-per-step or --max-pixels"
-"""Advice where no plan could be made, or none of its changes helps."""
+LOWER = "lower --tokens-per-microbatch, --prompts-per-step or {}"
+"""Advice where no plan could be made, or none of its changes helps; a last setting is to name."""
 NEW_RUN = ("--optimizer", "--lora", "--load", "--freeze")
 """Flags that change what a checkpoint holds, so that no run can go on with them."""
 
@@ -97,9 +97,13 @@ class RunMemory:
                 changes = []
         marked = [
             f"{change} (in a new run)" if change.startswith(NEW_RUN) else change
-            for change in changes or [LOWER]
+            for change in changes or [self._lower()]
         ]
         return f"To make room: {'; '.join(marked)}."
+
+    def _lower(self) -> str:
+        has_images = family_of(self.model_config).vision is not None
+        return LOWER.format("--max-pixels" if has_images else "--max-new-tokens")
 
 
 def usable_memory(device: torch.device) -> float:

@@ -1,8 +1,8 @@
 """What the meta device cannot run, or needs a package for, replaced by what allocates the same.
 
-Attention kernels, bitsandbytes' 4-bit linear layer and peft's LoRA layer: a plan imports neither
-package, and none of the kernels runs without data. tests/plan/test_stand_ins.py holds the layers
-against peft's own.
+Attention kernels, the vision tower's position embedding, bitsandbytes' 4-bit linear layer and
+peft's LoRA layer: a plan imports neither package, and none of the others runs without data.
+tests/plan/test_stand_ins.py holds the layers against peft's own.
 """
 
 import re
@@ -30,10 +30,10 @@ VISION_NAMES = {"cuda": "mr1_plan_flash", "cpu": "mr1_plan_cpu_flash"}
 
 
 def use_planned_attention(model: nn.Module, device: str) -> None:
-    """Make a `…ForConditionalGeneration` on the meta device allocate what attention does there."""
+    """Make a model on the meta device allocate what attention does there."""
     # Set on the configurations: set_attn_implementation would look for a package by a vision name.
     text_model(model).config._attn_implementation = TEXT_NAMES[device]
-    if tower := vision_tower(model):
+    if (tower := vision_tower(model)) is not None:
         tower.config._attn_implementation = VISION_NAMES[device]
 
 
@@ -153,6 +153,34 @@ for _device in TEXT_NAMES:
     for _name in (TEXT_NAMES[_device], VISION_NAMES[_device]):
         AttentionInterface.register(_name, partial(planned_attention, _device))
         AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+# --- the vision tower's beginning -----------------------------------------------------------------
+
+NEIGHBOURS = 4
+"""Rows of a learned grid of positions that a patch's own is interpolated from."""
+
+
+class PatchEmbedding(nn.Module):
+    """The beginning of a vision tower: its patch embedding, and what it adds for the positions.
+
+    Which positions they are says the data: transformers' own forward cannot go on without.
+    """
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.patches = tower.patch_embed
+        self.positions = getattr(tower, "pos_embed", None)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (P, C·t·p·p) -> (P, D)."""
+        if self.positions is None:
+            return self.patches(pixels)
+        rows = pixels.new_empty(len(pixels), NEIGHBOURS, dtype=torch.int64)
+        weights = pixels.new_empty(len(pixels), NEIGHBOURS, dtype=torch.float32)
+        x = self.patches(pixels)
+        added = (self.positions(rows) * weights[:, :, None]).sum(1)
+        return x + added.to(x.dtype)
 
 
 # --- linear layers --------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from ..optim import resolve_optimizer
 from ..types import PackedBatch
 from .layers import STORED, LayerBytes, LayerStack
 from .memory_use import MemoryUse
-from .meta_model import MetaModel, Recomputed, VisionBytes
+from .meta_model import MetaModel, Recomputed
 from .passes import HeadBytes, encode_images, loss_head, pack_bytes
 from .planned_run import PlannedRun
+from .vision import Deepstack, VisionBytes
 from .workload import patches_of
 
 
@@ -65,11 +66,7 @@ class PackUpdate:
 
     def _kept_by_vision(self, recomputed: Recomputed) -> int:
         """Bytes that the vision tower's forward pass keeps."""
-        vision = self.vision
-        if vision is None:
-            return 0
-        blocks = vision.blocks.saved(recomputed.vision)
-        return vision.embedding.saved + blocks + vision.merger.saved
+        return 0 if self.vision is None else self.vision.saved(recomputed.vision)
 
     @property
     def _waiting(self) -> int:
@@ -102,32 +99,23 @@ class PackUpdate:
         """Decoder, vision tower and embedding, from last to first."""
         model, decoder, x = self.model, self.decoder, self.embeddings
         by_vision = self._kept_by_vision(recomputed)
+        vision = self.vision if model.trains_vision else None
+        deepstack = Deepstack.none() if vision is None else vision.deepstack
         made = 0 if model.is_tied else model.head_bytes * model.trains_head
         uses = [
-            self._use(by_vision + x + kept, made + done, self._waiting)
-            for kept, done in decoder.backward(recomputed.text)
+            self._use(by_vision + x + kept + deepstack.waiting(layer), made + done, self._waiting)
+            for layer, kept, done in decoder.backward(recomputed.text)
         ]
         made += decoder.depth * decoder.stored.gradients
-        if self.vision is not None and model.trains_vision:
-            uses += self._vision_backward(self.vision, recomputed, made)
+        if vision is not None:
+            uses += [
+                self._use(x + kept, made + done, self._waiting)
+                for kept, done in vision.backward(recomputed.vision)
+            ]
         if model.text.embed_tokens.weight.requires_grad:
             # The embedding's gradient comes last, and is as large as the head.
             others = model.gradients - model.head_bytes
             uses.append(self._use(x, others, self._waiting, embedding_gradient=model.head_bytes))
-        return uses
-
-    def _vision_backward(
-        self, vision: VisionBytes, recomputed: Recomputed, made: int
-    ) -> list[MemoryUse]:
-        """The merger's backward, then that of the blocks, from last to first."""
-        model, x, embedding = self.model, self.embeddings, vision.embedding.saved
-        stored = embedding + vision.blocks.saved(recomputed.vision)
-        uses = [self._use(x + stored + vision.merger.extra, made, self._waiting)]
-        gradient = int(self.images.sum()) * model.vision_width * model.itemsize
-        uses += [
-            self._use(x + embedding + gradient + kept, made + done, self._waiting)
-            for kept, done in vision.blocks.backward(recomputed.vision)
-        ]
         return uses
 
 

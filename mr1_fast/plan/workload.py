@@ -4,17 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..config import TrainConfig
+from ..model.families import patches_per_token, pixels_per_token
 from ..packing import packs
 from ..types import PackedBatch, Prompt
 
-PIXELS_PER_TOKEN = 28 * 28
-"""Pixels of an image that become one token: 2 × 2 patches of 14 × 14 (Qwen2-VL)."""
-PATCHES_PER_TOKEN = 4
-"""Image patches that become one token."""
 QUESTION_TOKENS = 32
-"""Tokens that a prompt has at least beside its image."""
+"""Tokens that a prompt has at least, beside its image if it has one."""
 
 
 @dataclass
@@ -24,43 +22,47 @@ class Workload:
     prompts: list[int]
     """B: tokens of each prompt, image tokens included."""
     patches: list[int]
-    """B: image patches of each prompt, 4 for each image token."""
+    """B: image patches of each prompt, several for each image token; 0 for text alone."""
     completions: list[int]
     """B·G: tokens of each completion; completion i belongs to prompt i // G."""
 
     @classmethod
-    def largest(cls, config: TrainConfig, generations: int, count: int) -> "Workload":
+    def largest(
+        cls, config: TrainConfig, model_config: PretrainedConfig, generations: int, count: int
+    ) -> "Workload":
         """The worst case of `count` prompts with `generations` completions each.
 
         Prompts and completions are as long as the settings allow, each prompt with the largest
-        image.
+        image if the model reads images.
         """
-        return cls._equal(
-            config, count, generations, config.max_prompt_tokens, config.max_new_tokens
-        )
+        patches = largest_image(config, model_config)
+        prompt, completion = config.max_prompt_tokens, config.max_new_tokens
+        return cls._equal(count, generations, prompt, patches, completion)
 
     @classmethod
     def _equal(
-        cls, config: TrainConfig, count: int, generations: int, prompt: int, completion: int
+        cls, count: int, generations: int, prompt: int, patches: int, completion: int
     ) -> "Workload":
-        """`count` prompts of `prompt` tokens, the largest image in each, with equal completions."""
-        patches = PATCHES_PER_TOKEN * image_tokens(config)
+        """`count` equal prompts, `prompt` tokens and an image of `patches`, with completions."""
         return cls([prompt] * count, [patches] * count, [completion] * count * generations)
 
     @classmethod
-    def full_packs(cls, config: TrainConfig, generations: int) -> list[list[PackedBatch]]:
+    def full_packs(
+        cls, config: TrainConfig, model_config: PretrainedConfig, generations: int
+    ) -> list[list[PackedBatch]]:
         """Packs that groups of shorter completions fill up.
 
         The prompts are the longest or the shortest, and as many as one pack can hold or half of
         that, so that packs with few and with many images are among them.
         """
         budget, filled = config.tokens_per_microbatch, []
-        shortest = min(config.max_prompt_tokens, image_tokens(config) + QUESTION_TOKENS)
+        patches, image = largest_image(config, model_config), image_tokens(config, model_config)
+        shortest = min(config.max_prompt_tokens, image + QUESTION_TOKENS)
         for prompt in (config.max_prompt_tokens, shortest):
             most = min(config.prompts_per_step, budget // (prompt + generations))
             for count in {most, max(1, most // 2)} if most else ():
                 inputs = min(config.max_new_tokens - 1, (budget // count - prompt) // generations)
-                work = cls._equal(config, count, generations, prompt, inputs + 1)
+                work = cls._equal(count, generations, prompt, patches, inputs + 1)
                 filled.append(work.packs(budget))
         return filled
 
@@ -69,9 +71,9 @@ class Workload:
         """G, the completions of each prompt."""
         return len(self.completions) // len(self.prompts)
 
-    def first_group(self) -> "Workload":
-        """The first prompt with its completions."""
-        return Workload(self.prompts[:1], self.patches[:1], self.completions[: self.group])
+    def first_sample(self) -> "Workload":
+        """The first prompt with one completion, the longest of all."""
+        return Workload(self.prompts[:1], self.patches[:1], [max(self.completions)])
 
     def prompt_pack(self, most_prompts: int, tokens_per_pack: int) -> PackedBatch:
         """The first pack of the first `most_prompts` prompts alone, as the rollout encodes them."""
@@ -103,13 +105,19 @@ def _prompt(length: int, patches: int) -> Prompt:
         next_position=length,
         pixel_values=pixels,
         image_grid_thw=grid,
-        num_image_tokens=patches // PATCHES_PER_TOKEN,
+        num_image_tokens=patches,  # packing asks only whether there are any
     )
 
 
-def image_tokens(config: TrainConfig) -> int:
-    """Tokens of the largest image that the settings allow."""
-    return min(config.max_pixels // PIXELS_PER_TOKEN, config.max_prompt_tokens)
+def image_tokens(config: TrainConfig, model_config: PretrainedConfig) -> int:
+    """Tokens of the largest image that the settings allow; 0 for a model of text alone."""
+    pixels = pixels_per_token(model_config)
+    return min(config.max_pixels // pixels, config.max_prompt_tokens) if pixels else 0
+
+
+def largest_image(config: TrainConfig, model_config: PretrainedConfig) -> int:
+    """Patches of the largest image that the settings allow; 0 for a model of text alone."""
+    return patches_per_token(model_config) * image_tokens(config, model_config)
 
 
 def patches_of(batch: PackedBatch) -> Tensor:

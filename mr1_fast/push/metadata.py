@@ -1,5 +1,6 @@
 """The YAML at the head of a model card, by which the Hub finds and lists the model."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub.repocard import metadata_load
 
 from ..config import TrainConfig
 from ..hub import HUB_TIMEOUT
+from ..model.families import FAMILIES
 from ..model.saved_adapter import ADAPTER_CONFIG, ADAPTER_FOLDER
 from ..report.page import printable
 from .papers import PAPERS
@@ -25,13 +27,14 @@ def metadata(config: TrainConfig, model: str, evaluation: dict, final: Path) -> 
     adapter = adapter_place(final)
     alone = adapter is not None and not has_weights(final)
     relation = "adapter" if alone else "finetune"
+    pipeline = "image-text-to-text" if reads_images(final) else "text-generation"
     card = ModelCardData(
         base_model=base,
         datasets=[data] if data else None,
-        eval_results=_results(config, evaluation) or None,
+        eval_results=_results(config, evaluation, pipeline) or None,
         library_name="peft" if alone else "transformers",
         model_name=_line(f"{public_name(model)}-{config.algo}-{public(config.task)}"),
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=pipeline,
         tags=[*_tags(config), *(["peft", "lora"] if adapter is not None else [])],
         **({"base_model_relation": relation} if base else {}),
         **base_license(model),
@@ -50,6 +53,15 @@ def adapter_place(final: Path) -> str | None:
 def has_weights(final: Path) -> bool:
     """Say whether `final` holds the weights of a whole model."""
     return any(final.glob("model*.safetensors"))
+
+
+def reads_images(final: Path) -> bool:
+    """Say whether the model of `final` reads images: by its family, or by its processor's files."""
+    config = final / "config.json"
+    if config.is_file():
+        family = FAMILIES.get(json.loads(config.read_text("utf-8")).get("model_type"))
+        return family is None or family.vision is not None
+    return any((final / f"{name}_config.json").is_file() for name in ("preprocessor", "processor"))
 
 
 def base_license(model: str) -> dict[str, str]:
@@ -78,12 +90,12 @@ def _tags(config: TrainConfig) -> list[str]:
     return [*dict.fromkeys(how), "mr1_fast", *([f"arxiv:{paper.arxiv}"] if paper else [])]
 
 
-def _results(config: TrainConfig, evaluation: dict) -> list[EvalResult]:
+def _results(config: TrainConfig, evaluation: dict, pipeline: str) -> list[EvalResult]:
     """The accuracies after training, each with the mode and the judge in its name."""
     held_out = config.eval_data or config.data
     return [
         EvalResult(
-            task_type="image-text-to-text",
+            task_type=pipeline,
             task_name=_line(public(evaluation.get("task", config.task))),
             dataset_type=_line(hub_name(held_out) or "local"),
             dataset_name=_line(public_name(held_out)),

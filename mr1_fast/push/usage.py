@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config import TrainConfig
 from ..profiles import BUILT_IN
 from ..report.markdown import fence
-from .metadata import adapter_place, has_weights
+from .metadata import adapter_place, has_weights, reads_images
 from .public import public, public_name
 
 THIS_MODEL = "path/to/final"
@@ -23,12 +23,16 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
     whole = has_weights(final) or adapter is None
     base = public_name(model)
     loaded = THIS_MODEL if whole else base
-    lines = ["from transformers import AutoModelForImageTextToText, AutoProcessor"]
+    with_images = reads_images(final)
+    auto, reader = "AutoModelForCausalLM", "AutoTokenizer"
+    if with_images:
+        auto, reader = "AutoModelForImageTextToText", "AutoProcessor"
+    lines = [f"from transformers import {auto}, {reader}"]
     if not whole:
         lines.insert(0, "from peft import PeftModel")
     lines += [
         "",
-        "model = AutoModelForImageTextToText.from_pretrained(",
+        f"model = {auto}.from_pretrained(",
         f'    {_quoted(loaded)}, dtype="auto", device_map="auto"',
         ")",
     ]
@@ -37,9 +41,9 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
         where = f', subfolder="{folder}"' if folder else ""
         lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_MODEL}"{where})')
     lines += [
-        f'processor = AutoProcessor.from_pretrained("{THIS_MODEL}")',
+        f'processor = {reader}.from_pretrained("{THIS_MODEL}")',
         "",
-        *_conversation(config),
+        *_conversation(config, with_images),
         "inputs = processor.apply_chat_template(",
         "    messages, add_generation_prompt=True, tokenize=True, return_dict=True,",
         '    return_tensors="pt",',
@@ -54,7 +58,7 @@ def usage(config: TrainConfig, model: str, final: Path) -> str:
     return "\n".join(parts)
 
 
-def _conversation(config: TrainConfig) -> list[str]:
+def _conversation(config: TrainConfig, with_images: bool) -> list[str]:
     """Lines that make `messages` as the prompts of the training were made."""
     suffix = config.prompt_suffix if config.prompt_template is None else ""
     asked = "How many circles are there?" if config.task == "counting" else "What is the answer?"
@@ -65,6 +69,9 @@ def _conversation(config: TrainConfig) -> list[str]:
     if config.system_prompt:
         system = public(config.system_prompt[:LONGEST_PROMPT])
         lines.append(f'    {{"role": "system", "content": {_quoted(system)}}},')
+    if not with_images:
+        content = _quoted(public(question))
+        return [*lines, f'    {{"role": "user", "content": {content}}},', "]"]
     return [
         *lines,
         '    {"role": "user", "content": [',

@@ -86,7 +86,10 @@ class Layout:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Read the channels of an attention head from a text model's configuration."""
+    """Read the channels of an attention head from a text model's configuration.
+
+    All heads together may be wider than the hidden states, as in Qwen3 4B.
+    """
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -74,7 +74,7 @@ def _head_norms(attention: nn.Module) -> HeadNorms | None:
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
-    """Read the layers of the language model of a `…ForConditionalGeneration`, or of PEFT's."""
+    """Read the layers of a model's decoder, as they are now."""
     return [DecoderLayer.of(layer) for layer in text_model(model).layers]
 
 

@@ -45,7 +45,7 @@ PREFILL_TOKENS = 8192
 
 
 class Engine:
-    """Samples from a `…ForConditionalGeneration` of the Qwen2-VL family, with its current weights.
+    """Samples from a model of any family, or from PEFT's around it, with its current weights.
 
     The pool and the captured graphs are kept between calls; `release()` frees their memory. Call
     it, too, after changing what the model computes by other means than its weights' values: a graph
@@ -248,8 +248,10 @@ class Engine:
         """Make the function that tells why a completion ends: at "eos" or at a "stop" text."""
         tokenizer = self.processor.tokenizer
         stop = StopTexts(tokenizer, sampling.stop)
-        # Qwen2-VL ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>.
-        configured = base_model(self.model).generation_config.eos_token_id
+        # Qwen ends an answer with <|im_end|>, the tokenizer's, and rarely with <|endoftext|>. A
+        # model may name its ends in a configuration for generating, or not.
+        generation = getattr(base_model(self.model), "generation_config", None)
+        configured = getattr(generation, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         eos = {tokenizer.eos_token_id, *configured}
 

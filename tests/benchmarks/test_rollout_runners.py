@@ -72,11 +72,11 @@ def test_batches_give_the_lengths_that_are_prescribed(kind):
     assert kind(work)(lengths) == lengths
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_random_model_in_4_bits_is_as_bitsandbytes_loads_it(lora):
+@pytest.mark.parametrize("name, lora", [("tiny", False), ("tiny-qwen3vl", True)])
+def test_a_random_model_in_4_bits_is_as_bitsandbytes_loads_it(name, lora):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    processor = tiny_processor()
-    config = model_config("tiny", processor, 1)
+    processor = tiny_processor(name)
+    config = model_config(name, processor, 1)
     model = random_model(config, "cpu", torch.bfloat16, lora=lora, four_bit=True)
     layers = text_model(model).layers
     small = [each for each in layers.modules() if isinstance(each, bitsandbytes.nn.Linear4bit)]

@@ -1,4 +1,4 @@
-"""A Hub of one user on 127.0.0.1: what huggingface_hub asks to create a repository and to fill it.
+"""A Hub of one user on 127.0.0.1: what huggingface_hub asks to fill a repository, and to read it.
 
 It keeps every byte that is uploaded, checks the token of each request, and can be told to fail:
 
@@ -37,6 +37,7 @@ ROUTES = {
     "put": ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})"),
     "commit": ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main"),
     "tree": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/main"),
+    "resolve": ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)"),
     "info": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+?)(/revision/main)?"),
 }
 """What can be asked, by the names that `Hub.failures` has: the method, and the path's pattern."""
@@ -68,6 +69,8 @@ class Hub:
     """Metadata that the answer about a repository has."""
     asked: list[str] = field(default_factory=list)
     """The name of each request, in order."""
+    read: list[str] = field(default_factory=list)
+    """The path of each file that was asked for, in order."""
     done: threading.Event = field(default_factory=threading.Event)
 
     def files(self, repo: str) -> dict[str, bytes]:
@@ -89,11 +92,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         for name, (method, pattern) in ROUTES.items():
             found = re.fullmatch(pattern, path)
-            if found and method == self.command:
+            if found and method == ("GET" if self.command == "HEAD" else self.command):
                 return self.route(name, found.groupdict())
         return self.reply(404, {"error": f"{self.command} {path} is not part of this Hub"})
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def route(self, name: str, parts: dict[str, str]):
         hub = self.hub
@@ -145,7 +148,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         for name, text in {**sent, **(headers or {})}.items():
             self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def answer_whoami(self):
         self.reply(200, {"name": USER, "type": "user", "auth": {"accessToken": {"role": "write"}}})
@@ -220,6 +224,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
                 for path, content in files.items()
             ],
         )
+
+    def answer_resolve(self, repo: str, path: str):
+        self.hub.read.append(path)
+        content = self.hub.files(repo).get(path)
+        if content is None:
+            return self.reply(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        commit = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        return self.reply(200, json.loads(content), commit)
 
     def answer_info(self, repo: str):
         siblings = [{"rfilename": path} for path in self.hub.repos.get(repo, [{}])[-1]]

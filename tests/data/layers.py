@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm, silu
-from transformers.activations import QuickGELUActivation
+from transformers.activations import GELUTanh, QuickGELUActivation
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb,
@@ -24,6 +24,8 @@ WIDTHS = [1, 80, 1280, 1536, 3584]
 """Widths D of rows: odd ones, and those of the vision tower and of the 2B and 7B."""
 MLP_WIDTHS = [1, 3420, 8960, 18_944]
 """Widths F of an MLP: the vision tower's of Qwen2.5-VL, the 2B's and the 7B's."""
+NORMED_HEADS = [(16, 8, 128), (32, 8, 128), (4, 2, 32), (3, 1, 72), (2, 2, 64)]
+"""Heads, key heads and channels of those that are normed: of Qwen3-VL's 2B and 4B, and odd ones."""
 HEADS = [(12, 2, 128, False), (28, 4, 128, False), (16, 16, 80, True), (3, 1, 16, False)]
 """Heads, key heads, their channels, and whether the angles are fp32, as in the vision tower."""
 
@@ -123,6 +125,32 @@ def rotary_case(
     return Case(ours, theirs, exact, inputs[: 1 + biased])
 
 
+def norm_rotary_case(tokens: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> Case:
+    """Norm and rotate the heads of queries and keys in the columns of a wider tensor."""
+    angles = draw(tokens, d, dtype=dtype, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    wide = 3 * draw(tokens, (heads + 2 * kv_heads) * d + 16, dtype=dtype)
+    weights = (1 + draw(d, dtype=dtype, seed=seed) / 4 for seed in (2, 3))
+
+    def ours(wide, *weights):
+        angles = (each.to(wide.device) for each in (cos, sin))
+        return operators.norm_rotary(wide[:, 16:], *weights, EPS, *angles, heads, kv_heads)
+
+    def by(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        def run(wide, q_weight, k_weight):
+            heads_of = wide[:, 16:].unflatten(1, (-1, d))
+            q, k, v = heads_of.split([heads, kv_heads, kv_heads], dim=1)
+            normed = norm(q, q_weight, None), norm(k, k_weight, None)
+            return *apply_rotary_pos_emb(*normed, cos.to(wide.dtype), sin.to(wide.dtype)), v
+
+        return run
+
+    def exact(x, weight, bias):
+        return rms_norm(x, weight.shape, weight, EPS)
+
+    return Case(ours, by(their_norm), by(exact), (wide, *weights))
+
+
 def gate_case(tokens: int, f: int, dtype: torch.dtype, biased: bool) -> Case:
     """Gate an MLP of width F."""
     inputs = 2 * draw(tokens, 2 * f, dtype=dtype), draw(2 * f, dtype=dtype, seed=1)
@@ -137,11 +165,11 @@ def gate_case(tokens: int, f: int, dtype: torch.dtype, biased: bool) -> Case:
     return Case(ours, theirs, theirs, inputs[: 1 + biased])
 
 
-def gelu_case(tokens: int, f: int, dtype: torch.dtype) -> Case:
-    """Activate an MLP of width F by the quick GELU."""
-    theirs = QuickGELUActivation()
+def gelu_case(tokens: int, f: int, dtype: torch.dtype, kind: str) -> Case:
+    """Activate an MLP of width F by an approximation of GELU."""
+    theirs = {"quick": QuickGELUActivation, "tanh": GELUTanh}[kind]()
     return Case(
-        lambda x: (operators.quick_gelu(x),),
+        lambda x: (operators.gelu(x, kind),),
         lambda x: (theirs(x),),
         lambda x: (theirs(x),),
         (2 * draw(tokens, f, dtype=dtype),),

@@ -1,6 +1,7 @@
 """Whole runs in the process of the tests, and runs without data or log for a single stage."""
 
 import json
+import shutil
 from pathlib import Path
 
 from mr1_fast import train
@@ -49,3 +50,17 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         assert curve(folder) == curve(expected)
     for name in ("final/model.safetensors", "completions.jsonl", "evaluation.json"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def interrupt(finished: Path, folder: Path) -> Path:
+    """Copy a finished run as if it had been killed before its last checkpoint."""
+    shutil.copytree(finished, folder)
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    shutil.rmtree(folder / "final")
+    (folder / "report.html").unlink()
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    del evaluation["after"], evaluation["final_step"]
+    for shown in evaluation["examples"]:
+        del shown["after"]
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder

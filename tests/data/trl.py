@@ -42,6 +42,13 @@ def make_trainer(cls, model, processor, folder, **settings):
     )
 
 
+def text_prompts() -> dict:
+    """Prompts of unequal lengths, of any tokens."""
+    mask = (torch.arange(PROMPT) >= torch.tensor([0, 2, 5, 0, 6, 1])[:, None]).long()
+    ids = torch.randint(3, 300, (B, PROMPT), generator=torch.Generator().manual_seed(1))
+    return {"prompt_ids": torch.where(mask == 1, ids, 0), "prompt_mask": mask}
+
+
 def image_prompts(processor) -> dict:
     """Prompts of unequal lengths with 0 to 3 images, as GRPOTrainer hands them to the model."""
     from PIL import Image

@@ -3,6 +3,7 @@
 import itertools
 import math
 from datetime import timedelta
+from functools import cache
 
 import pytest
 import torch
@@ -42,7 +43,20 @@ WRAPPERS = {
     ),
 }
 ROWS = {"every process has rows": False, "one process has no rows": True}
-CASES = list(itertools.product(WRAPPERS, ["one pass", "two passes"], ["untied", "tied"], ROWS))
+FORMS, HEADS = ("one pass", "two passes"), ("untied", "tied")
+CASES = [
+    (wrapper, FORMS[form], HEADS[head], list(ROWS)[form ^ head])
+    for wrapper, form, head in itertools.product(WRAPPERS, range(2), range(2))
+]
+"""For each wrapper, every form with every head, and either of them with all rows and without."""
+
+
+def whole_batch(rows: str) -> tuple[dict[str, Tensor], int]:
+    """The batch of all processes, and how many of its tokens have a loss."""
+    data = batch()
+    if ROWS[rows]:
+        data["mask"][len(data["mask"]) // WORLD :] = False
+    return data, int(data["mask"].sum())
 
 
 def cut(data: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -69,13 +83,13 @@ def backward(
     return loss.detach()
 
 
-def one_process(
-    data: dict[str, Tensor], form: str, tied: bool, num_tokens: int, dtype: torch.dtype
-):
+@cache
+def one_process(form: str, tied: bool, rows: str, dtype: torch.dtype):
     """Loss and gradients of the whole batch.
 
     In bf16, they are the fp32 mean of the halves' gradients, as FSDP2 reduces them.
     """
+    data, num_tokens = whole_batch(rows)
     parts, total = [data], []
     if dtype == torch.bfloat16:
         parts = [cut(data, rank) for rank in range(WORLD)]
@@ -93,12 +107,10 @@ def one_process(
 
 def compare(wrapper: str, form: str, head: str, rows: str, rank: int) -> dict:
     """Relative errors of the loss and of the worst gradient, and the dtypes that f met."""
-    data, tied, dtypes = batch(), head == "tied", set()
-    if ROWS[rows]:
-        data["mask"][len(data["mask"]) // WORLD :] = False
-    num_tokens = int(data["mask"].sum())
+    tied, dtypes = head == "tied", set()
+    data, num_tokens = whole_batch(rows)
     dtype = torch.bfloat16 if "bf16" in wrapper else torch.float32
-    loss, expected = one_process(data, form, tied, num_tokens, dtype)
+    loss, expected = one_process(form, tied, rows, dtype)
 
     model = text_model(tied)
     wrapped = WRAPPERS[wrapper](model)

@@ -12,7 +12,8 @@ from trl import GRPOTrainer
 from mr1_fast import integrations
 from mr1_fast.integrations.loss_options import AVERAGES
 from mr1_fast.integrations.trl import DynamicKLCallback, FusedGRPOTrainer
-from mr1_fast.model.tiny import tiny_processor
+from mr1_fast.model.families import FAMILIES
+from mr1_fast.model.tiny import family_processor, tiny_processor
 
 from ..data.models import small_text_model, tiny_policy
 from ..data.trl import (
@@ -25,6 +26,7 @@ from ..data.trl import (
     make_trainer,
     run,
     set_up,
+    text_prompts,
 )
 
 LOSS_TYPES = list(AVERAGES)
@@ -32,31 +34,30 @@ LOSS_TYPES = list(AVERAGES)
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
-    """kind → (TRL's trainer, ours, prompts): both have the same weights, and another reference."""
-    processor = tiny_processor()
+    """kind → (TRL's trainer, ours, prompts): both have the same weights, and another reference.
+
+    The kind is a family, or "text" for a small Qwen2; where it sees, prompts have images.
+    """
     made = {}
 
     def get(kind: str):
         if kind in made:
             return made[kind]
+        processor = tiny_processor() if kind == "text" else family_processor(FAMILIES[kind])
+        tokenizer, sees = processor.tokenizer, processor.image_processor and kind != "text"
         model = (
-            small_text_model(len(processor.tokenizer)) if kind == "text" else tiny_policy().model
+            small_text_model(len(tokenizer)) if kind == "text" else tiny_policy(family=kind).model
         )
         folder = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folder)
-        processing = processor.tokenizer if kind == "text" else processor
         options = {"beta": 0.1, "temperature": 0.7}
         pair = [
-            make_trainer(cls, str(folder), processing, folder / "runs", **options)
+            make_trainer(
+                cls, str(folder), processor if sees else tokenizer, folder / "runs", **options
+            )
             for cls in (GRPOTrainer, FusedGRPOTrainer)
         ]
-        if kind == "text":
-            mask = (torch.arange(PROMPT) >= torch.tensor([0, 2, 5, 0, 6, 1])[:, None]).long()
-            ids = torch.randint(3, 300, (B, PROMPT), generator=torch.Generator().manual_seed(1))
-            prompts = {"prompt_ids": torch.where(mask == 1, ids, 0), "prompt_mask": mask}
-        else:
-            prompts = image_prompts(processor)
-        made[kind] = (*pair, prompts)
+        made[kind] = (*pair, image_prompts(processor) if sees else text_prompts())
         return made[kind]
 
     return get
@@ -111,9 +112,19 @@ def test_two_sided_clip(loss_type, trainers):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_with_images(loss_type, trainers):
-    plain, fused, prompts = trainers("vision")
+    plain, fused, prompts = trainers("qwen2_vl")
     inputs = batch(5, prompts, off_policy=True, zero_variance=False)
     assert_same(run(fused, inputs, loss_type=loss_type), run(plain, inputs, loss_type=loss_type))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, trainers):
+    plain, fused, prompts = trainers(family)
+    assert ("pixel_values" in prompts) == (FAMILIES[family].vision is not None)
+    inputs = batch(15, prompts, off_policy=True, zero_variance=False)
+    ours = run(fused, inputs)
+    assert fused.fused and len(ours[1]) == len([*fused.model.parameters()])
+    assert_same(ours, run(plain, inputs))
 
 
 def test_in_evaluation(trainers):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mr1_fast.model import blocks, forward
+from mr1_fast.model import block_parts, forward
 
 
 @pytest.fixture
@@ -10,7 +10,7 @@ def no_module_runs(monkeypatch):
     """Fail where a text layer would be left to transformers' module."""
 
     def known(layer):
-        block = blocks.text_block(layer)
+        block = block_parts.text_block(layer)
         assert block is not None
         return block
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1_fast.kernels.layers.strides import require_adjacent
-from mr1_fast.model import blocks
+from mr1_fast.model import block_parts, blocks
 from mr1_fast.model.attention import use_packed_attention
 from mr1_fast.model.families import base_model, text_model
 from mr1_fast.model.forward import packed_hidden, text_angles, text_layer, vision_layer
@@ -81,7 +81,7 @@ def test_without_adapters_the_policy_is_its_reference(no_module_runs):
     policy = adapted_policy()
     batch = batch_of(policy)
     with policy.model.disable_adapter():
-        block = blocks.text_block(text_model(policy.model).layers[0])
+        block = block_parts.text_block(text_model(policy.model).layers[0])
     assert all(linears.adapters is None for linears in block.linears)
     ours = Reference(policy).logprobs([batch], 0.7)[0]
     plain = tiny_policy().logprobs(batch, 0.7)[0]
@@ -165,9 +165,9 @@ def test_adapters_add_few_operations(recompute, products, casts):
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_cast_adapters_live_as_long_as_their_layer_needs_them(recompute, monkeypatch):
     policy, made = adapted_policy(torch.bfloat16, recompute=recompute), []
-    of = blocks.Linears.of
+    of = block_parts.Linears.of
     monkeypatch.setattr(
-        blocks.Linears, "of", lambda *modules: (made.append(of(*modules)), made[-1])[1]
+        block_parts.Linears, "of", lambda *modules: (made.append(of(*modules)), made[-1])[1]
     )
 
     def cast() -> int:

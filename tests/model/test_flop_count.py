@@ -10,16 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.families import base_model
+from mr1_fast.model.families import (
+    FAMILIES,
+    base_model,
+    text_model,
+    text_positions,
+    vision_tower,
+)
 from mr1_fast.model.flop_count import (
     BLOCKS,
     EMBEDDING,
     FROZEN,
     HEAD,
     LAYERS,
-    MERGER,
-    PARTS,
+    MERGERS,
     PATCH_EMBEDDING,
+    POSITIONS,
     Trained,
     causal_pairs,
     count_flop,
@@ -31,7 +37,7 @@ from mr1_fast.packing import packs
 
 from ..data.models import mixed_examples, tiny_policy
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+WITH_IMAGES = [name for name, family in FAMILIES.items() if family.vision]
 
 
 def one_query_at_a_time(module, query, key, value, mask, scaling=None, segments=None, **_):
@@ -56,8 +62,9 @@ AttentionInterface.register("one_query_at_a_time", one_query_at_a_time)
 def nothing_masked(policy):
     """Use attention that makes no product which a mask would hide, in text and images."""
     model = base_model(policy.model)
-    model.set_attn_implementation({"text_config": "one_query_at_a_time"})
-    model.model.visual.config._attn_implementation = "eager"  # a loop over images or windows
+    text_model(model).config._attn_implementation = "one_query_at_a_time"
+    if (tower := vision_tower(model)) is not None:
+        tower.config._attn_implementation = "eager"  # a loop over images or windows
     try:
         yield
     finally:
@@ -66,19 +73,26 @@ def nothing_masked(policy):
 
 def hidden_states(policy, batch):
     """The packed forward pass through transformers' own modules."""
-    inner = base_model(policy.model).model
-    embeddings = inner.get_input_embeddings()(batch.input_ids)
+    inner, text = base_model(policy.model).model, text_model(policy.model)
+    embeddings, deep = inner.get_input_embeddings()(batch.input_ids), {}
     if batch.pixel_values is not None:
-        grid = batch.image_grid_thw
-        images = inner.get_image_features(batch.pixel_values, grid, return_dict=True).pooler_output
-        places = (batch.input_ids == inner.config.image_token_id)[:, None]
-        embeddings = embeddings.masked_scatter(places, torch.cat(images))
-    output = inner.language_model(
+        images = inner.get_image_features(
+            batch.pixel_values, batch.image_grid_thw, return_dict=True
+        )
+        places = batch.input_ids == inner.config.image_token_id
+        features = torch.cat(images.pooler_output)
+        embeddings = embeddings.masked_scatter(places[:, None], features)
+        if (layers := getattr(images, "deepstack_features", None)) is not None:
+            deep = dict(
+                visual_pos_masks=places[None], deepstack_visual_embeds=list(map(torch.cat, layers))
+            )
+    output = text(
         inputs_embeds=embeddings[None],
-        position_ids=batch.position_ids[:, None],
-        attention_mask={"full_attention": None},
+        position_ids=text_positions(text, batch.position_ids),
+        attention_mask=embeddings.new_empty(1, 1, 0, 0),  # the segments say what is seen
         use_cache=False,
         segments=batch.segments,
+        **deep,
     )
     return output.last_hidden_state[0, batch.loss_rows]
 
@@ -90,10 +104,19 @@ def short(prompt, image_id, keep=8):
     return replace(prompt, input_ids=ids, position_ids=positions)
 
 
+def examples_for(config):
+    """Examples with no, one and two images, or without any for a model of text alone."""
+    examples = mixed_examples()
+    if config.model_type in WITH_IMAGES:
+        return examples
+    return [replace(example, images=()) for example in examples[:2]]
+
+
 def make_batch(policy, examples=None):
     """One pack of prompts with no, one and two images, and completions of 0 to 6 ids."""
-    image_id = base_model(policy.model).config.image_token_id
-    examples = mixed_examples() if examples is None else examples
+    config = base_model(policy.model).config
+    image_id = getattr(config, "image_token_id", -1)
+    examples = examples_for(config) if examples is None else examples
     prompts = [short(prompt, image_id) for prompt in policy.encode.many(examples)]
     generator = torch.Generator().manual_seed(3)
     completions = [
@@ -133,19 +156,25 @@ def freeze(policy, *parts):
 
 SETTINGS = {
     "all weights": ({}, ()),
-    "frozen vision tower": ({}, ("visual.",)),
-    "frozen vision tower and embedding": ({}, ("visual.", "embed_tokens.")),
-    "merger and text": ({}, ("visual.patch_embed", "visual.blocks", "embed_tokens.")),
-    "vision tower alone": ({}, ("embed_tokens.", "language_model.")),
+    "frozen embedding": ({}, ("embed_tokens.",)),
     "adapters": ({"lora": True, "lora_rank": 4}, ()),
     "nothing": ({}, ("",)),
 }
+BEFORE_MERGERS = ("visual.patch_embed", "visual.pos_embed", "visual.blocks")
+IMAGE_SETTINGS = {
+    "frozen vision tower": ({}, ("visual.",)),
+    "frozen vision tower and embedding": ({}, ("visual.", "embed_tokens.")),
+    "mergers and text": ({}, (*BEFORE_MERGERS, "embed_tokens.")),
+    "vision tower alone": ({}, ("embed_tokens.", "language_model.")),
+}
+CASES = [(family, name) for family in FAMILIES for name in SETTINGS] + [
+    (family, name) for family in WITH_IMAGES for name in IMAGE_SETTINGS
+]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, settings", CASES)
 def test_both_passes_have_the_flop_that_torch_counts(family, settings):
-    options, frozen = SETTINGS[settings]
+    options, frozen = (SETTINGS | IMAGE_SETTINGS)[settings]
     if options:
         pytest.importorskip("peft")
     policy = tiny_policy(family=family, **options)
@@ -156,7 +185,7 @@ def test_both_passes_have_the_flop_that_torch_counts(family, settings):
     assert (flop.backward == 0) == (settings == "nothing")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_IMAGES)
 def test_a_batch_without_images_and_one_without_loss(family):
     policy = tiny_policy(family=family)
     config, trained = base_model(policy.model).config, Trained.of(policy.model)
@@ -192,12 +221,17 @@ def test_the_reference_of_adapters_is_the_model_without_them():
 
 def test_what_is_trained_is_read_from_the_model():
     policy = tiny_policy()
-    assert Trained.of(policy.model) == Trained(frozenset(PARTS))
+    parts = {PATCH_EMBEDDING, BLOCKS, MERGERS, EMBEDDING, LAYERS, HEAD}
+    assert Trained.of(policy.model) == Trained(frozenset(parts))
     freeze(policy, "visual.")
     assert Trained.of(policy.model) == Trained(frozenset({EMBEDDING, LAYERS, HEAD}))
     policy = tiny_policy()
     freeze(policy, "embed_tokens.")  # which is the head, too
-    assert Trained.of(policy.model).parts == {PATCH_EMBEDDING, BLOCKS, MERGER, LAYERS}
+    assert Trained.of(policy.model).parts == {PATCH_EMBEDDING, BLOCKS, MERGERS, LAYERS}
+    policy = tiny_policy(family="qwen3_vl")
+    assert Trained.of(policy.model).parts == parts | {POSITIONS}
+    policy = tiny_policy(family="qwen3")
+    assert Trained.of(policy.model).parts == {EMBEDDING, LAYERS, HEAD}
 
 
 def test_pairs_of_a_prompt_and_its_completions():

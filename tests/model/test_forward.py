@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from mr1_fast.loss import linear_token_logprobs
-from mr1_fast.model.forward import lm_head_weight, packed_hidden
+from mr1_fast.model import forward
+from mr1_fast.model.families import FAMILIES, text_model
+from mr1_fast.model.forward import lm_head_weight, packed_hidden, text_angles
 from mr1_fast.model.reference import Reference
 from mr1_fast.packing import pack, packs
 
 from ..data.models import (
     assert_same_gradients,
+    examples_for,
     fill_adapters,
     gradients,
     mixed_examples,
@@ -28,14 +31,14 @@ def completions(vocabulary: int) -> list[torch.Tensor]:
 
 
 def packed_logprobs(policy, budget: int = 10**6) -> torch.Tensor:
-    prompts = [policy.encode(example) for example in mixed_examples()]
+    prompts = [policy.encode(example) for example in examples_for(policy)]
     batches = packs(prompts, completions(len(policy.processor.tokenizer)), budget)
     return torch.cat([policy.logprobs(batch, temperature=0.7)[0] for batch in batches])
 
 
 def plain_logprobs(policy) -> torch.Tensor:
     """Compute each sequence alone, by the model's own forward pass."""
-    examples = [mixed_examples()[index // 2] for index in range(len(LENGTHS))]
+    examples = [examples_for(policy)[index // 2] for index in range(len(LENGTHS))]
     pairs = zip(examples, completions(len(policy.processor.tokenizer)), strict=True)
     return torch.cat(
         [own_logprobs(policy, [example], [ids], 0.7) for example, ids in pairs if len(ids)]
@@ -50,13 +53,13 @@ def weighted(logp: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        *({"family": family} for family in FAMILIES),
         {"recompute": "all"},
         {"lora": True, "lora_rank": 4},
         {"lora": True, "lora_rank": 4, "recompute": "all"},
-        {"family": "qwen2_5_vl"},
+        {"family": "qwen3_vl", "lora": True, "lora_rank": 4, "recompute": "all"},
     ],
-    ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()) or "full",
+    ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items()),
 )
 def test_packed_equals_the_models_own_forward(settings):
     policy = tiny_policy(torch.float64, **settings)
@@ -79,6 +82,30 @@ def test_many_packs_equal_one():
     expected = gradients(policy, weighted(one))
     for name, gradient in gradients(policy, weighted(many)).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_deepstack_features_matter(monkeypatch):
+    """So the equality with transformers' forward would be lost without them."""
+    policy = tiny_policy(family="qwen3_vl")
+    with_them = packed_logprobs(policy)
+    monkeypatch.setattr(forward, "add_deepstack", lambda carry, *_: carry)
+    assert (packed_logprobs(policy) - with_them).abs().max() > 0.1
+
+
+def test_qwen3_vl_turns_pairs_of_channels_by_interleaved_axes():
+    """Pair k turns with time, height, width, time, …; in Qwen2-VL each axis has a section."""
+    text = text_model(tiny_policy(family="qwen3_vl").model)
+    sections = text.config.rope_parameters["mrope_section"]
+    assert sections == [6, 5, 5]
+    positions = torch.tensor([[3, 7], [50, 20], [400, 90]])
+    frequencies = 10_000.0 ** -(torch.arange(16) / 16)
+    turned = positions[:, :, None] * frequencies  # (3, T, pairs)
+    interleaved = torch.stack([turned[k % 3 if k < 15 else 0, :, k] for k in range(16)], dim=1)
+    in_sections = torch.cat([part[axis] for axis, part in enumerate(turned.split(sections, 2))], 1)
+    angles = text_angles(text, torch.ones(2, 128), positions)
+    for found, function in zip(angles, (torch.cos, torch.sin), strict=True):
+        torch.testing.assert_close(found, function(interleaved).repeat(1, 2))
+        assert (found - function(in_sections).repeat(1, 2)).abs().max() > 0.1
 
 
 def test_stale_rope_deltas_do_not_reach_the_packed_forward():
@@ -177,7 +204,7 @@ def test_without_fused_operators_layers_are_transformers_own():
     assert torch.equal(policy.hidden(batch), own.last_hidden_state[0][batch.loss_rows])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_layers_are_no_less_exact_than_transformers(family, dtype):
     """Loss and every gradient, against the same weights in fp64."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mr1_fast.model import blocks, four_bits
+from mr1_fast.model import block_parts, four_bits
 from mr1_fast.model.families import text_model
 from mr1_fast.model.four_bits import FourBits
 from mr1_fast.model.linears import Linears
@@ -80,7 +80,7 @@ def test_dequantised_weights_live_for_one_layer(recompute, monkeypatch, no_modul
     layer, made = text_model(policy.model).layers[0], weakref.WeakSet()
     dequantise, most = FourBits.dequantise, [0]
     of_a_layer = sum(
-        each.four_bits.dequantise().nbytes for each in blocks.text_block(layer).linears
+        each.four_bits.dequantise().nbytes for each in block_parts.text_block(layer).linears
     )
 
     def counted(weights):
@@ -154,6 +154,6 @@ def test_other_layers_are_left_to_themselves():
 def test_a_layer_that_computes_in_another_dtype_than_its_norms_is_left_to_itself():
     policy = four_bit_policy()
     layer = text_model(policy.model).layers[0]
-    assert blocks.text_block(layer) is not None
+    assert block_parts.text_block(layer) is not None
     layer.mlp.down_proj.base_layer.compute_dtype = torch.bfloat16
-    assert blocks.text_block(layer) is None
+    assert block_parts.text_block(layer) is None

@@ -10,8 +10,8 @@ from ..data.models import tiny_policy
 CPU = torch.device("cpu")
 
 
-def model_and_stream() -> tuple[torch.nn.Module, LayerStream]:
-    model = tiny_policy().model.requires_grad_(False)
+def model_and_stream(family: str = "qwen2_vl") -> tuple[torch.nn.Module, LayerStream]:
+    model = tiny_policy(family=family).model.requires_grad_(False)
     return model, LayerStream(model, CPU)
 
 
@@ -19,8 +19,9 @@ def addresses(model) -> list[int]:
     return [p.data_ptr() for p in model.parameters()]
 
 
-def test_each_layer_has_its_weights_in_one_of_two_slots_of_its_kind():
-    model, stream = model_and_stream()
+@pytest.mark.parametrize("family, count, slots", [("qwen2_vl", 5, 4), ("qwen3", 3, 2)])
+def test_each_layer_has_its_weights_in_one_of_two_slots_of_its_kind(family, count, slots):
+    model, stream = model_and_stream(family)
     host, expected = addresses(model), {n: p.clone() for n, p in model.named_parameters()}
     names = {id(p): name for name, p in model.named_parameters()}
     used = set()
@@ -30,7 +31,7 @@ def test_each_layer_has_its_weights_in_one_of_two_slots_of_its_kind():
                 assert parameter.data_ptr() not in host
                 assert torch.equal(parameter, expected[names[id(parameter)]])
             used.add(next(layer.parameters()).data_ptr())
-        assert len(layers(model)) == 5 and len(used) == len(stream.slots) == 4
+        assert len(layers(model)) == count and len(used) == len(stream.slots) == slots
         assert held(stream) == streamed_bytes(model)[0]
     assert addresses(model) == host and not stream.slots
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from mr1_fast.model.patches import PatchProjection, use_patch_projection
 
-from ..data.models import tiny_policy
+from ..data.models import VISION_FAMILIES, tiny_policy
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -23,7 +23,7 @@ def test_the_product_equals_the_convolution_with_all_gradients(bias):
         torch.testing.assert_close(ours, right)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_policies_use_it(family):
     policy = tiny_policy(family=family)
     assert isinstance(policy.model.model.visual.patch_embed.proj, PatchProjection)

@@ -11,7 +11,10 @@ from .test_forward import packed_logprobs, weighted
 SETTINGS = [
     {},
     {"family": "qwen2_5_vl"},
+    {"family": "qwen3_vl"},
+    {"family": "qwen3"},
     {"lora": True, "lora_rank": 4},
+    {"family": "qwen3_vl", "lora": True, "lora_rank": 4},
     {"fused_layers": False},
     {"dtype": torch.bfloat16},
 ]

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from mr1_fast import stages
 from mr1_fast.config import TrainConfig
 from mr1_fast.model import reference as reference_module
+from mr1_fast.model.families import FAMILIES
 from mr1_fast.model.reference import Int8Linear, Reference, layers
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches, packs
 from mr1_fast.types import PackedBatch
 
-from ..data.models import mixed_examples, tiny_policy
+from ..data.models import VISION_FAMILIES, examples_for, mixed_examples, tiny_policy
 from ..data.runs import stage_run
 
 TEMPERATURE = 0.7
@@ -22,7 +23,7 @@ TEMPERATURE = 0.7
 
 def packs_of(policy, budget: int = 90, examples=None) -> list[PackedBatch]:
     """Pack two completions each of examples without images, with one, and with two."""
-    examples = mixed_examples() if examples is None else examples
+    examples = examples_for(policy) if examples is None else examples
     completions = [torch.tensor([5, 6, 7 + i]) for i in range(2 * len(examples))]
     return list(packs([policy.encode(e) for e in examples], completions, budget))
 
@@ -49,13 +50,19 @@ def assert_equal(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("fused_layers", [True, False])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        *((family, torch.bfloat16) for family in FAMILIES),
+        *((family, torch.float32) for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+    ],
+)
 def test_offload_equals_resident_and_neither_moves_with_the_policy(dtype, family, fused_layers):
     policy = tiny_policy(dtype, family, fused_layers=fused_layers)
     several, text_only = packs_of(policy), packs_of(policy, examples=mixed_examples()[:1])
     with_images = [batch.pixel_values is not None for batch in several]
-    assert len(several) > 2 and any(with_images) and not all(with_images)
+    assert len(several) > 2 and not all(with_images)
+    assert any(with_images) == (family in VISION_FAMILIES)
     start = [policy.logprobs(batch, TEMPERATURE)[0] for batch in several]
     resident, offload = Reference(policy, "resident"), Reference(policy, "offload")
     move(policy)
@@ -66,7 +73,7 @@ def test_offload_equals_resident_and_neither_moves_with_the_policy(dtype, family
     assert (moved - torch.cat(start)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_that_wait_in_host_memory_are_the_same(family, monkeypatch):
     policy = tiny_policy(torch.bfloat16, family)
     several = packs_of(policy)
@@ -271,8 +278,9 @@ def test_only_the_chosen_copy_is_made(monkeypatch, place):
     assert made == {"resident": [], "8bit": ["in_8_bits"], "offload": ["on_host"]}[place]
 
 
-def test_8_bits_are_close_and_hold_a_quarter_of_the_layers_bytes():
-    policy = tiny_policy()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_8_bits_are_close_and_hold_a_quarter_of_the_layers_bytes(family):
+    policy = tiny_policy(family=family)
     batch = one_pack(policy)
     reference = Reference(policy, "8bit")
     start = policy.logprobs(batch, TEMPERATURE)[0]

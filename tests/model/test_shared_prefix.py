@@ -14,15 +14,16 @@ import torch
 from mr1_fast.config import TrainConfig
 from mr1_fast.kernels.grpo.reference import policy_loss_ref
 from mr1_fast.model import attention
+from mr1_fast.model.families import FAMILIES
 from mr1_fast.segments import Gather
 from mr1_fast.stages import grpo_batch_loss, pack_rollout
 from mr1_fast.types import Rollout
 
 from ..data.models import (
     assert_same_gradients,
+    examples_for,
     fill_adapters,
     gradients,
-    mixed_examples,
     own_attention,
     own_logprobs,
     tiny_policy,
@@ -45,7 +46,7 @@ fp64 because Qwen2-VL's RMSNorm rounds to fp32."""
 
 def rollout(policy, chosen: list[int], groups=GROUPS) -> Rollout:
     """Random completions of the chosen examples."""
-    examples = [mixed_examples()[i] for i in chosen]
+    examples = [examples_for(policy)[i] for i in chosen]
     generator = torch.Generator().manual_seed(2)
     drawn = [
         [torch.randint(0, 300, (n,), generator=generator) for n in lengths] for lengths in groups
@@ -109,9 +110,7 @@ def assert_equal(policy, drawn: Rollout, budget: int = WHOLE) -> int:
     dtype = policy.model.dtype
     torch.testing.assert_close(loss, expected, rtol=LOSS[dtype], atol=0)
     assert_same_gradients(ours, expected_gradients, GRADIENT[dtype])
-    trained = {
-        name for name, parameter in policy.model.named_parameters() if parameter.requires_grad
-    }
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     pictured = any(prompt.num_image_tokens for prompt in drawn.prompts)
     assert trained - ours.keys() == {name for name in trained if "visual" in name and not pictured}
     return count
@@ -129,7 +128,9 @@ def test_loss_and_every_gradient(policy, chosen):
 
 @pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora": True, "lora_rank": 4}, {"family": "qwen2_5_vl"}], ids=str
+    "settings",
+    [{"lora": True, "lora_rank": 4}, *({"family": family} for family in FAMILIES)],
+    ids=str,
 )
 def test_groups_split_over_packs(settings, recompute):
     policy = tiny_policy(torch.float64, recompute=recompute, **settings)
@@ -140,8 +141,9 @@ def test_groups_split_over_packs(settings, recompute):
     )
 
 
-def test_at_the_widths_of_the_2b():
-    policy = wide_policy(torch.float32)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_the_widths_of_published_models(family):
+    policy = wide_policy(torch.float32, family)
     assert assert_equal(policy, rollout(policy, [1], [(), (5, 1, 0)])) == 1
 
 

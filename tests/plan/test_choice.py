@@ -74,7 +74,7 @@ def test_a_byte_saves_as_much_work_in_text_as_in_vision():
     """The numbers of docs/memory.md, of a pack with one group."""
     run = planned_run(FULL, find_model_config(QWEN_2B))
     model = run.policy
-    [batch] = Workload.largest(FULL, 8, 1).packs(ONE_GROUP)
+    [batch] = Workload.largest(FULL, run.model_config, 8, 1).packs(ONE_GROUP)
     images, tokens = patches_of(batch), batch.input_ids.numel()
     text = model.decoder(batch.segments, run.training)
     vision = model.vision_tower(images, run.training).blocks

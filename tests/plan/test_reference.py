@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.config import TrainConfig
 from mr1_fast.model import reference as reference_module
@@ -23,7 +22,7 @@ from mr1_fast.plan.resident import resident_reference
 from mr1_fast.plan.workload import Workload
 
 from ..data.memory_trace import peak_bytes
-from .test_plan import random_prompt, small_config
+from .real_steps import random_prompt, small_config, small_model
 
 QWEN_2B = "Qwen/Qwen2-VL-2B-Instruct"
 GRIDS = ((200, 16, 16), (150, 8, 16), (120, 8, 8), (180, 16, 8))
@@ -40,14 +39,18 @@ def offloading(**settings) -> TrainConfig:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "transformers"])
 @pytest.mark.parametrize("budget", [320, 640, 2000])
 @pytest.mark.parametrize("waits_on_device", [True, False])
-def test_the_plan_is_what_a_pass_by_layers_allocates(budget, waits_on_device, fused, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_the_plan_is_what_a_pass_by_layers_allocates(
+    family, budget, waits_on_device, fused, monkeypatch
+):
     for module in (reference_module, planned_module):
         monkeypatch.setattr(module, "states_wait_on_device", lambda *_: waits_on_device)
     config = offloading(tokens_per_microbatch=budget, fused_layers=fused)
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(small_config())
-    reference = Reference(make_policy(model, SimpleNamespace(), config), "offload")
-    prompts = [random_prompt(*grid) for grid in GRIDS]
+    model_config = small_config(family=family)
+    policy = make_policy(small_model(model_config), SimpleNamespace(), config)
+    reference = Reference(policy, "offload")
+    prompts = [random_prompt(model_config, *grid) for grid in GRIDS]
     completions = [torch.randint(20, 200, (length,)) for length in LENGTHS]
     batches = list(packs(prompts, completions, budget))
     measured = peak_bytes(lambda: reference.logprobs(batches, 1.0))
@@ -55,7 +58,7 @@ def test_the_plan_is_what_a_pass_by_layers_allocates(budget, waits_on_device, fu
     work = Workload([g[0] for g in GRIDS], [g[1] * g[2] for g in GRIDS], list(LENGTHS))
     planned = work.packs(budget)
     assert len(planned) == len(batches)
-    uses = reference_pass(planned_run(config, small_config()), planned, planned)
+    uses = reference_pass(planned_run(config, model_config), planned, planned)
     error = max(map(total, uses)) / measured - 1
     print(f"{len(batches)} packs, {measured} bytes, {error:+.1%}")
     assert abs(error) < 0.02
@@ -100,7 +103,7 @@ def test_hidden_states_wait_in_host_memory_where_the_gradients_would_not_have_ro
     for prompts, on_device in ((16, True), (64, True), (256, False)):
         config = TrainConfig(model=QWEN_2B, reference="offload", prompts_per_step=prompts)
         run = planned_run(config, find_model_config(QWEN_2B))
-        step = Workload.largest(config, 8, prompts).packs(8192)
+        step = Workload.largest(config, run.model_config, 8, prompts).packs(8192)
         states = sum(2 * 1536 * batch.input_ids.numel() for batch in step)
         assert (states + streamed_reference(run) <= run.policy.gradients) == on_device
         activations = reference_pass(run, step, step[:1])[0]["activations"]

@@ -17,7 +17,7 @@ from mr1_fast.plan.layers import STORED, trace_part
 from mr1_fast.plan.plan import make_plan
 from mr1_fast.plan.stand_ins import FourBitLinear, LoraLinear, use_four_bits, use_lora
 
-from .test_plan import small_config
+from .real_steps import small_config
 
 SETTINGS = {
     "fp32, stored": dict(dtype="float32", recompute="none"),

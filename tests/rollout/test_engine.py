@@ -5,19 +5,26 @@ import math
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from mr1_fast.config import TrainConfig
+from mr1_fast.config import ModelConfig, TrainConfig
 from mr1_fast.errors import UserError
-from mr1_fast.model.families import base_model, text_model
+from mr1_fast.model.families import FAMILIES, auto_class, banned_tokens, base_model, text_model
+from mr1_fast.model.load import make_policy
+from mr1_fast.model.tiny import family_config, family_processor
 from mr1_fast.packing import pack
+from mr1_fast.rollout.cache import token_bytes
+from mr1_fast.rollout.decoder import DecoderLayer
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.graphs import GRAPH_ROWS
 from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.stages import add_logprobs, grpo_batch_loss, pack_rollout
 
 from ..data.models import (
+    examples_for,
     fill_adapters,
     mixed_examples,
     plain_inputs,
@@ -54,13 +61,25 @@ def own_generate(policy, example, **settings) -> list[int]:
     model = base_model(policy.model)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    banned = [model.config.image_token_id, model.config.video_token_id]
+    if banned := list(banned_tokens(model.config)):
+        settings["suppress_tokens"] = banned
+    else:
+        del inputs["mm_token_type_ids"]  # which a model of text alone does not know
     eos = policy.processor.tokenizer.eos_token_id
-    output = model.generate(
-        **inputs, do_sample=False, eos_token_id=eos, suppress_tokens=banned, **settings
-    )
-    model.model.rope_deltas = None
+    output = model.generate(**inputs, do_sample=False, eos_token_id=eos, **settings)
+    if banned:
+        model.model.rope_deltas = None
     return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def policy_of(family: str, dtype: torch.dtype = torch.float32, **settings):
+    """Make a tiny policy of a family; the norms of heads, where it has them, are uneven."""
+    policy = tiny_policy(dtype, family=family, **settings)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 4.0)
+    return policy
 
 
 def lists(rollout) -> list[list[int]]:
@@ -77,16 +96,47 @@ def training_logprobs(policy, rollout, temperature: float = 1.0) -> torch.Tensor
 # --- equal to transformers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate_over_mixed_prompts(family):
-    policy = tiny_policy(torch.float64 if DEVICE == "cpu" else torch.float32, family=family)
-    rollout = engine_of(policy).generate(mixed_examples(), 1, Sampling(12, temperature=0.0))
-    expected = [own_generate(policy, example, max_new_tokens=12) for example in mixed_examples()]
+    policy = policy_of(family, torch.float64 if DEVICE == "cpu" else torch.float32)
+    examples = examples_for(policy)
+    rollout = engine_of(policy).generate(examples, 1, Sampling(12, temperature=0.0))
+    expected = [own_generate(policy, example, max_new_tokens=12) for example in examples]
     assert lists(rollout) == expected
 
 
-def test_greedy_equals_generate_at_the_2bs_widths():
-    policy = wide_policy(torch.float32)
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3"])
+def test_without_the_norms_of_heads_greedy_differs_from_generate(family, monkeypatch):
+    policy, read = policy_of(family), DecoderLayer.of
+    assert all(read(layer).head_norms for layer in text_model(policy.model).layers)
+    monkeypatch.setattr(DecoderLayer, "of", lambda layer: replace(read(layer), head_norms=None))
+    examples = examples_for(policy)
+    rollout = engine_of(policy).generate(examples, 1, Sampling(12, temperature=0.0))
+    expected = [own_generate(policy, example, max_new_tokens=12) for example in examples]
+    assert lists(rollout) != expected
+
+
+def test_heads_may_be_wider_than_the_hidden_states():
+    """Qwen3 4B has 32 heads of 128 channels, and hidden states of 2,560."""
+    processor = family_processor(FAMILIES["qwen3"])
+    config = family_config(processor, FAMILIES["qwen3"])
+    config.head_dim *= 2
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config).double()
+    policy = make_policy(model, processor, ModelConfig(device="cpu", recompute="none"))
+    engine, examples = engine_of(policy), examples_for(policy)
+    rollout = engine.generate(examples, 2, Sampling(6, temperature=0.0))
+    expected = [own_generate(policy, example, max_new_tokens=6) for example in examples]
+    assert lists(rollout) == [ids for ids in expected for _ in range(2)]
+    pool = engine._decoder.pool
+    text = text_model(model)
+    assert text.layers[0].self_attn.o_proj.in_features == 2 * config.hidden_size
+    assert token_bytes(text) * pool.layout.tokens == pool.keys.nbytes + pool.values.nbytes
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_greedy_equals_generate_at_the_2bs_widths(family):
+    policy = wide_policy(torch.float32, family)
     engine = engine_of(policy)
     rollout = engine.generate(mixed_examples()[2:], 2, Sampling(6, temperature=0.0))
     expected = [own_generate(policy, example, max_new_tokens=6) for example in mixed_examples()[2:]]
@@ -104,21 +154,21 @@ def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     assert lists(rollout) == [own_generate(policy, example, max_new_tokens=5)] * count
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3"])
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4", "nf4 and lora"])
 def test_groups_of_any_size_equal_generate(kind, family):
-    policy = tiny_policy(torch.float32, family=family, lora="lora" in kind)
+    policy = policy_of(family, lora="lora" in kind)
     if "lora" in kind:
         fill_adapters(policy, torch.float32)
     if "nf4" in kind:
         pytest.importorskip("bitsandbytes")
         quantise(policy, torch.float32)
-    engine, greedy = engine_of(policy), Sampling(8, temperature=0.0)
-    expected = [own_generate(policy, example, max_new_tokens=8) for example in mixed_examples()]
+    engine, greedy, examples = engine_of(policy), Sampling(8, temperature=0.0), examples_for(policy)
+    expected = [own_generate(policy, example, max_new_tokens=8) for example in examples]
     # On both sides of a block of rows that read a prefix together; then with samples that wait
     budgets = {1: None, 2: None, 7: None, 8: None, 9: None, 16: None, 5: 200}
     for group, cache_tokens in budgets.items():
-        rollout = engine.generate(mixed_examples(), group, greedy, cache_tokens=cache_tokens)
+        rollout = engine.generate(examples, group, greedy, cache_tokens=cache_tokens)
         assert lists(rollout) == [ids for ids in expected for _ in range(group)], group
     logp = training_logprobs(policy, rollout)
     torch.testing.assert_close(torch.cat(rollout.logprobs), logp.float(), atol=1e-4, rtol=0)
@@ -137,16 +187,20 @@ def test_a_repetition_penalty_equals_generates(policy, engine):
 # --- equal to training --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": True}, {"family": "qwen2_5_vl"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"family": "qwen2_vl", "lora": True}, *({"family": each} for each in FAMILIES)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "filters", [{}, dict(top_p=0.7, top_k=40, min_p=0.01, repetition_penalty=1.2)], ids=str
 )
 def test_logprobs_are_those_of_training(settings, filters):
-    policy = tiny_policy(**settings)
+    policy = policy_of(**settings)
     if "lora" in settings:
         fill_adapters(policy, torch.float32)
     rollout = engine_of(policy).generate(
-        mixed_examples(), 3, Sampling(9, temperature=0.8, **filters), seed=1
+        examples_for(policy), 3, Sampling(9, temperature=0.8, **filters), seed=1
     )
     expected = training_logprobs(policy, rollout, 0.8)
     torch.testing.assert_close(torch.cat(rollout.logprobs), expected, atol=1e-4, rtol=0)
@@ -285,6 +339,16 @@ def test_every_id_that_the_model_ends_with_ends_a_completion():
     cut = engine.generate(mixed_examples(), 4, Sampling(12), seed=1)
     assert lists(cut) == [ids[: ids.index(chosen) + 1] if chosen in ids else ids for ids in plain]
     assert cut.reasons == ["eos" if chosen in ids else "length" for ids in plain]
+
+
+def test_a_model_need_not_say_what_ends_a_completion():
+    policy = tiny_policy()
+    engine = engine_of(policy)
+    eos = policy.processor.tokenizer.eos_token_id
+    for config in (GenerationConfig(), None):
+        policy.model.generation_config = config
+        ends = engine._ends(Sampling())
+        assert ends(0, np.array([eos])) == "eos" and ends(0, np.array([eos - 1])) is None
 
 
 def test_a_stop_text_may_span_tokens_and_end_within_one(engine, policy):

@@ -11,8 +11,10 @@ from mr1_fast.kernels.decode import (
 )
 from mr1_fast.kernels.decode.attention_triton import AttendSetting
 from mr1_fast.kernels.decode.dot_triton import dot
+from mr1_fast.kernels.layers.reference import norm_ref
 from mr1_fast.kernels.overlap import Overlap
 
+from ..data.decode import exactly_normed, head_norms
 from ..kernels.decode.test_operations import attention_case, check_error, plain_attention
 
 # Blocks of 64 tokens for 16 bits, and 32 of a prefix, which may be a split; for 32 bits half of it
@@ -99,29 +101,39 @@ def splits(monkeypatch):
     return fix
 
 
-def attended(case: list, device: str, **arguments) -> tuple[torch.Tensor, ...]:
+def attended(case: list, device: str, norms=None, **arguments) -> tuple[torch.Tensor, ...]:
     """Return the output, and the keys and values afterwards."""
     pool = torch.stack(case[5:7], dim=1).to(device)
     rotated = [x.to(device) for x in case[:5]]
     rotated[:3] = torch.cat(rotated[:3], dim=1).split([x.shape[1] for x in rotated[:3]], dim=1)
     spans, scale = case[7].to(device), case[0].shape[2] ** -0.5
-    out = attention_triton.attend(*rotated, *pool.unbind(1), spans, scale, **arguments)
+    if norms is not None:
+        norms = norms._replace(q=norms.q.to(device), k=norms.k.to(device))
+    out = attention_triton.attend(*rotated, *pool.unbind(1), spans, scale, norms, **arguments)
     _, counters = attention_triton._device(out.device)
     assert not counters.any(), "counters must be 0 for the next launch"
     return out.cpu(), *pool.cpu().unbind(1)
 
 
-def check(case: list, device: str, **arguments) -> None:
+def check(case: list, device: str, norms=None, **arguments) -> None:
     """Compare with fp64: no row may read beyond its spans, where the pool is NaN."""
     dtype, d = case[0].dtype, case[0].shape[2]
-    exact = plain_attention(*[x.double() for x in case[:7]], case[7], d**-0.5)
-    theirs = plain_attention(*case, d**-0.5)
-    out, keys, values = attended(case, device, **arguments)
+    exact, eager = [x.double() for x in case[:7]], [*case]
+    if norms is not None:
+        exact[:2] = exactly_normed(*case[:2], norms)
+        eager[:2] = [
+            norm_ref(x, weight, None, norms.eps)
+            for x, weight in ((case[0], norms.q), (case[1], norms.k))
+        ]
+    exact = plain_attention(*exact, case[7], d**-0.5)
+    theirs = plain_attention(*eager, d**-0.5)
+    out, keys, values = attended(case, device, norms, **arguments)
     assert out.dtype == dtype and out.shape == theirs.shape
     check_error(out, theirs, exact)
-    reference.attend_ref(*case, d**-0.5)  # writes its own pool
-    if device == "cuda":
-        # The compiler may fuse a product of the rotation into its sum: a unit in the last place.
+    reference.attend_ref(*case, d**-0.5, norms)  # writes its own pool
+    if device == "cuda" or (norms is not None and dtype != torch.float32):
+        # The compiler may fuse a product of the rotation into its sum, and the sum of a norm's
+        # squares has another order: a unit in the last place.
         close = dict(rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     elif dtype == torch.float32:
         close = dict(rtol=1e-6, atol=1e-6)
@@ -145,6 +157,20 @@ def check(case: list, device: str, **arguments) -> None:
 def test_attention(device, splits, heads, kv_heads, d, dtype, prefix, own):
     splits(prefix, own)
     check(attention_case(heads, kv_heads, d, SPANS, dtype), device, setting=SETTING)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "dtype", "name"),
+    [
+        (2, 1, 128, torch.bfloat16, "a row beside a pair"),
+        (4, 1, 64, torch.float32, "a row beside a pair"),
+        (8, 2, 32, torch.float16, "one row"),
+    ],
+)
+def test_heads_are_normed_before_the_rotation(device, splits, heads, kv_heads, d, dtype, name):
+    splits(8, 2)
+    case = attention_case(heads, kv_heads, d, MIXED[name], dtype)
+    check(case, device, head_norms(d, dtype), setting=SETTING)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -232,6 +258,9 @@ def test_what_attention_cannot_take_is_told(device):
     case = attention_case(2, 1, 24, SPANS[:1], torch.float32)
     with pytest.raises(ValueError, match="heads of 16, 32, 64"):
         attended(case, device)
+    case = attention_case(2, 1, 16, SPANS[:1], torch.float32)
+    with pytest.raises(ValueError, match="is not a dense one of 16 channels"):
+        attended(case, device, head_norms(32))
     case = [x.to(device) for x in attention_case(2, 2, 16, SPANS[:1], torch.float32)]
     case[0] = case[0].mT.contiguous().mT
     with pytest.raises(ValueError, match="dense heads"):

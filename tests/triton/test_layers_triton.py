@@ -9,12 +9,14 @@ from ..data.layers import (
     DTYPES,
     EPS,
     HEADS,
+    NORMED_HEADS,
     cancelling,
     check_case,
     draw,
     gate_case,
     gelu_case,
     norm_case,
+    norm_rotary_case,
     rotary_case,
 )
 from ..kernels.layers.test_operators import calls, on_meta, shapes
@@ -41,11 +43,18 @@ def test_rotations(device, heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", NORMED_HEADS[1:], ids=str)
+def test_normed_heads(device, heads, dtype):
+    for tokens in (0, 1, ROWS):
+        check_case(norm_rotary_case(tokens, *heads, dtype), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("f", [1, 3420, 8960, 18_944])
 def test_gating(device, f, dtype):
     for tokens, biased in ((0, True), (1, False), (3, True)):
         check_case(gate_case(tokens, f, dtype, biased), device)
-        check_case(gelu_case(tokens, f, dtype), device)
+        check_case(gelu_case(tokens, f, dtype, "tanh" if biased else "quick"), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -59,7 +68,8 @@ def test_16_bit_outputs_have_the_roundings_of_transformers(device, dtype):
         rotary_case(ROWS, *HEADS[0], dtype, biased=True),
         rotary_case(ROWS, *HEADS[2], dtype, biased=True),
         gate_case(ROWS, 1100, dtype, biased=True),
-        gelu_case(ROWS, 1100, dtype),
+        gelu_case(ROWS, 1100, dtype, "quick"),
+        norm_rotary_case(ROWS, *NORMED_HEADS[0], dtype),
     ):
         ours = case.ours(*[x.to(device) for x in case.inputs])
         for mine, right in zip(ours, case.theirs(*case.inputs), strict=True):
@@ -104,9 +114,18 @@ def test_parts_add_up(device, parts, rows, d, dtype):
 def test_the_order_of_programs_does_not_matter(device, reverse_grid):
     arguments = [draw(ROWS, 80, seed=seed).to(device) for seed in range(3)]
     arguments += [draw(80).to(device), draw(80).to(device), EPS, True, True]
-    forwards = operations.norm_backward(*arguments)
+    q, kv, qkv, weight, angles = (
+        draw(*shape).to(device)
+        for shape in ((50, 9, 72), (50, 3, 72), (50, 15 * 72), (72,), (50, 72))
+    )
+    heads = [q, kv, kv, qkv, weight, weight, EPS, angles, angles, True]
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return *operations.norm_backward(*arguments), *operations.norm_rotary_backward(*heads)
+
+    forwards = both()
     reverse_grid()
-    assert all(map(torch.equal, forwards, operations.norm_backward(*arguments)))
+    assert all(map(torch.equal, forwards, both()))
 
 
 @pytest.mark.parametrize("name", calls())
@@ -115,8 +134,9 @@ def test_results_look_as_planned(device, name):
     operator, arguments = calls()[name]
     real = operator(*[x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments])
     planned, real = shapes(operator(*on_meta(arguments))), shapes(real)
-    if operator is operators.norm_backward and arguments[-1]:
-        planned[2], real[2] = planned[2][0][1:], real[2][0][1:]
+    with_sums = operator in (operators.norm_backward, operators.norm_rotary_backward)
+    if with_sums and arguments[-1]:
+        planned[-1], real[-1] = planned[-1][0][1:], real[-1][0][1:]
     assert planned == real
 
 
@@ -129,7 +149,7 @@ def test_columns_that_are_not_adjacent_are_refused(device):
         lambda: norm_triton.norm_backward(x, None, x, weight, None, EPS, True, True, 3),
         lambda: rotary_triton.rotary_backward(heads, heads, heads, angles, angles),
         lambda: gate_triton.silu_mul(x, None),
-        lambda: gate_triton.quick_gelu_backward(x, x),
+        lambda: gate_triton.gelu_backward(x, x, "tanh"),
     ):
         with pytest.raises(ValueError, match="adjacent"):
             call()

@@ -8,7 +8,7 @@ from mr1_fast.kernels import self_test
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.decode import attention_triton, linear_triton
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
-from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
+from mr1_fast.kernels.layers import gate_triton, norm_rotary_triton, norm_triton, rotary_triton
 
 KERNELS = [
     (rows_triton, "_grpo_kernel"),
@@ -20,14 +20,16 @@ KERNELS = [
     (norm_triton, "_norm_backward_kernel"),
     (norm_triton, "_norm_gradients_kernel"),
     (rotary_triton, "_rotary_kernel"),
+    (norm_rotary_triton, "_norm_rotary_kernel"),
+    (norm_rotary_triton, "_norm_rotary_backward_kernel"),
     (gate_triton, "_silu_mul_kernel"),
     (gate_triton, "_silu_mul_backward_kernel"),
-    (gate_triton, "_quick_gelu_kernel"),
-    (gate_triton, "_quick_gelu_backward_kernel"),
+    (gate_triton, "_gelu_kernel"),
+    (gate_triton, "_gelu_backward_kernel"),
     (attention_triton, "_attend_kernel"),
     (linear_triton, "_linears_kernel"),
 ]
-LAYERS = norm_triton, rotary_triton, gate_triton
+LAYERS = norm_triton, rotary_triton, norm_rotary_triton, gate_triton
 
 
 def test_passes(device):

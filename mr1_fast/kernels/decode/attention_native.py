@@ -9,7 +9,6 @@ import struct
 import torch
 from torch import Tensor
 
-from ..layers.strides import adjacent
 from ..native import DTYPES, status
 from .norms import HeadNorms
 
@@ -65,7 +64,11 @@ def attend(
     dtype = q.dtype
     if not (k.dtype is v.dtype is cos.dtype is sin.dtype is keys.dtype is values.dtype is dtype):
         raise TypeError("q, k, v, cos, sin and the pools are not of one dtype")
-    q_norm, k_norm, eps = _checked(norms, dtype, d) if norms is not None else (None, None, 0.0)
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    if norms is not None:
+        norms.require_fitting(d)
+        if not (q_norm.dtype is k_norm.dtype is dtype):
+            raise TypeError(f"a norm's weights are {q_norm.dtype} and {k_norm.dtype}, not {dtype}")
     if spans.dtype is not torch.int32 or not (keys.is_contiguous() and values.is_contiguous()):
         raise TypeError("spans must be int32 and the pools contiguous")
 
@@ -88,17 +91,6 @@ def _dense_rows(x: Tensor, d: int) -> Tensor:
     """Return x (R, H, d) if each of its rows is dense, else a copy."""
     _, head_stride, channel_stride = x.stride()
     return x if channel_stride == 1 and head_stride == d else x.contiguous()
-
-
-def _checked(norms: HeadNorms, dtype: torch.dtype, d: int) -> HeadNorms:
-    """Return the norms with weights as the kernel reads them, or raise what `attend` does."""
-    q, k, eps = norms
-    if not q.shape == k.shape == (d,):
-        shapes = tuple(q.shape), tuple(k.shape)
-        raise ValueError(f"weights of norms {shapes} do not fit heads of {d} channels")
-    if not (q.dtype is k.dtype is dtype):
-        raise TypeError(f"weights of norms are {q.dtype} and {k.dtype}, but heads {dtype}")
-    return HeadNorms(adjacent(q), adjacent(k), eps)
 
 
 def _address(x: Tensor | None) -> int:

@@ -23,11 +23,26 @@ def own_parts(own_len, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(X, cos, sin, channels, D: tl.constexpr):
-    """Compute x·cos + (−x2, x1)·sin of the rows at X, with each product rounded as in PyTorch."""
+def _weighted(x, inverse_rms, WEIGHT, channels, dtype: tl.constexpr):
+    """Scale x, and multiply it with the weights of its channels; both results are rounded."""
+    weight = tl.load(WEIGHT + channels).to(tl.float32)
+    return ((x * inverse_rms).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotate(X, WEIGHT, eps, cos, sin, channels, D: tl.constexpr):
+    """Compute x·cos + (−x2, x1)·sin of the rows at X, with each product rounded as in PyTorch.
+
+    WEIGHT: of the rows' RMS norm, which comes first; None without one.
+    """
     dtype = X.dtype.element_ty
+    opposite = (channels + D // 2) % D
     x = tl.load(X + channels).to(tl.float32)
-    other = tl.load(X + (channels + D // 2) % D).to(tl.float32)
+    other = tl.load(X + opposite).to(tl.float32)
+    if WEIGHT is not None:
+        inverse_rms = tl.rsqrt(tl.sum(x * x, -1, keep_dims=True) / D + eps)
+        x = _weighted(x, inverse_rms, WEIGHT, channels, dtype)
+        other = _weighted(other, inverse_rms, WEIGHT, opposite, dtype)
     other = tl.where(channels < D // 2, -other, other)
     return ((x * cos).to(dtype).to(tl.float32) + (other * sin).to(dtype).to(tl.float32)).to(dtype)
 
@@ -46,8 +61,9 @@ def _weigh(score, peak, total, AXIS: tl.constexpr):
 
 @triton.jit
 def attend_own(
-    Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
-    SPANS, PARTS, first_part, scale, row, head, split, splits,
+    Q, q_stride, K, k_stride, V, v_stride, Q_NORM, K_NORM, eps, COS, SIN,
+    KEYS, VALUES, token_stride, head_stride, SPANS, PARTS, first_part,
+    scale, row, head, split, splits,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -71,14 +87,14 @@ def attend_own(
     dtype = Q.dtype.element_ty
     cos = tl.load(COS + row * D + channels).to(tl.float32)
     sin = tl.load(SIN + row * D + channels).to(tl.float32)
-    k = _rotate(K + row * k_stride + head * D, cos, sin, channels, D)
+    k = _rotate(K + row * k_stride + head * D, K_NORM, eps, cos, sin, channels, D)
     v = tl.load(V + row * v_stride + head * D + channels)
     new = (own_start + own_cached).to(tl.int64) * token_stride + head * head_stride
     if split == 0:
         tl.store(KEYS + new + channels, k)
         tl.store(VALUES + new + channels, v)
     q_heads = Q + row * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
-    q = _rotate(q_heads, cos[None, :], sin[None, :], channels[None, :], D)
+    q = _rotate(q_heads, Q_NORM, eps, cos[None, :], sin[None, :], channels[None, :], D)
 
     scale = scale * _LOG2E
     # Peak, sum and weighted values so far: of the new token in the first split, else of no token
@@ -134,7 +150,7 @@ def prefix_parts(SPANS, first_row, rows, splits, SPLIT: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def attend_prefix(
-    Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    Q, q_stride, Q_NORM, eps, COS, SIN, KEYS, VALUES, token_stride, head_stride,
     SPANS, PARTS, size, scale, first_row, leader, rows, head, split, splits, own_splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     OWN_BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
@@ -152,7 +168,7 @@ def attend_prefix(
     cos = tl.load(COS + row[:, None] * D + channels[None, :]).to(tl.float32)
     sin = tl.load(SIN + row[:, None] * D + channels[None, :]).to(tl.float32)
     q_heads = Q + row[:, None] * q_stride + (head * GROUP + heads % GROUP)[:, None] * D
-    q = _rotate(q_heads, cos, sin, channels[None, :], D)
+    q = _rotate(q_heads, Q_NORM, eps, cos, sin, channels[None, :], D)
 
     scale = scale * _LOG2E
     start = tl.load(SPANS + (first_row + leader) * 4)

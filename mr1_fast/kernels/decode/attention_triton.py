@@ -2,9 +2,10 @@
 
 `attend` is one launch with programs of two kinds. A prefix program takes the queries of an aligned
 block of 8 rows for a kv head, and one split of the prefixes that these rows have; an own program
-takes one row and one split of its own tokens. Every program rotates its queries for itself, and the
-first one of a row has the new token in registers, so none waits for what another writes to the
-pool. The last program of a (row, kv head) to finish combines the row's parts, as in flash-decoding.
+takes one row and one split of its own tokens. Every program norms and rotates its queries for
+itself, and the first one of a row has the new token in registers, so none waits for what another
+writes to the pool. The last program of a (row, kv head) to finish combines the row's parts, as in
+flash-decoding.
 
 Bytes that move, 2·Hkv·d values a token: the own tokens of every row once, and a prefix once for
 each aligned block of 8 rows in which some row has it, wherever in the block these rows are. 64 rows
@@ -36,6 +37,7 @@ from .attention_spans_triton import (
     own_parts,
     prefix_parts,
 )
+from .norms import HeadNorms
 
 
 class AttendSetting(NamedTuple):
@@ -80,6 +82,8 @@ MAX_COLUMNS = 64
 half of a thread's registers."""
 MAX_SPLITS = 16
 """Most programs of each kind for a row and a kv head."""
+NO_NORMS = None, None, 0.0
+"""Arguments of the kernel in place of the norms, where there are none."""
 MAX_PAIRS = 2**16
 """Most pairs of a row and a kv head in a launch."""
 
@@ -88,7 +92,7 @@ MAX_PAIRS = 2**16
 
 @triton.jit
 def _prefix_program(
-    program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    program, Q, q_stride, Q_NORM, eps, COS, SIN, KEYS, VALUES, token_stride, head_stride,
     SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT: tl.constexpr, OWN_BLOCK: tl.constexpr,
@@ -108,7 +112,7 @@ def _prefix_program(
     if split < splits:
         size = (prefix_splits + own_splits) * GROUP
         attend_prefix(
-            Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            Q, q_stride, Q_NORM, eps, COS, SIN, KEYS, VALUES, token_stride, head_stride,
             SPANS, PARTS, size, scale, first_row, leader, rows, head, split, splits, own_splits,
             KV_HEADS, GROUP, D, BLOCK, OWN_BLOCK, ROWS, HEADS,
         )  # fmt: skip
@@ -130,7 +134,7 @@ def _prefix_program(
 
 @triton.jit
 def _own_program(
-    program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+    program, Q, q_stride, K, k_stride, V, v_stride, Q_NORM, K_NORM, eps, COS, SIN,
     KEYS, VALUES, token_stride, head_stride,
     SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -153,7 +157,7 @@ def _own_program(
         pair = row * KV_HEADS + head
         size = (prefix_splits + own_splits) * GROUP
         attend_own(
-            Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            Q, q_stride, K, k_stride, V, v_stride, Q_NORM, K_NORM, eps, COS, SIN,
             KEYS, VALUES, token_stride, head_stride, SPANS, PARTS, pair * size,
             scale, row, head, split, splits, GROUP, PADDED, D, BLOCK, ROWS > 1,
         )  # fmt: skip
@@ -171,7 +175,8 @@ def _own_program(
     do_not_specialize_on_alignment=["SPANS"],
 )
 def _attend_kernel(
-    Q, q_stride, K, k_stride, V, v_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+    Q, q_stride, K, k_stride, V, v_stride, Q_NORM, K_NORM, eps, COS, SIN,
+    KEYS, VALUES, token_stride, head_stride,
     SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
     UPCOMING, CHUNKS, COUNT: tl.constexpr, IN_BULK: tl.constexpr, LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -187,13 +192,13 @@ def _attend_kernel(
     own_program = program - tl.cdiv(rows, ROWS) * KV_HEADS * prefix_splits
     if ROWS > 1 and own_program < 0:
         _prefix_program(
-            program, Q, q_stride, COS, SIN, KEYS, VALUES, token_stride, head_stride,
+            program, Q, q_stride, Q_NORM, eps, COS, SIN, KEYS, VALUES, token_stride, head_stride,
             SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
             KV_HEADS, GROUP, D, PREFIX_BLOCK, SPLIT, BLOCK, PADDED, ROWS, HEADS,
         )  # fmt: skip
     if own_program >= 0:
         _own_program(
-            own_program, Q, q_stride, K, k_stride, V, v_stride, COS, SIN,
+            own_program, Q, q_stride, K, k_stride, V, v_stride, Q_NORM, K_NORM, eps, COS, SIN,
             KEYS, VALUES, token_stride, head_stride,
             SPANS, OUT, PARTS, ARRIVED, scale, rows, prefix_splits, own_splits,
             KV_HEADS, GROUP, D, BLOCK, SPLIT, PADDED, ROWS,
@@ -213,6 +218,7 @@ def attend(
     values: torch.Tensor,
     spans: torch.Tensor,
     scale: float,
+    norms: HeadNorms | None = None,
     upcoming: Sequence[torch.Tensor] = (),
     overlap: Overlap | None = None,
     setting: AttendSetting | None = None,
@@ -221,11 +227,13 @@ def attend(
 
     overlap, setting: None takes those of the launch table.
     Raises ValueError for heads whose channels are not a power of two from 16 on, for more than
-    MAX_PAIRS pairs, and for heads that are not dense.
+    MAX_PAIRS pairs, for heads that are not dense, and for norms that do not fit them.
     """
     (rows, heads, d), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
     _require_dense(q, k, v, keys, values)
+    if norms is not None:
+        norms.require_fitting(d)
     if setting is None:
         setting = tuned("decode_attend", q.device, ATTEND_VARIANTS[0])
     if overlap is None:
@@ -248,7 +256,8 @@ def attend(
     prefix_block = setting.prefix_block_bytes // q.element_size()
     launch(
         _attend_kernel, (programs,), q.device,
-        q, q.stride(0), k, k.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(),
+        q, q.stride(0), k, k.stride(0), v, v.stride(0),
+        *(norms or NO_NORMS), cos.contiguous(), sin.contiguous(),
         keys, values, keys.stride(0), keys.stride(1), spans.contiguous(),
         out, parts, arrived, scale, rows, prefix_splits, own_splits,
         KV_HEADS=kv_heads, GROUP=group, D=d,

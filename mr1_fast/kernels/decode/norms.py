@@ -17,3 +17,12 @@ class HeadNorms(NamedTuple):
     k: Tensor
     """(d,) the weight of keys."""
     eps: float
+
+    def require_fitting(self, d: int) -> None:
+        """Raise ValueError unless the weights are dense, and those of heads of d channels."""
+        for weight in (self.q, self.k):
+            if weight.shape != (d,) or weight.stride(0) != 1:
+                raise ValueError(
+                    f"a norm's weight {tuple(weight.shape)} with stride {weight.stride()} is not "
+                    f"a dense one of {d} channels"
+                )

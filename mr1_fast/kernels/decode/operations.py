@@ -28,8 +28,8 @@ def attend(
 ) -> torch.Tensor:
     """Compute one layer's attention of R rows with one new token each: (R, H, d).
 
-    Norms and rotates q and k, writes the new tokens' keys and values into the pool, and attends from each
-    row's new token over its two spans.
+    Norms and rotates q and k, writes the new tokens' keys and values into the pool, and attends
+    from each row's new token over its two spans.
 
     q: (R, H, d); k, v: (R, Hkv, d), as projected; rows may lie apart, in one tensor of all three.
     cos, sin: (R, d) in the model's dtype.

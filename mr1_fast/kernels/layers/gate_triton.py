@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
-from .reference import GELU_SLOPE
+from .reference import GELU_SLOPE, GELU_TANH
 from .strides import require_adjacent
 
 BLOCK = 1024
@@ -21,6 +21,7 @@ BLOCK = 1024
 WARPS = 2
 """Warps of a program: a thread has 16 columns, and 8 on AMD, so that accesses have 128 bits."""
 _SLOPE = tl.constexpr(GELU_SLOPE)
+_TWICE, _CUBIC = tl.constexpr(2 * GELU_TANH[0]), tl.constexpr(GELU_TANH[1])
 
 # --- device functions ---------------------------------------------------------------------------
 
@@ -41,6 +42,27 @@ def _load_biased(X, BIAS, columns, mask):
         x += tl.load(BIAS + columns, mask=mask, other=0.0).to(tl.float32)
         x = x.to(X.dtype.element_ty).to(tl.float32)
     return x
+
+
+@triton.jit
+def _gelu_sigmoid(x, dtype: tl.constexpr, TANH: tl.constexpr):
+    """Return the sigmoid that GELU multiplies x with, and x times the slope of its argument.
+
+    (1 + tanh u)/2 is the sigmoid of 2u.
+    """
+    if TANH:
+        twice, cubic = x * _TWICE, x * x * _CUBIC
+        return tl.sigmoid(twice * (1 + cubic)), twice * (1 + 3 * cubic)
+    scaled = (x * _SLOPE).to(dtype).to(tl.float32)
+    return tl.sigmoid(scaled), scaled
+
+
+@triton.jit
+def _gelu(x, sigmoid, dtype: tl.constexpr, TANH: tl.constexpr):
+    """Multiply the two; the quick GELU of transformers rounds the sigmoid before."""
+    if not TANH:
+        sigmoid = sigmoid.to(dtype).to(tl.float32)
+    return (x * sigmoid).to(dtype)
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -81,29 +103,29 @@ def _silu_mul_backward_kernel(
 
 
 @triton.jit
-def _quick_gelu_kernel(X, OUT, STRIDE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_kernel(
+    X, OUT, STRIDE: tl.constexpr, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr
+):
     row, columns, mask = _block(F, BLOCK)
     dtype = OUT.dtype.element_ty
     x = tl.load(X + row * STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid((x * _SLOPE).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    tl.store(OUT + row * F + columns, (x * sigmoid).to(dtype), mask=mask)
+    sigmoid, _ = _gelu_sigmoid(x, dtype, TANH)
+    tl.store(OUT + row * F + columns, _gelu(x, sigmoid, dtype, TANH), mask=mask)
 
 
 @triton.jit
-def _quick_gelu_backward_kernel(
+def _gelu_backward_kernel(
     DOUT, DOUT_STRIDE: tl.constexpr, X, DX, OUT,
-    STRIDE: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr, F: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, columns, mask = _block(F, BLOCK)
     dtype = OUT.dtype.element_ty
     x = tl.load(X + row * STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
     dout = tl.load(DOUT + row * DOUT_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-    scaled = (x * _SLOPE).to(dtype).to(tl.float32)
-    sigmoid = tl.sigmoid(scaled)
-    dx = dout * (sigmoid + scaled * sigmoid * (1 - sigmoid))
+    sigmoid, slope = _gelu_sigmoid(x, dtype, TANH)
+    dx = dout * (sigmoid + slope * sigmoid * (1 - sigmoid))
     tl.store(DX + row * F + columns, dx.to(dtype), mask=mask)
-    out = x * sigmoid.to(dtype).to(tl.float32)
-    tl.store(OUT + row * F + columns, out.to(dtype), mask=mask)
+    tl.store(OUT + row * F + columns, _gelu(x, sigmoid, dtype, TANH), mask=mask)
 
 
 # --- launchers ----------------------------------------------------------------------------------
@@ -126,24 +148,27 @@ def silu_mul_backward(
     return dgate_up, out
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """`operations.quick_gelu`."""
+def gelu(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """`operations.gelu`."""
     out = x.new_empty(x.shape)
-    _launch(_quick_gelu_kernel, out, x, out, stride=x.stride(0))
+    _launch(_gelu_kernel, out, x, out, stride=x.stride(0), TANH=kind == "tanh")
     return out
 
 
-def quick_gelu_backward(dout: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`operations.quick_gelu_backward`."""
+def gelu_backward(
+    dout: torch.Tensor, x: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.gelu_backward`."""
     dx, out = x.new_empty(x.shape), x.new_empty(x.shape)
     arguments = dout, dout.stride(0), x, dx, out
-    _launch(_quick_gelu_backward_kernel, out, *arguments, stride=x.stride(0))
+    _launch(_gelu_backward_kernel, out, *arguments, stride=x.stride(0), TANH=kind == "tanh")
     return dx, out
 
 
-def _launch(kernel, out: torch.Tensor, *arguments, stride: int) -> None:
+def _launch(kernel, out: torch.Tensor, *arguments, stride: int, **options) -> None:
     """Run a kernel over the blocks of `out` (T, F)."""
     require_adjacent(*[each for each in arguments if isinstance(each, torch.Tensor)])
     rows, f = out.shape
     grid = (rows * triton.cdiv(f, BLOCK),)
-    launch(kernel, grid, out.device, *arguments, stride, F=f, BLOCK=BLOCK, num_warps=WARPS)
+    options |= dict(F=f, BLOCK=BLOCK, num_warps=WARPS)
+    launch(kernel, grid, out.device, *arguments, stride, **options)

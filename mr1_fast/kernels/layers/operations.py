@@ -10,6 +10,10 @@ from . import layers_native, reference
 COLUMNS_PER_MULTIPROCESSOR = 8192
 """Columns of all rows that a multiprocessor works on at a time in the backward of a norm."""
 MOST_PARTS_PER_MULTIPROCESSOR = 16
+HEAD_COLUMNS = 2048
+"""Columns of all heads that a program works on at a time in the backward of their norms."""
+GELUS = ("quick", "tanh")
+"""Approximations of GELU: x · sigmoid(1.702 x), and the one by a hyperbolic tangent."""
 INTERPRETED_PARTS = 3
 """Parts under Triton's interpreter: few, so that a program goes through several rows."""
 
@@ -96,12 +100,22 @@ def sum_parts(x: torch.Tensor) -> int:
     It is a constant of the device and the width, so that the same rows give the same bits. Meta
     tensors have one part, though they may stand for a GPU's: there, the parts are a few MB.
     """
+    return _parts(x, int(x.shape[1]))
+
+
+def head_sum_parts(qkv: torch.Tensor) -> int:
+    """Return in how many parts `norm_rotary_backward` gives its sums, as `sum_parts` does."""
+    return _parts(qkv, HEAD_COLUMNS)
+
+
+def _parts(x: torch.Tensor, columns: int) -> int:
+    """Return the programs on the device of x that hold so many columns at a time."""
     if not use_triton(x):
         return 1
     if not x.is_cuda:
         return INTERPRETED_PARTS
-    columns = 1 << (int(x.shape[1]) - 1).bit_length()
-    parts = max(1, COLUMNS_PER_MULTIPROCESSOR // columns)
+    padded = 1 << (columns - 1).bit_length()
+    parts = max(1, COLUMNS_PER_MULTIPROCESSOR // padded)
     return _multiprocessors(x.device) * min(parts, MOST_PARTS_PER_MULTIPROCESSOR)
 
 
@@ -150,6 +164,61 @@ def rotary_backward(
     return reference.rotary_backward_ref(dq, dk, dv, cos, sin)
 
 
+def norm_rotary(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the RMS `norm` of each head of queries and keys, and rotate it.
+
+    qkv: (T, (H + 2K)·d), heads of queries, then of keys, then of values; rows may lie apart.
+    q_weight, k_weight: (d,), of the dtype of qkv, which multiply each normed query and key.
+    cos, sin, heads, kv_heads: as in `rotary`.
+
+    Returns the queries (T, H, d) and the keys (T, K, d). Values stay in qkv, which the gradient
+    needs anyway.
+    """
+    inputs = qkv, q_weight, k_weight, eps, cos, sin, heads, kv_heads
+    if use_triton(qkv):
+        from . import norm_rotary_triton
+
+        return norm_rotary_triton.norm_rotary(*inputs)
+    return reference.norm_rotary_ref(*inputs)
+
+
+def norm_rotary_backward(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradient by qkv, (T, (H + 2K)·d), and by the weights of the norms.
+
+    dq, dk, dv: as in `rotary_backward`; dv, the gradient by the values, is copied.
+
+    Also returns the sums over heads that give the gradients by q_weight and by k_weight, if
+    `with_weights`: (parts, 2, d) in fp32 (fp64 for fp64), for `norm_gradients` to add up; else
+    they have shape (0,).
+    """
+    inputs = dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, with_weights
+    if use_triton(qkv):
+        from . import norm_rotary_triton
+
+        return norm_rotary_triton.norm_rotary_backward(*inputs, head_sum_parts(qkv))
+    return reference.norm_rotary_backward_ref(*inputs)
+
+
 def silu_mul(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Compute silu(gate) · up, (T, F), of gate_up (T, 2F), which has the gates first.
 
@@ -181,19 +250,25 @@ def silu_mul_backward(
     return dgate_up, out
 
 
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """Compute x · sigmoid(1.702 x), (T, F), with the roundings of transformers."""
+def gelu(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Compute an approximation of GELU, (T, F), with the roundings of transformers.
+
+    kind: one of GELUS. "quick" is x · sigmoid(1.702 x), whose two factors are rounded; "tanh" is
+    x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), rounded once.
+    """
     if use_triton(x):
         from . import gate_triton
 
-        return gate_triton.quick_gelu(x)
-    return reference.quick_gelu_ref(x)
+        return gate_triton.gelu(x, kind)
+    return reference.gelu_ref(x, kind)
 
 
-def quick_gelu_backward(dout: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradient by x (T, F), and once more the output (T, F)."""
+def gelu_backward(
+    dout: torch.Tensor, x: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradient of `gelu` by x (T, F), and once more the output (T, F)."""
     if use_triton(x):
         from . import gate_triton
 
-        return gate_triton.quick_gelu_backward(dout, x)
-    return reference.quick_gelu_backward_ref(dout, x)
+        return gate_triton.gelu_backward(dout, x, kind)
+    return reference.gelu_backward_ref(dout, x, kind)

@@ -7,7 +7,7 @@ Functions, which are entered only where a gradient is needed: the operators them
 and the backward ones are called where gradients are off, as in a backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -182,6 +182,95 @@ def rotary(
     return apply(qkv, bias, cos, sin, heads, kv_heads)
 
 
+# --- the rotary embedding of normed heads -------------------------------------------------------
+
+
+def _fake_norm_rotary(qkv, q_weight, k_weight, eps, cos, sin, heads, kv_heads):
+    tokens, d = cos.shape
+    return tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads))
+
+
+def _fake_norm_rotary_backward(
+    dq, dk, dv, qkv, q_weight, k_weight, eps, cos, sin, with_weights
+) -> tuple[Tensor, Tensor]:
+    sums = operations.head_sum_parts(qkv), 2, cos.shape[1]
+    return (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty(sums if with_weights else 0, dtype=statistics_dtype(qkv)),
+    )
+
+
+_norm_rotary = _operator(operations.norm_rotary, _fake_norm_rotary)
+norm_rotary_backward = _operator(operations.norm_rotary_backward, _fake_norm_rotary_backward)
+"""`operations.norm_rotary_backward` as an operator."""
+
+
+class _NormRotary(torch.autograd.Function):
+    """`operations.norm_rotary` and the values, with the gradients by qkv and the weights."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.eps = eps
+        q, k = _norm_rotary(qkv, q_weight, k_weight, eps, cos, sin, heads, kv_heads)
+        return q, k, _values(qkv, kv_heads, cos.shape[1]).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:3]
+        dqkv, partial = norm_rotary_backward(
+            *map(adjacent, gradients), qkv, q_weight, k_weight, ctx.eps, cos, sin, any(needs)
+        )
+        by_weights = head_norm_gradients(partial, q_weight, needs)
+        return dqkv, *by_weights, *[None] * 5
+
+
+def norm_rotary(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `operations.norm_rotary`, differentiable by qkv and the weights, and the values.
+
+    These, (T, K, d), are a view of qkv; where a gradient may be asked for, a copy.
+    """
+    inputs = qkv, q_weight, k_weight, eps, cos, sin, heads, kv_heads
+    if _differentiable(qkv, q_weight, k_weight):
+        return _NormRotary.apply(*inputs)
+    return *_norm_rotary(*inputs), _values(qkv, kv_heads, cos.shape[1])
+
+
+def _values(qkv: Tensor, kv_heads: int, d: int) -> Tensor:
+    return qkv[:, -kv_heads * d :].unflatten(1, (kv_heads, d))
+
+
+def head_norm_gradients(
+    partial: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients by the norms' weights from `norm_rotary_backward`, where needed."""
+    if not any(needed):
+        return [None, None]
+    sums = norm_gradients(partial, weight)
+    return [sums[i] if need else None for i, need in enumerate(needed)]
+
+
 # --- gating -------------------------------------------------------------------------------------
 
 
@@ -193,20 +282,20 @@ def _fake_silu_mul_backward(dout, gate_up, bias):
     return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dout.shape)
 
 
-def _fake_quick_gelu(x):
+def _fake_gelu(x, kind):
     return x.new_empty(x.shape)
 
 
-def _fake_quick_gelu_backward(dout, x):
+def _fake_gelu_backward(dout, x, kind):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 _silu_mul = _operator(operations.silu_mul, _fake_silu_mul)
 silu_mul_backward = _operator(operations.silu_mul_backward, _fake_silu_mul_backward)
 """`operations.silu_mul_backward` as an operator."""
-_quick_gelu = _operator(operations.quick_gelu, _fake_quick_gelu)
-quick_gelu_backward = _operator(operations.quick_gelu_backward, _fake_quick_gelu_backward)
-"""`operations.quick_gelu_backward` as an operator."""
+_gelu = _operator(operations.gelu, _fake_gelu)
+gelu_backward = _operator(operations.gelu_backward, _fake_gelu_backward)
+"""`operations.gelu_backward` as an operator."""
 
 
 class _SiluMul(torch.autograd.Function):
@@ -224,18 +313,19 @@ class _SiluMul(torch.autograd.Function):
         return dgate_up, dgate_up.sum(0) if ctx.needs_input_grad[1] else None
 
 
-class _QuickGelu(torch.autograd.Function):
-    """`operations.quick_gelu` with its gradient."""
+class _Gelu(torch.autograd.Function):
+    """`operations.gelu` with its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(x)
-        return _quick_gelu(x)
+        ctx.kind = kind
+        return _gelu(x, kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        return quick_gelu_backward(adjacent(dout), *ctx.saved_tensors)[0]
+        return gelu_backward(adjacent(dout), *ctx.saved_tensors, ctx.kind)[0], None
 
 
 def silu_mul(gate_up: Tensor, bias: Tensor | None) -> Tensor:
@@ -244,6 +334,6 @@ def silu_mul(gate_up: Tensor, bias: Tensor | None) -> Tensor:
     return apply(gate_up, bias)
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """Compute `operations.quick_gelu`, differentiable."""
-    return (_QuickGelu.apply if _differentiable(x) else _quick_gelu)(x)
+def gelu(x: Tensor, kind: str) -> Tensor:
+    """Compute `operations.gelu`, differentiable."""
+    return (_Gelu.apply if _differentiable(x) else _gelu)(x, kind)

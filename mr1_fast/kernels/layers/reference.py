@@ -5,12 +5,14 @@ several results need is computed once, and sums over columns or rows are matrix-
 """
 
 import torch
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import gelu, layer_norm, silu
 
 from ..dispatch import statistics_dtype
 
 GELU_SLOPE = 1.702
 """The factor inside the sigmoid by which OpenAI's CLIP approximates GELU."""
+GELU_TANH = 0.7978845608028654, 0.044715
+"""√(2/π), and the share of x³, in the approximation of GELU by a hyperbolic tangent."""
 
 # --- norms --------------------------------------------------------------------------------------
 
@@ -27,7 +29,7 @@ def norm_ref(
 
 
 def _inverse_rms(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 1/√(mean h² + ε), (T, 1), and a buffer of h's shape that is free for other use."""
+    """Return 1/√(mean h² + ε), (…, 1), and a buffer of h's shape that is free for other use."""
     squares = h.square()
     return squares.mean(-1, keepdim=True).add_(eps).rsqrt_(), squares
 
@@ -67,13 +69,18 @@ def norm_backward_ref(
 
 
 def _rms_norm_backward(dnormed, dresidual, x, weight, bias, eps, with_normed, with_weights):
-    """Compute dx = r·w·dy − x·r³·mean(w·dy·x), with r = 1/√(mean x² + ε), and Σ dy·x·r."""
+    """Compute dx = r·w·dy − x·r³·mean(w·dy·x), with r = 1/√(mean x² + ε), and Σ dy·x·r.
+
+    Rows of x may be (T, D), or heads of tokens, (T, H, D).
+    """
     dtype = statistics_dtype(x)
     dy, h, w = dnormed.to(dtype), x.to(dtype), weight.to(dtype)
     r, buffer = _inverse_rms(h, eps)
     products = torch.mul(dy, h, out=buffer)
-    slope = (products @ w).unsqueeze(1).mul_(r.pow(3).div_(-h.shape[1]))
-    partial = (r.T @ products).unsqueeze(0) if with_weights else None
+    slope = (products @ w).unsqueeze(-1).mul_(r.pow(3).div_(-h.shape[-1]))
+    partial = None
+    if with_weights:
+        partial = (r.flatten(0, -2).T @ products.flatten(0, -2)).unsqueeze(0)
     dx = h * slope if dresidual is None else torch.addcmul(dresidual.to(dtype), h, slope)
     dx.addcmul_(torch.mul(dy, w, out=buffer), r)
     if not with_normed or dtype == torch.float64:  # whose r the forward computes in fp32
@@ -153,6 +160,57 @@ def rotary_backward_ref(
     return dqkv.flatten(1)
 
 
+def norm_rotary_ref(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.norm_rotary`, with the roundings of transformers' norm and rotation."""
+    tokens, d = cos.shape
+    q, k, _ = qkv.unflatten(1, (-1, d)).split([heads, kv_heads, kv_heads], dim=1)
+    rotated = tuple(qkv.new_empty(tokens, count, d) for count in (heads, kv_heads))
+    for x, weight, out in zip((q, k), (q_weight, k_weight), rotated, strict=True):
+        _rotate(norm_ref(x, weight, None, eps), cos, sin, out)
+    return rotated
+
+
+def norm_rotary_backward_ref(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    with_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`operations.norm_rotary_backward`, with all heads in one part."""
+    dtype, (heads, d), kv_heads = statistics_dtype(qkv), dq.shape[1:], dk.shape[1]
+    counts = heads, kv_heads, kv_heads
+    dqkv = qkv.new_empty(len(qkv), sum(counts), d)
+    *by_heads, by_v = dqkv.split(counts, dim=1)
+    by_v.copy_(dv)
+    *rows, _ = qkv.unflatten(1, (-1, d)).split(counts, dim=1)
+    cos, sin = cos.to(dtype), -sin.to(dtype).roll(d // 2, dims=-1)
+    sums = []
+    for dy, x, weight, out in zip((dq, dk), rows, (q_weight, k_weight), by_heads, strict=True):
+        turned = dy.new_empty(dy.shape, dtype=dtype)
+        _rotate(dy.to(dtype), cos, sin, turned)
+        dx, _, partial = _rms_norm_backward(turned, None, x, weight, None, eps, False, with_weights)
+        out.copy_(dx)
+        sums.append(partial)
+    if not with_weights:
+        return dqkv.flatten(1), qkv.new_empty(0, dtype=dtype)
+    return dqkv.flatten(1), torch.cat(sums, dim=1)
+
+
 # --- gating -------------------------------------------------------------------------------------
 
 
@@ -182,18 +240,22 @@ def _gate_and_up(
     return (gate_up if bias is None else gate_up + bias).chunk(2, dim=1)
 
 
-def quick_gelu_ref(x: torch.Tensor) -> torch.Tensor:
-    """`operations.quick_gelu`, as transformers' QuickGELUActivation computes it."""
+def gelu_ref(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """`operations.gelu`, as transformers' QuickGELUActivation and GELUTanh compute it."""
+    if kind == "tanh":
+        return gelu(x, approximate=kind)
     return (GELU_SLOPE * x).sigmoid_().mul_(x)
 
 
-def quick_gelu_backward_ref(
-    dout: torch.Tensor, x: torch.Tensor
+def gelu_backward_ref(
+    dout: torch.Tensor, x: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`operations.quick_gelu_backward`.
+    """`operations.gelu_backward`.
 
     x·sigmoid(a·x) is silu(a·x)/a, so the derivative is silu's at a·x.
     """
+    if kind == "tanh":
+        return torch.ops.aten.gelu_backward(dout, x, approximate=kind), gelu_ref(x, kind)
     scaled = GELU_SLOPE * x
     dx = torch.ops.aten.silu_backward(dout, scaled)
     return dx, scaled.sigmoid_().mul_(x)

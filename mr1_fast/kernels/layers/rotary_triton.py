@@ -25,20 +25,20 @@ WARPS = 2
 
 
 @triton.jit
-def _load_halves(X, at, mask, D: tl.constexpr):
+def load_halves(X, at, mask, D: tl.constexpr):
     """Load the channels `at` of the first half, and their partners in the second."""
     return tl.load(X + at, mask=mask, other=0.0), tl.load(X + at + D // 2, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_halves(X, at, x1, x2, mask, D: tl.constexpr):
+def store_halves(X, at, x1, x2, mask, D: tl.constexpr):
     """Store the channels `at` of the first half, and their partners in the second."""
     tl.store(X + at, x1, mask=mask)
     tl.store(X + at + D // 2, x2, mask=mask)
 
 
 @triton.jit
-def _rotate(x1, x2, c1, c2, s1, s2, dtype: tl.constexpr, BACKWARD: tl.constexpr):
+def rotate(x1, x2, c1, c2, s1, s2, dtype: tl.constexpr, BACKWARD: tl.constexpr):
     """Compute x·cos + (−x2, x1)·sin of both halves; x, products and sums are rounded to dtype.
 
     BACKWARD is the transposed rotation: each sine moves to the channel that it multiplied.
@@ -75,21 +75,21 @@ def _move_heads(
     in_x = token * x_token + head.to(tl.int64) * x_head + channel
     dtype = QKV.dtype.element_ty
     if BACKWARD:
-        x1, x2 = _load_halves(X, in_x, mask, D)
+        x1, x2 = load_halves(X, in_x, mask, D)
     else:
-        x1, x2 = _load_halves(QKV, in_qkv, mask, D)
+        x1, x2 = load_halves(QKV, in_qkv, mask, D)
     if BIAS is not None:
-        b1, b2 = _load_halves(BIAS, (FIRST + head) * D + channel, mask, D)
+        b1, b2 = load_halves(BIAS, (FIRST + head) * D + channel, mask, D)
         x1 = (x1.to(tl.float32) + b1.to(tl.float32)).to(dtype)
         x2 = (x2.to(tl.float32) + b2.to(tl.float32)).to(dtype)
     if TURNED:
-        c1, c2 = _load_halves(COS, token * cos_stride + channel, mask, D)
-        s1, s2 = _load_halves(SIN, token * sin_stride + channel, mask, D)
-        x1, x2 = _rotate(x1, x2, c1, c2, s1, s2, COS.dtype.element_ty, BACKWARD)
+        c1, c2 = load_halves(COS, token * cos_stride + channel, mask, D)
+        s1, s2 = load_halves(SIN, token * sin_stride + channel, mask, D)
+        x1, x2 = rotate(x1, x2, c1, c2, s1, s2, COS.dtype.element_ty, BACKWARD)
     if BACKWARD:
-        _store_halves(QKV, in_qkv, x1.to(dtype), x2.to(dtype), mask, D)
+        store_halves(QKV, in_qkv, x1.to(dtype), x2.to(dtype), mask, D)
     else:
-        _store_halves(X, in_x, x1.to(dtype), x2.to(dtype), mask, D)
+        store_halves(X, in_x, x1.to(dtype), x2.to(dtype), mask, D)
 
 
 # --- kernel -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ __all__ = [
     "base_model",
     "check_layers",
     "check_supported",
+    "deepstack_blocks",
     "deepstack_mergers",
     "family_of",
     "lora_layers",
@@ -122,6 +123,11 @@ def deepstack_mergers(tower: nn.Module) -> list[nn.Module]:
     The i-th feature is added to the hidden states of the image tokens after decoder layer i.
     """
     return list(getattr(tower, DEEPSTACK_MERGERS, ()))
+
+
+def deepstack_blocks(vision: PretrainedConfig) -> list[int]:
+    """Return the indexes of the blocks of a vision tower that a deepstack merger follows."""
+    return list(getattr(vision, "deepstack_visual_indexes", ()))
 
 
 def banned_tokens(config: PretrainedConfig) -> tuple[int, ...]:

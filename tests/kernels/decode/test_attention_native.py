@@ -209,7 +209,7 @@ def test_what_it_takes_and_what_it_refuses():
             attention_native.attend(**arguments | {name: value})
     norms = head_norms(32)
     for changed in ({"q": norms.q[:16]}, {"k": norms.k[None]}, {"k": norms.k.half()}):
-        with pytest.raises((ValueError, TypeError), match="weights of norms"):
+        with pytest.raises((ValueError, TypeError), match="a norm's weight"):
             attention_native.attend(**arguments, norms=norms._replace(**changed))
     apart = arguments["keys"].transpose(0, 1).contiguous().transpose(0, 1)
     with pytest.raises(TypeError, match="contiguous"):

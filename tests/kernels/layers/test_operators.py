@@ -6,7 +6,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1_fast.kernels.layers import operators
 
-from ...data.layers import draw, gate_case, gelu_case, norm_case, rotary_case, run
+from ...data.layers import (
+    draw,
+    gate_case,
+    gelu_case,
+    norm_case,
+    norm_rotary_case,
+    rotary_case,
+    run,
+)
 
 T, D, F, HEADS, KV_HEADS, WIDTH = 5, 24, 20, 3, 1, 8
 
@@ -20,7 +28,8 @@ def calls(tokens: int = T) -> dict[str, tuple]:
     x, weight, bias, eps = rows(D), draw(D), draw(D, seed=1), 1e-6
     qkv, cos, sin = rows((HEADS + 2 * KV_HEADS) * WIDTH), rows(WIDTH), rows(WIDTH)
     qkv_bias, gate_bias = draw((HEADS + 2 * KV_HEADS) * WIDTH), draw(2 * F)
-    key = rows(KV_HEADS, WIDTH)
+    heads = rows(HEADS, WIDTH), rows(KV_HEADS, WIDTH), 2 * rows(KV_HEADS, WIDTH)
+    normed = draw(WIDTH), draw(WIDTH, seed=1), eps, cos, sin
     backward = operators.norm_backward
     return {
         "norm": (operators._norm, (x, weight, None, eps)),
@@ -33,15 +42,20 @@ def calls(tokens: int = T) -> dict[str, tuple]:
         "norm_gradients": (operators.norm_gradients, (draw(3, 2, D), weight)),
         "rotary": (operators._rotary, (qkv, qkv_bias, cos, sin, HEADS, KV_HEADS)),
         "rotary, no bias": (operators._rotary, (qkv, None, cos, sin, HEADS, KV_HEADS)),
-        "rotary_backward": (
-            operators.rotary_backward,
-            (rows(HEADS, WIDTH), key, key.clone(), cos, sin),
+        "rotary_backward": (operators.rotary_backward, (*heads, cos, sin)),
+        "norm_rotary": (operators._norm_rotary, (qkv, *normed, HEADS, KV_HEADS)),
+        "norm_rotary_backward": (operators.norm_rotary_backward, (*heads, qkv, *normed, True)),
+        "norm_rotary_backward, no sums": (
+            operators.norm_rotary_backward,
+            (*heads, qkv, *normed, False),
         ),
         "silu_mul": (operators._silu_mul, (rows(2 * F), gate_bias)),
         "silu_mul, no bias": (operators._silu_mul, (rows(2 * F), None)),
         "silu_mul_backward": (operators.silu_mul_backward, (rows(F), rows(2 * F), gate_bias)),
-        "quick_gelu": (operators._quick_gelu, (rows(F),)),
-        "quick_gelu_backward": (operators.quick_gelu_backward, (rows(F), rows(F))),
+        "gelu": (operators._gelu, (rows(F), "quick")),
+        "gelu, tanh": (operators._gelu, (rows(F), "tanh")),
+        "gelu_backward": (operators.gelu_backward, (rows(F), rows(F), "quick")),
+        "gelu_backward, tanh": (operators.gelu_backward, (rows(F), rows(F), "tanh")),
     }
 
 
@@ -53,8 +67,9 @@ CASES = {
     "norm": norm_case(T, D, torch.float32, layer=False, added=False),
     "add_norm": norm_case(T, D, torch.float32, layer=True, added=True),
     "rotary": rotary_case(T, HEADS, KV_HEADS, WIDTH, False, torch.float32, biased=True),
+    "norm_rotary": norm_rotary_case(T, HEADS, KV_HEADS, WIDTH, torch.float32),
     "silu_mul": gate_case(T, F, torch.float32, biased=True),
-    "quick_gelu": gelu_case(T, F, torch.float32),
+    "gelu": gelu_case(T, F, torch.float32, "tanh"),
 }
 
 
@@ -109,7 +124,9 @@ def test_gradients_on_the_meta_device_are_few_operations(name):
         torch.autograd.grad(outputs, leaves, [torch.empty_like(each) for each in outputs])
     own = [each for each in dispatched.names if each.startswith("mr1_fast")]
     expected = [name, f"{name}_backward"]
-    if "norm" in name:
+    if name == "norm_rotary":
+        expected.append("norm_gradients")
+    elif "norm" in name:
         expected = [name, "norm_backward", "norm_gradients"]
     assert own == [f"mr1_fast.{each}.default" for each in expected]
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from mr1_fast.kernels.layers import layers_native
+from mr1_fast.kernels.layers import layers_native, operations
 
 from ...data.layers import (
     HEADS,
     MLP_WIDTHS,
+    NORMED_HEADS,
     TOKENS,
     WIDTHS,
     cancelling,
@@ -15,6 +16,7 @@ from ...data.layers import (
     gate_case,
     gelu_case,
     norm_case,
+    norm_rotary_case,
     rotary_case,
     run,
 )
@@ -60,6 +62,19 @@ def test_an_fp64_model_rotates_patches_in_fp32():
     assert_same_forward(rotary_case(7, *HEADS[2], torch.float64, True), 3)
 
 
+@pytest.mark.parametrize("heads", NORMED_HEADS, ids=str)
+def test_normed_heads_are_those_of_transformers(heads):
+    """In 16 bits bit for bit; in fp32 and fp64 the rotation skips a rounding."""
+    for tokens in TOKENS:
+        assert_same_forward(norm_rotary_case(tokens, *heads, torch.bfloat16), 3)
+        for dtype in (torch.float32, torch.float64):
+            case = norm_rotary_case(tokens, *heads, dtype)
+            ours, theirs = (run(each, case.inputs)[:3] for each in (case.ours, case.theirs))
+            epsilon = 4 * torch.finfo(dtype).eps
+            for mine, right in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, right, rtol=epsilon, atol=4 * epsilon)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("f", MLP_WIDTHS)
 def test_gating_is_that_of_transformers_bit_for_bit(f, dtype, monkeypatch):
@@ -68,7 +83,8 @@ def test_gating_is_that_of_transformers_bit_for_bit(f, dtype, monkeypatch):
     for tokens in TOKENS:
         for biased in FLAGS:
             assert_same_forward(gate_case(tokens, f, dtype, biased), 1)
-        assert_same_forward(gelu_case(tokens, f, dtype), 1)
+        for kind in operations.GELUS:
+            assert_same_forward(gelu_case(tokens, f, dtype, kind), 1)
 
 
 @pytest.mark.parametrize("layer", FLAGS)
@@ -89,9 +105,17 @@ def test_rotations_and_their_gradients(heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", NORMED_HEADS, ids=str)
+def test_normed_heads_and_their_gradients(heads, dtype):
+    for tokens in TOKENS:
+        check_case(norm_rotary_case(tokens, *heads, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("f", MLP_WIDTHS)
 def test_gating_and_its_gradients(f, dtype):
     for tokens in TOKENS:
         for biased in FLAGS:
             check_case(gate_case(tokens, f, dtype, biased))
-        check_case(gelu_case(tokens, f, dtype))
+        for kind in operations.GELUS:
+            check_case(gelu_case(tokens, f, dtype, kind))
