@@ -1,6 +1,7 @@
 """What one text layer and one vision block launch, move and take, beside their matrix products.
 
-    python benchmarks/bench_layers.py [--models 2B 7B 2.5-3B] [--timed 2B] [--variants transformers]
+    python benchmarks/bench_layers.py [--models 2B 7B 2.5-3B 3-2B …] [--timed 2B]
+        [--variants transformers]
 
 - Launches and bytes are counted on any machine, on meta tensors of the models' real sizes:
   operators that PyTorch dispatches, and Triton kernels (count_kernels.py says what is counted).

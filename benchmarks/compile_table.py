@@ -30,7 +30,12 @@ from mr1_fast.kernels.four_bit import dequantise_triton
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
 from mr1_fast.kernels.grpo.objective import Objective, RowResults
-from mr1_fast.kernels.layers import gate_triton, norm_triton, rotary_triton
+from mr1_fast.kernels.layers import (
+    gate_triton,
+    norm_rotary_triton,
+    norm_triton,
+    rotary_triton,
+)
 
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)]
 TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
@@ -71,13 +76,19 @@ MODELS = (
 """Heads, key heads, hidden size, MLP size and vocabulary, and whether heads are normed: Qwen2-VL 2B
 and 7B, Qwen3-VL 2B and 4B."""
 LAYERS = (
-    (1536, 12, 2, 128, 8960),
-    (3584, 28, 4, 128, 18_944),
-    (2048, 16, 2, 128, 11_008),
-    (1280, 16, 16, 80, 5120),
+    (1536, 12, 2, 128, 8960, False),
+    (3584, 28, 4, 128, 18_944, False),
+    (2048, 16, 2, 128, 11_008, False),
+    (1280, 16, 16, 80, 5120, False),
+    (2048, 16, 8, 128, 6144, True),
+    (2560, 32, 8, 128, 9728, True),
+    (1024, 16, 16, 64, 4096, True),
+    (1152, 16, 16, 72, 4304, True),
 )
-"""Hidden size, heads, key heads, channels of a head and MLP size: text of Qwen2-VL 2B and 7B and of
-Qwen2.5-VL 3B, and the vision tower of Qwen2-VL."""
+"""Hidden size, heads, key heads, channels of a head, MLP size, and whether it is Qwen3-VL's.
+
+They are text of Qwen2-VL 2B and 7B and of Qwen2.5-VL 3B, and the vision tower of Qwen2-VL; then
+text of Qwen3-VL 2B and 4B, and the vision towers of its 4B and 8B."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -193,13 +204,13 @@ def launch_layers(
     """Launch the element-wise kernels of layers, forward and backward.
 
     A layer whose heads all have keys of their own is one of the vision tower, with LayerNorm, fp32
-    angles, biases and a quick GELU.
+    angles, biases and a GELU. Text layers of Qwen3-VL norm heads and have no biases.
     """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    for hidden, heads, kv_heads, d, mlp in layers:
+    for hidden, heads, kv_heads, d, mlp, is_qwen3 in layers:
         is_vision = heads == kv_heads
         x, weight, up = empty(tokens, hidden), empty(hidden), empty(tokens, mlp)
         bias = weight if is_vision else None
@@ -210,13 +221,19 @@ def launch_layers(
         norm_triton.norm_gradients(partial, weight)
         width = (heads + 2 * kv_heads) * d
         cos = empty(tokens, d, dtype=torch.float32 if is_vision else dtype)
-        q, k, v = rotary_triton.rotary(
-            empty(tokens, width), empty(width), cos, cos, heads, kv_heads
-        )
-        rotary_triton.rotary_backward(q, k, v, cos, cos)
+        qkv = empty(tokens, width)
+        if is_qwen3 and not is_vision:
+            normed = empty(d), empty(d), 1e-6, cos, cos
+            q, k = norm_rotary_triton.norm_rotary(qkv, *normed, heads, kv_heads)
+            for with_weights in (True, False):
+                norm_rotary_triton.norm_rotary_backward(q, k, k, qkv, *normed, with_weights, 528)
+        else:
+            q, k, v = rotary_triton.rotary(qkv, empty(width), cos, cos, heads, kv_heads)
+            rotary_triton.rotary_backward(q, k, v, cos, cos)
         if is_vision:
-            gate_triton.quick_gelu(up)
-            gate_triton.quick_gelu_backward(up, up)
+            kind = "tanh" if is_qwen3 else "quick"
+            gate_triton.gelu(up, kind)
+            gate_triton.gelu_backward(up, up, kind)
         else:
             gate_triton.silu_mul(empty(tokens, 2 * mlp), None)
             gate_triton.silu_mul_backward(up, empty(tokens, 2 * mlp), None)

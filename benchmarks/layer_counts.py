@@ -11,7 +11,7 @@ from measure import excused, print_table
 from mr1_fast.plan.workload import Workload
 
 ALL_WEIGHTS = next(iter(TRAINING))
-SAME_VISION = {"7B": "2B"}
+SAME_VISION = {"7B": "2B", "3-4B": "3-2B"}
 """Models whose vision blocks are those of another."""
 
 

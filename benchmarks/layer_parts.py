@@ -28,26 +28,16 @@ WINDOW = 64
 """Patches of a full window of Qwen2.5-VL's vision tower, 8 × 8."""
 
 
-def _qwen2_5_vl_3b() -> Qwen2_5_VLConfig:
-    """The configuration of Qwen/Qwen2.5-VL-3B-Instruct, as far as a layer depends on it."""
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = dict(hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36)
-    heads = dict(num_attention_heads=16, num_key_value_heads=2, vocab_size=151_936)
-    vision = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
-    return Qwen2_5_VLConfig(
-        text_config={**text, **heads, "rope_parameters": rope, "tie_word_embeddings": True},
-        vision_config=vision,
-        tie_word_embeddings=True,
-    )
-
-
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "2B": partial(find_model_config, "Qwen/Qwen2-VL-2B-Instruct"),
     "7B": partial(find_model_config, "Qwen/Qwen2-VL-7B-Instruct"),
-    "2.5-3B": _qwen2_5_vl_3b,
+    "2.5-3B": partial(find_model_config, "Qwen/Qwen2.5-VL-3B-Instruct"),
+    "3-2B": partial(find_model_config, "Qwen/Qwen3-VL-2B-Instruct"),
+    "3-4B": partial(find_model_config, "Qwen/Qwen3-VL-4B-Instruct"),
+    "3-8B": partial(find_model_config, "Qwen/Qwen3-VL-8B-Instruct"),
     "tiny": partial(find_model_config, "tiny"),
 }
-"""Configurations of models: Qwen2-VL's two sizes, Qwen2.5-VL's 3B, and the built-in tiny one."""
+"""Configurations of models: Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's, and the built-in tiny one."""
 
 TRAINING = {
     "all weights": ModelConfig(),

@@ -40,6 +40,8 @@ MOST = {
     Setting("2B", "all weights", TEXT): 39,
     Setting("2B", "all weights", VISION): 35,
     Setting("2.5-3B", "all weights", VISION): 36,
+    Setting("3-4B", "all weights", TEXT): 38,  # sums for two norms of heads, none for biases
+    Setting("3-2B", "all weights", VISION): 35,
     Setting("2B", "LoRA", TEXT): 69,
     Setting("2B", "LoRA on 4 bits", TEXT): 77,  # LoRA, and 8 of dequantisation
 }
@@ -52,7 +54,8 @@ def test_launches_of_our_layers(setting):
     assert ours.launches <= MOST[setting]
     assert ours.alone == 0, "no kernel does only element-wise work on all tokens"
     theirs = totals(setting, RECOMPUTED)
-    assert ours.nbytes < 0.3 * theirs.nbytes
+    share = 0.31 if setting.model == "3-2B" else 0.3  # its GELU is one kernel of PyTorch's, too
+    assert ours.nbytes < share * theirs.nbytes
     assert ours.flop <= theirs.flop, "what no gradient needs is not computed again"
 
 

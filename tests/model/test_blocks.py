@@ -7,15 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mr1_fast.kernels.layers.strides import require_adjacent
-from mr1_fast.model import block_parts, blocks
+from mr1_fast.model import block_parts, blocks, forward
 from mr1_fast.model.attention import use_packed_attention
-from mr1_fast.model.families import base_model, text_model
+from mr1_fast.model.families import base_model, text_model, vision_tower
 from mr1_fast.model.forward import packed_hidden, text_angles, text_layer, vision_layer
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.recompute import run_layers
 from mr1_fast.model.reference import Reference
 from mr1_fast.model.save import save_pretrained
-from mr1_fast.model.vision import begin_patches
+from mr1_fast.model.vision import BlockCall, begin_patches
 from mr1_fast.packing import pack
 
 from ..data.models import assert_same_gradients, gradients, mixed_examples, tiny_policy
@@ -183,7 +183,95 @@ def test_cast_adapters_live_as_long_as_their_layer_needs_them(recompute, monkeyp
     assert cast() == 0
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+# --- families with norms of heads, and GELU by a tanh ---------------------------------------------
+
+HEAD_NORMS = ("q_norm.weight", "k_norm.weight")
+
+
+def one_layer(policy: Policy, kind: str, fused: bool = True, again: bool = False):
+    """Return the output of a layer on drawn hidden states, and the gradients by name."""
+    model, generator = policy.model, torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+
+    if kind == "text":
+        text = text_model(model)
+        batch = pack([policy.encode(mixed_examples()[0])], completions(0)[:2], [0, 1])
+        tokens, module = len(batch.input_ids), text.layers[0]
+        angles = text_angles(text, random(tokens, 1), batch.position_ids)
+        layer = text_layer(module, angles, batch.segments, fused)
+    else:
+        module = vision_tower(model).blocks[0]
+        tokens, width = 24, module.attn.head_dim
+        angles = tuple(random(tokens, width).float() for _ in range(2))
+        bounds = torch.tensor([0, 8, 24], dtype=torch.int32)
+        told = dict(cu_seqlens=bounds, max_seqlen=16, position_embeddings=angles)
+        layer = vision_layer(BlockCall(module, told), fused)
+    norm = module.input_layernorm if kind == "text" else module.norm1
+    x = random(tokens, len(norm.weight)).requires_grad_()
+    carry = run_layers([layer], (x, None), 1 if again else 0)
+    hidden = sum(each for each in carry if each is not None)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    incoming = random(*hidden.shape)
+    found = torch.autograd.grad(hidden, [x, *trained.values()], incoming)
+    return hidden.detach(), dict(zip(["x", *trained], found, strict=True))
+
+
+@pytest.mark.parametrize("kind, lora", [("text", False), ("text", True), ("vision", False)])
+def test_a_layer_of_qwen3_equals_its_module(kind, lora, monkeypatch):
+    """Output and every gradient, computed again or not."""
+    policy = (adapted_policy if lora else tiny_policy)(torch.float64, family="qwen3_vl")
+    theirs = one_layer(policy, kind, fused=False)
+    monkeypatch.setattr(forward, "_run_module", None)
+    for again in (False, True):
+        ours = one_layer(policy, kind, again=again)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-7, atol=1e-7)
+        # Norms of transformers round to fp32, also in the backward pass
+        assert_same_gradients(ours[1], theirs[1], 1e-6)
+        norms = [name for name in ours[1] if name.endswith(HEAD_NORMS)]
+        assert len(norms) == (2 if kind == "text" and not lora else 0)
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_qwen3_is_no_less_exact_than_its_module(dtype, kind):
+    policy = tiny_policy(dtype, "qwen3_vl")
+    ours, eager = (one_layer(policy, kind, fused=fused) for fused in (True, False))
+    policy.model.double()
+    exact = one_layer(policy, kind, fused=False)
+    for name, right in {"hidden": exact[0], **exact[1]}.items():
+        error, allowed = (
+            ({"hidden": found[0], **found[1]}[name].double() - right).norm()
+            for found in (ours, eager)
+        )
+        assert error <= 2 * allowed + 1e-7 * right.norm(), name
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+def test_the_norms_of_heads_count(family, no_module_runs):
+    policy = tiny_policy(family=family)
+    right, _ = one_layer(policy, "text")
+    for part in ("q", "k"):
+        attention = text_model(policy.model).layers[0].self_attn
+        with torch.no_grad():
+            getattr(attention, f"{part}_norm").weight[::2] *= 1.5
+        changed, _ = one_layer(policy, "text")
+        assert (changed - right).abs().max() > 1e-3
+        right = changed
+
+
+def test_heads_of_an_unknown_kind_are_left_to_the_module():
+    layer = text_model(tiny_policy(family="qwen3").model).layers[0]
+    assert block_parts.text_block(layer) is not None
+    layer.self_attn.k_norm.variance_epsilon = 1e-3
+    assert block_parts.text_block(layer) is None
+    layer.self_attn.k_norm.variance_epsilon = layer.self_attn.q_norm.variance_epsilon
+    layer.self_attn.q_norm.double()
+    assert block_parts.text_block(layer) is None
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_kernels_get_gradients_with_adjacent_columns(family, monkeypatch):
     """A sum's gradient is one number, expanded: no kernel on a GPU takes that."""
     policy = tiny_policy(family=family)
@@ -193,7 +281,7 @@ def test_kernels_get_gradients_with_adjacent_columns(family, monkeypatch):
     tokens = text.embed_tokens(batch.input_ids)
     angles = text_angles(text, tokens, batch.position_ids)
 
-    for name in ("norm_backward", "rotary_backward"):
+    for name in ("norm_backward", "rotary_backward", "norm_rotary_backward"):
         backward = getattr(blocks.fused, name)
 
         def checked(*arguments, backward=backward):

@@ -44,10 +44,19 @@ def four_bit_policy(dtype: torch.dtype = torch.float32, **settings) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradients_are_those_of_bitsandbytes(dtype, recompute, no_module_runs):
-    policy = four_bit_policy(dtype, recompute=recompute)
+@pytest.mark.parametrize(
+    "dtype, settings",
+    [
+        (torch.float32, {"recompute": "none"}),
+        (torch.float32, {"recompute": "all"}),
+        (torch.bfloat16, {"recompute": "none"}),
+        (torch.bfloat16, {"recompute": "all"}),
+        (torch.float32, {"recompute": "all", "family": "qwen3_vl"}),
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_those_of_bitsandbytes(dtype, settings, no_module_runs):
+    policy = four_bit_policy(dtype, **settings)
     logp = packed_logprobs(policy)
     ours = gradients(policy, weighted(logp))
     policy.layers.fused = False

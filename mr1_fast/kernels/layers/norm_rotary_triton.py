@@ -13,6 +13,7 @@ Every channel is read once and written once; backward, the product is read besid
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from ..launch import MOST_PROGRAMS, launch
 from .rotary_triton import load_halves, rotate, store_halves
@@ -20,8 +21,11 @@ from .strides import require_adjacent
 
 HALF_CHANNELS = 1024
 """Channels of one half that a program holds, over its heads: 16 heads of 128 channels."""
-WARPS = 4
-"""Warps of a program: a thread has 8 channels of each half, so that accesses have 128 bits."""
+THREADS = 128
+"""Threads of a program: each has 8 channels of each half, so that accesses have 128 bits."""
+REGISTERS = 128
+"""The most registers of a thread in the backward. On NVIDIA four programs then fill the registers
+of a multiprocessor; left alone, the compiler takes 80 and spills some."""
 STAGES = 2
 """Heads in flight in a program of the backward: those that are worked on, and the next."""
 
@@ -185,7 +189,7 @@ def norm_rotary(
     tokens, d = cos.shape
     require_adjacent(qkv, cos, sin)
     q, k = (qkv.new_empty(tokens, count, d) for count in (heads, kv_heads))
-    options = _options(tokens, heads, d)
+    options = _options(tokens, heads, d, backward=False)
     programs = sum(triton.cdiv(tokens * count, options["ROWS"]) for count in (heads, kv_heads))
     launch(
         _norm_rotary_kernel, (programs,), qkv.device,
@@ -218,14 +222,21 @@ def norm_rotary_backward(
         *[part for x in (dq, dk, dv) for part in (x, x.stride(0), x.stride(1))],
         qkv, qkv.stride(0), q_weight, k_weight, eps, cos, cos.stride(0), sin, sin.stride(0),
         dqkv, partial if with_weights else None, tokens,
-        HEADS=heads, KV_HEADS=kv_heads, STAGES=STAGES, **_options(tokens, heads, d),
+        HEADS=heads, KV_HEADS=kv_heads, STAGES=STAGES,
+        **_options(tokens, heads, d, backward=True),
     )  # fmt: skip
     return dqkv, partial
 
 
-def _options(tokens: int, heads: int, d: int) -> dict[str, int]:
+def _options(tokens: int, heads: int, d: int, backward: bool) -> dict[str, int]:
     """Return the block of a program; raise ValueError for more heads than int32 counts."""
     if tokens * heads > MOST_PROGRAMS:
         raise ValueError(f"{tokens * heads} heads are more than a launch counts ({MOST_PROGRAMS})")
     half = triton.next_power_of_2(d // 2)
-    return dict(D=d, HALF=half, ROWS=max(1, HALF_CHANNELS // half), num_warps=WARPS)
+    options = dict(D=d, HALF=half, ROWS=max(1, HALF_CHANNELS // half))
+    if not triton.knobs.runtime.interpret:
+        target = driver.active.get_current_target()
+        options["num_warps"] = THREADS // target.warp_size
+        if backward and target.backend == "cuda":  # AMD's compiler has no such option
+            options["maxnreg"] = REGISTERS
+    return options
