@@ -69,9 +69,9 @@ def small_text_model(vocabulary: int, **settings) -> Qwen2ForCausalLM:
 def wide_policy(dtype: torch.dtype, family: str = "qwen2_vl", vocabulary: int = 2048) -> Policy:
     """Make a policy of two layers with the widths of a family's smallest published model.
 
-    Its vocabulary is small. A vision tower has three blocks; those of Qwen3-VL give deepstack
-    features at the first and the last of them, and the middle one of Qwen2.5-VL sees all of an
-    image.
+    Its vocabulary is small. Only the second vision block of Qwen2.5-VL sees all of an image. The
+    first one of Qwen3-VL gives a deepstack feature; that of a second would have no gradient, as
+    no layer follows to mix it into the rows with loss.
     """
     processor = family_processor(FAMILIES[family])
     with no_init_weights():
@@ -84,9 +84,10 @@ def wide_policy(dtype: torch.dtype, family: str = "qwen2_vl", vocabulary: int = 
         for name, parameter in model.named_parameters():
             is_scale = parameter.ndim == 1 and name.endswith("weight")
             scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            repeats = parameter.numel() // len(pool) + 1
-            parameter.copy_(pool.repeat(repeats)[: parameter.numel()].view_as(parameter))
-            parameter.mul_(scale).add_(1.0 if is_scale else 0.0)
+            for part in parameter.view(-1).split(len(pool)):
+                torch.mul(pool[: len(part)], scale, out=part)
+            if is_scale:
+                parameter.add_(1.0)
     return make_policy(model, processor, ModelConfig(device="cpu", recompute="none"))
 
 
@@ -101,8 +102,8 @@ def _wide_config(processor, family: str, vocabulary: int) -> PretrainedConfig:
     if FAMILIES[family].vision:
         settings |= {name: value for name, value in tiny.items() if name.endswith("_token_id")}
         vision = settings["vision_config"]
-        vision["depth"] = 3
-        cut = {"deepstack_visual_indexes": [0, 2], "fullatt_block_indexes": [1]}
+        vision["depth"] = 2
+        cut = {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1]}
         vision.update((name, value) for name, value in cut.items() if name in vision)
     return FAMILIES[family].config(settings)
 
@@ -225,7 +226,8 @@ def own_logprobs(
 ) -> Tensor:
     """Return log-probabilities (N,) by the model's own forward pass over padded rows.
 
-    A row holds an example, its images and one completion. The model computes its own positions.
+    A row holds an example, its images and one completion. A model that sees images computes its own
+    positions.
     Prompts are padded on the left, completions on the right.
     """
     model = base_model(policy.model)
@@ -248,6 +250,8 @@ def own_logprobs(
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if policy.processor.image_processor is None:
         del inputs["mm_token_type_ids"]
+        # Models of text alone count the padding; angles of other positions are rounded otherwise.
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     logits = model(**inputs, use_cache=False).logits[:, start - 1 : -1] if length else None
     logp = [
         torch.log_softmax(logits[i, : len(ids)] / temperature, dim=-1).gather(1, ids[:, None])[:, 0]

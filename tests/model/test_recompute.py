@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mr1_fast.model.recompute import run_layers
+from mr1_fast.model.forward import add_deepstack
+from mr1_fast.model.recompute import Carry, run_layers
 
 from ..data.models import fill_adapters, gradients, tiny_policy
 from .test_forward import packed_logprobs, weighted
@@ -55,7 +56,10 @@ def test_dropout_drops_the_same_again():
 
 
 def test_a_recomputed_layer_keeps_the_sum_of_its_inputs_alone():
-    """Bytes that are saved for the backward, of layers that multiply by weights of their own."""
+    """Bytes that are saved for the backward, of layers that multiply by weights of their own.
+
+    After two of them a feature is added to some rows.
+    """
     weights = [torch.randn(32, 32, requires_grad=True) for _ in range(3)]
 
     def layer(weight, residual, update, remember=None, again=False):
@@ -68,16 +72,20 @@ def test_a_recomputed_layer_keeps_the_sum_of_its_inputs_alone():
     saved: set[int] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.numel():
+        if tensor.is_floating_point() and tensor.numel():  # not the rows of features
             saved.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    x = torch.randn(8, 32)
+    x, feature, rows = torch.randn(8, 32), torch.randn(2, 32), torch.tensor([1, 5])
+
+    def after(index: int, carry: Carry) -> Carry:
+        return add_deepstack(carry, rows, feature) if index < 2 else carry
+
     results = []
     for recomputed in (0, 3):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            residual, update = run_layers(layers, (x, None), recomputed)
+            residual, update = run_layers(layers, (x, None), recomputed, after=after)
             kept = len(saved)
         grads = torch.autograd.grad((residual + update).square().sum(), weights)
         results.append((kept, grads))
