@@ -70,9 +70,10 @@ def test_packed_equals_the_models_own_forward(settings):
         expected_gradients = gradients(policy, weighted(expected))
     logp = packed_logprobs(policy)
     torch.testing.assert_close(logp, expected, rtol=1e-9, atol=1e-9)
-    assert_same_gradients(
-        gradients(policy, weighted(logp)), expected_gradients, 3e-7
-    )  # norms round to fp32
+    # Norms round to fp32: two in a layer, and two more where queries and keys have their own.
+    has_more = hasattr(text_model(policy.model).layers[0].self_attn, "q_norm")
+    allowed = 6e-7 if has_more else 3e-7
+    assert_same_gradients(gradients(policy, weighted(logp)), expected_gradients, allowed)
 
 
 def test_many_packs_equal_one():
