@@ -20,6 +20,9 @@ HALF_CHANNELS = 1024
 WARPS = 2
 """Warps of a program: a thread has 16 channels of each half, and 8 on AMD, so that accesses have
 128 bits."""
+UNIT = 8
+"""Channels in which strides are counted where they can: so the compiler sees that accesses may be
+wide where a head has a multiple of 8 channels but not of 16, as Qwen3-VL-8B's tower has with 72."""
 
 # --- device functions ---------------------------------------------------------------------------
 
@@ -100,9 +103,13 @@ def _rotary_kernel(
     QKV, qkv_token, BIAS, COS, cos_stride, SIN, sin_stride,
     Q, q_token, q_head, K, k_token, k_head, V, v_token, v_head, tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Rotate from QKV to Q, K and V, or their gradients back to QKV."""
+    """Rotate from QKV to Q, K and V, or their gradients back to QKV; strides are in UNITs."""
+    qkv_token, cos_stride, sin_stride = qkv_token * UNIT, cos_stride * UNIT, sin_stride * UNIT
+    q_token, q_head = q_token * UNIT, q_head * UNIT
+    k_token, k_head = k_token * UNIT, k_head * UNIT
+    v_token, v_head = v_token * UNIT, v_head * UNIT
     program = tl.program_id(0)
     k_program = program - tl.cdiv(tokens * HEADS, ROWS)
     v_program = k_program - tl.cdiv(tokens * KV_HEADS, ROWS)
@@ -169,10 +176,14 @@ def _launch(
     half = triton.next_power_of_2(d // 2)
     rows = max(1, HALF_CHANNELS // half)
     programs = triton.cdiv(tokens * heads, rows) + 2 * triton.cdiv(tokens * kv_heads, rows)
+    strides = [x.stride(0) for x in (qkv, cos, sin)]
+    strides += [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    unit = UNIT if all(stride % UNIT == 0 for stride in strides) else 1
+    on_qkv, on_cos, on_sin, *on_heads = (stride // unit for stride in strides)
     launch(
         _rotary_kernel, (programs,), qkv.device,
-        qkv, qkv.stride(0), bias, cos, cos.stride(0), sin, sin.stride(0),
-        *[part for x in (q, k, v) for part in (x, x.stride(0), x.stride(1))], tokens,
-        HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=half, ROWS=rows, BACKWARD=backward,
+        qkv, on_qkv, bias, cos, on_cos, sin, on_sin,
+        q, *on_heads[:2], k, *on_heads[2:4], v, *on_heads[4:], tokens,
+        HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=half, ROWS=rows, BACKWARD=backward, UNIT=unit,
         num_warps=WARPS,
     )  # fmt: skip
