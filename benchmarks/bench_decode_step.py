@@ -1,11 +1,13 @@
 """The operations of one decode step, beside the same in PyTorch and beside the memory's bandwidth.
 
-    python benchmarks/bench_decode_step.py [--models 2B 7B] [--rows 8 64 128] [--layers 8]
+    python benchmarks/bench_decode_step.py [--models 2B 7B Qwen3-VL-2B] [--rows 8 64 128]
+    [--layers 8]
 
-Widths are those of Qwen2-VL, in bf16; R is the number of rows. The linear layers are plain, or have
-adapters of rank 16, or weights in nf4 with double quantisation, or both. Beside ours are PyTorch's
-products, adapters as peft computes them (three more products for each layer), and weights that are
-dequantised first, by us or by bitsandbytes. Merged adapters are plain layers.
+Widths are those of Qwen2-VL 2B and 7B and of Qwen3-VL 2B, in bf16; R is the number of rows. The
+linear layers are plain, or have adapters of rank 16, or weights in nf4 with double quantisation, or
+both. Beside ours are PyTorch's products, adapters as peft computes them (three more products for
+each layer), and weights that are dequantised first, by us or by bitsandbytes. Merged adapters are
+plain layers.
 
 Each operation is a CUDA graph of 20 launches, which rotate over sets of weights, keys and logits:
 as many sets, up to 20, as together exceed L2. A row shares 600 tokens with seven others and has 256
@@ -37,7 +39,7 @@ from mr1_fast.kernels.overlap import decode_overlap, possible_overlaps
 LAUNCHES = 20
 REPLAYS = 7
 LIMIT_BYTES = 2**30
-LAYER_KINDS = {"2B": ("", "_lora"), "7B": ("", "_four_bit_lora")}
+LAYER_KINDS = {"2B": ("", "_lora"), "7B": ("", "_four_bit_lora"), "Qwen3-VL-2B": ("", "_lora")}
 """Kinds of which whole layers are measured."""
 ROWS_OF_LAYERS = 64
 WHOLE = "whole step"

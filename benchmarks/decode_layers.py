@@ -5,11 +5,10 @@ from functools import partial
 
 import torch
 from decode_cases import GROUP, OWN, PREFIX
-from random_models import model_config, random_model
+from random_models import model_config, processor_of, random_model
 from torch import Tensor, nn
 
 from mr1_fast.model.families import text_model
-from mr1_fast.model.tiny import tiny_processor
 from mr1_fast.rollout.cache import Layout, Pool
 from mr1_fast.rollout.decoder import Decoder, decoder_layers
 from mr1_fast.rollout.sampling import Sampling
@@ -20,9 +19,9 @@ def random_layers(
 ) -> Callable[[], Tensor]:
     """A function that computes the final hidden states (R, D) of a step through so many layers.
 
-    size: tiny, 2B or 7B; kind: as in decode_cases.py.
+    size: as `model_config` takes it; kind: as in decode_cases.py.
     """
-    config = model_config(size, tiny_processor(), layers)
+    config = model_config(size, processor_of(size), layers)
     kinds = dict(lora="_lora" in kind, four_bit="_four_bit" in kind)
     return decoding(random_model(config, device, dtype, **kinds), rows)
 

@@ -10,8 +10,8 @@ from mr1_fast.kernels.decode import linear_tiles, linear_triton
 from mr1_fast.kernels.decode.layer import Adapter, Layer
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 
-MODELS = ((12, 2, 1536, 8960), (28, 4, 3584, 18_944), (16, 8, 2048, 6144))
-"""Heads, key heads, hidden size and MLP size of Qwen2-VL 2B and 7B and of Qwen3-VL 2B."""
+MODELS = ((12, 2, 1536, 8960), (28, 4, 3584, 18_944))
+"""Heads, key heads, hidden size and MLP size of Qwen2-VL 2B and 7B."""
 DEFAULTS = {"linears": (None,), "swiglu": (None,), "parts": (None,)}
 """Tiles as linear_tiles.VARIANTS has them: here those that the launchers choose."""
 

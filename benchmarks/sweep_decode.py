@@ -191,7 +191,9 @@ class Attend(DecodeKernel):
         return ATTEND_VARIANTS
 
     def sizes(self) -> list[Size]:
-        return [Size(64, 1536, 256), Size(64, 3584, 512), Size(128, 1536, 256)]
+        """Return those of Qwen2-VL 2B and 7B and of Qwen3-VL 2B."""
+        small, large, many = Size(64, 1536, 256), Size(64, 3584, 512), Size(128, 1536, 256)
+        return [small, large, many, Size(64, 2048, 1024)]
 
     def checked_sizes(self) -> list[Size]:
         return [Size(64, 1536, 256), Size(13, 3584, 512)]
