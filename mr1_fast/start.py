@@ -46,6 +46,7 @@ _TINY_START = OptimizerConfig(
 START = {
     **dict.fromkeys(BUILT_IN, _TINY_START),
     "small": replace(_TINY_START, steps=2000, learning_rate=3e-4, warmup_fraction=0.05),
+    "tiny-qwen3vl": replace(_TINY_START, prompts_per_step=16),
     "tiny-text": replace(
         _TINY_START,
         steps=1200,

@@ -15,7 +15,7 @@ from mr1_fast.start import supervised_start
 from .data.pictures import picture
 from .data.runs import records, run
 
-STEPS, SHARE = 40, 8
+STEPS, SHARE = 48, 8
 """Steps of a run, and how many of the first and of the last ones are compared."""
 
 
@@ -25,9 +25,9 @@ def test_the_reward_rises(model, tmp_path):
     run([f"--model={model}", f"--output={tmp_path}", f"--steps={STEPS}", "--eval-samples=0"])
     rewards = [record["reward"] for record in records(tmp_path / "metrics.jsonl")]
     first, last = (sum(part) / SHARE for part in (rewards[:SHARE], rewards[-SHARE:]))
-    # A step has 16 prompts, so the standard error of a part is below 0.05, even if all completions
-    # of a prompt were alike.
-    assert last > first + 0.15
+    # A part has 128 prompts, whose mean accuracy has a standard deviation of about 0.35, so that
+    # the two parts would differ by more than 0.1 by chance once in eighty times.
+    assert last > first + 0.1
 
 
 WORDS = [
