@@ -110,12 +110,16 @@ def liger(part: Part) -> Way:
 
 
 def compiled(part: Part) -> Way:
-    """torch.compile of the layer, for any number of tokens; attention is left as it is."""
+    """torch.compile of the layer, for any number of tokens; attention is left as it is.
+
+    A CPU only tries the script out: the layer is traced, but no C++ is compiled.
+    """
     if part.x.is_meta:
         raise NotImplementedError("Inductor fuses for a device that is there")
     layer = _like(part.layer)
     set_attention(layer, COMPILED_NAME)
-    run = torch.compile(layer, dynamic=True)
+    backend = "inductor" if part.x.is_cuda else "aot_eager"
+    run = torch.compile(layer, dynamic=True, backend=backend)
     return Way(lambda x: (part.call(run, x),))
 
 

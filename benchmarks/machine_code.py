@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ def captured(target: GPUTarget):
             function.device_caches.clear()
 
 
+@cache
 def examine(kernel, target: GPUTarget) -> dict:
     """What the machine code of a kernel needs.
 

@@ -112,7 +112,7 @@ def finished(run_args, tmp_path_factory):
     """Arguments and folder of a finished GRPO-D run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     argv = run_args(folder, updates_per_batch=2, save_every=2, eval_samples=14)
-    run(argv)
+    run(argv, figures=True)
     return argv, folder
 
 
@@ -142,7 +142,8 @@ def test_a_run_leaves_a_complete_folder(finished):
         "step-000002",
         "step-000003",
     }
-    assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<html" in report and report.count('<svg role="img"') >= 8
     card = (folder / "final" / "README.md").read_text(encoding="utf-8")
     assert "Trained for 3 of 3 steps." in card and str(folder.parent) not in card
 

@@ -4,17 +4,27 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.policy import Policy
 from mr1_fast.plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
+from mr1_fast.report import plots
 from mr1_fast.run import Run
 
 
-def run(argv: list[str]) -> None:
-    """Do what `python -m mr1_fast.train` does; raises UserError where that exits."""
-    train.main(parse_train_config(argv))
+def run(argv: list[str], figures: bool = False) -> None:
+    """Do what `python -m mr1_fast.train` does; raises UserError where that exits.
+
+    Without `figures` the report has its text, but no plots: on a CPU, they take longer to draw than
+    a tiny model to train.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(plots, "plot_element", lambda *_: "")
+        train.main(parse_train_config(argv))
 
 
 def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=None, **parts) -> Run:

@@ -70,6 +70,8 @@ def quick(tiny_folder, plugin, monkeypatch):
         curve_items=3,
     )
     monkeypatch.setitem(presets.SCALES, "quick", scale)
+    # Of the pages, that of the experiment has plots; those of its runs would take most of the time.
+    monkeypatch.setattr("mr1_fast.report.plots.plot_element", lambda *_: "")
 
     def run_quick(output: Path, *flags: str) -> Path:
         main(["--preset", "quick", "--output", str(output), "--test-items", "5", *flags])

@@ -5,7 +5,9 @@ environment; tests/test_triton.py starts them so. Without it and without a GPU, 
 collected.
 """
 
+import math
 import os
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +47,35 @@ if INTERPRETED:
     # which is half of a test's time. Here they are put in once.
     ti._patch_lang(SimpleNamespace(__globals__={"language": tl, "core": tl.core}))
     ti._patch_lang = lambda function: ti._LangPatchScope()
+
+    # Most of the time that is left goes into descriptions of values, which every operation makes
+    # anew and none changes: numpy's dtypes, sizes of tensors and types of blocks. They are kept.
+    numpy_dtype = cache(ti._get_np_dtype)
+    ti._get_np_dtype = lambda dtype: numpy_dtype(tl.uint64 if is_pointer(dtype) else dtype.scalar)
+
+    def is_pointer(dtype: tl.dtype) -> bool:
+        return isinstance(dtype.scalar, tl.pointer_type)
+
+    @cache
+    def sizes(shape: tuple[int, ...]) -> tuple[tl.core.tuple, tl.constexpr]:
+        return tl.core.tuple(map(tl.constexpr, shape)), tl.constexpr(math.prod(shape))
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = sizes((*type.shape,) if type.is_block() else ())
+
+    @cache
+    def block(element: tl.dtype, shape: tuple[int, ...]) -> tl.block_type:
+        return tl.block_type(element, list(shape))
+
+    def with_element_ty(self, element):
+        if is_pointer(element):  # which has no hash
+            return tl.block_type(element, self.shape)
+        return block(element, (*self.shape,))
+
+    tl.tensor.__init__ = init_tensor
+    tl.block_type.with_element_ty = with_element_ty
+    tl.block_type.to_ir = lambda self, builder: self  # the interpreter has no other types
 
 
 def pytest_collection_modifyitems(items):

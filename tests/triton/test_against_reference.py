@@ -54,8 +54,11 @@ def test_these_tests_run_the_triton_kernels(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("v", [37, 4099])
+@pytest.mark.parametrize(
+    ("v", "surrogate"),
+    # A token's loss does not depend on how many blocks its row has: one surrogate for long rows.
+    [*((37, surrogate) for surrogate in SURROGATES), (4099, "clip")],
+)
 def test_loss_and_gradient(device, v, surrogate, options, dtype):
     optional, settings = OPTIONS[options]
     data = loss_rows(12, v, dtype, device)
