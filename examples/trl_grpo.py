@@ -1,10 +1,10 @@
 """TRL's GRPOTrainer on a VLM, as it is and with the loss of mr1_fast: same losses, faster updates.
 
-    python examples/trl_grpo.py          # needs: pip install 'trl>=1.16'
+    python examples/trl_grpo.py [tiny-qwen3vl]          # needs: pip install 'trl>=1.16'
 
-All that changes is the class, and a callback for β(s). The model is the built-in tiny Qwen2-VL with
-random weights and a vocabulary of 32,000, so that the LM head costs its usual share. The reward is
-the mean of the token ids modulo 7.
+All that changes is the class, and a callback for β(s). The model is the built-in tiny Qwen2-VL, or
+another built-in model with images, with random weights and a vocabulary of 32,000, so that the LM
+head costs its usual share. The reward is the mean of the token ids modulo 7.
 """
 
 import sys
@@ -13,7 +13,7 @@ import time
 
 import torch
 from datasets import Dataset
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -28,6 +28,7 @@ except ImportError as error:
     sys.exit(f"this example needs TRL: pip install 'trl>=1.16' ({error})")
 
 STEPS = 6
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "tiny"
 
 
 class Timed:
@@ -45,11 +46,11 @@ class Timed:
 
 def train(trainer_class: type, folder: str) -> tuple[list[tuple[float, float]], float]:
     """Train; return loss and gradient norm of each step, and the seconds of the fastest update."""
-    processor = tiny_processor()
-    config = tiny_config(processor)
+    processor = tiny_processor(MODEL)
+    config = tiny_config(processor, MODEL)
     config.text_config.vocab_size = 32_000
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = AutoModelForImageTextToText.from_config(config)
     examples = [TASKS["counting"].draw("train", 0, index, 1) for index in range(STEPS)]
     prompts = [[{"role": "user", "content": format_problem(example)}] for example in examples]
     images = [list(example.images) for example in examples]
