@@ -134,7 +134,7 @@ def measure(
         always += held(own)
 
     processor = SimpleNamespace(
-        tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: [])
+        tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: [""] * len(ids))
     )
     sampling = Sampling(max(lengths), top_p=config.top_p)
 
