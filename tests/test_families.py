@@ -16,7 +16,7 @@ from mr1_fast.evaluate.command import evaluate_model
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 from mr1_fast.model.families import FAMILIES, auto_class, banned_tokens
 from mr1_fast.model.processor import load_processor
-from mr1_fast.model.tiny import family_processor
+from mr1_fast.model.tiny import BUILT_IN_MODELS, family_processor
 from mr1_fast.tasks.data import load_examples
 
 from .data.models import family_model, plain_inputs
@@ -175,7 +175,10 @@ def test_each_cell_of_the_documentation_has_its_test():
         assert ids, f"{letter}: no such test"
         # Qwen2-VL is what is tested where no family is named.
         if family != "qwen2_vl" and "(" not in letter:
-            names = family, FAMILIES[family].title
+            built_in = [
+                name for name, m in BUILT_IN_MODELS.items() if m.family.model_type == family
+            ]
+            names = family, FAMILIES[family].title, *built_in
             named = any(re.search(rf"\b{re.escape(n)}\b(?!-VL)", i) for n in names for i in ids)
             assert named, f"{feature}: {tests[letter]} does not run with {family}"
 
