@@ -29,7 +29,7 @@ from measure import (
 
 from mr1_fast.kernels import native
 from mr1_fast.kernels.decode.attention_native import attend
-from mr1_fast.kernels.decode.norms import HeadNorms
+from mr1_fast.kernels.layers.head_norms import HeadNorms
 
 POOL_BYTES = 2**26
 LIMIT_BYTES = 2**28

@@ -25,7 +25,6 @@ from triton.backends.compiler import GPUTarget
 from mr1_fast.kernels.adamw import step_triton
 from mr1_fast.kernels.adamw.state import Scalars, State
 from mr1_fast.kernels.decode import attention_triton, operations_triton
-from mr1_fast.kernels.decode.norms import HeadNorms
 from mr1_fast.kernels.four_bit import dequantise_triton
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
 from mr1_fast.kernels.grpo import logprobs_triton, rows_triton
@@ -36,6 +35,7 @@ from mr1_fast.kernels.layers import (
     norm_triton,
     rotary_triton,
 )
+from mr1_fast.kernels.layers.head_norms import HeadNorms
 
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 120)]
 TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from mr1_fast.kernels.decode.layer import Adapter, Layer
 from mr1_fast.kernels.decode.linear import linear_parts, linears, swiglu
 from mr1_fast.kernels.decode.linear_tiles import default_tile
-from mr1_fast.kernels.decode.norms import HeadNorms
 from mr1_fast.kernels.decode.operations import add_rms_norm, attend, sample
 from mr1_fast.kernels.four_bit.operations import dequantise
 from mr1_fast.kernels.four_bit.weight import FourBitWeight
+from mr1_fast.kernels.layers.head_norms import HeadNorms
 from mr1_fast.kernels.layers.operations import silu_mul
 
 KINDS = ("", "_lora", "_four_bit", "_four_bit_lora")

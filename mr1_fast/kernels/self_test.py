@@ -16,7 +16,6 @@ from .decode import linear as decode_linear
 from .decode import operations as decode
 from .decode import reference as decode_reference
 from .decode.layer import Adapter, Layer
-from .decode.norms import HeadNorms
 from .decode.reference import linear_ref
 from .four_bit.weight import FourBitWeight
 from .grpo.linear import linear_grpo_loss_with_gradient
@@ -25,6 +24,7 @@ from .grpo.reference import grpo_loss_ref
 from .grpo.rows import row_grpo, row_logprobs, row_logprobs_backward, scale_
 from .layers import operations as layers
 from .layers import reference as layers_reference
+from .layers.head_norms import HeadNorms
 
 
 def self_test(device: torch.device, four_bits: bool = False) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, QuickGELUActivation
 
+from ..kernels.layers.head_norms import HeadNorms
 from .adapters import Adapters
 from .linears import Linears
 
@@ -33,25 +34,12 @@ class Norm:
         return cls(module.weight, None, module.variance_epsilon)
 
 
-@dataclass
-class HeadNorms:
-    """The RMSNorms of each head of queries and of keys."""
-
-    q_weight: Tensor
-    """(d,)."""
-    k_weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, attention: nn.Module) -> HeadNorms:
-        """Read those of a text layer's attention."""
-        q, k = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
-        return cls(q.weight, k.weight, q.eps)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The weights of queries and of keys."""
-        return self.q_weight, self.k_weight
+def head_norms(attention: nn.Module) -> HeadNorms | None:
+    """Read the norms of queries' and keys' heads in a text layer's attention, if it has them."""
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
+    return HeadNorms(q.weight, k.weight, q.eps)
 
 
 Activation = Literal["silu_mul", "quick", "tanh"]
@@ -167,7 +155,7 @@ def _block(
         qkv=qkv_linears,
         heads=heads,
         kv_heads=kv_heads,
-        head_norms=HeadNorms.of(attention) if hasattr(attention, "q_norm") else None,
+        head_norms=head_norms(attention),
         out=out_linears,
         norm2=norm2,
         up=up_linears,

@@ -24,9 +24,10 @@ from torch.autograd import Function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.layers import operators as fused
+from ..kernels.layers.head_norms import HeadNorms
 from ..kernels.layers.strides import adjacent
 from .adapters import cast_adapters, forget_casts
-from .block_parts import Block, HeadNorms, Norm
+from .block_parts import Block, Norm
 from .linears import NOTHING, Kept
 
 
@@ -205,7 +206,7 @@ def _rotary_gradient(
     dqkv, partial = fused.norm_rotary_backward(
         *gradients, qkv, *norms.weights, norms.eps, cos, sin, any(needed)
     )
-    return dqkv, fused.head_norm_gradients(partial, norms.q_weight, needed)
+    return dqkv, fused.head_norm_gradients(partial, norms.q, needed)
 
 
 def _activated(block: Block, up: Tensor) -> Tensor:

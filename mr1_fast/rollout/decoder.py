@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels.decode.norms import HeadNorms
 from ..kernels.decode.operations import add_rms_norm, attend, attention_backend
-from ..model.blocks import Norm
+from ..kernels.layers.head_norms import HeadNorms
+from ..model.block_parts import Norm, head_norms
 from ..model.families import banned_tokens, base_model, text_model, text_positions
 from .cache import Pool
 from .projection import Projection, projection
@@ -51,7 +51,7 @@ class DecoderLayer:
         return cls(
             norm1=Norm.of(layer.input_layernorm),
             qkv=projection(like, attention.q_proj, attention.k_proj, attention.v_proj),
-            head_norms=_head_norms(attention),
+            head_norms=head_norms(attention),
             scaling=attention.scaling,
             out=projection(like, attention.o_proj),
             norm2=Norm.of(layer.post_attention_layernorm),
@@ -63,14 +63,6 @@ class DecoderLayer:
     def projections(self) -> dict[str, Projection]:
         """The linear layers, by the names of their modules."""
         return {"q, k, v": self.qkv, "o": self.out, "gate, up": self.gate_up, "down": self.down}
-
-
-def _head_norms(attention: nn.Module) -> HeadNorms | None:
-    """Read the norms of an attention module's queries and keys; None if it has none."""
-    if not hasattr(attention, "q_norm"):
-        return None
-    q, k = Norm.of(attention.q_norm), Norm.of(attention.k_norm)
-    return HeadNorms(q.weight, k.weight, q.eps)
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:

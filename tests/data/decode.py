@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mr1_fast.kernels.decode.norms import HeadNorms
+from mr1_fast.kernels.layers.head_norms import HeadNorms
 
 
 def head_norms(d: int, dtype: torch.dtype = torch.float32) -> HeadNorms:

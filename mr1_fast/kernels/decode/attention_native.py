@@ -9,8 +9,8 @@ import struct
 import torch
 from torch import Tensor
 
+from ..layers.head_norms import HeadNorms
 from ..native import DTYPES, status
-from .norms import HeadNorms
 
 MAX_HEAD_SIZE = 256
 """Most channels of a head: DECODE_MAX_D of csrc/decode.h."""

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..layers.head_norms import HeadNorms
 from ..overlap import Overlap, decode_overlap, overlap_options
 from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
 from ..tuned import tuned
@@ -37,7 +38,6 @@ from .attention_spans_triton import (
     own_parts,
     prefix_parts,
 )
-from .norms import HeadNorms
 
 
 class AttendSetting(NamedTuple):

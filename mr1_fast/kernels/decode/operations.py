@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from ..dispatch import use_triton
+from ..layers.head_norms import HeadNorms
 from ..layers.operations import add_norm, norm
 from ..overlap import decode_overlap
 from . import attention_native, sample_native
-from .norms import HeadNorms
 from .reference import attend_ref, sample_ref
 
 

@@ -6,9 +6,9 @@ from torch.nn.functional import linear, pad
 from ..dispatch import statistics_dtype
 from ..four_bit.reference import dequantise_ref
 from ..four_bit.weight import FourBitWeight
+from ..layers.head_norms import HeadNorms
 from ..layers.reference import norm_ref, rotate
 from .layer import Layer
-from .norms import HeadNorms
 
 WHOLE_ROW = 4096
 """Largest vocabulary for which the probabilities of a row are summed up in one go."""

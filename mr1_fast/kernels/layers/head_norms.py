@@ -1,4 +1,4 @@
-"""The norms of queries and keys, as the decode kernels read them."""
+"""The norms of queries and keys, as the kernels read them."""
 
 from typing import NamedTuple
 
@@ -17,6 +17,11 @@ class HeadNorms(NamedTuple):
     k: Tensor
     """(d,) the weight of keys."""
     eps: float
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of queries and of keys."""
+        return self.q, self.k
 
     def require_fitting(self, d: int) -> None:
         """Raise ValueError unless the weights are dense, and those of heads of d channels."""
