@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..segments import Segments
-from .families import text_model, vision_tower
+from .description import check_layers
+from .families import base_model, text_model, vision_tower
 
 TEXT_NAME = "mr1_packed"
 """The name of `packed_attention` in transformers, for the language model."""
@@ -194,7 +195,12 @@ def _full_attention(
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Make a model use `packed_attention` in its language model and in its vision tower."""
+    """Make a model use `packed_attention` in its language model and in its vision tower.
+
+    Raises UserError for a model that attends in another way, or is of no family that is known here.
+    """
+    config = base_model(model).config
+    check_layers(config.name_or_path or "given here", config)
     # set_attn_implementation would take "flash" in a name for a wish for the package flash-attn.
     text_model(model).config._attn_implementation = TEXT_NAME
     if tower := vision_tower(model):

@@ -15,6 +15,7 @@ from .processor import Processor
 
 _MARK = f"\ue000{uuid4().hex}"
 """What the marks begin with; it differs from process to process and is never seen by a model."""
+_TAG = re.compile(r"</?\w+>")
 _ROLE = re.compile(r"^(\s*\w+(:|\n|$))?\s*")
 """The name of who speaks, which is no part of what is said: `assistant` and a line break."""
 
@@ -62,13 +63,20 @@ class PromptText:
         """What the template writes of every answer itself, such as `<think>` and a line break.
 
         It follows the last control token of a prompt and the name of the role; "" where the
-        template writes no control token before an answer.
+        template writes no control token before an answer. Here, other tokens that were added to the
+        tokenizer are control tokens, too, unless they are tags: some models have such for roles.
         """
         question = f"{_MARK}-question\ue001"
         content = [{"type": "text", "text": question}]
         written = self.written([{"role": "user", "content": content}])
-        _, *tokens_and_texts = self.control.split(written.rpartition(question)[2])
-        return _ROLE.sub("", tokens_and_texts[-1]) if tokens_and_texts else ""
+        rest = written.rpartition(question)[2]
+        added = map(str, self.processor.tokenizer.added_tokens_decoder.values())
+        ends = [
+            rest.rindex(token) + len(token)
+            for token in {*self.marks, *added}
+            if token in rest and not _TAG.fullmatch(token)
+        ]
+        return _ROLE.sub("", rest[max(ends) :]) if ends else ""
 
     def shown(self, written: str) -> str:
         """Return a written prompt with the characters for which its marks stand."""

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from huggingface_hub import constants
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
+from mr1_fast.model.attention import use_packed_attention
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained, load_processor
 
@@ -33,6 +35,18 @@ REFUSED = {
         {"model_type": "qwen2_vl", "text_config": {**SMALL, **WINDOW}},
         "with sliding_attention",
     ),
+    "angles by the longest sequence": (
+        {"model_type": "qwen3", **SMALL, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rotary angles of type dynamic, .* set rope_type .* to default or linear",
+    ),
+    "another activation": (
+        {"model_type": "qwen3", **SMALL, "hidden_act": "gelu"},
+        "the activation gelu, .* choose another model",
+    ),
+    "dropout": (
+        {"model_type": "qwen2", **SMALL, "attention_dropout": 0.5},
+        "attention_dropout = 0.5, .* set it to 0",
+    ),
 }
 
 
@@ -45,6 +59,24 @@ def test_its_configuration_is_enough(settings, message, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             use(config)
         assert str(caught.value).startswith(f"model {tmp_path} ") and str(caught.value)[-1] == "."
+
+
+def test_quantised_files_are_refused(tmp_path):
+    settings = {"model_type": "qwen3", **SMALL, "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="quantised by fp8: choose the 16-bit model"):
+        find_model_config(str(tmp_path))
+
+
+def test_a_model_that_is_given_is_checked_too():
+    config = Qwen3Config(
+        **SMALL, num_key_value_heads=2, intermediate_size=64, vocab_size=32,
+        layer_types=["sliding_attention"] * 2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="layers with sliding_attention"):
+        use_packed_attention(Qwen3ForCausalLM(config))
+    with pytest.raises(UserError, match="a model is a llama, but mr1_fast trains Qwen2-VL"):
+        use_packed_attention(LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=32)))
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -27,8 +24,6 @@ __all__ = [
     "auto_class",
     "banned_tokens",
     "base_model",
-    "check_layers",
-    "check_supported",
     "deepstack_blocks",
     "deepstack_mergers",
     "family_of",
@@ -38,6 +33,7 @@ __all__ = [
     "pixels_per_token",
     "text_model",
     "text_positions",
+    "titles",
     "unquantised",
     "vision_tower",
 ]
@@ -45,54 +41,18 @@ __all__ = [
 FAMILIES = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN2, QWEN3)}
 """The families by the `model_type` of transformers."""
 
-LINEAR_ATTENTION, LINEAR_ATTENTION_TYPES = "linear_num_value_heads", ("qwen3_5", "qwen3_next")
-"""A setting that models with GatedDeltaNet layers have, and what their types begin with."""
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Settings that mixtures of experts have."""
-LONGEST_NAME = 60
-"""The most characters of a model type that a message shows."""
-
-
-def check_supported(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise UserError unless the model `name`, with these settings in its config.json, is of a
-    family here; nothing but those settings need be at hand."""
-    model_type = str(settings.get("model_type"))[:LONGEST_NAME]
-    if model_type in FAMILIES:
-        return
-    titles = [family.title for family in FAMILIES.values()]
-    known = f"{', '.join(titles[:-1])} and {titles[-1]}"
-    of_text = settings.get("text_config")
-    text = of_text if isinstance(of_text, Mapping) else settings
-    if text.get(LINEAR_ATTENTION) or model_type.startswith(LINEAR_ATTENTION_TYPES):
-        raise UserError(
-            f"model {name} is a {model_type}, with GatedDeltaNet layers, whose state runs through "
-            "all tokens before, so that prompts cannot be shared in a pack as attention shares "
-            f"them: mr1_fast does not train it yet, but {known}."
-        )
-    if any(text.get(key) for key in EXPERTS) or model_type.endswith("_moe"):
-        raise UserError(
-            f"model {name} is a {model_type}, a mixture of experts, but mr1_fast trains dense "
-            f"models alone: choose one of {known}."
-        )
-    raise UserError(
-        f"model {name} is a {model_type}, but mr1_fast trains {known}: choose one of these."
-    )
-
-
-def check_layers(name: str, config: PretrainedConfig) -> None:
-    """Raise UserError where a layer of a family's model does not attend to all tokens before."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        raise UserError(
-            f"model {name} has layers with {min(kinds - {'full_attention'})}, but mr1_fast attends "
-            "to all tokens before: set use_sliding_window to false in its config.json and remove "
-            "layer_types, or choose a model without a window."
-        )
-
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Return the family of a model's configuration."""
+    """Return the family of a model's configuration; UserError if it is not one of these."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"a model is a {config.model_type}, but mr1_fast trains {titles()}.")
     return FAMILIES[config.model_type]
+
+
+def titles() -> str:
+    """Return the names of the families, as they are written in a sentence."""
+    *others, last = [family.title for family in FAMILIES.values()]
+    return f"{', '.join(others)} and {last}"
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -114,7 +74,8 @@ def text_model(model: nn.Module) -> nn.Module:
 def vision_tower(model: nn.Module) -> nn.Module | None:
     """Return the vision tower of a model: `patch_embed`, `blocks`, `merger`; None without one."""
     base = base_model(model)
-    return base.model.visual if family_of(base.config).vision else None
+    family = family_of(base.config)
+    return base.get_submodule(family.vision.place) if family.vision else None
 
 
 def deepstack_mergers(tower: nn.Module) -> list[nn.Module]:
@@ -155,7 +116,8 @@ def unquantised(config: PretrainedConfig) -> list[str]:
 
     They are the head and the vision tower, which is small, and whose errors reach every token.
     """
-    return ["lm_head", *(["model.visual"] if family_of(config).vision else [])]
+    tower = family_of(config).vision
+    return ["lm_head", *([tower.place] if tower else [])]
 
 
 def text_positions(text: nn.Module, positions: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class VisionTower:
     """Pixels along each side of a patch, in published and in built-in models."""
     merge_size: int = 2
     """Patches along each side of an image token."""
+    place: str = "model.visual"
+    """Where a model has it."""
     width: str = "hidden_size"
     """The setting that is the hidden size of the blocks."""
     out_width: str = "out_hidden_size"
