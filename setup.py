@@ -8,6 +8,7 @@ compiler or without nvcc it is left out, and mr1_fast falls back to PyTorch and 
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -80,7 +81,7 @@ def compile_cpu(output: str, objects: Path) -> None:
         compiled = dict(zip(sets, pool.map(compile_set, sets, sets.values()), strict=True))
     known = [f"-DMR1_HAS_{name}" for name, targets in compiled.items() if targets]
     libraries = ["-shared", "-pthread", *chain(*compiled.values()), "-o", output]
-    run(*compile_one, *known, *CPU_CALLS, *libraries)
+    run(*compile_one, *known, sources(), *CPU_CALLS, *libraries)
 
 
 def compile_cuda(output: str, objects: Path) -> str:
@@ -103,8 +104,18 @@ def compile_cuda(output: str, objects: Path) -> str:
         "-cudart=static",
         "-Xcompiler=-fPIC,-fvisibility=hidden",
         "-t0",
+        sources(),
     ]
     return run(nvcc, *flags, "-Xptxas=-v", *targets, "csrc/fused_grpo_cuda.cu", "-o", output)
+
+
+def sources() -> str:
+    """Return the definition of csrc/'s number, by which native.py knows a library of other sources.
+
+    Nothing of mr1_fast can be imported here, as torch is not installed while pip builds.
+    """
+    digest = runpy.run_path("mr1_fast/kernels/csrc_digest.py")["csrc_digest"]
+    return f"-DMR1_SOURCES={digest(Path('csrc'))}ULL"
 
 
 def run(*command: str) -> str:

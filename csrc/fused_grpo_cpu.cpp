@@ -8,6 +8,7 @@
 #include "cpu_calls.h"
 #include "decode_blocks.h"
 #include "grpo_token.h"
+#include "sources.h"
 
 // setup.py defines MR1_HAS_… for every instruction set that the compiler knows.
 extern const RowKernels mr1_row_kernels_avx512bf16[DTYPES], mr1_row_kernels_avx512[DTYPES],

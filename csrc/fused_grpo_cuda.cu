@@ -14,10 +14,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <stdint.h>
 
 #include "cluster_ptx.h"
 #include "fused_grpo_part.h"
+#include "sources.h"
 
 namespace {
 

@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 
 import torch
+import triton
+from triton.runtime import driver
 
 MOST_PROGRAMS = 2**31 - 1
 """Programs that the first axis of a CUDA grid can hold."""
@@ -24,3 +26,10 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options
         )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
+
+
+def most_registers(count: int) -> dict[str, int]:
+    """Return the option of a launch for the most registers of a thread; AMD's compiler has none."""
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": count}

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import torch
 
+from .csrc_digest import csrc_digest
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes that the kernels take, by their number in csrc/row_kernels.h."""
 
 LIBRARY = Path(__file__).parent.parent / "_cpu.so"
+CSRC = Path(__file__).parents[2] / "csrc"
+"""The libraries' sources in a checkout; an installed wheel has none, and its own libraries."""
 
 
 def load(library: Path, compiler: str) -> tuple[ctypes.CDLL | None, str]:
@@ -25,9 +29,21 @@ def load(library: Path, compiler: str) -> tuple[ctypes.CDLL | None, str]:
         reason = f"{compiler} was not found or failed when mr1_fast was installed"
         return None, f"not built: no {library.name}, as {reason}"
     try:
-        return ctypes.CDLL(str(library)), ""
+        loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return None, f"not loadable: {error}"
+    if CSRC.exists() and _sources_of(loaded) != csrc_digest(CSRC):
+        return None, f"not of these sources: {library.name} is out of date, run `pip install -e .`"
+    return loaded, ""
+
+
+def _sources_of(library: ctypes.CDLL) -> int | None:
+    """Return the number of the sources that a library was built from, or None if it has none."""
+    try:
+        library.mr1_sources.restype = ctypes.c_uint64
+    except AttributeError:
+        return None
+    return library.mr1_sources()
 
 
 @lru_cache

@@ -26,7 +26,13 @@ MLP_WIDTHS = [1, 3420, 8960, 18_944]
 """Widths F of an MLP: the vision tower's of Qwen2.5-VL, the 2B's and the 7B's."""
 NORMED_HEADS = [(16, 8, 128), (32, 8, 128), (4, 2, 32), (3, 1, 72), (2, 2, 64)]
 """Heads, key heads and channels of those that are normed: of Qwen3-VL's 2B and 4B, and odd ones."""
-HEADS = [(12, 2, 128, False), (28, 4, 128, False), (16, 16, 80, True), (3, 1, 16, False)]
+HEADS = [
+    (12, 2, 128, False),
+    (28, 4, 128, False),
+    (16, 16, 80, True),
+    (2, 2, 72, True),
+    (3, 1, 16, False),
+]
 """Heads, key heads, their channels, and whether the angles are fp32, as in the vision tower."""
 
 

@@ -1,5 +1,6 @@
 """Layers with adapters: equal to peft's own, computed again or not, and in how many operations."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -231,6 +232,38 @@ def test_a_layer_of_qwen3_equals_its_module(kind, lora, monkeypatch):
         assert_same_gradients(ours[1], theirs[1], 1e-6)
         norms = [name for name in ours[1] if name.endswith(HEAD_NORMS)]
         assert len(norms) == (2 if kind == "text" and not lora else 0)
+
+
+@pytest.mark.parametrize("width", [1024, 1152])
+def test_a_vision_block_of_real_width_equals_its_module(width):
+    """The towers of Qwen3-VL's 4B and 8B have 16 heads, of 64 and 72 channels."""
+    policy = tiny_policy(torch.float64, family="qwen3_vl")
+    tower = vision_tower(policy.model)
+    config = copy.deepcopy(tower.config)
+    config.hidden_size, config.num_heads, config.intermediate_size = width, 16, 80
+    tower.blocks[0] = type(tower.blocks[0])(config).double()
+    assert block_parts.vision_block(tower.blocks[0]) is not None
+    assert_equals_its_module(policy, "vision")
+
+
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_heads_need_not_have_the_hidden_states_width_together(head_dim, no_module_runs):
+    policy = tiny_policy(torch.float64, family="qwen3")
+    text = text_model(policy.model)
+    config = copy.deepcopy(text.config)
+    assert config.hidden_size != config.num_attention_heads * head_dim
+    config.head_dim = head_dim
+    text.layers[0] = type(text.layers[0])(config, 0).double()
+    text.rotary_emb = type(text.rotary_emb)(config)
+    assert_equals_its_module(policy, "text")
+
+
+def assert_equals_its_module(policy: Policy, kind: str) -> None:
+    """Compare a layer in fp64 with transformers' module: its output and every gradient."""
+    ours, theirs = (one_layer(policy, kind, fused=fused) for fused in (True, False))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-7, atol=1e-7)
+    # Norms of transformers round to fp32, also in the backward pass
+    assert_same_gradients(ours[1], theirs[1], 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])

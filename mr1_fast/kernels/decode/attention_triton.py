@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch
+from ..launch import launch, most_registers
 from ..layers.head_norms import HeadNorms
 from ..overlap import Overlap, decode_overlap, overlap_options
 from ..overlap_triton import let_next_begin, prefetch, wait_for_previous
@@ -80,6 +80,9 @@ BLOCK_ROWS = 8
 MAX_COLUMNS = 64
 """Most queries of a prefix program: four warps of tensor cores take as many, and their outputs are
 half of a thread's registers."""
+REGISTERS_OF_32 = 168
+"""The most registers of a thread in a prefix program of 32 queries. On an H100 three programs then
+fill the registers of a multiprocessor; left alone, the compiler takes 128 and spills some."""
 MAX_SPLITS = 16
 """Most programs of each kind for a row and a kv head."""
 NO_NORMS = None, None, 0.0
@@ -252,6 +255,7 @@ def attend(
     part = group, d + 4
     splits = prefix_splits + own_splits
     parts = q.new_empty(rows, kv_heads, splits, *part, dtype=torch.float32)
+    limit = most_registers(REGISTERS_OF_32) if block_rows * columns == 32 else {}
     block = setting.block_bytes // q.element_size()
     prefix_block = setting.prefix_block_bytes // q.element_size()
     launch(
@@ -263,7 +267,8 @@ def attend(
         KV_HEADS=kv_heads, GROUP=group, D=d,
         BLOCK=block, PREFIX_BLOCK=prefix_block, SPLIT=prefix_block * setting.split_blocks,
         PADDED=max(8, triton.next_power_of_2(group)), ROWS=block_rows, HEADS=columns,
-        num_stages=setting.stages, **overlap_options(overlap, upcoming, q.device, programs),
+        num_stages=setting.stages, **limit,
+        **overlap_options(overlap, upcoming, q.device, programs),
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ..launch import MOST_PROGRAMS, launch
+from ..launch import MOST_PROGRAMS, launch, most_registers
 from .rotary_triton import load_halves, rotate, store_halves
 from .strides import require_adjacent
 
@@ -235,8 +235,5 @@ def _options(tokens: int, heads: int, d: int, backward: bool) -> dict[str, int]:
     half = triton.next_power_of_2(d // 2)
     options = dict(D=d, HALF=half, ROWS=max(1, HALF_CHANNELS // half))
     if not triton.knobs.runtime.interpret:
-        target = driver.active.get_current_target()
-        options["num_warps"] = THREADS // target.warp_size
-        if backward and target.backend == "cuda":  # AMD's compiler has no such option
-            options["maxnreg"] = REGISTERS
-    return options
+        options["num_warps"] = THREADS // driver.active.get_current_target().warp_size
+    return options | (most_registers(REGISTERS) if backward else {})
