@@ -90,8 +90,12 @@ def test_rows_with_and_without_an_image_go_together(fresh, run_args, tmp_path):
 
 
 def test_a_drawn_image_is_nothing_for_a_model_of_text(tmp_path):
+    words = ["--model=tiny-text", "--task=counting", f"--output={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="has an image, but the model reads text alone: choose"):
-        run(["--model=tiny-text", "--task=counting", f"--output={tmp_path / 'run'}"])
+        run(words)
+    with pytest.raises(UserError, match="has an image, but the model reads text alone: choose"):
+        evaluate_model(parse_evaluation(words))
+    assert not list(tmp_path.iterdir()), "nothing was trained or written"
 
 
 def test_a_model_with_images_starts_on_sums(tmp_path, monkeypatch):
