@@ -4,8 +4,9 @@
 
 BEFORE and AFTER are checkouts of this repository, each with its own `.venv`. Every run is made in
 both, from supervised starts that are made anew, and its files are compared: metrics, completions,
-evaluations, weights and checkpoints, bit for bit, in all but times. Takes about ten minutes a
-checkout on two cores. The last line is one JSON document; the exit status is 1 where files differ.
+evaluations, weights and checkpoints, bit for bit, in all but times and speeds. Takes about ten
+minutes a checkout on two cores. The last line is one JSON document; the exit status is 1 where
+files differ.
 """
 
 import argparse
@@ -29,8 +30,8 @@ RUNS = {
     "experiment": [["mr1_fast.experiment", "--preset", "tiny", "--seeds", "[0]", *FEW]],
 }
 """The commands of each run; its folder is added to each as --output, or as what to resume."""
-TIMES = ("seconds", "date", "command", "output")
-"""Beginnings of the names whose values may differ."""
+TIMES = ("seconds", "tflops", "mfu", "date", "command", "output")
+"""Beginnings of the names whose values may differ: times, speeds, and where a run is."""
 
 
 def make(checkout: Path, name: str, folder: Path, cache: Path) -> None:

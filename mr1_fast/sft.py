@@ -21,16 +21,16 @@ def solution_batches(
     """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
     `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. What the
-    prompt has already written of an answer, such as `<think>`, is not repeated. Special tokens that
-    a solution contains are text. `prompts` are the examples as `policy.encode` gives
-    them, where they have been encoded.
+    prompt has already written of an answer, such as `<think>`, is not repeated, and what it leaves
+    open is closed. Special tokens that a solution contains are text. `prompts` are the examples as
+    `policy.encode` gives them, where they have been encoded.
     """
     written = format_solution if target == "solution" else format_answer
     end = policy.processor.tokenizer.eos_token_id
     prompts = policy.encode.many(examples) if prompts is None else prompts
     targets = []
     for example, prompt in zip(examples, prompts, strict=True):
-        completion = written(example).removeprefix(prompt.opening.strip())
+        completion = _after(prompt.opening, written(example))
         targets.append(torch.tensor([*policy.encode.text_ids(completion), end]))
     batches = MicroBatches(prompts, targets, tokens_per_pack)
     for batch in batches:
@@ -38,6 +38,17 @@ def solution_batches(
             batch.loss_cu_seqlens, num_sequences=len(examples)
         )
     return batches
+
+
+def _after(opening: str, completion: str) -> str:
+    """Return what is left to write of a completion after a prompt's opening of it.
+
+    An answer alone would stand within the thinking that an opening begins, so that ends first.
+    """
+    if opening.rfind("<think>") <= opening.rfind("</think>"):
+        return completion.removeprefix(opening.strip())
+    thinks = completion.startswith("<think>")
+    return completion.removeprefix("<think>") if thinks else f"</think>{completion}"
 
 
 def sft_loss(policy: Policy, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, RowMetric]]:

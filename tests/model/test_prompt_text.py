@@ -86,15 +86,25 @@ def test_the_text_of_a_completion_begins_with_it_and_its_tokens_do_not():
 
 @pytest.mark.parametrize(
     "target, completion",
-    [("solution", "One, two.</think><answer> 2 </answer>"), ("answer", "<answer> 2 </answer>")],
+    [
+        ("solution", "One, two.</think><answer> 2 </answer>"),
+        ("answer", "</think><answer> 2 </answer>"),
+    ],
 )
-def test_supervised_solutions_do_not_repeat_it(target, completion):
+def test_supervised_solutions_do_not_repeat_it_and_close_it(target, completion):
     policy = text_policy()
     example = Example("How many?", (), "2", thinking="One, two.")
     (batch,) = solution_batches(policy, [example], 1000, target)
     tokenizer = policy.processor.tokenizer
     assert batch.targets.tolist() == [*tokenizer(completion).input_ids, tokenizer.eos_token_id]
     assert tokenizer.decode(batch.input_ids).count("<think>") == 2, "the suffix's and the opening"
+
+
+def test_an_answer_after_thinking_that_is_closed_closes_nothing():
+    policy = text_policy(OPENINGS["hybrid, thinking off"][0])
+    (batch,) = solution_batches(policy, [Example("How many?", (), "2")], 1000, "answer")
+    text = policy.processor.tokenizer.decode(batch.targets)
+    assert text == "<answer> 2 </answer><|im_end|>"
 
 
 # --- models of text alone -------------------------------------------------------------------------
