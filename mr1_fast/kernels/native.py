@@ -32,7 +32,7 @@ def load(library: Path, compiler: str) -> tuple[ctypes.CDLL | None, str]:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         return None, f"not loadable: {error}"
-    if CSRC.exists() and _sources_of(loaded) != csrc_digest(CSRC):
+    if (CSRC / "decode.h").exists() and _sources_of(loaded) != csrc_digest(CSRC):
         return None, f"not of these sources: {library.name} is out of date, run `pip install -e .`"
     return loaded, ""
 
