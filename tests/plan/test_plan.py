@@ -141,7 +141,9 @@ def test_recipes_fit_their_card_and_say_what_they_take(recipe):
     assert plan.choice.tokens >= groups, "no group is split"
     assert str(plan.choice) == plan.render(usable).splitlines()[-1]
     if "gb" in recipe.stem:
-        said = re.findall(r"(\w+) takes ([\d.]+)\s(?:#\s)?GiB", recipe.read_text())
+        said = re.findall(
+            r"(rollout|update|evaluation) takes ([\d.]+)\s(?:#\s)?GiB", recipe.read_text()
+        )
         sizes = {phase: f"{plan.total(phase) / GIB:.2f}" for phase in plan.phases}
         phases = ["rollout", "update"] + ["evaluation"] * bool(config.eval_samples)
         assert said == [(phase, sizes[phase]) for phase in phases]
