@@ -22,7 +22,7 @@ from .update import PackUpdate
 from .workload import patches_of
 
 MARGIN = 0.05
-"""Share of the usable memory that `auto`, and a KV cache in which samples wait, leave free. The tests
+"""Share of the usable memory that `auto`, and a KV cache in which samples wait, leave free. Tests
 hold a plan to 5% of what steps allocate; what is left of that is for the holes between the blocks
 of CUDA's allocator."""
 PACK_WORK = 1500
