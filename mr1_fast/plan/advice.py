@@ -60,7 +60,7 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
             if not plan(*others).excess(usable):
                 del chosen[name]
 
-    lines = [_saving(before, plan(value), value, usable) for value in chosen.values()]
+    lines = [saving(before, plan(value), value, usable) for value in chosen.values()]
     if excess:
         too_much = f"all that is known here leaves {excess / GIB:.1f} GiB too much"
         return [*lines[-MOST_LINES:], f"{too_much}: take a larger card"]
@@ -131,17 +131,20 @@ def _smaller_images(config: TrainConfig, model_config: PretrainedConfig, pixels:
     return {"max_pixels": pixels, "max_prompt_tokens": prompt, "shrink_images": True}
 
 
-def _saving(before: Plan, after: Plan, change: Values, usable: float) -> str:
-    """A change as flags, and bytes before and after it in the phase in which it saves most.
+def saving(before: Plan, after: Plan, change: Values, usable: float) -> str:
+    """A change as flags, and bytes before and after it in the phase that was the peak.
 
-    Of the phases that take too much: in others `auto` may use what the change has freed.
+    If it saves nothing there, in the one in which it saves most. Only phases that take too much
+    are shown: in others `auto` may use what the change has freed.
     """
     saved = {
         phase: before.total(phase) - (after.total(phase) if phase in after.phases else 0)
         for phase in before.phases
         if before.total(phase) > usable
     }
-    phase = max(saved, key=lambda phase: (round(saved[phase] / GIB, 1), before.total(phase)))
+    phase = max(saved, key=before.total)
+    if round(saved[phase] / GIB, 1) <= 0:
+        phase = max(saved, key=lambda phase: (round(saved[phase] / GIB, 1), before.total(phase)))
     was, becomes = before.total(phase) / GIB, (before.total(phase) - saved[phase]) / GIB
     flags = " ".join(
         f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in change.items()

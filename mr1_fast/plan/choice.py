@@ -22,8 +22,9 @@ from .update import PackUpdate
 from .workload import patches_of
 
 MARGIN = 0.05
-"""Share of the usable memory that `auto` leaves free. The tests hold a plan to 5% of what steps
-allocate; what is left of that is for the holes between the blocks of CUDA's allocator."""
+"""Share of the usable memory that `auto`, and a KV cache in which samples wait, leave free. Tests
+hold a plan to 5% of what steps allocate; what is left of that is for the holes between the blocks
+of CUDA's allocator."""
 PACK_WORK = 1500
 """Work of a pack beside that of its tokens, in tokens. To write bf16 gradients and add them to
 their sum moves 8 bytes for each weight: as long as 600 tokens take where a GPU computes 150 FLOP in

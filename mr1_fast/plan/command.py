@@ -1,5 +1,6 @@
 """What `python -m mr1_fast.plan` prints."""
 
+from ..model.families import pixels_per_token
 from ..model.known import find_model_config
 from .advice import advice
 from .evaluations import describe_evaluations
@@ -16,7 +17,8 @@ def print_plan(config: PlanConfig) -> None:
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")
-    print(f"{config.model} on {device} in {dtype_name}, largest prompts, images and completions")
+    largest = "prompts, images and" if pixels_per_token(model_config) else "prompts and"
+    print(f"{config.model} on {device} in {dtype_name}, largest {largest} completions")
     if evaluations := describe_evaluations(config, config.eval_samples):
         print(evaluations)
     if device == "cpu":

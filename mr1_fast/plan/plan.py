@@ -52,7 +52,7 @@ class Plan:
         """The plan as a table of components by phase.
 
         A last line says what was chosen, and with `usable` bytes, the one before it how much is to
-        spare. Lines before those say where samples wait for room in the KV cache.
+        spare. Lines before those say where samples wait for room in the KV cache, if all fits.
 
         With `measured` peaks of tensors in bytes, by phase, a row shows them beside the plan: what
         CUDA takes besides tensors is not among them, so the planned workspace is added.
@@ -74,12 +74,14 @@ class Plan:
                 for phase, use in self.phases.items()
             )
             rows.append(_row("measured", cells))
-        rows += [f"{phase}: {each}" for phase, each in self.samples.items() if each.wait]
+        fits = usable is None or self.peak <= usable
+        if fits:
+            rows += [f"{phase}: {each}" for phase, each in self.samples.items() if each.wait]
         if usable is not None:
             difference = f"{abs(usable - self.peak) / size:.2f} {unit}"
             rows.append(
                 f"peak {self.peak / size:.2f} {unit} of {usable / size:.2f} usable: "
-                f"{difference} {'to spare' if self.peak <= usable else 'too much'}"
+                f"{difference} {'to spare' if fits else 'too much'}"
             )
         rows.append(str(self.choice))
         return "\n".join(rows)
@@ -98,16 +100,16 @@ def make_plan(
     """Plan the steps of `config` on `workload`; by default on the largest that the settings allow.
 
     The KV cache holds what all samples need at once. With `usable` bytes in all it holds no more
-    than is left beside everything else, and samples wait; but never less than one sample needs.
-    What the settings leave to be chosen (`auto`) fits into the usable bytes with a margin, if
-    anything does.
+    than is left beside everything else and a margin, and samples wait; but never less than one
+    sample needs. What the settings leave to be chosen (`auto`) fits into the usable bytes with the
+    same margin, if anything does.
     """
     run = planned_run(config, model_config)
     limit = None if usable is None else (1 - MARGIN) * usable
     plans: list[Plan] = []
     for sizes in pack_sizes(config, run.device):
         settings = [replace(config, tokens_per_microbatch=size) for size in sizes]
-        found = [_plan(replace(run, config=each), workload, usable, limit) for each in settings]
+        found = [_plan(replace(run, config=each), workload, limit) for each in settings]
         fitting = [
             plan
             for plan in found
@@ -119,13 +121,14 @@ def make_plan(
     return min(plans, key=lambda plan: (plan.excess(usable), plan.total("update")))
 
 
-def _plan(
-    run: PlannedRun, workload: Workload | None, usable: float | None, limit: float | None
-) -> Plan:
-    """Plan a run whose packs have a size; layers keep results within `limit` bytes in all."""
+def _plan(run: PlannedRun, workload: Workload | None, limit: float | None) -> Plan:
+    """Plan a run whose packs have a size.
+
+    Results of layers, and samples' keys and values, are kept within `limit` bytes in all.
+    """
     config = run.config
     always = resident(run)
-    available = None if usable is None else usable - total(always)
+    room = None if limit is None else limit - total(always)
     generations = 1 if config.algo == "sft" else config.num_generations
     sizes = config, run.model_config, generations
     step = workload or Workload.largest(*sizes, config.prompts_per_step)
@@ -139,7 +142,7 @@ def _plan(
     samples: dict[str, Samples] = {}
 
     def plan_rollout(phase: str, work: Workload) -> None:
-        cache_tokens[phase] = cache_tokens_for(run, work, available)
+        cache_tokens[phase] = cache_tokens_for(run, work, room)
         samples[phase] = Samples.of(work, cache_tokens[phase])
         uses[phase] = rollout(run, work, cache_tokens[phase])
 
@@ -149,7 +152,6 @@ def _plan(
             uses["reference"] = reference_pass(run, batches, [pack.batch for pack in packs])
 
     updates = [PackUpdate.of(run, pack.batch, pack.is_first) for pack in packs]
-    room = None if limit is None else limit - total(always)
     recomputed = choose_recomputed(config, run.policy, updates, room)
     uses["update"] = [use for update in updates for use in update.uses(recomputed)]
     uses["update"].append(optimizer_step(run))

@@ -37,17 +37,29 @@ TEXT = dict(
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 WIDER_HEADS = dict(head_dim=48)
 """Heads that are wider together than the hidden states, as in Qwen3-VL-4B."""
+SECTIONS = dict(rope_parameters=ROPE | {"mrope_section": [4, 6, 6]})
 TEXTS = {
-    "qwen2_vl": dict(rope_parameters=ROPE | {"mrope_section": [4, 6, 6]}),
+    "qwen2_vl": SECTIONS,
+    "qwen2_5_vl": SECTIONS,
     "qwen3_vl": dict(
         rope_parameters=ROPE | {"mrope_section": [8, 8, 8], "mrope_interleaved": True},
         **WIDER_HEADS,
     ),
+    "qwen2": dict(rope_parameters=ROPE),
     "qwen3": dict(rope_parameters=ROPE, **WIDER_HEADS),
 }
 """What language models have beside TEXT, by family."""
 TOWERS = {
     "qwen2_vl": dict(depth=4, embed_dim=128, hidden_size=256, num_heads=4, mlp_ratio=4),
+    "qwen2_5_vl": dict(
+        depth=4,
+        hidden_size=128,
+        intermediate_size=384,
+        out_hidden_size=256,
+        num_heads=4,
+        window_size=56,
+        fullatt_block_indexes=[3],
+    ),
     "qwen3_vl": dict(
         depth=4,
         hidden_size=128,

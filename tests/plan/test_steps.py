@@ -45,6 +45,12 @@ CASES = {
         dict(ratio="sequence", entropy_coefficient=0.1, recompute="none"),
         dict(vocab_size=8_000),
     ),
+    "Qwen2.5-VL, windows, stored": (
+        IMAGES,
+        dict(recompute="none"),
+        dict(family="qwen2_5_vl"),
+    ),
+    "Qwen2.5, recomputed": (LONG, dict(recompute="all"), dict(family="qwen2")),
     "Qwen3-VL, recomputed": (IMAGES, dict(recompute="all"), QWEN3_VL),
     "Qwen3-VL, stored": (IMAGES, dict(recompute="none"), QWEN3_VL),
     "Qwen3-VL, transformers' layers, stored": (
