@@ -184,9 +184,8 @@ def families_of(case):
     for family in FAMILIES.values():
         names |= dict.fromkeys((family.model_type, family.title), family.model_type)
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    return {names[n] for n in re.findall(rf"\b(?:{'|'.join(longest_first)})\b", case)} or {
-        "qwen2_vl"
-    }
+    found = re.findall(rf"\b(?:{'|'.join(longest_first)})\b", case)
+    return {names[name] for name in found} or {"qwen2_vl"}
 
 
 def cases(tests):
