@@ -116,8 +116,8 @@ def case_config(case: str, scratch: Path, flags: list[str]) -> TrainConfig:
 def add_case_arguments(parser: argparse.ArgumentParser, default: list[str]) -> None:
     """Add the arguments that say which cases run, and on how much memory."""
     parser.add_argument("cases", nargs="*", choices=CASES, default=default)
-    help = "memory of the card to mimic, GB; by default that of each case"
-    parser.add_argument("--vram", type=float, help=help)
+    text = "memory of the card to mimic, GB; by default that of each case"
+    parser.add_argument("--vram", type=float, help=text)
 
 
 def limit_memory(vram: float) -> None:

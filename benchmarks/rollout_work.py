@@ -112,7 +112,7 @@ def tail_work(prompts: int, group: int, quick: bool, device: str) -> Work:
 def image_work(
     size: str, tokens: int, quick: bool, device: str, layers: int | None = None, **kind: bool
 ) -> Work:
-    """8 prompts of 512 image tokens and some text × 8 samples of so many tokens.
+    """8 prompts of an image of IMAGE_SIZE and some text × 8 samples of so many tokens.
 
     size, layers: of the model, which `random_model` makes of this kind; with `quick` a tiny one of
     its family.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .config import TaskConfig, TrainConfig
+from .config.model import BUILT_IN
 from .config.objective import ALGORITHMS
 
 PRESETS = {
@@ -17,8 +18,6 @@ PRESETS["figures"] = PRESETS["geometry"]
 PRESETS["arithmetic"] = PRESETS["counting"]
 """The paper's β_min, β_max, w/t, the constant β of its GRPO baseline, and α, by task."""
 
-BUILT_IN = ("tiny", "small", "tiny-qwen2_5vl", "tiny-qwen3vl", "tiny-text")
-"""Names of the models that are made without downloads (model/tiny.py)."""
 BUILT_IN_TEXT = ("tiny-text",)
 """Those that read text alone."""
 

@@ -3,6 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+BUILT_IN = ("tiny", "small", "tiny-qwen2_5vl", "tiny-qwen3vl", "tiny-text")
+"""Names of the models that are made without downloads (model/tiny.py)."""
+
+
+def model_name(text: str) -> str:
+    """Return the name that a user means: without blanks around it, a built-in one in lower case."""
+    name = text.strip()
+    return name.lower() if name.lower() in BUILT_IN else name
+
 
 @dataclass
 class ModelConfig:
@@ -44,3 +53,6 @@ class ModelConfig:
     shrink_images: bool = False
     """Scale images that are larger than --max-pixels down to it, and pad those that are too thin
     for the model, instead of refusing them."""
+
+    def __post_init__(self):
+        self.model = model_name(self.model)

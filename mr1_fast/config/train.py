@@ -30,6 +30,7 @@ class TrainConfig(
     fine-tuning."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name, value in ALGORITHMS.get(self.algo, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

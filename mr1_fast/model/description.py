@@ -30,17 +30,18 @@ def check_supported(name: str, settings: Mapping[str, Any]) -> None:
     text = of_text if isinstance(of_text, Mapping) else settings
     if text.get(LINEAR_ATTENTION) or model_type.startswith(LINEAR_ATTENTION_TYPES):
         raise UserError(
-            f"model {name} is a {model_type}, with GatedDeltaNet layers, whose state runs through "
-            "all tokens before, so that prompts cannot be shared in a pack as attention shares "
-            f"them: mr1_fast does not train it yet, but {known}."
+            f"model {name} has the model type {model_type}, with GatedDeltaNet layers, which "
+            "mr1_fast does not train yet, since their state runs through all tokens before, so "
+            f"that completions cannot share a prompt in a pack: choose one of {known}."
         )
     if any(text.get(key) for key in EXPERTS) or model_type.endswith("_moe"):
         raise UserError(
-            f"model {name} is a {model_type}, a mixture of experts, but mr1_fast trains dense "
-            f"models alone: choose one of {known}."
+            f"model {name} has the model type {model_type}, a mixture of experts, but mr1_fast "
+            f"trains dense models alone: choose one of {known}."
         )
     raise UserError(
-        f"model {name} is a {model_type}, but mr1_fast trains {known}: choose one of these."
+        f"model {name} has the model type {model_type}, but mr1_fast trains {known}: choose one of "
+        "these."
     )
 
 
@@ -94,14 +95,18 @@ def read_description(name: str | Path, shown: str | None = None) -> PretrainedCo
     """Read the configuration of a model in a local folder or on the hub.
 
     shown: what messages call the model, by default `name`. Raises UserError for a model that cannot
-    be trained, also where transformers does not know its type, and ValueError or OSError where no
-    configuration can be read.
+    be trained, also where transformers does not know its type or the file does not name it, and
+    OSError where no configuration can be read.
     """
     settings, _ = PretrainedConfig.get_config_dict(name)
-    if not isinstance(settings.get("model_type"), str):
-        raise ValueError("its config.json names no model_type")
-    check_supported(shown or str(name), settings)
-    check_weights(shown or str(name), settings)
+    shown = shown or str(name)
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("model_type"), str):
+        raise UserError(
+            f"model {shown} has no config.json that names a model_type: copy the original "
+            "config.json of the model into its folder."
+        )
+    check_supported(shown, settings)
+    check_weights(shown, settings)
     config = AutoConfig.from_pretrained(name)
-    check_layers(shown or str(name), config)
+    check_layers(shown, config)
     return config

@@ -1,14 +1,17 @@
 """Finding a model's configuration by its name, without its weights."""
 
+import os
 import re
+from difflib import get_close_matches
 from itertools import groupby
 
 from transformers import PretrainedConfig
 
+from ..config.model import BUILT_IN, model_name
 from ..errors import UserError
 from ..hub import model_access
-from ..profiles import BUILT_IN
 from .description import read_description
+from .device import first_line
 from .families import FAMILIES
 from .saved_adapter import adapter_base
 from .tiny import tiny_config, tiny_processor
@@ -22,6 +25,7 @@ def find_model_config(name: str) -> PretrainedConfig:
 
     Raises UserError if there is none that can be read, or if its family cannot be trained.
     """
+    name = model_name(name)
     if name in BUILT_IN:
         return tiny_config(tiny_processor(name), name)
     if published := published_config(name):
@@ -33,10 +37,18 @@ def find_model_config(name: str) -> PretrainedConfig:
             return read_description(name)
     except UserError:
         raise
-    except Exception as error:  # no network, no such name, or a folder without a config.json
+    except Exception as error:  # no network, no such name, or a damaged config.json
+        reason = first_line(error)
+        if os.path.isdir(name):
+            raise UserError(
+                f"model {name} has a config.json that cannot be read ({reason}): copy the original "
+                "config.json of the model into the folder."
+            ) from error
+        near = closest_name(name)
         raise UserError(
-            f"model {name} has no configuration that can be read here: check the name and the "
-            f"network, pass a local folder, or plan for one that is built in ({known_names()})."
+            f"model {name} has no configuration that can be read here ({reason}): "
+            f"{f'did you mean {near}? Else ' if near else ''}check the name and the network, pass "
+            f"a local folder, or plan for one that is built in ({known_names()})."
         ) from error
 
 
@@ -53,12 +65,23 @@ def published_config(name: str) -> PretrainedConfig | None:
     return None
 
 
+def closest_name(name: str) -> str | None:
+    """Return the name of a built-in configuration that is almost this one; None if none is."""
+    names = {known.lower(): known for known in (*BUILT_IN, *_published_names())}
+    near = get_close_matches(VARIANT.sub("", name).lower(), names, n=1, cutoff=0.75)
+    return names[near[0]] if near else None
+
+
 def known_names() -> str:
     """Return the names of all models whose configurations are built in, as a short list."""
-    names = [known for family in FAMILIES.values() for known in family.sizes]
-    series = groupby(names, key=lambda known: known.rpartition("-")[0])
+    series = groupby(_published_names(), key=lambda known: known.rpartition("-")[0])
     published = (
         f"{begin}-{{{','.join(known.rpartition('-')[2] for known in sizes)}}}"
         for begin, sizes in series
     )
     return ", ".join((*BUILT_IN, *published))
+
+
+def _published_names() -> list[str]:
+    """Return the names of the published models that are known here, without their variants."""
+    return [known for family in FAMILIES.values() for known in family.sizes]

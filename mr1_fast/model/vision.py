@@ -82,7 +82,8 @@ def begin_patches(
 def merge_patches(visual: nn.Module, hidden: Tensor, grid: Tensor) -> Tensor:
     """Compute the features (M, D) of images from the last block's hidden states (P, D)."""
     tower = _with_parts(visual, {"patch_embed": nn.Identity()})
-    # One number a patch is all that the way to the merger's place is given to carry.
+    # The merger gets `hidden` here: what the tower carries to its place is not read, so that one
+    # number a patch is enough to begin with. A tower that adds learned positions widens it.
     return _call(tower, hidden[:, :1], grid, lambda *_: visual.merger(hidden))
 
 

@@ -164,7 +164,8 @@ NEIGHBOURS = 4
 class PatchEmbedding(nn.Module):
     """The beginning of a vision tower: its patch embedding, and what it adds for the positions.
 
-    Which positions they are says the data: transformers' own forward cannot go on without.
+    transformers' own forward finds the positions from the sizes of images, which a tensor without
+    data does not tell.
     """
 
     def __init__(self, tower: nn.Module):

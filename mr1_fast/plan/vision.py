@@ -47,7 +47,7 @@ class Deepstack:
     def backward(self, blocks: int) -> tuple[int, int]:
         """Bytes that still wait, and that have been made, when the first `blocks` are left.
 
-        The one are the gradients of features, the other those of mergers.
+        Gradients of features wait to be used; those of the mergers' weights have been made.
         """
         left = sum(number <= blocks for number in self.after)
         return left * self.feature, (len(self.after) - left) * self.merger.gradients

@@ -26,9 +26,10 @@ SHAPES = ("circle", "square", "triangle")
 CELL = 28
 """Width of a cell in pixels: one Qwen2-VL image token, which is 2×2 patches of 14 pixels.
 
-It is the same for every family, so that all of them are asked the same items. The processor of
-Qwen3-VL, whose image tokens are 32 pixels wide, enlarges 3×3 cells to 3×3 of its tokens, and 4×4 to
-4×4; of 5×5 cells it makes 4×4.
+It is the same for every family, so that all of them are asked the same items. The image tokens of
+Qwen3-VL are 32 pixels wide. The built-in `tiny-qwen3vl` enlarges 3×3 cells to 3×3 of them, and 4×4
+to 4×4; of 5×5 cells it makes 4×4. The published models make at least 64 tokens of any image, which
+they enlarge to 65,536 pixels.
 """
 
 

@@ -25,7 +25,8 @@ from .diagram import Angle, Figure, direction, paint
 from .split import draw_for_split
 
 SIDES = {1: 84, 2: 84, 3: 168, 4: 224}
-"""Width and height of the image in pixels, by difficulty: multiples of an image token's 28."""
+"""Width and height of the image in pixels, by difficulty: multiples of the 28 pixels of an image
+token of Qwen2-VL."""
 SMALLEST = {5: 10, 1: 30}
 """The smallest angle of a triangle with two angles given or asked, by the step between sizes, in
 degrees.

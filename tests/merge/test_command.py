@@ -217,7 +217,7 @@ def test_a_base_that_does_not_serve(copied):
     config.write_text(json.dumps({**good, "quantization_config": {"load_in_4bit": True}}))
     refused(copied, "holds quantised weights.*name the 16-bit model with --base")
     config.write_text(json.dumps({**good, "model_type": "llama"}))
-    refused(copied, "is a llama, but mr1_fast trains")
+    refused(copied, "has the model type llama, but mr1_fast trains")
     config.write_text(json.dumps(good))
     weights = copied / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

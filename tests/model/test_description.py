@@ -18,17 +18,18 @@ LINEAR = {"linear_num_value_heads": 32, "layer_types": ["linear_attention", "ful
 WINDOW = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2}
 KNOWN = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen2.5 and Qwen3"
+DELTA = f"with GatedDeltaNet layers, .*: choose one of {KNOWN}"
 REFUSED = {
-    "Qwen3.5": ({"model_type": "qwen3_5", "text_config": LINEAR}, "GatedDeltaNet"),
-    "Qwen3.5 of experts": ({"model_type": "qwen3_5_moe"}, "GatedDeltaNet"),
-    "Qwen3-Next": ({"model_type": "qwen3_next", **LINEAR, "num_experts": 8}, "GatedDeltaNet"),
-    "unheard of, linear": ({"model_type": "qwen9", "text_config": LINEAR}, "GatedDeltaNet"),
-    "Qwen3-VL of experts": ({"model_type": "qwen3_vl_moe"}, "a qwen3_vl_moe, a mixture of expe"),
+    "Qwen3.5": ({"model_type": "qwen3_5", "text_config": LINEAR}, DELTA),
+    "Qwen3.5 of experts": ({"model_type": "qwen3_5_moe"}, DELTA),
+    "Qwen3-Next": ({"model_type": "qwen3_next", **LINEAR, "num_experts": 8}, DELTA),
+    "unheard of, linear": ({"model_type": "qwen9", "text_config": LINEAR}, DELTA),
+    "Qwen3-VL of experts": ({"model_type": "qwen3_vl_moe"}, "type qwen3_vl_moe, a mixture of"),
     "Qwen3 of experts": ({"model_type": "qwen3_moe", "num_experts": 8}, "a mixture of experts"),
     "Qwen2 of experts": ({"model_type": "qwen2_moe"}, "a mixture of experts, but .* dense"),
     "unheard of, of experts": ({"model_type": "x", "n_routed_experts": 8}, "a mixture of experts"),
-    "another family": ({"model_type": "llama"}, f"a llama, but mr1_fast trains {KNOWN}: choose"),
-    "unheard of": ({"model_type": "x\x1b" + "y" * 999}, r"a x\\x1by{58}, but mr1_fast trains"),
+    "another family": ({"model_type": "llama"}, f"type llama, but mr1_fast trains {KNOWN}: choose"),
+    "unheard of": ({"model_type": "x\x1b" + "y" * 999}, r"type x\\x1by{58}, but mr1_fast trains"),
     "Qwen2 with a window": ({"model_type": "qwen2", **SMALL, **WINDOW}, "with sliding_attention"),
     "Qwen3 with a window": ({"model_type": "qwen3", **SMALL, **WINDOW}, "with sliding_attention"),
     "Qwen2-VL with a window": (
@@ -43,6 +44,9 @@ REFUSED = {
         {"model_type": "qwen3", **SMALL, "hidden_act": "gelu"},
         "the activation gelu, .* choose another model",
     ),
+    "a list": ([{"model_type": "qwen3"}], "no config.json that names a model_type: copy the orig"),
+    "no type": (SMALL, "no config.json that names a model_type: copy the original config.json"),
+    "a type that is none": ({"model_type": 3}, "no config.json that names a model_type"),
     "dropout": (
         {"model_type": "qwen2", **SMALL, "attention_dropout": 0.5},
         "attention_dropout = 0.5, .* set it to 0",
@@ -75,7 +79,9 @@ def test_a_model_that_is_given_is_checked_too():
     )  # fmt: skip
     with pytest.raises(UserError, match="layers with sliding_attention"):
         use_packed_attention(Qwen3ForCausalLM(config))
-    with pytest.raises(UserError, match="a model is a llama, but mr1_fast trains Qwen2-VL"):
+    with pytest.raises(
+        UserError, match=f"the model has the model type llama, but mr1_fast trains {KNOWN}: choose"
+    ):
         use_packed_attention(LlamaForCausalLM(LlamaConfig(**SMALL, vocab_size=32)))
 
 

@@ -1,11 +1,14 @@
 """The packed forward pass equals transformers' own, sequence by sequence, with all gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2VLConfig
 
 from mr1_fast.loss import linear_token_logprobs
 from mr1_fast.model import forward
-from mr1_fast.model.families import FAMILIES, text_model
+from mr1_fast.model.families import FAMILIES, text_model, text_positions
 from mr1_fast.model.forward import lm_head_weight, packed_hidden, text_angles
 from mr1_fast.model.reference import Reference
 from mr1_fast.packing import pack, packs
@@ -228,3 +231,13 @@ def test_fused_layers_are_no_less_exact_than_transformers(family, dtype):
             (each[name].double() - right).norm() for each in (our_gradients, eager_gradients)
         )
         assert error <= 2 * allowed + 1e-7 * right.norm(), name
+
+
+def test_the_axes_of_positions_are_told_by_the_decoders_class():
+    """A config.json may say qwen2 of the decoder of a Qwen2-VL."""
+    named = {"model_type": "qwen2", "hidden_size": 64}
+    of_images, of_text = Qwen2VLConfig(text_config=named).text_config, Qwen2Config()
+    assert of_images.model_type == of_text.model_type == "qwen2"
+    for config, shape in ((of_images, (3, 1, 5)), (of_text, (1, 5))):
+        text = SimpleNamespace(config=config)
+        assert text_positions(text, torch.zeros(3, 5)).shape == shape

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mr1_fast.model import block_parts, four_bits
-from mr1_fast.model.families import text_model
+from mr1_fast.model.families import FAMILIES, text_model
 from mr1_fast.model.four_bits import FourBits
 from mr1_fast.model.linears import Linears
 from mr1_fast.model.policy import Policy
@@ -48,10 +48,9 @@ def four_bit_policy(dtype: torch.dtype = torch.float32, **settings) -> Policy:
     "dtype, settings",
     [
         (torch.float32, {"recompute": "none"}),
-        (torch.float32, {"recompute": "all"}),
         (torch.bfloat16, {"recompute": "none"}),
         (torch.bfloat16, {"recompute": "all"}),
-        (torch.float32, {"recompute": "all", "family": "qwen3_vl"}),
+        *((torch.float32, {"recompute": "all", "family": family}) for family in FAMILIES),
     ],
     ids=str,
 )

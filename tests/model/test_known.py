@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.model.families import FAMILIES, auto_class
 from mr1_fast.model.known import find_model_config, known_names, published_config
@@ -74,6 +75,34 @@ def test_other_models_are_not_taken_for_these(name):
 def test_what_cannot_be_found_is_told_which_names_are_known():
     with pytest.raises(UserError, match=r"model no/such-name has no configuration") as error:
         find_model_config("no/such-name")
-    assert known_names() in str(error.value)
+    assert known_names() in str(error.value) and "did you mean" not in str(error.value)
     assert "tiny-text" in known_names() and "Qwen/Qwen3-VL-{2B,4B,8B}" in known_names()
     assert len(known_names()) < 300
+
+
+@pytest.mark.parametrize("name", [" tiny-text", "TINY-Text ", "tiny-text\n"])
+def test_blanks_and_capitals_do_not_hide_a_built_in_model(name):
+    assert find_model_config(name).model_type == "qwen3"
+    config = parse_train_config([f"--model={name}"])
+    assert config.model == "tiny-text" and config.task == "arithmetic"
+    assert find_model_config(" Qwen/Qwen3-4B ").model_type == "qwen3"
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("tiny-qwen3-vl", "tiny-qwen3vl"),
+        ("Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-4B"),
+        ("qwen/qwen2.5-VL-7B-Instuct", "Qwen/Qwen2.5-VL-7B"),
+    ],
+)
+def test_a_name_that_is_almost_known_is_told_the_known_one(name, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\? Else check the name"):
+        find_model_config(name)
+
+
+def test_a_damaged_file_is_not_blamed_on_the_network(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"\(.*not a valid JSON.*\): copy the original") as error:
+        find_model_config(str(tmp_path))
+    assert "network" not in str(error.value)

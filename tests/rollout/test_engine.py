@@ -154,7 +154,7 @@ def test_any_number_of_samples_in_flight_gives_the_same(policy, engine, count):
     assert lists(rollout) == [own_generate(policy, example, max_new_tokens=5)] * count
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["full", "lora", "nf4", "nf4 and lora"])
 def test_groups_of_any_size_equal_generate(kind, family):
     policy = policy_of(family, lora="lora" in kind)

@@ -254,8 +254,9 @@ def gelu(x: torch.Tensor, kind: str) -> torch.Tensor:
     """Compute an approximation of GELU, (T, F), with the roundings of transformers.
 
     kind: one of GELUS. "quick" is x · sigmoid(1.702 x), whose two factors are rounded; "tanh" is
-    x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), rounded once.
+    x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), rounded once. Raises ValueError for another one.
     """
+    _check_gelu(kind)
     if use_triton(x):
         from . import gate_triton
 
@@ -267,8 +268,15 @@ def gelu_backward(
     dout: torch.Tensor, x: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient of `gelu` by x (T, F), and once more the output (T, F)."""
+    _check_gelu(kind)
     if use_triton(x):
         from . import gate_triton
 
         return gate_triton.gelu_backward(dout, x, kind)
     return reference.gelu_backward_ref(dout, x, kind)
+
+
+def _check_gelu(kind: str) -> None:
+    """Raise ValueError for a kind of GELU that is not known."""
+    if kind not in GELUS:
+        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(GELUS)}")

@@ -40,12 +40,17 @@ __all__ = [
 
 FAMILIES = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN2, QWEN3)}
 """The families by the `model_type` of transformers."""
+TEXT_TYPES = {family.model_type for family in FAMILIES.values() if family.vision is None}
+"""Model types of the families of text alone, which are also those of their decoders."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a model's configuration; UserError if it is not one of these."""
     if config.model_type not in FAMILIES:
-        raise UserError(f"a model is a {config.model_type}, but mr1_fast trains {titles()}.")
+        raise UserError(
+            f"the model has the model type {config.model_type}, but mr1_fast trains {titles()}: "
+            "choose one of these."
+        )
     return FAMILIES[config.model_type]
 
 
@@ -126,7 +131,8 @@ def text_positions(text: nn.Module, positions: Tensor) -> Tensor:
     That is (3, 1, T) for M-RoPE's three axes, and (1, T) for a model of text alone, whose axes are
     all the same.
     """
-    has_one_axis = text.config.model_type in FAMILIES
+    # The class tells it: a config.json may call the decoder of a model with images a qwen2, too.
+    has_one_axis = type(text.config).model_type in TEXT_TYPES
     return positions[:1] if has_one_axis else positions.unsqueeze(1)
 
 

@@ -22,11 +22,10 @@ class TokenIds:
     end: int
     """What ends an answer."""
     padding: int
-    image: int | None = None
-    """None, like those below, for models of text alone."""
-    video: int | None = None
-    vision_start: int | None = None
-    vision_end: int | None = None
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ class VisionTower:
     has_gated_mlp: bool = False
     """Whether the MLP of a block is silu(gate) · up, else it is a layer, an activation, a layer."""
 
+    def patches(self) -> dict[str, int]:
+        """Return the settings of published and built-in models that say what a patch is."""
+        return dict(patch_size=self.patch_size, spatial_merge_size=self.merge_size)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -86,7 +89,7 @@ class Family:
     text: str = "model"
     """Where a model has its decoder: embedding, layers, final norm and rotary angles."""
     vision: VisionTower | None = None
-    """Its vision tower, `model.visual`; None for models of text alone."""
+    """Its vision tower; None for models of text alone."""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """What the names of weights begin with in files, by what they begin with in a model, where the
     two differ."""

@@ -2,7 +2,7 @@
 
 from transformers import Qwen2Config
 
-from .family import BuiltInSize, Family, TokenIds
+from .family import Family
 from .text_settings import built_in_text, published_text
 
 
@@ -14,10 +14,6 @@ def _published(*sizes, rope_theta: float = 1e6, **others) -> dict:
 _SIZE_1B5 = 1536, 8960, 28, 12, 2, True
 _SIZE_7B = 3584, 18_944, 28, 28, 4, False
 _MATH = dict(rope_theta=1e4, max_position_embeddings=4096)
-
-
-def _built_in(size: BuiltInSize, ids: TokenIds) -> dict:
-    return built_in_text(size, ids)
 
 
 QWEN2 = Family(
@@ -33,6 +29,6 @@ QWEN2 = Family(
         "Qwen/Qwen2.5-Math-1.5B": _published(*_SIZE_1B5, **_MATH),
         "Qwen/Qwen2.5-Math-7B": _published(*_SIZE_7B, vocab_size=152_064, **_MATH),
     },
-    built_in=_built_in,
+    built_in=built_in_text,
 )
 """The family."""

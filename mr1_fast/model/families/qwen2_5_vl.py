@@ -5,6 +5,8 @@ from transformers import Qwen2_5_VLConfig
 from .family import BuiltInSize, Family, TokenIds, VisionTower
 from .text_settings import built_in_text, image_ids, published_text, sections
 
+_TOWER = VisionTower("Qwen2_5_VLProcessor", 14, has_gated_mlp=True)
+
 
 def _published(text: dict) -> dict:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -18,6 +20,7 @@ def _published(text: dict) -> dict:
             out_hidden_size=text["hidden_size"],
             window_size=112,
             fullatt_block_indexes=[7, 15, 23, 31],
+            **_TOWER.patches(),
         ),
         tie_word_embeddings=text["tie_word_embeddings"],
     )
@@ -35,6 +38,7 @@ def _built_in(size: BuiltInSize, ids: TokenIds) -> dict:
             temporal_patch_size=2,
             window_size=56,
             fullatt_block_indexes=[size.vision_blocks - 1],
+            **_TOWER.patches(),
         ),
         **image_ids(ids),
     )
@@ -53,7 +57,7 @@ QWEN2_5_VL = Family(
     },
     built_in=_built_in,
     text="model.language_model",
-    vision=VisionTower("Qwen2_5_VLProcessor", 14, has_gated_mlp=True),
+    vision=_TOWER,
     stored_names={"model.language_model.": "model.", "model.visual.": "visual."},
 )
 """The family."""

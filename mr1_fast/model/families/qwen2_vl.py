@@ -5,13 +5,20 @@ from transformers import Qwen2VLConfig
 from .family import BuiltInSize, Family, TokenIds, VisionTower
 from .text_settings import built_in_text, image_ids, published_text, sections
 
+_TOWER = VisionTower("Qwen2VLProcessor", 14, width="embed_dim", out_width="hidden_size")
+
 
 def _published(text: dict) -> dict:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return dict(
         text_config=text | {"rope_parameters": rope},
         vision_config=dict(
-            depth=32, embed_dim=1280, hidden_size=text["hidden_size"], num_heads=16, mlp_ratio=4
+            depth=32,
+            embed_dim=1280,
+            hidden_size=text["hidden_size"],
+            num_heads=16,
+            mlp_ratio=4,
+            **_TOWER.patches(),
         ),
         tie_word_embeddings=text["tie_word_embeddings"],
     )
@@ -28,6 +35,7 @@ def _built_in(size: BuiltInSize, ids: TokenIds) -> dict:
             mlp_ratio=4,
             temporal_patch_size=2,
             in_channels=3,
+            **_TOWER.patches(),
         ),
         **image_ids(ids),
     )
@@ -46,7 +54,7 @@ QWEN2_VL = Family(
     },
     built_in=_built_in,
     text="model.language_model",
-    vision=VisionTower("Qwen2VLProcessor", 14, width="embed_dim", out_width="hidden_size"),
+    vision=_TOWER,
     stored_names={"model.language_model.": "model.", "model.visual.": "visual."},
 )
 """The family."""

@@ -10,6 +10,7 @@ from transformers import Qwen3VLConfig
 from .family import BuiltInSize, Family, TokenIds, VisionTower
 from .text_settings import built_in_text, image_ids, published_text
 
+_TOWER = VisionTower("Qwen3VLProcessor", 16)
 DEEPSTACK_MERGERS = "deepstack_merger_list"
 """Where the vision tower has these mergers, in the order of the blocks that they follow."""
 
@@ -30,6 +31,7 @@ def _published(text: dict, depth: int, width: int, between: int, deepstack: list
             num_heads=16,
             out_hidden_size=text["hidden_size"],
             deepstack_visual_indexes=deepstack,
+            **_TOWER.patches(),
         ),
         tie_word_embeddings=text["tie_word_embeddings"],
     )
@@ -49,6 +51,7 @@ def _built_in(size: BuiltInSize, ids: TokenIds) -> dict:
             out_hidden_size=size.hidden_size,
             num_position_embeddings=64,
             deepstack_visual_indexes=list(range(size.vision_blocks)[:2]),
+            **_TOWER.patches(),
         ),
         **image_ids(ids),
     )
@@ -75,6 +78,6 @@ QWEN3_VL = Family(
     },
     built_in=_built_in,
     text="model.language_model",
-    vision=VisionTower("Qwen3VLProcessor", 16),
+    vision=_TOWER,
 )
 """The family."""

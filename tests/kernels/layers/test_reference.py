@@ -87,6 +87,16 @@ def test_gating_is_that_of_transformers_bit_for_bit(f, dtype, monkeypatch):
             assert_same_forward(gelu_case(tokens, f, dtype, kind), 1)
 
 
+def test_another_kind_of_gelu_is_refused():
+    x = torch.ones(1, 8)
+    for call in (
+        lambda: operations.gelu(x, "exact"),
+        lambda: operations.gelu_backward(x, x, "exact"),
+    ):
+        with pytest.raises(ValueError, match="kind is 'exact', but must be one of quick, tanh"):
+            call()
+
+
 @pytest.mark.parametrize("layer", FLAGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", WIDTHS)
