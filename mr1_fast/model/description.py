@@ -78,9 +78,9 @@ def check_layers(name: str, config: PretrainedConfig) -> None:
         )
 
 
-def check_weights(name: str, settings: Mapping[str, Any]) -> None:
+def check_weights(name: str, config: PretrainedConfig) -> None:
     """Raise UserError for a model whose files hold quantised weights that cannot be trained."""
-    quantised = settings.get("quantization_config")
+    quantised = getattr(config, "quantization_config", None)
     if not quantised:
         return
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
@@ -106,7 +106,6 @@ def read_description(name: str | Path, shown: str | None = None) -> PretrainedCo
             "config.json of the model into its folder."
         )
     check_supported(shown, settings)
-    check_weights(shown, settings)
     config = AutoConfig.from_pretrained(name)
     check_layers(shown, config)
     return config

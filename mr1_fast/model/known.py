@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from ..config.model import BUILT_IN, model_name
 from ..errors import UserError
 from ..hub import model_access
-from .description import read_description
+from .description import check_weights, read_description
 from .device import first_line
 from .families import FAMILIES
 from .saved_adapter import adapter_base
@@ -34,7 +34,9 @@ def find_model_config(name: str) -> PretrainedConfig:
         return find_model_config(base)
     try:
         with model_access(name):
-            return read_description(name)
+            config = read_description(name)
+            check_weights(name, config)
+            return config
     except UserError:
         raise
     except Exception as error:  # no network, no such name, or a damaged config.json

@@ -20,7 +20,7 @@ from ..files import restore_folder
 from ..hub import model_access
 from ..tasks import PromptFormat
 from .attention import use_packed_attention
-from .description import read_description
+from .description import check_weights, read_description
 from .device import first_line, resolve_device, resolve_dtype
 from .families import auto_class, base_model, lora_layers, unquantised, vision_tower
 from .forward import LayerRun
@@ -133,6 +133,7 @@ def _loading(name: str) -> Iterator[None]:
 def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
     """Read model and processor with transformers, and check that they belong together."""
     description = read_description(name)
+    check_weights(name, description)
     processor = _read_processor(name, description)
     options = dict(
         dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config, description)
