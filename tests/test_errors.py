@@ -250,9 +250,9 @@ MODELS = {
     "another family": (
         "config.json",
         '{"model_type": "bert"}',
-        "is a bert, but mr1_fast trains Qwen2-VL, Qwen2.5-VL",
+        "has the model type bert, but mr1_fast trains Qwen2-VL, Qwen2.5-VL",
     ),
-    "no configuration": ("config.json", None, LACKS),
+    "no configuration": ("config.json", None, "has no config.json that names a model_type: copy"),
     "configuration cut": ("config.json", '{"model_type": ', LACKS),
     "configuration of another size": (
         "config.json",

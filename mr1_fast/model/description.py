@@ -84,6 +84,8 @@ def check_weights(name: str, config: PretrainedConfig) -> None:
     if not quantised:
         return
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+    if method is None and (quantised.get("load_in_4bit") or quantised.get("load_in_8bit")):
+        method = "bitsandbytes"  # as transformers reads files that do not name it
     if method != "bitsandbytes":
         raise UserError(
             f"the files of model {name} hold weights quantised by {str(method)[:LONGEST_NAME]}: "

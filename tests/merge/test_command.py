@@ -228,7 +228,7 @@ def test_a_base_that_does_not_serve(copied):
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     refused(copied, "has no whole set of safetensors files")
     config.unlink()
-    refused(copied, "is no whole model in Hugging Face format")
+    refused(copied, "has no config.json that names a model_type: copy the original")
 
 
 def test_what_the_command_line_may_not_say(copied, tmp_path):
