@@ -122,14 +122,15 @@ def _train_start(
     optimizer = make_optimizer(policy.model, settings)
     sampling = Sampling(max(answer_tokens(task.task, task.difficulty) for task in tasks))
     share = settings.prompts_per_step // len(sources)
-    steps_apart = CHECK_EVERY // settings.prompts_per_step
+    steps_apart = max(1, CHECK_EVERY // settings.prompts_per_step)
     with tqdm(desc="supervised start", unit="step") as bar:
         for step in range(settings.steps):
             examples = [example for source in sources for example in source.take(step, share)]
             batches = solution_batches(policy, examples, settings.tokens_per_microbatch)
             metrics = update(policy, optimizer, batches, sft_loss, step, settings.steps, settings)
             bar.update()
-            if step % steps_apart != steps_apart - 1:
+            done = step + 1
+            if done % steps_apart and done < settings.steps:
                 continue
 
             accuracies = []
