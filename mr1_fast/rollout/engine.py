@@ -170,7 +170,9 @@ class Engine:
     ) -> Rollout:
         """Make the rollout of a batch that has ended."""
         ids = results.completions
-        texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        # Of nothing, the tokenizer would make one empty text.
+        decode = self.processor.tokenizer.batch_decode
+        texts = decode(ids, skip_special_tokens=True) if ids else []
         openings = [prompt.opening for prompt in prompts for _ in range(num_generations)]
         return Rollout(
             examples=batch.examples,
