@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from mr1_fast.config import TrainConfig
-from mr1_fast.model.blocks import text_block
+from mr1_fast.model.block_parts import text_block
 from mr1_fast.model.load import with_lora
 from mr1_fast.plan import meta_model
 from mr1_fast.plan.layers import STORED, trace_part
