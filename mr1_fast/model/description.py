@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import UserError
-from .families import FAMILIES, titles
+from .families import FAMILIES, titles, unknown_type
 
 LINEAR_ATTENTION, LINEAR_ATTENTION_TYPES = "linear_num_value_heads", ("qwen3_5", "qwen3_next")
 """A setting that models with GatedDeltaNet layers have, and what their types begin with."""
@@ -39,10 +39,7 @@ def check_supported(name: str, settings: Mapping[str, Any]) -> None:
             f"model {name} has the model type {model_type}, a mixture of experts, but mr1_fast "
             f"trains dense models alone: choose one of {known}."
         )
-    raise UserError(
-        f"model {name} has the model type {model_type}, but mr1_fast trains {known}: choose one of "
-        "these."
-    )
+    raise unknown_type(f"model {name}", model_type)
 
 
 def check_layers(name: str, config: PretrainedConfig) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "text_model",
     "text_positions",
     "titles",
+    "unknown_type",
     "unquantised",
     "vision_tower",
 ]
@@ -47,11 +48,16 @@ TEXT_TYPES = {family.model_type for family in FAMILIES.values() if family.vision
 def family_of(config: PretrainedConfig) -> Family:
     """Return the family of a model's configuration; UserError if it is not one of these."""
     if config.model_type not in FAMILIES:
-        raise UserError(
-            f"the model has the model type {config.model_type}, but mr1_fast trains {titles()}: "
-            "choose one of these."
-        )
+        raise unknown_type("the model", config.model_type)
     return FAMILIES[config.model_type]
+
+
+def unknown_type(model: str, model_type: str) -> UserError:
+    """Make the error for a model, as a sentence calls it, of a type that is of no family here."""
+    return UserError(
+        f"{model} has the model type {model_type}, but mr1_fast trains {titles()}: choose one of "
+        "these."
+    )
 
 
 def titles() -> str:

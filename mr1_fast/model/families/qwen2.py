@@ -7,8 +7,7 @@ from .text_settings import built_in_text, published_text
 
 
 def _published(*sizes, rope_theta: float = 1e6, **others) -> dict:
-    rope = {"rope_type": "default", "rope_theta": rope_theta}
-    return published_text(*sizes, **others) | {"rope_parameters": rope}
+    return published_text(*sizes, rope=dict(rope_theta=rope_theta), **others)
 
 
 _SIZE_1B5 = 1536, 8960, 28, 12, 2, True

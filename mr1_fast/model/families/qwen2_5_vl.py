@@ -3,26 +3,31 @@
 from transformers import Qwen2_5_VLConfig
 
 from .family import BuiltInSize, Family, TokenIds, VisionTower
-from .text_settings import built_in_text, image_ids, published_text, sections
+from .text_settings import (
+    SHORTER_NAMES,
+    built_in_text,
+    image_ids,
+    published_images,
+    published_text,
+    sections,
+)
 
 _TOWER = VisionTower("Qwen2_5_VLProcessor", 14, has_gated_mlp=True)
 
 
-def _published(text: dict) -> dict:
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    return dict(
-        text_config=text | {"rope_parameters": rope},
-        vision_config=dict(
-            depth=32,
-            hidden_size=1280,
-            intermediate_size=3420,
-            num_heads=16,
-            out_hidden_size=text["hidden_size"],
-            window_size=112,
-            fullatt_block_indexes=[7, 15, 23, 31],
-            **_TOWER.patches(),
-        ),
-        tie_word_embeddings=text["tie_word_embeddings"],
+def _published(*sizes, **others) -> dict:
+    rope = dict(rope_theta=1e6, mrope_section=[16, 24, 24])
+    text = published_text(*sizes, rope=rope, **others)
+    return published_images(
+        text,
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=text["hidden_size"],
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        **_TOWER.patches(),
     )
 
 
@@ -50,14 +55,12 @@ QWEN2_5_VL = Family(
     auto_class="AutoModelForImageTextToText",
     config_class=Qwen2_5_VLConfig,
     sizes={
-        "Qwen/Qwen2.5-VL-3B": _published(published_text(2048, 11_008, 36, 16, 2, True)),
-        "Qwen/Qwen2.5-VL-7B": _published(
-            published_text(3584, 18_944, 28, 28, 4, False, vocab_size=152_064)
-        ),
+        "Qwen/Qwen2.5-VL-3B": _published(2048, 11_008, 36, 16, 2, True),
+        "Qwen/Qwen2.5-VL-7B": _published(3584, 18_944, 28, 28, 4, False, vocab_size=152_064),
     },
     built_in=_built_in,
     text="model.language_model",
     vision=_TOWER,
-    stored_names={"model.language_model.": "model.", "model.visual.": "visual."},
+    stored_names=SHORTER_NAMES,
 )
 """The family."""

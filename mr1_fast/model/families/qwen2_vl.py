@@ -3,24 +3,29 @@
 from transformers import Qwen2VLConfig
 
 from .family import BuiltInSize, Family, TokenIds, VisionTower
-from .text_settings import built_in_text, image_ids, published_text, sections
+from .text_settings import (
+    SHORTER_NAMES,
+    built_in_text,
+    image_ids,
+    published_images,
+    published_text,
+    sections,
+)
 
 _TOWER = VisionTower("Qwen2VLProcessor", 14, width="embed_dim", out_width="hidden_size")
 
 
-def _published(text: dict) -> dict:
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    return dict(
-        text_config=text | {"rope_parameters": rope},
-        vision_config=dict(
-            depth=32,
-            embed_dim=1280,
-            hidden_size=text["hidden_size"],
-            num_heads=16,
-            mlp_ratio=4,
-            **_TOWER.patches(),
-        ),
-        tie_word_embeddings=text["tie_word_embeddings"],
+def _published(*sizes, **others) -> dict:
+    rope = dict(rope_theta=1e6, mrope_section=[16, 24, 24])
+    text = published_text(*sizes, rope=rope, **others)
+    return published_images(
+        text,
+        depth=32,
+        embed_dim=1280,
+        hidden_size=text["hidden_size"],
+        num_heads=16,
+        mlp_ratio=4,
+        **_TOWER.patches(),
     )
 
 
@@ -47,14 +52,12 @@ QWEN2_VL = Family(
     auto_class="AutoModelForImageTextToText",
     config_class=Qwen2VLConfig,
     sizes={
-        "Qwen/Qwen2-VL-2B": _published(published_text(1536, 8960, 28, 12, 2, True)),
-        "Qwen/Qwen2-VL-7B": _published(
-            published_text(3584, 18_944, 28, 28, 4, False, vocab_size=152_064)
-        ),
+        "Qwen/Qwen2-VL-2B": _published(1536, 8960, 28, 12, 2, True),
+        "Qwen/Qwen2-VL-7B": _published(3584, 18_944, 28, 28, 4, False, vocab_size=152_064),
     },
     built_in=_built_in,
     text="model.language_model",
     vision=_TOWER,
-    stored_names={"model.language_model.": "model.", "model.visual.": "visual."},
+    stored_names=SHORTER_NAMES,
 )
 """The family."""

@@ -7,8 +7,7 @@ from .text_settings import built_in_text, published_text
 
 
 def _published(*sizes) -> dict:
-    rope = {"rope_type": "default", "rope_theta": 1e6}
-    return published_text(*sizes, head_dim=128) | {"rope_parameters": rope}
+    return published_text(*sizes, rope=dict(rope_theta=1e6), head_dim=128)
 
 
 def _built_in(size: BuiltInSize, ids: TokenIds) -> dict:

@@ -8,32 +8,29 @@ after decoder layer i (arXiv:2511.21631, section 2; arXiv:2406.04334).
 from transformers import Qwen3VLConfig
 
 from .family import BuiltInSize, Family, TokenIds, VisionTower
-from .text_settings import built_in_text, image_ids, published_text
+from .text_settings import built_in_text, image_ids, published_images, published_text
 
 _TOWER = VisionTower("Qwen3VLProcessor", 16)
 DEEPSTACK_MERGERS = "deepstack_merger_list"
 """Where the vision tower has these mergers, in the order of the blocks that they follow."""
 
 
-def _published(text: dict, depth: int, width: int, between: int, deepstack: list[int]) -> dict:
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-    }
-    return dict(
-        text_config=text | {"rope_parameters": rope, "max_position_embeddings": 262_144},
-        vision_config=dict(
-            depth=depth,
-            hidden_size=width,
-            intermediate_size=between,
-            num_heads=16,
-            out_hidden_size=text["hidden_size"],
-            deepstack_visual_indexes=deepstack,
-            **_TOWER.patches(),
-        ),
-        tie_word_embeddings=text["tie_word_embeddings"],
+def _published(*sizes, depth: int, width: int, between: int, deepstack: list[int]) -> dict:
+    text = published_text(
+        *sizes,
+        rope=dict(rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
+        head_dim=128,
+        max_position_embeddings=262_144,
+    )
+    return published_images(
+        text,
+        depth=depth,
+        hidden_size=width,
+        intermediate_size=between,
+        num_heads=16,
+        out_hidden_size=text["hidden_size"],
+        deepstack_visual_indexes=deepstack,
+        **_TOWER.patches(),
     )
 
 
@@ -66,15 +63,9 @@ QWEN3_VL = Family(
     auto_class="AutoModelForImageTextToText",
     config_class=Qwen3VLConfig,
     sizes={
-        "Qwen/Qwen3-VL-2B": _published(
-            published_text(2048, 6144, 28, 16, 8, True, head_dim=128), **_SMALL_TOWER
-        ),
-        "Qwen/Qwen3-VL-4B": _published(
-            published_text(2560, 9728, 36, 32, 8, True, head_dim=128), **_SMALL_TOWER
-        ),
-        "Qwen/Qwen3-VL-8B": _published(
-            published_text(4096, 12_288, 36, 32, 8, False, head_dim=128), **_LARGE_TOWER
-        ),
+        "Qwen/Qwen3-VL-2B": _published(2048, 6144, 28, 16, 8, True, **_SMALL_TOWER),
+        "Qwen/Qwen3-VL-4B": _published(2560, 9728, 36, 32, 8, True, **_SMALL_TOWER),
+        "Qwen/Qwen3-VL-8B": _published(4096, 12_288, 36, 32, 8, False, **_LARGE_TOWER),
     },
     built_in=_built_in,
     text="model.language_model",

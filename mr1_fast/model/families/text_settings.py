@@ -1,15 +1,29 @@
 """Settings that the configurations of several families share."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from .family import BuiltInSize, TokenIds
+
+SHORTER_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
+"""What the names of weights begin with in the files of Qwen2-VL and Qwen2.5-VL."""
 
 
 def published_text(
-    hidden: int, between: int, layers: int, heads: int, kv_heads: int, tied: bool, **others
+    hidden: int,
+    between: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool,
+    rope: Mapping[str, Any],
+    **others,
 ) -> dict:
     """Return the settings of a published language model.
 
     hidden, between: width of the hidden states and of the MLP; tied: whether the LM head is the
-    embedding. The vocabulary is that of Qwen2 and Qwen3 unless `others` names another.
+    embedding; rope: settings of its rotary angles. The vocabulary is that of Qwen2 and Qwen3 unless
+    `others` names another.
     """
     settings = dict(
         vocab_size=151_936,
@@ -19,8 +33,16 @@ def published_text(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", **rope},
     )
     return settings | others
+
+
+def published_images(text: Mapping[str, Any], **vision) -> dict:
+    """Return the settings of a published model with images, of a language model and a tower."""
+    return dict(
+        text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"]
+    )
 
 
 def built_in_text(size: BuiltInSize, ids: TokenIds, **rope) -> dict:
