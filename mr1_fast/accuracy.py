@@ -1,11 +1,13 @@
 """Answering items with a policy, and how many of the answers are right."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 from .config import EVALUATION_BATCH_SIZE
+from .distributed import SINGLE, World
+from .distributed.world import in_order
 from .model.policy import Policy
 from .rewards import CompletionJudge
 from .rollout.engine import PREFILL_TOKENS, Engine
@@ -27,10 +29,12 @@ def evaluate(
     prefill_tokens: int = PREFILL_TOKENS,
     show_progress: bool = False,
     stopped: Callable[[], bool] | None = None,
+    world: World = SINGLE,
 ) -> list[dict]:
     """Answer the examples; returns a record of each, in order.
 
     `stopped()` is asked after each batch: where it is true, the other batches are left out.
+    The processes of a `world` share the items of each batch, and all return all records.
 
     A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
     `outputs` (texts) with what `judged` adds. `cache_tokens` and `prefill_tokens` are those of
@@ -40,15 +44,19 @@ def evaluate(
     run at once as one batch has; the next batch begins beside the last samples of those before.
     """
     engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
-    batches = (
-        Batch(examples[start : start + batch_size], derive_seed(seed, "evaluate", start))
-        for start in range(0, len(examples), batch_size)
-    )
-    records = []
-    with tqdm(total=len(examples), unit="item", disable=not show_progress) as bar:
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(examples), batch_size):
+            mine = world.share(examples[start : start + batch_size])
+            yield Batch(mine, derive_seed(seed, "evaluate", start), places=world.places(len(mine)))
+
+    by_batch: list[list[dict]] = []
+    total = len(examples) // world.size
+    with tqdm(total=total, unit="item", disable=not show_progress or not world.is_first) as bar:
         for rollout in engine.stream(
-            batches, num_generations, sampling, cache_tokens, prefill_tokens
+            batches(), num_generations, sampling, cache_tokens, prefill_tokens
         ):
+            records = []
             for row, example in enumerate(rollout.examples):
                 outputs = rollout.texts[row * num_generations : (row + 1) * num_generations]
                 records.append(
@@ -59,10 +67,12 @@ def evaluate(
                         "outputs": outputs,
                     }
                 )
+            by_batch.append(judged(records, judge))
             bar.update(len(rollout.examples))
             if stopped and stopped():
                 break
-    return judged(records, judge)
+    parts = world.gather(by_batch)
+    return [record for batch in zip(*parts, strict=False) for record in in_order(batch)]
 
 
 def judged(records: list[dict], judge: CompletionJudge) -> list[dict]:

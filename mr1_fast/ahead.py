@@ -12,24 +12,24 @@ from .types import Example, Prompt
 
 @dataclass(frozen=True)
 class StepData:
-    """What a step begins with."""
+    """What a step begins with on this process: its share of the step's examples."""
 
     examples: list[Example]
-    """B examples."""
+    """Examples, B of all processes."""
     prompts: list[Prompt]
-    """The examples as the model sees them, B prompts; their tensors are on the CPU."""
+    """The examples as the model sees them, a prompt for each; their tensors are on the CPU."""
     waited: float = 0.0
     """How long the step had to wait for them, in seconds."""
 
 
 def read_step(run: Run, step: int, ended: threading.Event | None = None) -> StepData:
-    """Read and encode the examples of a step, one after the other.
+    """Read and encode this process's share of the examples of a step, one after the other.
 
     Raises UserError for one that cannot be used, and CancelledError before the next one once
     `ended` is set.
     """
     data, count = StepData([], []), run.config.prompts_per_step
-    for entry in range(step * count, (step + 1) * count):
+    for entry in run.world.share(range(step * count, (step + 1) * count)):
         if ended is not None and ended.is_set():
             raise CancelledError
         (example,) = run.source.take(entry, 1)  # as in steps of one example

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .distributed.sharding import Replicated
 from .errors import UserError
 from .files import atomic_folder
 
@@ -46,7 +47,7 @@ def fingerprint(model: nn.Module) -> str:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: nn.Module,
+    sharding: Replicated,
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Part] | None = None,
@@ -56,7 +57,11 @@ def save_checkpoint(
     The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
     Checkpoints that are older than the newest KEEP are removed.
     """
+    model, world = sharding.model, sharding.world
     path = _step_folder(folder, step)
+    if not world.is_first:
+        world.barrier()
+        return path
     tensors, numbers = {}, {}
     for name, value in _flatten(optimizer.state_dict()["state"]).items():
         if isinstance(value, torch.Tensor):
@@ -77,12 +82,13 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old)
+    world.barrier()
     return path
 
 
 def load_checkpoint(
     folder: Path,
-    model: nn.Module,
+    sharding: Replicated,
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Part] | None = None,
@@ -95,6 +101,7 @@ def load_checkpoint(
     Raises UserError where there is none, where a file is damaged, and where it was made from
     another starting model or with another optimizer.
     """
+    model = sharding.model
     paths = sorted(folder.glob("step-*"))
     if not paths:
         raise UserError(
@@ -138,18 +145,23 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
-def save_weights(folder: Path, step: int, model: nn.Module) -> None:
+def save_weights(folder: Path, step: int, sharding: Replicated) -> None:
     """Write the trained weights after `step` steps alone, for example `folder/step-000050`."""
+    model = sharding.model
+    if not sharding.world.is_first:
+        sharding.world.barrier()
+        return
     with atomic_folder(_step_folder(folder, step)) as temporary:
         save_file(_trained(model), temporary / "weights.safetensors")
+    sharding.world.barrier()
 
 
-def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+def load_weights(folder: Path, step: int, sharding: Replicated) -> None:
     """Restore the trained weights that `save_weights` has written.
 
     Raises UserError where they are missing or damaged.
     """
-    path = _step_folder(folder, step)
+    model, path = sharding.model, _step_folder(folder, step)
     try:
         weights = load_file(path / "weights.safetensors")
     except (OSError, SafetensorError) as error:

@@ -3,7 +3,7 @@
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ class RunLog:
     TABLES = 20
     """Steps of a run whose samples the loggers get, about evenly spread."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, loggers: Sequence[str] | None = None):
         self.config = config
         self.folder = run_folder(config)
         self.resuming = config.resume is not None
@@ -48,7 +48,8 @@ class RunLog:
         """Whether this process has written final/ of this run."""
         self._logged = LoggerRun(self.folder, saved_settings(config), self.resuming)
         self._found: dict[str, Logger] = {
-            name: LOGGERS[name](self._logged) for name in config.loggers
+            name: LOGGERS[name](self._logged)
+            for name in (config.loggers if loggers is None else loggers)
         }
         self.loggers: list[Background] = []
         self.bar: tqdm | None = None

@@ -1,9 +1,11 @@
 """How the values of a step's rows become one number each in metrics.jsonl."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
+
+from .distributed import SINGLE, World
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,18 @@ class RowMetrics:
                 self._sums[name] += metric.values.float().sum().item()
                 self._rows[name] += len(metric.values)
 
-    def result(self) -> dict[str, float]:
-        """Return one number for each name of which a batch had a row; others are not known."""
-        means = {name: self._sums[name] / rows for name, rows in self._rows.items() if rows}
-        largest = {name: torch.cat(parts) for name, parts in self._largest.items()}
-        return {**means, **{name: v.max().item() for name, v in largest.items() if len(v)}}
+    def result(self, world: World = SINGLE) -> dict[str, float]:
+        """Return one number for each name of which a batch had a row; others are not known.
+
+        The batches of all processes of a `world` count, some of which may have none.
+        """
+        rows, sums, largest = Counter(), Counter(), defaultdict(list)
+        mine = {name: torch.cat(parts) for name, parts in self._largest.items()}
+        mine = {name: values.max().item() for name, values in mine.items() if len(values)}
+        for part in world.gather((self._rows, self._sums, mine)):
+            rows.update(part[0])
+            sums.update(part[1])
+            for name, value in part[2].items():
+                largest[name].append(value)
+        means = {name: sums[name] / count for name, count in rows.items() if count}
+        return {**means, **{name: torch.tensor(v).max().item() for name, v in largest.items()}}

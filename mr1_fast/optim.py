@@ -2,13 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from .config import OptimizerConfig
+from .distributed.sharding import Part, Replicated
 from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
 from .kernels.adamw.step import add_stochastic_
@@ -23,20 +25,23 @@ BatchLoss = Callable[[Policy, PackedBatch], tuple[torch.Tensor, dict[str, RowMet
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, seed: int = 0
+    model: nn.Module, config: OptimizerConfig, seed: int = 0, parts: Sequence[Part] | None = None
 ) -> torch.optim.Optimizer:
     """Make the AdamW that `config.optimizer` names, over the trainable parameters of `model`.
 
-    `seed` is the seed of stochastic rounding. Raises UserError where bitsandbytes is asked for and
-    missing.
+    `seed` is the seed of stochastic rounding, and `parts` what this process updates of them, where
+    that is not everything. Raises UserError where bitsandbytes is asked for and missing.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts = Replicated(model).parts if parts is None else parts
+    parameters = [part.weight for part in parts]
     settings = dict(lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     kind = resolve_optimizer(config.optimizer, parameters)
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     if kind in ("adamw_exact", "adamw_stochastic"):
-        return LowMemoryAdamW(parameters, **settings, remainder=kind == "adamw_exact", seed=seed)
+        firsts = [part.first for part in parts]
+        exact = kind == "adamw_exact"
+        return LowMemoryAdamW(parameters, **settings, remainder=exact, seed=seed, firsts=firsts)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -76,39 +81,47 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[PackedBatch],
+    batches: Sequence[PackedBatch],
     batch_loss: BatchLoss,
     step: int,
     total_steps: int,
     config: OptimizerConfig,
     loss_scale: LossScale | None = None,
+    sharding: Replicated | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on the summed loss of `batches`; returns the step's metrics.
 
-    The token weights of the batches carry all normalisation, so their losses add up. Gradients are
-    clipped to `config.max_grad_norm`. A loss or gradient norm of inf or NaN leaves weights and
-    optimizer state untouched, since one bad batch must not end a run; `skipped` then is 1. Running
-    out of memory before the optimizer's own step leaves them untouched, too, so that the caller can
-    try again.
+    The token weights of the batches carry all normalisation, so their losses add up, over the
+    processes of a run as well. Gradients are clipped to `config.max_grad_norm`. A loss or gradient
+    norm of inf or NaN leaves weights and optimizer state untouched, since one bad batch must not
+    end a run; `skipped` then is 1. Running out of memory before the optimizer's own step leaves
+    them untouched, too, so that the caller can try again.
 
     A float16 model needs a `loss_scale`. The batches are scaled by it, and what is returned is not.
+
+    `sharding` is how the weights are spread over processes; None for a process alone.
     """
+    sharding = sharding or Replicated(policy.model)
+    world, seed = sharding.world, derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = sharding.parameters
     loss, row_metrics = 0.0, RowMetrics()
     try:
-        with unbiased_accumulation(parameters, derive_seed(getattr(optimizer, "seed", 0), step)):
-            for batch in batches:
+        with unbiased_accumulation(parameters, derive_seed(seed, world.rank)):
+            for batch in sharding.aligned(batches):
                 batch = batch.to(policy.device)
                 if loss_scale:
                     batch = loss_scale.scaled(batch)
-                part, metrics = batch_loss(policy, batch)
+                part, metrics = sharding.within(partial(batch_loss, policy, batch))
                 part.backward()
                 loss += part.item()
                 row_metrics.add(metrics)
     except torch.OutOfMemoryError:
-        optimizer.zero_grad(set_to_none=True)  # frees the memory that a second attempt needs
+        for parameter in parameters:
+            parameter.grad = None  # frees the memory that a second attempt needs
         raise
+    sharding.sum_gradients(seed)
+    (loss,) = world.sums([loss])
 
     rate = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
@@ -117,19 +130,23 @@ def update(
     scale_metrics = {}
     if loss_scale:
         loss /= loss_scale.value
-        loss_scale.unscale_(p.grad for p in parameters if p.grad is not None)
+        gradients = (part.weight.grad for part in sharding.parts)
+        loss_scale.unscale_(gradient for gradient in gradients if gradient is not None)
         scale_metrics = {"loss_scale": loss_scale.value}
-    norm = gradient_norm(parameters)
+    norm = sharding.gradient_norm()
     grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
-        _step(optimizer, parameters, norm, config.max_grad_norm)
+        _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
+        sharding.share_weights()
+    for parameter in parameters:
+        parameter.grad = None
     optimizer.zero_grad(set_to_none=True)
     if loss_scale:
         loss_scale.observe(finite)
     return {
         "loss": loss,
-        **row_metrics.result(),
+        **row_metrics.result(world),
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "skipped": float(not finite),
@@ -164,19 +181,6 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-def gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Return the 2-norm of all gradients, 0-d in fp32.
-
-    torch's `get_total_norm` would compute it in the gradients' own 16 bits.
-    """
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-        for p in parameters
-        if p.grad is not None
-    ]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
 def _step(

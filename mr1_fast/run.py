@@ -8,17 +8,21 @@ import torch
 from .checkpoint import Part, fingerprint, load_checkpoint, save_checkpoint, saved_steps
 from .config import TrainConfig
 from .data_check import check_data
+from .distributed import SINGLE, World
+from .distributed.launch import join_world
+from .distributed.sharding import Replicated
 from .errors import UserError, printable
 from .kernels.self_test import self_test
 from .kl_schedule import KLSchedule
-from .log import RunLog
+from .log import RunLog, run_folder
 from .loss_scale import LossScale
 from .model.attention import attention_kernel
-from .model.device import resolve_device, resolve_dtype
+from .model.device import device_name, resolve_device, resolve_dtype
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .model.save import check_save
+from .model.sharded import spread
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
@@ -28,6 +32,7 @@ from .progress import Progress
 from .push.upload import require_repository
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
+from .silent_log import SilentLog
 from .start import load_policy
 from .stopping import StopSignals, TimeLimit
 from .tasks import get_task
@@ -51,6 +56,10 @@ class Run:
     policy: Policy
     limits: MemoryLimits
     """How many tokens are computed on at once; halved where memory runs out."""
+    world: World = SINGLE
+    """The processes that train together."""
+    sharding: Replicated | None = None
+    """Which part of weights and optimizer each of them has."""
     optimizer: torch.optim.Optimizer | None = None
     reference: Reference | None = None
     """The policy as it was before training; None where the loss has no KL term."""
@@ -78,6 +87,10 @@ class Run:
     saved: int = 0
     """After how many steps the last checkpoint was saved; the start needs none."""
 
+    def __post_init__(self) -> None:
+        if self.sharding is None and self.policy is not None:
+            self.sharding = Replicated(self.policy.model, self.world)
+
     def recompute_all(self) -> str:
         """Run all layers again in the backward pass from now on, if the settings leave it open.
 
@@ -94,7 +107,7 @@ class Run:
             save_checkpoint(
                 self.log.checkpoints,
                 steps_done,
-                self.policy.model,
+                self.sharding,
                 self.optimizer,
                 self.start_fingerprint,
                 checkpoint_parts(self.schedule, self.loss_scale),
@@ -119,7 +132,12 @@ class Run:
         return steps_done % config.eval_every == 0
 
     def end(self, steps_done: int) -> End:
-        """Say why the run ends after `steps_done` steps, if it does."""
+        """Say why the run ends after `steps_done` steps, if it does, on every process alike."""
+        ends = self.world.gather(self._own_end(steps_done))
+        return next(filter(None, ends), "")
+
+    def _own_end(self, steps_done: int) -> End:
+        """Say why the run ends by what this process knows: signals and clocks differ."""
         config, limit = self.config, self.time_limit
         if self.signals.received:
             return "signal"
@@ -150,6 +168,9 @@ def prepare(config: TrainConfig) -> Run:
     settings, data, a repository or a model that cannot be used.
     """
     time_limit = TimeLimit(config.max_hours)
+    world = join_world(device_name(config, torch.cuda.is_available()))
+    require_prompts(config, world)
+    config.output = world.of_first(config.output or str(run_folder(config)))
     get_task(config.task)
     check_save(config)
     dtype = resolve_dtype(config)
@@ -158,23 +179,25 @@ def prepare(config: TrainConfig) -> Run:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
     self_test(resolve_device(config), config.load_in_4bit)
-    source, held_out = load_data(config)
-
-    log = RunLog(config)
-    check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
-    check_data(held_out, config, config.eval_samples, log.say)
-    if config.push_to_hub is not None:
+    log = RunLog(config) if world.is_first else SilentLog(config)
+    with world.in_turn():
+        source, held_out = load_data(config)
+        check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
+        check_data(held_out, config, config.eval_samples, log.say)
+    if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
-    policy = load_policy(config)
+    with world.in_turn():
+        policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference) if config.needs_reference else None
-    optimizer = make_optimizer(policy.model, config, config.seed)
+    sharding = spread(policy, reference, config.sharding, world)
+    optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
     loss_scale = LossScale() if dtype == torch.float16 else None
     if log.resuming:
         first_step = load_checkpoint(
             log.checkpoints,
-            policy.model,
+            sharding,
             optimizer,
             start_fingerprint,
             checkpoint_parts(schedule, loss_scale),
@@ -189,7 +212,8 @@ def prepare(config: TrainConfig) -> Run:
             f"{progress.best()}, are not in {log.best}: resume without it."
         )
     # Drawn prompts differ little: the first show whether they are too long.
-    for example in source.take(first_step, config.prompts_per_step):
+    for entry in world.share(range(config.prompts_per_step)):
+        (example,) = source.take(first_step * config.prompts_per_step + entry, 1)
         policy.encode.length(example)
 
     memory = RunMemory(policy, config)
@@ -198,6 +222,8 @@ def prepare(config: TrainConfig) -> Run:
         config=config,
         policy=policy,
         limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
+        world=world,
+        sharding=sharding,
         optimizer=optimizer,
         reference=reference,
         schedule=schedule,
@@ -218,6 +244,15 @@ def prepare(config: TrainConfig) -> Run:
     if evaluations := describe_evaluations(config, len(run.held_out)):
         log.say(evaluations)
     return run
+
+
+def require_prompts(config: TrainConfig, world: World) -> None:
+    """Raise UserError where a process would have no prompt in a step."""
+    if config.prompts_per_step < world.size:
+        raise UserError(
+            f"prompts_per_step is {config.prompts_per_step}, but there are {world.size} processes, "
+            "each of which needs a prompt: raise --prompts-per-step or lower --nproc-per-node."
+        )
 
 
 def load_data(

@@ -17,13 +17,15 @@ def solution_batches(
     tokens_per_pack: int,
     target: str = "solution",
     prompts: list[Prompt] | None = None,
+    num_examples: int | None = None,
 ) -> MicroBatches:
     """Pack prompts with the completions to imitate, and put the weights of their mean on the rows.
 
     `target` is `solution` (reasoning and answer) or `answer`; EOS ends each completion. What the
     prompt has already written of an answer, such as `<think>`, is not repeated, and what it leaves
     open is closed. Special tokens that a solution contains are text. `prompts` are the examples as
-    `policy.encode` gives them, where they have been encoded.
+    `policy.encode` gives them, where they have been encoded. `num_examples` is over how many the
+    mean goes, where these are a part of them.
     """
     written = format_solution if target == "solution" else format_answer
     end = policy.processor.tokenizer.eos_token_id
@@ -35,7 +37,7 @@ def solution_batches(
     batches = MicroBatches(prompts, targets, tokens_per_pack)
     for batch in batches:
         batch.row_data["token_weights"] = token_weights(
-            batch.loss_cu_seqlens, num_sequences=len(examples)
+            batch.loss_cu_seqlens, num_sequences=num_examples or len(examples)
         )
     return batches
 

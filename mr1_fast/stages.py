@@ -26,6 +26,7 @@ from .seeds import derive_seed
 from .segments import cumulative
 from .tasks import get_task
 from .types import Example, PackedBatch, Prompt, Rollout
+from .whole_step import selected
 
 GAP = ("rollout_gap_mean", "rollout_gap_max")
 """Metrics of |log π − log π_rollout|, by which rollout and training differ at the same weights."""
@@ -57,7 +58,8 @@ def sample(
     prompts: list[Prompt] | None = None,
     round_: int = 0,
 ) -> Rollout:
-    """Sample G completions of each example, in a smaller KV cache if memory runs out.
+    """Sample G completions of each of this process's examples, in a smaller KV cache if memory runs
+    out.
 
     The same step and round always give the same completions, whatever the size of the cache; only a
     step that replaces groups has rounds after the first, which is 0. `prompts` are the examples as
@@ -69,6 +71,7 @@ def sample(
     prompts = policy.encode.many(examples) if prompts is None else prompts
     needed = fitting(prompts, config.num_generations, config).tokens
     draw = ("rollout", step, round_) if round_ else ("rollout", step)
+    places = run.world.places(len(examples))
 
     def generate(cache_tokens: int) -> Rollout:
         engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
@@ -80,34 +83,39 @@ def sample(
             prompts=prompts,
             cache_tokens=cache_tokens,
             prefill_tokens=run.limits.amounts[PACK_TOKENS],
+            places=places,
         )
 
-    return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
+    with run.sharding.whole_weights():
+        return run.limits.attempt(ROLLOUT_CACHE, generate, needed)
 
 
 def pack_rollout(
     rollout: Rollout, advantages: torch.Tensor, tokens_per_pack: int, config: TrainConfig
-) -> MicroBatches:
-    """Pack the rollout; each row gets its advantage, its weights and its sampled log-probability.
+) -> MicroBatches | None:
+    """Pack this process's groups; each row gets its advantage, its weights and its sampled
+    log-probability.
 
-    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens. There are no packs where
-    no row counts: no group has a signal, or all completions are cut and `mask_truncated` is set.
+    `advantages` is (B, G); each pack has at most `tokens_per_pack` tokens. Means are those of the
+    whole rollout. None where no row of it counts: no group has a signal, or all completions are cut
+    and `mask_truncated` is set.
     """
-    nothing = MicroBatches([], [], tokens_per_pack)
     if not rollout.prompts:
-        return nothing
+        return None
     bounds = cumulative(list(map(len, rollout.completions)))
-    weights = row_weights(rollout, bounds, config)
-    if not weights["token_weights"].any():
-        return nothing
+    rows = row_weights(rollout, bounds, config)
+    if not rows["token_weights"].any():
+        return None
+    rows["advantages"] = spread(advantages.flatten(), bounds)
+    rows["rollout_logp"] = torch.cat(rollout.logprobs)
+
+    mine = [prompt is not None for prompt in rollout.prompts]
+    if not all(mine):
+        group_rows = spread(torch.tensor(mine), bounds[:: rollout.num_generations])
+        rows = {name: values[group_rows] for name, values in rows.items()}
+        rollout = selected(rollout, [index for index, is_mine in enumerate(mine) if is_mine])
     batches = MicroBatches(rollout.prompts, rollout.completions, tokens_per_pack)
-    batches.add_row_data(
-        {
-            "advantages": spread(advantages.flatten(), bounds),
-            "rollout_logp": torch.cat(rollout.logprobs),
-            **weights,
-        }
-    )
+    batches.add_row_data(rows)
     return batches
 
 
@@ -146,14 +154,14 @@ def row_weights(
 
 
 @torch.no_grad()
-def add_logprobs(run: Run, batches: MicroBatches) -> None:
+def add_logprobs(run: Run, batches: MicroBatches | None) -> None:
     """Put the reference's log-probabilities on the rows, in smaller packs if memory runs out.
 
     With `--importance-cap`, also the policy's own ones and the importance weights that follow.
     Several updates per batch (μ > 1) need old log-probabilities; they are the rollout's, which cost
     no forward pass, unless `needs_own_logprobs`.
     """
-    if not batches:
+    if batches is None:
         return
     config, policy = run.config, run.policy
 
@@ -181,13 +189,13 @@ def add_logprobs(run: Run, batches: MicroBatches) -> None:
     run.limits.attempt(PACK_TOKENS, compute)
 
 
-def update_policy(run: Run, batches: MicroBatches, step: int) -> dict[str, float]:
+def update_policy(run: Run, batches: MicroBatches | None, step: int) -> dict[str, float]:
     """Take μ optimizer steps on the batches, each with its own β; returns the last one's metrics.
 
     The gap between rollout and training is that of the first: afterwards, the weights are no longer
     the rollout's. Without batches there is no update, and nothing to measure: `skipped` is 1.
     """
-    if not batches:
+    if batches is None:
         last = (step + 1) * run.config.updates_per_batch - 1
         return {"beta": run.schedule(last), "skipped": 1.0}
     first: dict[str, float] = {}
@@ -289,6 +297,7 @@ def learn(
             config.optimizer_steps(),
             config,
             run.loss_scale,
+            run.sharding,
         )
 
     return run.limits.attempt(PACK_TOKENS, attempt, relief=run.recompute_all)

@@ -18,6 +18,7 @@ from pathlib import Path
 from .advantages import group_advantages
 from .ahead import Ahead
 from .config import TrainConfig
+from .distributed.launch import is_first
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
@@ -33,6 +34,7 @@ from .run import End, Run, prepare
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
 from .signal_groups import groups_with_signal, refill
+from .silent_log import NoPage
 from .stages import (
     add_logprobs,
     learn,
@@ -45,6 +47,7 @@ from .stages import (
 from .stopping import StopSignals
 from .types import Example, Prompt
 from .utilisation import utilisation
+from .whole_step import together
 
 
 def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = None) -> Path:
@@ -60,10 +63,11 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     with StopSignals() as signals:
         run = prepare(config)
         run.log.create(run.first_step)
+        run.world.barrier()
         run.signals = signals
         signals.defer(run.log.way_on)
 
-        with run.log, LivePage(run.log.folder, run.log.say) as page:
+        with run.log, live_page(run) as page:
             if not run.log.resuming:
                 record_evaluation(run, "before", step=0)
             if config.open:
@@ -74,8 +78,9 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
             if end in ("finished", "patience"):
                 finish(run, steps_done)
         if end in ("finished", "patience"):
-            write_card(run.log.folder, config)
-            if config.push_to_hub and not signals.received:
+            if run.world.is_first:
+                write_card(run.log.folder, config)
+            if config.push_to_hub and run.world.is_first and not signals.received:
                 run.log.say(f"uploading {run.log.folder / 'final'} to {config.push_to_hub} …")
                 run.log.say(push_in_time(run.log.folder))
 
@@ -128,11 +133,18 @@ def take_steps(
     return steps_done, end
 
 
+def live_page(run: Run) -> LivePage:
+    """Return the page of a run, which the first process keeps up to date."""
+    return LivePage(run.log.folder, run.log.say) if run.world.is_first else NoPage(run.log.folder)
+
+
 def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
-    with atomic_folder(run.log.folder / "final") as folder:
-        save_pretrained(run.policy, folder, run.config.save)
+    if run.world.is_first:
+        with atomic_folder(run.log.folder / "final") as folder:
+            save_pretrained(run.policy, folder, run.config.save)
+    run.world.barrier()
     run.log.final_stands = True
     record_evaluation(run, "after", step)
 
@@ -148,7 +160,7 @@ def grpo_step(
     rollout = sample(run, examples, step, prompts)
     clock.lap("rollout")
 
-    scores = score_rollout(run, rollout, step)
+    rollout, scores = together(run.world, rollout, score_rollout(run, rollout, step))
     if equal_groups == "refill":
         rollout, scores = refill(run, rollout, scores, step, clock)
     run.log.completions(step, rollout, scores)
@@ -158,7 +170,7 @@ def grpo_step(
 
     rewards = scores.total
     if equal_groups != "keep":
-        rollout, rewards = groups_with_signal(rollout, rewards, limit=len(examples))
+        rollout, rewards = groups_with_signal(rollout, rewards, limit=run.config.prompts_per_step)
         metrics |= {"groups_sampled": len(scores.total), "groups_learnt": len(rewards)}
     advantages = group_advantages(rewards, run.config.advantage)
     batches = pack_rollout(rollout, advantages, run.limits.amounts[PACK_TOKENS], run.config)
@@ -179,7 +191,12 @@ def sft_step(
     """
     clock = Stopwatch()
     batches = solution_batches(
-        run.policy, examples, run.limits.amounts[PACK_TOKENS], run.config.sft_target, prompts
+        run.policy,
+        examples,
+        run.limits.amounts[PACK_TOKENS],
+        run.config.sft_target,
+        prompts,
+        run.config.prompts_per_step,
     )
     for inner in range(run.config.updates_per_batch):
         optimizer_step = step * run.config.updates_per_batch + inner
@@ -195,6 +212,8 @@ def main(config: TrainConfig) -> None:
     """Train as configured, and say where the results are."""
     started = time.perf_counter()
     folder = train(config)
+    if not is_first():
+        return
     print_table(folder)
     seconds = time.perf_counter() - started
     print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")

@@ -76,8 +76,8 @@ class Rollout:
 
     examples: list[Example]
     """B examples."""
-    prompts: list[Prompt]
-    """B prompts."""
+    prompts: list[Prompt | None]
+    """B prompts; None for one whose completions another process has sampled, and learns."""
     completions: list[torch.Tensor]
     """B·G int64 tensors of token ids, with EOS if it was sampled; a completion may be empty."""
     texts: list[str]

@@ -10,12 +10,14 @@ from .peak_flops import TERA, peak_flops
 from .run import Run
 
 
-def utilisation(run: Run, batches: MicroBatches, laps: dict[str, float]) -> dict[str, float]:
+def utilisation(run: Run, batches: MicroBatches | None, laps: dict[str, float]) -> dict[str, float]:
     """Return TFLOP/s of the stages `reference` and `update`, and on a known card the MFU of both.
 
     `batches` are the packs that both stages computed, on the CPU; `laps` has the seconds of each
     stage by its name in metrics.jsonl. Nothing here waits for the device.
     """
+    if batches is None:
+        return {}
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
     return speeds(stage_flop(run, batches), laps, device_peak(device, dtype))
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mr1_fast.config import OptimizerConfig
+from mr1_fast.distributed.sharding import gradient_norm
 from mr1_fast.errors import UserError
 from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
 from mr1_fast.loss_scale import LARGEST, LossScale
 from mr1_fast.optim import (
-    gradient_norm,
     learning_rate,
     make_optimizer,
     unbiased_accumulation,

@@ -67,7 +67,7 @@ def test_a_step_without_a_token_that_counts_has_no_packs(loss_type, ratio, case)
     advantages = torch.zeros(len(rollout.prompts), rollout.num_generations)
     for entropy in (0.0, 0.1):
         config = TrainConfig(**settings, entropy_coefficient=entropy)
-        assert pack_rollout(rollout, advantages, 8, config) == []
+        assert pack_rollout(rollout, advantages, 8, config) is None
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -106,7 +106,7 @@ def test_a_loss_scale_multiplies_all_of_the_loss(ratio):
 
 def test_a_step_without_groups_has_no_packs():
     nothing = Rollout([], [], [], [], [], [], 4)
-    assert pack_rollout(nothing, torch.zeros(0, 4), 8, TrainConfig(loss_type="bnpo")) == []
+    assert pack_rollout(nothing, torch.zeros(0, 4), 8, TrainConfig(loss_type="bnpo")) is None
 
 
 def test_weights_of_cut_completions_and_of_their_normalisers():

@@ -13,6 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
+from mr1_fast.distributed.sharding import Replicated
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import DynamicKL, TargetKL
 from mr1_fast.model.known import find_model_config
@@ -89,7 +90,9 @@ def trained_policy(argv, folder):
     policy = load_policy(config)
     optimizer = make_optimizer(policy.model, config)
     assert (
-        load_checkpoint(folder / "checkpoints", policy.model, optimizer, fingerprint(policy.model))
+        load_checkpoint(
+            folder / "checkpoints", Replicated(policy.model), optimizer, fingerprint(policy.model)
+        )
         == config.steps
     )
     return policy

@@ -20,6 +20,10 @@ class RunConfig:
     resume: str | None = None
     """Folder of an earlier run, to continue from its last checkpoint with the settings of its
     config.yaml."""
+    sharding: Literal["auto", "none", "optimizer", "full"] = "auto"
+    """What each of several processes under `torchrun` holds a part of: nothing (none), the
+    optimizer's state (optimizer), or the weights, too (full). `auto` is the first of these with
+    which the run fits into memory by the plan."""
     seed: int = 0
     """Seed of everything random: the same seed gives the same numbers on the same machine."""
     save_every: int = 50

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..accuracy import evaluate, judged, summarise
 from ..checkpoint import keep_only, load_weights, save_weights, saved_steps
 from ..config import TrainConfig
+from ..distributed import SINGLE, World
 from ..files import write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
@@ -50,7 +51,8 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
         if run.signals.received:
             return
         if mode == "greedy":
-            _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
+            if run.world.is_first:
+                _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
             if config.eval_every and step not in run.progress.accuracies:
                 _record_point(run, step, records, seconds)
         figures = {mode: summarise(records)}
@@ -60,7 +62,8 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
         for name, summary in figures.items():
             run.log.say(f"{when:>6}: {name} {accuracy_text(summary)}")
         result[when] |= figures
-    write_json(path, result)
+    if run.world.is_first:
+        write_json(path, result)
 
 
 def evaluate_if_due(run: Run, steps_done: int) -> None:
@@ -86,12 +89,13 @@ def _record_point(run: Run, step: int, records: list[dict], seconds: float) -> N
     progress, summary = run.progress, summarise(records)
     progress.accuracies[step] = summary["accuracy"]
     if run.config.keep_best and progress.best() == step:
-        save_weights(run.log.best, step, run.policy.model)
+        save_weights(run.log.best, step, run.sharding)
     run.log.evaluation({"step": step, **summary, "seconds": round(seconds, 3)})
 
     # A run that goes on from a checkpoint needs what was the best when that was saved.
     starts = [*saved_steps(run.log.checkpoints), step]
-    keep_only(run.log.best, {progress.best(start) for start in starts})
+    if run.world.is_first:
+        keep_only(run.log.best, {progress.best(start) for start in starts})
 
 
 def restore_best(run: Run, steps_done: int) -> int:
@@ -103,7 +107,7 @@ def restore_best(run: Run, steps_done: int) -> int:
     if not run.config.keep_best or best is None:
         return steps_done
     if best != steps_done:
-        load_weights(run.log.best, best, run.policy.model)
+        load_weights(run.log.best, best, run.sharding)
     run.log.say(
         f"final/ is the model after step {best} of {steps_done}, "
         f"whose accuracy of {run.progress.accuracies[best]:.1%} is the highest"
@@ -117,14 +121,17 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
     The second value is how many seconds that took, of which the time limit takes note.
     """
     started = time.perf_counter()
-    records = answers(
-        run.policy,
-        run.config,
-        run.held_out,
-        mode,
-        run.limits,
-        stopped=lambda: bool(run.signals.received),
-    )
+    with run.sharding.whole_weights():
+        records = answers(
+            run.policy,
+            run.config,
+            run.held_out,
+            mode,
+            run.limits,
+            stopped=lambda: bool(run.signals.received),
+            world=run.world,
+        )
+    run.signals.received = int(run.world.most(run.signals.received))
     seconds = time.perf_counter() - started
     run.time_limit.note(f"{mode} evaluation", seconds)
     return records, seconds
@@ -137,11 +144,12 @@ def answers(
     mode: str,
     limits: MemoryLimits,
     stopped: Callable[[], bool] | None = None,
+    world: World = SINGLE,
 ) -> list[dict]:
     """Answer items of `config.task`; returns the records of `accuracy.evaluate`.
 
     `mode` is `greedy`, or `sampled` at the temperature of training. The KV cache is made smaller if
-    memory runs out; `stopped` is that of `evaluate`.
+    memory runs out; `stopped` and `world` are those of `evaluate`.
     """
     temperature = 0.0 if mode == "greedy" else config.temperature
     work = partial(
@@ -153,6 +161,7 @@ def answers(
         seed=derive_seed(config.seed, mode),
         prefill_tokens=limits.amounts[PACK_TOKENS],
         stopped=stopped,
+        world=world,
     )
     return limits.attempt(EVALUATION_CACHE, lambda tokens: work(cache_tokens=tokens))
 

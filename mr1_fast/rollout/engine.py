@@ -12,7 +12,7 @@ A sample's randomness is a row of numbers that belongs to it alone, so what is d
 on what runs beside it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -84,6 +84,7 @@ class Engine:
         prompts: list[Prompt] | None = None,
         cache_tokens: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        places: Sequence[int] | None = None,
     ) -> Rollout:
         """Sample G = `num_generations` completions of each example.
 
@@ -91,6 +92,7 @@ class Engine:
         cache_tokens: most tokens that have keys and values at once; samples wait where there is no
         room. None means as many as are of use, on a GPU as fit into FREE_SHARE of its free memory.
         prefill_tokens: most prompt tokens that are encoded at once.
+        places: the examples' numbers in a larger batch whose samples these are (`Batch.places`).
 
         The same seed gives the same samples. What runs beside a sample changes its numbers by
         rounding alone.
@@ -100,7 +102,8 @@ class Engine:
         """
 
         def batch() -> Iterator[Batch]:  # with its prompts, so that these keep their pixels
-            yield Batch(examples, seed, self.encode.many(examples) if prompts is None else prompts)
+            encoded = self.encode.many(examples) if prompts is None else prompts
+            yield Batch(examples, seed, encoded, places)
 
         (rollout,) = self.stream(batch(), num_generations, sampling, cache_tokens, prefill_tokens)
         return rollout

@@ -7,7 +7,7 @@ of them has prompts that are not in the pool yet, and thus pixels.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
@@ -33,6 +33,20 @@ class Batch(NamedTuple):
     seed: int = 0
     prompts: list[Prompt] | None = None
     """The examples as `encode` gives them, where the caller has them already."""
+    places: Sequence[int] | None = None
+    """The examples' numbers in a larger batch of which they are a part: they are then given the
+    random numbers that they would have there. None: the batch is whole."""
+
+
+def random_numbers(batch: Batch, num_generations: int, max_new_tokens: int) -> Tensor:
+    """Draw the random numbers (B·G, M) of a batch's samples: M = `max_new_tokens` for each."""
+    places = range(len(batch.examples)) if batch.places is None else batch.places
+    groups = max(places, default=-1) + 1
+    generator = torch.Generator().manual_seed(batch.seed)
+    of_all = torch.rand((groups * num_generations, max_new_tokens), generator=generator)
+    if batch.places is None:
+        return of_all
+    return of_all.view(groups, -1, max_new_tokens)[list(places)].flatten(0, 1)
 
 
 class Means(NamedTuple):
@@ -123,9 +137,7 @@ class Stream:
                 return False
             self._lay_out(lengths)
 
-        uniform = torch.rand(
-            (count, schedule.max_new_tokens), generator=torch.Generator().manual_seed(batch.seed)
-        )
+        uniform = random_numbers(batch, schedule.num_generations, schedule.max_new_tokens)
         positions = [prompt.next_position for prompt in prompts]
         numbers = schedule.add(lengths, positions, uniform.numpy())
         self.prompts.update(zip(numbers, prompts, strict=True))

@@ -1,11 +1,11 @@
 """The torch optimizer around the steps of step.py: parameter groups, seeds and checkpoints."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from ...errors import UserError
-from .rounding import random_keys
+from .rounding import from_element, random_keys
 from .state import Scalars, State
 from .step import adamw_
 
@@ -22,6 +22,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     than half of bf16's step. Skip a step whose gradients are not finite: the optimizer does not
     check them.
 
+    A parameter may be a part of a larger one, whose element `firsts[i]` is its first one, for
+    parameter i: a multiple of 256. The bits are then those of the larger parameter's step.
+
     Raises ValueError for betas or eps outside their ranges, and for a parameter that is not
     contiguous or neither bf16 nor fp32.
     """
@@ -36,13 +39,14 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         *,
         remainder: bool = True,
         seed: int = 0,
+        firsts: Sequence[int] | None = None,
     ):
         if not (0 <= betas[0] < 1 and 0 < betas[1] < 1 and eps > 0):
             raise ValueError(
                 f"betas are {betas} and eps is {eps}, but β₁ must lie in [0, 1), β₂ in (0, 1), and "
                 "ε must be greater than 0"
             )
-        self.remainder, self.seed = remainder, seed
+        self.remainder, self.seed, self.firsts = remainder, seed, firsts
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict) -> None:
@@ -78,6 +82,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 step, group["lr"], group["betas"], group["eps"], group["weight_decay"]
             )
             keys = random_keys(self.seed, index, step)
+            if self.firsts:
+                keys = from_element(self.firsts[index], keys)
             adamw_(p, p.grad, State(**tensors), scalars, keys, grad_scale)
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -122,6 +122,11 @@ def random_bits(first: int, n: int, keys: tuple[int, int], device: torch.device)
     return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
+def from_element(first: int, keys: tuple[int, int]) -> tuple[int, int]:
+    """Return the keys by which element 0 gets the bits that element `first` has by `keys`."""
+    return _signed(keys[0] + first), keys[1]
+
+
 def uniforms(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Make two fp32 numbers in (0, 1) of the two halves of each 32 bits: 2⁻¹⁷, 3·2⁻¹⁷, …"""
     return (bits & 0xFFFF) * 2**-16 + 2**-17, ((bits >> 16) & 0xFFFF) * 2**-16 + 2**-17

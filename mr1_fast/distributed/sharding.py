@@ -1,0 +1,160 @@
+"""Which part of the weights and of the optimizer's state each process has, and what that moves.
+
+Three kinds (docs/distributed.md):
+- none: every process has everything; gradients are summed;
+- optimizer: weights are whole everywhere, and each process updates a part of every parameter, for
+  which alone it has states;
+- full: weights, too, are in parts, which FSDP2 brings together layer by layer.
+
+The optimizer is made over `Sharding.parts`, and knows nothing of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..kernels.adamw.step import add_stochastic_
+from ..seeds import derive_seed
+from .world import SINGLE, World
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a trained parameter that this process updates: some of its elements in a row."""
+
+    name: str
+    """The parameter's name in the model."""
+    weight: nn.Parameter
+    """(n,) or the parameter's shape: the elements that are updated here, in the model's memory."""
+    first: int
+    """Index of the first of them among all elements of the parameter."""
+    whole: torch.Size
+    """The parameter's shape as the model defines it."""
+
+
+class Replicated:
+    """Every process has all weights and all of the optimizer's state (`--sharding none`).
+
+    It is the base of the other kinds, and that of a run of one process.
+    """
+
+    kind = "none"
+
+    def __init__(self, model: nn.Module, world: World = SINGLE):
+        self.model, self.world = model, world
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        """The model's trained parameters, which get gradients."""
+        self.parts = self._parts()
+        """What the optimizer updates, in the order of `parameters`."""
+
+    def _parts(self) -> list[Part]:
+        return [
+            Part(name, p, 0, p.shape)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+
+    # --- around a pass --------------------------------------------------------------------------
+
+    def within(self, work: Callable[[], Result]) -> Result:
+        """Return `work()`, a forward pass of the model, with the weights that it needs."""
+        return work()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Have all weights whole on this process within a block, as a rollout needs them."""
+        yield
+
+    def aligned(self, batches: Sequence[Result]) -> Iterable[Result]:
+        """Return the packs that this process computes: those of `batches`.
+
+        Where passes are collective, packs without weight follow until all have equally many.
+        """
+        return batches
+
+    # --- around the optimizer's step ------------------------------------------------------------
+
+    def sum_gradients(self, seed: int) -> None:
+        """Sum the gradients over all processes, in fp32, into `.grad` of the parts' weights.
+
+        A sum in bf16 is rounded stochastically, by `seed`. A parameter without a gradient on any
+        process keeps none.
+        """
+        if self.world.size == 1:
+            return
+        gradients = self._agreed_gradients()
+        for number, pieces in enumerate(buckets(gradients)):
+            total = torch.cat([piece.float() for piece in pieces])
+            dist.all_reduce(total)
+            sizes = [len(piece) for piece in pieces]
+            for index, (piece, part) in enumerate(zip(pieces, total.split(sizes), strict=True)):
+                round_into_(piece, part, derive_seed(seed, number, index))
+
+    def gradient_norm(self) -> Tensor:
+        """Return the 2-norm of all gradients, 0-d in fp32, which is the same everywhere."""
+        return gradient_norm([part.weight for part in self.parts])
+
+    def share_weights(self) -> None:
+        """Bring what each process has updated to all that need it."""
+
+    def _agreed_gradients(self) -> list[Tensor]:
+        """Return the gradients, flat, of all parameters that have one on any process.
+
+        Where this process has none, it is 0.
+        """
+        has = self.world.sums([p.grad is not None for p in self.parameters])
+        chosen = [p for p, count in zip(self.parameters, has, strict=True) if count]
+        for p in chosen:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad.view(-1) for p in chosen]
+
+
+def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of the gradients that weights have, 0-d in fp32.
+
+    torch's `get_total_norm` would compute it in the gradients' own 16 bits.
+    """
+    norms = [
+        torch.linalg.vector_norm(weight.grad, dtype=torch.float32)
+        for weight in weights
+        if weight.grad is not None
+    ]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+BUCKET = 2**24
+"""Most elements that are summed in one call, 64 MiB in fp32: large enough for the wires, and small
+beside what an update needs anyway."""
+
+
+def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> Iterator[list[Tensor]]:
+    """Cut flat tensors into pieces, and gather these, in order, to at most `most` elements."""
+    bucket: list[Tensor] = []
+    room = most
+    for tensor in tensors:
+        for piece in tensor.split(most):
+            if len(piece) > room:
+                yield bucket
+                bucket, room = [], most
+            bucket.append(piece)
+            room -= len(piece)
+    if bucket:
+        yield bucket
+
+
+def round_into_(target: Tensor, total: Tensor, seed: int) -> None:
+    """Write an fp32 sum into a gradient (n,); in bf16 it is rounded stochastically by `seed`."""
+    if target.dtype == torch.bfloat16:
+        add_stochastic_(target.zero_(), total, seed)
+    else:
+        target.copy_(total)
