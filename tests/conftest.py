@@ -1,6 +1,8 @@
 """Fixtures that several test files share: a tiny model, and the arguments of a short run."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ def environment(tmp_path_factory):
         patch.setenv("MR1_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         patch.delenv("HF_HUB_OFFLINE", raising=False)
+        if sys.dont_write_bytecode:
+            # Otherwise each process that tests start compiles all it imports: for a training
+            # that is more than half of its start. The folder is one for all processes of xdist.
+            among_workers = "PYTEST_XDIST_WORKER" in os.environ
+            folder = tmp_path_factory.getbasetemp()
+            folder = folder.parent if among_workers else folder
+            patch.setenv("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
+            patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield
 
 
