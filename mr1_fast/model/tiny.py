@@ -151,16 +151,16 @@ def tiny_model(processor: Processor, name: str = "tiny") -> nn.Module:
 def _sentences(has_images: bool, per_task: int = 200) -> list[str]:
     """Return texts of the drawn tasks with images, or of those without, for training a tokenizer.
 
-    They are of two difficulties. Drawing them takes seconds, and a process makes several
-    processors.
+    They are of two difficulties. A process makes several processors, and the images, which no
+    sentence needs, would take it seconds.
     """
-    sentences = []
+    sentences, options = [], {"painted": False} if has_images else {}
     for task in DRAWN_TASKS.values():
         if task.draws_images != has_images:
             continue
         for difficulty in (1, 3):
             for index in range(per_task):
-                example = task.draw("train", 0, index, difficulty)
+                example = task.draw("train", 0, index, difficulty, **options)
                 sentences += [
                     f"user\n{format_problem(example)}",
                     f"assistant\n{format_solution(example)}",

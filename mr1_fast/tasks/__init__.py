@@ -36,7 +36,8 @@ class Task:
     draw: Callable[..., Example] | None
     """`draw(split, seed, index, difficulty=1) -> Example`; None where items come from data alone.
 
-    The same arguments give the same item, and no item belongs to two splits."""
+    The same arguments give the same item, and no item belongs to two splits. Tasks with images take
+    `painted=False`, which leaves the images out: painting them is most of the time."""
     r1v_evaluation: CompletionJudge
     """R1-V's rule by which it evaluates such a task; it trains every task by `r1v_reward`."""
     untagged: bool = False

@@ -33,7 +33,9 @@ they enlarge to 65,536 pixels.
 """
 
 
-def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
+def draw(
+    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
+) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 
@@ -50,7 +52,7 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     items, rng = draw_for_split(layout, split, ("counting", seed, index, difficulty))
     return Example(
         problem="How many items are there in the image?",
-        images=(_paint(items, side, rng),),
+        images=(_paint(items, side, rng),) if painted else (),
         solution=str(len(items)),
         thinking=f"{len(items)} items",
         key=" ".join(f"{cell}:{colour} {shape}" for cell, shape, colour in items),

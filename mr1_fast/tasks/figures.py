@@ -23,7 +23,9 @@ MOST_REPEATS = 1000
 """Drawn figures in a row, all of them seen before, after which no new one is looked for."""
 
 
-def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
+def draw(
+    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
+) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 
@@ -41,7 +43,7 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     size, unit = (len(squares), "squares") if asked == "area" else (perimeter, "sides")
     return Example(
         problem=f"The figure is made of unit squares. What is its {asked}?",
-        images=(_paint(squares, side, rng),),
+        images=(_paint(squares, side, rng),) if painted else (),
         solution=str(size),
         thinking=f"{size} {unit}",
         key=f"{asked} {' '.join(map(str, squares))}",

@@ -35,7 +35,9 @@ It is larger for integers, since these may be written into the figure, which tak
 """
 
 
-def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
+def draw(
+    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
+) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 
@@ -64,7 +66,7 @@ def draw(split: str, seed: int, index: int, difficulty: int = 1) -> Example:
     given = [f"angle {angle.name} = {angle.degrees}" for angle in told]
     return Example(
         problem=", ".join([figure.premise, *given, f"angle {figure.asked.name} = ()"]),
-        images=(paint(figure, SIDES[difficulty], sizes_in_figure, rng),),
+        images=(paint(figure, SIDES[difficulty], sizes_in_figure, rng),) if painted else (),
         solution=f"{figure.asked.degrees}°",
         thinking=figure.thinking,
         key=" ".join(map(str, parameters)),

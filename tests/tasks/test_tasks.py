@@ -48,6 +48,13 @@ def test_images_are_square_rgb_in_whole_tokens(task, difficulty):
     assert image.mode == "RGB" and image.width == image.height and image.width % 28 == 0
 
 
+@pytest.mark.parametrize("task", WITH_IMAGES.values(), ids=WITH_IMAGES)
+def test_an_item_that_is_not_painted_is_the_same_without_its_images(task):
+    for arguments in (("train", 0, 7, 1), ("test", 1, 3, 3)):
+        item = task.draw(*arguments)
+        assert item.images and task.draw(*arguments, painted=False) == replace(item, images=())
+
+
 @pytest.mark.parametrize("task", DRAWN_TASKS.values(), ids=DRAWN_TASKS)
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 4])
 def test_what_supervised_training_imitates_counts_as_right(task, difficulty):
