@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny model, and the arguments of a short run."""
 
+import gc
 import json
 import os
 import sys
@@ -27,6 +28,12 @@ def letters(completion, example):
 def pytest_collection_modifyitems(items):
     """Begin with the slow tests: of two processes, none is left with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of garbage collections, which took half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

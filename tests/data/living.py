@@ -30,6 +30,8 @@ def most_bytes(monkeypatch) -> Iterator[list[int]]:
         yield most
     finally:
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # conftest.py's again
 
 
 def living_bytes() -> dict[int, int]:
