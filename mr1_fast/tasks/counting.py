@@ -33,9 +33,7 @@ they enlarge to 65,536 pixels.
 """
 
 
-def draw(
-    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
-) -> Example:
+def draw(split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 

@@ -23,9 +23,7 @@ MOST_REPEATS = 1000
 """Drawn figures in a row, all of them seen before, after which no new one is looked for."""
 
 
-def draw(
-    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
-) -> Example:
+def draw(split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 

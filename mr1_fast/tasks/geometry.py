@@ -35,9 +35,7 @@ It is larger for integers, since these may be written into the figure, which tak
 """
 
 
-def draw(
-    split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True
-) -> Example:
+def draw(split: str, seed: int, index: int, difficulty: int = 1, painted: bool = True) -> Example:
     """Draw item `index` of a split ("train", "validation" or "test"); the same arguments give the
     same item.
 
