@@ -26,7 +26,7 @@ from .model.sharded import spread
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
-from .plan.out_of_memory import MemoryLimits
+from .plan.out_of_memory import KEPT, MemoryLimits
 from .plan.run_memory import RunMemory
 from .progress import Progress
 from .push.upload import require_repository
@@ -218,10 +218,13 @@ def prepare(config: TrainConfig) -> Run:
 
     memory = RunMemory(policy, config)
     memory.choice.apply(policy.layers)
+    kept = log.folder / KEPT if sharding.kind == "full" else None
+    limits = MemoryLimits(log.say, memory.advise, memory.amounts(), world, kept)
+    limits.agree()
     run = Run(
         config=config,
         policy=policy,
-        limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
+        limits=limits,
         world=world,
         sharding=sharding,
         optimizer=optimizer,
