@@ -6,14 +6,15 @@
 Strong scaling: every case takes the same steps with the same prompts, 8 of 4 completions unless
 flags say otherwise, so that N processes at an efficiency of 100% take 1/N of the time of one:
 efficiency = t₁ / (N · t_N), of a stage as of the step. A stage takes as long as in its slowest
-process; waiting for others counts where it happens. Weights are random, so that nearly every
-completion has all its tokens. On CPUs each process has one thread and they talk over gloo; on GPUs
-each has one of its own, over NCCL.
+process; waiting for others counts where it happens. The CPU seconds of all processes together
+count no waiting, neither for one another nor for whatever else runs on the machine.
 
-Cases take turns, step by step, and those that are not at work sleep; times are medians. Bytes are
-what a process sends, counted by the system on the process's own TCP sockets, which NCCL does not
-use within a machine; beside them is the memory plan's formula. A kind that does not work is left
-out with one line. Prints a Markdown table; the last line is one JSON document.
+Weights are random, so that nearly every completion has all its tokens. On CPUs each process has one
+thread and they talk over gloo; on GPUs each has one of its own, over NCCL. Cases take turns, step
+by step, and those that are not at work sleep; times are medians. Bytes are the most that a process
+sends, counted by the system on the process's own TCP sockets, which NCCL does not use within a
+machine; beside them is the memory plan's formula. A kind that does not work is left out with one
+line. Prints a Markdown table; the last line is one JSON document.
 """
 
 import os
@@ -24,13 +25,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench_memory import make_model
-from measure import excused, finish, make_parser, megabytes, pick_device, print_table
+from measure import excused, finish, make_parser, pick_device, print_table
 
 from mr1_fast.ahead import Ahead
 from mr1_fast.command_line import parse_train_config
@@ -85,7 +86,6 @@ def member(rank: int, case: Case, port: int, config: TrainConfig, pipe: Connecti
                 pipe.send(one_step(run, ahead, step))
     except Exception as error:
         pipe.send(error)
-    os._exit(0)
 
 
 def one_step(run, ahead: Ahead, step: int) -> dict[str, float]:
@@ -93,11 +93,12 @@ def one_step(run, ahead: Ahead, step: int) -> dict[str, float]:
     data = ahead.take(step)
     seed_step(run.config.seed, step)
     run.world.barrier()
-    sent, start = sent_bytes(), time.perf_counter()
+    sent, start, cpu = sent_bytes(), time.perf_counter(), time.process_time()
     metrics = grpo_step(run, data.examples, step, data.prompts)
     run.world.barrier()
     return {
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
         "sent": sent_bytes() - sent,
         "completion_length": metrics["completion_length"],
         **{stage: metrics[f"seconds_{stage}"] for stage in STAGES},
@@ -136,28 +137,34 @@ class Gang:
         return self
 
     def __exit__(self, *_) -> None:
+        for pipe in self.pipes:
+            with suppress(OSError):
+                pipe.send(None)
         for process in self.processes:
+            process.join(5.0)
             process.kill()
             process.join()
 
     def answers(self) -> list:
         """What each process answers. Raises what one of them has raised."""
-        found = []
-        for pipe in self.pipes:
-            if not pipe.poll(SECONDS):
+        found = {}
+        while len(found) < len(self.pipes):
+            ready = wait([pipe for pipe in self.pipes if pipe not in found], SECONDS)
+            if not ready:
                 raise TimeoutError(f"no answer within {SECONDS:.0f} s")
-            found.append(pipe.recv())
-            if isinstance(found[-1], Exception):
-                raise found[-1]
-        return found
+            for pipe in ready:
+                found[pipe] = pipe.recv()
+                if isinstance(found[pipe], Exception):
+                    raise found[pipe]
+        return [found[pipe] for pipe in self.pipes]
 
     def step(self, number: int) -> dict[str, float]:
-        """Take a step; returns the largest figure of any process, and of bytes the mean."""
+        """Take a step; returns the largest figure of any process, of CPU seconds the sum of all."""
         for pipe in self.pipes:
             pipe.send(number)
         found = self.answers()
         largest = {name: max(each[name] for each in found) for name in found[0]}
-        return {**largest, "sent": statistics.mean(each["sent"] for each in found)}
+        return {**largest, "cpu_seconds": sum(each["cpu_seconds"] for each in found)}
 
 
 def free_port() -> int:
@@ -198,6 +205,7 @@ def rows_of(steps: dict[Case, list[dict]], formula: dict[Case, int | None]) -> l
         row["efficiency"] = {
             name: alone[name] / (case.processes * row[name]) for name in ("seconds", *STAGES)
         }
+        row["efficiency"]["cpu_seconds"] = alone["cpu_seconds"] / row["cpu_seconds"]
         rows.append({**row, "sent_by_formula": formula[case]})
     return rows
 
@@ -207,11 +215,13 @@ def print_rows(title: str, rows: list[dict]) -> None:
     table = []
     for row in rows:
         times = [
-            f"{row[name]:.2f} ({row['efficiency'][name]:.0%})" for name in ("seconds", *STAGES)
+            f"{row[name]:.2f} ({row['efficiency'][name]:.0%})"
+            for name in ("seconds", *STAGES, "cpu_seconds")
         ]
-        sent = megabytes(row["sent"]), megabytes(row["sent_by_formula"])
+        sizes = [row["sent"], row["sent_by_formula"]]
+        sent = [None if size is None else f"{size / 2**20:,.1f}" for size in sizes]
         table.append([row["processes"], row["kind"], *times, *sent])
-    columns = ["processes", "sharding", "step, s", *STAGES, "MiB sent", "by formula"]
+    columns = ["processes", "sharding", "step, s", *STAGES, "CPU of all", "MiB sent", "by formula"]
     print_table(title, columns, table)
 
 
