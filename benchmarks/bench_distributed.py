@@ -19,6 +19,7 @@ line. Prints a Markdown table; the last line is one JSON document.
 
 import os
 import socket
+import stat
 import statistics
 import struct
 import sys
@@ -108,10 +109,13 @@ def one_step(run, ahead: Ahead, step: int) -> dict[str, float]:
 def sent_bytes() -> int:
     """Bytes that this process has sent over its TCP sockets so far (`tcpi_bytes_sent`, Linux)."""
     total = 0
-    for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(entry))) as each:
-            information = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-            total += struct.unpack_from("Q", information, 200)[0]
+    for entry in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing is gone
+            if not stat.S_ISSOCK(os.fstat(entry).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(entry)) as each:
+                information = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+                total += struct.unpack_from("Q", information, 200)[0]
     return total
 
 

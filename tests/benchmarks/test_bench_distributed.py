@@ -1,5 +1,6 @@
 """The benchmark of several processes: its efficiencies, and the bytes that it counts."""
 
+import os
 import socket
 
 import pytest
@@ -31,4 +32,6 @@ def test_bytes_are_those_that_this_process_has_sent():
         before = sent_bytes()
         mine.sendall(b"x" * 3000)
         assert len(other.recv(3000, socket.MSG_WAITALL)) == 3000
+        opened = len(os.listdir("/proc/self/fd"))
         assert sent_bytes() - before == 3000
+        assert len(os.listdir("/proc/self/fd")) == opened
