@@ -83,6 +83,9 @@ SOURCES = {
     "train_step": Sources(STEP, STEP_SETTINGS),
     "profile_step": Sources((*STEP, "mr1_fast/plan/*.py"), STEP_SETTINGS),
     "memory": Sources((*STEP, "mr1_fast/plan/*.py"), STEP_SETTINGS),
+    "distributed": Sources(
+        (*STEP, "mr1_fast/distributed/*.py", "mr1_fast/whole_step.py"), STEP_SETTINGS
+    ),
     "default_run": Sources(STEP, STEP_SETTINGS),
     "tests": Sources(("mr1_fast/**/*.py", "csrc/*", "tests/**/*.py"), STEP_SETTINGS),
 }

@@ -203,7 +203,7 @@ def _holds_a_run(folder: Path) -> bool:
     if not folder.exists():
         return False
     before_the_first = {
-        *("config.yaml", "evaluation.json", "images", "completions.jsonl"),
+        *("config.yaml", "memory.json", "evaluation.json", "images", "completions.jsonl"),
         *("evaluations.jsonl", "best", "report.html", "completions.html"),
         *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
     }

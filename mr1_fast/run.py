@@ -26,7 +26,7 @@ from .model.sharded import spread
 from .optim import make_optimizer
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
-from .plan.out_of_memory import MemoryLimits
+from .plan.out_of_memory import KEPT, MemoryLimits
 from .plan.run_memory import RunMemory
 from .progress import Progress
 from .push.upload import require_repository
@@ -189,7 +189,7 @@ def prepare(config: TrainConfig) -> Run:
     with world.in_turn():
         policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
-    reference = Reference(policy, config.reference) if config.needs_reference else None
+    reference = Reference(policy, config.reference, world) if config.needs_reference else None
     sharding = spread(policy, reference, config.sharding, world)
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
@@ -218,10 +218,13 @@ def prepare(config: TrainConfig) -> Run:
 
     memory = RunMemory(policy, config)
     memory.choice.apply(policy.layers)
+    kept = log.folder / KEPT if sharding.kind == "full" else None
+    limits = MemoryLimits(log.say, memory.advise, memory.amounts(), world, kept)
+    limits.agree()
     run = Run(
         config=config,
         policy=policy,
-        limits=MemoryLimits(log.say, memory.advise, memory.amounts()),
+        limits=limits,
         world=world,
         sharding=sharding,
         optimizer=optimizer,
@@ -295,6 +298,8 @@ def describe(run: Run) -> str:
         kept = "the policy without adapters"
     else:
         kept = run.config.reference
+        if run.reference.stream is not None and run.reference.stream.is_pageable:
+            kept += " (in memory that CUDA could not page-lock, so that its copies take longer)"
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
     attention = attention_kernel(device.type, dtype)
     optimizer = type(run.optimizer).__name__

@@ -111,6 +111,7 @@ def take_steps(
                     data = ahead.take(step)
                     seed_step(config.seed, step)
                     metrics = take_step(run, data.examples, step, data.prompts)
+                    run.limits.agree()
                     run.log.step(step, {**metrics, "seconds_data": data.waited})
                     for warning in signal.look(metrics):
                         run.log.say(warning)

@@ -30,6 +30,6 @@ class AlgorithmConfig:
     small (the metric `rollout_gap_mean`) and the weights cost a forward pass."""
     reference: Literal["resident", "offload", "8bit"] = "resident"
     """Where the reference model of the KL is kept when all weights are trained: on the device
-    (resident), in host memory, from which layers are copied ahead of their use (offload), or on the
-    device in 8 bits. With --lora the reference is the policy without its adapters and takes no
-    memory."""
+    (resident), in host memory, once for all processes of a machine, from which layers are copied
+    ahead of their use (offload), or on the device in 8 bits. With --lora the reference is the
+    policy without its adapters and takes no memory."""

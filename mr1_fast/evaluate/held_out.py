@@ -131,6 +131,7 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
             stopped=lambda: bool(run.signals.received),
             world=run.world,
         )
+    run.limits.agree()
     run.signals.received = int(run.world.most(run.signals.received))
     seconds = time.perf_counter() - started
     run.time_limit.note(f"{mode} evaluation", seconds)

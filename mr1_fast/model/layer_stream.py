@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..distributed import SINGLE, World
 from .families import text_model, vision_tower
+from .host_memory import can_share, shared_copies
 from .joined_weights import empty_joined
 
 
@@ -15,16 +17,23 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [*(tower.blocks if tower else ()), *text_model(model).layers]
 
 
-def on_host(parameters: Collection[nn.Parameter]) -> dict[int, nn.Parameter]:
+def on_host(parameters: Sequence[nn.Parameter], world: World = SINGLE) -> dict[int, nn.Parameter]:
     """Copy parameters, frozen, to host memory; returned by the parameter's id.
 
-    The copies of what is on CUDA are page-locked.
+    The copies of what is on CUDA are page-locked. Processes of one machine share them; all of the
+    `world` call this, with equal parameters.
     """
-    copies = {}
-    for parameter in parameters:
-        host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
-        copies[id(parameter)] = nn.Parameter(host.copy_(parameter.detach()), requires_grad=False)
-    return copies
+    if can_share(world):
+        copies = shared_copies(parameters, world)
+    else:
+        copies = [
+            torch.empty(p.shape, dtype=p.dtype, pin_memory=p.is_cuda).copy_(p.detach())
+            for p in parameters
+        ]
+    return {
+        id(parameter): nn.Parameter(copy, requires_grad=False)
+        for parameter, copy in zip(parameters, copies, strict=True)
+    }
 
 
 def streamed_bytes(model: nn.Module, resident: Collection[int] = ()) -> tuple[int, int]:
@@ -67,6 +76,14 @@ class LayerStream:
         self.numbers = {layer: number for number, layer in enumerate(self.host)}
         in_layers = {id(p) for weights in self.host.values() for p, _ in weights}
         self.others = in_host_memory(p for p in model.parameters() if id(p) not in in_layers)
+
+    @property
+    def is_pageable(self) -> bool:
+        """Whether a GPU must wait for its copies, since the host memory is not page-locked."""
+        if self.copies is None:
+            return False
+        weights = (self.others, *self.host.values())
+        return not all(host.is_pinned() for each in weights for _, host in each)
 
     def __enter__(self) -> None:
         self.slots: dict[tuple, list[Tensor]] = {}

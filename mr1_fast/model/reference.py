@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import SINGLE, World
 from ..types import PackedBatch
 from .joined_weights import join_weights
 from .layer_stream import LayerStream, layers, on_host
@@ -28,12 +29,14 @@ class Reference:
     - `resident`: on the policy's device;
     - `8bit`: on the policy's device, with the weights of its layers in 8 bits;
     - `offload`: in host memory, from which layers are copied to the device ahead of their use, once
-      for all packs of a step. The numbers are the same as with `resident`.
+      for all packs of a step. The numbers are the same as with `resident`. The processes of a
+      machine have one copy together.
 
-    Parameters that are not trained stay what they are, so the copy shares the policy's.
+    Parameters that are not trained stay what they are, so the copy shares the policy's. All
+    processes of a `world` make theirs together, before any of them trains.
     """
 
-    def __init__(self, policy: Policy, place: str = "resident"):
+    def __init__(self, policy: Policy, place: str = "resident", world: World = SINGLE):
         self.policy, self.device = policy, policy.device
         self.has_adapter = hasattr(policy.model, "disable_adapter")
         self.stream: LayerStream | None = None
@@ -51,7 +54,7 @@ class Reference:
         if place == "8bit":
             replacements |= in_8_bits(policy.model)
         elif place == "offload":
-            replacements |= on_host(trained)
+            replacements |= on_host(trained, world)
         frozen = copy.deepcopy(policy.model, replacements).requires_grad_(False).eval()
         self.policy = Policy(frozen, policy.processor, policy.encode, policy.layers)
         if policy.layers.fused and place == "resident":

@@ -1,12 +1,23 @@
-"""What happens when memory runs out: the same work once more with half the amount, then advice."""
+"""What happens when memory runs out: the same work once more with half the amount, then advice.
+
+Of several processes, each tries again by itself, since what it does between two exchanges is its
+own; after the step, all go on with the least amount of any. Where a pass over packs is itself an
+exchange, as with `--sharding full`, one process cannot go back while the others wait within it:
+then the run ends, and half the amount is kept for its restart.
+"""
 
 import gc
+import json
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from ..distributed import SINGLE, World
 from ..errors import UserError
+from ..files import write_json
 
 Result = TypeVar("Result")
 
@@ -16,6 +27,8 @@ ROLLOUT_CACHE = "tokens in the rollout's KV cache"
 """Name of the amount of tokens whose keys and values the rollout holds at once."""
 EVALUATION_CACHE = "tokens in the evaluation's KV cache"
 """Name of the amount of tokens whose keys and values an evaluation holds at once."""
+KEPT = "memory.json"
+"""The file of a run folder with the amounts that a restart begins with, by name."""
 
 
 class MemoryLimits:
@@ -26,9 +39,22 @@ class MemoryLimits:
     """
 
     def __init__(
-        self, say: Callable[[str], None], advise: Callable[[], str], amounts: dict[str, int]
+        self,
+        say: Callable[[str], None],
+        advise: Callable[[], str],
+        amounts: dict[str, int],
+        world: World = SINGLE,
+        kept: Path | None = None,
     ):
+        """`kept` is the file for a restart, where passes over packs are exchanges; else None."""
         self.say, self.advise, self.amounts = say, advise, dict(amounts)
+        self.world, self.kept = world, kept
+        self.notes: list[str] = []
+        """What this process has halved since the last `agree`, where there are several."""
+        for name, amount in _read(kept).items():
+            if amount < self.amounts.get(name, 0):
+                self.amounts[name] = amount
+                say(f"{name} = {amount}: this run was out of memory with more ({kept})")
 
     def attempt(
         self,
@@ -41,7 +67,8 @@ class MemoryLimits:
 
         `most` is the largest amount that `work` can use. `relief` makes `work` need less memory for
         the same amount, which is tried first; it says what it has changed, with "" for nothing.
-        `work` starts from its beginning again, so it must leave nothing changed when it fails.
+        `work` starts from its beginning again, so it must leave nothing changed when it fails, and
+        must not fail once it has exchanged anything with other processes.
         UserError if half the amount fails, too.
         """
         amount = min(self.amounts[name], most or self.amounts[name])
@@ -50,19 +77,21 @@ class MemoryLimits:
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
 
+        if self.kept is not None and name == PACK_TOKENS:
+            raise self._ended(name, amount, reason)
         # The exception held the frames of the failed attempt, and these its tensors. Both are
         # released only now that the except block has ended.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if relief is not None and (change := relief()):
-            self._say(name, amount, change)
+            self._note(name, amount, change)
             return self.attempt(name, work, most)
         if amount < 2:
             raise self._exhausted(name, amount, reason)
 
         half = self.amounts[name] = amount // 2
-        self._say(name, amount, str(half))
+        self._note(name, amount, str(half))
         try:
             return work(half)
         except torch.OutOfMemoryError as error:
@@ -71,12 +100,59 @@ class MemoryLimits:
             raise self._exhausted(name, amount, f"and half of that will not do: {error}") from error
         raise self._exhausted(name, half, reason)
 
-    def _say(self, name: str, amount: int, change: str) -> None:
+    def agree(self) -> None:
+        """Go on with the least amounts of all processes, which all call this between two steps.
+
+        The first one says what was halved, and in which processes.
+        """
+        if self.world.size == 1:
+            return
+        parts = self.world.gather((self.amounts, self.notes))
+        self.amounts = {name: min(each[name] for each, _ in parts) for name in self.amounts}
+        self.notes = []
+        ranks: dict[str, list[int]] = {}
+        for rank, (_, notes) in enumerate(parts):
+            for note in notes:
+                ranks.setdefault(note, []).append(rank)
+        for note, where in ranks.items():
+            self.say(f"process {', '.join(map(str, where))}: {note}")
+
+    def _note(self, name: str, amount: int, change: str) -> None:
         before = f"out of memory with {name} = {amount}"
-        self.say(f"{before}: once more, and from here on, with {change}")
+        note = f"{before}: once more, and from here on, with {change}"
+        if self.world.size == 1:
+            self.say(note)
+        else:
+            self.notes.append(note)
 
     def _exhausted(self, name: str, amount: int, reason: str) -> UserError:
         return UserError(
-            f"out of memory with {name} = {amount} ({reason.rstrip('.')}). The last checkpoint is "
-            f"intact: go on from there with --resume. {self.advise()}"
+            f"{self._what_happened(name, amount, reason)}. The last checkpoint is intact: go on "
+            f"from there with --resume. {self.advise()}"
         )
+
+    def _ended(self, name: str, amount: int, reason: str) -> UserError:
+        """Keep half the amount for a restart; returns what ends the run."""
+        half = max(1, amount // 2)
+        with suppress(UserError):  # a folder that cannot be written is not what went wrong here
+            write_json(self.kept, {name: half})
+        return UserError(
+            f"{self._what_happened(name, amount, reason)}, and --sharding full cannot try again "
+            "in one process alone. The last checkpoint is intact: go on from there with --resume, "
+            f"which begins with {name} = {half}. {self.advise()}"
+        )
+
+    def _what_happened(self, name: str, amount: int, reason: str) -> str:
+        where = f" in process {self.world.rank}" if self.world.size > 1 else ""
+        return f"out of memory{where} with {name} = {amount} ({reason.rstrip('.')})"
+
+
+def _read(kept: Path | None) -> dict[str, int]:
+    """Return the amounts in a file for a restart; none without one, or where it is damaged."""
+    if kept is None or not kept.exists():
+        return {}
+    try:
+        amounts = json.loads(kept.read_text(encoding="utf-8"))
+        return {name: int(amount) for name, amount in amounts.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}

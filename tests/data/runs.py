@@ -9,6 +9,7 @@ import pytest
 from mr1_fast import train
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
+from mr1_fast.distributed import SINGLE
 from mr1_fast.model.policy import Policy
 from mr1_fast.plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
 from mr1_fast.report import plots
@@ -30,7 +31,8 @@ def run(argv: list[str], figures: bool = False) -> None:
 def stage_run(policy: Policy, config: TrainConfig, tokens: int = 10**6, said=None, **parts) -> Run:
     """A Run whose stages may compute on `tokens` tokens at once; `said` collects what it prints."""
     say = [].append if said is None else said.append
-    limits = MemoryLimits(say, lambda: "Change X.", {PACK_TOKENS: tokens, ROLLOUT_CACHE: tokens})
+    amounts = {PACK_TOKENS: tokens, ROLLOUT_CACHE: tokens}
+    limits = MemoryLimits(say, lambda: "Change X.", amounts, parts.get("world", SINGLE))
     return Run(config=config, policy=policy, limits=limits, **parts)
 
 

@@ -272,7 +272,7 @@ def test_only_the_chosen_copy_is_made(monkeypatch, place):
         monkeypatch.setattr(
             reference_module,
             name,
-            lambda given, name=name, make=make: (made.append(name), make(given))[1],
+            lambda *given, name=name, make=make: (made.append(name), make(*given))[1],
         )
     Reference(tiny_policy(), place)
     assert made == {"resident": [], "8bit": ["in_8_bits"], "offload": ["on_host"]}[place]

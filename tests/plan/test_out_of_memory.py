@@ -5,13 +5,16 @@ import torch
 
 from mr1_fast import stages
 from mr1_fast.config import TrainConfig
+from mr1_fast.distributed import World
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.plan.out_of_memory import MemoryLimits
+from mr1_fast.plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
 from mr1_fast.rollout import engine
 from mr1_fast.types import Rollout
+from mr1_fast.whole_step import joined
 
+from ..data.gang import gang
 from ..data.models import mixed_examples, tiny_policy
 from ..data.runs import stage_run
 
@@ -217,3 +220,98 @@ def test_a_step_that_runs_out_of_memory_ends_where_one_in_small_packs_does():
         weights[0] - weights[1]
     ).abs()  # Adam's first steps are signs: rounding may turn a gradient near 0
     assert difference.max() < 0.1 * 1e-3 and difference.mean() < 1e-4 * 1e-3
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_the_process_that_is_out_of_memory_for_good_names_itself():
+    def work(amount: int):
+        raise torch.OutOfMemoryError(NO_ROOM)
+
+    room = MemoryLimits([].append, lambda: "Change X.", {"x": 8}, World(rank=1, size=2))
+    with pytest.raises(UserError, match=r"^out of memory in process 1 with x = 4"):
+        room.attempt("x", work)
+
+
+def test_where_passes_are_exchanges_half_the_amount_is_kept_for_a_restart(tmp_path):
+    path, said, tried = tmp_path / "run" / "memory.json", [], []
+    amounts, world = {PACK_TOKENS: 100, ROLLOUT_CACHE: 100}, World(rank=1, size=2)
+
+    def room() -> MemoryLimits:
+        return MemoryLimits(said.append, lambda: "Change X.", amounts, world, path)
+
+    def work(amount: int) -> int:
+        tried.append(amount)
+        if amount > 60:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return amount
+
+    assert room().attempt(ROLLOUT_CACHE, work) == 50 and not path.exists()
+    tried.clear()
+    with pytest.raises(UserError, match=r"process 1 .* begins with tokens_per_micro\S* = 50. Chan"):
+        room().attempt(PACK_TOKENS, work, relief=lambda: "a relief that others do not have")
+    assert tried == [100] and not said
+    restarted = room()
+    assert restarted.attempt(PACK_TOKENS, work) == 50
+    assert len(said) == 1 and str(path) in said[0]
+    path.write_text('{"tokens_per_microbatch": 200}')
+    assert room().amounts == amounts
+    path.write_text("[")
+    assert room().amounts == amounts
+
+
+def run_out_in_process_1(world, budget: int):
+    """Sample and take two steps; process 1 runs out of memory in each, in the second pack."""
+    policy, config = tiny_policy(), TrainConfig(learning_rate=1e-3, recompute="none")
+    config.max_new_tokens, config.num_generations = 6, 2
+    said, calls, fails = [], [], world.rank == 1
+    optimizer = make_optimizer(policy.model, config)
+    run = stage_run(policy, config, budget, said, optimizer=optimizer, world=world)
+
+    pool = engine.Pool
+
+    def cramped(*arguments):
+        calls.append(arguments)
+        if fails and len(calls) == 1:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return pool(*arguments)
+
+    engine.Pool = cramped
+    stages.sample(run, world.share(mixed_examples()), 0)
+    calls.clear()
+
+    rollout = joined(drawn_rollout(policy), drawn_rollout(policy))
+    mine = world.share(range(8))
+    rollout.prompts = [p if i in mine else None for i, p in enumerate(rollout.prompts)]
+    advantages = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+    batches = stages.pack_rollout(rollout, advantages, budget, config)
+
+    def batch_loss(policy, batch):
+        calls.append(len(batch.input_ids))
+        if fails and len(calls) == 2:
+            raise torch.OutOfMemoryError(NO_ROOM)
+        return stages.grpo_batch_loss(policy, batch, 0.0, config)
+
+    stages.learn(run, batches, batch_loss, 0)
+    before = list(said)
+    run.limits.agree()
+    calls.clear()
+    fails = False
+    stages.learn(run, batches, batch_loss, 1)
+    weights = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    return weights, run.limits.amounts, before, said, max(calls)
+
+
+def test_one_process_out_of_memory_ends_in_smaller_packs_for_all():
+    (first, *told), (second, *also_told) = gang(2, run_out_in_process_1, 200)
+    assert torch.equal(first, second)
+    expected, *_ = run_out_in_process_1(World(), 100)
+    difference = (first - expected).abs()  # Adam's first steps are signs, as above
+    assert difference.max() < 0.1 * 1e-3 and difference.mean() < 1e-4 * 1e-3
+    for amounts, before, said, largest in (told, also_told):
+        assert amounts[PACK_TOKENS] == 100 and amounts[ROLLOUT_CACHE] < 200 and largest <= 100
+        assert not before and len(said) == 2
+        rollout, packs = sorted(said, key=lambda line: "rollout" not in line)
+        assert rollout.startswith("process 1: out of memory with tokens in the rollout's KV cache")
+        assert "1: out of memory with tokens_per_microbatch = 200: once more, and from" in packs
