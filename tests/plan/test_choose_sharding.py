@@ -8,9 +8,11 @@ from mr1_fast.model.known import find_model_config
 from mr1_fast.plan import choose_sharding as module
 from mr1_fast.plan.choice import MARGIN
 from mr1_fast.plan.choose_sharding import choose_sharding
+from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.plan.plan import make_plan
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.plan.sharded import Sharded
+from mr1_fast.run import Run, describe
 
 from ..data.gang import gang
 from ..data.models import tiny_policy
@@ -46,6 +48,8 @@ def choose(world: World, usable: list[float]) -> tuple[dict[str, str], Sharded, 
     found["cards"] = choose_sharding(TrainConfig(**CARDS), world)
     unknown = TrainConfig(**CARDS | dict(model="/nowhere/at-all"))
     found["unknown"] = choose_sharding(unknown, world)
+    run = Run(TrainConfig(**tiny), tiny_policy(), MemoryLimits(print, str, {}), world)
+    found["told"] = describe(run).splitlines()[0]
     return found, memory.plan.sharded, memory.plan.wires.total, memory.amounts()
 
 
@@ -55,6 +59,7 @@ def test_processes_choose_alike():
     peak = make_plan(config, find_model_config("tiny"), processes=2).peak
     (first, *memory), second = gang(2, choose, [10 * peak, 1 + peak / (1 - MARGIN)])
     assert first == second[0]
+    assert first.pop("told") == "2 processes, sharding none"
     assert first == {"auto": "none", "full": "full", "cards": "optimizer", "unknown": "optimizer"}
     sharded, wires, amounts = memory
     assert sharded == Sharded("optimizer", 2) and wires > 0
