@@ -25,6 +25,7 @@ from .model.save import check_save
 from .model.sharded import spread
 from .optim import make_optimizer
 from .peak_flops import describe_peak
+from .plan.choose_sharding import choose_sharding
 from .plan.evaluations import describe_evaluations
 from .plan.out_of_memory import KEPT, MemoryLimits
 from .plan.run_memory import RunMemory
@@ -186,11 +187,12 @@ def prepare(config: TrainConfig) -> Run:
         check_data(held_out, config, config.eval_samples, log.say)
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
+    kind = choose_sharding(config, world)
     with world.in_turn():
         policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
     reference = Reference(policy, config.reference, world) if config.needs_reference else None
-    sharding = spread(policy, reference, config.sharding, world)
+    sharding = spread(policy, reference, kind, world)
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
     loss_scale = LossScale() if dtype == torch.float16 else None
@@ -216,7 +218,7 @@ def prepare(config: TrainConfig) -> Run:
         (example,) = source.take(first_step * config.prompts_per_step + entry, 1)
         policy.encode.length(example)
 
-    memory = RunMemory(policy, config)
+    memory = RunMemory(policy, config, world, kind)
     memory.choice.apply(policy.layers)
     kept = log.folder / KEPT if sharding.kind == "full" else None
     limits = MemoryLimits(log.say, memory.advise, memory.amounts(), world, kept)
@@ -307,6 +309,8 @@ def describe(run: Run) -> str:
         f"optimizer {optimizer} · reference {kept} · packed attention {attention}",
         f"decoding {describe_decoding(run.policy.model)}",
     ]
+    if run.world.size > 1:
+        lines.insert(0, f"{run.world.size} processes, sharding {run.sharding.kind}")
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
         lines.append(describe_peak(card, str(dtype).removeprefix("torch.")))

@@ -8,8 +8,9 @@ from transformers import PretrainedConfig
 
 from ..config import TrainConfig
 from ..model.families import pixels_per_token
-from .plan import GIB, Plan, make_plan
+from .plan import GIB, Plan, make_plan, open_kinds
 from .planned_run import planned_device
+from .sharded import KINDS
 from .workload import image_tokens
 
 MOST_LINES = 3
@@ -31,20 +32,23 @@ class Change:
     values: list[Values]
 
 
-def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -> list[str]:
+def advice(
+    config: TrainConfig, model_config: PretrainedConfig, usable: float, processes: int = 1
+) -> list[str]:
     """Up to three changes with which `config` fits into `usable` bytes, one a line.
 
-    Empty if it fits as it is. If three are not enough, or nothing is, a last line says so.
+    Empty if it fits as it is. If three are not enough, or nothing is, a last line says so. Of
+    several processes, each has so many bytes on a card of its own.
     """
 
     def plan(*changes: Values) -> Plan:
         changed = replace(config, **{name: v for change in changes for name, v in change.items()})
-        return make_plan(changed, model_config, usable=usable)
+        return make_plan(changed, model_config, usable=usable, processes=processes)
 
     before = plan()
     excess = before.excess(usable)
     chosen: dict[str, Values] = {}
-    for change in _changes(config, model_config):
+    for change in _changes(config, model_config, before):
         for value in change.values:
             if not excess:
                 break
@@ -70,19 +74,24 @@ def advice(config: TrainConfig, model_config: PretrainedConfig, usable: float) -
     return lines
 
 
-def _changes(config: TrainConfig, model_config: PretrainedConfig) -> Iterator[Change]:
+def _changes(config: TrainConfig, model_config: PretrainedConfig, before: Plan) -> Iterator[Change]:
     """The changes that are tried, in the order of what a user loses by them."""
+    processes = before.sharded.processes
     _, dtype = planned_device(config)
     trains_bf16 = dtype == torch.bfloat16 and not config.lora
     longest = config.max_prompt_tokens + config.max_new_tokens
     pixels = pixels_per_token(model_config)
 
     # The same numbers, or nearly, in more time.
+    if processes > 1 and config.sharding != "auto":
+        kinds = open_kinds(replace(config, sharding="auto"), processes)
+        leaner = [kind for kind in kinds if KINDS.index(kind) > KINDS.index(config.sharding)]
+        yield Change("sharding", [{"sharding": kind} for kind in leaner])
     if config.recompute == "none":
         yield Change("recompute", [{"recompute": "auto"}])
     if trains_bf16 and config.optimizer == "adamw":
         yield Change("exact", [{"optimizer": "adamw_exact"}])
-    if config.reference != "offload" and not config.lora:
+    if config.reference != "offload" and not config.lora and before.sharded.kind != "full":
         yield Change("reference", [{"reference": "offload"}])
     if config.eval_samples:  # mr1_fast.evaluate does it apart, with a --batch-size
         yield Change("evaluation", [{"eval_samples": 0}])
@@ -96,7 +105,7 @@ def _changes(config: TrainConfig, model_config: PretrainedConfig) -> Iterator[Ch
     # Another run, which learns less from a step, or another model.
     if pixels and not (config.lora or config.freeze_vision):
         yield Change("vision", [{"freeze_vision": True}])
-    yield _halved("prompts_per_step", config.prompts_per_step, 1)
+    yield _halved("prompts_per_step", config.prompts_per_step, processes)
     if pixels:
         sizes = _halves(config.max_pixels, LEAST_IMAGE_TOKENS * pixels)
         yield Change("images", [_smaller_images(config, model_config, most) for most in sizes])

@@ -18,14 +18,15 @@ def print_plan(config: PlanConfig) -> None:
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")
     largest = "prompts, images and" if pixels_per_token(model_config) else "prompts and"
-    print(f"{config.model} on {device} in {dtype_name}, largest {largest} completions")
+    place = device if config.gpus == 1 else f"{config.gpus} × {device}"
+    print(f"{config.model} on {place} in {dtype_name}, largest {largest} completions")
     if evaluations := describe_evaluations(config, config.eval_samples):
         print(evaluations)
-    if device == "cpu":
-        print(make_plan(config, model_config).render())
-        return
-    usable = usable_bytes(config.vram)
-    print(make_plan(config, model_config, usable=usable).render(usable))
-    changes = advice(config, model_config, usable)
+    usable = None if device == "cpu" else usable_bytes(config.vram)
+    plan = make_plan(config, model_config, usable=usable, processes=config.gpus)
+    if config.gpus > 1:
+        print(f"{plan.sharded}; bytes of the one that holds the most")
+    print(plan.render(usable))
+    changes = [] if usable is None else advice(config, model_config, usable, config.gpus)
     if changes:
         print("to make it fit:\n" + "\n".join(f"  {line}" for line in changes))

@@ -9,6 +9,7 @@ COMPONENTS = (
     "optimizer",
     "reference",
     "gradients",
+    "exchange",
     "KV cache",
     "activations",
     "loss head",
@@ -16,7 +17,8 @@ COMPONENTS = (
 )
 """What memory is used for, in the order of a plan's rows.
 
-`remainder` is the bits that an exact bf16 weight has beyond its 16, `loss head` logits and what is
+`remainder` is the bits that an exact bf16 weight has beyond its 16, `exchange` weights that are
+gathered from other cards and gradients that are summed with theirs, `loss head` logits and what is
 computed from them, `workspace` what CUDA and its libraries take besides tensors."""
 
 

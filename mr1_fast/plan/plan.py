@@ -8,11 +8,13 @@ from ..config import EVALUATION_BATCH_SIZE, TrainConfig
 from ..types import PackedBatch
 from .choice import MARGIN, Choice, choose_recomputed, pack_sizes, work
 from .memory_use import COMPONENTS, MemoryUse, added, total
-from .planned_run import PlannedRun, planned_run
+from .planned_run import PlannedRun, planned_device, planned_run
 from .reference import has_pass_before_update, reference_pass
 from .resident import resident
 from .rollout import Samples, cache_tokens_for, rollout
+from .sharded import KINDS, SINGLE, Sharded
 from .update import PackUpdate, optimizer_step
+from .wires import Wires, step_wires
 from .workload import Workload, patches_of
 
 GIB, MIB = 2**30, 2**20
@@ -34,6 +36,10 @@ class Plan:
     """The update's work, by which plans of the same step compare (choice.py)."""
     samples: dict[str, Samples] = field(default_factory=dict)
     """How many samples are decoded at once, by phase as above."""
+    sharded: Sharded = SINGLE
+    """Over how many processes the run is spread, and how; the bytes are one process's."""
+    wires: Wires = field(default_factory=Wires)
+    """Bytes that its card sends in a step."""
 
     def total(self, phase: str) -> int:
         """Bytes at the peak of a phase."""
@@ -84,6 +90,8 @@ class Plan:
                 f"{difference} {'to spare' if fits else 'too much'}"
             )
         rows.append(str(self.choice))
+        if self.sharded.processes > 1:
+            rows.append(f"over the wires per step: {self.wires.total / GIB:.2f} GiB per card")
         return "\n".join(rows)
 
 
@@ -96,6 +104,7 @@ def make_plan(
     model_config: PretrainedConfig,
     workload: Workload | None = None,
     usable: float | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Plan the steps of `config` on `workload`; by default on the largest that the settings allow.
 
@@ -103,18 +112,52 @@ def make_plan(
     than is left beside everything else and a margin, and samples wait; but never less than one
     sample needs. What the settings leave to be chosen (`auto`) fits into the usable bytes with the
     same margin, if anything does.
+
+    Of several processes, each on a card of its own, the plan is that of the fullest; `workload` is
+    its own. `--sharding auto` is the first kind with which the run fits, or nearly fits.
     """
-    run = planned_run(config, model_config)
     limit = None if usable is None else (1 - MARGIN) * usable
     plans: list[Plan] = []
+    for kind in open_kinds(config, processes):
+        run = planned_run(replace(config, sharding=kind), model_config, processes)
+        plans.append(_plan_kind(run, workload, usable, limit))
+        if _fits(plans[-1], usable, limit):
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.excess(usable))
+
+
+def open_kinds(config: TrainConfig, processes: int) -> tuple[str, ...]:
+    """The kinds of sharding that the settings leave open, from the first to be tried to the last.
+
+    Weights in 4 bits are not sharded, and neither is a reference but on the device in the model's
+    dtype. A CPU has no limit that would ask for it.
+    """
+    if processes == 1:
+        return ("none",)
+    if config.sharding != "auto":
+        return (config.sharding,)
+    device, _ = planned_device(config)
+    if device == "cpu":
+        return KINDS[:1]
+    has_other_reference = config.needs_reference and not config.lora
+    whole = config.load_in_4bit or (has_other_reference and config.reference != "resident")
+    return KINDS[:2] if whole else KINDS
+
+
+def _fits(plan: Plan, usable: float | None, limit: float | None) -> bool:
+    """Whether the update leaves its margin, and no phase exceeds what is usable."""
+    return limit is None or (plan.total("update") <= limit and not plan.excess(usable))
+
+
+def _plan_kind(
+    run: PlannedRun, workload: Workload | None, usable: float | None, limit: float | None
+) -> Plan:
+    """Plan a run whose kind of sharding is known, with packs of the best size."""
+    config, plans = run.config, []
     for sizes in pack_sizes(config, run.device):
         settings = [replace(config, tokens_per_microbatch=size) for size in sizes]
         found = [_plan(replace(run, config=each), workload, limit) for each in settings]
-        fitting = [
-            plan
-            for plan in found
-            if limit is None or (plan.total("update") <= limit and not plan.excess(usable))
-        ]
+        fitting = [plan for plan in found if _fits(plan, usable, limit)]
         if fitting:
             return min(fitting, key=lambda plan: plan.work)
         plans += found
@@ -154,7 +197,7 @@ def _plan(run: PlannedRun, workload: Workload | None, limit: float | None) -> Pl
     updates = [PackUpdate.of(run, pack.batch, pack.is_first) for pack in packs]
     recomputed = choose_recomputed(config, run.policy, updates, room)
     uses["update"] = [use for update in updates for use in update.uses(recomputed)]
-    uses["update"].append(optimizer_step(run))
+    uses["update"] += optimizer_step(run)
 
     if config.eval_samples and workload is None:
         count = min(EVALUATION_BATCH_SIZE, config.eval_samples)
@@ -162,7 +205,8 @@ def _plan(run: PlannedRun, workload: Workload | None, limit: float | None) -> Pl
     phases = {phase: added(always, max(each, key=total)) for phase, each in uses.items()}
     choice = Choice(config.tokens_per_microbatch, recomputed, run.policy.layers)
     load = work(run.policy, batches, recomputed)
-    return Plan(phases, cache_tokens, choice, load, samples)
+    wires = step_wires(run, len(batches))
+    return Plan(phases, cache_tokens, choice, load, samples, run.sharded, wires)
 
 
 @dataclass

@@ -7,9 +7,12 @@ import torch
 from transformers import PretrainedConfig
 
 from ..config import TrainConfig
+from ..kernels.adamw.state import BLOCK
 from ..model.device import device_name, dtype_name
+from ..optim import resolve_optimizer
 from .layers import STORED, Training
 from .meta_model import MetaModel, meta_model
+from .sharded import SINGLE, Sharded
 
 
 @dataclass
@@ -22,6 +25,8 @@ class PlannedRun:
     """Device type that is planned for: `cuda` or `cpu`."""
     dtype: torch.dtype
     """Dtype of the weights that are not quantised."""
+    processes: int = 1
+    """Processes that train together, one for each card."""
 
     @cached_property
     def policy(self) -> MetaModel:
@@ -43,6 +48,25 @@ class PlannedRun:
         return self.policy
 
     @cached_property
+    def sharded(self) -> Sharded:
+        """What this process, one of several, holds; `sharding` is no longer `auto` here."""
+        config = self.config
+        if self.processes == 1:
+            return SINGLE
+        has_blocks = resolve_optimizer(config.optimizer, self.policy.trained) != "adamw"
+        return Sharded(
+            config.sharding,
+            self.processes,
+            whole_adapters=config.lora,
+            block=BLOCK if has_blocks else 1,
+        )
+
+    @cached_property
+    def sharded_reference(self) -> Sharded:
+        """The same of the reference, which has no optimizer."""
+        return replace(self.sharded, block=1)
+
+    @cached_property
     def training(self) -> tuple[Training, ...]:
         """How layers train that keep their results, and how those that are run again.
 
@@ -53,10 +77,21 @@ class PlannedRun:
         return {"none": (STORED,), "all": (again,), "auto": (STORED, again)}[config.recompute]
 
 
-def planned_run(config: TrainConfig, model_config: PretrainedConfig) -> PlannedRun:
-    """The run of `config`; `auto` plans for a GPU, which need not be here."""
+def planned_run(
+    config: TrainConfig, model_config: PretrainedConfig, processes: int = 1
+) -> PlannedRun:
+    """The run of `config` on one of several processes.
+
+    `--device auto` plans for a GPU, which need not be here. A step has the prompts of the process
+    that has the most of them.
+    """
     device, dtype = planned_device(config)
-    return PlannedRun(config, model_config, device, dtype)
+    config = replace(
+        config,
+        prompts_per_step=-(-config.prompts_per_step // processes),
+        eval_samples=-(-config.eval_samples // processes),
+    )
+    return PlannedRun(config, model_config, device, dtype, processes)
 
 
 def planned_device(config: TrainConfig) -> tuple[str, torch.dtype]:

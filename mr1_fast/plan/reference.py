@@ -37,7 +37,7 @@ def _by_packs(run: PlannedRun, batch: PackedBatch) -> list[MemoryUse]:
     norm = model.final_norm(tokens, len(batch.loss_rows))
     embeddings, inputs = model.hidden_bytes(tokens), pack_bytes(run, batch)
     features = deepstack_bytes(model, patches_of(batch))
-    return [
+    uses = [
         *encode_images(model, patches_of(batch), embeddings, run.device == "cuda"),
         {"activations": inputs + embeddings + max(decoder.infer + features, norm.infer)},
         {
@@ -45,6 +45,8 @@ def _by_packs(run: PlannedRun, batch: PackedBatch) -> list[MemoryUse]:
             "loss head": loss_head(run, rows, trains=False).most,
         },
     ]
+    gathered = {"exchange": run.sharded_reference.pass_weights(model)}
+    return [added(gathered, use) for use in uses]
 
 
 # --- layer by layer, over all packs ---------------------------------------------------------------

@@ -1,5 +1,9 @@
 """Bytes that are on the device between all phases: weights, optimizer state and reference."""
 
+from collections import Counter
+
+import torch
+
 from ..kernels.adamw.state import State
 from ..model.reference import frozen_parameters
 from ..optim import resolve_optimizer
@@ -18,7 +22,7 @@ EIGHT_BIT_LEAST = 4096
 def resident(run: PlannedRun) -> MemoryUse:
     """Bytes of weights, optimizer state and reference, which every phase finds on the device."""
     use = {
-        "weights": run.policy.weights,
+        "weights": run.sharded.weights(run.policy),
         **optimizer_state(run),
         "reference": resident_reference(run),
     }
@@ -33,20 +37,22 @@ def optimizer_state(run: PlannedRun) -> MemoryUse:
     Which optimizer `auto` is says `resolve_optimizer` of optim.py; the states of ours are made by
     kernels/adamw/state.py, here without data.
     """
-    parameters = run.policy.trained
-    kind = resolve_optimizer(run.config.optimizer, parameters)
-    if kind == "adamw":
-        return {"optimizer": 2 * run.policy.gradients}  # two means, each in the weights' dtype
-    if kind == "adamw8bit":
-        return {"optimizer": sum(_eight_bit_bytes(p.numel()) for p in parameters)}
-
-    states = [State.zeros(p, remainder=kind == "adamw_exact") for p in parameters]
-    remainder = sum(state.remainder.nbytes for state in states if state.remainder is not None)
-    tensors = [tensor for state in states for tensor in state if tensor is not None]
-    return {
-        "optimizer": sum(tensor.nbytes for tensor in tensors) - remainder,
-        "remainder": remainder,
-    }
+    kind = resolve_optimizer(run.config.optimizer, run.policy.trained)
+    optimizer = remainder = 0
+    # A model has hundreds of parameters, and few sizes of them.
+    sizes = Counter((run.sharded.updated(p), p.dtype) for p in run.policy.trained)
+    for (elements, dtype), count in sizes.items():
+        part = torch.empty(elements, dtype=dtype, device="meta")
+        if kind == "adamw":
+            optimizer += count * 2 * part.nbytes  # two means, each in the weights' dtype
+        elif kind == "adamw8bit":
+            optimizer += count * _eight_bit_bytes(elements)
+        else:
+            state = State.zeros(part, remainder=kind == "adamw_exact")
+            rest = 0 if state.remainder is None else state.remainder.nbytes
+            optimizer += count * (sum(x.nbytes for x in state if x is not None) - rest)
+            remainder += count * rest
+    return {"optimizer": optimizer, "remainder": remainder}
 
 
 def _eight_bit_bytes(elements: int) -> int:
@@ -60,12 +66,13 @@ def resident_reference(run: PlannedRun) -> int:
     """Bytes that the reference keeps on the device between its passes; 0 if it is streamed.
 
     With adapters the reference is the policy without them, and keeps nothing. Parameters that are
-    not trained are the policy's own.
+    not trained are the policy's own, unless they are in parts.
     """
     config = run.config
     if not config.needs_reference or config.lora:
         return 0
     if config.reference == "offload" and run.device == "cuda":
         return 0
-    shared = frozen_parameters(run.policy.model).values()
-    return run.reference.weights - sum(p.nbytes for p in shared)
+    frozen = frozen_parameters(run.policy.model).values()
+    shared = [p for p in frozen if not run.sharded.splits(p)]
+    return run.sharded_reference.weights(run.reference) - sum(p.nbytes for p in shared)

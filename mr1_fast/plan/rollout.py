@@ -28,7 +28,10 @@ def rollout(run: PlannedRun, work: Workload, cache_tokens: int | None = None) ->
     prefill = _prefill(run, work, layout.prompt_spans)
     if run.device == "cuda":  # captured graphs keep their memory meanwhile
         prefill = [added(use, decoding) for use in prefill]
-    cache = {"KV cache": layout.tokens * token_bytes(model.text)}
+    cache = {
+        "KV cache": layout.tokens * token_bytes(model.text),
+        "exchange": run.sharded.whole_weights(model),
+    }
     return [cache | use for use in (*prefill, decoding)]
 
 

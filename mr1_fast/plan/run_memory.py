@@ -1,11 +1,11 @@
 """A run's memory: its plan before it starts, and beside it what its steps then take on CUDA."""
 
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 
 from ..config import TrainConfig
+from ..distributed import SINGLE, World
 from ..model.families import base_model, family_of
 from ..model.forward import lm_head_weight, trained_layers
 from ..model.policy import Policy
@@ -28,28 +28,32 @@ class RunMemory:
     `plan` has no phases, and `problem` says why, for a model that cannot be planned: a plan
     informs, and such a model can be trained all the same.
 
-    `choice` is what the run does where its settings leave it open.
+    `choice` is what the run does where its settings leave it open, on all processes alike. `kind`
+    is how they are sharded, none, optimizer or full.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig):
+    def __init__(
+        self, policy: Policy, config: TrainConfig, world: World = SINGLE, kind: str = "none"
+    ):
         weight, self.device = lm_head_weight(policy.model), policy.device
         dtype = str(weight.dtype).removeprefix("torch.")
-        self.config = replace(config, device=policy.device.type, dtype=dtype)
+        self.config = replace(config, device=policy.device.type, dtype=dtype, sharding=kind)
+        self.world = world
+        is_cuda = policy.device.type == "cuda"
+        self.usable = world.least(usable_memory(policy.device)) if is_cuda else None
+        """Bytes that each process may use of its card; None for a CPU."""
         self.model_config = base_model(policy.model).config
         self.plan, self.problem = Plan({}), ""
         self.measured: dict[str, float] = {}
         try:
-            self.plan = make_plan(self.config, self.model_config, usable=self.usable)
+            self.plan = make_plan(
+                self.config, self.model_config, usable=self.usable, processes=world.size
+            )
             self.choice = self.plan.choice
         except Exception as error:  # whatever a model that we do not know may raise
             self.problem = f"no memory plan could be made ({type(error).__name__}: {error})"
             layers = Recomputed(*trained_layers(policy.model))
-            self.choice = Choice.without_plan(config, layers, policy.device.type == "cuda")
-
-    @cached_property
-    def usable(self) -> float | None:
-        """Bytes that the run may use of its card; None for a CPU."""
-        return usable_memory(self.device) if self.config.device == "cuda" else None
+            self.choice = Choice.without_plan(config, layers, is_cuda)
 
     def amounts(self) -> dict[str, int]:
         """Tokens that the run computes on or holds at once, by the names that MemoryLimits uses.
@@ -58,7 +62,7 @@ class RunMemory:
         """
         config = self.config
         longest_group = config.max_prompt_tokens + config.num_generations * config.max_new_tokens
-        needed = 1 + config.prompts_per_step * longest_group
+        needed = 1 + -(-config.prompts_per_step // self.world.size) * longest_group
         planned = self.plan.cache_tokens
         return {
             PACK_TOKENS: self.choice.tokens,
@@ -92,7 +96,7 @@ class RunMemory:
             if config.recompute == "auto":
                 config.recompute = "all"
             try:
-                changes = advice(config, self.model_config, aim)
+                changes = advice(config, self.model_config, aim, self.world.size)
             except Exception:  # an error here would hide the one that is being reported
                 changes = []
         marked = [

@@ -13,13 +13,23 @@ class PlanConfig(TrainConfig):
     """Whether a run fits on a card: all settings of `python -m mr1_fast.train`, and the card."""
 
     vram: float = 24.0
-    """Memory of the GPU, in the GB of its name; 23.6 GiB of a card with 24 GB can be used."""
+    """Memory of each GPU, in the GB of its name; 23.6 GiB of a card with 24 GB can be used."""
+    gpus: int = 1
+    """GPUs that train together, each by a process that `torchrun` starts; --sharding says what each
+    of them holds."""
 
     def check(self) -> None:
         """Raise UserError for values that cannot be used."""
         super().check()
         if self.vram <= 0:
             raise UserError(f"vram is {self.vram}, but must be greater than 0.")
+        if self.gpus < 1:
+            raise UserError(f"gpus is {self.gpus}, but must be at least 1.")
+        if self.prompts_per_step < self.gpus:
+            raise UserError(
+                f"prompts_per_step is {self.prompts_per_step}, but each of {self.gpus} GPUs needs "
+                "a prompt: raise --prompts-per-step or lower --gpus."
+            )
 
 
 def parse(argv: list[str]) -> PlanConfig:

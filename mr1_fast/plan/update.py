@@ -1,16 +1,17 @@
 """Bytes of the update (optim.py): forward and backward of each pack, and the optimizer's step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..optim import resolve_optimizer
 from ..types import PackedBatch
 from .layers import STORED, LayerBytes, LayerStack
-from .memory_use import MemoryUse
+from .memory_use import MemoryUse, added
 from .meta_model import MetaModel, Recomputed
 from .passes import HeadBytes, encode_images, loss_head, pack_bytes
 from .planned_run import PlannedRun
+from .sharded import Sharded, groups_of
 from .vision import Deepstack, VisionBytes
 from .workload import patches_of
 
@@ -20,6 +21,8 @@ class PackUpdate:
     """Forward and backward over one pack: what its parts allocate, and what exists when."""
 
     model: MetaModel
+    sharded: Sharded
+    """What this process holds of the model; the parts below keep as much of their gradients."""
     is_first: bool
     """Whether no earlier pack has left its gradients."""
     images: Tensor
@@ -40,12 +43,19 @@ class PackUpdate:
     def of(cls, run: PlannedRun, batch: PackedBatch, is_first: bool) -> "PackUpdate":
         """The parts traced on the pack's shapes."""
         model, images, tokens = run.policy, patches_of(batch), batch.input_ids.numel()
+        sharded, vision = run.sharded, None
+        decoder = model.decoder(batch.segments, run.training)
+        if len(images):
+            vision = model.vision_tower(images, run.training)
+            blocks = sharded.of_pack(vision.blocks, model.vision.blocks[0], is_first)
+            vision = replace(vision, blocks=blocks)
         return cls(
             model=model,
+            sharded=sharded,
             is_first=is_first,
             images=images,
-            vision=model.vision_tower(images, run.training) if len(images) else None,
-            decoder=model.decoder(batch.segments, run.training),
+            vision=vision,
+            decoder=sharded.of_pack(decoder, model.text.layers[0], is_first),
             norm=model.final_norm(tokens, len(batch.loss_rows), STORED),
             head=loss_head(run, len(batch.targets), True, run.config.in_one_pass),
             inputs=pack_bytes(run, batch),
@@ -62,6 +72,7 @@ class PackUpdate:
             # The final norm's backward, while what the head has kept still exists.
             self._use(kept + self.norm.extra, made=0, loss_head=self.head.kept),
             *self._layers_backward(recomputed),
+            *self._root_sums(),
         ]
 
     def _kept_by_vision(self, recomputed: Recomputed) -> int:
@@ -80,12 +91,39 @@ class PackUpdate:
 
         Packs after the first find the gradients of those before them.
         """
-        gradients = made if self.is_first else self.model.gradients
         return {
             "activations": self.inputs + activations,
-            "gradients": gradients + embedding_gradient,
+            "gradients": self._gradients(made) + embedding_gradient,
             "loss head": loss_head,
+            "exchange": self.sharded.pass_weights(self.model),
         }
+
+    def _gradients(self, made: int) -> int:
+        """Bytes of gradients when this pack has made so many."""
+        if self.is_first:
+            return made
+        sums = self.sharded.gradients(self.model)
+        # One process adds each gradient to its sum at once. Under `full` those of the root's group
+        # stay beside the sums of their rows until the pass ends.
+        return sums + made if self.sharded.kind == "full" else sums
+
+    @property
+    def _all_made(self) -> int:
+        """Bytes of the gradients that this pack makes, and that are there when it ends."""
+        model, decoder = self.model, self.decoder
+        if self.sharded.kind != "full":
+            return model.gradients
+        layers = decoder.depth * decoder.stored.gradients
+        if self.vision is not None and model.trains_vision:
+            layers += self.vision.blocks.depth * self.vision.blocks.stored.gradients
+        return layers + groups_of(self.sharded, model).root.gradients
+
+    def _root_sums(self) -> list[MemoryUse]:
+        """Bytes when the root's gradients are summed, at the very end of a pass under `full`."""
+        if self.sharded.kind != "full":
+            return []
+        use = self._use(0, self._all_made)
+        return [use | {"exchange": 4 * groups_of(self.sharded, self.model).root.trained}]
 
     def _forward(self, recomputed: Recomputed, kept: int) -> list[MemoryUse]:
         """Encoding the images, and the LM head, when every layer has kept what it needs."""
@@ -114,19 +152,24 @@ class PackUpdate:
             ]
         if model.text.embed_tokens.weight.requires_grad:
             # The embedding's gradient comes last, and is as large as the head.
-            others = model.gradients - model.head_bytes
+            others = self._all_made - model.head_bytes
             uses.append(self._use(x, others, self._waiting, embedding_gradient=model.head_bytes))
-        return uses
+        sums = {"exchange": self.sharded.pass_sums(model)}
+        return [added(use, sums) for use in uses]
 
 
-def optimizer_step(run: PlannedRun) -> MemoryUse:
-    """Bytes of all gradients, and of what torch's AdamW computes on its way.
+def optimizer_step(run: PlannedRun) -> list[MemoryUse]:
+    """Bytes of all gradients, while they are summed, and with what torch's AdamW computes.
 
     On CUDA it makes a denominator for every weight at once, on a CPU two tensors for one parameter
     at a time. The other optimizers compute in place.
     """
-    temporary, parameters = 0, run.policy.trained
+    temporary, parameters, sharded = 0, run.policy.trained, run.sharded
     if resolve_optimizer(run.config.optimizer, parameters) == "adamw":
-        sizes = [p.nbytes for p in parameters]
+        sizes = [sharded.updated(p) * p.itemsize for p in parameters]
         temporary = sum(sizes) if run.device == "cuda" else 2 * max(sizes)
-    return {"gradients": run.policy.gradients, "activations": temporary}
+    gradients = {"gradients": sharded.gradients(run.policy)}
+    return [
+        gradients | {"exchange": sharded.summed_buckets(run.policy)},
+        gradients | {"activations": temporary},
+    ]
