@@ -104,23 +104,9 @@ def update(
     sharding = sharding or Replicated(policy.model)
     world, seed = sharding.world, derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
-    parameters = sharding.parameters
-    loss, row_metrics = 0.0, RowMetrics()
-    try:
-        with unbiased_accumulation(parameters, derive_seed(seed, world.rank)):
-            for batch in sharding.aligned(batches):
-                batch = batch.to(policy.device)
-                if loss_scale:
-                    batch = loss_scale.scaled(batch)
-                part, metrics = sharding.within(partial(batch_loss, policy, batch))
-                part.backward()
-                loss += part.item()
-                row_metrics.add(metrics)
-    except torch.OutOfMemoryError:
-        for parameter in parameters:
-            parameter.grad = None  # frees the memory that a second attempt needs
-        raise
-    sharding.sum_gradients(seed)
+    loss, row_metrics = _accumulate(policy, batches, batch_loss, loss_scale, sharding, seed)
+    with _without_second_attempt():
+        sharding.sum_gradients(seed)
     (loss,) = world.sums([loss])
 
     rate = learning_rate(step, total_steps, config)
@@ -137,9 +123,10 @@ def update(
     grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
-        _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
-        sharding.share_weights()
-    for parameter in parameters:
+        with _without_second_attempt():
+            _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
+            sharding.share_weights()
+    for parameter in sharding.parameters:
         parameter.grad = None
     optimizer.zero_grad(set_to_none=True)
     if loss_scale:
@@ -152,6 +139,43 @@ def update(
         "skipped": float(not finite),
         **scale_metrics,
     }
+
+
+def _accumulate(
+    policy: Policy,
+    batches: Sequence[PackedBatch],
+    batch_loss: BatchLoss,
+    loss_scale: LossScale | None,
+    sharding: Replicated,
+    seed: int,
+) -> tuple[float, RowMetrics]:
+    """Add up loss, gradients and metrics of this process's batches, of which there may be none.
+
+    Where memory runs out on one process, OutOfMemoryError is raised on each, without gradients.
+    """
+    world, reason = sharding.world, ""
+    loss, row_metrics = 0.0, RowMetrics()
+    # The first process rounds as one alone does.
+    own_seed = derive_seed(seed, "process", world.rank) if world.rank else seed
+    try:
+        with unbiased_accumulation(sharding.parameters, own_seed):
+            for batch in sharding.aligned(batches):
+                batch = batch.to(policy.device)
+                if loss_scale:
+                    batch = loss_scale.scaled(batch)
+                part, metrics = sharding.within(partial(batch_loss, policy, batch))
+                part.backward()
+                loss += part.item()
+                row_metrics.add(metrics)
+    except torch.OutOfMemoryError as error:
+        reason = str(error) or "out of memory"
+
+    # Before the gradients' sum, in which a process would wait for one that has left for good.
+    if reasons := list(filter(None, world.gather(reason))):
+        for parameter in sharding.parameters:
+            parameter.grad = None  # frees the memory that a second attempt needs
+        raise torch.OutOfMemoryError(reasons[0])
+    return loss, row_metrics
 
 
 @contextmanager
@@ -190,14 +214,19 @@ def _step(
     max_norm: float,
 ) -> None:
     """Clip the gradients and step; LowMemoryAdamW clips within its one pass over them."""
+    if isinstance(optimizer, LowMemoryAdamW):
+        optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        optimizer.step()
+
+
+@contextmanager
+def _without_second_attempt() -> Iterator[None]:
+    """Turn OutOfMemoryError into UserError: some gradients or weights may have changed already."""
     try:
-        if isinstance(optimizer, LowMemoryAdamW):
-            optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
-        else:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            optimizer.step()
+        yield
     except torch.OutOfMemoryError as error:
-        # Some weights may have changed already, so it cannot be tried again.
         raise UserError(
             "out of memory within the optimizer's step; the last checkpoint is intact. Start a new "
             "run with --optimizer adamw_exact, which allocates its state at the start and needs no "
