@@ -39,9 +39,11 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     if kind in ("adamw_exact", "adamw_stochastic"):
-        firsts = [part.first for part in parts]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        numbers = {name: number for number, name in enumerate(trained)}
+        places = [(numbers[part.name], part.first) for part in parts]
         exact = kind == "adamw_exact"
-        return LowMemoryAdamW(parameters, **settings, remainder=exact, seed=seed, firsts=firsts)
+        return LowMemoryAdamW(parameters, **settings, remainder=exact, seed=seed, places=places)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -104,7 +106,24 @@ def update(
     sharding = sharding or Replicated(policy.model)
     world, seed = sharding.world, derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
-    loss, row_metrics = _accumulate(policy, batches, batch_loss, loss_scale, sharding, seed)
+    parameters = sharding.parameters
+    # The first process rounds as one alone does.
+    own_seed = derive_seed(seed, "process", world.rank) if world.rank else seed
+    loss, row_metrics = 0.0, RowMetrics()
+    try:
+        with unbiased_accumulation(parameters, own_seed):
+            for batch in sharding.aligned(batches):
+                batch = batch.to(policy.device)
+                if loss_scale:
+                    batch = loss_scale.scaled(batch)
+                part, metrics = sharding.within(partial(batch_loss, policy, batch))
+                part.backward()
+                loss += part.item()
+                row_metrics.add(metrics)
+    except torch.OutOfMemoryError:
+        for parameter in parameters:
+            parameter.grad = None  # frees the memory that a second attempt needs
+        raise
     with _without_second_attempt():
         sharding.sum_gradients(seed)
     (loss,) = world.sums([loss])
@@ -126,7 +145,7 @@ def update(
         with _without_second_attempt():
             _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
             sharding.share_weights()
-    for parameter in sharding.parameters:
+    for parameter in parameters:
         parameter.grad = None
     optimizer.zero_grad(set_to_none=True)
     if loss_scale:
@@ -139,43 +158,6 @@ def update(
         "skipped": float(not finite),
         **scale_metrics,
     }
-
-
-def _accumulate(
-    policy: Policy,
-    batches: Sequence[PackedBatch],
-    batch_loss: BatchLoss,
-    loss_scale: LossScale | None,
-    sharding: Replicated,
-    seed: int,
-) -> tuple[float, RowMetrics]:
-    """Add up loss, gradients and metrics of this process's batches, of which there may be none.
-
-    Where memory runs out on one process, OutOfMemoryError is raised on each, without gradients.
-    """
-    world, reason = sharding.world, ""
-    loss, row_metrics = 0.0, RowMetrics()
-    # The first process rounds as one alone does.
-    own_seed = derive_seed(seed, "process", world.rank) if world.rank else seed
-    try:
-        with unbiased_accumulation(sharding.parameters, own_seed):
-            for batch in sharding.aligned(batches):
-                batch = batch.to(policy.device)
-                if loss_scale:
-                    batch = loss_scale.scaled(batch)
-                part, metrics = sharding.within(partial(batch_loss, policy, batch))
-                part.backward()
-                loss += part.item()
-                row_metrics.add(metrics)
-    except torch.OutOfMemoryError as error:
-        reason = str(error) or "out of memory"
-
-    # Before the gradients' sum, in which a process would wait for one that has left for good.
-    if reasons := list(filter(None, world.gather(reason))):
-        for parameter in sharding.parameters:
-            parameter.grad = None  # frees the memory that a second attempt needs
-        raise torch.OutOfMemoryError(reasons[0])
-    return loss, row_metrics
 
 
 @contextmanager

@@ -96,15 +96,14 @@ class Replicated:
         if self.world.size == 1:
             return
         gradients = self._agreed_gradients()
-        lengths = [len(gradient) for gradient in gradients.values()]
-        numbers = list(gradients)
-        for bucket in buckets(lengths, self.bucket):
-            pieces = [gradients[numbers[index]][elements] for index, elements in bucket]
-            is_one = len(pieces) == 1 and pieces[0].dtype == torch.float32
-            total = pieces[0] if is_one else torch.cat([piece.float() for piece in pieces])
-            dist.all_reduce(total)
-            if is_one:
+        numbers, flat = list(gradients), list(gradients.values())
+        for bucket in buckets(list(map(len, flat)), self.bucket):
+            pieces = [flat[index][elements] for index, elements in bucket]
+            if len(pieces) == 1 and pieces[0].dtype == torch.float32:
+                dist.all_reduce(pieces[0])
                 continue
+            total = torch.cat([piece.float() for piece in pieces])
+            dist.all_reduce(total)
             parts = total.split([len(piece) for piece in pieces])
             for (index, elements), piece, part in zip(bucket, pieces, parts, strict=True):
                 round_into_(piece, part, sum_seed(seed, numbers[index]), elements.start)

@@ -59,7 +59,9 @@ def stepped(dtype: torch.dtype, optimizer: str, size: int) -> dict[str, Tensor]:
     for rank in range(size):
         shards = OptimizerShards(model, World(rank=rank, size=size))
         config = OptimizerConfig(learning_rate=1e-2, optimizer=optimizer)
-        stepper = make_optimizer(model, config, 3, shards.parts)
+        # With or without its empty parts: the bits go by the number of the whole parameter.
+        kept = [part for part in shards.parts if len(part.weight) or size != 4]
+        stepper = make_optimizer(model, config, 3, kept)
         for step in range(4):
             for number, part in enumerate(shards.parts):
                 gradient = gradients_of(part.whole, 10 * number + step, dtype).view(-1)
@@ -71,7 +73,7 @@ def stepped(dtype: torch.dtype, optimizer: str, size: int) -> dict[str, Tensor]:
                 stepper.step(grad_scale=torch.tensor(0.7))
             else:
                 stepper.step()
-        for part in shards.parts:
+        for part in kept:
             for name, value in stepper.state[part.weight].items():
                 if name != "step" or len(part.weight):
                     whole.setdefault(f"{part.name} {name}", []).append(value.view(-1))
@@ -271,29 +273,10 @@ def update_all(world):
             updated(world, kind, torch.float32),
             updated(world, kind, torch.bfloat16),
             updated(world, kind, torch.float32, infinite=True),
-            refused(world, kind),
             no_memory_to_step(world, kind),
         )
         for kind in KINDS
     }
-
-
-def refused(world, kind: str) -> str:
-    """What each process says, of which the last runs out of memory in its only pass."""
-    policy, config = tiny_policy(), OptimizerConfig()
-    sharding = KINDS[kind](policy.model, world)
-    optimizer = make_optimizer(policy.model, config, 0, sharding.parts)
-
-    def loss(policy, batch):
-        if world.rank == world.size - 1:
-            raise torch.OutOfMemoryError("no room there")
-        return likelihood(policy, batch)
-
-    packs = batches_of(policy, 10**6)
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        update(policy, optimizer, packs, loss, 0, 1, config, sharding=sharding)
-    assert all(p.grad is None for p in sharding.parameters)
-    return str(error.value)
 
 
 def no_memory_to_step(world, kind: str) -> str:
@@ -334,7 +317,7 @@ def test_updates_with_unequal_packs_are_those_of_one_process(size):
                 torch.testing.assert_close(first_weights[name], value, rtol=1e-4, atol=2e-5)
 
     for kind, answer in product(KINDS, answers):
-        *_, (metrics, weights), out_of_memory, refusal = answer[kind]
+        *_, (metrics, weights), refusal = answer[kind]
         assert [each["skipped"] for each in metrics] == [1.0] * 3
         assert all(torch.equal(start[name], value) for name, value in weights.items())
-        assert out_of_memory == "no room there" and "within the optimizer's step" in refusal
+        assert "within the optimizer's step" in refusal
