@@ -39,9 +39,11 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     if kind in ("adamw_exact", "adamw_stochastic"):
-        firsts = [part.first for part in parts]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        numbers = {name: number for number, name in enumerate(trained)}
+        places = [(numbers[part.name], part.first) for part in parts]
         exact = kind == "adamw_exact"
-        return LowMemoryAdamW(parameters, **settings, remainder=exact, seed=seed, firsts=firsts)
+        return LowMemoryAdamW(parameters, **settings, remainder=exact, seed=seed, places=places)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -105,9 +107,11 @@ def update(
     world, seed = sharding.world, derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
     parameters = sharding.parameters
+    # The first process rounds as one alone does.
+    own_seed = derive_seed(seed, "process", world.rank) if world.rank else seed
     loss, row_metrics = 0.0, RowMetrics()
     try:
-        with unbiased_accumulation(parameters, derive_seed(seed, world.rank)):
+        with unbiased_accumulation(parameters, own_seed):
             for batch in sharding.aligned(batches):
                 batch = batch.to(policy.device)
                 if loss_scale:
@@ -120,7 +124,8 @@ def update(
         for parameter in parameters:
             parameter.grad = None  # frees the memory that a second attempt needs
         raise
-    sharding.sum_gradients(seed)
+    with _without_second_attempt():
+        sharding.sum_gradients(seed)
     (loss,) = world.sums([loss])
 
     rate = learning_rate(step, total_steps, config)
@@ -137,8 +142,9 @@ def update(
     grad_norm = norm.item()
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
-        _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
-        sharding.share_weights()
+        with _without_second_attempt():
+            _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
+            sharding.share_weights()
     for parameter in parameters:
         parameter.grad = None
     optimizer.zero_grad(set_to_none=True)
@@ -190,14 +196,19 @@ def _step(
     max_norm: float,
 ) -> None:
     """Clip the gradients and step; LowMemoryAdamW clips within its one pass over them."""
+    if isinstance(optimizer, LowMemoryAdamW):
+        optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        optimizer.step()
+
+
+@contextmanager
+def _without_second_attempt() -> Iterator[None]:
+    """Turn OutOfMemoryError into UserError: some gradients or weights may have changed already."""
     try:
-        if isinstance(optimizer, LowMemoryAdamW):
-            optimizer.step(grad_scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))
-        else:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            optimizer.step()
+        yield
     except torch.OutOfMemoryError as error:
-        # Some weights may have changed already, so it cannot be tried again.
         raise UserError(
             "out of memory within the optimizer's step; the last checkpoint is intact. Start a new "
             "run with --optimizer adamw_exact, which allocates its state at the start and needs no "

@@ -48,6 +48,9 @@ class Replicated:
     """
 
     kind = "none"
+    bucket = 2**24
+    """Most elements that go through one call, 64 MiB in fp32: large enough for the wires, and small
+    beside what an update needs anyway."""
 
     def __init__(self, model: nn.Module, world: World = SINGLE):
         self.model, self.world = model, world
@@ -83,40 +86,57 @@ class Replicated:
 
     # --- around the optimizer's step ------------------------------------------------------------
 
+    @torch.no_grad()
     def sum_gradients(self, seed: int) -> None:
         """Sum the gradients over all processes, in fp32, into `.grad` of the parts' weights.
 
-        A sum in bf16 is rounded stochastically, by `seed`. A parameter without a gradient on any
-        process keeps none.
+        A sum in bf16 is rounded stochastically, by `seed` and the element. A parameter without a
+        gradient on any process keeps none.
         """
         if self.world.size == 1:
             return
         gradients = self._agreed_gradients()
-        for number, pieces in enumerate(buckets(gradients)):
+        numbers, flat = list(gradients), list(gradients.values())
+        for bucket in buckets(list(map(len, flat)), self.bucket):
+            pieces = [flat[index][elements] for index, elements in bucket]
+            if len(pieces) == 1 and pieces[0].dtype == torch.float32:
+                dist.all_reduce(pieces[0])
+                continue
             total = torch.cat([piece.float() for piece in pieces])
             dist.all_reduce(total)
-            sizes = [len(piece) for piece in pieces]
-            for index, (piece, part) in enumerate(zip(pieces, total.split(sizes), strict=True)):
-                round_into_(piece, part, derive_seed(seed, number, index))
+            parts = total.split([len(piece) for piece in pieces])
+            for (index, elements), piece, part in zip(bucket, pieces, parts, strict=True):
+                round_into_(piece, part, sum_seed(seed, numbers[index]), elements.start)
 
     def gradient_norm(self) -> Tensor:
-        """Return the 2-norm of all gradients, 0-d in fp32, which is the same everywhere."""
-        return gradient_norm([part.weight for part in self.parts])
+        """Return the 2-norm of all gradients, 0-d in fp32, which is the same everywhere.
+
+        It is the first process's: another model of card may round the same norm differently.
+        """
+        norm = gradient_norm([part.weight for part in self.parts])
+        if self.world.size > 1 and self.parameters:
+            norm = norm.to(self.parameters[0].device)
+            dist.broadcast(norm, src=0)
+        return norm
 
     def share_weights(self) -> None:
         """Bring what each process has updated to all that need it."""
 
-    def _agreed_gradients(self) -> list[Tensor]:
-        """Return the gradients, flat, of all parameters that have one on any process.
+    def _agreed_gradients(self) -> dict[int, Tensor]:
+        """Return the gradients, flat, of all parameters that have one on any process, by number.
 
         Where this process has none, it is 0.
         """
         has = self.world.sums([p.grad is not None for p in self.parameters])
-        chosen = [p for p, count in zip(self.parameters, has, strict=True) if count]
-        for p in chosen:
+        chosen = {
+            number: p
+            for number, (p, count) in enumerate(zip(self.parameters, has, strict=True))
+            if count
+        }
+        for p in chosen.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return [p.grad.view(-1) for p in chosen]
+        return {number: p.grad.view(-1) for number, p in chosen.items()}
 
 
 def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
@@ -132,29 +152,40 @@ def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
-BUCKET = 2**24
-"""Most elements that are summed in one call, 64 MiB in fp32: large enough for the wires, and small
-beside what an update needs anyway."""
+def buckets(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut sequences of these lengths, and gather the pieces, in order, to at most `most` elements.
 
+    A piece is the number of its sequence and which elements of it.
 
-def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> Iterator[list[Tensor]]:
-    """Cut flat tensors into pieces, and gather these, in order, to at most `most` elements."""
-    bucket: list[Tensor] = []
+    >>> list(buckets([2, 5], most=3))
+    [[(0, slice(0, 2, None))], [(1, slice(0, 3, None))], [(1, slice(3, 5, None))]]
+    """
+    bucket: list[tuple[int, slice]] = []
     room = most
-    for tensor in tensors:
-        for piece in tensor.split(most):
-            if len(piece) > room:
+    for number, length in enumerate(lengths):
+        for start in range(0, length, most):
+            size = min(most, length - start)
+            if size > room:
                 yield bucket
                 bucket, room = [], most
-            bucket.append(piece)
-            room -= len(piece)
+            bucket.append((number, slice(start, start + size)))
+            room -= size
     if bucket:
         yield bucket
 
 
-def round_into_(target: Tensor, total: Tensor, seed: int) -> None:
-    """Write an fp32 sum into a gradient (n,); in bf16 it is rounded stochastically by `seed`."""
+def sum_seed(seed: int, number: int) -> int:
+    """Return the seed by which the sum of the gradients of parameter `number` is rounded."""
+    return derive_seed(seed, "sum", number)
+
+
+def round_into_(target: Tensor, total: Tensor, seed: int, first: int = 0) -> None:
+    """Write an fp32 sum into a gradient (n,); in bf16 it is rounded stochastically by `seed`.
+
+    `first` is the number of its first element in its parameter, so that the bits are those of the
+    parameter as a whole.
+    """
     if target.dtype == torch.bfloat16:
-        add_stochastic_(target.zero_(), total, seed)
+        add_stochastic_(target.zero_(), total, seed, first)
     else:
         target.copy_(total)

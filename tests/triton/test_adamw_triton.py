@@ -1,5 +1,7 @@
 """The optimizer's kernels give the bits that PyTorch gives on a CPU."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import triton
@@ -8,7 +10,7 @@ import triton.language as tl
 from mr1_fast.kernels.adamw import state as adamw_state
 from mr1_fast.kernels.adamw import step as adamw_step
 from mr1_fast.kernels.adamw import step_triton
-from mr1_fast.kernels.adamw.rounding import random_keys
+from mr1_fast.kernels.adamw.rounding import from_element, random_keys
 from mr1_fast.kernels.adamw.state import Scalars, State
 
 STEPS = 3
@@ -111,6 +113,42 @@ def test_sums_give_the_bits_of_pytorch(device, monkeypatch, n, gradient_dtype):
     monkeypatch.setattr(adamw_step, "use_triton", lambda weight: False)
     adamw_step.add_stochastic_(theirs, gradients[0], seed=3)
     torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("key0", [5, 2**31 - 700, -(2**31), -600])
+@pytest.mark.parametrize("remainder", [True, False])
+def test_parts_give_the_bits_of_the_whole(device, key0, remainder):
+    """Keys beside the ends of int32 count across them, as those of a part far behind do."""
+    weight, (gradient, *_) = inputs(1300, torch.bfloat16, torch.bfloat16)
+    weight, gradient = weight.to(device), gradient.to(device)
+    scalars, keys = Scalars.at(1, 1e-3, (0.9, 0.98), 1e-8, 0.01), (key0, 77)
+
+    def stepped(bounds: list[int]) -> list[torch.Tensor]:
+        ours, state = weight.clone(), State.zeros(weight, remainder)
+        for first, end in pairwise(bounds):
+            part = state.chunk(first, end - first + -end % adamw_state.BLOCK)
+            part_keys = from_element(first, keys)
+            own = slice(first, end)
+            adamw_step.adamw_(ours[own], gradient[own], part, scalars, part_keys)
+        return [each for each in (ours, *state) if each is not None]
+
+    whole = stepped([0, 1300])
+    assert all(map(torch.equal, whole, stepped([0, 512, 768, 1300])))
+    shifted = State.zeros(weight, remainder)
+    adamw_step.adamw_(other := weight.clone(), gradient, shifted, scalars, from_element(256, keys))
+    assert not torch.equal(whole[1], shifted.m) and other.isfinite().all()
+
+
+def test_sums_of_parts_give_the_bits_of_the_whole(device):
+    weight, gradients = inputs(1300, torch.bfloat16, torch.float32)
+    gradient = gradients[0].to(device)
+    whole, parts = (weight.to(device, copy=True) for _ in range(2))
+    adamw_step.add_stochastic_(whole, gradient, seed=3)
+    for first, end in ((0, 300), (300, 301), (301, 1300)):
+        adamw_step.add_stochastic_(parts[first:end], gradient[first:end], seed=3, first=first)
+    assert torch.equal(whole, parts)
+    adamw_step.add_stochastic_(again := weight.to(device, copy=True), gradient, seed=3, first=1)
+    assert not torch.equal(whole, again)
 
 
 def test_nothing_to_do(device):

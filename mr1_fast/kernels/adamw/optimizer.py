@@ -22,8 +22,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     than half of bf16's step. Skip a step whose gradients are not finite: the optimizer does not
     check them.
 
-    A parameter may be a part of a larger one, whose element `firsts[i]` is its first one, for
-    parameter i: a multiple of 256. The bits are then those of the larger parameter's step.
+    Parameters may be parts of larger ones: `places` then has for each the larger one's number among
+    all, and which of its elements is the part's first, a multiple of 256. The bits are those of the
+    larger parameters' step.
 
     Raises ValueError for betas or eps outside their ranges, and for a parameter that is not
     contiguous or neither bf16 nor fp32.
@@ -39,14 +40,14 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         *,
         remainder: bool = True,
         seed: int = 0,
-        firsts: Sequence[int] | None = None,
+        places: Sequence[tuple[int, int]] | None = None,
     ):
         if not (0 <= betas[0] < 1 and 0 < betas[1] < 1 and eps > 0):
             raise ValueError(
                 f"betas are {betas} and eps is {eps}, but β₁ must lie in [0, 1), β₂ in (0, 1), and "
                 "ε must be greater than 0"
             )
-        self.remainder, self.seed, self.firsts = remainder, seed, firsts
+        self.remainder, self.seed, self.places = remainder, seed, places
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict) -> None:
@@ -81,9 +82,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             scalars = Scalars.at(
                 step, group["lr"], group["betas"], group["eps"], group["weight_decay"]
             )
-            keys = random_keys(self.seed, index, step)
-            if self.firsts:
-                keys = from_element(self.firsts[index], keys)
+            number, first = self.places[index] if self.places else (index, 0)
+            keys = from_element(first, random_keys(self.seed, number, step))
             adamw_(p, p.grad, State(**tensors), scalars, keys, grad_scale)
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from ..dispatch import use_triton
 from . import step_torch
-from .rounding import random_keys
+from .rounding import from_element, random_keys
 from .state import Scalars, State
 
 
@@ -33,14 +33,17 @@ def adamw_(
         step_torch.adamw_(weight, gradient, state, scalars, keys, grad_scale)
 
 
-def add_stochastic_(accumulator: torch.Tensor, gradient: torch.Tensor, seed: int) -> None:
+def add_stochastic_(
+    accumulator: torch.Tensor, gradient: torch.Tensor, seed: int, first: int = 0
+) -> None:
     """Add a gradient in place to a contiguous bf16 accumulator, rounding the sum stochastically.
 
     Rounding the fp32 sum to nearest would lose every term below 2⁻⁹ of the sum; rounded at random,
     the mean is right. The gradient is bf16 or fp32 and of the accumulator's shape. Every call needs
-    another seed.
+    another seed, but calls for parts of one tensor, whose element `first` is a part's first one.
     """
-    accumulator, gradient, keys = accumulator.view(-1), gradient.reshape(-1), random_keys(seed)
+    accumulator, gradient = accumulator.view(-1), gradient.reshape(-1)
+    keys = from_element(first, random_keys(seed))
     if use_triton(accumulator):
         from . import step_triton
 
