@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .command_line import saved_settings, write_config
@@ -223,31 +222,3 @@ def run_folder(config: TrainConfig) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
     return Path(config.output)
-
-
-class Stopwatch:
-    """Measures the stages of a step: seconds, and on CUDA the peak of allocated memory in GiB.
-
-    `laps` holds both under their names in metrics.jsonl. Of a stage with several laps it has the
-    sum of the seconds and the largest peak.
-    """
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def lap(self, stage: str) -> None:
-        """Note the time since the last lap as that of `stage`.
-
-        On CUDA this waits for the queued work first.
-        """
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            self.laps[f"peak_gib_{stage}"] = max(peak, self.laps.get(f"peak_gib_{stage}", 0.0))
-            torch.cuda.reset_peak_memory_stats()
-        now = time.perf_counter()
-        seconds = self.laps.get(f"seconds_{stage}", 0.0) + now - self.last
-        self.laps[f"seconds_{stage}"], self.last = seconds, now

@@ -132,9 +132,12 @@ class Run:
         return steps_done % config.eval_every == 0
 
     def end(self, steps_done: int) -> End:
-        """Say why the run ends after `steps_done` steps, if it does, on every process alike."""
+        """Say why the run ends after `steps_done` steps, if it does, on every process alike.
+
+        A signal to any process counts most, as it does on one.
+        """
         ends = self.world.gather(self._own_end(steps_done))
-        return next(filter(None, ends), "")
+        return "signal" if "signal" in ends else "time" if "time" in ends else ends[0]
 
     def _own_end(self, steps_done: int) -> End:
         """Say why the run ends by what this process knows: signals and clocks differ."""
@@ -161,14 +164,15 @@ def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict
     return parts
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """Load data, model, optimizer and checkpoint as configured; nothing is written yet.
 
-    Only the repository of --push-to-hub is created, where it does not exist. Raises UserError for
+    Only the repository of --push-to-hub is created, where it does not exist. `world` are the
+    processes that train together: by default, all that torchrun has started. Raises UserError for
     settings, data, a repository or a model that cannot be used.
     """
     time_limit = TimeLimit(config.max_hours)
-    world = join_world(device_name(config, torch.cuda.is_available()))
+    world = world or join_world(device_name(config, torch.cuda.is_available()))
     require_prompts(config, world)
     config.output = world.of_first(config.output or str(run_folder(config)))
     get_task(config.task)

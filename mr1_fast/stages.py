@@ -33,8 +33,15 @@ GAP = ("rollout_gap_mean", "rollout_gap_max")
 
 
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
-    """Reward the completions of a step, as configured."""
+    """Reward the completions of a step, as configured.
+
+    No function is called without completions, of which a process has none in a round of few
+    prompts.
+    """
     config = run.config
+    if not rollout.examples:
+        names = [*config.reward_weights, *["overlong"] * bool(config.overlong_penalty)]
+        return Scores(torch.zeros(0, rollout.num_generations), {name: [] for name in names}, [])
     scores = score(
         rollout.texts,
         rollout.examples,
@@ -69,7 +76,7 @@ def sample(
     # The next step's prompts do not begin beside the last samples of this one, as an evaluation's
     # batches do: this step's update changes the weights, and their keys would be of the old ones.
     prompts = policy.encode.many(examples) if prompts is None else prompts
-    needed = fitting(prompts, config.num_generations, config).tokens
+    needed = fitting(prompts, config.num_generations, config).tokens if prompts else None
     draw = ("rollout", step, round_) if round_ else ("rollout", step)
     places = run.world.places(len(examples))
 
