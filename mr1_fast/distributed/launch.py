@@ -38,3 +38,13 @@ def join_world(device_type: str) -> World:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         control=dist.new_group(backend="gloo", timeout=WAIT),
     )
+
+
+def work_alone(world: World) -> None:
+    """Part from the other processes, which all do here: each then is alone for torch as well.
+
+    transformers, for example, writes a model on the first process of a group only.
+    """
+    world.barrier()
+    if world.size > 1:
+        dist.destroy_process_group()

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..distributed import World
+from ..distributed.launch import work_alone
 
 
 class Claims:
@@ -43,14 +44,15 @@ class Claims:
 def claims_in(output: Path, world: World) -> Iterator[Claims]:
     """Have the claims of this call within a block, in the experiment's folder `output`.
 
-    Collective where the block begins. The first process must leave it last, once all cells have
+    Collective where the block begins, and the end of `world`: from then on the processes know of
+    one another by their claims alone. The first one must leave the block last, once all cells have
     ended.
     """
     folder = output / ".claims"
     if world.is_first:
         shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
         folder.mkdir()
-    world.barrier()
+    work_alone(world)
     yield Claims(folder)
     if world.is_first:
         shutil.rmtree(folder, ignore_errors=True)
