@@ -18,7 +18,7 @@ from pathlib import Path
 from .advantages import group_advantages
 from .ahead import Ahead
 from .config import TrainConfig
-from .distributed.launch import is_first
+from .distributed.launch import leave_world, require_shared
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
@@ -45,6 +45,7 @@ from .stages import (
     update_policy,
 )
 from .stopping import StopSignals
+from .torchrun import is_first
 from .types import Example, Prompt
 from .utilisation import utilisation
 from .whole_step import together
@@ -63,7 +64,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
     with StopSignals() as signals:
         run = prepare(config)
         run.log.create(run.first_step)
-        run.world.barrier()
+        require_shared(run.world, run.log.folder)
         run.signals = signals
         signals.defer(run.log.way_on)
 
@@ -85,7 +86,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
                 run.log.say(push_in_time(run.log.folder))
 
         where = f"after {steps_done} of {config.steps} steps"
-        if signals.received:
+        if signals.agree(run.world.most):
             raise signals.stopped(where)
         if end == "time":
             run.log.say(f"max_hours are over {where}: {run.log.way_on()}")
@@ -212,11 +213,11 @@ def main(config: TrainConfig) -> None:
     """Train as configured, and say where the results are."""
     started = time.perf_counter()
     folder = train(config)
-    if not is_first():
-        return
-    print_table(folder)
-    seconds = time.perf_counter() - started
-    print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    if is_first():
+        print_table(folder)
+        seconds = time.perf_counter() - started
+        print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
         records, seconds = _held_out_answers(run, mode)
-        if run.signals.received:
+        if run.signals.agreed:
             return
         if mode == "greedy":
             if run.world.is_first:
@@ -74,7 +74,7 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     if not run.evaluation_is_due(steps_done):
         return
     records, seconds = _held_out_answers(run, "greedy")
-    if not run.signals.received:
+    if not run.signals.agreed:
         _record_point(run, steps_done, records, seconds)
         note = "" if run.progress.waiting else ", the best so far"
         accuracy = accuracy_text(summarise(records))
@@ -131,7 +131,7 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
             stopped=lambda: bool(run.signals.received),
             world=run.world,
         )
-    run.signals.received = int(run.world.most(run.signals.received))
+    run.signals.agree(run.world.most)
     seconds = time.perf_counter() - started
     run.time_limit.note(f"{mode} evaluation", seconds)
     return records, seconds
