@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -85,10 +86,14 @@ def prepare_process() -> None:
 
     torch's OpenMP threads spin for milliseconds while they wait, which makes a run on a CPU eight
     times slower if another process is busy. A short spin costs a tenth on an idle machine. What
-    the user has set stays.
+    the user has set stays. Of several processes, the first alone shows progress and warnings.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if not torchrun.is_first():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:

@@ -113,6 +113,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        torchrun.told_to_end(number)
         raise Stopped(number)
 
     try:

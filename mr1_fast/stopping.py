@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -70,6 +71,7 @@ class StopSignals:
             raise self.stopped(f"as {type(error).__name__} came up ({reason})") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        torchrun.told_to_end(number)
         now, again = time.monotonic(), bool(self.received)
         if again and torchrun.size() > 1 and now - self._first < SAME:
             return
@@ -78,7 +80,8 @@ class StopSignals:
             raise self.stopped("while loading")
         if again:
             raise self.stopped("at once", at_once=True)
-        if torchrun.is_first():
+        # Of several processes, SIGTERM may only say that another one has ended.
+        if torchrun.is_first() and (torchrun.size() == 1 or number == signal.SIGINT):
             with suppress(OSError):
                 os.write(2, NOTED)  # print may be what the signal has interrupted
 

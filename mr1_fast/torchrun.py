@@ -40,7 +40,9 @@ BROKEN = (
 """What the errors of gloo, NCCL and the store say when another process has ended."""
 
 _met: list[Any] = []
-"""The store of this round, once the processes have met there."""
+"""The store of this start, once the processes have met there."""
+_told: list[int] = []
+"""The signals that this process has got."""
 
 
 # --- who this process is ------------------------------------------------------------------------
@@ -90,8 +92,13 @@ def leave_to_first() -> None:
 # --- the end of all -----------------------------------------------------------------------------
 
 
+def told_to_end(number: int) -> None:
+    """Note a signal; SIGTERM may be torchrun's, because another process has ended."""
+    _told.append(number)
+
+
 def met_at(store: Any) -> None:
-    """Note the store where the processes of this round have met."""
+    """Note the store where the processes have met."""
     _met[:] = [store]
 
 
@@ -107,14 +114,16 @@ def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
     `words` are what the user is told of `error`; they are not printed where another process has
     failed before.
     """
-    _on_signals(signal.SIG_IGN)  # torchrun's, because another process has ended, changes nothing
+    with suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: told_to_end(number))
     stopped = isinstance(error, KeyboardInterrupt)
     if "torch" not in sys.modules:  # the settings: every process reads the same
         if stopped and not is_first():
             _exit(status)
         _end_early(status, words)
     if says_another_ended(error):
-        line = str(error).splitlines()[0]
+        line = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         words = (
             f"error: {place()} has lost another one, which was killed or has died ({line}): "
             "start again with --resume, or let torchrun do so with --max-restarts and "
@@ -129,8 +138,8 @@ def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
         _leave_word(words)
         if _machines() > 1:
             time.sleep(LINGER)
-    elif not stopped:
-        _wait_for_torchrun(status)
+    else:
+        _wait_for_torchrun(status, 0.0 if stopped else SILENT)
     _exit(status)
 
 
@@ -202,16 +211,13 @@ def _leave_word(words: str) -> None:
 
 def _wait_for_torchrun(status: int, seconds: float = SILENT, then_exit: bool = True) -> None:
     """Wait until torchrun ends this process, which it does when another one on its machine has."""
-    _on_signals(signal.SIG_DFL)
-    time.sleep(seconds)
+    end = time.monotonic() + seconds
+    while signal.SIGTERM not in _told and time.monotonic() < end:
+        time.sleep(0.05)
+    if signal.SIGTERM in _told:
+        _exit(0)  # torchrun lists any other status as a failure of its own
     if then_exit:
         _exit(status)
-
-
-def _on_signals(handler: Any) -> None:
-    with suppress(ValueError):  # only the main thread may set them
-        signal.signal(signal.SIGTERM, handler)
-        signal.signal(signal.SIGINT, handler)
 
 
 def _exit(status: int) -> NoReturn:

@@ -4,7 +4,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -82,37 +81,32 @@ def meet() -> dist.Store:
     and each of the others goes on once that word's process has told it its own new word again.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-    mine = uuid4().hex
+    mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
     if rank == 0:
         store.set("first", mine)
         for other in range(1, size):
-            store.set(f"{mine}/heard/{other}", _in_time(store, f"{mine}/{other}"))
+            word = _read(store, f"{mine}/{other}", end)
+            store.set(f"{mine}/heard/{other}", word)
         return dist.PrefixStore(mine, store)
 
-    deadline = time.monotonic() + MEETING.total_seconds()
-    while time.monotonic() < deadline:
-        word = _in_time(store, "first")  # maybe that of an earlier start, which hears nothing
-        store.set(f"{word}/{rank}", mine)
-        with suppress(dist.DistStoreError):
-            if _in_time(store, f"{word}/heard/{rank}", seconds=1) == mine:
-                return dist.PrefixStore(word, store)
-        time.sleep(0.1)
-    raise UserError(f"process 0 did not begin within {MEETING}: look at what it says.")
+    while time.monotonic() < end:
+        first = _read(store, "first", end)  # maybe that of an earlier start, which hears nothing
+        store.set(f"{first}/{rank}", mine)
+        if _read(store, f"{first}/heard/{rank}", time.monotonic() + 0.5) == mine:
+            return dist.PrefixStore(first, store)
+    raise UserError(f"process 0 has not begun within {MEETING}: look at what it says.")
 
 
-def _in_time(store: dist.Store, key: str, seconds: float = MEETING.total_seconds()) -> str:
-    """Return what some process writes to the store; DistStoreError where that takes longer.
+def _read(store: dist.Store, key: str, end: float) -> str:
+    """Return what another process writes to the store, "" where it does not until the time `end`.
 
-    The wait is cut into seconds, since signals are only handled between two of them.
+    A wait of the store would hold up signals, and print a warning when it is over.
     """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            store.wait([key], timedelta(seconds=1))
-            return store.get(key).decode()
-        except dist.DistStoreError:
-            if time.monotonic() >= deadline:
-                raise
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return ""
+        time.sleep(0.02)
+    return store.get(key).decode()
 
 
 class Watch:
