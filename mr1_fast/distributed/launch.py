@@ -47,7 +47,7 @@ def join_world(device_type: str) -> World:
     if device_type == "cuda":
         torch.cuda.set_device(torchrun.local_rank())
     if not dist.is_initialized():
-        store = meet()
+        store = meet(*next(dist.rendezvous("env://", timeout=MEETING)))
         torchrun.met_at(store)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
@@ -73,14 +73,13 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def meet() -> dist.Store:
+def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
     """Return the store of this start of all processes, which has nothing of an earlier one.
 
     torchrun keeps the store when it starts the processes again, and what it tells them does not
     number the starts alike on all machines. So the first one leaves a word that is new each time,
     and each of the others goes on once that word's process has told it its own new word again.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
     mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
     if rank == 0:
         store.set("first", mine)
