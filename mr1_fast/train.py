@@ -19,7 +19,7 @@ from .advantages import group_advantages
 from .ahead import Ahead
 from .config import TrainConfig
 from .distributed import World
-from .distributed.launch import is_first
+from .distributed.launch import leave_world, require_shared
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
@@ -46,6 +46,7 @@ from .stages import (
 )
 from .stopping import StopSignals
 from .stopwatch import Stopwatch
+from .torchrun import is_first
 from .types import Example, Prompt
 from .utilisation import utilisation
 from .whole_step import together
@@ -69,7 +70,7 @@ def train(
     with StopSignals() as signals:
         run = prepare(config, world)
         run.log.create(run.first_step)
-        run.world.barrier()
+        require_shared(run.world, run.log.folder)
         run.signals = signals
         signals.defer(run.log.way_on)
 
@@ -91,7 +92,7 @@ def train(
                 run.log.say(push_in_time(run.log.folder))
 
         where = f"after {steps_done} of {config.steps} steps"
-        if signals.received:
+        if signals.agree(run.world.most):
             raise signals.stopped(where)
         if end == "time":
             run.log.say(f"max_hours are over {where}: {run.log.way_on()}")
@@ -222,11 +223,11 @@ def main(config: TrainConfig) -> None:
     """Train as configured, and say where the results are."""
     started = time.perf_counter()
     folder = train(config)
-    if not is_first():
-        return
-    print_table(folder)
-    seconds = time.perf_counter() - started
-    print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    if is_first():
+        print_table(folder)
+        seconds = time.perf_counter() - started
+        print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    leave_world()
 
 
 if __name__ == "__main__":

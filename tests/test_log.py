@@ -2,11 +2,12 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
 from mr1_fast.config import TrainConfig
-from mr1_fast.errors import Stopped
+from mr1_fast.errors import Stopped, UserError
 from mr1_fast.log import RunLog
 from mr1_fast.loggers import Background, Logger
 
@@ -52,6 +53,25 @@ def test_an_evaluation_goes_to_its_file_and_to_the_loggers(tmp_path):
     anew = RunLog(TrainConfig(output=str(log.folder), steps=9))
     anew.create()
     assert log.evaluations.read_text() == ""
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_resume_auto(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), steps=9)
+    (dead := RunLog(config)).create()
+    dead.start(0)
+    dead.step(0, {"loss": 1.0})
+    dead.close()
+    with pytest.raises(UserError, match="run is not empty"):
+        RunLog(config)
+
+    anew = RunLog(replace(config, resume="auto"))
+    anew.create()
+    anew.start(0)
+    anew.close()
+    assert not anew.resuming and (anew.folder / "metrics.jsonl").read_text() == ""
+    (anew.folder / "final").mkdir()
+    with pytest.raises(UserError, match="run is not empty"):
+        RunLog(replace(config, resume="auto"))
 
 
 def test_a_stopped_run_is_told_how_to_go_on(tmp_path):

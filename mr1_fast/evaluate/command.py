@@ -3,14 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ..accuracy import evaluate, judged, pass_at_k, summarise
 from ..data_check import check_data
-from ..distributed.launch import join_world
+from ..distributed.launch import join_world, leave_world
 from ..errors import printable
 from ..files import write_json
-from ..model.device import device_name
+from ..model.device import resolve_device
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
@@ -27,7 +25,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
 
     The processes that torchrun has started share the items, and the first one prints and writes.
     """
-    world = join_world(device_name(config, torch.cuda.is_available()))
+    world = join_world(resolve_device(config).type)
     task = get_task(config.task)
     prompt_format = PromptFormat.of(config)
     say = print if world.is_first else _say_nothing
@@ -60,6 +58,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
     )
     if world.is_first:
         _report(config, records)
+    leave_world()
 
 
 def _report(config: EvaluateConfig, records: list[dict]) -> None:

@@ -133,7 +133,7 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
             stopped=lambda: bool(run.signals.received),
             world=run.world,
         )
-    is_ended = run.world.most(run.signals.received) > 0
+    is_ended = run.signals.agree(run.world.most) > 0
     seconds = time.perf_counter() - started
     run.time_limit.note(f"{mode} evaluation", seconds)
     return None if is_ended else (records, seconds)

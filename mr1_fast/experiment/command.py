@@ -9,13 +9,13 @@ import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import torch
 import transformers
 
 from ..distributed import SINGLE, World
-from ..distributed.launch import is_first, join_world
+from ..distributed.launch import join_world
 from ..errors import Stopped, UserError
-from ..model.device import device_name
+from ..model.device import resolve_device
+from ..torchrun import is_first
 from .cells import Cell, Experiment
 from .claims import Claims, claims_in
 from .description import describe, remember
@@ -74,7 +74,7 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()  # each cell loads its models four times
     experiment.test_items  # noqa: B018  missing images are told before anything is written
     any_cell = experiment.settings(experiment.cells()[0])
-    world = join_world(device_name(any_cell, torch.cuda.is_available()))
+    world = join_world(resolve_device(any_cell).type)
     if not world.is_first:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
             run_cells(experiment, world)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...distributed.launch import is_first
 from ...errors import UserError
 from ...files import write_text
+from ...torchrun import is_first
 from ...types import Example
 from .loaded import LoadedExamples
 
