@@ -37,6 +37,7 @@ def completions(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_step_that_refills_few_prompts_is_that_of_one_process(run_args, tmp_path):
     plugin = tmp_path / "rewards.py"
     plugin.write_text(COUNTED)
