@@ -234,9 +234,8 @@ def planned_bytes(case: Case, config: TrainConfig) -> int | None:
     if case.processes == 1:
         return 0
     try:
-        from mr1_fast.plan.wires import step_wires
-
         from mr1_fast.plan.planned_run import planned_run
+        from mr1_fast.plan.wires import step_wires
 
         run = planned_run(config, find_model_config(config.model), case.processes)
         return step_wires(run, packs=1).total

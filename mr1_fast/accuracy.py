@@ -34,7 +34,8 @@ def evaluate(
     """Answer the examples; returns a record of each, in order.
 
     `stopped()` is asked after each batch: where it is true, the other batches are left out.
-    The processes of a `world` share the items of each batch, and all return all records.
+    The processes of a `world` share the items, and all return all records. The bar is the first
+    one's, and counts its own items.
 
     A record has `key`, `question` and `ground_truth` of its example, and G = `num_generations`
     `outputs` (texts) with what `judged` adds. `cache_tokens` and `prefill_tokens` are those of
@@ -44,17 +45,16 @@ def evaluate(
     run at once as one batch has; the next batch begins beside the last samples of those before.
     """
     engine = Engine(policy.model, policy.processor, policy.encode, policy.layers)
-
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(examples), batch_size):
-            mine = world.share(examples[start : start + batch_size])
-            yield Batch(mine, derive_seed(seed, "evaluate", start), places=world.places(len(mine)))
-
+    batches = list(shared_batches(examples, seed, batch_size, world))
     by_batch: list[list[dict]] = []
-    total = len(examples) // world.size
-    with tqdm(total=total, unit="item", disable=not show_progress or not world.is_first) as bar:
+    with tqdm(
+        desc=f"process 0 of {world.size}" if world.size > 1 else None,
+        total=sum(len(batch.examples) for batch in batches),
+        unit="item",
+        disable=not show_progress or not world.is_first,
+    ) as bar:
         for rollout in engine.stream(
-            batches(), num_generations, sampling, cache_tokens, prefill_tokens
+            batches, num_generations, sampling, cache_tokens, prefill_tokens
         ):
             records = []
             for row, example in enumerate(rollout.examples):
@@ -73,6 +73,26 @@ def evaluate(
                 break
     parts = world.gather(by_batch)
     return [record for batch in zip(*parts, strict=False) for record in in_order(batch)]
+
+
+def shared_batches(
+    examples: list[Example], seed: int, batch_size: int, world: World = SINGLE
+) -> Iterator[Batch]:
+    """Cut items into batches, each with a seed of its own; yields this process's part of them.
+
+    N processes share N batches at a time, so that each still samples as many items at once as a
+    process alone, and every item has the random numbers that it has there.
+    """
+    for start in range(0, len(examples), batch_size * world.size):
+        end = min(start + batch_size * world.size, len(examples))
+        numbers = world.share(range(start, end))
+        places = [number % batch_size for number in numbers]
+        seeds = [
+            derive_seed(seed, "evaluate", number - place)
+            for number, place in zip(numbers, places, strict=True)
+        ]
+        mine = [examples[number] for number in numbers]
+        yield Batch(mine, places=places, seeds=seeds)
 
 
 def judged(records: list[dict], judge: CompletionJudge) -> list[dict]:

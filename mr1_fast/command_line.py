@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
+from . import torchrun
 from .config import TrainConfig
 from .config.objective import ALGORITHMS
 from .errors import UserError, exit_on_user_error, exit_when_stopped
@@ -46,6 +48,8 @@ RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})
 Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
 
+AUTO = "auto"
+"""The value of `--resume` that continues the run in --output, or begins there."""
 EARLIER = {"output", "preset", "beta", "beta_min", "beta_max", "explore_fraction", "beta_shape"}
 """Settings that the config.yaml of an earlier run has, which named all of them."""
 
@@ -82,21 +86,30 @@ def prepare_process() -> None:
 
     torch's OpenMP threads spin for milliseconds while they wait, which makes a run on a CPU eight
     times slower if another process is busy. A short spin costs a tenth on an idle machine. What
-    the user has set stays.
+    the user has set stays. Of several processes, the first alone shows progress and warnings.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if not torchrun.is_first():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
 
 
 def parse_train_config(argv: list[str]) -> TrainConfig:
     """The settings of a training run from the words of a command line; UserError for a bad one.
 
     `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
+    `--resume auto` is that of the folder that --output names, if it has a checkpoint.
     """
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
     resume = given.flags.get("resume")
-    if resume is not None:
+    if resume == AUTO and not given.wants_help:
+        resume = _started_before(parser.settle(given).output)
+        if resume is not None:
+            given.flags["resume"] = resume
+    if resume not in (None, AUTO):
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
             raise UserError(
@@ -107,6 +120,16 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     if "algo" in given.flags:
         parser.check_algorithm(given)
     return parser.settle(given)
+
+
+def _started_before(output: str | None) -> str | None:
+    """Return the folder that --resume auto continues; None where a run must begin there."""
+    if output is None:
+        raise UserError(
+            "resume is auto, but there is no output: name the run's folder by --output."
+        )
+    has_checkpoint = any((Path(output) / "checkpoints").glob("step-*"))
+    return output if has_checkpoint else None
 
 
 def parse_settings(
@@ -196,7 +219,8 @@ class SettingsParser(Generic[Config]):
             values = self.profile(self.cls(**values)) | values
         config = self.cls(**values)
         if given.wants_help:
-            self.print_help(config)
+            if torchrun.is_first():
+                self.print_help(config)
             sys.exit(0)
         config.check()
         return config

@@ -17,6 +17,7 @@ from .kernels.overlap import decode_overlap
 from .kernels.tuned import architecture, read_table
 from .model.attention import attention_kernel
 from .peak_flops import describe_peak
+from .torchrun import leave_to_first
 from .version import __version__
 
 REQUIRED = ("transformers", "tokenizers", "safetensors", "datasets", "math-verify")
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_to_first()
     main()

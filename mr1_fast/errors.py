@@ -1,6 +1,7 @@
 """What ends a command: errors that are meant for the user, and the user's own wish to stop.
 
-Text that is shown may be hostile, so what a terminal would obey is escaped.
+Text that is shown may be hostile, so what a terminal would obey is escaped. Of several processes
+under torchrun, one says why all of them end (torchrun.py).
 """
 
 import errno
@@ -8,10 +9,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
+
+from . import torchrun
 
 Result = TypeVar("Result")
 Handler = Callable[[int, FrameType | None], object]
@@ -94,8 +98,9 @@ def exit_when_stopped() -> None:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    with suppress(OSError):
-        os.write(2, b"\nstopped\n")
+    if torchrun.is_first():
+        with suppress(OSError):
+            os.write(2, b"\nstopped\n")
     os._exit(128 + number)
 
 
@@ -103,25 +108,37 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     """Return what `main` returns, or exit with one line on stderr if it does not come to its end.
 
     The status is 2 for a UserError or a full disk, 130 after Ctrl-C, and 143 after SIGTERM; any
-    other error is raised.
+    other error is raised. Of several processes, the first to fail ends all of them with its line,
+    or with a traceback that names it, and status 1.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        torchrun.told_to_end(number)
         raise Stopped(number)
 
     try:
         with SignalHandling(stop):
             return main()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (Exception, KeyboardInterrupt) as error:
+        status, words = _ending(error)
+        if torchrun.size() > 1:
+            trace = f"{torchrun.place()}:\n{traceback.format_exc()}"
+            torchrun.fail_together(status, words or printable(trace), error)
+        if not words:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            exit_when_stopped()
+        print(words, file=sys.stderr)
+        sys.exit(status)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """Return the exit status of an error and what the user is told; "" where it is unexpected."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return error.status if isinstance(error, Stopped) else 130, f"\n{str(error) or 'stopped'}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         full = error.filename or "the disk"
-        print(f"error: {full} is full: make room, then go on with --resume.", file=sys.stderr)
-        sys.exit(2)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        exit_when_stopped()
-        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
-        sys.exit(stopped.status if isinstance(stopped, Stopped) else 130)
+        return 2, f"error: {full} is full: make room, then go on with --resume."
+    return 1, ""

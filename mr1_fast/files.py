@@ -4,12 +4,15 @@ A file or folder is first written under a hidden name beside its final one, forc
 then renamed. Whatever goes wrong becomes a UserError that names the file and the way out.
 """
 
+import fcntl
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -29,7 +32,8 @@ def write_bytes(path: Path, content: bytes, way_out: str = "choose another path"
 
     Raises UserError, which ends with `way_out`, where that fails; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of two machines, which may share the folder, can have the same number.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,6 +74,24 @@ def keep_lines_before(path: Path, step: int, way_out: str = RESUME) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     write_text(path, "".join(kept), way_out)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Keep other processes waiting here until the block has ended, in which `path` is made.
+
+    The lock is a hidden file beside `path`; the system frees it if the process dies. Where the file
+    system has no locks, nobody waits.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise _cannot_save(path, error) from error
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class atomic_folder:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from .command_line import saved_settings, write_config
+from . import torchrun
+from .command_line import AUTO, saved_settings, write_config
 from .config import TrainConfig
 from .errors import UserError, stops_at_once
 from .files import append_line, keep_lines_before
@@ -17,6 +17,15 @@ from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, clo
 from .report.records import read_lines
 from .rewards import Scores
 from .types import Rollout
+
+BEFORE_THE_FIRST = {
+    *("config.yaml", "memory.json", "evaluation.json", "images", "completions.jsonl"),
+    *("evaluations.jsonl", "best", "report.html", "completions.html"),
+    *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
+}
+"""What a run leaves that fails in its first step, which is nothing of worth."""
+BEFORE_A_CHECKPOINT = {"metrics.jsonl", "checkpoints"}
+"""What else there is of a run that was ended before its first checkpoint was whole."""
 
 
 class RunLog:
@@ -37,8 +46,10 @@ class RunLog:
     def __init__(self, config: TrainConfig, loggers: Sequence[str] | None = None):
         self.config = config
         self.folder = run_folder(config)
-        self.resuming = config.resume is not None
-        if not self.resuming and _holds_a_run(self.folder):
+        # With `auto` here, there was no checkpoint; one that has ended before its first is no run.
+        self.resuming = config.resume not in (None, AUTO)
+        of_no_worth = BEFORE_THE_FIRST | (BEFORE_A_CHECKPOINT if config.resume == AUTO else set())
+        if not self.resuming and _holds_a_run(self.folder, of_no_worth):
             raise UserError(
                 f"output {self.folder} is not empty: choose a new folder, or continue it with "
                 "--resume."
@@ -164,7 +175,8 @@ class RunLog:
     def way_on(self) -> str:
         """Say how a run that was stopped goes on."""
         final = f"{self.folder / 'final'} is whole"
-        resume = f"`python -m mr1_fast.train --resume {shlex.quote(str(self.folder))}`"
+        starter = "python" if torchrun.size() == 1 else "torchrun …"
+        resume = f"`{starter} -m mr1_fast.train --resume {shlex.quote(str(self.folder))}`"
         if any(self.checkpoints.glob("step-*")):
             # An earlier process may have left final/ of fewer steps, but this one has not.
             if self.final_stands:
@@ -195,21 +207,11 @@ class RunLog:
         close_all(self.loggers, seconds)
 
 
-def _holds_a_run(folder: Path) -> bool:
-    """Say whether a folder holds anything that must be kept.
-
-    A run that failed in its first step has left nothing of worth.
-    """
+def _holds_a_run(folder: Path, of_no_worth: set[str]) -> bool:
+    """Say whether a folder holds anything but files and folders of these names."""
     if not folder.exists():
         return False
-    before_the_first = {
-        *("config.yaml", "memory.json", "evaluation.json", "images", "completions.jsonl"),
-        *("evaluations.jsonl", "best", "report.html", "completions.html"),
-        *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
-    }
-    return not folder.is_dir() or any(
-        path.name not in before_the_first for path in folder.iterdir()
-    )
+    return not folder.is_dir() or any(path.name not in of_no_worth for path in folder.iterdir())
 
 
 def _steps_in(metrics: Path) -> int:
@@ -223,31 +225,3 @@ def run_folder(config: TrainConfig) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
     return Path(config.output)
-
-
-class Stopwatch:
-    """Measures the stages of a step: seconds, and on CUDA the peak of allocated memory in GiB.
-
-    `laps` holds both under their names in metrics.jsonl. Of a stage with several laps it has the
-    sum of the seconds and the largest peak.
-    """
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self.last = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def lap(self, stage: str) -> None:
-        """Note the time since the last lap as that of `stage`.
-
-        On CUDA this waits for the queued work first.
-        """
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            self.laps[f"peak_gib_{stage}"] = max(peak, self.laps.get(f"peak_gib_{stage}", 0.0))
-            torch.cuda.reset_peak_memory_stats()
-        now = time.perf_counter()
-        seconds = self.laps.get(f"seconds_{stage}", 0.0) + now - self.last
-        self.laps[f"seconds_{stage}"], self.last = seconds, now

@@ -9,7 +9,7 @@ from .checkpoint import Part, fingerprint, load_checkpoint, save_checkpoint, sav
 from .config import TrainConfig
 from .data_check import check_data
 from .distributed import SINGLE, World
-from .distributed.launch import join_world
+from .distributed.launch import join_world, require_same
 from .distributed.sharding import Replicated
 from .errors import UserError, printable
 from .kernels.self_test import self_test
@@ -17,7 +17,7 @@ from .kl_schedule import KLSchedule
 from .log import RunLog, run_folder
 from .loss_scale import LossScale
 from .model.attention import attention_kernel
-from .model.device import device_name, resolve_device, resolve_dtype
+from .model.device import resolve_device, resolve_dtype
 from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
@@ -134,13 +134,14 @@ class Run:
 
     def end(self, steps_done: int) -> End:
         """Say why the run ends after `steps_done` steps, if it does, on every process alike."""
+        self.signals.agree(self.world.most)
         ends = self.world.gather(self._own_end(steps_done))
-        return next(filter(None, ends), "")
+        return "time" if "time" in ends else ends[0]
 
     def _own_end(self, steps_done: int) -> End:
-        """Say why the run ends by what this process knows: signals and clocks differ."""
+        """Say why the run ends by what this process knows: clocks differ."""
         config, limit = self.config, self.time_limit
-        if self.signals.received:
+        if self.signals.agreed:
             return "signal"
         finished = steps_done >= config.steps
         patience = bool(config.patience) and self.progress.waiting >= config.patience
@@ -162,16 +163,18 @@ def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict
     return parts
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """Load data, model, optimizer and checkpoint as configured; nothing is written yet.
 
-    Only the repository of --push-to-hub is created, where it does not exist. Raises UserError for
+    Only the repository of --push-to-hub is created, where it does not exist. `world` are the
+    processes that train together: by default, all that torchrun has started. Raises UserError for
     settings, data, a repository or a model that cannot be used.
     """
     time_limit = TimeLimit(config.max_hours)
-    world = join_world(device_name(config, torch.cuda.is_available()))
-    require_prompts(config, world)
+    world = world or join_world(resolve_device(config).type)
     config.output = world.of_first(config.output or str(run_folder(config)))
+    require_same(world, vars(config), "start all of them with the same settings and files")
+    require_prompts(config, world)
     get_task(config.task)
     check_save(config)
     dtype = resolve_dtype(config)
@@ -191,6 +194,8 @@ def prepare(config: TrainConfig) -> Run:
     with world.in_turn():
         policy = load_policy(config)
     start_fingerprint = fingerprint(policy.model)
+    start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
+    require_same(world, start, "install the same version and name the same files on all machines")
     reference = Reference(policy, config.reference, world) if config.needs_reference else None
     sharding = spread(policy, reference, kind, world)
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)

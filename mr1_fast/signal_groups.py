@@ -9,10 +9,10 @@ import math
 import torch
 
 from .advantages import equal_groups
-from .log import Stopwatch
 from .rewards import Scores
 from .run import Run
 from .stages import sample, score_rollout
+from .stopwatch import Stopwatch
 from .types import Rollout
 from .whole_step import joined, joined_scores, selected, together
 
@@ -42,7 +42,7 @@ def refill(
         examples = [example for entry in entries for example in run.source.take_more(entry, 1)]
         further = sample(run, examples, step, round_=round_)
         clock.lap("rollout")
-        further, more = together(world, further, score_rollout(run, further, step))
+        further, more = together(world, further, score_rollout(run, further, step), clock)
         scores = joined_scores(scores, more)
         rollout = joined(rollout, further)
         clock.lap("reward")

@@ -33,7 +33,11 @@ GAP = ("rollout_gap_mean", "rollout_gap_max")
 
 
 def score_rollout(run: Run, rollout: Rollout, step: int) -> Scores:
-    """Reward the completions of a step, as configured."""
+    """Reward the completions of a step, as configured.
+
+    No function is called without completions, of which a process has none in a round of few
+    prompts.
+    """
     config = run.config
     if not rollout.examples:
         names = [*config.reward_weights, *["overlong"] * bool(config.overlong_penalty)]

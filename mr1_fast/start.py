@@ -16,7 +16,7 @@ from .config import (
     TaskConfig,
     cache_folder,
 )
-from .files import atomic_folder
+from .files import atomic_folder, one_at_a_time
 from .model.load import load_pretrained, load_processor, make_policy
 from .model.policy import Policy
 from .model.processor import Processor
@@ -74,8 +74,22 @@ def supervised_start(
     """
     processor = tiny_processor(model)
     folder = _start_folder(model, tasks, seed, enough, processor)
-    if folder.exists():
-        return folder
+    if not folder.exists():
+        with one_at_a_time(folder):
+            if not folder.exists():
+                _make_start(folder, processor, model, tasks, seed, enough)
+    return folder
+
+
+def _make_start(
+    folder: Path,
+    processor: Processor,
+    model: str,
+    tasks: Sequence[TaskConfig],
+    seed: int,
+    enough: float,
+) -> None:
+    """Train a built-in model from its random weights, and write it to `folder`."""
     torch.manual_seed(derive_seed(seed, model))
     # The tiny models are the same wherever they are made; the small one would take a CPU an hour.
     device = "auto" if model == "small" else "cpu"
@@ -85,7 +99,6 @@ def supervised_start(
     with atomic_folder(folder) as temporary:
         policy.model.save_pretrained(temporary)
         processor.save_pretrained(temporary, policy.model.config.model_type)
-    return folder
 
 
 def _start_folder(

@@ -2,16 +2,21 @@
 
 import math
 import os
+import signal
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from . import torchrun
 from .errors import SignalHandling, Stopped
 
 RECENT = 20
 """Of how many of the last steps the longest says how long the next one may take."""
+SAME = 3.0
+"""Seconds within which several signals are one under torchrun: Ctrl-C reaches its processes from
+the terminal, and torchrun passes it on to them."""
 NOTED = b"\nstopping: what has begun is finished and saved; a second signal stops at once\n"
 
 
@@ -25,8 +30,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        """The number of the last signal; 0 if there was none."""
+        """The number of the last signal that this process got; 0 if there was none."""
+        self.agreed = 0
+        """That of all processes, as of the last time that they have agreed on it."""
         self._deferred = False
+        self._first = 0.0
         self._way_on: Callable[[], str] = lambda: "nothing was written"
         self._handling = SignalHandling(self._note)
 
@@ -34,9 +42,19 @@ class StopSignals:
         """Only note the first signal from now on; `way_on()` says how a stopped run goes on."""
         self._deferred, self._way_on = True, way_on
 
+    def agree(self, most: Callable[[float], float]) -> int:
+        """Return the number of a signal that any process has got; 0 if none has.
+
+        `most` is that of the World: signals reach processes at different moments, so that what all
+        of them do after one must follow from what they have agreed on.
+        """
+        self.agreed = int(most(self.received))
+        return self.agreed
+
     def stopped(self, where: str, at_once: bool = False) -> Stopped:
         """Return the exception that ends the run, which says how to go on."""
-        return Stopped(self.received, f"stopped {where}: {self._way_on()}", at_once)
+        number = self.received or self.agreed
+        return Stopped(number, f"stopped {where}: {self._way_on()}", at_once)
 
     def __enter__(self) -> "StopSignals":
         self._handling.__enter__()
@@ -46,18 +64,26 @@ class StopSignals:
         self._handling.__exit__()
         # Ctrl-C reaches every process of the terminal: one that a step waits for, such as a
         # compiler or a program that a reward calls, may die of it, and the step then fails.
-        if self.received and isinstance(error, Exception):
+        # torchrun sends one where another process has ended, and that has a reason of its own.
+        another = error is not None and torchrun.says_another_ended(error)
+        if self.received and isinstance(error, Exception) and not another:
             reason = " ".join(str(error).split()).removesuffix(".")
             raise self.stopped(f"as {type(error).__name__} came up ({reason})") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.received, number
+        torchrun.told_to_end(number)
+        now, again = time.monotonic(), bool(self.received)
+        if again and torchrun.size() > 1 and now - self._first < SAME:
+            return
+        self.received, self._first = number, now
         if not self._deferred:
             raise self.stopped("while loading")
         if again:
             raise self.stopped("at once", at_once=True)
-        with suppress(OSError):
-            os.write(2, NOTED)  # print may be what the signal has interrupted
+        # Of several processes, SIGTERM may only say that another one has ended.
+        if torchrun.is_first() and (torchrun.size() == 1 or number == signal.SIGINT):
+            with suppress(OSError):
+                os.write(2, NOTED)  # print may be what the signal has interrupted
 
 
 class TimeLimit:

@@ -18,12 +18,12 @@ from pathlib import Path
 from .advantages import group_advantages
 from .ahead import Ahead
 from .config import TrainConfig
-from .distributed.launch import is_first
+from .distributed import World
+from .distributed.launch import leave_world, require_shared
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
 from .learning_signal import LearningSignal
-from .log import Stopwatch
 from .model.policy import Policy
 from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
@@ -45,25 +45,32 @@ from .stages import (
     update_policy,
 )
 from .stopping import StopSignals
+from .stopwatch import Stopwatch
+from .torchrun import is_first
 from .types import Example, Prompt
 from .utilisation import utilisation
 from .whole_step import together
 
 
-def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = None) -> Path:
+def train(
+    config: TrainConfig,
+    watch: Callable[[Policy, int], None] | None = None,
+    world: World | None = None,
+) -> Path:
     """Train as configured; returns the run folder, which holds the final model and report.html.
 
     `watch(policy, steps_done)` is called before the first step and after each one; for a resumed
-    run, after each of the steps that it still does.
+    run, after each of the steps that it still does. `world` are the processes that train together:
+    by default, all that torchrun has started.
 
     A run whose `max_hours` are over returns before it has a final model. After Ctrl-C or SIGTERM,
     the step is finished and saved, and Stopped is raised, which is a KeyboardInterrupt; a second
     signal raises it at once.
     """
     with StopSignals() as signals:
-        run = prepare(config)
+        run = prepare(config, world)
         run.log.create(run.first_step)
-        run.world.barrier()
+        require_shared(run.world, run.log.folder)
         run.signals = signals
         signals.defer(run.log.way_on)
 
@@ -85,7 +92,7 @@ def train(config: TrainConfig, watch: Callable[[Policy, int], None] | None = Non
                 run.log.say(push_in_time(run.log.folder))
 
         where = f"after {steps_done} of {config.steps} steps"
-        if signals.received:
+        if signals.agree(run.world.most):
             raise signals.stopped(where)
         if end == "time":
             run.log.say(f"max_hours are over {where}: {run.log.way_on()}")
@@ -112,7 +119,8 @@ def take_steps(
                     seed_step(config.seed, step)
                     metrics = take_step(run, data.examples, step, data.prompts)
                     run.limits.agree()
-                    run.log.step(step, {**metrics, "seconds_data": data.waited})
+                    metrics["seconds_data"] = run.world.most(data.waited)
+                    run.log.step(step, metrics)
                     for warning in signal.look(metrics):
                         run.log.say(warning)
                     run.memory.record(metrics)
@@ -157,11 +165,12 @@ def grpo_step(
 
     `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
     """
-    equal_groups, clock = run.config.skip_equal_groups, Stopwatch()
+    equal_groups, clock = run.config.skip_equal_groups, Stopwatch(run.world)
     rollout = sample(run, examples, step, prompts)
     clock.lap("rollout")
 
-    rollout, scores = together(run.world, rollout, score_rollout(run, rollout, step))
+    scores = score_rollout(run, rollout, step)
+    rollout, scores = together(run.world, rollout, scores, clock)
     if equal_groups == "refill":
         rollout, scores = refill(run, rollout, scores, step, clock)
     run.log.completions(step, rollout, scores)
@@ -180,7 +189,8 @@ def grpo_step(
 
     metrics |= update_policy(run, batches, step)
     clock.lap("update")
-    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
+    laps = clock.of_all()
+    return {**metrics, **laps, **utilisation(run, batches, laps)}
 
 
 def sft_step(
@@ -190,7 +200,7 @@ def sft_step(
 
     `prompts` are the examples as `run.policy.encode` gives them, where they have been encoded.
     """
-    clock = Stopwatch()
+    clock = Stopwatch(run.world)
     batches = solution_batches(
         run.policy,
         examples,
@@ -203,7 +213,8 @@ def sft_step(
         optimizer_step = step * run.config.updates_per_batch + inner
         metrics = learn(run, batches, sft_loss, optimizer_step)
     clock.lap("update")
-    return {**metrics, **clock.laps, **utilisation(run, batches, clock.laps)}
+    laps = clock.of_all()
+    return {**metrics, **laps, **utilisation(run, batches, laps)}
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -213,11 +224,11 @@ def main(config: TrainConfig) -> None:
     """Train as configured, and say where the results are."""
     started = time.perf_counter()
     folder = train(config)
-    if not is_first():
-        return
-    print_table(folder)
-    seconds = time.perf_counter() - started
-    print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    if is_first():
+        print_table(folder)
+        seconds = time.perf_counter() - started
+        print(f"run folder {folder} · report {folder / 'report.html'} · {seconds:.0f} s in all")
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from .run import Run
 def utilisation(run: Run, batches: MicroBatches | None, laps: dict[str, float]) -> dict[str, float]:
     """Return TFLOP/s of the stages `reference` and `update`, and on a known card the MFU of both.
 
-    `batches` are the packs that both stages computed, on the CPU; `laps` has the seconds of each
-    stage by its name in metrics.jsonl. Nothing here waits for the device.
+    `batches` are the packs that both stages computed here, on the CPU; `laps` has the seconds of
+    each stage by its name in metrics.jsonl. Of several processes all have the same figures, which
+    are the averages of their cards. Nothing here waits for the device.
     """
     if batches is None:
         return {}
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
-    return speeds(stage_flop(run, batches), laps, device_peak(device, dtype))
+    flop = stage_flop(run, batches)
+    each = [total / run.world.size for total in run.world.sums(list(flop.values()))]
+    return speeds(dict(zip(flop, each, strict=True)), laps, device_peak(device, dtype))
 
 
 def stage_flop(run: Run, batches: MicroBatches) -> dict[str, int]:
@@ -38,7 +41,7 @@ def stage_flop(run: Run, batches: MicroBatches) -> dict[str, int]:
     return {"reference": reference, "update": config.updates_per_batch * (forward + backward)}
 
 
-def speeds(flop: dict[str, int], laps: dict[str, float], peak: float | None) -> dict[str, float]:
+def speeds(flop: dict[str, float], laps: dict[str, float], peak: float | None) -> dict[str, float]:
     """Divide each stage's FLOP by its seconds, and by the peak FLOP/s where there is one.
 
     A stage that computed nothing has no metric.

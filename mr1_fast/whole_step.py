@@ -8,22 +8,28 @@ import torch
 from .distributed import World
 from .distributed.world import in_order
 from .rewards import Scores
+from .stopwatch import Stopwatch
 from .types import Rollout
 
 
-def together(world: World, rollout: Rollout, scores: Scores) -> tuple[Rollout, Scores]:
+def together(
+    world: World, rollout: Rollout, scores: Scores, clock: Stopwatch
+) -> tuple[Rollout, Scores]:
     """Put together what all processes have sampled and scored, in the order of one process's step.
 
     Every process gets all groups, and of those of others no prompt, no image and no extra column.
+    The `clock` notes how long it waits for the slowest one.
     """
     if world.size == 1:
         return rollout, scores
+    clock.lap("reward")
     light = replace(
         rollout,
         examples=[replace(each, images=(), extra={}) for each in rollout.examples],
         prompts=[None] * len(rollout.prompts),
     )
     parts = world.gather((light, scores))
+    clock.waited()
     parts[world.rank] = rollout, scores
     rollouts, all_scores = zip(*parts, strict=True)
 

@@ -318,6 +318,23 @@ def test_resuming_reads_the_settings_of_the_run(tmp_path):
         assert resumed == expected
 
 
+def test_resume_auto_goes_on_where_there_is_a_checkpoint_and_begins_there_otherwise(tmp_path):
+    argv = ["--resume=auto", f"--output={tmp_path}", "--steps=12"]
+    begun = parse_train_config(argv)
+    assert (begun.resume, begun.output) == ("auto", str(tmp_path))
+    write_config(dataclasses.replace(begun, seed=4), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints" / ".step-000005.partial").mkdir(parents=True)
+    assert parse_train_config(argv) == begun
+
+    (tmp_path / "checkpoints" / "step-000005").mkdir()
+    resumed = parse_train_config(argv)
+    assert resumed == dataclasses.replace(begun, resume=str(tmp_path), seed=4)
+
+    with pytest.raises(UserError, match="resume is auto, but there is no output: name the run wit"):
+        parse_train_config(argv[:1])
+
+
 IMPOSSIBLE = {
     **{
         f"--{name}=0": f"{name} is 0, but must be greater than 0"

@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
+from dataclasses import replace
 
 import pytest
 
 from mr1_fast.config import TrainConfig
-from mr1_fast.errors import Stopped
-from mr1_fast.log import RunLog, Stopwatch
+from mr1_fast.errors import Stopped, UserError
+from mr1_fast.log import RunLog
 from mr1_fast.loggers import Background, Logger
 
 GRPO = {"reward": 1.25, "accuracy": 0.5, "kl": 0.001, "beta": 0.07, "completion_length": 10.5}
@@ -55,6 +55,25 @@ def test_an_evaluation_goes_to_its_file_and_to_the_loggers(tmp_path):
     assert log.evaluations.read_text() == ""
 
 
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_resume_auto(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), steps=9)
+    (dead := RunLog(config)).create()
+    dead.start(0)
+    dead.step(0, {"loss": 1.0})
+    dead.close()
+    with pytest.raises(UserError, match="run is not empty"):
+        RunLog(config)
+
+    anew = RunLog(replace(config, resume="auto"))
+    anew.create()
+    anew.start(0)
+    anew.close()
+    assert not anew.resuming and (anew.folder / "metrics.jsonl").read_text() == ""
+    (anew.folder / "final").mkdir()
+    with pytest.raises(UserError, match="run is not empty"):
+        RunLog(replace(config, resume="auto"))
+
+
 def test_a_stopped_run_is_told_how_to_go_on(tmp_path):
     log = RunLog(TrainConfig(output=str(tmp_path / "my run"), steps=9))
     assert log.way_on() == "nothing was saved yet, so start it again"
@@ -99,11 +118,3 @@ class Written(Logger):
 
     def close(self):
         pass
-
-
-def test_several_laps_of_a_stage_add_up():
-    clock = Stopwatch()
-    for stage in ("rollout", "reward", "rollout"):
-        time.sleep(0.01)
-        clock.lap(stage)
-    assert clock.laps["seconds_rollout"] >= 0.02 and clock.laps["seconds_reward"] >= 0.01

@@ -1,40 +1,188 @@
-"""How the processes that torchrun has started find one another."""
+"""How the processes that torchrun has started meet, make sure that they fit together, and part."""
 
-import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
+from .. import torchrun
+from ..errors import UserError
 from .world import SINGLE, World
 
 WAIT = timedelta(hours=24)
 """How long a process waits for small values of the others. One that has died is noticed at once,
-since its connections end; the first one may be downloading a model."""
+since its connections end; one that is alive may be downloading a model, make the supervised start
+of a built-in one, or sample for a long time.
+
+Gradients and weights have torch's own limit of ten minutes (NCCL), since all processes come to
+these at once, after small values."""
+MEETING = timedelta(minutes=10)
+"""How long a process waits for the others to start."""
+GRACE = 10.0
+"""Seconds that a process has to end by itself after another one has ended. It cannot where it waits
+for NCCL, which may not notice."""
+SEEN = 30.0
+"""Seconds within which a shared file system must show a new file on all machines."""
+
+_watch: list["Watch"] = []
+"""What waits for the end of other processes, while there are some."""
 
 
-def is_first() -> bool:
-    """Return whether this is the first process that torchrun has started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
+@cache
 def join_world(device_type: str) -> World:
     """Join the processes that torchrun has started; the world of one where it has not.
 
     device_type: `cuda`, where gradients and weights go through NCCL, or `cpu`.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if torchrun.size() == 1:
         return SINGLE
-    local_rank = int(os.environ["LOCAL_RANK"])
     if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(torchrun.local_rank())
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        store = meet(*next(dist.rendezvous("env://", timeout=MEETING)))
+        torchrun.met_at(store)
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=dist.PrefixStore("world", store),
+            rank=torchrun.rank(),
+            world_size=torchrun.size(),
+        )
+        if dist.is_torchelastic_launched():
+            _watch[:] = [Watch()]
     return World(
-        rank=int(os.environ["RANK"]),
-        size=size,
-        local_rank=local_rank,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        rank=torchrun.rank(),
+        size=torchrun.size(),
+        local_rank=torchrun.local_rank(),
+        local_size=torchrun.local_size(),
         control=dist.new_group(backend="gloo", timeout=WAIT),
     )
+
+
+def work_alone(world: World) -> None:
+    """Part from the other processes, which all do here: each then is alone for torch as well.
+
+    transformers, for example, writes a model on the first process of a group only.
+    """
+    world.barrier()
+    leave_world()
+    if world.size > 1 and dist.is_initialized():  # leave_world does it under torchrun alone
+        dist.destroy_process_group()
+
+
+def leave_world() -> None:
+    """End the exchange with the other processes, once all of them have come to their end."""
+    if _watch:
+        _watch.pop().end()
+        dist.destroy_process_group()
+
+
+def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Return the store of this start of all processes, which has nothing of an earlier one.
+
+    torchrun keeps the store when it starts the processes again, and what it tells them does not
+    number the starts alike on all machines. So the first one leaves a word that is new each time,
+    and each of the others goes on once that word's process has told it its own new word again.
+    """
+    mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
+    if rank == 0:
+        store.set("first", mine)
+        for other in range(1, size):
+            word = _read(store, f"{mine}/{other}", end)
+            store.set(f"{mine}/heard/{other}", word)
+        return dist.PrefixStore(mine, store)
+
+    while time.monotonic() < end:
+        first = _read(store, "first", end)  # maybe that of an earlier start, which hears nothing
+        store.set(f"{first}/{rank}", mine)
+        if _read(store, f"{first}/heard/{rank}", time.monotonic() + 0.5) == mine:
+            return dist.PrefixStore(first, store)
+    raise UserError(f"process 0 has not begun within {MEETING}: look at what it says.")
+
+
+def _read(store: dist.Store, key: str, end: float) -> str:
+    """Return what another process writes to the store, "" where it does not until the time `end`.
+
+    A wait of the store would hold up signals, and print a warning when it is over.
+    """
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return ""
+        time.sleep(0.02)
+    return store.get(key).decode()
+
+
+class Watch:
+    """A thread that ends this process some time after the next one has ended without a word.
+
+    The next one's connection closes at once, wherever this process is at that moment.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self.group = dist.new_group(backend="gloo", timeout=WAIT)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.thread = threading.Thread(target=self._wait, daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop watching; all processes call it, and none ends before all have."""
+        self.over = True
+        dist.barrier(group=self.group)
+        dist.send(torch.zeros(1), (self.rank - 1) % self.size, group=self.group)
+        self.thread.join()
+
+    def _wait(self) -> None:
+        try:
+            dist.recv(torch.zeros(1), (self.rank + 1) % self.size, group=self.group)
+        except RuntimeError as error:
+            time.sleep(GRACE)
+            if not self.over:
+                torchrun.fail_together(1, "", error)
+
+
+def require_same(world: World, values: Mapping[str, Any], way_out: str) -> None:
+    """Raise UserError, which ends with `way_out`, where the processes have different values."""
+    mine = {name: repr(value) for name, value in values.items()}
+    everywhere = world.gather((socket.gethostname(), mine))
+    host, first = everywhere[0]
+    for rank, (other_host, others) in enumerate(everywhere):
+        for name, value in first.items():
+            if others[name] != value:
+                raise UserError(
+                    f"{name} is {value} in process 0 on {host}, but {others[name]} in process "
+                    f"{rank} on {other_host}: {way_out}."
+                )
+
+
+def require_shared(world: World, folder: Path) -> None:
+    """Raise UserError where a process does not see what the first one writes to the run folder."""
+    if world.size == 1:
+        return
+    mark = folder / world.of_first(f".seen-by-all-{uuid4().hex}")
+    if world.is_first:
+        mark.touch()
+    world.barrier()
+
+    deadline = time.monotonic() + SEEN
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if folder.is_dir():
+            list(folder.iterdir())  # makes NFS look again
+    places = world.gather((socket.gethostname(), mark.exists()))
+    if world.is_first:
+        mark.unlink(missing_ok=True)
+    for rank, (host, sees_it) in enumerate(places):
+        if not sees_it:
+            raise UserError(
+                f"output {folder} is not shared: process {rank} on {host} does not see what "
+                f"process 0 on {places[0][0]} writes there; name a folder that all machines see "
+                "with --output."
+            )

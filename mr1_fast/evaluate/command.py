@@ -5,8 +5,10 @@ from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
 from ..data_check import check_data
+from ..distributed.launch import join_world, leave_world
 from ..errors import printable
 from ..files import write_json
+from ..model.device import resolve_device
 from ..model.load import load_pretrained, make_policy
 from ..rollout.sampling import Sampling
 from ..start import with_start
@@ -19,23 +21,30 @@ from .settings import EvaluateConfig
 
 
 def evaluate_model(config: EvaluateConfig) -> None:
-    """Answer the items, print the accuracy and write the figures with a record of each item."""
+    """Answer the items, print the accuracy and write the figures with a record of each item.
+
+    The processes that torchrun has started share the items, and the first one prints and writes.
+    """
+    world = join_world(resolve_device(config).type)
     task = get_task(config.task)
     prompt_format = PromptFormat.of(config)
-    source = load_examples(
-        config.task,
-        config.data,
-        config.split,
-        config.seed,
-        config.difficulty,
-        image_root=config.image_root,
-        options=replace(DataOptions.of(config), split=config.split),
-    )
-    check_data(source, config, config.samples)
-    config = with_start(config)
-    policy = make_policy(*load_pretrained(config), config, prompt_format)
+    say = print if world.is_first else _say_nothing
+    with world.in_turn():
+        source = load_examples(
+            config.task,
+            config.data,
+            config.split,
+            config.seed,
+            config.difficulty,
+            image_root=config.image_root,
+            options=replace(DataOptions.of(config), split=config.split),
+        )
+        check_data(source, config, config.samples, say)
+    with world.in_turn():
+        config = with_start(config)
+        policy = make_policy(*load_pretrained(config), config, prompt_format)
     examples = source.all(config.samples)
-    print(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
+    say(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
     records = evaluate(
         policy,
         task.judge(config.judge),
@@ -45,8 +54,16 @@ def evaluate_model(config: EvaluateConfig) -> None:
         config.seed,
         config.batch_size,
         show_progress=True,
+        world=world,
     )
+    if world.is_first:
+        _report(config, records)
+    leave_world()
 
+
+def _report(config: EvaluateConfig, records: list[dict]) -> None:
+    """Write the figures and the records of an evaluation, and print its accuracy."""
+    task = get_task(config.task)
     summary = summarise(records)
     others = {
         name: summarise(judged(records, task.judge(name)))
@@ -66,3 +83,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
     for k, value in passes.items():
         print(f"pass@{k} {value:.1%}")
     print(f"wrote {config.output}")
+
+
+def _say_nothing(text: str) -> None:
+    """Print nothing: the first process does."""

@@ -47,14 +47,16 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
         result["final_step"] = step
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        records, seconds = _held_out_answers(run, mode)
-        if run.signals.received:
+        answered = _held_out_answers(run, mode)
+        if answered is None:
             return
+        records, seconds = answered
+        if mode == "greedy" and config.eval_every and step not in run.progress.accuracies:
+            _record_point(run, step, records, seconds)
+        if not run.world.is_first:
+            continue
         if mode == "greedy":
-            if run.world.is_first:
-                _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
-            if config.eval_every and step not in run.progress.accuracies:
-                _record_point(run, step, records, seconds)
+            _record_shown(result["examples"], records, run.held_out, when, run.log.folder)
         figures = {mode: summarise(records)}
         for other in other_judges(config.judge, data):
             by_other = summarise(judged(records, task.judge(other)))
@@ -73,8 +75,8 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     """
     if not run.evaluation_is_due(steps_done):
         return
-    records, seconds = _held_out_answers(run, "greedy")
-    if not run.signals.received:
+    if answered := _held_out_answers(run, "greedy"):
+        records, seconds = answered
         _record_point(run, steps_done, records, seconds)
         note = "" if run.progress.waiting else ", the best so far"
         accuracy = accuracy_text(summarise(records))
@@ -91,10 +93,9 @@ def _record_point(run: Run, step: int, records: list[dict], seconds: float) -> N
     if run.config.keep_best and progress.best() == step:
         save_weights(run.log.best, step, run.sharding)
     run.log.evaluation({"step": step, **summary, "seconds": round(seconds, 3)})
-
-    # A run that goes on from a checkpoint needs what was the best when that was saved.
-    starts = [*saved_steps(run.log.checkpoints), step]
     if run.world.is_first:
+        # A run that goes on from a checkpoint needs what was the best when that was saved.
+        starts = [*saved_steps(run.log.checkpoints), step]
         keep_only(run.log.best, {progress.best(start) for start in starts})
 
 
@@ -115,10 +116,11 @@ def restore_best(run: Run, steps_done: int) -> int:
     return best
 
 
-def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
-    """Answer a run's held-out items; those that are left after a signal are left out.
+def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
+    """Answer a run's held-out items; returns their records, and how many seconds that took.
 
-    The second value is how many seconds that took, of which the time limit takes note.
+    The time limit takes note of the seconds. None, on every process, if a signal to any of them
+    has ended it.
     """
     started = time.perf_counter()
     with run.sharding.whole_weights():
@@ -132,10 +134,10 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float]:
             world=run.world,
         )
     run.limits.agree()
-    run.signals.received = int(run.world.most(run.signals.received))
+    is_ended = run.signals.agree(run.world.most) > 0
     seconds = time.perf_counter() - started
     run.time_limit.note(f"{mode} evaluation", seconds)
-    return records, seconds
+    return None if is_ended else (records, seconds)
 
 
 def answers(

@@ -15,7 +15,7 @@ from typing import Any
 from ..command_line import parse_train_config
 from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
-from ..files import atomic_folder
+from ..files import atomic_folder, one_at_a_time
 from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples
@@ -118,15 +118,19 @@ class Experiment:
         if self.model not in BUILT_IN or not self.scale.start_accuracy:
             return self.model
         kept = self.output / "starts" / f"seed{seed}"
-        if not kept.exists():
-            trained = (self.scale.tasks[role].train for role in ROLES)
-            tasks = [
-                TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained
-            ]
-            start = supervised_start(self.model, tasks, seed, self.scale.start_accuracy)
-            with atomic_folder(kept) as folder:
-                shutil.copytree(start, folder, dirs_exist_ok=True)
+        with one_at_a_time(kept):
+            if not kept.exists():
+                start = supervised_start(
+                    self.model, self._started_on(), seed, self.scale.start_accuracy
+                )
+                with atomic_folder(kept) as folder:
+                    shutil.copytree(start, folder, dirs_exist_ok=True)
         return str(kept)
+
+    def _started_on(self) -> list[TaskConfig]:
+        """The tasks of the supervised start."""
+        trained = (self.scale.tasks[role].train for role in ROLES)
+        return [TaskConfig(task=each["task"], difficulty=each["difficulty"]) for each in trained]
 
     @cached_property
     def test_items(self) -> dict[str, list[Example]]:

@@ -1,13 +1,23 @@
-"""Running an experiment: every cell that is missing, one after the other, and then the report."""
+"""Running an experiment: every cell that is missing, one after the other, and then the report.
 
+The processes that torchrun has started share the cells, each of which one process runs alone.
+"""
+
+import os
 import signal
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import transformers
 
+from ..distributed import SINGLE, World
+from ..distributed.launch import join_world
 from ..errors import Stopped, UserError
-from .cells import Experiment
+from ..model.device import resolve_device
+from ..torchrun import is_first
+from .cells import Cell, Experiment
+from .claims import Claims, claims_in
 from .description import describe, remember
 from .estimate import dry_run
 from .lock import locked
@@ -19,6 +29,8 @@ from .settings import ExperimentConfig
 
 REPORT_SECONDS = 60.0
 """While cells run, the report is written anew whenever the last one is older than this."""
+LOOK_SECONDS = 0.5
+"""How long the first process waits before it looks again whether the cells of others have ended."""
 
 
 def make_experiment(config: ExperimentConfig) -> Experiment:
@@ -47,22 +59,29 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
 
 
 def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
-    """Run the cells that are missing, and write the report.
+    """Run the cells that are missing, and write the report, which the first process does.
 
     `argv` are the arguments that the report names as its command. Raises UserError at the end if
     cells have failed.
     """
     experiment = make_experiment(config)
     if config.dry_run:
-        print(dry_run(experiment))
+        if is_first():
+            print(dry_run(experiment))
         return
 
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # each cell loads its models four times
     experiment.test_items  # noqa: B018  missing images are told before anything is written
+    any_cell = experiment.settings(experiment.cells()[0])
+    world = join_world(resolve_device(any_cell).type)
+    if not world.is_first:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
+            run_cells(experiment, world)
+        return
     with locked(experiment.output):
         remember(describe(config, experiment, argv), experiment.output)
-        failed = run_cells(experiment)
+        failed = run_cells(experiment, world)
     if experiment.study.name == "search":
         print(search_result(experiment))
 
@@ -76,26 +95,60 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         )
 
 
-def run_cells(experiment: Experiment) -> list[str]:
-    """Run the cells that are missing, and print a line for each; returns the failures.
+def run_cells(experiment: Experiment, world: World = SINGLE) -> list[str]:
+    """Run the cells that are missing, those that no other process runs; returns the failures.
 
-    The report is written on the way, also when the user interrupts.
+    The first process prints a line for each cell that has ended, waits for the last one, and alone
+    knows the failures. It writes the report on the way, also when the user interrupts.
     """
-    cells, failed, reported = experiment.cells(), [], time.monotonic()
+    cells = dict(enumerate(experiment.cells(), start=1))
     try:
-        for number, cell in enumerate(cells, start=1):
-            result = run_cell(experiment, cell)
-            if result.error:
-                failed.append(f"{cell}: {result.error}")
-            print(f"[{number}/{len(cells)}] {cell}: {_result_line(result)}", flush=True)
-            if time.monotonic() - reported > REPORT_SECONDS:
-                write_report(experiment.output)
-                reported = time.monotonic()
+        with claims_in(experiment.output, world) as claims:
+            ended = EndedCells(experiment, cells, claims)
+            for number, cell in cells.items():
+                if claims.take(number):
+                    run_cell(experiment, cell)
+                    claims.end(number)
+                if world.is_first:
+                    ended.tell()
+            while world.is_first and not ended.are_all():
+                time.sleep(LOOK_SECONDS)
+                ended.tell()
     except KeyboardInterrupt as stopped:
-        write_report(experiment.output)
+        if world.is_first:
+            write_report(experiment.output)
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
         raise Stopped(number, "stopped: run the command again to go on") from stopped
-    return failed
+    return [ended.failed[number] for number in sorted(ended.failed)]
+
+
+class EndedCells:
+    """The cells that have ended, on whichever process, as the first one tells them."""
+
+    def __init__(self, experiment: Experiment, cells: dict[int, Cell], claims: Claims):
+        self.experiment, self.claims, self.count = experiment, claims, len(cells)
+        self.left = dict(cells)
+        """Cells that were not told yet, by their numbers."""
+        self.failed: dict[int, str] = {}
+        """What is said of the cells that have failed."""
+        self.reported = time.monotonic()
+
+    def are_all(self) -> bool:
+        """Return whether every cell was told."""
+        return not self.left
+
+    def tell(self) -> None:
+        """Print a line for each cell that has ended since the last call, and renew the report."""
+        new = [number for number in self.left if self.claims.has_ended(number)]
+        for number in new:
+            cell = self.left.pop(number)
+            result = self.experiment.result(cell)
+            if result.error:
+                self.failed[number] = f"{cell}: {result.error}"
+            print(f"[{number}/{self.count}] {cell}: {_result_line(result)}", flush=True)
+        if new and time.monotonic() - self.reported > REPORT_SECONDS:
+            write_report(self.experiment.output)
+            self.reported = time.monotonic()
 
 
 def _result_line(result: CellResult) -> str:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..accuracy import evaluate, summarise
 from ..command_line import parse_train_config
 from ..config import TrainConfig
+from ..distributed import SINGLE
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
@@ -106,7 +107,8 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
     else:
         shutil.rmtree(run, ignore_errors=True)
         curve.unlink(missing_ok=True)
-    train(config, _watch(experiment, config, curve) if experiment.scale.curve_every else None)
+    watch = _watch(experiment, config, curve) if experiment.scale.curve_every else None
+    train(config, watch, SINGLE)
     if not (run / "final").exists():
         raise UserError("max_hours were over: run the command again to go on.")
 

@@ -57,10 +57,17 @@ class Sample:
 
 
 def choose_samples(rollout: Rollout, scores: Scores) -> list[Sample]:
-    """Return the best and the worst completion of each of the first PROMPTS prompts."""
+    """Return the best and the worst completion of each of the first PROMPTS prompts.
+
+    Of several processes the first one logs, which has the images of its own prompts alone: they
+    come first.
+    """
     size = rollout.num_generations
+    foreign = {row for row, prompt in enumerate(rollout.prompts) if prompt is None}
+    rows = sorted(range(len(rollout.examples)), key=foreign.__contains__)
     chosen = []
-    for row, example in enumerate(rollout.examples[:PROMPTS]):
+    for row in rows[:PROMPTS]:
+        example = rollout.examples[row]
         order = scores.total[row].argsort(descending=True, stable=True).tolist()
         for column in dict.fromkeys((order[0], order[-1])):
             index = row * size + column

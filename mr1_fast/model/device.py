@@ -1,7 +1,10 @@
 """The device and the dtype that the settings mean, on this machine or on one that is planned."""
 
+import socket
+
 import torch
 
+from .. import torchrun
 from ..config import ModelConfig
 from ..errors import UserError
 
@@ -26,9 +29,12 @@ def dtype_name(config: ModelConfig, device_type: str) -> str:
 def resolve_device(config: ModelConfig) -> torch.device:
     """Return the device that the settings mean on this machine.
 
-    Raises UserError for a device that torch cannot use.
+    Each of several processes on a machine has the GPU of its number. Raises UserError for a device
+    that torch cannot use.
     """
     name = device_name(config, torch.cuda.is_available())
+    if torchrun.size() > 1:
+        name = own_device(name, torch.cuda.device_count())
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -36,6 +42,26 @@ def resolve_device(config: ModelConfig) -> torch.device:
             f"device is {name}, which torch cannot use ({first_line(error)}): try --device cpu."
         ) from error
     return torch.device(name)
+
+
+def own_device(name: str, gpus: int) -> str:
+    """Return the device that `name` means for this process of several, on a machine of `gpus`.
+
+    Raises UserError for a GPU that all of them would use, and for more processes than GPUs.
+    """
+    if name.startswith("cuda:"):
+        raise UserError(
+            f"device is {name}, but there are {torchrun.size()} processes, each of which has a GPU "
+            "of its own: pass --device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if name != "cuda" or not gpus:
+        return name
+    if torchrun.local_size() > gpus:
+        raise UserError(
+            f"there are {torchrun.local_size()} processes on {socket.gethostname()}, which has "
+            f"{gpus} GPU{'s' if gpus > 1 else ''}: lower --nproc-per-node, or pass --device cpu."
+        )
+    return f"cuda:{torchrun.local_rank()}"
 
 
 def resolve_dtype(config: ModelConfig) -> torch.dtype:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import exit_on_user_error
+from ..torchrun import leave_to_first
 
 
 def main() -> None:
@@ -31,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_to_first()
     exit_on_user_error(main)

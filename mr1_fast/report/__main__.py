@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import exit_on_user_error
+from ..torchrun import leave_to_first
 
 
 def main() -> None:
@@ -34,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_to_first()
     exit_on_user_error(main)

@@ -122,8 +122,13 @@ def duration(seconds: float) -> str:
 
 
 def _step_seconds(columns: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The seconds of each step: the sum over its stages, (steps,)."""
-    stages = [values for name, values in columns.items() if name.startswith("seconds_")]
+    """The seconds of each step: the sum over its stages, (steps,), in which the slowest process
+    has not waited."""
+    stages = [
+        values
+        for name, values in columns.items()
+        if name.startswith("seconds_") and name != "seconds_wait"
+    ]
     return np.nansum(stages, axis=0) if stages else None
 
 
@@ -179,7 +184,10 @@ def timing_section(columns: dict[str, np.ndarray]) -> str:
         for stage, median in medians.items()
     ]
     table = f'<table class="card"><tbody>{"".join(rows)}</tbody></table>'
-    return section("Time per step", table, f"Medians of the steps; together {total:.3g} s.")
+    note = f"Medians of the steps; together {total:.3g} s."
+    if waited := _recent(columns.get("seconds_wait")):
+        note += f" A process waits {waited:.3g} s of it for the slowest one's rollout."
+    return section("Time per step", table, note)
 
 
 # --- plots --------------------------------------------------------------------------------------

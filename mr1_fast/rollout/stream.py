@@ -9,7 +9,7 @@ of them has prompts that are not in the pool yet, and thus pixels.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -36,17 +36,28 @@ class Batch(NamedTuple):
     places: Sequence[int] | None = None
     """The examples' numbers in a larger batch of which they are a part: they are then given the
     random numbers that they would have there. None: the batch is whole."""
+    seeds: Sequence[int] | None = None
+    """The seed of each example's larger batch, where they are parts of several, one behind the
+    other. None: all have `seed`."""
 
 
-def random_numbers(batch: Batch, num_generations: int, max_new_tokens: int) -> Tensor:
-    """Draw the random numbers (B·G, M) of a batch's samples: M = `max_new_tokens` for each."""
-    places = range(len(batch.examples)) if batch.places is None else batch.places
-    groups = max(places, default=-1) + 1
-    generator = torch.Generator().manual_seed(batch.seed)
-    of_all = torch.rand((groups * num_generations, max_new_tokens), generator=generator)
+def random_numbers(batch: Batch, count: int, num_generations: int, max_new_tokens: int) -> Tensor:
+    """Draw the random numbers (B·G, M) of a batch of B = `count` prompts: M = `max_new_tokens` for
+    each sample."""
+
+    def drawn(seed: int, groups: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        of_all = torch.rand((groups * num_generations, max_new_tokens), generator=generator)
+        return of_all.view(groups, num_generations, max_new_tokens)
+
     if batch.places is None:
-        return of_all
-    return of_all.view(groups, -1, max_new_tokens)[list(places)].flatten(0, 1)
+        return drawn(batch.seed, count).flatten(0, 1)
+    places: dict[int, list[int]] = {}
+    for seed, place in zip(batch.seeds or repeat(batch.seed), batch.places, strict=False):
+        places.setdefault(seed, []).append(place)
+    parts = [drawn(seed, max(of_seed) + 1)[of_seed] for seed, of_seed in places.items()]
+    parts.append(torch.zeros(0, num_generations, max_new_tokens))  # there may be no example
+    return torch.cat(parts).flatten(0, 1)
 
 
 class Means(NamedTuple):
@@ -137,7 +148,9 @@ class Stream:
                 return False
             self._lay_out(lengths)
 
-        uniform = random_numbers(batch, schedule.num_generations, schedule.max_new_tokens)
+        uniform = random_numbers(
+            batch, len(prompts), schedule.num_generations, schedule.max_new_tokens
+        )
         positions = [prompt.next_position for prompt in prompts]
         numbers = schedule.add(lengths, positions, uniform.numpy())
         self.prompts.update(zip(numbers, prompts, strict=True))

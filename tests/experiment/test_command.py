@@ -216,13 +216,13 @@ def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
     use_methods(monkeypatch, GRPO_D)
     whole = quick(tmp_path / "whole") / "cells/grpo-d/counting/seed0"
 
-    def note_signal_and_train(config, watch):
+    def note_signal_and_train(config, watch, world):
         def stop_in_a_step(policy, done):
             watch(policy, done)
             if done == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return train(config, stop_in_a_step)
+        return train(config, stop_in_a_step, world)
 
     def interrupt_or_test(experiment, config, cell, folder):
         if cell.trained:

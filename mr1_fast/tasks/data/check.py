@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from ...files import write_text
+from ...torchrun import is_first
 from ...types import Example
 from .loaded import LoadedExamples
 
@@ -83,7 +84,13 @@ def check_rows(
     indices = iter(source.indices)
     with (
         ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
-        tqdm(total=wanted, desc=f"checking rows of {source.source}", unit="row", delay=1) as bar,
+        tqdm(
+            total=wanted,
+            desc=f"checking rows of {source.source}",
+            unit="row",
+            delay=1,
+            disable=not is_first(),
+        ) as bar,
     ):
         while found < wanted and (batch := list(islice(indices, min(BATCH, wanted - found)))):
             for index, digest, fault in pool.map(look, batch):

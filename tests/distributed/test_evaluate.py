@@ -1,0 +1,74 @@
+"""Items that processes share: the records, figures and files of one process."""
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+
+from mr1_fast.accuracy import evaluate
+from mr1_fast.evaluate.command import evaluate_model
+from mr1_fast.evaluate.settings import parse
+from mr1_fast.rollout.sampling import Sampling
+from mr1_fast.tasks import get_task
+from mr1_fast.tasks.data import load_examples
+from tests.data.gang import gang
+from tests.data.models import tiny_policy
+
+
+def answer(world):
+    """The records of 9 items in batches of 4, greedy and sampled, and of fewer than processes."""
+    policy, judge = tiny_policy(), get_task("counting").judge("strict")
+    items = load_examples("counting", "drawn", "test", 0).all(9)
+    greedy = evaluate(policy, judge, items, Sampling(5, temperature=0.0), batch_size=4, world=world)
+    sampled = evaluate(policy, judge, items, Sampling(5), 2, seed=7, batch_size=4, world=world)
+    one = evaluate(policy, judge, items[:1], Sampling(5), 2, world=world)
+    answered = []
+
+    def stop_the_last_one():
+        answered.append(1)
+        return world.rank == world.size - 1
+
+    stopped = evaluate(
+        policy, judge, items, Sampling(5), batch_size=1, stopped=stop_the_last_one, world=world
+    )
+    return greedy, sampled, one, len(stopped), len(answered)
+
+
+def test_records_are_those_of_one_process():
+    (alone,) = gang(1, answer)
+    greedy, sampled, one, *stopped = alone
+    assert [len(greedy), len(sampled), len(one), *stopped] == [9, 9, 1, 1, 1]
+    assert len({text for record in sampled for text in record["outputs"]}) > 9
+    for size in (2, 3):
+        found = gang(size, answer)
+        assert [each[:3] for each in found] == [alone[:3]] * size
+        # What all have answered is kept: a batch of one item for each of them.
+        assert [each[3] for each in found] == [size] * size
+        assert found[-1][4] == 1 < found[0][4]
+
+
+def run_command(world, argv):
+    said = StringIO()
+    with redirect_stdout(said):
+        evaluate_model(parse(argv))
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_command_writes_the_files_of_one_process(sampled, tiny_folder, tmp_path):
+    files = {}
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        argv = [f"--model={tiny_folder}", "--samples=7", "--max-new-tokens=5", "--batch-size=3"]
+        argv += ["--device=cpu", "--explain", f"--r1v-output={folder}/r1v.json"]
+        argv += ["--num-generations=2", "--temperature=1", "--pass-at=[1,2]"] * sampled
+        argv += [f"--output={folder}/evaluation.json"]
+        first, *others = gang(size, run_command, argv)
+        assert "accuracy 0.0%" in first and first.count("wrong · ") == 7 * (1 + sampled)
+        assert others == [""] * (size - 1)
+        result = json.loads((folder / "evaluation.json").read_text())
+        assert result.pop("config")["samples"] == 7
+        files[size] = result, (folder / "r1v.json").read_bytes()
+        assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "r1v.json"]
+    assert files[1] == files[2]

@@ -1,0 +1,76 @@
+"""Cells of an experiment that processes share: the files of one process, and its failures."""
+
+import json
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+
+from mr1_fast.errors import UserError
+from mr1_fast.experiment import presets
+from mr1_fast.experiment.__main__ import main
+from mr1_fast.experiment.presets import GRPO_D, SCALES, SFT, Study, Variant
+from mr1_fast.report import plots
+from tests.data.gang import gang
+
+FAULT = """
+from mr1_fast.rewards import reward
+
+
+@reward("fragile")
+def fragile(completion, example):
+    raise RuntimeError("the reward broke")
+"""
+
+
+def run_experiment(world, output, model, plugin):
+    """What a process prints of an experiment of a few short cells, one of which fails."""
+    fragile = {"plugin": str(plugin), "extra_rewards": {"fragile": 0.1}}
+    variants = (Variant("fragile", "fragile", fragile), GRPO_D, SFT)
+    shared = dict(steps=2, prompts_per_step=2, num_generations=3, max_new_tokens=6, device="cpu")
+    presets.SCALES["quick"] = replace(
+        SCALES["tiny"],
+        model=str(model),
+        settings={**SCALES["tiny"].settings, **shared},
+        seeds=(0,),
+        curve_every=2,
+        curve_items=3,
+    )
+    presets.STUDIES["method"] = Study("method", "Method", variants, trained=("counting",))
+    plots.plot_element = lambda *_: ""
+    said, failed = StringIO(), ""
+    with redirect_stdout(said):
+        try:
+            main(["--preset", "quick", "--output", str(output), "--test-items", "5"])
+        except UserError as error:
+            failed = str(error)
+    return said.getvalue(), failed
+
+
+def files(output):
+    """The content of all files that do not differ from call to call, and the names of the rest."""
+    found = {str(path.relative_to(output)): path for path in output.rglob("*") if path.is_file()}
+    lasting = ("safetensors", "completions.jsonl", "curve.jsonl", "samples.json", ".png")
+    lasting += ("-greedy.json", "-sampled.json")
+    return {
+        name: path.read_bytes() if name.endswith(lasting) else b"" for name, path in found.items()
+    }
+
+
+@pytest.mark.slow
+def test_cells_are_shared_and_leave_the_files_of_one_process(tiny_folder, tmp_path):
+    plugin = tmp_path / "fault.py"
+    plugin.write_text(FAULT)
+    seen = {}
+    for size in (1, 2):
+        output = tmp_path / f"of-{size}"
+        (said, failed), *others = gang(size, run_experiment, output, tiny_folder, plugin)
+        assert others == [("", "")] * (size - 1)
+        assert failed.startswith("1 cell failed (fragile · counting · seed 0: The reward 'fragile'")
+        lines = said.splitlines()
+        assert sorted(line[:5] for line in lines[:4]) == [f"[{n}/4]" for n in (1, 2, 3, 4)]
+        assert lines[4].startswith("report ")
+        cells = [json.loads(path.read_text()) for path in sorted(output.rglob("cell.json"))]
+        seen[size] = files(output), [(cell["variant"], cell["correct"]) for cell in cells]
+    assert seen[1] == seen[2] and len(seen[1][1]) == 3
