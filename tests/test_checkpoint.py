@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
     data = (newest / name).read_bytes()
     (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
     with pytest.raises(
-        UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before"
+        UserError, match=r"step-000002 is damaged .*: delete it to resume from step-000001\.$"
     ) as told:
         load_checkpoint(tmp_path, Replicated(model), optimizer, START, parts)
     assert "\n" not in str(told.value)
