@@ -22,6 +22,7 @@ from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
 
+from .data.old_checkpoint import save_old_checkpoint
 from .data.runs import assert_same_run, interrupt, metrics, run
 
 START = "0123456789abcdef"
@@ -72,13 +73,19 @@ def interrupted(finished, tmp_path):
     return interrupt(finished, tmp_path / "interrupted")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processor, tmp_path):
+@pytest.mark.parametrize("version", ["of now", "of an earlier version"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_exact", "adamw8bit"])
+def test_weights_and_optimizer_state_come_back_bit_for_bit(
+    name, version, model, processor, tmp_path
+):
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     optimizer = make_optimizer(model, config := OptimizerConfig(optimizer=name, learning_rate=1e-3))
     a_step(model, optimizer, 1), a_step(model, optimizer, 2)
-    path = save_checkpoint(tmp_path / "checkpoints", 7, Replicated(model), optimizer, START)
+    if version == "of now":
+        path = save_checkpoint(tmp_path / "checkpoints", 7, Replicated(model), optimizer, START)
+    else:
+        path = save_old_checkpoint(tmp_path / "checkpoints", 7, model, optimizer, START)
     assert {file.name for file in path.iterdir()} == {
         "weights.safetensors",
         "optimizer.safetensors",
