@@ -48,10 +48,8 @@ def optimizer_pieces(
     An empty part has states of which nothing may depend: its steps are not counted.
     """
     pieces, numbers = {}, {}
-    for part in parts:
-        if not part.weight.numel():
-            continue
-        for name, value in optimizer.state.get(part.weight, {}).items():
+    for part, state in zip(parts, _states(optimizer), strict=True):
+        for name, value in state.items() if part.weight.numel() else ():
             key = f"{part.name}.{name}"
             if isinstance(value, Tensor):
                 first, _, whole = _place(name, part, value.numel())
@@ -79,13 +77,13 @@ def restore_optimizer(
         names[parameter].append(name)
 
     pieces, states = {}, defaultdict(dict)
-    for index, part in enumerate(parts):
+    for index, (part, own) in enumerate(zip(parts, _states(optimizer), strict=True)):
         for name in names[part.name]:
             tensor = saved[key := f"{part.name}.{name}"]
             first, count, whole = _place(name, part, tensor.size.numel())
             content = torch.empty(count, dtype=tensor.properties.dtype)
             pieces[key] = Piece(content, first, torch.Size([whole]))
-            states[index][name] = content.view(_shape(optimizer, part, name, content))
+            states[index][name] = content.view(_shape(name, part, content, own.get(name)))
     for key, value in numbers.items():
         parameter, _, name = key.rpartition(".")
         for index, part in enumerate(parts):
@@ -109,11 +107,19 @@ def _place(name: str, part: Part, entries: int) -> tuple[int, int, int]:
     return part.first, n, total
 
 
-def _shape(optimizer: torch.optim.Optimizer, part: Part, name: str, content: Tensor) -> torch.Size:
-    """Return the shape that the optimizer gives a state: flat, or that of the part's weight."""
-    own = optimizer.state.get(part.weight, {}).get(name)
+def _shape(name: str, part: Part, content: Tensor, own: Tensor | None) -> torch.Size:
+    """Return the shape that the optimizer gives a state: flat, or that of the part's weight.
+
+    own: the state that the optimizer has now, if any.
+    """
     if own is not None and own.numel() == content.numel():
         return own.shape
     if name == "step":
         return torch.Size()
     return content.shape if name in OF_ALL | OF_BLOCKS else part.weight.shape
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the states of the optimizer's parameters, in the order of the parts they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state.get(p, {}) for p in parameters]
