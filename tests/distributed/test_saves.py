@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.device_mesh import init_device_mesh
@@ -378,5 +379,7 @@ def assert_close(folder, expected):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
             worst = max(worst, abs(mine[key] - value) / max(abs(value), 1.0))
-    print("largest difference of a metric", worst)
-    assert worst < 1e-6
+    weights, its = (load_file(each / "final/model.safetensors") for each in (folder, expected))
+    moved = max((weights[name] - its[name]).abs().max().item() for name in its)
+    print(f"largest difference of a metric {worst:.1e}, of a weight {moved:.1e}")
+    assert worst < 1e-6 and moved < 1e-5
