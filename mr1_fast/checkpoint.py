@@ -3,26 +3,36 @@
 A checkpoint holds the trained weights, the optimizer's state, and the numbers of what else follows
 from all steps so far, such as a β that reacts to the KL. It needs no random state, since data
 order, sampling and dropout of step s are seeded from (seed, s) alone.
+
+Every process writes a part (torch.distributed.checkpoint), and any number of processes can go on
+from it, with any sharding. `state.json` has size and checksum of each file, so that a damaged one
+is found and named before anything is changed.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .distributed import World
+from .distributed.pieces import in_all, load_pieces, save_pieces
+from .distributed.saved_state import optimizer_pieces, restore_optimizer, weight_pieces
+from .distributed.shard_files import ShardReader, checksum
 from .distributed.sharding import Replicated
 from .errors import UserError
-from .files import atomic_folder
+from .files import atomic_folder, cannot_save
 
 KEEP = 2
 """How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+"""The files of a process alone; of several, each has its number in the first two names."""
 
 
 class Part(Protocol):
@@ -44,6 +54,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+# --- saving -------------------------------------------------------------------------------------
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -57,33 +70,69 @@ def save_checkpoint(
     The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
     Checkpoints that are older than the newest KEEP are removed.
     """
-    model, world = sharding.model, sharding.world
-    path = _step_folder(folder, step)
-    if not world.is_first:
-        world.barrier()
-        return path
-    tensors, numbers = {}, {}
-    for name, value in _flatten(optimizer.state_dict()["state"]).items():
-        if isinstance(value, torch.Tensor):
-            # A copy: safetensors refuses tensors that share memory, as bitsandbytes' tables do.
-            tensors[name] = value.to("cpu", copy=True).contiguous()
-        else:
-            numbers[name] = value
-    record = {
-        "step": step,
-        "start": start_fingerprint,
-        "optimizer": type(optimizer).__name__,
-        "optimizer_numbers": numbers,
-        "parts": {name: part.state() for name, part in (parts or {}).items()},
-    }
-    with atomic_folder(path) as temporary:
-        save_file(_trained(model), temporary / "weights.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(record, indent=1))
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    world, path = sharding.world, _step_folder(folder, step)
+    tensors, numbers = optimizer_pieces(optimizer, sharding.parts)
+
+    def write(temporary: Path) -> dict[str, Any]:
+        files = save_pieces(weight_pieces(sharding.model), temporary / WEIGHTS, world)
+        files |= save_pieces(tensors, temporary / OPTIMIZER, world)
+        everywhere = world.gather(numbers)
+        return {
+            "step": step,
+            "start": start_fingerprint,
+            "optimizer": type(optimizer).__name__,
+            "optimizer_numbers": {name: each[name] for each in everywhere for name in each},
+            "parts": {name: part.state() for name, part in (parts or {}).items()},
+            "files": files,
+        }
+
+    _save_together(path, world, write)
+    if world.is_first:
+        for old in sorted(folder.glob("step-*"))[:-KEEP]:
+            shutil.rmtree(old)
     world.barrier()
     return path
+
+
+def save_weights(folder: Path, step: int, sharding: Replicated) -> None:
+    """Write the trained weights after `step` steps alone, for example `folder/step-000050`."""
+    world = sharding.world
+
+    def write(temporary: Path) -> dict[str, Any]:
+        files = save_pieces(weight_pieces(sharding.model), temporary / WEIGHTS, world)
+        return {"step": step, "files": files}
+
+    _save_together(_step_folder(folder, step), world, write)
+
+
+def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, Any]]) -> None:
+    """Make the folder `path` of what all processes write into it, or nothing of it.
+
+    write: writes the files of a process to a folder, collectively, and returns the content of
+        `state.json`, which is written last. An error of one process must be raised in all.
+
+    Raises UserError in all processes if one fails.
+    """
+    folder = atomic_folder(path)
+    with ExitStack() as stack:  # that of the first process makes, names or removes the folder
+        in_all(world, lambda: world.is_first and stack.enter_context(folder))
+        try:
+            record = write(folder.temporary)
+        except OSError as error:
+            raise cannot_save(path, error) from error
+
+        def end() -> None:
+            if world.is_first:
+                (folder.temporary / STATE).write_text(json.dumps(record, indent=1))
+                stack.close()
+
+        try:
+            in_all(world, end)
+        except OSError as error:
+            raise cannot_save(path, error) from error
+
+
+# --- loading ------------------------------------------------------------------------------------
 
 
 def load_checkpoint(
@@ -95,65 +144,52 @@ def load_checkpoint(
 ) -> int:
     """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
 
-    A part of which the checkpoint has no numbers stays as it is: those of earlier versions have
-    none, and a setting may have been changed.
+    It may be one that another number of processes has saved, with another sharding. A part of which
+    the checkpoint has no numbers stays as it is: those of earlier versions have none, and a setting
+    may have been changed.
 
-    Raises UserError where there is none, where a file is damaged, and where it was made from
-    another starting model or with another optimizer.
+    Raises UserError where there is none, where a file is damaged, missing or that of another
+    checkpoint, and where it was made from another starting model or with another optimizer.
     """
-    model = sharding.model
-    paths = sorted(folder.glob("step-*"))
-    if not paths:
+    world = sharding.world
+    steps = world.of_first(saved_steps(folder))
+    if not steps:
         raise UserError(
             f"there is no checkpoint in {folder}: start the run anew, with a new --output."
         )
-    path = paths[-1]
+    path = _step_folder(folder, steps[-1])
+    way_out = "delete it and start the run anew, with a new --output"
+    if steps[:-1]:
+        way_out = f"delete it to resume from {_step_folder(folder, steps[-2]).name}"
     try:
-        record = json.loads((path / "state.json").read_text())
-        step, start, numbers = record["step"], record["start"], record["optimizer_numbers"]
-        kind = record["optimizer"]
-        weights = load_file(path / "weights.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
-        states = record.get("parts", {})
-        for name, part in (parts or {}).items():
-            if states.get(name):
-                part.load(states[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({error}): delete it to resume from the one before."
-        ) from error
-    if start != start_fingerprint or weights.keys() != _trained(model).keys():
+        record = _sound_record(path, world, ("start", "optimizer", "optimizer_numbers"))
+        weights = _reader(path, record, WEIGHTS)
+        saved = weights.read_metadata().state_dict_metadata
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error, way_out) from error
+    pieces = weight_pieces(sharding.model)
+    if record["start"] != start_fingerprint or saved.keys() != pieces.keys():
         raise UserError(
             f"checkpoint {path} was made from another model: resume with the --model, --lora, "
             "--freeze-vision and --seed of that run."
         )
-    if kind != type(optimizer).__name__:
+    if record["optimizer"] != type(optimizer).__name__:
         raise UserError(
-            f"checkpoint {path} was made with optimizer {kind}: resume with the --optimizer of "
-            "that run."
+            f"checkpoint {path} was made with optimizer {record['optimizer']}: resume with the "
+            "--optimizer of that run."
         )
-    _restore(model, weights)
-    optimizer.load_state_dict(
-        {**optimizer.state_dict(), "state": _unflatten({**tensors, **numbers})}
-    )
-    return step
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
-    numbers = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
-    return sorted(int(number) for number in numbers if number.isdecimal())
-
-
-def save_weights(folder: Path, step: int, sharding: Replicated) -> None:
-    """Write the trained weights after `step` steps alone, for example `folder/step-000050`."""
-    model = sharding.model
-    if not sharding.world.is_first:
-        sharding.world.barrier()
-        return
-    with atomic_folder(_step_folder(folder, step)) as temporary:
-        save_file(_trained(model), temporary / "weights.safetensors")
-    sharding.world.barrier()
+    try:
+        states = record.get("parts", {})
+        for name, part in (parts or {}).items():
+            if states.get(name):
+                part.load(states[name])
+        reader, numbers = _optimizer_reader(path, record, pieces)
+        # Last come the weights: an optimizer that does not fit leaves all as it was.
+        restore_optimizer(optimizer, sharding.parts, reader, numbers, world)
+        load_pieces(pieces, weights, world)
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise _damaged(path, error, way_out) from error
+    return record["step"]
 
 
 def load_weights(folder: Path, step: int, sharding: Replicated) -> None:
@@ -161,16 +197,106 @@ def load_weights(folder: Path, step: int, sharding: Replicated) -> None:
 
     Raises UserError where they are missing or damaged.
     """
-    model, path = sharding.model, _step_folder(folder, step)
+    world, path = sharding.world, _step_folder(folder, step)
+    pieces = weight_pieces(sharding.model)
     try:
-        weights = load_file(path / "weights.safetensors")
-    except (OSError, SafetensorError) as error:
+        reader = _reader(path, _sound_record(path, world), WEIGHTS)
+        saved = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the weights in {path} cannot be read ({error}): resume without --keep-best."
         ) from error
-    if weights.keys() != _trained(model).keys():
+    if saved.keys() != pieces.keys():
         raise UserError(f"the weights in {path} are of another model: resume without --keep-best.")
-    _restore(model, weights)
+    load_pieces(pieces, reader, world)
+
+
+def _sound_record(path: Path, world: World, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what the first process reads in `state.json`, once all files have been checked.
+
+    Each process checks a part of the files. Raises ValueError in all of them, which names the file,
+    if one is damaged or missing, or if `state.json` lacks one of `keys`.
+    """
+    read = in_all(world, lambda: _record(path, keys) if world.is_first else None)
+    record = world.of_first(read)
+    expected = record.get("files") or dict.fromkeys([WEIGHTS, OPTIMIZER][: 2 if keys else 1])
+    mine = [_finding(path / name, check) for name, check in world.share(list(expected.items()))]
+    for finding in world.whole(mine):
+        if finding:
+            raise ValueError(finding)
+    return record
+
+
+def _record(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Read `state.json`; weights alone had none in earlier versions."""
+    if not keys and not (path / STATE).exists():
+        return {}
+    try:
+        record = json.loads((path / STATE).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{STATE} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{STATE}: {error}") from error
+    for key in ("step", *keys):
+        if key not in record:
+            raise ValueError(f"{STATE} has no {key}")
+    if _step_folder(path.parent, record["step"]) != path:
+        raise ValueError(f"{STATE} is that of step {record['step']}")
+    return record
+
+
+def _finding(path: Path, expected: dict[str, Any] | None) -> str:
+    """Say what is wrong with a file, "" for nothing; earlier versions have no checksum of it."""
+    try:
+        if expected is None:
+            with safe_open(path, "pt"):
+                return ""
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{path.name} has {size} bytes instead of {expected['bytes']}"
+        return "" if checksum(path) == expected else f"{path.name} is not what was written"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except (OSError, LookupError, TypeError, SafetensorError) as error:
+        return f"{path.name}: {error}"
+
+
+def _reader(path: Path, record: Mapping[str, Any], kind: str) -> ShardReader:
+    """Return the reader of all files of weights, or of the optimizer."""
+    files = record.get("files") or [kind]
+    return ShardReader([path / name for name in files if name.startswith(Path(kind).stem)])
+
+
+def _optimizer_reader(
+    path: Path, record: Mapping[str, Any], trained: Iterable[str]
+) -> tuple[ShardReader, dict[str, Any]]:
+    """Return the reader of the optimizer's tensors, and its numbers.
+
+    Earlier versions have the numbers of the trained parameters in place of their names.
+    """
+    numbers = record["optimizer_numbers"]
+    if "files" in record:
+        return _reader(path, record, OPTIMIZER), numbers
+    names = list(trained)
+
+    def rename(key: str) -> str:
+        number, *_, name = key.split(".")
+        return f"{names[int(number)]}.{name}"
+
+    renamed = {rename(key): value for key, value in numbers.items()}
+    return ShardReader([path / OPTIMIZER], rename), renamed
+
+
+def _damaged(path: Path, error: Exception, way_out: str) -> UserError:
+    return UserError(f"checkpoint {path} is damaged ({error}): {way_out}.")
+
+
+# --- the folders --------------------------------------------------------------------------------
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
+    numbers = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def keep_only(folder: Path, steps: set[int]) -> None:
@@ -182,43 +308,3 @@ def keep_only(folder: Path, steps: set[int]) -> None:
 
 def _step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy weights into the parameters of their names."""
-    for name, parameter in model.named_parameters():
-        if name in weights:
-            parameter.copy_(weights[name])
-
-
-def _flatten(state: dict, prefix: str = "") -> dict[str, object]:
-    """Turn {0: {"step": 1, "inner": {"max": 2}}} into {"0.step": 1, "0.inner.max": 2}."""
-    flat: dict[str, object] = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _unflatten(flat: dict[str, object]) -> dict[int, dict]:
-    """Undo `_flatten`; the outermost names are whole numbers again."""
-    state: dict[int, dict] = {}
-    for key, value in flat.items():
-        index, *outer, name = key.split(".")
-        inner = state.setdefault(int(index), {})
-        for part in outer:
-            inner = inner.setdefault(part, {})
-        inner[name] = value
-    return state
-
-
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that are trained, by name."""
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }

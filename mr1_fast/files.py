@@ -115,7 +115,7 @@ class atomic_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
             self.temporary.mkdir(parents=True)
         except OSError as error:
-            raise _cannot_save(self.path, error) from error
+            raise cannot_save(self.path, error) from error
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -127,7 +127,7 @@ class atomic_folder:
         if error is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise _cannot_save(self.path, error) from error
+            raise cannot_save(self.path, error) from error
 
     def _take_the_name(self) -> None:
         for path in self.temporary.rglob("*"):
@@ -190,7 +190,8 @@ def _cannot_write(path: Path, error: OSError, way_out: str) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror}): {way_out}.")
 
 
-def _cannot_save(path: Path, error: Exception) -> UserError:
+def cannot_save(path: Path, error: Exception) -> UserError:
+    """Return what to raise where the folder `path` could not be made, of which nothing is left."""
     return UserError(
         f"{path} could not be saved ({error}): nothing of it was kept; make room or permission "
         "there, then go on from the last checkpoint with --resume."

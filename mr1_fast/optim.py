@@ -50,7 +50,24 @@ def make_optimizer(
         raise UserError(
             "optimizer adamw8bit needs bitsandbytes: pip install 'mr1_fast[gpu]'."
         ) from error
-    return AdamW8bit(parameters, **settings)
+    optimizer = AdamW8bit(parameters, **settings)
+    _decide_by_whole_parameters(optimizer, parts)
+    return optimizer
+
+
+def _decide_by_whole_parameters(optimizer: torch.optim.Optimizer, parts: Sequence[Part]) -> None:
+    """Let bitsandbytes keep 32-bit states of small parameters, and not of small parts of others.
+
+    The states of a parameter then have one dtype, whatever parts it is in.
+    """
+    own_config, smallest = optimizer.get_config, optimizer.args.min_8bit_size
+
+    def get_config(group_number: int, number: int, group: dict) -> dict:
+        is_small = parts[number].whole.numel() < smallest
+        limit = math.inf if is_small else 0
+        return {**own_config(group_number, number, group), "min_8bit_size": limit}
+
+    optimizer.get_config = get_config
 
 
 def resolve_optimizer(name: str, parameters: list[nn.Parameter]) -> str:

@@ -22,6 +22,7 @@ from mr1_fast.model.tiny import tiny_model
 from mr1_fast.optim import make_optimizer
 from mr1_fast.seeds import derive_seed, seed_step
 
+from .data.old_checkpoint import save_old_checkpoint
 from .data.runs import assert_same_run, interrupt, metrics, run
 
 START = "0123456789abcdef"
@@ -72,13 +73,19 @@ def interrupted(finished, tmp_path):
     return interrupt(finished, tmp_path / "interrupted")
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_weights_and_optimizer_state_come_back_bit_for_bit(name, model, processor, tmp_path):
+@pytest.mark.parametrize("version", ["of now", "of an earlier version"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_exact", "adamw8bit"])
+def test_weights_and_optimizer_state_come_back_bit_for_bit(
+    name, version, model, processor, tmp_path
+):
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     optimizer = make_optimizer(model, config := OptimizerConfig(optimizer=name, learning_rate=1e-3))
     a_step(model, optimizer, 1), a_step(model, optimizer, 2)
-    path = save_checkpoint(tmp_path / "checkpoints", 7, Replicated(model), optimizer, START)
+    if version == "of now":
+        path = save_checkpoint(tmp_path / "checkpoints", 7, Replicated(model), optimizer, START)
+    else:
+        path = save_old_checkpoint(tmp_path / "checkpoints", 7, model, optimizer, START)
     assert {file.name for file in path.iterdir()} == {
         "weights.safetensors",
         "optimizer.safetensors",
@@ -246,7 +253,7 @@ def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
     data = (newest / name).read_bytes()
     (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
     with pytest.raises(
-        UserError, match=r"step-000002 is damaged .*: delete it to resume from the one before"
+        UserError, match=r"step-000002 is damaged .*: delete it to resume from step-000001\.$"
     ) as told:
         load_checkpoint(tmp_path, Replicated(model), optimizer, START, parts)
     assert "\n" not in str(told.value)

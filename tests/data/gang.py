@@ -14,7 +14,8 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 PRELOADED = ["mr1_fast.train", "tests.data.models", "torch.distributed.fsdp", "peft"]
@@ -22,10 +23,19 @@ PRELOADED = ["mr1_fast.train", "tests.data.models", "torch.distributed.fsdp", "p
 
 def gang(size: int, work: Callable, *arguments: Any, seconds: float = 120.0) -> list[Any]:
     """Return what work(world, *arguments) returns in each of `size` processes."""
+    members = start(size, work, *arguments)
+    try:
+        return _results([receiver for _, receiver in members], seconds)
+    finally:
+        end(members)
+
+
+def start(size: int, work: Callable, *arguments: Any) -> list[tuple[BaseProcess, Connection]]:
+    """Start `size` processes that run work(world, *arguments); each with where its result comes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
-    processes, receivers = [], []
+    members = []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
@@ -33,14 +43,15 @@ def gang(size: int, work: Callable, *arguments: Any, seconds: float = 120.0) -> 
         )
         process.start()
         sender.close()
-        processes.append(process)
-        receivers.append(receiver)
-    try:
-        return _results(receivers, seconds)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        members.append((process, receiver))
+    return members
+
+
+def end(members: list[tuple[BaseProcess, Connection]]) -> None:
+    """Kill the processes that are still there."""
+    for process, _ in members:
+        process.kill()
+        process.join()
 
 
 def _results(receivers: list, seconds: float) -> list[Any]:
