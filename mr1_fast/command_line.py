@@ -126,7 +126,7 @@ def _started_before(output: str | None) -> str | None:
     """Return the folder that --resume auto continues; None where a run must begin there."""
     if output is None:
         raise UserError(
-            "resume is auto, but there is no output: name the run's folder by --output."
+            "resume is auto, but there is no output: name the run's folder with --output."
         )
     has_checkpoint = any((Path(output) / "checkpoints").glob("step-*"))
     return output if has_checkpoint else None

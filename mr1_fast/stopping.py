@@ -73,7 +73,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         torchrun.told_to_end(number)
         now, again = time.monotonic(), bool(self.received)
-        if again and torchrun.size() > 1 and now - self._first < SAME:
+        if again and torchrun.passes_signals_on() and now - self._first < SAME:
             return
         self.received, self._first = number, now
         if not self._deferred:

@@ -53,6 +53,11 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def passes_signals_on() -> bool:
+    """Return whether a signal may come a second time, from torchrun, which has got it, too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or size() > 1
+
+
 def rank() -> int:
     """Return the number of this process among all of them, from 0 on."""
     return int(os.environ["RANK"]) if size() > 1 else 0
@@ -111,8 +116,8 @@ def says_another_ended(error: BaseException) -> bool:
 def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
     """End this process with `status`, after its words have been printed by one of all processes.
 
-    `words` are what the user is told of `error`; they are not printed where another process has
-    failed before.
+    `words` are what the user is told of `error`. They are not printed where another process has
+    failed before. Where the error only says that another one has ended, so does one sentence.
     """
     with suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,19 +127,18 @@ def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
         if stopped and not is_first():
             _exit(status)
         _end_early(status, words)
-    if says_another_ended(error):
+    lost = says_another_ended(error)
+    if lost:
         line = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         words = (
             f"error: {place()} has lost another one, which was killed or has died ({line}): "
             "start again with --resume, or let torchrun do so with --max-restarts and "
             "--resume auto."
         )
-        if not _claim(words):
-            _wait_for_torchrun(status)
+    claimed = _claim(words, if_gone=not lost)
+    if claimed:
         _say(words)
-        _wait_for_torchrun(status)
-    if _claim(words):
-        _say(words)
+    if claimed and not lost:
         _leave_word(words)
         if _machines() > 1:
             time.sleep(LINGER)
@@ -162,17 +166,16 @@ def _end_early(status: int, words: str) -> NoReturn:
     _exit(status)
 
 
-def _claim(words: str) -> bool:
+def _claim(words: str, if_gone: bool = True) -> bool:
     """Return whether this process is the first to fail, which then has to say so.
 
-    Where the store is gone, the machine that had it has ended: only words about this process
-    itself are still worth saying.
+    It is `if_gone` where the store is gone, since the machine that had it has ended.
     """
     mine = f"{rank()}\n{words}"
     try:
         found = _store().compare_set(CLAIM, "", mine).decode()
     except Exception:  # whatever the store's error is, this process is about to end
-        return "has lost another one" not in words
+        return if_gone
     if found == mine:
         return True
     found = found.partition("\n")[2]
@@ -184,7 +187,7 @@ def _claim(words: str) -> bool:
 
 
 def _store() -> Any:
-    """Return the store of this round, or where the processes have not met, one for this start."""
+    """Return the store where the processes have met, or else the one where they would have."""
     if _met:
         return _met[0]
     from torch.distributed import PrefixStore, TCPStore

@@ -331,7 +331,7 @@ def test_resume_auto_goes_on_where_there_is_a_checkpoint_and_begins_there_otherw
     resumed = parse_train_config(argv)
     assert resumed == dataclasses.replace(begun, resume=str(tmp_path), seed=4)
 
-    with pytest.raises(UserError, match="resume is auto, but there is no output: name the run wit"):
+    with pytest.raises(UserError, match="resume is auto, but there is no output: name the"):
         parse_train_config(argv[:1])
 
 

@@ -26,7 +26,7 @@ Gradients and weights have torch's own limit of ten minutes (NCCL), since all pr
 these at once, after small values."""
 MEETING = timedelta(minutes=10)
 """How long a process waits for the others to start."""
-GRACE = 10.0
+GRACE = 30.0
 """Seconds that a process has to end by itself after another one has ended. It cannot where it waits
 for NCCL, which may not notice."""
 SEEN = 30.0
@@ -145,7 +145,7 @@ class Watch:
         except RuntimeError as error:
             time.sleep(GRACE)
             if not self.over:
-                torchrun.fail_together(1, "", error)
+                torchrun.fail_together(1, f"error: {error}", error)
 
 
 def require_same(world: World, values: Mapping[str, Any], way_out: str) -> None:
