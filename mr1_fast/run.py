@@ -22,8 +22,8 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .model.save import check_save
-from .model.sharded import spread
-from .optim import make_optimizer
+from .model.sharded import check_sharding, spread, where_to_load
+from .optim import make_optimizer, state_block
 from .peak_flops import describe_peak
 from .plan.evaluations import describe_evaluations
 from .plan.out_of_memory import MemoryLimits
@@ -173,6 +173,7 @@ def prepare(config: TrainConfig) -> Run:
     config.output = world.of_first(config.output or str(run_folder(config)))
     get_task(config.task)
     check_save(config)
+    check_sharding(config)
     dtype = resolve_dtype(config)
     config.check_dtype(str(dtype).removeprefix("torch."))
     if config.plugin:
@@ -186,11 +187,12 @@ def prepare(config: TrainConfig) -> Run:
         check_data(held_out, config, config.eval_samples, log.say)
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
-    with world.in_turn():
-        policy = load_policy(config)
-    start_fingerprint = fingerprint(policy.model)
-    reference = Reference(policy, config.reference) if config.needs_reference else None
-    sharding = spread(policy, reference, config.sharding, world)
+    where, mesh = where_to_load(config, world)
+    with world.in_turn() if mesh is None else world.one_by_one():
+        policy = load_policy(where)
+        start_fingerprint = fingerprint(policy.model)
+        reference = Reference(policy, config.reference) if config.needs_reference else None
+        sharding = spread(policy, reference, world, mesh, state_block(policy.model, config))
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
     loss_scale = LossScale() if dtype == torch.float16 else None
@@ -240,7 +242,9 @@ def prepare(config: TrainConfig) -> Run:
     )
     first_prompt = policy.encode.rendered(source.all(1)[0])
     log.say(f"the first prompt:\n{printable(first_prompt)}\n")
-    log.say(describe(run) + "\n" + memory.render())
+    with sharding.whole_weights():
+        described = describe(run)
+    log.say(described + "\n" + memory.render())
     if evaluations := describe_evaluations(config, len(run.held_out)):
         log.say(evaluations)
     return run

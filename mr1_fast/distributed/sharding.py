@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..kernels.adamw.step import add_stochastic_
 from ..seeds import derive_seed
@@ -107,16 +108,25 @@ class Replicated:
         """Bring what each process has updated to all that need it."""
 
     def _agreed_gradients(self) -> list[Tensor]:
-        """Return the gradients, flat, of all parameters that have one on any process.
+        return agreed_gradients(self.world, self.parameters)
 
-        Where this process has none, it is 0.
-        """
-        has = self.world.sums([p.grad is not None for p in self.parameters])
-        chosen = [p for p, count in zip(self.parameters, has, strict=True) if count]
-        for p in chosen:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad.view(-1) for p in chosen]
+
+def agreed_gradients(world: World, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients, flat, of all parameters that have one on any process.
+
+    Where this process has none, it is 0.
+    """
+    has = world.sums([p.grad is not None for p in parameters])
+    chosen = [p for p, count in zip(parameters, has, strict=True) if count]
+    for p in chosen:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad.view(-1) for p in chosen]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the rows that this process has of a tensor that FSDP2 has cut; else the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
