@@ -299,6 +299,7 @@ def describe(run: Run) -> str:
         kept = "the policy without adapters"
     else:
         kept = run.config.reference
+        kept += ", sharded with the policy" * (run.sharding.kind == "full")
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
     attention = attention_kernel(device.type, dtype)
     optimizer = type(run.optimizer).__name__

@@ -49,6 +49,8 @@ class Replicated:
     """
 
     kind = "none"
+    passes_together = False
+    """Whether all processes compute a pass together, so that none can try it again by itself."""
 
     def __init__(self, model: nn.Module, world: World = SINGLE):
         self.model, self.world = model, world
@@ -108,20 +110,16 @@ class Replicated:
         """Bring what each process has updated to all that need it."""
 
     def _agreed_gradients(self) -> list[Tensor]:
-        return agreed_gradients(self.world, self.parameters)
+        """Return the gradients, flat, of all parameters that have one on any process.
 
-
-def agreed_gradients(world: World, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return the gradients, flat, of all parameters that have one on any process.
-
-    Where this process has none, it is 0.
-    """
-    has = world.sums([p.grad is not None for p in parameters])
-    chosen = [p for p, count in zip(parameters, has, strict=True) if count]
-    for p in chosen:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return [p.grad.view(-1) for p in chosen]
+        Where this process has none, it is 0.
+        """
+        has = self.world.sums([p.grad is not None for p in self.parameters])
+        chosen = [p for p, count in zip(self.parameters, has, strict=True) if count]
+        for p in chosen:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad.view(-1) for p in chosen]
 
 
 def local(tensor: Tensor) -> Tensor:

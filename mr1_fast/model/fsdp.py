@@ -32,7 +32,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..distributed import World
-from ..distributed.sharding import Part, Replicated, agreed_gradients, gradient_norm
+from ..distributed.sharding import Part, Replicated, gradient_norm, local
+from ..errors import UserError
 from ..types import PackedBatch
 from .families import base_model, vision_tower
 from .forward import WITH_WEIGHTS
@@ -46,6 +47,7 @@ class FullShards(Replicated):
     """Every process has some rows of each weight, and their optimizer state."""
 
     kind = "full"
+    passes_together = True
 
     def __init__(self, model: nn.Module, world: World, mesh: DeviceMesh, block: int = 1):
         """Cut the model's weights, which may be on the CPU, onto the devices of the mesh.
@@ -72,11 +74,11 @@ class FullShards(Replicated):
             if not isinstance(p, DTensor):
                 parts.append(Part(name, p, 0, p.shape))
                 continue
-            local = p.detach().to_local()
-            if local.numel():
+            rows_here = local(p.detach())
+            if rows_here.numel():
                 rows = -(-p.shape[0] // self.world.size)
                 first = self.world.rank * rows * (p.numel() // p.shape[0])
-                part = Part(name, nn.Parameter(local), first, p.shape)
+                part = Part(name, nn.Parameter(rows_here), first, p.shape)
                 parts.append(part)
                 self.cut.append((p, part))
         return parts
@@ -88,6 +90,8 @@ class FullShards(Replicated):
         self.started = True
         try:
             return getattr(self.root, WITH_WEIGHTS)(lambda: work)
+        except torch.OutOfMemoryError as error:
+            raise no_second_attempt(error) from error
         finally:
             if not torch.is_grad_enabled():  # else the backward pass, which needs them, ends it
                 self.root.reshard()
@@ -117,8 +121,8 @@ class FullShards(Replicated):
     def sum_gradients(self, seed: int) -> None:
         """Hand the parts the gradients that FSDP2 has summed, and sum those of whole weights."""
         for parameter, part in self.cut:
-            gradient = parameter.grad
-            part.weight.grad = None if gradient is None else gradient.to_local()
+            gradient, parameter.grad = parameter.grad, None
+            part.weight.grad = None if gradient is None else local(gradient)
         super().sum_gradients(seed)
 
     def gradient_norm(self) -> Tensor:
@@ -129,8 +133,15 @@ class FullShards(Replicated):
         square += gradient_norm(self.replicated).to(device).double() ** 2
         return square.sqrt().float()
 
-    def _agreed_gradients(self) -> list[Tensor]:
-        return agreed_gradients(self.world, self.replicated)
+
+def no_second_attempt(error: torch.OutOfMemoryError) -> UserError:
+    """Make the error for a pass that ran out of memory, in which the other processes now wait."""
+    return UserError(
+        f"out of memory ({str(error).partition(chr(10))[0].rstrip('.')}); with sharding = full all "
+        "processes compute a pass together, so that it cannot be tried again with less. The last "
+        "checkpoint is intact: go on from there with --resume and half of --tokens-per-microbatch, "
+        "or with --recompute all."
+    )
 
 
 def kept_whole(model: nn.Module, size: int, block: int) -> set[nn.Parameter]:

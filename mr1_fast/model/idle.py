@@ -71,8 +71,8 @@ def _one_behind_the_other(parts: Iterable[Segments]) -> Segments:
     """Return the segments of packs that are laid end to end."""
     rows, start = [], 0
     for part in parts:
-        bounds, queries = part.cu_seqlens_k.tolist(), part.cu_seqlens_q.diff().tolist()
-        keys = (part.key_rows + start).split([b - a for a, b in zip(bounds, bounds[1:])])
+        lengths, queries = part.cu_seqlens_k.diff().tolist(), part.cu_seqlens_q.diff().tolist()
+        keys = (part.key_rows + start).split(lengths)
         rows += zip(keys, queries, strict=True)
         start += part.num_tokens
     return Segments.build(rows)

@@ -20,8 +20,8 @@ def check_sharding(config: TrainConfig) -> None:
         return
     if config.load_in_4bit:
         raise UserError(
-            "sharding is full, but weights in 4 bits are not cut: pass --sharding none or optimizer "
-            "with --load-in-4bit."
+            "sharding is full, but weights in 4 bits cannot be cut: pass --sharding none or "
+            "optimizer with --load-in-4bit."
         )
     if config.needs_reference and not config.lora and config.reference != "resident":
         raise UserError(

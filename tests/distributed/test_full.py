@@ -1,19 +1,26 @@
 """Weights in parts on all processes (`--sharding full`): gradients, rollouts and runs of one."""
 
-from dataclasses import replace
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import World
-from mr1_fast.model.families import base_model
-from mr1_fast.model.forward import lm_head_weight
-from mr1_fast.model.fsdp import FullShards, kept_whole, whole_tensor
+from mr1_fast.distributed.sharding import local
+from mr1_fast.errors import UserError
+from mr1_fast.model.families import FAMILIES
+from mr1_fast.model.fsdp import FullShards, kept_whole
 from mr1_fast.model.policy import Policy
+from mr1_fast.model.reference import Reference
+from mr1_fast.model.sharded import check_sharding, spread
+from mr1_fast.model.tiny import family_processor
 from mr1_fast.optim import unbiased_accumulation
 from mr1_fast.packing import MicroBatches
 from mr1_fast.rollout.engine import Engine
@@ -21,7 +28,8 @@ from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.stages import grpo_batch_loss
 from mr1_fast.types import Prompt
 from tests.data.gang import gang
-from tests.data.models import examples_for, fill_adapters, tiny_policy
+from tests.data.models import examples_for, family_model, fill_adapters, tiny_policy
+from tests.data.runs import metrics, run
 
 CONFIG = TrainConfig()
 
@@ -62,11 +70,24 @@ def summed_gradients(
     if sharding is None:
         return loss, {n: p.grad for n, p in policy.model.named_parameters()}, rows
     sharding.sum_gradients(seed=0)
-    whole = {}
-    for name, p in policy.model.named_parameters():
-        whole[name] = None if p.grad is None else whole_tensor(p.grad)
+    whole = whole_gradients(policy, sharding)
     (loss,) = sharding.world.sums([loss])
     return loss, whole, int(sharding.world.sums([rows])[0])
+
+
+def whole_gradients(policy: Policy, sharding: FullShards) -> dict[str, Tensor | None]:
+    """The gradients of all parts, put together."""
+    found = {name: None for name, _ in policy.model.named_parameters()}
+    mine = [(part.name, part.first, part.weight.grad) for part in sharding.parts]
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for parts in sharding.world.gather(mine):
+        for name, first, gradient in parts:
+            if gradient is not None:
+                pieces.setdefault(name, {})[first] = gradient.flatten()
+    for name, of_name in pieces.items():
+        found[name] = torch.cat([of_name[first] for first in sorted(of_name)])
+    shapes = {name: p.shape for name, p in policy.model.named_parameters()}
+    return {name: g if g is None else g.view(shapes[name]) for name, g in found.items()}
 
 
 CASES = {
@@ -95,7 +116,7 @@ def compare_with_one(world: World, family: str, cases: dict) -> list[str]:
         loss, expected, rows = summed_gradients(alone, everything)
 
         sharding = sharded(policy, world)
-        mine = group_batches(prompts, (shares + [[]])[world.rank])
+        mine = group_batches(prompts, [*shares, []][world.rank])
         ours, gradients, our_rows = summed_gradients(policy, mine, sharding)
         if abs(ours - loss) > 1e-6 * abs(loss) or rows != our_rows:
             differences.append(f"{case}: loss {ours} of {loss}, {our_rows} rows of {rows}")
@@ -108,12 +129,146 @@ def compare_with_one(world: World, family: str, cases: dict) -> list[str]:
             error = (gradients[name] - gradient).abs().max() / scale
             if not error < 1e-5 or not scale:
                 differences.append(f"{case}: {name} {error}")
-        norm = torch.stack([g.norm() for g in expected.values() if g is not None]).norm()
+        squares = [g.double().square().sum() for g in expected.values() if g is not None]
+        norm = sum(squares).sqrt()
         if not abs(sharding.gradient_norm() / norm - 1) < 1e-6:
             differences.append(f"{case}: norm {sharding.gradient_norm()} of {norm}")
     return differences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_gradients_are_those_of_one_process(family):
     assert gang(2, compare_with_one, family, CASES) == [[], []]
+
+
+def sample_and_look_back(world: World, family: str, settings: dict) -> list[str]:
+    """Compare rollouts, the reference's log-probabilities and what is saved with one process's."""
+    alone, policy = (tiny_policy(family=family, **settings) for _ in range(2))
+    for each in (alone, policy):
+        if settings.get("lora"):
+            torch.manual_seed(4)
+            fill_adapters(each, torch.float32)
+    reference, expected = Reference(policy), Reference(alone)
+    mesh = init_device_mesh("cpu", (world.size,))
+    sharding = spread(policy, reference, world, mesh)
+    examples = examples_for(alone)
+    prompts = alone.encode.many(examples)
+
+    # Processes may sample different prompts, and not equally many.
+    mine = examples[: 1 + 2 * world.rank]
+    sampling, differences = Sampling(max_new_tokens=8), []
+    for _ in range(2):
+        with sharding.whole_weights():
+            ours = Engine(policy.model, policy.processor, policy.encode).generate(mine, 2, sampling)
+    theirs = Engine(alone.model, alone.processor, alone.encode).generate(mine, 2, sampling)
+    if not all(map(torch.equal, ours.completions, theirs.completions)):
+        differences.append("completions")
+    if not all(isinstance(p, DTensor) for p in policy.model.parameters() if p.requires_grad):
+        differences += [] if settings.get("lora") else ["not cut again"]
+
+    shares = [[0], [1, 2, 3], []][world.rank]
+    batches = group_batches(prompts, shares)
+    found = reference.logprobs(batches, 0.9)
+    wanted = expected.logprobs(batches, 0.9)
+    if len(found) != len(batches):
+        differences.append("number of packs")
+    for a, b in zip(found, wanted, strict=True):
+        if not torch.allclose(a, b, rtol=1e-6, atol=1e-6):
+            differences.append(f"log-probabilities {(a - b).abs().max()}")
+    bytes_here = sum(local(p).nbytes for p in policy.model.parameters())
+    if bytes_here > 0.6 * sum(p.nbytes for p in alone.model.parameters()):
+        differences += [] if settings.get("lora") else [f"{bytes_here} bytes"]
+    return differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, settings",
+    [("qwen2_vl", {}), ("qwen3_vl", {}), ("qwen2_vl", {"lora": True}), ("qwen3", {})],
+)
+def test_rollouts_and_the_reference_are_those_of_one_process(family, settings):
+    assert gang(2, sample_and_look_back, family, settings) == [[], []]
+
+
+def whole_run(world: World, arguments: list[str]) -> None:
+    run(arguments)
+
+
+def tiny_model_folder(family: str, folder: Path) -> Path:
+    """Save a fresh tiny model of a family."""
+    processor = family_processor(FAMILIES[family])
+    torch.manual_seed(0)
+    family_model(processor, family).save_pretrained(folder)
+    processor.save_pretrained(folder, family)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, sizes, settings",
+    [
+        ("qwen2_vl", (2, 3), {}),
+        ("qwen2_vl", (2,), {"lora": True, "save": "both", "importance_cap": 2.0}),
+        ("qwen3_vl", (2,), {"freeze_vision": True}),
+        ("qwen2", (3,), {"task": "arithmetic", "optimizer": "adamw_exact"}),
+    ],
+)
+def test_runs_are_those_of_one_process(family, sizes, settings, run_args, tmp_path):
+    model = tiny_model_folder(family, tmp_path / "model")
+    common = {"model": model, "prompts_per_step": 3, "save_every": 0, **settings}
+    run(run_args(tmp_path / "1", **common))
+    for size in sizes:
+        folder = tmp_path / str(size)
+        gang(size, whole_run, run_args(folder, sharding="full", **common))
+        assert len(metrics(folder)) == 3
+        for ours, expected in zip(metrics(folder), metrics(tmp_path / "1"), strict=True):
+            assert ours.keys() == expected.keys()
+            for name, value in expected.items():
+                assert ours[name] == pytest.approx(value, rel=1e-5, abs=2e-6), (size, name)
+        assert completions(folder) == completions(tmp_path / "1")
+        for file in sorted((tmp_path / "1" / "final").rglob("*.safetensors")):
+            ours = load_file(folder / file.relative_to(tmp_path / "1"))
+            expected = load_file(file)
+            assert ours.keys() == expected.keys()
+            for name, weight in expected.items():
+                assert ours[name].dtype == weight.dtype
+                assert torch.allclose(ours[name], weight, rtol=1e-4, atol=1e-5), (size, name)
+        config = json.loads((folder / "final" / "config.json").read_text())
+        assert config == json.loads((tmp_path / "1" / "final" / "config.json").read_text())
+
+
+def completions(folder: Path) -> list[str]:
+    """The texts of all steps."""
+    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [each["completion"] for line in lines for each in json.loads(line)["completions"]]
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"lora": True, "load_in_4bit": True}, "--sharding none or optimizer"),
+        ({"reference": "8bit"}, "--reference resident"),
+        ({"reference": "offload"}, "--reference resident"),
+    ],
+)
+def test_what_cannot_be_cut_is_said_in_a_sentence(settings, named):
+    with pytest.raises(UserError, match=named):
+        check_sharding(TrainConfig(sharding="full", **settings))
+    check_sharding(TrainConfig(sharding="none", **settings))
+
+
+def test_what_stays_whole_depends_on_the_blocks_of_the_optimizer():
+    parts = {"matrix": torch.nn.Linear(64, 12), "norm": torch.nn.LayerNorm(256)}
+    model = torch.nn.ModuleDict(parts)
+    frozen = model["norm"].bias.requires_grad_(False)
+
+    def kept(size: int, block: int) -> set[str]:
+        found = kept_whole(model, size, block)
+        return {name for name, p in model.named_parameters() if any(p is each for each in found)}
+
+    assert kept(2, 1) == set()
+    assert kept(1, 256) == {"matrix.bias"}
+    assert kept(3, 256) == {"matrix.bias", "norm.weight"}  # 4 rows of 64 are a block
+    assert kept(2, 256) == {"matrix.weight", "matrix.bias", "norm.weight"}
+    assert not frozen.requires_grad
