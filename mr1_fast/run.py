@@ -1,5 +1,6 @@
 """What the steps of a training run share, and how it is put together from the settings."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,12 +188,7 @@ def prepare(config: TrainConfig) -> Run:
         check_data(held_out, config, config.eval_samples, log.say)
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
-    where, mesh = where_to_load(config, world)
-    with world.in_turn() if mesh is None else world.one_by_one():
-        policy = load_policy(where)
-        start_fingerprint = fingerprint(policy.model)
-        reference = Reference(policy, config.reference) if config.needs_reference else None
-        sharding = spread(policy, reference, world, mesh, state_block(policy.model, config))
+    policy, reference, sharding, start_fingerprint = load_models(config, world)
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
     loss_scale = LossScale() if dtype == torch.float16 else None
@@ -248,6 +244,22 @@ def prepare(config: TrainConfig) -> Run:
     if evaluations := describe_evaluations(config, len(run.held_out)):
         log.say(evaluations)
     return run
+
+
+def load_models(
+    config: TrainConfig, world: World
+) -> tuple[Policy, Reference | None, Replicated, str]:
+    """Load policy and reference, spread over the processes, and the fingerprint of the start."""
+    where, mesh = where_to_load(config, world)
+    with ExitStack() as turn:
+        turn.enter_context(world.in_turn() if mesh is None else world.one_by_one())
+        policy = load_policy(where)
+        if mesh is None:  # else the memory of a machine has room for the models of one process
+            turn.close()
+        start_fingerprint = fingerprint(policy.model)
+        reference = Reference(policy, config.reference) if config.needs_reference else None
+        sharding = spread(policy, reference, world, mesh, state_block(policy.model, config))
+    return policy, reference, sharding, start_fingerprint
 
 
 def require_prompts(config: TrainConfig, world: World) -> None:
