@@ -258,7 +258,8 @@ def load_models(
             turn.close()
         start_fingerprint = fingerprint(policy.model)
         reference = Reference(policy, config.reference) if config.needs_reference else None
-        sharding = spread(policy, reference, world, mesh, state_block(policy.model, config))
+        block = state_block(policy.model, config)
+        sharding = spread(policy, reference, config.sharding, world, mesh, block)
     return policy, reference, sharding, start_fingerprint
 
 

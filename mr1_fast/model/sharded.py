@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import TrainConfig
@@ -38,23 +39,30 @@ def where_to_load(config: TrainConfig, world: World) -> tuple[TrainConfig, Devic
     if config.sharding != "full" or world.size == 1:
         return config, None
     device, dtype = resolve_device(config), str(resolve_dtype(config)).removeprefix("torch.")
-    mesh = init_device_mesh(device.type, (world.size,))
-    return dataclasses.replace(config, device="cpu", dtype=dtype), mesh
+    return dataclasses.replace(config, device="cpu", dtype=dtype), device_mesh(device, world)
+
+
+def device_mesh(device: torch.device, world: World) -> DeviceMesh:
+    """Return the devices of all processes, which they make together."""
+    return init_device_mesh(device.type, (world.size,))
 
 
 def spread(
     policy: Policy,
     reference: Reference | None,
+    kind: str,
     world: World,
-    mesh: DeviceMesh | None,
+    mesh: DeviceMesh | None = None,
     block: int = 1,
 ) -> Replicated:
-    """Spread policy and reference over the processes: in parts on the devices of a mesh, if any.
+    """Spread policy and reference over the processes: `none`, `optimizer` or `full`.
 
+    mesh: the devices onto which `full` cuts weights, by default those that hold the policy.
     block: elements that must stay together, since the optimizer has one scale for their states.
     """
-    if mesh is None:
+    if kind != "full" or world.size == 1:
         return Replicated(policy.model, world)
+    mesh = mesh or device_mesh(policy.device, world)
     sharding = FullShards(policy.model, world, mesh, block)
     if reference is not None and reference.policy is not policy:
         reference.sharding = FullShards(reference.policy.model, world, mesh)

@@ -155,8 +155,7 @@ def sample_and_look_back(world: World, family: str, settings: dict) -> list[str]
             torch.manual_seed(4)
             fill_adapters(each, torch.float32)
     reference, expected = Reference(policy), Reference(alone)
-    mesh = init_device_mesh("cpu", (world.size,))
-    sharding = spread(policy, reference, world, mesh)
+    sharding = spread(policy, reference, "full", world)
     examples = examples_for(alone)
     prompts = alone.encode.many(examples)
 
