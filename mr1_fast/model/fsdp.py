@@ -68,19 +68,17 @@ class FullShards(Replicated):
         self.replicated = [p for _, p in trained if not isinstance(p, DTensor)]
         """Trained parameters that are whole on every process."""
         self.cut: list[tuple[nn.Parameter, Part]] = []
-        """Trained parameters of which this process has a part, and that part."""
+        """Trained parameters that are cut, and the part of each that this process has. It is empty
+        on the last processes where there are fewer rows than processes."""
         parts = []
         for name, p in trained:
             if not isinstance(p, DTensor):
                 parts.append(Part(name, p, 0, p.shape))
                 continue
-            rows_here = local(p.detach())
-            if rows_here.numel():
-                rows = -(-p.shape[0] // self.world.size)
-                first = self.world.rank * rows * (p.numel() // p.shape[0])
-                part = Part(name, nn.Parameter(rows_here), first, p.shape)
-                parts.append(part)
-                self.cut.append((p, part))
+            rows = -(-p.shape[0] // self.world.size)
+            first = min(self.world.rank * rows, p.shape[0]) * (p.numel() // p.shape[0])
+            parts.append(Part(name, nn.Parameter(local(p.detach()).view(-1)), first, p.shape))
+            self.cut.append((p, parts[-1]))
         return parts
 
     # --- around a pass --------------------------------------------------------------------------
@@ -122,7 +120,8 @@ class FullShards(Replicated):
         """Hand the parts the gradients that FSDP2 has summed, and sum those of whole weights."""
         for parameter, part in self.cut:
             gradient, parameter.grad = parameter.grad, None
-            part.weight.grad = None if gradient is None else local(gradient)
+            if gradient is not None and part.weight.numel():
+                part.weight.grad = local(gradient).view(-1)
         super().sum_gradients(seed)
 
     def gradient_norm(self) -> Tensor:

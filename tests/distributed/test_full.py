@@ -83,7 +83,7 @@ def whole_gradients(policy: Policy, sharding: FullShards) -> dict[str, Tensor | 
     for parts in sharding.world.gather(mine):
         for name, first, gradient in parts:
             if gradient is not None:
-                pieces.setdefault(name, {})[first] = gradient.flatten()
+                pieces.setdefault(name, {})[first] = gradient
     for name, of_name in pieces.items():
         found[name] = torch.cat([of_name[first] for first in sorted(of_name)])
     shapes = {name: p.shape for name, p in policy.model.named_parameters()}
@@ -245,15 +245,25 @@ def test_runs_are_those_of_one_process(family, sizes, settings, run_args, tmp_pa
                 assert ours[name] == pytest.approx(value, rel=1e-5, abs=2e-6), (size, name)
         samples = (tmp_path / "1" / "completions.jsonl").read_bytes()
         assert (folder / "completions.jsonl").read_bytes() == samples
-        for file in sorted((tmp_path / "1" / "final").rglob("*.safetensors")):
-            ours = load_file(folder / file.relative_to(tmp_path / "1"))
-            expected = load_file(file)
-            assert ours.keys() == expected.keys()
-            for name, weight in expected.items():
-                assert ours[name].dtype == weight.dtype
-                assert torch.allclose(ours[name], weight, rtol=1e-4, atol=1e-5), (size, name)
+        assert_same_weights(folder / "final", tmp_path / "1" / "final")
         config = json.loads((folder / "final" / "config.json").read_text())
         assert config == json.loads((tmp_path / "1" / "final" / "config.json").read_text())
+
+
+def assert_same_weights(folder: Path, expected: Path, relative: float = 1e-3) -> None:
+    """All files of weights have the same tensors but for rounding.
+
+    Adam takes whole steps by gradients that are rounding alone, so their norms are compared.
+    """
+    files = sorted(expected.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        ours, theirs = load_file(folder / file.relative_to(expected)), load_file(file)
+        assert ours.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            assert ours[name].dtype == weight.dtype
+            assert ours[name].shape == weight.shape
+            assert (ours[name] - weight).norm() <= relative * weight.norm(), name
 
 
 @pytest.mark.parametrize(
