@@ -87,7 +87,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock").open("a")
     except OSError as error:
-        raise _cannot_save(path, error) from error
+        raise cannot_save(path, error) from error
     with lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from .config import OptimizerConfig
-from .distributed.sharding import Part, Replicated
+from .distributed.sharding import Part, Replicated, local
 from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
+from .kernels.adamw.state import BLOCK
 from .kernels.adamw.step import add_stochastic_
 from .loss_scale import LossScale
 from .metrics import RowMetric, RowMetrics
+from .model.fsdp import no_second_attempt
 from .model.policy import Policy
 from .seeds import derive_seed
 from .types import PackedBatch
@@ -80,6 +82,13 @@ def resolve_optimizer(name: str, parameters: list[nn.Parameter]) -> str:
     return "adamw_exact" if any(p.dtype == torch.bfloat16 for p in parameters) else "adamw"
 
 
+def state_block(model: nn.Module, config: OptimizerConfig) -> int:
+    """Return how many elements of a parameter have states with one scale, so that cuts between
+    processes must not part them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return 1 if resolve_optimizer(config.optimizer, trained) == "adamw" else BLOCK
+
+
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of optimizer step `step`, from 0 to total_steps − 1.
 
@@ -137,7 +146,9 @@ def update(
                 part.backward()
                 loss += part.item()
                 row_metrics.add(metrics)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if sharding.passes_together:
+            raise no_second_attempt(error) from error
         for parameter in parameters:
             parameter.grad = None  # frees the memory that a second attempt needs
         raise
@@ -190,7 +201,7 @@ def unbiased_accumulation(parameters: list[nn.Parameter], seed: int) -> Iterator
     def add(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if parameter in sums:
-            add_stochastic_(sums[parameter], gradient, seed=next(seeds))
+            add_stochastic_(local(sums[parameter]), local(gradient), seed=next(seeds))
         else:
             sums[parameter] = gradient
 

@@ -1,5 +1,6 @@
 """What the steps of a training run share, and how it is put together from the settings."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,8 +23,8 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .model.save import check_save
-from .model.sharded import spread
-from .optim import make_optimizer
+from .model.sharded import check_sharding, spread, where_to_load
+from .optim import make_optimizer, state_block
 from .peak_flops import describe_peak
 from .plan.choose_sharding import choose_sharding
 from .plan.evaluations import describe_evaluations
@@ -177,6 +178,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     require_prompts(config, world)
     get_task(config.task)
     check_save(config)
+    check_sharding(config)
     dtype = resolve_dtype(config)
     config.check_dtype(str(dtype).removeprefix("torch."))
     if config.plugin:
@@ -191,13 +193,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
     kind = choose_sharding(config, world)
-    with world.in_turn():
-        policy = load_policy(config)
-    start_fingerprint = fingerprint(policy.model)
-    start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
-    require_same(world, start, "install the same version and name the same files on all machines")
-    reference = Reference(policy, config.reference, world) if config.needs_reference else None
-    sharding = spread(policy, reference, kind, world)
+    policy, reference, sharding, start_fingerprint = load_models(config, kind, world)
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule, first_step = config.kl_schedule(), 0
     loss_scale = LossScale() if dtype == torch.float16 else None
@@ -250,10 +246,34 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     )
     first_prompt = policy.encode.rendered(source.all(1)[0])
     log.say(f"the first prompt:\n{printable(first_prompt)}\n")
-    log.say(describe(run) + "\n" + memory.render())
+    with sharding.whole_weights():
+        described = describe(run)
+    log.say(described + "\n" + memory.render())
     if evaluations := describe_evaluations(config, len(run.held_out)):
         log.say(evaluations)
     return run
+
+
+def load_models(
+    config: TrainConfig, kind: str, world: World
+) -> tuple[Policy, Reference | None, Replicated, str]:
+    """Load policy and reference, spread over the processes, and the fingerprint of the start.
+
+    Raises UserError where the processes do not start from the same.
+    """
+    where, mesh = where_to_load(config, kind, world)
+    with ExitStack() as turn:
+        turn.enter_context(world.in_turn() if mesh is None else world.one_by_one())
+        policy = load_policy(where)
+        if mesh is None:  # else the memory of a machine has room for the models of one process
+            turn.close()
+        start_fingerprint = fingerprint(policy.model)
+        reference = Reference(policy, config.reference, world) if config.needs_reference else None
+        block = state_block(policy.model, config)
+        sharding = spread(policy, reference, kind, world, mesh, block)
+    start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
+    require_same(world, start, "install the same version and name the same files on all machines")
+    return policy, reference, sharding, start_fingerprint
 
 
 def require_prompts(config: TrainConfig, world: World) -> None:
@@ -307,6 +327,7 @@ def describe(run: Run) -> str:
         kept = run.config.reference
         if run.reference.stream is not None and run.reference.stream.is_pageable:
             kept += " (in memory that CUDA could not page-lock, so that its copies take longer)"
+        kept += ", sharded with the policy" * (run.sharding.kind == "full")
     device, dtype = run.policy.device, lm_head_weight(run.policy.model).dtype
     attention = attention_kernel(device.type, dtype)
     optimizer = type(run.optimizer).__name__

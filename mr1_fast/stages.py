@@ -181,14 +181,16 @@ def add_logprobs(run: Run, batches: MicroBatches | None) -> None:
             reference = run.reference.logprobs(batches, config.temperature)
             for values, logp in zip(found, reference, strict=True):
                 values["ref_logp"] = logp
+        if config.needs_own_logprobs:
+            own = policy.logprobs_by_pack(batches, config.temperature, run.sharding)
+            for values, logp in zip(found, own, strict=True):
+                values["old_logp"] = logp
         for batch, values in zip(batches, found, strict=True):
+            rollout_logp = batch.row_data["rollout_logp"]
             if config.updates_per_batch > 1:
-                values["old_logp"] = batch.row_data["rollout_logp"]
-            if config.needs_own_logprobs:
-                on_device = batch.to(policy.device)
-                values["old_logp"], _ = policy.logprobs(on_device, config.temperature)
+                values.setdefault("old_logp", rollout_logp)
             if config.importance_cap:
-                ratio = (values["old_logp"] - on_device.row_data["rollout_logp"]).exp()
+                ratio = (values["old_logp"] - rollout_logp.to(policy.device)).exp()
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
 
         # All or none: an attempt that runs out of memory leaves nothing behind.

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports below: help and a wrong setting
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from .advantages import group_advantages
@@ -150,9 +151,9 @@ def live_page(run: Run) -> LivePage:
 def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
-    if run.world.is_first:
-        with atomic_folder(run.log.folder / "final") as folder:
-            save_pretrained(run.policy, folder, run.config.save)
+    final = run.log.folder / "final"
+    with atomic_folder(final) if run.world.is_first else nullcontext() as folder:
+        save_pretrained(run.policy, folder, run.config.save)
     run.world.barrier()
     run.log.final_stands = True
     record_evaluation(run, "after", step)

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..kernels.adamw.step import add_stochastic_
 from ..seeds import derive_seed
@@ -51,6 +52,8 @@ class Replicated:
     bucket = 2**24
     """Most elements that go through one call, 64 MiB in fp32: large enough for the wires, and small
     beside what an update needs anyway."""
+    passes_together = False
+    """Whether all processes compute a pass together, so that none can try it again by itself."""
 
     def __init__(self, model: nn.Module, world: World = SINGLE):
         self.model, self.world = model, world
@@ -137,6 +140,11 @@ class Replicated:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         return {number: p.grad.view(-1) for number, p in chosen.items()}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the rows that this process has of a tensor that FSDP2 has cut; else the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:

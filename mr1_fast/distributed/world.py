@@ -101,6 +101,16 @@ class World:
         for _ in range(turn, 3):
             self.barrier()
 
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """Run a block on one process of each machine at a time: its memory holds one model."""
+        turns = int(self.most(self.local_size))
+        for _ in range(self.local_rank):
+            self.barrier()
+        yield
+        for _ in range(self.local_rank, turns):
+            self.barrier()
+
     def _reduced(self, values: Sequence[float], operation: dist.ReduceOp) -> list[float]:
         if self.size == 1:
             return list(map(float, values))

@@ -10,6 +10,8 @@ Nothing here keeps state on the model. Positions are always passed in, so transf
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +27,10 @@ from .blocks import run_block
 from .families import base_model, text_model, text_positions, vision_tower
 from .recompute import Carry, Layer, run_layers, summed
 from .vision import BlockCall, Features, encode_patches
+
+WITH_WEIGHTS = "with_weights"
+"""Name of the method, `method(make, *arguments)`, of a layer's module whose weights come and go
+(fsdp.py): it calls the function that `make()` makes of them, while they are there."""
 
 
 @dataclass
@@ -109,6 +115,16 @@ def text_layer(
 
     It uses the weights that the layer has now, so a layer whose weights come and go is built anew.
     """
+    return _with_weights(layer, partial(_text_layer, layer, angles, segments, fused, cache))
+
+
+def _text_layer(
+    layer: nn.Module,
+    angles: tuple[Tensor, Tensor],
+    segments: Segments,
+    fused: bool,
+    cache: object | None,
+) -> Layer:
     if fused and (block := text_block(layer)):
         return partial(run_block, block, angles=angles, segments=segments, cache=cache)
     arguments = dict(
@@ -119,6 +135,15 @@ def text_layer(
         segments=segments,
     )
     return partial(_run_module, layer, arguments=arguments, as_batch=True)
+
+
+def _with_weights(module: nn.Module, make: Callable[[], Layer]) -> Layer:
+    """Return the layer that `make` makes of the weights of a module, as soon as they are there.
+
+    It is made once: when it runs again in the backward pass, the weights are the same tensors.
+    """
+    method = getattr(module, WITH_WEIGHTS, None)
+    return make() if method is None else partial(method, functools.cache(make))
 
 
 def final_hidden(text: nn.Module, carry: Carry, fused: bool = True) -> Tensor:
@@ -227,6 +252,10 @@ def _run_vision_blocks(
 
 def vision_layer(call: BlockCall, fused: bool = True) -> Layer:
     """Return a vision block, with the weights that it has now, as a function like `text_layer`."""
+    return _with_weights(call.block, partial(_vision_layer, call, fused))
+
+
+def _vision_layer(call: BlockCall, fused: bool) -> Layer:
     block = vision_block(call.block) if fused else None
     if block is None:
         return partial(_run_module, call.block, arguments=call.arguments)

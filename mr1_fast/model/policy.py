@@ -1,10 +1,12 @@
 """The policy: the model in training, with what turns examples into its inputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from ..distributed.sharding import Replicated
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .forward import LayerRun, lm_head_weight, packed_hidden, trained_layers
@@ -48,6 +50,22 @@ class Policy:
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probability and the entropy, (N,) fp32 each, at the batch's N targets."""
         return self.logprobs_of(self.hidden(batch), batch, temperature)
+
+    @torch.no_grad()
+    def logprobs_by_pack(
+        self, batches: Sequence[PackedBatch], temperature: float, sharding: Replicated
+    ) -> list[torch.Tensor]:
+        """Return the log-probability, (N,) fp32, of each target of each of the packs.
+
+        The packs may be in host memory. Where `sharding` has the weights in parts, all processes
+        come here, each with its own packs.
+        """
+
+        def compute() -> list[torch.Tensor]:
+            packs = sharding.aligned(batches)
+            return [self.logprobs(pack.to(self.device), temperature)[0] for pack in packs]
+
+        return sharding.within(compute)[: len(batches)]
 
     def logprobs_of(
         self, hidden: torch.Tensor, batch: PackedBatch, temperature: float

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import SINGLE, World
+from ..distributed.sharding import Replicated
 from ..types import PackedBatch
 from .joined_weights import join_weights
 from .layer_stream import LayerStream, layers, on_host
@@ -37,7 +38,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, place: str = "resident", world: World = SINGLE):
-        self.policy, self.device = policy, policy.device
+        self.policy = policy
         self.has_adapter = hasattr(policy.model, "disable_adapter")
         self.stream: LayerStream | None = None
         self.adapters: list[tuple[nn.Parameter, Tensor]] = []
@@ -46,6 +47,8 @@ class Reference:
             if policy.adapters_go_on:
                 trained = [p for p in policy.model.parameters() if p.requires_grad]
                 self.adapters = [(p, p.detach().clone()) for p in trained]
+            self.sharding = Replicated(policy.model)
+            """How the weights are spread over processes; whoever spreads them sets it."""
             return
         # deepcopy takes what its memo holds as it is, so the device never holds a second full copy.
         shared = frozen_parameters(policy.model)
@@ -60,8 +63,9 @@ class Reference:
         if policy.layers.fused and place == "resident":
             join_weights(layers(frozen))
         if place == "offload":
-            self.stream = LayerStream(frozen, self.device, resident=shared)
+            self.stream = LayerStream(frozen, policy.device, resident=shared)
             self.gradients = sum(p.nbytes for p in trained)
+        self.sharding = Replicated(frozen)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
@@ -73,7 +77,7 @@ class Reference:
             with self.stream:
                 return self._by_layers(self.stream, batches, temperature)
         with self._as_it_was():
-            return [self.policy.logprobs(b.to(self.device), temperature)[0] for b in batches]
+            return self.policy.logprobs_by_pack(batches, temperature, self.sharding)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:

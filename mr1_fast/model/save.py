@@ -10,10 +10,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import TrainConfig
 from ..errors import UserError
 from .families import Family, base_model, family_of
+from .fsdp import whole_tensor
 from .policy import Policy
 from .processor import save_source
 from .saved_adapter import ADAPTER_FOLDER, adapter_folder
@@ -34,34 +36,47 @@ def check_save(config: TrainConfig) -> None:
         )
 
 
-def save_pretrained(policy: Policy, folder: Path, save: str | None = None) -> None:
+def save_pretrained(policy: Policy, folder: Path | None, save: str | None = None) -> None:
     """Save a policy in Hugging Face format, with the processor's files of the model it began as.
+
+    folder: None for a process that writes nothing, but has weights that the first one writes, where
+    they are in parts on all processes; then all come here.
 
     save: what is written of a policy with LoRA adapters: "merged", the model with the adapters in
     its weights; "adapter", those alone, in `folder/adapter`; or "both". None is the merged model,
     and over 4-bit weights, which cannot be merged without loss, the adapter.
     """
     model, base = policy.model, base_model(policy.model)
-    if base is model:
+    is_cut = any(isinstance(parameter, DTensor) for parameter in base.parameters())
+    if folder is None and not is_cut:
+        return
+    if base is model and not is_cut:
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    elif base is model:
+        _save_merged(base, folder)
     else:
         save = save or ("adapter" if getattr(base, "is_loaded_in_4bit", False) else "merged")
         if save != "adapter":
             _save_merged(base, folder)
-        if save != "merged":
+        if save != "merged" and folder is not None:
             _save_adapter(model, base, folder / ADAPTER_FOLDER)
+    if folder is None:
+        return
     save_source(policy.processor, folder, base.config.model_type)
     if (folder / "config.json").is_file():
         _keep_config(policy.processor.source, folder, base.dtype)
 
 
 def write_weights(
-    folder: Path, sizes: Mapping[str, int], make: Callable[[str], Tensor], shard: int | None = None
+    folder: Path | None,
+    sizes: Mapping[str, int],
+    make: Callable[[str], Tensor],
+    shard: int | None = None,
 ) -> None:
     """Write tensors as safetensors files of at most `shard` bytes, by default SHARD_BYTES.
 
     sizes: the bytes of each tensor; make: gives a tensor by its name. Only the tensors of one file
-    exist at a time.
+    exist at a time. Without a folder each is made in the same order, and let go of.
     """
     plan = split_state_dict_into_shards_factory(
         dict(sizes),
@@ -70,21 +85,27 @@ def write_weights(
         max_shard_size=shard or SHARD_BYTES,
     )
     for file, names in plan.filename_to_tensors.items():
+        if folder is None:
+            for name in names:
+                make(name)
+            continue
         tensors = {name: make(name).contiguous() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
-    if plan.is_sharded:
+    if plan.is_sharded and folder is not None:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
-def _save_merged(base: nn.Module, folder: Path) -> None:
+def _save_merged(base: nn.Module, folder: Path | None) -> None:
     """Write the model with its adapters merged into the weights; it stays as it is itself."""
     config, family = base.config, family_of(base.config)
-    config.architectures, config.dtype = [type(base).__name__], base.dtype
-    config.save_pretrained(folder)
-    base.generation_config.save_pretrained(folder)
+    if folder is not None:
+        # FSDP2 puts its name before that of the class.
+        config.architectures, config.dtype = [type(base).__name__.removeprefix("FSDP")], base.dtype
+        config.save_pretrained(folder)
+        base.generation_config.save_pretrained(folder)
 
     weights, adapted = {}, {}
     for name, weight in base.state_dict().items():
@@ -98,9 +119,9 @@ def _save_merged(base: nn.Module, folder: Path) -> None:
 
     def make(name: str) -> Tensor:
         module = adapted.get(name)
+        weight = whole_tensor(weights[name].detach())
         if module is None:
-            return weights[name]
-        weight = module.base_layer.weight.detach()
+            return weight.cpu() if isinstance(weights[name], DTensor) else weight
         for adapter in module.active_adapters:
             weight = (weight + module.get_delta_weight(adapter).detach()).to(weight.dtype)
         return (

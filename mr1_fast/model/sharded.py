@@ -1,14 +1,76 @@
 """A policy and its reference, spread over the processes of a run."""
 
+import dataclasses
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..config import TrainConfig
 from ..distributed import World
 from ..distributed.optimizer_shards import OptimizerShards
 from ..distributed.sharding import Replicated
+from ..errors import UserError
+from .device import resolve_device, resolve_dtype
+from .fsdp import FullShards
 from .policy import Policy
 from .reference import Reference
 
 
-def spread(policy: Policy, reference: Reference | None, kind: str, world: World) -> Replicated:
-    """Spread policy and reference over the processes: `none`, `optimizer` or `full`."""
-    if kind == "optimizer" and world.size > 1:
+def check_sharding(config: TrainConfig) -> None:
+    """Raise UserError for settings that weights in parts on all processes exclude."""
+    if config.sharding != "full":
+        return
+    if config.load_in_4bit:
+        raise UserError(
+            "sharding is full, but weights in 4 bits cannot be cut: pass --sharding none or "
+            "optimizer with --load-in-4bit."
+        )
+    if config.needs_reference and not config.lora and config.reference != "resident":
+        raise UserError(
+            f"reference is {config.reference}, but with sharding = full the reference is in parts "
+            "on all processes, as the policy is: pass --reference resident."
+        )
+
+
+def where_to_load(
+    config: TrainConfig, kind: str, world: World
+) -> tuple[TrainConfig, DeviceMesh | None]:
+    """Return the settings to load the model by, and the devices that it is then cut onto.
+
+    A model that a card cannot hold is loaded in host memory. None: it stays where it is loaded.
+    """
+    if kind != "full" or world.size == 1:
+        return config, None
+    device, dtype = resolve_device(config), str(resolve_dtype(config)).removeprefix("torch.")
+    return dataclasses.replace(config, device="cpu", dtype=dtype), device_mesh(device, world)
+
+
+def device_mesh(device: torch.device, world: World) -> DeviceMesh:
+    """Return the devices of all processes, which they make together."""
+    return init_device_mesh(device.type, (world.size,))
+
+
+def spread(
+    policy: Policy,
+    reference: Reference | None,
+    kind: str,
+    world: World,
+    mesh: DeviceMesh | None = None,
+    block: int = 1,
+) -> Replicated:
+    """Spread policy and reference over the processes: `none`, `optimizer` or `full`.
+
+    mesh: the devices onto which `full` cuts weights, by default those that hold the policy.
+    block: elements that must stay together, since the optimizer has one scale for their states.
+    """
+    if kind == "none" or world.size == 1:
+        return Replicated(policy.model, world)
+    if kind == "optimizer":
         return OptimizerShards(policy.model, world)
-    return Replicated(policy.model, world)
+    mesh = mesh or device_mesh(policy.device, world)
+    sharding = FullShards(policy.model, world, mesh, block)
+    if reference is not None and reference.policy is not policy:
+        reference.sharding = FullShards(reference.policy.model, world, mesh)
+    elif reference is not None:
+        reference.sharding = sharding
+    return sharding
