@@ -32,7 +32,7 @@ from mr1_fast.optim import make_optimizer
 from mr1_fast.train import train
 from tests.data.gang import end, gang, start
 from tests.data.old_checkpoint import save_old_checkpoint
-from tests.data.runs import assert_same_run, metrics
+from tests.data.runs import metrics
 
 OPTIMIZERS = ("adamw", "adamw_exact", "adamw_stochastic", "adamw8bit")
 START = "0123456789abcdef"
@@ -364,7 +364,9 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number(kind, r
         left = [path.name for path in (folder / "checkpoints").glob("*")]
         gang(size, whole_run, ["--resume", str(folder)])
         if size == 2:
-            assert_same_run(folder, tmp_path / "two")
+            assert metrics(folder) == metrics(tmp_path / "two")
+            model = "final/model.safetensors"
+            assert (folder / model).read_bytes() == (tmp_path / "two" / model).read_bytes()
         print(f"{kind}: process {whom} killed after {logged} steps, {left}; resumed on {size}")
         assert_close(folder, tmp_path / "one")
         assert not list((folder / "checkpoints").glob(".*"))
@@ -382,4 +384,4 @@ def assert_close(folder, expected):
     weights, its = (load_file(each / "final/model.safetensors") for each in (folder, expected))
     moved = max((weights[name] - its[name]).abs().max().item() for name in its)
     print(f"largest difference of a metric {worst:.1e}, of a weight {moved:.1e}")
-    assert worst < 1e-6 and moved < 1e-5
+    assert worst < 1e-5 and moved < 1e-5  # of a learning rate of 1e-3, over 8 steps
