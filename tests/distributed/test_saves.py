@@ -1,15 +1,12 @@
 """Checkpoints of several processes: whichever of them had saved what, and whatever ends one."""
 
 import os
-import random
 import resource
 import shutil
 import signal
-import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,16 +20,13 @@ from mr1_fast.checkpoint import (
     save_weights,
     saved_steps,
 )
-from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.distributed import SINGLE
 from mr1_fast.distributed.sharding import Part, Replicated
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
-from mr1_fast.train import train
-from tests.data.gang import end, gang, start
+from tests.data.gang import gang
 from tests.data.old_checkpoint import save_old_checkpoint
-from tests.data.runs import assert_same_run, metrics
 
 OPTIMIZERS = ("adamw", "adamw_exact", "adamw_stochastic", "adamw8bit")
 START = "0123456789abcdef"
@@ -318,68 +312,3 @@ def test_a_process_that_is_killed_inside_a_save_leaves_the_one_before(whom, tmp_
     assert_equal(content(sharding, optimizer), content(*expected))
     save_checkpoint(tmp_path, 2, sharding, optimizer, START)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
-
-
-# --- whole runs ---------------------------------------------------------------------------------
-
-STEPS = 8
-
-
-def whole_run(world, argv):
-    train(parse_train_config(argv))
-
-
-def kill_one(argv, folder, whom, chance):
-    """Kill a process of two at a random point of a run; returns how many steps it had logged."""
-    members = start(2, whole_run, argv)
-    try:
-        log, wanted = folder / "metrics.jsonl", chance.randrange(1, STEPS - 1)
-        deadline = time.monotonic() + 100
-        while not log.exists() or log.read_bytes().count(b"\n") < wanted:
-            assert time.monotonic() < deadline and members[whom][0].is_alive()
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 1) * (time.time() - log.stat().st_ctime + 0.3))
-        members[whom][0].kill()
-        members[1 - whom][0].join(timeout=1)  # it may go on until it needs the other one
-    finally:
-        end(members)
-    assert not (folder / "final").exists()
-    return log.read_bytes().count(b"\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "optimizer"])
-def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number(kind, run_args, tmp_path):
-    """MR1_FAST_KILLS says at how many random points; each process is killed in turn."""
-    settings = dict(
-        **dict(steps=STEPS, save_every=2, prompts_per_step=3, num_generations=2, sharding=kind),
-        **dict(beta_shape="target-kl", eval_samples=0, dtype="float32"),
-    )
-    chance = random.Random(0)
-    gang(1, whole_run, run_args(tmp_path / "one", **settings))
-    gang(2, whole_run, run_args(tmp_path / "two", **settings))
-    for point in range(int(os.environ.get("MR1_FAST_KILLS", "2"))):
-        folder, whom, size = tmp_path / f"killed{point}", point % 2, (1, 3, 2)[point // 2 % 3]
-        logged = kill_one(run_args(folder, **settings), folder, whom, chance)
-        left = [path.name for path in (folder / "checkpoints").glob("*")]
-        gang(size, whole_run, ["--resume", str(folder)])
-        if size == 2:
-            assert_same_run(folder, tmp_path / "two")
-        print(f"{kind}: process {whom} killed after {logged} steps, {left}; resumed on {size}")
-        assert_close(folder, tmp_path / "one")
-        assert not list((folder / "checkpoints").glob(".*"))
-
-
-def assert_close(folder, expected):
-    """Two runs are one up to rounding in fp32: the same samples, all that is measured of them."""
-    name = "completions.jsonl"
-    assert (folder / name).read_bytes() == (expected / name).read_bytes()
-    worst = 0.0
-    for mine, theirs in zip(metrics(folder), metrics(expected), strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, value in theirs.items():
-            worst = max(worst, abs(mine[key] - value) / max(abs(value), 1.0))
-    weights, its = (load_file(each / "final/model.safetensors") for each in (folder, expected))
-    moved = max((weights[name] - its[name]).abs().max().item() for name in its)
-    print(f"largest difference of a metric {worst:.1e}, of a weight {moved:.1e}")
-    assert worst < 1e-6 and moved < 1e-5
