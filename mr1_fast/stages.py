@@ -186,11 +186,11 @@ def add_logprobs(run: Run, batches: MicroBatches | None) -> None:
             for values, logp in zip(found, own, strict=True):
                 values["old_logp"] = logp
         for batch, values in zip(batches, found, strict=True):
-            rollout_logp = batch.row_data["rollout_logp"]
             if config.updates_per_batch > 1:
-                values.setdefault("old_logp", rollout_logp)
+                values.setdefault("old_logp", batch.row_data["rollout_logp"])
             if config.importance_cap:
-                ratio = (values["old_logp"] - rollout_logp.to(policy.device)).exp()
+                sampled = batch.row_data["rollout_logp"].to(policy.device)
+                ratio = (values["old_logp"] - sampled).exp()
                 values["is_weights"] = ratio.clamp(max=config.importance_cap)
 
         # All or none: an attempt that runs out of memory leaves nothing behind.
