@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
+from ..distributed.sharding import Replicated
 from ..kernels.adamw.state import BLOCK
 from ..model.layer_stream import layers
 from .layers import LayerStack
@@ -27,8 +28,6 @@ from .meta_model import MetaModel
 
 KINDS = ("none", "optimizer", "full")
 """The kinds of sharding, from the one that holds the most to the one that holds the least."""
-BUCKET = 2**24
-"""Most elements that go through one exchange of whole gradients (distributed/sharding.py)."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,10 @@ class Sharded:
         if self.processes == 1 or not whole:
             return 0
         if self.kind == "optimizer":
-            elements = min(BUCKET, self.processes * sum(map(self.piece, whole)))
+            elements = min(Replicated.bucket, self.processes * sum(map(self.piece, whole)))
             return 4 * (elements + elements // self.processes)
         copies = 2 if any(p.itemsize < 4 for p in whole) else 1
-        return 4 * copies * min(BUCKET, sum(p.numel() for p in whole))
+        return 4 * copies * min(Replicated.bucket, sum(p.numel() for p in whole))
 
     def of_pack(self, stack: LayerStack, module: nn.Module, is_first: bool) -> LayerStack:
         """Return equal layers, each like `module`, with what their gradients leave behind.
