@@ -79,8 +79,20 @@ class Sharded:
         return model.weights - sum(each.size - each.part for each in groups.all)
 
     def whole_weights(self, model: MetaModel) -> int:
-        """Return the bytes of the weights that are gathered for a rollout beside the parts."""
+        """Return the bytes of the weights that are gathered, of all processes together."""
         return sum(each.whole for each in groups_of(self, model).all)
+
+    def whole_beside_parts(self, model: MetaModel) -> int:
+        """Return the bytes that gathered weights take for a rollout, beside those of `weights`.
+
+        The parts' own memory is given up meanwhile.
+        """
+        return sum(each.whole - each.part for each in groups_of(self, model).all)
+
+    def last_gathered(self, model: MetaModel) -> int:
+        """Return the bytes of the last layer as it arrives, and of the part that goes then."""
+        last = groups_of(self, model).decoder[-1]
+        return last.whole + last.part
 
     @lru_cache(maxsize=32)  # noqa: B019, since nothing of this is large
     def gradients(self, model: MetaModel) -> int:
