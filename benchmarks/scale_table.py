@@ -25,7 +25,7 @@ from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.cache import token_bytes
 from mr1_fast.rollout.engine import MOST_SAMPLES
 
-MODELS = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct")
+MODELS = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
 CARDS = (2, 4, 8, 64)
 A_NODE = 8
 """Cards in one machine."""
@@ -164,24 +164,19 @@ def short(model: str) -> str:
     return model.partition("/")[2].removesuffix("-Instruct")
 
 
-def memory_table() -> Iterator[str]:
-    """Bytes per card at the peak, and which cards they fit on."""
+def bytes_table() -> Iterator[str]:
+    """Bytes per card at the peak, which cards have them, and bytes that a card sends in a step."""
     yield from header("model", "`--sharding`", *(f"{n} cards" for n in CARDS))
     for model in MODELS:
         for kind in KINDS:
-            peaks = [plan(model, kind, n).peak for n in CARDS]
-            fits = [next((v for v in (24, 80) if peak <= usable_bytes(v)), "–") for peak in peaks]
-            cells = (f"{p / GIB:.1f} ({v})" for p, v in zip(peaks, fits, strict=True))
-            yield row(short(model), kind, *cells)
+            plans = [plan(model, kind, n) for n in CARDS]
+            yield row(short(model), kind, *map(cell, plans))
 
 
-def wire_table() -> Iterator[str]:
-    """Bytes that a card sends in a step."""
-    yield from header("model", "`--sharding`", *(f"{n} cards" for n in CARDS))
-    for model in MODELS:
-        for kind in KINDS:
-            sent = (f"{plan(model, kind, n).wires.total / GIB:.1f}" for n in CARDS)
-            yield row(short(model), kind, *sent)
+def cell(planned: Plan) -> str:
+    """What a card holds and sends."""
+    fits = next((v for v in (24, 80) if planned.peak <= usable_bytes(v)), "–")
+    return f"{planned.peak / GIB:.1f} ({fits}), {planned.wires.total / GIB:.1f}"
 
 
 def efficiency_table() -> Iterator[str]:
@@ -225,8 +220,8 @@ def batch_table(model: str, kind: str, card: Card) -> Iterator[str]:
 def main() -> None:
     """Print all tables."""
     tables = {
-        "GiB per card, and in brackets the card that has them, of 24 or 80 GB": memory_table(),
-        "GiB that each card sends per step": wire_table(),
+        "GiB per card, in brackets the card of 24 or 80 GB that has them, and GiB that it sends "
+        "in a step": bytes_table(),
         f"Efficiency with {SHARE} prompts on each card": efficiency_table(),
         f"{GLOBAL_BATCH} prompts of {short(MODELS[0])} on more and more cards ({A100.name}, "
         "`--sharding optimizer`)": batch_table(MODELS[0], "optimizer", A100),

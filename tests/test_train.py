@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import datasets
 import pytest
@@ -20,9 +21,9 @@ from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.processor import ImageTextProcessor
 from mr1_fast.optim import make_optimizer
+from mr1_fast.plan import run_memory
 from mr1_fast.plan.choice import MARGIN
 from mr1_fast.plan.plan import make_plan
-from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.sft import solution_batches
 from mr1_fast.start import load_policy, supervised_start
 from mr1_fast.tasks import format_problem
@@ -377,7 +378,10 @@ def test_layers_run_as_the_memory_plan_says(run_args, tmp_path, monkeypatch, cap
         for value in ("none", "all")
     )
     limit = (least + most) / 2 / (1 - MARGIN)
-    monkeypatch.setattr(RunMemory, "usable", limit)
+    limited = partial(make_plan, usable=limit)  # a CPU has no limit of its own
+    monkeypatch.setattr(
+        run_memory, "make_plan", lambda *args, usable, **named: limited(*args, **named)
+    )
     seen = []
     train(config, watch=lambda policy, _: seen.append(replace(policy.layers)))
     run_again = seen[0].recompute_text, seen[0].recompute_vision

@@ -23,8 +23,8 @@ class RunConfig:
     otherwise, so that one command line can be started again and again."""
     sharding: Literal["auto", "none", "optimizer", "full"] = "auto"
     """What each of several processes under `torchrun` holds a part of: nothing (none), the
-    optimizer's state (optimizer), or the weights, too (full). `auto` is the first of these with
-    which the run fits into memory by the plan."""
+    optimizer's state (optimizer), or the weights, too (full). `auto` is none, or optimizer where
+    that leaves memory to compute less again, and full only if neither fits, by the plan."""
     seed: int = 0
     """Seed of everything random: the same seed gives the same numbers on the same machine."""
     save_every: int = 50

@@ -96,18 +96,29 @@ class FullShards(Replicated):
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Have all weights whole on this process within a block; nothing in it is collective."""
+        """Have all weights whole on this process within a block; nothing in it is collective.
+
+        This process's rows, which the whole weights have as well, take no memory meanwhile.
+        """
         if not self.started:  # whichever group comes first becomes the root
             with torch.no_grad():
                 self.within(lambda: None)
         methods = {group: group.__dict__.pop(WITH_WEIGHTS) for group in self.groups}
+        rows: dict[nn.Parameter, _Rows] = {}
         try:
             for group in self.groups:
+                parts = list(group.parameters())
                 group.unshard()
+                for part, whole in zip(parts, group.parameters(), strict=True):
+                    if part is not whole and len(part := local(part.detach())):
+                        rows[whole] = _Rows(part, whole, self.world)
             yield
         finally:
-            for group, method in methods.items():
-                setattr(group, WITH_WEIGHTS, method)
+            for group in reversed(self.groups):  # layers first, so that little is there twice
+                for whole in group.parameters():
+                    if whole in rows:
+                        rows.pop(whole).fill()
+                setattr(group, WITH_WEIGHTS, methods[group])
                 group.reshard()
 
     def aligned(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -131,6 +142,23 @@ class FullShards(Replicated):
         dist.all_reduce(square)
         square += gradient_norm(self.replicated).to(device).double() ** 2
         return square.sqrt().float()
+
+
+class _Rows:
+    """The memory of the rows that this process has of a parameter, which is given up for a time."""
+
+    def __init__(self, rows: Tensor, whole: Tensor, world: World):
+        """Free the memory of the rows; `whole` is the parameter with those of all processes."""
+        first = world.rank * -(-len(whole) // world.size)
+        self.rows, self.of_whole = rows, whole.detach()[first : first + len(rows)]
+        self.size = rows.untyped_storage().nbytes()
+        rows.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Take memory again, and write the rows of the whole parameter into it."""
+        self.rows.untyped_storage().resize_(self.size)
+        self.rows.copy_(self.of_whole)
 
 
 def no_second_attempt(error: torch.OutOfMemoryError) -> UserError:

@@ -13,9 +13,9 @@ from .run_memory import usable_memory
 def choose_sharding(config: TrainConfig, world: World) -> str:
     """Return none, optimizer or full, the same on every process, for `--sharding auto`.
 
-    It is the first of these with which the run fits into the memory of every card by the plan; if
-    none fits, the one that takes the least. Where nothing can be planned it is optimizer, which
-    every model can have. Collective.
+    `make_plan` says which, for the memory of the card that has the least: none, unless optimizer
+    leaves room to recompute less or in larger packs; full where neither fits. Where nothing can be
+    planned it is optimizer, which every model can have. Collective.
     """
     device, dtype = resolve_device(config), str(resolve_dtype(config)).removeprefix("torch.")
     here = replace(config, device=device.type, dtype=dtype)

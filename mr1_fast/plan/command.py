@@ -2,6 +2,7 @@
 
 from ..model.families import pixels_per_token
 from ..model.known import find_model_config
+from ..model.sharded import check_sharding
 from .advice import advice
 from .evaluations import describe_evaluations
 from .plan import make_plan, usable_bytes
@@ -12,8 +13,10 @@ from .settings import PlanConfig
 def print_plan(config: PlanConfig) -> None:
     """Print the plan of a run on a card of `config.vram` GB, and what to change if it does not fit.
 
-    A CPU has no such limit. UserError if the model has no configuration that can be read here.
+    A CPU has no such limit. UserError if the model has no configuration that can be read here, or
+    for what --sharding full excludes.
     """
+    check_sharding(config)
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")

@@ -114,20 +114,28 @@ def make_plan(
     same margin, if anything does.
 
     Of several processes, each on a card of its own, the plan is that of the fullest; `workload` is
-    its own. `--sharding auto` is the first kind with which the run fits, or nearly fits.
+    its own. `--sharding auto` is none or optimizer: of those with which the run fits, the one whose
+    update has less work, and none where both have the same. It is full only where neither fits, and
+    the kind that exceeds least where full does not fit either.
     """
     limit = None if usable is None else (1 - MARGIN) * usable
-    plans: list[Plan] = []
-    for kind in open_kinds(config, processes):
-        run = planned_run(replace(config, sharding=kind), model_config, processes)
-        plans.append(_plan_kind(run, workload, usable, limit))
-        if _fits(plans[-1], usable, limit):
-            return plans[-1]
+    kinds, plans = open_kinds(config, processes), []
+    for together in (set(kinds) - {"full"}, set(kinds) & {"full"}):
+        runs = [
+            planned_run(replace(config, sharding=kind), model_config, processes)
+            for kind in kinds
+            if kind in together
+        ]
+        found = [_plan_kind(run, workload, usable, limit) for run in runs]
+        fitting = [plan for plan in found if _fits(plan, usable, limit)]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.work)
+        plans += found
     return min(plans, key=lambda plan: plan.excess(usable))
 
 
 def open_kinds(config: TrainConfig, processes: int) -> tuple[str, ...]:
-    """The kinds of sharding that the settings leave open, from the first to be tried to the last.
+    """The kinds of sharding that the settings leave open, in the order of KINDS.
 
     Weights in 4 bits are not sharded, and neither is a reference but on the device in the model's
     dtype. A CPU has no limit that would ask for it.

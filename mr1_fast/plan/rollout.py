@@ -19,7 +19,8 @@ CUDA's sort holds twice."""
 
 
 def rollout(run: PlannedRun, work: Workload, cache_tokens: int | None = None) -> list[MemoryUse]:
-    """Bytes while images are encoded, prompts are encoded, first tokens drawn, and in decoding.
+    """Bytes while weights are gathered, images encoded, prompts encoded, first tokens drawn, and in
+    decoding.
 
     The KV cache has `cache_tokens` tokens at most; by default as many as all samples need.
     """
@@ -28,11 +29,10 @@ def rollout(run: PlannedRun, work: Workload, cache_tokens: int | None = None) ->
     prefill = _prefill(run, work, layout.prompt_spans)
     if run.device == "cuda":  # captured graphs keep their memory meanwhile
         prefill = [added(use, decoding) for use in prefill]
-    cache = {
-        "KV cache": layout.tokens * token_bytes(model.text),
-        "exchange": run.sharded.whole_weights(model),
-    }
-    return [cache | use for use in (*prefill, decoding)]
+    whole = {"exchange": run.sharded.whole_beside_parts(model)}
+    cache = whole | {"KV cache": layout.tokens * token_bytes(model.text)}
+    gathering = added(whole, {"exchange": run.sharded.last_gathered(model), "KV cache": 0})
+    return [gathering, *(cache | use for use in (*prefill, decoding))]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def cache_tokens_for(run: PlannedRun, work: Workload, available: float | None) -
     if available is None:
         return needed
     least = cache_layout(work.first_sample(), None).tokens
-    others = max(sum(use.values()) - use["KV cache"] for use in rollout(run, work, needed))
+    uses = rollout(run, work, needed)
+    others = max(sum(use.values()) - use["KV cache"] for use in uses if use["KV cache"])
     left = available - others
     return int(min(needed, max(least, left / token_bytes(run.policy.text))))
 

@@ -20,6 +20,7 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
+from ..distributed.sharding import Replicated
 from ..kernels.adamw.state import BLOCK
 from ..model.layer_stream import layers
 from .layers import LayerStack
@@ -27,8 +28,6 @@ from .meta_model import MetaModel
 
 KINDS = ("none", "optimizer", "full")
 """The kinds of sharding, from the one that holds the most to the one that holds the least."""
-BUCKET = 2**24
-"""Most elements that go through one exchange of whole gradients (distributed/sharding.py)."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,20 @@ class Sharded:
         return model.weights - sum(each.size - each.part for each in groups.all)
 
     def whole_weights(self, model: MetaModel) -> int:
-        """Return the bytes of the weights that are gathered for a rollout beside the parts."""
+        """Return the bytes of the weights that are gathered, of all processes together."""
         return sum(each.whole for each in groups_of(self, model).all)
+
+    def whole_beside_parts(self, model: MetaModel) -> int:
+        """Return the bytes that gathered weights take for a rollout, beside those of `weights`.
+
+        The parts' own memory is given up meanwhile.
+        """
+        return sum(each.whole - each.part for each in groups_of(self, model).all)
+
+    def last_gathered(self, model: MetaModel) -> int:
+        """Return the bytes of the last layer as it arrives, and of the part that goes then."""
+        last = groups_of(self, model).decoder[-1]
+        return last.whole + last.part
 
     @lru_cache(maxsize=32)  # noqa: B019, since nothing of this is large
     def gradients(self, model: MetaModel) -> int:
@@ -107,10 +118,10 @@ class Sharded:
         if self.processes == 1 or not whole:
             return 0
         if self.kind == "optimizer":
-            elements = min(BUCKET, self.processes * sum(map(self.piece, whole)))
+            elements = min(Replicated.bucket, self.processes * sum(map(self.piece, whole)))
             return 4 * (elements + elements // self.processes)
         copies = 2 if any(p.itemsize < 4 for p in whole) else 1
-        return 4 * copies * min(BUCKET, sum(p.numel() for p in whole))
+        return 4 * copies * min(Replicated.bucket, sum(p.numel() for p in whole))
 
     def of_pack(self, stack: LayerStack, module: nn.Module, is_first: bool) -> LayerStack:
         """Return equal layers, each like `module`, with what their gradients leave behind.

@@ -8,7 +8,7 @@ from scale_table import A100, RTX_4090, Seconds, speed, waited
 
 from mr1_fast.plan.wires import Wires
 
-PAGE = Path(__file__).parents[2] / "benchmarks" / "scale_draft.md"
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
 
 def test_waiting_by_hand():

@@ -162,9 +162,15 @@ def sample_and_look_back(world: World, family: str, settings: dict) -> list[str]
     # Processes may sample different prompts, and not equally many.
     mine = examples[: 1 + 2 * world.rank]
     sampling, differences = Sampling(max_new_tokens=8), []
+    own = [local(p.detach()) for p in policy.model.parameters() if isinstance(p, DTensor)]
+    before = [part.clone() for part in own]
     for _ in range(2):
         with sharding.whole_weights():
             ours = Engine(policy.model, policy.processor, policy.encode).generate(mine, 2, sampling)
+            if any(part.untyped_storage().nbytes() for part in own if part.numel()):
+                differences.append("rows are there twice in a rollout")
+    if not all(map(torch.equal, own, before)):
+        differences.append("rows after a rollout")
     theirs = Engine(alone.model, alone.processor, alone.encode).generate(mine, 2, sampling)
     if not all(map(torch.equal, ours.completions, theirs.completions)):
         differences.append("completions")

@@ -8,12 +8,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mr1_fast.config import TrainConfig
+from mr1_fast.distributed import SINGLE, World
+from mr1_fast.distributed.sharding import local
 from mr1_fast.model.families import FAMILIES, auto_class, patches_per_token
 from mr1_fast.model.load import make_policy
 from mr1_fast.model.reference import Reference
-from mr1_fast.optim import make_optimizer, update
+from mr1_fast.model.sharded import spread
+from mr1_fast.optim import make_optimizer, state_block, update
 from mr1_fast.plan.choice import Choice
-from mr1_fast.plan.layers import nbytes
 from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.engine import Engine
 from mr1_fast.rollout.sampling import Sampling
@@ -117,15 +119,31 @@ def held(value) -> int:
     return sum(map(held, value)) if isinstance(value, list | tuple) else 0
 
 
+def tensors_of(*models: nn.Module) -> dict[int, int]:
+    """Bytes that this process has of the models' parameters and buffers, by their address."""
+    tensors = [local(t.detach()) for m in models for t in (*m.parameters(), *m.buffers())]
+    return {t.data_ptr(): t.nbytes for t in tensors}
+
+
 def measure(
-    config: TrainConfig, model_config: PretrainedConfig, grids, lengths, choice: Choice
+    config: TrainConfig,
+    model_config: PretrainedConfig,
+    grids,
+    lengths,
+    choice: Choice,
+    world: World = SINGLE,
 ) -> tuple[int, dict[str, int]]:
-    """Measure a step: bytes between phases, and bytes that each phase adds at its peak."""
+    """Measure a step: bytes between phases, and bytes that each phase adds at its peak.
+
+    Several processes are sharded as `config` says; each has the prompts that are given here.
+    """
     torch.manual_seed(0)
     model = small_model(model_config).to(getattr(torch, config.dtype))
     policy = make_policy(model, SimpleNamespace(), config)
     choice.apply(policy.layers)
-    optimizer, reference = make_optimizer(policy.model, config), Reference(policy, config.reference)
+    reference, block = Reference(policy, config.reference), state_block(policy.model, config)
+    sharding = spread(policy, reference, config.sharding, world, block=block)
+    optimizer = make_optimizer(policy.model, config, parts=sharding.parts)
     prompts = [random_prompt(model_config, *grid) for grid in grids]
     completions = [torch.randint(20, 200, (length,)) for length in lengths]
     logprobs = [torch.zeros(len(ids)) for ids in completions]
@@ -136,14 +154,12 @@ def measure(
     for batch in batches:
         batch.row_data["ref_logp"] = torch.zeros(len(batch.targets))
     batch_loss = partial(grpo_batch_loss, beta=0.04, config=config)
-    learn = partial(update, policy, optimizer, batches, batch_loss, 0, 10, config)
+    learn = partial(
+        update, policy, optimizer, batches, batch_loss, 0, 10, config, sharding=sharding
+    )
     learn()  # makes the optimizer's state
-    always = nbytes(policy.model) + held(list(optimizer.state.values()))
-    if not reference.has_adapter:
-        ours, frozen = policy.model, reference.policy.model
-        shared = {p.data_ptr() for p in ours.parameters()}
-        own = [t for t in (*frozen.parameters(), *frozen.buffers()) if t.data_ptr() not in shared]
-        always += held(own)
+    always = held(list(optimizer.state.values()))
+    always += sum(tensors_of(policy.model, reference.policy.model).values())
 
     processor = SimpleNamespace(
         tokenizer=SimpleNamespace(eos_token_id=-1, batch_decode=lambda ids, **_: [""] * len(ids))
@@ -151,11 +167,12 @@ def measure(
     sampling = Sampling(max(lengths), top_p=config.top_p)
 
     def sample():  # an engine of its own, as a training step has
-        engine = Engine(policy.model, processor, len, policy.layers)
-        at_once = choice.tokens
-        engine.generate(
-            [], config.num_generations, sampling, prompts=prompts, prefill_tokens=at_once
-        )
+        with sharding.whole_weights():
+            engine = Engine(policy.model, processor, len, policy.layers)
+            at_once = choice.tokens
+            engine.generate(
+                [], config.num_generations, sampling, prompts=prompts, prefill_tokens=at_once
+            )
 
     if config.device == "cuda":  # work space of cuBLAS for the stream of captures
         sample()

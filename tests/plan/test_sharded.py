@@ -135,7 +135,8 @@ def test_phases_hold_what_is_gathered():
     whole = sharded.whole_weights(model)
     assert whole == sum(p.nbytes for p in model.model.parameters())
     alone, full = steps["none"].phases, steps["full"].phases
-    assert full["rollout"]["exchange"] == whole
+    parts = sum(sharded.held(p) * p.itemsize for p in model.model.parameters())
+    assert full["rollout"]["exchange"] == whole - parts > 0
     assert full["reference"]["exchange"] == sharded.pass_weights(model) < whole
     for phase in alone:
         assert "exchange" not in alone[phase] or not alone[phase]["exchange"]
@@ -165,7 +166,7 @@ def test_a_pass_of_full_keeps_parts_of_layers_gradients_and_the_roots_whole():
     assert most == groups.root.whole + 2 * groups.largest.whole + 4 * groups.largest.trained
 
 
-def test_auto_is_the_first_kind_that_fits():
+def test_auto_is_the_first_kind_that_fits_where_work_is_the_same():
     peaks = {kind: planned_2b(kind).peak for kind in ("none", "optimizer", "full")}
     assert peaks["none"] > peaks["optimizer"] > peaks["full"]
     for kind, peak in peaks.items():
@@ -176,6 +177,25 @@ def test_auto_is_the_first_kind_that_fits():
     assert planned_2b("auto", processes=1, usable=0.0).sharded == SINGLE
     on_cpu = make_plan(replace(SMALL, sharding="auto"), small_config(), processes=2)
     assert on_cpu.sharded == Sharded("none", 2, block=1)
+
+
+def test_auto_takes_the_optimizers_parts_where_they_save_work():
+    """Layers are recomputed where memory is short: more of them with all states on each card."""
+
+    def auto(kind: str, usable: float) -> Plan:
+        return planned_2b(kind, usable=usable, recompute="auto")
+
+    for usable, chosen in (
+        (1.06 * planned_2b("none").peak, "optimizer"),
+        (4 * planned_2b("none", recompute="none").peak, "none"),
+        (1.06 * planned_2b("optimizer").peak, "optimizer"),
+        (1.06 * planned_2b("full").peak, "full"),
+    ):
+        assert auto("auto", usable).sharded.kind == chosen
+    tight = 1.06 * planned_2b("none").peak
+    none, optimizer, full = (auto(kind, tight) for kind in ("none", "optimizer", "full"))
+    assert max(none.peak, optimizer.peak, full.peak) <= tight
+    assert none.work > optimizer.work > full.work
 
 
 def test_a_card_has_the_prompts_of_the_process_with_the_most():
@@ -203,6 +223,16 @@ def test_command(capsys):
     assert last.startswith("over the wires per step: 0.0") and last.endswith("GiB per card")
     print_plan(parse([*flags[:4], "--device", "cpu"]))
     assert "wires" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "excluded",
+    [["--reference", "offload"], ["--reference", "8bit"], ["--load-in-4bit", "--lora"]],
+    ids=" ".join,
+)
+def test_full_cannot_have(excluded):
+    with pytest.raises(UserError, match="sharding"):
+        print_plan(parse(["--model", "tiny", "--gpus", "2", "--sharding", "full", *excluded]))
 
 
 @pytest.mark.parametrize("gpus, told", [(0, "gpus is 0"), (17, "each of 17 GPUs needs a prompt")])
