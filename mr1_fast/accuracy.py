@@ -67,11 +67,11 @@ def evaluate(
                         "outputs": outputs,
                     }
                 )
-            by_batch.append(judged(records, judge))
+            by_batch.append(records)
             bar.update(len(rollout.examples))
             if stopped and stopped():
                 break
-    parts = world.gather(by_batch)
+    parts = world.gather([judged(records, judge) for records in by_batch])
     return [record for batch in zip(*parts, strict=False) for record in in_order(batch)]
 
 

@@ -208,10 +208,18 @@ class RunLog:
 
 
 def _holds_a_run(folder: Path, of_no_worth: set[str]) -> bool:
-    """Say whether a folder holds anything but files and folders of these names."""
+    """Say whether a folder holds anything but files and folders of these names.
+
+    What a process that was killed had half written, or had left for others to see, does not count.
+    """
     if not folder.exists():
         return False
-    return not folder.is_dir() or any(path.name not in of_no_worth for path in folder.iterdir())
+    return not folder.is_dir() or any(
+        path.name not in of_no_worth
+        and not path.match(".*.partial")
+        and not path.match(".seen-by-all-*")
+        for path in folder.iterdir()
+    )
 
 
 def _steps_in(metrics: Path) -> int:

@@ -206,10 +206,12 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
             checkpoint_parts(schedule, loss_scale),
         )
     progress = Progress.read(log.evaluations, first_step) if log.resuming else Progress()
+    # A file system that is shared by machines may show others an earlier state.
+    progress, kept = world.of_first((progress, saved_steps(log.best)))
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers
         for mode in ("greedy", "sampled"):
             time_limit.note(f"{mode} evaluation", progress.seconds)
-    if config.keep_best and progress.best() not in (None, *saved_steps(log.best)):
+    if config.keep_best and progress.best() not in (None, *kept):
         raise UserError(
             f"keep_best is true, but the weights of the best evaluation so far, that after step "
             f"{progress.best()}, are not in {log.best}: resume without it."
@@ -221,8 +223,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
     memory = RunMemory(policy, config, world, kind)
     memory.choice.apply(policy.layers)
-    kept = log.folder / KEPT if sharding.kind == "full" else None
-    limits = MemoryLimits(log.say, memory.advise, memory.amounts(), world, kept)
+    half = log.folder / KEPT if sharding.kind == "full" else None
+    limits = MemoryLimits(log.say, memory.advise, memory.amounts(), world, half)
     limits.agree()
     run = Run(
         config=config,

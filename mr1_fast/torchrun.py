@@ -70,7 +70,7 @@ def is_first() -> bool:
 
 def local_rank() -> int:
     """Return the number of this process on its machine, which is that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK", rank())) if size() > 1 else 0
 
 
 def local_size() -> int:

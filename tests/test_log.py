@@ -74,6 +74,15 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_resume_aut
         RunLog(replace(config, resume="auto"))
 
 
+@pytest.mark.parametrize("left", [".evaluation.json.0f3a.partial", ".seen-by-all-0f3a"])
+def test_what_was_half_written_is_no_run(left, tmp_path):
+    (tmp_path / left).touch()
+    RunLog(TrainConfig(output=str(tmp_path)))
+    (tmp_path / ".final.replaced").mkdir()  # which may be the only final/ there is
+    with pytest.raises(UserError, match="not empty"):
+        RunLog(TrainConfig(output=str(tmp_path)))
+
+
 def test_a_stopped_run_is_told_how_to_go_on(tmp_path):
     log = RunLog(TrainConfig(output=str(tmp_path / "my run"), steps=9))
     assert log.way_on() == "nothing was saved yet, so start it again"

@@ -29,6 +29,8 @@ MEETING = timedelta(minutes=10)
 GRACE = 30.0
 """Seconds that a process has to end by itself after another one has ended. It cannot where it waits
 for NCCL, which may not notice."""
+FOR_EVER = timedelta(days=3650)
+"""How long the watch for the end of another process may last: as long as any run."""
 SEEN = 30.0
 """Seconds within which a shared file system must show a new file on all machines."""
 
@@ -127,7 +129,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.over = False
-        self.group = dist.new_group(backend="gloo", timeout=WAIT)
+        self.group = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.thread = threading.Thread(target=self._wait, daemon=True)
         self.thread.start()

@@ -50,9 +50,12 @@ def claims_in(output: Path, world: World) -> Iterator[Claims]:
     """
     folder = output / ".claims"
     if world.is_first:
-        shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
+        for earlier in (folder, output / ".claims.over"):  # of a call that was stopped
+            shutil.rmtree(earlier, ignore_errors=True)
         folder.mkdir()
     work_alone(world)
     yield Claims(folder)
     if world.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
+        # At once, since nobody may find a cell that has neither begun nor ended.
+        over = folder.rename(output / ".claims.over")
+        shutil.rmtree(over, ignore_errors=True)
