@@ -1,7 +1,6 @@
 """Compile Triton kernels for GPUs that are not here, and read what the machine code needs."""
 
 import contextlib
-import gc
 import re
 import subprocess
 import tempfile
@@ -37,24 +36,24 @@ class TargetDriver:
 @contextlib.contextmanager
 def captured(target: GPUTarget):
     """Let launches inside only compile for the target; yield a list of (name, compiled kernel)."""
-    compiled = []
+    compiled, launched = [], {}
     run, active = JITFunction.run, driver._active
 
     def compile_only(self, *args, grid, warmup, **options):
+        if id(self) not in launched:
+            self.device_caches.clear()  # the caches' key is the device number, not the target
+            launched[id(self)] = self
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         compiled.append((self.fn.__name__.removeprefix("_").removesuffix("_kernel"), kernel))
         return kernel
 
-    functions = [each for each in gc.get_objects() if issubclass(type(each), JITFunction)]
     driver.set_active(TargetDriver(target))
     JITFunction.run = compile_only
     try:
-        for function in functions:
-            function.device_caches.clear()  # the caches' key is the device number, not the target
         yield compiled
     finally:
         JITFunction.run, driver._active = run, active
-        for function in functions:
+        for function in launched.values():
             function.device_caches.clear()
 
 
