@@ -25,7 +25,11 @@ from mr1_fast.plan.workload import Workload
 from mr1_fast.rollout.cache import token_bytes
 from mr1_fast.rollout.engine import MOST_SAMPLES
 
-MODELS = ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct")
+MODELS = (
+    "Qwen/Qwen2-VL-2B-Instruct",
+    "Qwen/Qwen2-VL-7B-Instruct",
+    "Qwen/Qwen3-VL-8B-Instruct",
+)
 CARDS = (2, 4, 8, 64)
 A_NODE = 8
 """Cards in one machine."""
