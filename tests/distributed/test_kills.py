@@ -7,16 +7,14 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from mr1_fast.command_line import parse_train_config
-from mr1_fast.train import train
 from tests.data.gang import end, gang, start
-from tests.data.runs import metrics
+from tests.data.runs import metrics, run
 
 STEPS = 8
 
 
 def whole_run(world, argv):
-    train(parse_train_config(argv))
+    run(argv)
 
 
 def kill_one(argv, folder, whom, chance):
@@ -46,7 +44,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number(kind, r
         **dict(beta_shape="target-kl", eval_samples=0, dtype="float32"),
     )
     chance = random.Random(0)
-    gang(1, whole_run, run_args(tmp_path / "one", **settings))
+    run(run_args(tmp_path / "one", **settings))
     gang(2, whole_run, run_args(tmp_path / "two", **settings))
     for point in range(int(os.environ.get("MR1_FAST_KILLS", "2"))):
         folder, whom, size = tmp_path / f"killed{point}", point % 2, (1, 3, 2)[point // 2 % 3]
@@ -57,13 +55,16 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number(kind, r
             assert metrics(folder) == metrics(tmp_path / "two")
             model = "final/model.safetensors"
             assert (folder / model).read_bytes() == (tmp_path / "two" / model).read_bytes()
-        print(f"{kind}: process {whom} killed after {logged} steps, {left}; resumed on {size}")
-        assert_close(folder, tmp_path / "one")
+        found = assert_close(folder, tmp_path / "one")
+        print(f"{kind}: process {whom} killed after {logged} steps, {left}; on {size}: {found}")
         assert not list((folder / "checkpoints").glob(".*"))
 
 
 def assert_close(folder, expected):
-    """Two runs are one up to rounding in fp32: the same samples, all that is measured of them."""
+    """Two runs are one up to rounding in fp32: the same samples, all that is measured of them.
+
+    Returns the largest differences, in words.
+    """
     name = "completions.jsonl"
     assert (folder / name).read_bytes() == (expected / name).read_bytes()
     worst = 0.0
@@ -73,5 +74,5 @@ def assert_close(folder, expected):
             worst = max(worst, abs(mine[key] - value) / max(abs(value), 1.0))
     weights, its = (load_file(each / "final/model.safetensors") for each in (folder, expected))
     moved = max((weights[name] - its[name]).abs().max().item() for name in its)
-    print(f"largest difference of a metric {worst:.1e}, of a weight {moved:.1e}")
     assert worst < 1e-5 and moved < 1e-5  # of a learning rate of 1e-3, over 8 steps
+    return f"metrics {worst:.1e}, weights {moved:.1e}"
