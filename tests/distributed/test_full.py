@@ -1,4 +1,4 @@
-"""Weights in parts on all processes (`--sharding full`): gradients, rollouts and runs of one."""
+"""Weights in parts on all processes (`--sharding full`): the gradients and rollouts of one."""
 
 from functools import partial
 

@@ -48,10 +48,12 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_another_number(kind, r
     gang(2, whole_run, run_args(tmp_path / "two", **settings))
     for point in range(int(os.environ.get("MR1_FAST_KILLS", "2"))):
         folder, whom, size = tmp_path / f"killed{point}", point % 2, (1, 3, 2)[point // 2 % 3]
-        logged = kill_one(run_args(folder, **settings), folder, whom, chance)
+        argv = run_args(folder, **settings)
+        logged = kill_one(argv, folder, whom, chance)
         left = [path.name for path in (folder / "checkpoints").glob("*")]
-        gang(size, whole_run, ["--resume", str(folder)])
-        if size == 2:
+        # Before the first checkpoint there is nothing to resume, and `auto` begins again.
+        gang(size, whole_run, [*argv, "--resume=auto"])
+        if size == 2:  # as it was before it was killed
             assert metrics(folder) == metrics(tmp_path / "two")
             model = "final/model.safetensors"
             assert (folder / model).read_bytes() == (tmp_path / "two" / model).read_bytes()

@@ -18,6 +18,7 @@ from mr1_fast.model.families import FAMILIES
 from mr1_fast.model.tiny import family_processor
 from mr1_fast.rewards import Scores
 from mr1_fast.stages import sample
+from mr1_fast.stopwatch import Stopwatch
 from mr1_fast.whole_step import together
 from tests.conftest import PLUGIN
 from tests.data.gang import gang
@@ -31,7 +32,7 @@ FOUR = {"prompts_per_step": 4, "eval_samples": 0, "save_every": 0, "learning_rat
 UNEVEN = {"max_new_tokens": 12, "stop": ["e", "o"], "extra_rewards": {"rare": 1.0}}
 CASES = {
     "grpo": FOUR | {"steps": 10},
-    "bf16": FOUR | {"steps": 10, "algo": "sft", "dtype": "bfloat16"},
+    "bf16": FOUR | {"steps": 5, "algo": "sft", "dtype": "bfloat16"},
     "sft": FOUR | {"steps": 10, "algo": "sft"},
     "lora": FOUR
     | {"steps": 4, "lora": True, "lora_rank": 4, "loss_type": "bnpo", "updates_per_batch": 2}
@@ -113,7 +114,7 @@ def sampled(world) -> list[tuple[list[int], list[float]]]:
     rollout = sample(stage_run(policy, config, world=world), world.share(examples), step=4)
     count = len(rollout.examples)
     scores = Scores(torch.zeros(count, 3), {}, [""] * 3 * count)
-    rollout, _ = together(world, rollout, scores)
+    rollout, _ = together(world, rollout, scores, Stopwatch())
     own = [prompt is not None for prompt in rollout.prompts]
     assert own == [place % world.size == world.rank for place in range(len(examples))]
     assert [each.key for each in rollout.examples] == [each.key for each in examples]
