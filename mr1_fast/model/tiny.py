@@ -4,7 +4,7 @@ They are real models of their families, of about 0.9M parameters, and `small` of
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -81,11 +81,11 @@ def family_processor(family: Family) -> Processor:
     return ImageTextProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def _tokenizer(has_images: bool) -> PreTrainedTokenizerBase:
-    """Make the tokenizer of the built-in models with images, or of those of text alone.
+@cache
+def _trained_bpe(has_images: bool) -> str:
+    """Train a byte-level BPE on the sentences of the drawn tasks that its models can see.
 
-    It is a byte-level BPE trained on the sentences of the drawn tasks that its models can see, with
-    Qwen2-VL's special tokens. Digits and signs are tokens of both.
+    That takes a third of a second, so a process does it once.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -99,8 +99,16 @@ def _tokenizer(has_images: bool) -> PreTrainedTokenizerBase:
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(_sentences(has_images), trainer)
+    return bpe.to_str()
+
+
+def _tokenizer(has_images: bool) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of the built-in models with images, or of those of text alone.
+
+    It has Qwen2-VL's special tokens. Digits and signs are tokens of both.
+    """
     tokenizer = Qwen2TokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(_trained_bpe(has_images)),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,
@@ -147,12 +155,10 @@ def tiny_model(processor: Processor, name: str = "tiny") -> nn.Module:
     return auto_class(config).from_config(config)
 
 
-@lru_cache
 def _sentences(has_images: bool, per_task: int = 200) -> list[str]:
     """Return texts of the drawn tasks with images, or of those without, for training a tokenizer.
 
-    They are of two difficulties. A process makes several processors, and the images, which no
-    sentence needs, would take it seconds.
+    They are of two difficulties, and drawn without the images, which would take seconds.
     """
     sentences, options = [], {"painted": False} if has_images else {}
     for task in DRAWN_TASKS.values():

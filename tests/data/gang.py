@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PRELOADED = ["mr1_fast.train", "tests.data.models", "torch.distributed.fsdp", "peft"]
+PRELOADED = ["tests.data.preloaded"]
 
 
 def gang(size: int, work: Callable, *arguments: Any, seconds: float = 120.0) -> list[Any]:

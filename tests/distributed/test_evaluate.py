@@ -4,9 +4,8 @@ import json
 from contextlib import redirect_stdout
 from io import StringIO
 
-import pytest
-
 from mr1_fast.accuracy import evaluate
+from mr1_fast.distributed import SINGLE
 from mr1_fast.evaluate.command import evaluate_model
 from mr1_fast.evaluate.settings import parse
 from mr1_fast.rollout.sampling import Sampling
@@ -36,7 +35,7 @@ def answer(world):
 
 
 def test_records_are_those_of_one_process():
-    (alone,) = gang(1, answer)
+    alone = answer(SINGLE)
     greedy, sampled, one, *stopped = alone
     assert [len(greedy), len(sampled), len(one), *stopped] == [9, 9, 1, 1, 1]
     assert len({text for record in sampled for text in record["outputs"]}) > 9
@@ -48,27 +47,38 @@ def test_records_are_those_of_one_process():
         assert found[-1][4] == 1 < found[0][4]
 
 
-def run_command(world, argv):
+def run_commands(world, commands):
+    return [printed(argv) for argv in commands]
+
+
+def printed(argv):
     said = StringIO()
     with redirect_stdout(said):
         evaluate_model(parse(argv))
     return said.getvalue()
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_the_command_writes_the_files_of_one_process(sampled, tiny_folder, tmp_path):
-    files = {}
+def test_the_command_writes_the_files_of_one_process(tiny_folder, tmp_path):
+    """Of greedy answers, and of sampled ones."""
+    commands = {}
     for size in (1, 2):
-        folder = tmp_path / str(size)
-        argv = [f"--model={tiny_folder}", "--samples=7", "--max-new-tokens=5", "--batch-size=3"]
-        argv += ["--device=cpu", "--explain", f"--r1v-output={folder}/r1v.json"]
-        argv += ["--num-generations=2", "--temperature=1", "--pass-at=[1,2]"] * sampled
-        argv += [f"--output={folder}/evaluation.json"]
-        first, *others = gang(size, run_command, argv)
-        assert "accuracy 0.0%" in first and first.count("wrong · ") == 7 * (1 + sampled)
-        assert others == [""] * (size - 1)
-        result = json.loads((folder / "evaluation.json").read_text())
-        assert result.pop("config")["samples"] == 7
-        files[size] = result, (folder / "r1v.json").read_bytes()
-        assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "r1v.json"]
-    assert files[1] == files[2]
+        for name in ("greedy", "sampled"):
+            folder = tmp_path / name / str(size)
+            argv = [f"--model={tiny_folder}", "--samples=7", "--max-new-tokens=5", "--batch-size=3"]
+            argv += ["--device=cpu", "--explain", f"--r1v-output={folder}/r1v.json"]
+            if name == "sampled":
+                argv += ["--num-generations=2", "--temperature=1", "--pass-at=[1,2]"]
+            commands.setdefault(size, []).append([*argv, f"--output={folder}/evaluation.json"])
+    first, other = gang(2, run_commands, commands[2])
+    alone = run_commands(SINGLE, commands[1])
+    assert other == ["", ""]
+    for name, count, *said in zip(("greedy", "sampled"), (7, 14), alone, first, strict=True):
+        files = {}
+        for size, text in enumerate(said, 1):
+            folder = tmp_path / name / str(size)
+            assert "accuracy 0.0%" in text and text.count("wrong · ") == count
+            result = json.loads((folder / "evaluation.json").read_text())
+            assert result.pop("config")["samples"] == 7
+            files[size] = result, (folder / "r1v.json").read_bytes()
+            assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "r1v.json"]
+        assert files[1] == files[2]

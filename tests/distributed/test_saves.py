@@ -279,14 +279,18 @@ def full_disk(world, folder, of_whom):
     return said
 
 
-@pytest.mark.parametrize("of_whom", [0, 1])
-def test_a_full_disk_of_one_process_leaves_nothing_of_a_checkpoint(of_whom, tmp_path):
-    first, second = gang(2, full_disk, tmp_path / "run", of_whom)
+def full_disks(world, folder):
+    return [full_disk(world, folder / str(of_whom), of_whom) for of_whom in (0, 1)]
+
+
+def test_a_full_disk_of_one_process_leaves_nothing_of_a_checkpoint(tmp_path):
+    first, second = gang(2, full_disks, tmp_path)
     assert first == second
-    for said in first:
-        assert said.startswith(f"{tmp_path}/run/step-000002 could not be saved (")
-        assert "File too large" in said and said.endswith("with --resume.")
-    assert saved_steps(tmp_path / "run") == [1, 2]
+    for of_whom, sentences in enumerate(first):
+        for said in sentences:
+            assert said.startswith(f"{tmp_path}/{of_whom}/step-000002 could not be saved (")
+            assert "File too large" in said and said.endswith("with --resume.")
+        assert saved_steps(tmp_path / str(of_whom)) == [1, 2]
 
 
 def killed_inside_a_save(world, folder, whom):

@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from mr1_fast import tasks
-from mr1_fast.command_line import parse_train_config
 from mr1_fast.loggers.samples import choose_samples
 from mr1_fast.rewards import Scores
 from mr1_fast.tasks.data import load_examples
-from mr1_fast.train import train
 from mr1_fast.types import Rollout
 from tests.data.gang import gang
 from tests.data.judge import toss
-from tests.data.runs import curve, metrics, records
+from tests.data.runs import curve, metrics, records, run
 
 COUNTED = """
 from mr1_fast.rewards import reward
@@ -29,7 +27,7 @@ def counted(completions, prompts, **columns):
 
 def run_all(world, argv):
     tasks.judge_completion = toss  # some answers are right, by chance
-    train(parse_train_config(argv))
+    run(argv)
 
 
 def completions(folder):
