@@ -17,7 +17,6 @@ from .kernels.adamw.state import BLOCK
 from .kernels.adamw.step import add_stochastic_
 from .loss_scale import LossScale
 from .metrics import RowMetric, RowMetrics
-from .model.fsdp import no_second_attempt
 from .model.policy import Policy
 from .seeds import derive_seed
 from .types import PackedBatch
@@ -146,9 +145,7 @@ def update(
                 part.backward()
                 loss += part.item()
                 row_metrics.add(metrics)
-    except torch.OutOfMemoryError as error:
-        if sharding.passes_together:
-            raise no_second_attempt(error) from error
+    except torch.OutOfMemoryError:
         for parameter in parameters:
             parameter.grad = None  # frees the memory that a second attempt needs
         raise

@@ -25,7 +25,7 @@ def print_plan(config: PlanConfig) -> None:
     usable = None if device == "cpu" else usable_bytes(config.vram)
     plan = make_plan(config, model_config, usable=usable, processes=config.gpus)
     if config.gpus > 1:
-        print(f"{plan.sharded}; bytes of the one that holds the most")
+        print(f"bytes per card, of the fullest of {config.gpus} (sharding {plan.sharded.kind})")
     print(plan.render(usable))
     changes = [] if usable is None else advice(config, model_config, usable, config.gpus)
     if changes:
