@@ -1,6 +1,7 @@
 """What `--resume auto` finds in the folder that --output names: nothing yet, a run that goes on
 from its last checkpoint, or one that is finished."""
 
+import shlex
 from pathlib import Path
 
 from .config import TrainConfig
@@ -21,7 +22,7 @@ def started_before(output: str | None) -> str | None:
 
 
 def finished(config: TrainConfig) -> str:
-    """Say where the results of a run are that has nothing left to do; "" where it has.
+    """Say where the results of a run are that has nothing left to do; "" where there is some.
 
     Its last checkpoint is that of the last step, and what is written after it is newer than it: the
     evaluation, and last the card of final/. They could be those of fewer steps, before --steps was
@@ -36,7 +37,7 @@ def finished(config: TrainConfig) -> str:
         return ""
     push = ""
     if config.push_to_hub is not None:
-        push = f" · `python -m mr1_fast.push {run}` uploads it again"
+        push = f" · `python -m mr1_fast.push {shlex.quote(str(run))}` uploads it again"
     return (
         f"the run is finished, with all of its {config.steps} steps: {run / 'final'} · "
         f"report {run / 'report.html'}{push}"
