@@ -27,8 +27,10 @@ import yaml
 from . import torchrun
 from .config import TrainConfig
 from .config.objective import ALGORITHMS
+from .config.train import check_sharding
 from .errors import UserError, exit_on_user_error, exit_when_stopped
 from .profiles import profile_defaults
+from .resuming import AUTO, finished, started_before
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
 PRECEDENCE = (
@@ -47,9 +49,6 @@ RENAMED = {"gradient_checkpointing": ("recompute", {True: "all", False: "none"})
 
 Files may have them, since a run folder of an earlier version has them in its config.yaml."""
 
-
-AUTO = "auto"
-"""The value of `--resume` that continues the run in --output, or begins there."""
 EARLIER = {"output", "preset", "beta", "beta_min", "beta_max", "explore_fraction", "beta_shape"}
 """Settings that the config.yaml of an earlier run has, which named all of them."""
 
@@ -100,13 +99,15 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     """The settings of a training run from the words of a command line; UserError for a bad one.
 
     `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
-    `--resume auto` is that of the folder that --output names, if it has a checkpoint.
+    `--resume auto` is that of the folder that --output names, if it has a checkpoint; where the
+    run there is finished, say so and exit. The settings must suit all processes of torchrun.
     """
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
     resume = given.flags.get("resume")
-    if resume == AUTO and not given.wants_help:
-        resume = _started_before(parser.settle(given).output)
+    is_auto = resume == AUTO
+    if is_auto and not given.wants_help:
+        resume = started_before(parser.settle(given).output)
         if resume is not None:
             given.flags["resume"] = resume
     if resume not in (None, AUTO):
@@ -119,17 +120,15 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
         given.flags["output"] = resume
     if "algo" in given.flags:
         parser.check_algorithm(given)
-    return parser.settle(given)
-
-
-def _started_before(output: str | None) -> str | None:
-    """Return the folder that --resume auto continues; None where a run must begin there."""
-    if output is None:
-        raise UserError(
-            "resume is auto, but there is no output: name the run's folder with --output."
-        )
-    has_checkpoint = any((Path(output) / "checkpoints").glob("step-*"))
-    return output if has_checkpoint else None
+    config = parser.settle(given)
+    config.check_prompts(torchrun.size())
+    if torchrun.size() > 1:
+        check_sharding(config)
+    if is_auto and (words := finished(config)):
+        if torchrun.is_first():
+            print(words)
+        sys.exit(0)
+    return config
 
 
 def parse_settings(

@@ -109,7 +109,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
 
     The status is 2 for a UserError or a full disk, 130 after Ctrl-C, and 143 after SIGTERM; any
     other error is raised. Of several processes, the first to fail ends all of them with its line,
-    or with a traceback that names it, and status 1.
+    or with a traceback that names it; it exits with the same status, and torchrun with 1.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -9,21 +9,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import torchrun
-from .command_line import AUTO, saved_settings, write_config
+from .command_line import saved_settings, write_config
 from .config import TrainConfig
 from .errors import UserError, stops_at_once
-from .files import append_line, keep_lines_before
+from .files import append_line, keep_lines_before, write_json
 from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
-from .report.records import read_lines
+from .report.records import PROCESSES, read_lines
+from .resuming import AUTO
 from .rewards import Scores
 from .types import Rollout
 
 BEFORE_THE_FIRST = {
-    *("config.yaml", "memory.json", "evaluation.json", "images", "completions.jsonl"),
+    *("config.yaml", PROCESSES, "memory.json", "evaluation.json", "images", "completions.jsonl"),
     *("evaluations.jsonl", "best", "report.html", "completions.html"),
     *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
 }
-"""What a run leaves that fails in its first step, which is nothing of worth."""
+"""Names that a run may leave if it fails before its first step; they may be overwritten."""
 BEFORE_A_CHECKPOINT = {"metrics.jsonl", "checkpoints"}
 """What else there is of a run that was ended before its first checkpoint was whole."""
 
@@ -80,14 +81,19 @@ class RunLog:
         """The file with the evaluations on the way, a line of JSON for each."""
         return self.folder / "evaluations.jsonl"
 
-    def create(self, step: int = 0) -> None:
+    def create(self, step: int = 0, processes: dict | None = None) -> None:
         """Make the folder with the run's settings, and open the loggers, after `step` steps.
 
+        `processes` are `processes` and `sharding` for the report, where several train together.
         Call it once model and data have been loaded.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / "config.yaml")
+            if processes:
+                write_json(self.folder / PROCESSES, processes)
+            else:  # those of an earlier start
+                (self.folder / PROCESSES).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"output {self.folder} cannot be written ({error.strerror}): choose another."

@@ -17,7 +17,6 @@ from .kernels.adamw.state import BLOCK
 from .kernels.adamw.step import add_stochastic_
 from .loss_scale import LossScale
 from .metrics import RowMetric, RowMetrics
-from .model.fsdp import no_second_attempt
 from .model.policy import Policy
 from .seeds import derive_seed
 from .types import PackedBatch
@@ -130,14 +129,62 @@ def update(
     `sharding` is how the weights are spread over processes; None for a process alone.
     """
     sharding = sharding or Replicated(policy.model)
-    world, seed = sharding.world, derive_seed(getattr(optimizer, "seed", 0), step)
+    seed = derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
-    parameters = sharding.parameters
+    loss, row_metrics = accumulate(policy, sharding, batches, batch_loss, seed, loss_scale)
+
+    rate = learning_rate(step, total_steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with _without_second_attempt():  # all processes act together from here on, and weights change
+        (loss,) = sharding.world.sums([loss])
+        sharding.sum_gradients(seed)
+        scale_metrics = {}
+        if loss_scale:
+            loss /= loss_scale.value
+            gradients = (part.weight.grad for part in sharding.parts)
+            loss_scale.unscale_(gradient for gradient in gradients if gradient is not None)
+            scale_metrics = {"loss_scale": loss_scale.value}
+        norm = sharding.gradient_norm()
+        grad_norm = norm.item()
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        if finite:
+            _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
+            sharding.share_weights()
+        measured = row_metrics.result(sharding.world)
+
+    _drop_gradients(sharding.parameters)
+    optimizer.zero_grad(set_to_none=True)
+    if loss_scale:
+        loss_scale.observe(finite)
+    return {
+        "loss": loss,
+        **measured,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "skipped": float(not finite),
+        **scale_metrics,
+    }
+
+
+def accumulate(
+    policy: Policy,
+    sharding: Replicated,
+    batches: Sequence[PackedBatch],
+    batch_loss: BatchLoss,
+    seed: int,
+    loss_scale: LossScale | None,
+) -> tuple[float, RowMetrics]:
+    """Run this process's packs forward and backward; returns their summed loss and row metrics.
+
+    Gradients add up in the model's parameters. Running out of memory leaves none behind.
+    """
     # The first process rounds as one alone does.
-    own_seed = derive_seed(seed, "process", world.rank) if world.rank else seed
+    rank = sharding.world.rank
+    seed = derive_seed(seed, "process", rank) if rank else seed
     loss, row_metrics = 0.0, RowMetrics()
     try:
-        with unbiased_accumulation(parameters, own_seed):
+        with unbiased_accumulation(sharding.parameters, seed):
             for batch in sharding.aligned(batches):
                 batch = batch.to(policy.device)
                 if loss_scale:
@@ -146,46 +193,15 @@ def update(
                 part.backward()
                 loss += part.item()
                 row_metrics.add(metrics)
-    except torch.OutOfMemoryError as error:
-        if sharding.passes_together:
-            raise no_second_attempt(error) from error
-        for parameter in parameters:
-            parameter.grad = None  # frees the memory that a second attempt needs
+    except torch.OutOfMemoryError:
+        _drop_gradients(sharding.parameters)  # whose memory a second attempt needs
         raise
-    with _without_second_attempt():
-        sharding.sum_gradients(seed)
-    (loss,) = world.sums([loss])
+    return loss, row_metrics
 
-    rate = learning_rate(step, total_steps, config)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
-    scale_metrics = {}
-    if loss_scale:
-        loss /= loss_scale.value
-        gradients = (part.weight.grad for part in sharding.parts)
-        loss_scale.unscale_(gradient for gradient in gradients if gradient is not None)
-        scale_metrics = {"loss_scale": loss_scale.value}
-    norm = sharding.gradient_norm()
-    grad_norm = norm.item()
-    finite = math.isfinite(grad_norm) and math.isfinite(loss)
-    if finite:
-        with _without_second_attempt():
-            _step(optimizer, [part.weight for part in sharding.parts], norm, config.max_grad_norm)
-            sharding.share_weights()
+def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-    optimizer.zero_grad(set_to_none=True)
-    if loss_scale:
-        loss_scale.observe(finite)
-    return {
-        "loss": loss,
-        **row_metrics.result(world),
-        "grad_norm": grad_norm,
-        "learning_rate": rate,
-        "skipped": float(not finite),
-        **scale_metrics,
-    }
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .model.save import check_save
-from .model.sharded import check_sharding, spread, where_to_load
+from .model.sharded import spread, where_to_load
 from .optim import make_optimizer, state_block
 from .peak_flops import describe_peak
 from .plan.choose_sharding import choose_sharding
@@ -92,6 +92,12 @@ class Run:
     def __post_init__(self) -> None:
         if self.sharding is None and self.policy is not None:
             self.sharding = Replicated(self.policy.model, self.world)
+
+    def processes(self) -> dict[str, int | str] | None:
+        """Return how many processes train, and how they are sharded; None for one alone."""
+        if self.world.size == 1:
+            return None
+        return {"processes": self.world.size, "sharding": self.sharding.kind}
 
     def recompute_all(self) -> str:
         """Run all layers again in the backward pass from now on, if the settings leave it open.
@@ -175,10 +181,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     world = world or join_world(resolve_device(config).type)
     config.output = world.of_first(config.output or str(run_folder(config)))
     require_same(world, vars(config), "start all of them with the same settings and files")
-    require_prompts(config, world)
     get_task(config.task)
     check_save(config)
-    check_sharding(config)
     dtype = resolve_dtype(config)
     config.check_dtype(str(dtype).removeprefix("torch."))
     if config.plugin:
@@ -276,15 +280,6 @@ def load_models(
     start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
     require_same(world, start, "install the same version and name the same files on all machines")
     return policy, reference, sharding, start_fingerprint
-
-
-def require_prompts(config: TrainConfig, world: World) -> None:
-    """Raise UserError where a process would have no prompt in a step."""
-    if config.prompts_per_step < world.size:
-        raise UserError(
-            f"prompts_per_step is {config.prompts_per_step}, but there are {world.size} processes, "
-            "each of which needs a prompt: raise --prompts-per-step or lower --nproc-per-node."
-        )
 
 
 def load_data(

@@ -1,4 +1,4 @@
-"""What a process of a run writes and says that is not the first: nothing."""
+"""The log and report page of every process but the first, which write and print nothing."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ class SilentLog(RunLog):
     def __init__(self, config: TrainConfig):
         super().__init__(config, loggers=())
 
-    def create(self, step: int = 0) -> None:
+    def create(self, step: int = 0, processes: dict | None = None) -> None:
         """Leave the folder to the first process."""
 
     def start(self, step: int) -> None:

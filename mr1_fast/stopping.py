@@ -7,6 +7,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 
 from . import torchrun
@@ -17,7 +19,7 @@ RECENT = 20
 SAME = 3.0
 """Seconds within which several signals are one under torchrun: Ctrl-C reaches its processes from
 the terminal, and torchrun passes it on to them."""
-NOTED = b"\nstopping: what has begun is finished and saved; a second signal stops at once\n"
+NOTED = "\nstopping: what has begun is finished and saved; a second signal stops at once\n"
 
 
 class StopSignals:
@@ -35,11 +37,13 @@ class StopSignals:
         """That of all processes, as of the last time that they have agreed on it."""
         self._deferred = False
         self._first = 0.0
+        self._noted = NOTED.encode()
         self._way_on: Callable[[], str] = lambda: "nothing was written"
         self._handling = SignalHandling(self._note)
 
     def defer(self, way_on: Callable[[], str]) -> None:
         """Only note the first signal from now on; `way_on()` says how a stopped run goes on."""
+        self._noted = (NOTED + torchruns_limit()).encode()  # a signal handler must be quick
         self._deferred, self._way_on = True, way_on
 
     def agree(self, most: Callable[[float], float]) -> int:
@@ -83,7 +87,18 @@ class StopSignals:
         # Of several processes, SIGTERM may only say that another one has ended.
         if torchrun.is_first() and (torchrun.size() == 1 or number == signal.SIGINT):
             with suppress(OSError):
-                os.write(2, NOTED)  # print may be what the signal has interrupted
+                os.write(2, self._noted)  # print may be what the signal has interrupted
+
+
+def torchruns_limit() -> str:
+    """Say when torchrun kills its processes after a signal, as a line; "" without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    source = Path(find_spec("torch.distributed.run").origin).read_text("utf-8")
+    # Versions of torch without the flag always wait for 30 s.
+    unless = ", unless it was started with a longer --shutdown-timeout"
+    unless = unless if "--shutdown-timeout" in source else ""
+    return f"torchrun kills what is not done after 30 s{unless}\n"
 
 
 class TimeLimit:

@@ -2,8 +2,8 @@
 
 A run has one process for each GPU. When one fails, torchrun ends the others by SIGTERM, or their
 exchange with it breaks off; all of them would print something. So the process that fails claims the
-end in the store where they have met, and prints its sentence; whoever finds it claimed is silent.
-The store lives in torchrun itself, so that it outlasts each of them.
+end in the store where they have met, and prints its sentence; the others print nothing. The
+store lives in torchrun itself, so that it outlasts each of them.
 
 Nothing here imports torch until a process fails.
 """

@@ -70,7 +70,7 @@ def train(
     """
     with StopSignals() as signals:
         run = prepare(config, world)
-        run.log.create(run.first_step)
+        run.log.create(run.first_step, run.processes())
         require_shared(run.world, run.log.folder)
         run.signals = signals
         signals.defer(run.log.way_on)

@@ -23,6 +23,7 @@ from mr1_fast.config import (
 from mr1_fast.config.objective import KLConfig
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import AccuracyKL, BetaShape, DynamicKL, TargetKL
+from mr1_fast.plan.settings import parse
 from mr1_fast.rollout import sampling
 
 
@@ -155,3 +156,41 @@ def test_sampling_settings_have_one_definition():
     assert sampling.Sampling is Sampling
     config = TrainConfig(top_k=7, temperature=0.5)
     assert Sampling.of(config, temperature=0.0) == Sampling(top_k=7, temperature=0.0)
+
+
+EXCLUDED = {
+    "--load-in-4bit --lora": "weights in 4 bits cannot be cut: pass --sharding none or optimizer",
+    "--reference=8bit": "8bit, but with --sharding full the .*: pass --reference resident",
+    "--reference=offload": "offload, but with --sharding full the .*: pass --reference resident",
+}
+
+
+@pytest.mark.parametrize("excluded", EXCLUDED)
+def test_weights_in_parts_exclude_settings_where_there_are_several_processes(excluded, monkeypatch):
+    argv = ["--model=tiny", "--sharding=full", *excluded.split()]
+    parse_train_config(argv)
+    parse(argv)
+    with pytest.raises(UserError, match=EXCLUDED[excluded]):
+        parse([*argv, "--gpus=2"])
+    start_processes(monkeypatch, 2)
+    with pytest.raises(UserError, match=EXCLUDED[excluded]):
+        parse_train_config(argv)
+    for allowed in ("--sharding=optimizer", "--reference=resident --load-in-4bit=false"):
+        parse_train_config([*argv, *allowed.split()])
+
+
+def test_every_process_needs_a_prompt(monkeypatch):
+    start_processes(monkeypatch, 3)
+    told = (
+        "^prompts_per_step is 2, but there are 3 processes, each of which needs a prompt: raise "
+        "--prompts-per-step or lower --nproc-per-node.$"
+    )
+    with pytest.raises(UserError, match=told):
+        parse_train_config(["--prompts-per-step=2"])
+    assert parse_train_config(["--prompts-per-step=3"]).prompts_per_step == 3
+
+
+def start_processes(monkeypatch, size):
+    """Let this process be the first of several ones of torchrun."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(size))

@@ -55,6 +55,15 @@ def test_an_evaluation_goes_to_its_file_and_to_the_loggers(tmp_path):
     assert log.evaluations.read_text() == ""
 
 
+def test_the_number_of_processes_is_that_of_the_last_start(tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), steps=9)
+    path = tmp_path / "run" / "processes.json"
+    RunLog(config).create(0, processes={"processes": 2, "sharding": "none"})
+    assert json.loads(path.read_text()) == {"processes": 2, "sharding": "none"}
+    RunLog(config).create()  # nothing is in its way
+    assert not path.exists()
+
+
 def test_a_run_that_died_before_its_first_checkpoint_is_begun_anew_by_resume_auto(tmp_path):
     config = TrainConfig(output=str(tmp_path / "run"), steps=9)
     (dead := RunLog(config)).create()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,26 @@ def test_a_signal_ends_loading_at_once_and_is_only_noted_later():
         with pytest.raises(Stopped) as told:
             stop()
     assert str(told.value) == "stopped at once: go on with X" and told.value.status == 130
+
+
+def test_the_first_signal_names_torchruns_limit(monkeypatch, tmp_path, capfd):
+    def told() -> str:
+        with StopSignals() as signals:
+            signals.defer(lambda: "go on with X")
+            stop()
+        return capfd.readouterr().err
+
+    alone = "\nstopping: what has begun is finished and saved; a second signal stops at once\n"
+    assert told() == alone
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    source = Path(find_spec("torch.distributed.run").origin).read_text()
+    unless = ", unless it was started with a longer --shutdown-timeout"
+    unless = unless if "--shutdown-timeout" in source else ""
+    assert told() == f"{alone}torchrun kills what is not done after 30 s{unless}\n"
+
+    (old := tmp_path / "run.py").write_text("--nproc-per-node")  # torch 2.11
+    monkeypatch.setattr(stopping, "find_spec", lambda _: spec_from_file_location("run", old))
+    assert told() == f"{alone}torchrun kills what is not done after 30 s\n"
 
 
 def test_an_error_that_follows_a_signal_is_told_as_a_stop():

@@ -130,6 +130,15 @@ class TrainConfig(
         except ValueError as error:
             raise UserError(f"the KL schedule is impossible: {error}.") from error
 
+    def check_prompts(self, processes: int) -> None:
+        """Raise UserError where one of several processes would have no prompt in a step."""
+        if self.prompts_per_step < processes:
+            raise UserError(
+                f"prompts_per_step is {self.prompts_per_step}, but there are {processes} "
+                "processes, each of which needs a prompt: raise --prompts-per-step or lower "
+                "--nproc-per-node."
+            )
+
     def check_dtype(self, dtype: str) -> None:
         """Raise UserError for weights in `dtype`, such as float16, that cannot be trained.
 
@@ -155,6 +164,22 @@ class TrainConfig(
                 "--save out, and merge the adapter into the 16-bit model afterwards, with "
                 "`python -m mr1_fast.merge FINAL --output FOLDER`."
             )
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raise UserError for settings that several processes under `--sharding full` exclude."""
+    if config.sharding != "full":
+        return
+    if config.load_in_4bit:
+        raise UserError(
+            "--sharding full cuts weights between processes, but weights in 4 bits cannot be cut: "
+            "pass --sharding none or optimizer with --load-in-4bit."
+        )
+    if config.needs_reference and not config.lora and config.reference != "resident":
+        raise UserError(
+            f"reference is {config.reference}, but with --sharding full the reference is in parts "
+            "on all processes, as the policy is: pass --reference resident."
+        )
 
 
 _POSITIVE = {

@@ -35,7 +35,7 @@ SEEN = 30.0
 """Seconds within which a shared file system must show a new file on all machines."""
 
 _watch: list["Watch"] = []
-"""What waits for the end of other processes, while there are some."""
+"""The thread that watches the next process, while there are several."""
 
 
 @cache
@@ -90,8 +90,9 @@ def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
     """Return the store of this start of all processes, which has nothing of an earlier one.
 
     torchrun keeps the store when it starts the processes again, and what it tells them does not
-    number the starts alike on all machines. So the first one leaves a word that is new each time,
-    and each of the others goes on once that word's process has told it its own new word again.
+    number the starts alike on all machines. Rank 0 writes a fresh token; each other rank answers
+    with its own and goes on once rank 0 has echoed it, which a token left by an earlier start never
+    does.
     """
     mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
     if rank == 0:

@@ -52,8 +52,6 @@ class Replicated:
     bucket = 2**24
     """Most elements that go through one call, 64 MiB in fp32: large enough for the wires, and small
     beside what an update needs anyway."""
-    passes_together = False
-    """Whether all processes compute a pass together, so that none can try it again by itself."""
 
     def __init__(self, model: nn.Module, world: World = SINGLE):
         self.model, self.world = model, world

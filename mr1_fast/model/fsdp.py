@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import World
 from ..distributed.sharding import Part, Replicated, gradient_norm, local
-from ..errors import UserError
 from ..types import PackedBatch
 from .families import base_model, vision_tower
 from .forward import WITH_WEIGHTS
@@ -47,7 +46,6 @@ class FullShards(Replicated):
     """Every process has some rows of each weight, and their optimizer state."""
 
     kind = "full"
-    passes_together = True
 
     def __init__(self, model: nn.Module, world: World, mesh: DeviceMesh, block: int = 1):
         """Cut the model's weights, which may be on the CPU, onto the devices of the mesh.
@@ -88,8 +86,6 @@ class FullShards(Replicated):
         self.started = True
         try:
             return getattr(self.root, WITH_WEIGHTS)(lambda: work)
-        except torch.OutOfMemoryError as error:
-            raise no_second_attempt(error) from error
         finally:
             if not torch.is_grad_enabled():  # else the backward pass, which needs them, ends it
                 self.root.reshard()
@@ -159,16 +155,6 @@ class _Rows:
         """Take memory again, and write the rows of the whole parameter into it."""
         self.rows.untyped_storage().resize_(self.size)
         self.rows.copy_(self.of_whole)
-
-
-def no_second_attempt(error: torch.OutOfMemoryError) -> UserError:
-    """Make the error for a pass that ran out of memory, in which the other processes now wait."""
-    return UserError(
-        f"out of memory ({str(error).partition(chr(10))[0].rstrip('.')}); with sharding = full all "
-        "processes compute a pass together, so that it cannot be tried again with less. The last "
-        "checkpoint is intact: go on from there with --resume and half of --tokens-per-microbatch, "
-        "or with --recompute all."
-    )
 
 
 def kept_whole(model: nn.Module, size: int, block: int) -> set[nn.Parameter]:

@@ -124,9 +124,8 @@ def _save_merged(base: nn.Module, folder: Path | None) -> None:
             return weight.cpu() if isinstance(weights[name], DTensor) else weight
         for adapter in module.active_adapters:
             weight = (weight + module.get_delta_weight(adapter).detach()).to(weight.dtype)
-        return (
-            weight.cpu()
-        )  # a card that is full of training has room for one layer, not for a file
+        # A card that is full of training has room for one layer, not for a file.
+        return weight.cpu()
 
     write_weights(folder, {name: weight.nbytes for name, weight in weights.items()}, make)
 

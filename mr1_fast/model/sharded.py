@@ -6,30 +6,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import TrainConfig
+from ..config.train import check_sharding
 from ..distributed import World
 from ..distributed.optimizer_shards import OptimizerShards
 from ..distributed.sharding import Replicated
-from ..errors import UserError
 from .device import resolve_device, resolve_dtype
 from .fsdp import FullShards
 from .policy import Policy
 from .reference import Reference
-
-
-def check_sharding(config: TrainConfig) -> None:
-    """Raise UserError for settings that weights in parts on all processes exclude."""
-    if config.sharding != "full":
-        return
-    if config.load_in_4bit:
-        raise UserError(
-            "sharding is full, but weights in 4 bits cannot be cut: pass --sharding none or "
-            "optimizer with --load-in-4bit."
-        )
-    if config.needs_reference and not config.lora and config.reference != "resident":
-        raise UserError(
-            f"reference is {config.reference}, but with sharding = full the reference is in parts "
-            "on all processes, as the policy is: pass --reference resident."
-        )
 
 
 def where_to_load(
@@ -38,9 +22,11 @@ def where_to_load(
     """Return the settings to load the model by, and the devices that it is then cut onto.
 
     A model that a card cannot hold is loaded in host memory. None: it stays where it is loaded.
+    UserError for settings with which weights cannot be cut.
     """
     if kind != "full" or world.size == 1:
         return config, None
+    check_sharding(config)
     device, dtype = resolve_device(config), str(resolve_dtype(config)).removeprefix("torch.")
     return dataclasses.replace(config, device="cpu", dtype=dtype), device_mesh(device, world)
 

@@ -2,7 +2,6 @@
 
 from ..model.families import pixels_per_token
 from ..model.known import find_model_config
-from ..model.sharded import check_sharding
 from .advice import advice
 from .evaluations import describe_evaluations
 from .plan import make_plan, usable_bytes
@@ -16,7 +15,6 @@ def print_plan(config: PlanConfig) -> None:
     A CPU has no such limit. UserError if the model has no configuration that can be read here, or
     for what --sharding full excludes.
     """
-    check_sharding(config)
     model_config = find_model_config(config.model)
     device, dtype = planned_device(config)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -28,7 +26,7 @@ def print_plan(config: PlanConfig) -> None:
     usable = None if device == "cpu" else usable_bytes(config.vram)
     plan = make_plan(config, model_config, usable=usable, processes=config.gpus)
     if config.gpus > 1:
-        print(f"{plan.sharded}; bytes of the one that holds the most")
+        print(f"bytes per card, of the fullest of {config.gpus} (sharding {plan.sharded.kind})")
     print(plan.render(usable))
     changes = [] if usable is None else advice(config, model_config, usable, config.gpus)
     if changes:

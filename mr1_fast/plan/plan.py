@@ -90,8 +90,8 @@ class Plan:
                 f"{difference} {'to spare' if fits else 'too much'}"
             )
         rows.append(str(self.choice))
-        if self.sharded.processes > 1:
-            rows.append(f"over the wires per step: {self.wires.total / GIB:.2f} GiB per card")
+        if self.sharded.processes > 1 and usable is not None:
+            rows.append(f"each card sends {self.wires.total / size:.2f} {unit} per step")
         return "\n".join(rows)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..command_line import parse_settings
 from ..config import TrainConfig
+from ..config.train import check_sharding
 from ..errors import UserError
 from ..profiles import profile_defaults
 
@@ -30,6 +31,8 @@ class PlanConfig(TrainConfig):
                 f"prompts_per_step is {self.prompts_per_step}, but each of {self.gpus} GPUs needs "
                 "a prompt: raise --prompts-per-step or lower --gpus."
             )
+        if self.gpus > 1:
+            check_sharding(self)
 
 
 def parse(argv: list[str]) -> PlanConfig:

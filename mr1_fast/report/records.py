@@ -13,6 +13,8 @@ from ..errors import UserError
 LARGEST = 1e100
 """Values from here on are shown as missing: axes overflow near the largest floats, and such a value
 says no more than infinity does."""
+PROCESSES = "processes.json"
+"""The file with the number of processes and the kind of sharding, where several have trained."""
 LAST_BYTES = 2**24
 """How much of the end of completions.jsonl is looked at for the last step, 16 MiB."""
 

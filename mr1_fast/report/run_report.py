@@ -9,7 +9,14 @@ from ..errors import UserError
 from ..files import write_text
 from .completions import LIVE_BYTES, PAGE, RECORDS, write_completions
 from .page import html_page, section, settings_table, text
-from .records import read_evaluation, read_evaluations, read_last_step, read_metrics
+from .records import (
+    PROCESSES,
+    read_evaluation,
+    read_evaluations,
+    read_json_object,
+    read_last_step,
+    read_metrics,
+)
 from .sections import (
     about,
     accuracy_section,
@@ -29,7 +36,7 @@ WAY_OUT = "check the folder and its disk"
 def write_report(run: Path, live: bool = False) -> Path:
     """Write `run`/report.html and completions.html from the run's files; returns the former's path.
 
-    The files are config.yaml, metrics.jsonl, completions.jsonl, evaluation.json and
+    The files are config.yaml, processes.json, metrics.jsonl, completions.jsonl, evaluation.json and
     evaluations.jsonl. Only the first must exist, so a run can be looked at while it goes on. A
     `live` page says what time is left and renews itself; its completions.html is written only while
     that is cheap. Raises UserError for a folder that holds no run, for a damaged file, and where a
@@ -63,6 +70,10 @@ def _page(run: Path, config: dict, live: bool, linked: bool) -> str:
         section("Configuration", settings_table(config)),
     )
     progress = f"{steps} of {total} training steps recorded"
+    if (run / PROCESSES).exists():
+        spread = read_json_object(run / PROCESSES)
+        kind = text(spread.get("sharding"))
+        progress += f" · {text(spread.get('processes'))} processes, sharding {kind}"
     if live:
         progress += f" · written {time.strftime('%Y-%m-%d %H:%M:%S')}; renewed every minute"
     return html_page(

@@ -342,4 +342,5 @@ def test_ctrl_c_in_the_terminal_of_torchrun_saves_once_and_says_how_to_go_on(run
     way_on = f"go on with `torchrun … -m mr1_fast.train --resume {folder}`"
     assert output.count(f"stopped after {step} of 5000 steps: {way_on}") == 1
     assert output.count("stopping: what has begun is finished and saved") == 1
+    assert output.count("torchrun kills what is not done after 30 s") == 1
     assert agent.returncode != 0

@@ -1,5 +1,8 @@
 """Out of memory in a step: the same step again with half the amount, then advice."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +10,10 @@ from mr1_fast import stages
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import World
 from mr1_fast.errors import UserError
+from mr1_fast.model.sharded import spread
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
-from mr1_fast.plan.out_of_memory import PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
+from mr1_fast.plan.out_of_memory import KEPT, PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits
 from mr1_fast.rollout import engine
 from mr1_fast.types import Rollout
 from mr1_fast.whole_step import joined
@@ -234,31 +238,67 @@ def test_the_process_that_is_out_of_memory_for_good_names_itself():
         room.attempt("x", work)
 
 
-def test_where_passes_are_exchanges_half_the_amount_is_kept_for_a_restart(tmp_path):
-    path, said, tried = tmp_path / "run" / "memory.json", [], []
-    amounts, world = {PACK_TOKENS: 100, ROLLOUT_CACHE: 100}, World(rank=1, size=2)
+def run_out_and_restart(world, path: Path) -> tuple[list[str], list[str]]:
+    """Start twice, in both processes, with a file for the restart at `path`."""
+    first = step_in_parts(world, path)
+    world.barrier()
+    return first, step_in_parts(world, path)
 
-    def room() -> MemoryLimits:
-        return MemoryLimits(said.append, lambda: "Change X.", amounts, world, path)
+
+def step_in_parts(world, path: Path) -> list[str]:
+    """Take a step with weights in parts, which is out of memory with more than 150 tokens.
+
+    Returns what it said, and what ended it.
+    """
+    policy, config = tiny_policy(), TrainConfig(learning_rate=1e-3)
+    policy.layers.recompute_text = 0  # a relief that another process might not have
+    sharding, said = spread(policy, None, "full", world), []
+    optimizer = make_optimizer(policy.model, config, 0, sharding.parts)
+    run = stage_run(policy, config, optimizer=optimizer, world=world, sharding=sharding)
+    amounts = {PACK_TOKENS: 200, ROLLOUT_CACHE: 200}
+    limits = MemoryLimits(said.append, lambda: "Change X.", amounts, world, path)
+    run.limits = limits
 
     def work(amount: int) -> int:
-        tried.append(amount)
-        if amount > 60:
+        if amount > 150:
             raise torch.OutOfMemoryError(NO_ROOM)
         return amount
 
-    assert room().attempt(ROLLOUT_CACHE, work) == 50 and not path.exists()
-    tried.clear()
-    with pytest.raises(UserError, match=r"process 1 .* begins with tokens_per_micro\S* = 50. Chan"):
-        room().attempt(PACK_TOKENS, work, relief=lambda: "a relief that others do not have")
-    assert tried == [100] and not said
-    restarted = room()
-    assert restarted.attempt(PACK_TOKENS, work) == 50
-    assert len(said) == 1 and str(path) in said[0]
-    path.write_text('{"tokens_per_microbatch": 200}')
-    assert room().amounts == amounts
-    path.write_text("[")
-    assert room().amounts == amounts
+    # A rollout exchanges nothing, so that each process tries again by itself.
+    assert limits.attempt(ROLLOUT_CACHE, work) == 100
+    rollout = drawn_rollout(policy)
+    batches = stages.pack_rollout(rollout, torch.arange(8.0).reshape(4, 2), 200, config)
+
+    def batch_loss(policy, batch):
+        work(limits.amounts[PACK_TOKENS])
+        return stages.grpo_batch_loss(policy, batch, 0.0, config)
+
+    try:
+        stages.learn(run, batches, batch_loss, 0)
+    except UserError as error:
+        said.append(str(error))
+    return said
+
+
+def test_where_weights_are_in_parts_half_the_amount_is_kept_for_a_restart(tmp_path):
+    path = tmp_path / "run" / KEPT
+    line = f"tokens_per_microbatch = 100: this run was out of memory with more ({path})"
+    for rank, (ended, restarted) in enumerate(gang(2, run_out_and_restart, path)):
+        assert ended == [
+            f"out of memory in process {rank} with tokens_per_microbatch = 200 (CUDA out of "
+            "memory. Tried to allocate 2.00 GiB), and --sharding full cannot try again in one "
+            "process alone. The last checkpoint is intact: go on from there with --resume, which "
+            "begins with tokens_per_microbatch = 100. Change X."
+        ]
+        assert restarted == [line]
+    assert json.loads(path.read_text()) == {PACK_TOKENS: 100}
+
+    def limits() -> MemoryLimits:
+        return MemoryLimits([].append, lambda: "", {PACK_TOKENS: 100}, World(1, 2), path)
+
+    for damaged in ('{"tokens_per_microbatch": 200}', "["):
+        path.write_text(damaged)
+        assert limits().amounts == {PACK_TOKENS: 100}
 
 
 def run_out_in_process_1(world, budget: int):

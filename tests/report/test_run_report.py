@@ -304,6 +304,18 @@ def test_run_in_progress(tmp_path, steps):
     assert page.plots() == GRPO_PLOTS and set(page.curves()) == set(GRPO_PLOTS)
 
 
+def test_the_processes_of_a_run_are_named_where_there_are_several(tmp_path):
+    run = make_run(tmp_path)
+    path = run / "processes.json"
+    assert "processes" not in Page(write_report(run)).text
+    path.write_text('{"processes": 2, "sharding": "<none>"}')
+    told = "training steps recorded · 2 processes, sharding <none>"
+    assert told in Page(write_report(run)).text
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"processes\.json is no JSON object"):
+        write_report(run)
+
+
 def test_run_without_evaluation_is_headed_by_its_steps(tmp_path):
     page = Page(write_report(make_run(tmp_path, [grpo_step(step) for step in range(12)])))
     assert "Step 12 of 40" in page.text
