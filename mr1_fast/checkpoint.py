@@ -25,7 +25,7 @@ from .distributed import World
 from .distributed.pieces import in_all, load_pieces, save_pieces
 from .distributed.saved_state import optimizer_pieces, restore_optimizer, weight_pieces
 from .distributed.shard_files import ShardReader, checksum
-from .distributed.sharding import Replicated
+from .distributed.sharding import Sharding
 from .errors import UserError
 from .files import atomic_folder, cannot_save
 
@@ -35,7 +35,7 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 """The files of a process alone; of several, each has its number in the first two names."""
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """A part of a run that the next steps depend on, beside the weights and the optimizer."""
 
     def state(self) -> dict[str, float]:
@@ -60,10 +60,10 @@ def fingerprint(model: nn.Module) -> str:
 def save_checkpoint(
     folder: Path,
     step: int,
-    sharding: Replicated,
+    sharding: Sharding,
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, Stateful] | None = None,
 ) -> Path:
     """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
 
@@ -94,7 +94,7 @@ def save_checkpoint(
     return path
 
 
-def save_weights(folder: Path, step: int, sharding: Replicated) -> None:
+def save_weights(folder: Path, step: int, sharding: Sharding) -> None:
     """Write the trained weights after `step` steps alone, for example `folder/step-000050`."""
     world = sharding.world
 
@@ -137,10 +137,10 @@ def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, A
 
 def load_checkpoint(
     folder: Path,
-    sharding: Replicated,
+    sharding: Sharding,
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
-    parts: Mapping[str, Part] | None = None,
+    parts: Mapping[str, Stateful] | None = None,
 ) -> int:
     """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
 
@@ -192,7 +192,7 @@ def load_checkpoint(
     return record["step"]
 
 
-def load_weights(folder: Path, step: int, sharding: Replicated) -> None:
+def load_weights(folder: Path, step: int, sharding: Sharding) -> None:
     """Restore the trained weights that `save_weights` has written.
 
     Raises UserError where they are missing or damaged.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import OptimizerConfig
-from .distributed.sharding import Part, Replicated, local
+from .distributed.sharding import Part, Sharding, local
 from .errors import UserError
 from .kernels.adamw.optimizer import LowMemoryAdamW
 from .kernels.adamw.state import BLOCK
@@ -33,7 +33,7 @@ def make_optimizer(
     `seed` is the seed of stochastic rounding, and `parts` what this process updates of them, where
     that is not everything. Raises UserError where bitsandbytes is asked for and missing.
     """
-    parts = Replicated(model).parts if parts is None else parts
+    parts = Sharding(model).parts if parts is None else parts
     parameters = [part.weight for part in parts]
     settings = dict(lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     kind = resolve_optimizer(config.optimizer, parameters)
@@ -114,7 +114,7 @@ def update(
     total_steps: int,
     config: OptimizerConfig,
     loss_scale: LossScale | None = None,
-    sharding: Replicated | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on the summed loss of `batches`; returns the step's metrics.
 
@@ -128,7 +128,7 @@ def update(
 
     `sharding` is how the weights are spread over processes; None for a process alone.
     """
-    sharding = sharding or Replicated(policy.model)
+    sharding = sharding or Sharding(policy.model)
     seed = derive_seed(getattr(optimizer, "seed", 0), step)
     optimizer.zero_grad(set_to_none=True)
     loss, row_metrics = accumulate(policy, sharding, batches, batch_loss, seed, loss_scale)
@@ -169,7 +169,7 @@ def update(
 
 def accumulate(
     policy: Policy,
-    sharding: Replicated,
+    sharding: Sharding,
     batches: Sequence[PackedBatch],
     batch_loss: BatchLoss,
     seed: int,

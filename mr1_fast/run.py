@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from .checkpoint import Part, fingerprint, load_checkpoint, save_checkpoint, saved_steps
+from .checkpoint import Stateful, fingerprint, load_checkpoint, save_checkpoint, saved_steps
 from .config import TrainConfig
 from .data_check import check_data
 from .distributed import SINGLE, World
 from .distributed.launch import join_world, require_same
-from .distributed.sharding import Replicated
+from .distributed.sharding import Sharding
 from .errors import UserError, printable
 from .kernels.self_test import self_test
 from .kl_schedule import KLSchedule
@@ -23,7 +23,7 @@ from .model.forward import lm_head_weight
 from .model.policy import Policy
 from .model.reference import Reference
 from .model.save import check_save
-from .model.sharded import spread, where_to_load
+from .model.spread import spread, where_to_load
 from .optim import make_optimizer, state_block
 from .peak_flops import describe_peak
 from .plan.choose_sharding import choose_sharding
@@ -60,7 +60,7 @@ class Run:
     """How many tokens are computed on at once; halved where memory runs out."""
     world: World = SINGLE
     """The processes that train together."""
-    sharding: Replicated | None = None
+    sharding: Sharding | None = None
     """Which part of weights and optimizer each of them has."""
     optimizer: torch.optim.Optimizer | None = None
     reference: Reference | None = None
@@ -91,7 +91,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.sharding is None and self.policy is not None:
-            self.sharding = Replicated(self.policy.model, self.world)
+            self.sharding = Sharding(self.policy.model, self.world)
 
     def processes(self) -> dict[str, int | str] | None:
         """Return how many processes train, and how they are sharded; None for one alone."""
@@ -162,9 +162,9 @@ class Run:
         return "finished" if finished else "patience" if patience else ""
 
 
-def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict[str, Part]:
+def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict[str, Stateful]:
     """Return all that a checkpoint keeps beside weights and optimizer, by its name there."""
-    parts: dict[str, Part] = {"kl_schedule": schedule}
+    parts: dict[str, Stateful] = {"kl_schedule": schedule}
     if loss_scale:
         parts["loss_scale"] = loss_scale
     return parts
@@ -262,7 +262,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
 
 def load_models(
     config: TrainConfig, kind: str, world: World
-) -> tuple[Policy, Reference | None, Replicated, str]:
+) -> tuple[Policy, Reference | None, Sharding, str]:
     """Load policy and reference, spread over the processes, and the fingerprint of the start.
 
     Raises UserError where the processes do not start from the same.

@@ -14,7 +14,7 @@ import torch
 
 from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpoint
 from mr1_fast.config import OptimizerConfig
-from mr1_fast.distributed.sharding import Replicated
+from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import TargetKL
 from mr1_fast.loss_scale import LARGEST
@@ -83,7 +83,7 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(
     optimizer = make_optimizer(model, config := OptimizerConfig(optimizer=name, learning_rate=1e-3))
     a_step(model, optimizer, 1), a_step(model, optimizer, 2)
     if version == "of now":
-        path = save_checkpoint(tmp_path / "checkpoints", 7, Replicated(model), optimizer, START)
+        path = save_checkpoint(tmp_path / "checkpoints", 7, Sharding(model), optimizer, START)
     else:
         path = save_old_checkpoint(tmp_path / "checkpoints", 7, model, optimizer, START)
     assert {file.name for file in path.iterdir()} == {
@@ -94,7 +94,7 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(
 
     other = tiny_model(processor)
     loaded = make_optimizer(other, config)
-    assert load_checkpoint(tmp_path / "checkpoints", Replicated(other), loaded, START) == 7
+    assert load_checkpoint(tmp_path / "checkpoints", Sharding(other), loaded, START) == 7
     for step in (3, 4):  # and they stay equal
         for key, value in model.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
@@ -198,7 +198,7 @@ def test_more_steps_can_be_asked_for(samples, interrupted):
 def test_the_newest_are_kept(model, tmp_path):
     optimizer = make_optimizer(model, OptimizerConfig())
     for step in (8, 9, 10, 100):
-        save_checkpoint(tmp_path, step, Replicated(model), optimizer, START)
+        save_checkpoint(tmp_path, step, Sharding(model), optimizer, START)
     assert (
         sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000100"]
         and KEEP == 2
@@ -248,17 +248,17 @@ def test_a_damaged_checkpoint_is_named(name, damage, model, tmp_path):
     optimizer = make_optimizer(model, OptimizerConfig())
     a_step(model, optimizer, 0)
     parts = {"kl_schedule": target_kl(0.0735)}
-    save_checkpoint(tmp_path, 1, Replicated(model), optimizer, START, parts)
-    newest = save_checkpoint(tmp_path, 2, Replicated(model), optimizer, START, parts)
+    save_checkpoint(tmp_path, 1, Sharding(model), optimizer, START, parts)
+    newest = save_checkpoint(tmp_path, 2, Sharding(model), optimizer, START, parts)
     data = (newest / name).read_bytes()
     (newest / name).unlink() if damage is None else (newest / name).write_bytes(damage(data))
     with pytest.raises(
         UserError, match=r"step-000002 is damaged .*: delete it to resume from step-000001\.$"
     ) as told:
-        load_checkpoint(tmp_path, Replicated(model), optimizer, START, parts)
+        load_checkpoint(tmp_path, Sharding(model), optimizer, START, parts)
     assert "\n" not in str(told.value)
     shutil.rmtree(newest)
-    assert load_checkpoint(tmp_path, Replicated(model), optimizer, START, parts) == 1
+    assert load_checkpoint(tmp_path, Sharding(model), optimizer, START, parts) == 1
 
 
 def target_kl(beta):
@@ -271,25 +271,24 @@ def target_kl(beta):
 def test_numbers_of_further_parts_come_back_bit_for_bit(model, tmp_path):
     optimizer, beta = make_optimizer(model, OptimizerConfig()), 0.04 + 0.1 / 3
     kept, fresh, other = target_kl(beta), TargetKL(0.04, 0.1, 0.01), TargetKL(0.04, 0.1, 0.01)
-    save_checkpoint(tmp_path, 1, Replicated(model), optimizer, START, {"kl_schedule": kept})
+    save_checkpoint(tmp_path, 1, Sharding(model), optimizer, START, {"kl_schedule": kept})
     parts = {"kl_schedule": fresh, "of a later version": other}
-    assert load_checkpoint(tmp_path, Replicated(model), optimizer, START, parts) == 1
+    assert load_checkpoint(tmp_path, Sharding(model), optimizer, START, parts) == 1
     assert (fresh(1), other(1)) == (beta, 0.07)
     # With another path of β, what is there is not of use.
-    assert load_checkpoint(tmp_path, Replicated(model), optimizer, START) == 1
+    assert load_checkpoint(tmp_path, Sharding(model), optimizer, START) == 1
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_further_parts(model, tmp_path):
     optimizer, schedule = make_optimizer(model, OptimizerConfig()), target_kl(0.05)
     path = save_checkpoint(
-        tmp_path, 1, Replicated(model), optimizer, START, {"kl_schedule": target_kl(0.06)}
+        tmp_path, 1, Sharding(model), optimizer, START, {"kl_schedule": target_kl(0.06)}
     )
     record = json.loads((path / "state.json").read_text())
     del record["parts"]
     (path / "state.json").write_text(json.dumps(record))
     assert (
-        load_checkpoint(tmp_path, Replicated(model), optimizer, START, {"kl_schedule": schedule})
-        == 1
+        load_checkpoint(tmp_path, Sharding(model), optimizer, START, {"kl_schedule": schedule}) == 1
     )
     assert schedule(1) == 0.05
 

@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast.checkpoint import fingerprint, load_checkpoint
 from mr1_fast.command_line import parse_train_config
-from mr1_fast.distributed.sharding import Replicated
+from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import DynamicKL, TargetKL
 from mr1_fast.model.known import find_model_config
@@ -92,7 +92,7 @@ def trained_policy(argv, folder):
     optimizer = make_optimizer(policy.model, config)
     assert (
         load_checkpoint(
-            folder / "checkpoints", Replicated(policy.model), optimizer, fingerprint(policy.model)
+            folder / "checkpoints", Sharding(policy.model), optimizer, fingerprint(policy.model)
         )
         == config.steps
     )

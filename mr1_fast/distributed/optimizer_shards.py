@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.adamw.state import BLOCK
-from .sharding import Part, Replicated, buckets, gradient_norm, round_into_, sum_seed
+from .sharding import Part, Sharding, buckets, gradient_norm, round_into_, sum_seed
 
 # torch 2.13 has new names for them.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class OptimizerShards(Replicated):
+class OptimizerShards(Sharding):
     """Every process has all weights, and states of a part of every trained parameter.
 
     A small parameter may have fewer blocks than there are processes. The last ones then have an
@@ -42,7 +42,7 @@ class OptimizerShards(Replicated):
         """Sum the gradients over all processes, in fp32, each process those of its parts.
 
         The sums take the place of this process's own gradients, in whose memory they lie: `.grad`
-        of a part is that piece of `.grad` of its parameter. The rest of that means nothing then.
+        of a part is that piece of `.grad` of its parameter, which holds nothing of use outside of it.
         """
         gradients = self._agreed_gradients()
         numbers, flat = list(gradients), list(gradients.values())

@@ -1,7 +1,7 @@
 """Pieces of tensors, saved and loaded together by all processes (torch.distributed.checkpoint).
 
-A piece is some rows of a larger tensor. Who needs other rows than those that one process has saved
-gets them from the files of several: so a checkpoint is read by any number of processes.
+A piece is some rows of a larger tensor. A process reads the rows that it needs from every file that
+has some of them, so that any number of processes can go on from a checkpoint.
 """
 
 import warnings

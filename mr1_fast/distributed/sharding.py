@@ -42,10 +42,10 @@ class Part:
     """The parameter's shape as the model defines it."""
 
 
-class Replicated:
-    """Every process has all weights and all of the optimizer's state (`--sharding none`).
+class Sharding:
+    """How weights and optimizer are spread over processes: here, everybody has all of them.
 
-    It is the base of the other kinds, and that of a run of one process.
+    That is `--sharding none`, what a process alone uses, and the base of the other kinds.
     """
 
     kind = "none"

@@ -46,7 +46,7 @@ class World:
         return list(items[self.rank :: self.size])
 
     def places(self, count: int) -> range:
-        """Return the numbers that the first `count` items of this process's part have in all."""
+        """Return the numbers, in the full list, of the first `count` items of this share."""
         return range(self.rank, self.rank + count * self.size, self.size)
 
     def whole(self, mine: Sequence[Item]) -> list[Item]:

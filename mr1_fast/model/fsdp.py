@@ -8,7 +8,7 @@ the whole pass with its loss. A layer that is run again in the backward pass fin
 there already.
 
 Gradients are summed in fp32, each process gets those of its rows. What cannot be cut stays whole,
-as in `Replicated`: adapters, and parameters that an optimizer with blocks of elements could not
+as in `Sharding`: adapters, and parameters that an optimizer with blocks of elements could not
 continue at the same bits (`kept_whole`).
 """
 
@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ..distributed import World
-from ..distributed.sharding import Part, Replicated, gradient_norm, local
+from ..distributed.sharding import Part, Sharding, gradient_norm, local
 from ..types import PackedBatch
 from .families import base_model, vision_tower
 from .forward import WITH_WEIGHTS
@@ -42,7 +42,7 @@ from .layer_stream import layers
 Result = TypeVar("Result")
 
 
-class FullShards(Replicated):
+class FullShards(Sharding):
     """Every process has some rows of each weight, and their optimizer state."""
 
     kind = "full"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from ..distributed.sharding import Replicated
+from ..distributed.sharding import Sharding
 from ..loss import linear_token_logprobs
 from ..types import PackedBatch
 from .forward import LayerRun, lm_head_weight, packed_hidden, trained_layers
@@ -53,7 +53,7 @@ class Policy:
 
     @torch.no_grad()
     def logprobs_by_pack(
-        self, batches: Sequence[PackedBatch], temperature: float, sharding: Replicated
+        self, batches: Sequence[PackedBatch], temperature: float, sharding: Sharding
     ) -> list[torch.Tensor]:
         """Return the log-probability, (N,) fp32, of each target of each of the packs.
 

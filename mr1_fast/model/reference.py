@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import SINGLE, World
-from ..distributed.sharding import Replicated
+from ..distributed.sharding import Sharding
 from ..types import PackedBatch
 from .joined_weights import join_weights
 from .layer_stream import LayerStream, layers, on_host
@@ -47,7 +47,7 @@ class Reference:
             if policy.adapters_go_on:
                 trained = [p for p in policy.model.parameters() if p.requires_grad]
                 self.adapters = [(p, p.detach().clone()) for p in trained]
-            self.sharding = Replicated(policy.model)
+            self.sharding = Sharding(policy.model)
             """How the weights are spread over processes; whoever spreads them sets it."""
             return
         # deepcopy takes what its memo holds as it is, so the device never holds a second full copy.
@@ -65,7 +65,7 @@ class Reference:
         if place == "offload":
             self.stream = LayerStream(frozen, policy.device, resident=shared)
             self.gradients = sum(p.nbytes for p in trained)
-        self.sharding = Replicated(frozen)
+        self.sharding = Sharding(frozen)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:

@@ -12,7 +12,7 @@ from .planned_run import PlannedRun, planned_device, planned_run
 from .reference import has_pass_before_update, reference_pass
 from .resident import resident
 from .rollout import Samples, cache_tokens_for, rollout
-from .sharded import KINDS, SINGLE, Sharded
+from .sharded import KINDS, ONE_CARD, Sharded
 from .update import PackUpdate, optimizer_step
 from .wires import Wires, step_wires
 from .workload import Workload, patches_of
@@ -36,7 +36,7 @@ class Plan:
     """The update's work, by which plans of the same step compare (choice.py)."""
     samples: dict[str, Samples] = field(default_factory=dict)
     """How many samples are decoded at once, by phase as above."""
-    sharded: Sharded = SINGLE
+    sharded: Sharded = ONE_CARD
     """Over how many processes the run is spread, and how; the bytes are one process's."""
     wires: Wires = field(default_factory=Wires)
     """Bytes that its card sends in a step."""

@@ -12,7 +12,7 @@ from ..model.device import device_name, dtype_name
 from ..optim import resolve_optimizer
 from .layers import STORED, Training
 from .meta_model import MetaModel, meta_model
-from .sharded import SINGLE, Sharded
+from .sharded import ONE_CARD, Sharded
 
 
 @dataclass
@@ -52,7 +52,7 @@ class PlannedRun:
         """What this process, one of several, holds; `sharding` is no longer `auto` here."""
         config = self.config
         if self.processes == 1:
-            return SINGLE
+            return ONE_CARD
         has_blocks = resolve_optimizer(config.optimizer, self.policy.trained) != "adamw"
         return Sharded(
             config.sharding,

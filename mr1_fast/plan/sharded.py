@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
-from ..distributed.sharding import Replicated
+from ..distributed.sharding import Sharding
 from ..kernels.adamw.state import BLOCK
 from ..model.layer_stream import layers
 from .layers import LayerStack
@@ -118,10 +118,10 @@ class Sharded:
         if self.processes == 1 or not whole:
             return 0
         if self.kind == "optimizer":
-            elements = min(Replicated.bucket, self.processes * sum(map(self.piece, whole)))
+            elements = min(Sharding.bucket, self.processes * sum(map(self.piece, whole)))
             return 4 * (elements + elements // self.processes)
         copies = 2 if any(p.itemsize < 4 for p in whole) else 1
-        return 4 * copies * min(Replicated.bucket, sum(p.numel() for p in whole))
+        return 4 * copies * min(Sharding.bucket, sum(p.numel() for p in whole))
 
     def of_pack(self, stack: LayerStack, module: nn.Module, is_first: bool) -> LayerStack:
         """Return equal layers, each like `module`, with what their gradients leave behind.
@@ -137,7 +137,7 @@ class Sharded:
         return LayerStack(stack.depth, *ways)
 
 
-SINGLE = Sharded()
+ONE_CARD = Sharded()
 """A run of one process."""
 
 

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import World
 from mr1_fast.distributed.sharding import local
-from mr1_fast.model.fsdp import FullShards
+from mr1_fast.model.fsdp import FullShards, kept_whole
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.reference import Reference
-from mr1_fast.model.sharded import spread
+from mr1_fast.model.spread import spread
 from mr1_fast.optim import unbiased_accumulation
 from mr1_fast.packing import MicroBatches
 from mr1_fast.rollout.engine import Engine

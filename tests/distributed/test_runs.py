@@ -193,6 +193,8 @@ def test_runs_compute_what_one_process_computes(size, arguments, alone):
     for (case, kind), (folder, _) in runs.items():
         found = differences(folder, alone[case])
         print(size, case, kind, {name: f"{value:.1e}" for name, value in found.items()})
+        said = f" · {size} processes, sharding {kind}</p>"
+        assert said in (folder / "report.html").read_text(encoding="utf-8")
         for name, bound in BOUNDS.get(case, BOUNDS["fp32"]).items():
             assert found[name] <= bound, (case, kind, name, found)
         if (alone[case] / "completions.jsonl").exists():

@@ -22,7 +22,7 @@ from mr1_fast.checkpoint import (
 )
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.distributed import SINGLE
-from mr1_fast.distributed.sharding import Part, Replicated
+from mr1_fast.distributed.sharding import Part, Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
 from tests.data.gang import gang
@@ -44,7 +44,7 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(values, requires_grad=name != "frozen"))
 
 
-class Blocks(Replicated):
+class Blocks(Sharding):
     """Each process updates some blocks of 256 elements of every parameter."""
 
     def _parts(self):
@@ -59,7 +59,7 @@ class Blocks(Replicated):
         return parts
 
 
-class Rows(Replicated):
+class Rows(Sharding):
     """FSDP2 has cut the matrix, of which each process updates its rows, and all of the rest."""
 
     def __init__(self, model, world):
@@ -80,7 +80,7 @@ class Rows(Replicated):
         return parts
 
 
-KINDS = {"none": Replicated, "optimizer": Blocks, "full": Rows}
+KINDS = {"none": Sharding, "optimizer": Blocks, "full": Rows}
 
 
 def made(world, name, kind="none"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.distributed import SINGLE, World
 from mr1_fast.distributed.optimizer_shards import OptimizerShards
-from mr1_fast.distributed.sharding import Replicated, buckets, round_into_, sum_seed
+from mr1_fast.distributed.sharding import Sharding, buckets, round_into_, sum_seed
 from mr1_fast.errors import UserError
 from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
 from mr1_fast.kernels.adamw.rounding import from_element, random_bits, random_keys
@@ -21,7 +21,7 @@ from tests.data.gang import gang
 from tests.data.models import tiny_policy
 from tests.test_optim import batches_of, likelihood
 
-KINDS = {"none": Replicated, "optimizer": OptimizerShards}
+KINDS = {"none": Sharding, "optimizer": OptimizerShards}
 SHAPES = [(5,), (300,), (1536,), (1,), (7, 100), (64, 48), (3, 256), (4100,)]
 
 

@@ -13,7 +13,7 @@ from mr1_fast.distributed.sharding import local
 from mr1_fast.model.families import FAMILIES, auto_class, patches_per_token
 from mr1_fast.model.load import make_policy
 from mr1_fast.model.reference import Reference
-from mr1_fast.model.sharded import spread
+from mr1_fast.model.spread import spread
 from mr1_fast.optim import make_optimizer, state_block, update
 from mr1_fast.plan.choice import Choice
 from mr1_fast.plan.workload import Workload

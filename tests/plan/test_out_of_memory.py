@@ -10,7 +10,7 @@ from mr1_fast import stages
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import World
 from mr1_fast.errors import UserError
-from mr1_fast.model.sharded import spread
+from mr1_fast.model.spread import spread
 from mr1_fast.optim import make_optimizer
 from mr1_fast.packing import MicroBatches
 from mr1_fast.plan.out_of_memory import KEPT, PACK_TOKENS, ROLLOUT_CACHE, MemoryLimits

@@ -18,7 +18,7 @@ from mr1_fast.plan.plan import GIB, Plan, make_plan
 from mr1_fast.plan.planned_run import PlannedRun, planned_run
 from mr1_fast.plan.resident import resident
 from mr1_fast.plan.settings import PlanConfig, parse
-from mr1_fast.plan.sharded import SINGLE, Sharded, groups_of
+from mr1_fast.plan.sharded import ONE_CARD, Sharded, groups_of
 from mr1_fast.plan.update import PackUpdate
 
 from .real_steps import held, small_config, small_model, workload
@@ -47,10 +47,10 @@ def planned_2b(kind: str, processes: int = 8, usable: float | None = None, **set
 
 def test_one_process_has_everything():
     run = planned("full", 1)
-    assert run.sharded == SINGLE and SINGLE.gradients(run.policy) == run.policy.gradients
-    assert SINGLE.weights(run.policy) == run.policy.weights
-    assert SINGLE.pass_weights(run.policy) == SINGLE.whole_weights(run.policy) == 0
-    assert SINGLE.pass_sums(run.policy) == SINGLE.summed_buckets(run.policy) == 0
+    assert run.sharded == ONE_CARD and ONE_CARD.gradients(run.policy) == run.policy.gradients
+    assert ONE_CARD.weights(run.policy) == run.policy.weights
+    assert ONE_CARD.pass_weights(run.policy) == ONE_CARD.whole_weights(run.policy) == 0
+    assert ONE_CARD.pass_sums(run.policy) == ONE_CARD.summed_buckets(run.policy) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_exact"])
@@ -175,7 +175,7 @@ def test_auto_is_the_first_kind_that_fits_where_work_is_the_same():
         assert (plan.sharded.kind, plan.sharded.processes) == (kind, 8)
     assert planned_2b("auto", usable=0.5 * peaks["full"]).sharded.kind == "full"
     assert planned_2b("auto", usable=0.0, reference="offload").sharded.kind == "optimizer"
-    assert planned_2b("auto", processes=1, usable=0.0).sharded == SINGLE
+    assert planned_2b("auto", processes=1, usable=0.0).sharded == ONE_CARD
     on_cpu = make_plan(replace(SMALL, sharding="auto"), small_config(), processes=2)
     assert on_cpu.sharded == Sharded("none", 2, block=1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mr1_fast.checkpoint import load_checkpoint, save_checkpoint
-from mr1_fast.distributed.sharding import Replicated
+from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.kernels.adamw import rounding
 from mr1_fast.kernels.adamw.optimizer import LowMemoryAdamW
@@ -224,17 +224,17 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, remainder):
     model = Mixed()
     optimizer = LowMemoryAdamW(model.parameters(), remainder=remainder, seed=7)
     run(model, optimizer, range(5))
-    save_checkpoint(tmp_path, 5, Replicated(model), optimizer, "start")
+    save_checkpoint(tmp_path, 5, Sharding(model), optimizer, "start")
     model = Mixed()
     optimizer = LowMemoryAdamW(model.parameters(), remainder=remainder, seed=7)
-    assert load_checkpoint(tmp_path, Replicated(model), optimizer, "start") == 5
+    assert load_checkpoint(tmp_path, Sharding(model), optimizer, "start") == 5
     resumed = run(model, optimizer, range(5, 10))
     assert len(through) == len(resumed) and all(map(torch.equal, through, resumed))
     assert torch.equal(model.unused, Mixed().unused) and optimizer.state[model.unused]["step"] == 0
 
     other = LowMemoryAdamW(Mixed().parameters(), remainder=not remainder)
     with pytest.raises(UserError, match="remainder of parameter 0"):
-        load_checkpoint(tmp_path, Replicated(Mixed()), other, "start")
+        load_checkpoint(tmp_path, Sharding(Mixed()), other, "start")
 
 
 def test_another_seed_rounds_otherwise():

@@ -9,7 +9,7 @@ from ..config import TrainConfig
 from ..config.train import check_sharding
 from ..distributed import World
 from ..distributed.optimizer_shards import OptimizerShards
-from ..distributed.sharding import Replicated
+from ..distributed.sharding import Sharding
 from .device import resolve_device, resolve_dtype
 from .fsdp import FullShards
 from .policy import Policy
@@ -43,14 +43,14 @@ def spread(
     world: World,
     mesh: DeviceMesh | None = None,
     block: int = 1,
-) -> Replicated:
+) -> Sharding:
     """Spread policy and reference over the processes: `none`, `optimizer` or `full`.
 
     mesh: the devices onto which `full` cuts weights, by default those that hold the policy.
     block: elements that must stay together, since the optimizer has one scale for their states.
     """
     if kind == "none" or world.size == 1:
-        return Replicated(policy.model, world)
+        return Sharding(policy.model, world)
     if kind == "optimizer":
         return OptimizerShards(policy.model, world)
     mesh = mesh or device_mesh(policy.device, world)
