@@ -42,7 +42,7 @@ class OptimizerShards(Sharding):
         """Sum the gradients over all processes, in fp32, each process those of its parts.
 
         The sums take the place of this process's own gradients, in whose memory they lie: `.grad`
-        of a part is that piece of `.grad` of its parameter, which holds nothing of use outside of it.
+        of a part is that piece of `.grad` of its parameter, whose rest then holds nothing of use.
         """
         gradients = self._agreed_gradients()
         numbers, flat = list(gradients), list(gradients.values())

@@ -312,11 +312,11 @@ def started(*argv, processes=1, nodes=("--standalone",)):
 def test_two_machines_of_which_one_process_is_killed_give_the_numbers_of_one(run_args, tmp_path):
     """torchrun starts both again, and they go on from the checkpoint of the first step."""
     (plugin := tmp_path / "reward.py").write_text(KILLED_ONCE.replace("KILLED_AT", "4"))
-    settings = dict(plugin=plugin, eval_samples=0, save_every=1)
+    settings = dict(eval_samples=0, save_every=1)
     run(run_args(tmp_path / "one", **settings))
 
     node = f"--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:{free_port()}"
-    argv = [*run_args(tmp_path / "two", **settings), "--resume=auto"]
+    argv = [*run_args(tmp_path / "two", plugin=plugin, **settings), "--resume=auto"]
     with started(*argv, nodes=[f"{node} --max-restarts=1"] * 2) as agents:
         output = [agent.communicate(timeout=500)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], output

@@ -20,7 +20,6 @@ from mr1_fast.rewards import Scores
 from mr1_fast.stages import sample
 from mr1_fast.stopwatch import Stopwatch
 from mr1_fast.whole_step import together
-from tests.conftest import PLUGIN
 from tests.data.gang import gang
 from tests.data.models import family_model, mixed_examples, tiny_policy
 from tests.data.runs import metrics, records, run, stage_run
@@ -29,7 +28,7 @@ KINDS = ("none", "optimizer", "full")
 """The kinds of --sharding that are compared."""
 
 FOUR = {"prompts_per_step": 4, "eval_samples": 0, "save_every": 0, "learning_rate": 1e-4}
-UNEVEN = {"max_new_tokens": 12, "stop": ["e", "o"], "extra_rewards": {"rare": 1.0}}
+UNEVEN = {"max_new_tokens": 12, "stop": ["e", "o"], "extra_rewards": {"rare.py:rare": 1.0}}
 CASES = {
     "grpo": FOUR | {"steps": 10},
     "bf16": FOUR | {"steps": 5, "algo": "sft", "dtype": "bfloat16"},
@@ -62,8 +61,6 @@ A bound of weights is a 25th of what one step moves them, or, in bf16, two of it
 0.13 and 0.25. Measured with 2 and 3 processes: 7.4e-5, 8.8e-4 and 4.9e-4 in bf16, and in fp32
 1.3e-7, 3.1e-6 and 2.0e-6."""
 RARE = """
-
-@reward("rare")
 def rare(completion, example):
     return float(len(completion) % 4 == 0)
 """
@@ -157,11 +154,14 @@ def arguments(run_args, tmp_path_factory):
     """`arguments(case, **settings)`: a run's folder and the arguments that it starts with."""
     root = tmp_path_factory.mktemp("runs")
     write_mixed_rows(root)
-    (root / "rewards.py").write_text(PLUGIN + RARE)
+    (root / "rare.py").write_text(RARE)
     models = {family: tiny_model_folder(family, root / family) for family in FULL}
 
     def of(case: str, name: str, **settings) -> tuple[Path, list[str]]:
-        settings = {"plugin": root / "rewards.py", **CASES[case], **settings}
+        settings = {**CASES[case], **settings}
+        if "extra_rewards" in settings:
+            rewards = settings["extra_rewards"]
+            settings["extra_rewards"] = {f"{root}/{name}": w for name, w in rewards.items()}
         if "model" in settings:
             settings["model"] = models[settings["model"]]
         if "data" in settings:
