@@ -106,8 +106,11 @@ class FullShards(Sharding):
                 parts = list(group.parameters())
                 group.unshard()
                 for part, whole in zip(parts, group.parameters(), strict=True):
-                    if part is not whole and len(part := local(part.detach())):
-                        rows[whole] = _Rows(part, whole, self.world)
+                    own = local(part.detach())
+                    # A CPU's memory that numpy has seen, as in a save, cannot be given up.
+                    is_cut = part is not whole and len(own) > 0
+                    if is_cut and own.untyped_storage().resizable():
+                        rows[whole] = _Rows(own, whole, self.world)
             yield
         finally:
             for group in reversed(self.groups):  # layers first, so that little is there twice

@@ -35,6 +35,11 @@ def kill_one(argv, folder, whom, chance):
     return log.read_bytes().count(b"\n")
 
 
+MOVED = {"none": 1e-5, "optimizer": 1e-5, "full": 2e-5}
+"""Largest differences of weights from one process, at a learning rate of 1e-3, over 6 steps.
+
+Without a kill, full has one element of 900,000 that differs by 1.4e-5, since its gradient is mostly
+rounding; all others are within 5e-6."""
 SETTINGS = dict(steps=STEPS, save_every=2, prompts_per_step=3, num_generations=2)
 SETTINGS |= dict(beta_shape="target-kl", eval_samples=0)
 
@@ -48,7 +53,7 @@ def alone(run_args, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["none", "optimizer"])
+@pytest.mark.parametrize("kind", ["none", "optimizer", "full"])
 def test_a_killed_run_goes_on_with_another_number(kind, run_args, alone, tmp_path):
     """MR1_FAST_KILLS says at how many random points; each process is killed in turn."""
     chance, two = random.Random(0), tmp_path / "two"
@@ -65,15 +70,15 @@ def test_a_killed_run_goes_on_with_another_number(kind, run_args, alone, tmp_pat
             assert metrics(folder) == metrics(two)
             model = "final/model.safetensors"
             assert (folder / model).read_bytes() == (two / model).read_bytes()
-        found = assert_close(folder, alone)
+        found = assert_close(folder, alone, MOVED[kind])
         print(f"{kind}: process {whom} killed after {logged} steps, {left}; on {size}: {found}")
         assert not list((folder / "checkpoints").glob(".*"))
 
 
-def assert_close(folder, expected):
+def assert_close(folder, expected, most):
     """Two runs are one up to rounding in fp32: the same samples, all that is measured of them.
 
-    Returns the largest differences, in words.
+    most: bound of a weight's difference. Returns the largest differences, in words.
     """
     name = "completions.jsonl"
     assert (folder / name).read_bytes() == (expected / name).read_bytes()
@@ -84,5 +89,5 @@ def assert_close(folder, expected):
             worst = max(worst, abs(mine[key] - value) / max(abs(value), 1.0))
     weights, its = (load_file(each / "final/model.safetensors") for each in (folder, expected))
     moved = max((weights[name] - its[name]).abs().max().item() for name in its)
-    assert worst < 1e-5 and moved < 1e-5  # of a learning rate of 1e-3, over 6 steps
+    assert worst < 1e-5 and moved < most
     return f"metrics {worst:.1e}, weights {moved:.1e}"
