@@ -46,7 +46,7 @@ class OptimizerShards(Sharding):
         """
         gradients = self._agreed_gradients()
         numbers, flat = list(gradients), list(gradients.values())
-        sizes = [self._piece_size(len(gradient)) for gradient in flat]
+        sizes = [piece_size(len(gradient), self.world.size) for gradient in flat]
         for bucket in buckets(sizes, self._most()):
             pieces = [(flat[index], sizes[index], elements) for index, elements in bucket]
             width = sum(elements.stop - elements.start for _, elements in bucket)
@@ -82,7 +82,7 @@ class OptimizerShards(Sharding):
 
     def _gather(self, weights: list[Tensor]) -> None:
         """Bring the parts of weights (n,) of one dtype to all processes."""
-        sizes = [self._piece_size(len(weight)) for weight in weights]
+        sizes = [piece_size(len(weight), self.world.size) for weight in weights]
         for bucket in buckets(sizes, self._most()):
             pieces = [(weights[index], sizes[index], elements) for index, elements in bucket]
             width = sum(elements.stop - elements.start for _, elements in bucket)
@@ -97,20 +97,21 @@ class OptimizerShards(Sharding):
 
     # --- who has what ---------------------------------------------------------------------------
 
-    def _piece_size(self, length: int) -> int:
-        """Return how many of a parameter's elements a process has, but for those at its end."""
-        blocks = -(-length // BLOCK)
-        return -(-blocks // self.world.size) * BLOCK
-
     def _own(self, length: int) -> slice:
         """Return which of a parameter's elements this process has."""
-        size = self._piece_size(length)
+        size = piece_size(length, self.world.size)
         first = min(self.world.rank * size, length)
         return slice(first, min(first + size, length))
 
     def _most(self) -> int:
         """Return how many elements of each process go through one call."""
         return max(1, self.bucket // self.world.size)
+
+
+def piece_size(length: int, processes: int) -> int:
+    """Return how many of a parameter's elements each process has, but for those at its end."""
+    blocks = -(-length // BLOCK)
+    return -(-blocks // processes) * BLOCK
 
 
 def sum_of_own_row(rows: Tensor, rank: int) -> Tensor:

@@ -73,8 +73,7 @@ class FullShards(Sharding):
             if not isinstance(p, DTensor):
                 parts.append(Part(name, p, 0, p.shape))
                 continue
-            rows = -(-p.shape[0] // self.world.size)
-            first = min(self.world.rank * rows, p.shape[0]) * (p.numel() // p.shape[0])
+            first = min(self.world.rank * most_elements(p, self.world.size), p.numel())
             parts.append(Part(name, nn.Parameter(local(p.detach()).view(-1)), first, p.shape))
             self.cut.append((p, parts[-1]))
         return parts
@@ -170,7 +169,13 @@ def kept_whole(model: nn.Module, size: int, block: int) -> set[nn.Parameter]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if base_model(model) is not model:
         return set(trained)
-    return {p for p in trained if -(-p.shape[0] // size) * (p.numel() // p.shape[0]) % block}
+    return {p for p in trained if most_elements(p, size) % block}
+
+
+def most_elements(parameter: nn.Parameter, size: int) -> int:
+    """Return the elements of the most rows of a parameter that one of `size` processes has."""
+    rows = parameter.shape[0]
+    return -(-rows // size) * (parameter.numel() // rows)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

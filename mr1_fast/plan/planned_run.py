@@ -7,9 +7,8 @@ import torch
 from transformers import PretrainedConfig
 
 from ..config import TrainConfig
-from ..kernels.adamw.state import BLOCK
 from ..model.device import device_name, dtype_name
-from ..optim import resolve_optimizer
+from ..optim import state_block
 from .layers import STORED, Training
 from .meta_model import MetaModel, meta_model
 from .sharded import ONE_CARD, Sharded
@@ -53,12 +52,11 @@ class PlannedRun:
         config = self.config
         if self.processes == 1:
             return ONE_CARD
-        has_blocks = resolve_optimizer(config.optimizer, self.policy.trained) != "adamw"
         return Sharded(
             config.sharding,
             self.processes,
             whole_adapters=config.lora,
-            block=BLOCK if has_blocks else 1,
+            block=state_block(self.policy.model, config),
         )
 
     @cached_property

@@ -20,8 +20,9 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
+from ..distributed.optimizer_shards import piece_size
 from ..distributed.sharding import Sharding
-from ..kernels.adamw.state import BLOCK
+from ..model.fsdp import most_elements
 from ..model.layer_stream import layers
 from .layers import LayerStack
 from .meta_model import MetaModel
@@ -52,11 +53,11 @@ class Sharded:
             return False
         if not p.requires_grad:
             return True
-        return not self.whole_adapters and self._rows(p) % self.block == 0
+        return not self.whole_adapters and most_elements(p, self.processes) % self.block == 0
 
     def held(self, p: nn.Parameter) -> int:
         """Return the elements of a parameter that a process holds between passes."""
-        return self._rows(p) if self.splits(p) else p.numel()
+        return most_elements(p, self.processes) if self.splits(p) else p.numel()
 
     def updated(self, p: nn.Parameter) -> int:
         """Return the elements of a parameter that a process updates and has states of."""
@@ -64,12 +65,7 @@ class Sharded:
 
     def piece(self, p: nn.Parameter) -> int:
         """Return the elements of a process's blocks of a parameter, the last one filled up."""
-        blocks = -(-p.numel() // BLOCK)
-        return -(-blocks // self.processes) * BLOCK
-
-    def _rows(self, p: nn.Parameter) -> int:
-        """Return the elements of the most rows of a parameter that a process would hold."""
-        return -(-p.shape[0] // self.processes) * (p.numel() // p.shape[0])
+        return piece_size(p.numel(), self.processes)
 
     # --- of a model -------------------------------------------------------------------------------
 
