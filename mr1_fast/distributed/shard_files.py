@@ -13,7 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -49,7 +49,30 @@ TYPES = {
 TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
-class ShardWriter(StorageWriter):
+Plan = TypeVar("Plan", SavePlan, LoadPlan)
+
+
+class _FixedFiles:
+    """What torch asks of a storage whose files are chosen already, and whose plans need no word."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Take no other place."""
+
+    def prepare_local_plan(self, plan: Plan) -> Plan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[Plan]) -> list[Plan]:
+        """Return the plans as they are."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Say that torch cannot choose this storage by a path."""
+        return False
+
+
+class ShardWriter(_FixedFiles, StorageWriter):
     """Writes what the plan gives this process to the file at `path`, and forces it to the disk.
 
     `written` then has its name and `{"bytes": …, "crc32": …}`; a process that has nothing to write
@@ -85,24 +108,8 @@ class ShardWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write nothing more: the headers of the files say all."""
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Take no other place than `path`."""
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Prepare nothing."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans as they are."""
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Say that torch cannot choose this storage by a path."""
-        return False
 
 
 def _dtype(item: WriteItem) -> torch.dtype:
@@ -132,7 +139,7 @@ def _header(items: Sequence[WriteItem]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class ShardReader(StorageReader):
+class ShardReader(_FixedFiles, StorageReader):
     """Reads pieces of tensors from the files at `paths`, whichever process has written them.
 
     The single file of the optimizer that earlier versions wrote has other names, and tensors in
@@ -194,24 +201,8 @@ class ShardReader(StorageReader):
         future.set_result(None)
         return future
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Take no other place than `paths`."""
-
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Prepare nothing."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Say that torch cannot choose this storage by a path."""
-        return False
 
 
 def checksum(path: Path) -> dict[str, Any]:
