@@ -22,6 +22,8 @@ Handler = Callable[[int, FrameType | None], object]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and how a job scheduler or `kill` asks a process to end."""
+AGAIN = 0.02
+"""Seconds after which a stop that Python has dropped is raised again."""
 
 
 def printable(text: str) -> str:
@@ -71,21 +73,51 @@ class SignalHandling:
 
     A signal that the process was started to ignore, as in the background of a script, stays
     ignored. Nothing happens outside the main thread, since Python allows no handlers there.
+
+    The handler may raise Stopped. Python drops an exception that comes up in a destructor or in a
+    callback of a weak reference, of which imports have many; it is raised again a moment later.
     """
 
     def __init__(self, handler: Handler):
         self.handler = handler
         self.before: dict[int, object] = {}
+        self.dropped: Stopped | None = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self.before[number] = signal.signal(number, self.handler)
+                    self.before[number] = signal.signal(number, self._handle)
+        if self.before:
+            self.report, sys.unraisablehook = sys.unraisablehook, self._note_dropped
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.before:
+            sys.unraisablehook = self.report
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        dropped, self.dropped = self.dropped, None
+        if dropped and not error:
+            raise dropped
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.dropped:
+            error, self.dropped = self.dropped, None
+            raise error
+        self.handler(number, frame)
+
+    def _note_dropped(self, what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, Stopped):
+            self.report(what)
+            return
+        self.dropped = what.exc_value
+        again = threading.Timer(AGAIN, self._send_again)
+        again.daemon = True
+        again.start()
+
+    def _send_again(self) -> None:
+        if self.dropped:
+            os.kill(os.getpid(), self.dropped.number)
 
 
 def exit_when_stopped() -> None:

@@ -65,7 +65,7 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._handling.__exit__()
+        self._handling.__exit__(kind, error, traceback)
         # Ctrl-C reaches every process of the terminal: one that a step waits for, such as a
         # compiler or a program that a reward calls, may die of it, and the step then fails.
         # torchrun sends one where another process has ended, and that has a reason of its own.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
@@ -106,6 +107,35 @@ def test_a_signal_ends_loading_at_once_and_is_only_noted_later():
         with pytest.raises(Stopped) as told:
             stop()
     assert str(told.value) == "stopped at once: go on with X" and told.value.status == 130
+
+
+class Careless:
+    """Its destructor, and a callback of a weak reference to it, get a signal; Python drops it."""
+
+    def __del__(self):
+        stop()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("torchrun", ["", "none"])
+def test_a_stop_that_python_drops_is_raised_again(torchrun, number, monkeypatch, capfd):
+    """torchrun passes on a signal that its processes have got, too; that is not a second one."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun)
+
+    def drop():
+        thing = threading.Event()
+        weakref.finalize(thing, stop, number)
+        del thing
+
+    for how in (Careless, drop):
+        with pytest.raises(Stopped) as told, StopSignals():
+            how()
+            time.sleep(9)
+        assert str(told.value) == "stopped while loading: nothing was written"
+        with pytest.raises(Stopped), StopSignals():  # as it ends
+            how()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_first_signal_names_torchruns_limit(monkeypatch, tmp_path, capfd):
