@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .distributed import World
-from .distributed.pieces import in_all, load_pieces, save_pieces
+from .distributed.pieces import load_pieces, save_pieces
 from .distributed.saved_state import optimizer_pieces, restore_optimizer, weight_pieces
 from .distributed.shard_files import ShardReader, checksum
 from .distributed.sharding import Sharding
@@ -115,7 +115,7 @@ def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, A
     """
     folder = atomic_folder(path)
     with ExitStack() as stack:  # that of the first process makes, names or removes the folder
-        in_all(world, lambda: world.is_first and stack.enter_context(folder))
+        world.in_all(lambda: world.is_first and stack.enter_context(folder))
         try:
             record = write(folder.temporary)
         except OSError as error:
@@ -127,7 +127,7 @@ def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, A
                 stack.close()
 
         try:
-            in_all(world, end)
+            world.in_all(end)
         except OSError as error:
             raise cannot_save(path, error) from error
 
@@ -217,7 +217,7 @@ def _sound_record(path: Path, world: World, keys: Sequence[str] = ()) -> dict[st
     Each process checks a part of the files. Raises ValueError in all of them, which names the file,
     if one is damaged or missing, or if `state.json` lacks one of `keys`.
     """
-    read = in_all(world, lambda: _record(path, keys) if world.is_first else None)
+    read = world.in_all(lambda: _record(path, keys) if world.is_first else None)
     record = world.of_first(read)
     expected = record.get("files") or dict.fromkeys([WEIGHTS, OPTIMIZER][: 2 if keys else 1])
     mine = [_finding(path / name, check) for name, check in world.share(list(expected.items()))]

@@ -28,10 +28,11 @@ from .learning_signal import LearningSignal
 from .model.policy import Policy
 from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
+from .preparing import prepare
 from .push.card import write_card
 from .push.upload import push_in_time
 from .report.live import LivePage
-from .run import End, Run, prepare
+from .run import End, Run
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
 from .signal_groups import groups_with_signal, refill

@@ -11,7 +11,7 @@ from mr1_fast.ahead import Ahead
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
-from mr1_fast.run import prepare
+from mr1_fast.preparing import prepare
 from mr1_fast.seeds import seed_step
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import DrawnExamples, load_examples

@@ -8,7 +8,7 @@ from PIL import Image
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.data_check import check_data
 from mr1_fast.errors import UserError
-from mr1_fast.run import load_data
+from mr1_fast.preparing import load_data
 
 from .data.models import tiny_policy
 from .data.runs import run

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from mr1_fast import preparing, stopping
 from mr1_fast import run as run_module
-from mr1_fast import stopping
 from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import STOP_SIGNALS, Stopped
@@ -214,7 +214,7 @@ def test_the_time_limit_counts_with_the_longest_of_the_recent_parts(monkeypatch)
 def test_before_the_first_step_nothing_is_left_that_hinders(whole, run_args, tmp_path, monkeypatch):
     argv = run_args(folder := tmp_path / "run", **SETTINGS)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_policy", lambda config: stop())
+        patch.setattr(preparing, "load_policy", lambda config: stop())
         assert "while loading: nothing was written" in str(stopped(argv))
     assert not folder.exists()
 
@@ -288,7 +288,7 @@ def test_what_comes_after_final_is_told_of(stage, run_args, tmp_path, monkeypatc
     settings = dict(steps=1, num_generations=2, eval_samples=0, save_every=1)
     argv, folder = run_args(tmp_path / "run", **settings), tmp_path / "run"
     config = parse_train_config(argv)
-    monkeypatch.setattr(run_module, "require_repository", lambda name: None)
+    monkeypatch.setattr(preparing, "require_repository", lambda name: None)
     config.push_to_hub = "me/model"
     monkeypatch.setattr(f"mr1_fast.train.{stage}", lambda *_: stop())
     monkeypatch.setattr("mr1_fast.log.RunLog.say", lambda self, text: None)
@@ -338,7 +338,7 @@ def test_a_resumed_run_knows_how_long_its_evaluations_take(run_args, tmp_path):
     (line,) = records(folder / "evaluations.jsonl")
     line["seconds"] = 99 * 3600
     (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
-    prepared = run_module.prepare(parse_train_config(["--resume", str(folder), "--max-hours", "9"]))
+    prepared = preparing.prepare(parse_train_config(["--resume", str(folder), "--max-hours", "9"]))
     limit = prepared.time_limit
     assert limit.leaves("greedy evaluation")  # before its first step
     limit.note("step", 0.1)

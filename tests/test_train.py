@@ -212,7 +212,7 @@ def test_beta_of_every_step_is_that_of_the_schedule(settings, low, high, run_arg
 
 
 def test_float16_that_auto_has_chosen_is_for_adapters_alone(run_args, tmp_path, monkeypatch):
-    monkeypatch.setattr("mr1_fast.run.resolve_dtype", lambda config: torch.float16)
+    monkeypatch.setattr("mr1_fast.preparing.resolve_dtype", lambda config: torch.float16)
     with pytest.raises(UserError, match=r"dtype is auto, here float16, in which .* add --lora"):
         run(run_args(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

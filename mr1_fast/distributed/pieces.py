@@ -5,7 +5,7 @@ has some of them, so that any number of processes can go on from a checkpoint.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,20 +88,6 @@ def load_pieces(pieces: Mapping[str, Piece], reader: ShardReader, world: World) 
             process_group=world.control,
             no_dist=world.size == 1,
         )
-
-
-def in_all(world: World, work: Callable[[], Any]) -> Any:
-    """Return `work()`, which is not collective; an error of one process is raised in all."""
-    result = error = None
-    try:
-        result = work()
-    except Exception as failure:
-        error = failure
-    errors = world.gather(error)
-    for each in (error, *errors):
-        if each is not None:
-            raise each
-    return result
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..kernels.adamw.state import BLOCK
-from .pieces import Piece, in_all, load_pieces
+from .pieces import Piece, load_pieces
 from .shard_files import ShardReader
 from .sharding import Part
 from .world import World
@@ -91,7 +91,7 @@ def restore_optimizer(
                 states[index][name] = value
     load_pieces(pieces, reader, world)
     state = {**optimizer.state_dict(), "state": dict(states)}
-    in_all(world, lambda: optimizer.load_state_dict(state))
+    world.in_all(lambda: optimizer.load_state_dict(state))
 
 
 def _place(name: str, part: Part, entries: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ that nothing waits for a GPU. Gradients and weights go through sharding.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -82,6 +82,18 @@ class World:
     def least(self, value: float) -> float:
         """Return the smallest of the processes' numbers."""
         return self._reduced([value], dist.ReduceOp.MIN)[0]
+
+    def in_all(self, work: Callable[[], Item]) -> Item:
+        """Return `work()`, which is not collective; an error of one process is raised in all."""
+        result = error = None
+        try:
+            result = work()
+        except Exception as failure:
+            error = failure
+        for each in (error, *self.gather(error)):
+            if each is not None:
+                raise each
+        return result
 
     def barrier(self) -> None:
         """Wait until every process has come here."""

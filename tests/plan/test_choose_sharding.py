@@ -12,7 +12,8 @@ from mr1_fast.plan.out_of_memory import MemoryLimits
 from mr1_fast.plan.plan import make_plan
 from mr1_fast.plan.run_memory import RunMemory
 from mr1_fast.plan.sharded import Sharded
-from mr1_fast.run import Run, describe
+from mr1_fast.preparing import describe
+from mr1_fast.run import Run
 
 from ..data.gang import gang
 from ..data.models import tiny_policy
