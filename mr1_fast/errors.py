@@ -1,7 +1,7 @@
 """What ends a command: errors that are meant for the user, and the user's own wish to stop.
 
 Text that is shown may be hostile, so what a terminal would obey is escaped. Of several processes
-under torchrun, one says why all of them end (torchrun.py).
+under torchrun, one says why all of them end (ending.py).
 """
 
 import errno
@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-from . import torchrun
+from . import ending, torchrun
 
 Result = TypeVar("Result")
 Handler = Callable[[int, FrameType | None], object]
@@ -145,7 +145,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        torchrun.told_to_end(number)
+        ending.told_to_end(number)
         raise Stopped(number)
 
     try:
@@ -155,7 +155,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
         status, words = _ending(error)
         if torchrun.size() > 1:
             trace = f"{torchrun.place()}:\n{traceback.format_exc()}"
-            torchrun.fail_together(status, words or printable(trace), error)
+            ending.fail_together(status, words or printable(trace), error)
         if not words:
             raise
         if isinstance(error, KeyboardInterrupt):

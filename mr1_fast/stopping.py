@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from . import torchrun
+from . import ending, torchrun
 from .errors import SignalHandling, Stopped
 
 RECENT = 20
@@ -19,6 +19,8 @@ RECENT = 20
 SAME = 3.0
 """Seconds within which several signals are one under torchrun: Ctrl-C reaches its processes from
 the terminal, and torchrun passes it on to them."""
+STOPPING = "stopping"
+"""What a process with a signal leaves for the others, which may be in the middle of long work."""
 NOTED = "\nstopping: what has begun is finished and saved; a second signal stops at once\n"
 
 
@@ -55,6 +57,15 @@ class StopSignals:
         self.agreed = int(most(self.received))
         return self.agreed
 
+    def is_told(self) -> bool:
+        """Return whether this process has got a signal, or another has, and said so by this call.
+
+        It is not collective: what all do must follow from what they agree on.
+        """
+        if self.received:
+            ending.tell_all(STOPPING)
+        return bool(self.received) or ending.was_told(STOPPING)
+
     def stopped(self, where: str, at_once: bool = False) -> Stopped:
         """Return the exception that ends the run, which says how to go on."""
         number = self.received or self.agreed
@@ -69,13 +80,13 @@ class StopSignals:
         # Ctrl-C reaches every process of the terminal: one that a step waits for, such as a
         # compiler or a program that a reward calls, may die of it, and the step then fails.
         # torchrun sends one where another process has ended, and that has a reason of its own.
-        another = error is not None and torchrun.says_another_ended(error)
+        another = error is not None and ending.says_another_ended(error)
         if self.received and isinstance(error, Exception) and not another:
             reason = " ".join(str(error).split()).removesuffix(".")
             raise self.stopped(f"as {type(error).__name__} came up ({reason})") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        torchrun.told_to_end(number)
+        ending.told_to_end(number)
         now, again = time.monotonic(), bool(self.received)
         if again and torchrun.passes_signals_on() and now - self._first < SAME:
             return

@@ -1,9 +1,10 @@
 """How the processes that torchrun has started meet, make sure that they fit together, and part."""
 
+import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -13,8 +14,9 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from .. import torchrun
+from .. import ending, torchrun
 from ..errors import UserError
+from .sharding import Sharding
 from .world import SINGLE, World
 
 WAIT = timedelta(hours=24)
@@ -26,6 +28,8 @@ Gradients and weights have torch's own limit of ten minutes (NCCL), since all pr
 these at once, after small values."""
 MEETING = timedelta(minutes=10)
 """How long a process waits for the others to start."""
+FINDING = timedelta(minutes=1)
+"""How long a process looks for torchrun's store, which is gone if the machine that had it is."""
 GRACE = 30.0
 """Seconds that a process has to end by itself after another one has ended. It cannot where it waits
 for NCCL, which may not notice."""
@@ -49,14 +53,19 @@ def join_world(device_type: str) -> World:
     if device_type == "cuda":
         torch.cuda.set_device(torchrun.local_rank())
     if not dist.is_initialized():
-        store = meet(*next(dist.rendezvous("env://", timeout=MEETING)))
-        torchrun.met_at(store)
+        # torchrun has its store before it starts a process; without it the first one makes it.
+        is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        found = dist.rendezvous("env://", timeout=FINDING if is_there else MEETING)
+        store = meet(*next(found), ending.end_if_another_has)
+        ending.met_at(store)
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             store=dist.PrefixStore("world", store),
             rank=torchrun.rank(),
             world_size=torchrun.size(),
         )
+        if device_type == "cuda":
+            connect(torch.device("cuda"))
         if dist.is_torchelastic_launched():
             _watch[:] = [Watch()]
     return World(
@@ -66,6 +75,26 @@ def join_world(device_type: str) -> World:
         local_size=torchrun.local_size(),
         control=dist.new_group(backend="gloo", timeout=WAIT),
     )
+
+
+def connect(device: torch.device) -> None:
+    """Make every kind of collective call once that training makes on its device, small and large.
+
+    NCCL connects the cards at the first call of each kind, and takes its buffers from the card
+    itself. In the middle of a step torch's cache may have filled that, which NCCL cannot empty.
+    """
+    size = dist.get_world_size()
+    for length in (1, Sharding.bucket // size):
+        part = torch.zeros(length, device=device)
+        whole = torch.zeros(size * length, device=device)
+        dist.all_reduce(whole)
+        dist.broadcast(whole, src=0)
+        dist.reduce_scatter_tensor(part, whole)
+        dist.all_gather_into_tensor(whole, part)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        del part, whole
+        torch.cuda.empty_cache()
 
 
 def work_alone(world: World) -> None:
@@ -86,31 +115,43 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def meet(store: dist.Store, rank: int, size: int) -> dist.Store:
+def meet(
+    store: dist.Store, rank: int, size: int, look: Callable[[], None] = lambda: None
+) -> dist.Store:
     """Return the store of this start of all processes, which has nothing of an earlier one.
 
     torchrun keeps the store when it starts the processes again, and what it tells them does not
     number the starts alike on all machines. Rank 0 writes a fresh token; each other rank answers
     with its own and goes on once rank 0 has echoed it, which a token left by an earlier start never
-    does.
+    does. `look` is called again and again meanwhile. UserError where a process does not come.
     """
     mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
     if rank == 0:
         store.set("first", mine)
         for other in range(1, size):
-            word = _read(store, f"{mine}/{other}", end)
+            word = _read(store, f"{mine}/{other}", end, look)
+            if not word:
+                raise _missing(other)
             store.set(f"{mine}/heard/{other}", word)
         return dist.PrefixStore(mine, store)
 
     while time.monotonic() < end:
-        first = _read(store, "first", end)  # maybe that of an earlier start, which hears nothing
+        # It may be that of an earlier start, which hears nothing.
+        first = _read(store, "first", end, look)
         store.set(f"{first}/{rank}", mine)
         if _read(store, f"{first}/heard/{rank}", time.monotonic() + 0.5) == mine:
             return dist.PrefixStore(first, store)
-    raise UserError(f"process 0 has not begun within {MEETING}: look at what it says.")
+    raise _missing(0)
 
 
-def _read(store: dist.Store, key: str, end: float) -> str:
+def _missing(rank: int) -> UserError:
+    minutes = MEETING.total_seconds() / 60
+    return UserError(
+        f"process {rank} has not begun within {minutes:g} minutes: look at what it says."
+    )
+
+
+def _read(store: dist.Store, key: str, end: float, look: Callable[[], None] = lambda: None) -> str:
     """Return what another process writes to the store, "" where it does not until the time `end`.
 
     A wait of the store would hold up signals, and print a warning when it is over.
@@ -118,6 +159,7 @@ def _read(store: dist.Store, key: str, end: float) -> str:
     while not store.check([key]):
         if time.monotonic() > end:
             return ""
+        look()
         time.sleep(0.02)
     return store.get(key).decode()
 
@@ -146,9 +188,11 @@ class Watch:
         try:
             dist.recv(torch.zeros(1), (self.rank + 1) % self.size, group=self.group)
         except RuntimeError as error:
+            if not self.over:
+                ending.lost_another(str(error))
             time.sleep(GRACE)
             if not self.over:
-                torchrun.fail_together(1, f"error: {error}", error)
+                ending.fail_together(1, f"error: {error}", error)
 
 
 def require_same(world: World, values: Mapping[str, Any], way_out: str) -> None:

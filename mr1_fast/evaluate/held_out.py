@@ -122,6 +122,8 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
     The time limit takes note of the seconds. None, on every process, if a signal to any of them
     has ended it.
     """
+    if run.signals.agree(run.world.most):
+        return None
     started = time.perf_counter()
     with run.sharding.whole_weights():
         records = answers(
@@ -130,7 +132,7 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
             run.held_out,
             mode,
             run.limits,
-            stopped=lambda: bool(run.signals.received),
+            stopped=run.signals.is_told,
             world=run.world,
         )
     run.limits.agree()

@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from mr1_fast import torchrun
+from mr1_fast import ending
 from mr1_fast.checkpoint import saved_steps
 from mr1_fast.distributed import launch
 from mr1_fast.distributed.launch import join_world, leave_world, meet, require_same, require_shared
@@ -99,6 +102,25 @@ def test_a_new_start_meets_although_the_store_has_the_words_of_an_earlier_one():
         assert met[1].get("number") == str(number).encode()
 
 
+def connected(world):
+    with patch.object(launch.Sharding, "bucket", 64):
+        launch.connect(torch.device("cpu"))
+    return True
+
+
+def test_the_calls_that_connect_cards_are_those_of_torch():
+    """Of NCCL only that they fit together can be tested here."""
+    assert all(gang(3, connected))
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(launch, "MEETING", timedelta(seconds=0.6))
+    with pytest.raises(UserError, match=r"process 1 has not begun within .* minutes: look"):
+        meet(dist.HashStore(), 0, 2)
+    with pytest.raises(UserError, match="process 0 has not begun"):
+        meet(dist.HashStore(), 1, 2)
+
+
 def told(work):
     try:
         return work()
@@ -136,17 +158,22 @@ def test_processes_that_do_not_fit_together_are_told_alike(tmp_path):
 
 
 def member(rank, size, port, folder, work):
-    """Run work(world) as a command under torchrun does, with stderr in a file."""
+    """Run work(world) as a command under torchrun does, with stderr in a file.
+
+    Processes of several machines have `work(rank)`, which joins the world itself or does not.
+    """
     os.environ |= as_one_of(rank, size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test"}
+    if machines := work in ON_MACHINES:
+        os.environ |= {"GROUP_RANK": str(rank), "GROUP_WORLD_SIZE": str(size)}
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.json")
     file = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 2)
     sys.stderr = os.fdopen(2, "w")
-    torchrun.SILENT = launch.GRACE = 0.5
+    ending.SILENT = launch.GRACE = 0.5
 
     def main():
-        work(join_world("cpu"))
+        work(rank if machines else join_world("cpu"))
         leave_world()
 
     exit_on_user_error(main)
@@ -209,6 +236,41 @@ def killed_while_another_cannot_notice(world):
     time.sleep(60)  # as where it waits for a GPU
 
 
+def killed_while_loading(world):
+    """torchrun ends the others by SIGTERM, within a tenth of a second."""
+    world.barrier()
+    if world.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def ended_by_the_user_while_loading(world):
+    world.barrier()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def one_machine_lacks_a_file(rank):
+    if rank == 1:
+        time.sleep(1)  # the other one waits for it by then
+        raise UserError("config is not there: name another.")
+    join_world("cpu")
+
+
+def told_of_another_s_signal(world):
+    signals = StopSignals()
+    signals.received = signal.SIGTERM if world.rank == 1 else 0
+    world.barrier()
+    assert signals.is_told() == (world.rank == 1) or world.rank == 0
+    world.barrier()
+    assert signals.is_told()
+
+
+ON_MACHINES = {one_machine_lacks_a_file}
+
+
 def stopped_while_loading(world):
     world.barrier()
     with StopSignals():
@@ -236,6 +298,29 @@ def test_a_traceback_is_printed_once_and_names_its_process(tmp_path):
     assert errors[0].startswith("process 0 of 2 on ")
     assert errors[0].endswith("ValueError: a bug\n\n")
     assert errors[1] == "" and statuses == [1, 1]
+
+
+def test_a_process_that_is_killed_while_the_others_load_is_told_as_that(tmp_path):
+    errors, statuses = ended(killed_while_loading, tmp_path, size=3)
+    assert errors[0] == errors[2] == "" and statuses[2] == -signal.SIGKILL
+    assert errors[1].startswith("error: process 1 of 3 on ") and errors[1].count("\n") == 1
+    assert "has lost another one, which was killed or has died (" in errors[1]
+
+    (again := tmp_path / "again").mkdir()
+    errors, statuses = ended(ended_by_the_user_while_loading, again, size=3)
+    assert "".join(errors) == "\nstopped\n"
+
+
+def test_a_machine_that_cannot_begin_ends_the_others(tmp_path):
+    started = time.monotonic()
+    errors, statuses = ended(one_machine_lacks_a_file, tmp_path)
+    assert errors == ["", "error: config is not there: name another.\n"] and statuses == [1, 2]
+    assert time.monotonic() - started < 60
+    assert "name another" in (tmp_path / "0.json").read_text()  # which torchrun shows
+
+
+def test_long_work_hears_of_another_process_s_signal(tmp_path):
+    assert ended(told_of_another_s_signal, tmp_path) == (["", ""], [0, 0])
 
 
 @pytest.mark.parametrize("work", [killed, killed_while_another_cannot_notice])
