@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import World
 from ..distributed.sharding import Part, Sharding, gradient_norm, local
+from ..errors import UserError
 from ..types import PackedBatch
 from .families import base_model, vision_tower
 from .forward import WITH_WEIGHTS
@@ -82,22 +83,41 @@ class FullShards(Sharding):
 
     def within(self, work: Callable[[], Result]) -> Result:
         """Return `work()`, one pass or several, for which all processes must come here."""
-        self.started = True
+        self._start()
+        # Gathered here, the root's weights come from the memory that activations use, too. FSDP2
+        # would keep as much for its own stream, and layers would be cut from it.
+        self.root.unshard()
         try:
             return getattr(self.root, WITH_WEIGHTS)(lambda: work)
         finally:
             if not torch.is_grad_enabled():  # else the backward pass, which needs them, ends it
                 self.root.reshard()
+                self._forget_passes()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Make the root FSDP2's root, which is whichever group comes first."""
+        if not self.started:
+            self.started = True
+            getattr(self.root, WITH_WEIGHTS)(lambda: lambda: None)
+            self.root.reshard()
+
+    def _forget_passes(self) -> None:
+        """Drop FSDP2's notes for the next backward pass, which a reference never has."""
+        order = self.root._get_fsdp_state()._comm_ctx.post_forward_order
+        for group in order:
+            group._post_forward_indices.clear()
+        order.clear()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Have all weights whole on this process within a block; nothing in it is collective.
 
         This process's rows, which the whole weights have as well, take no memory meanwhile.
+        UserError where the card has no room for all of them.
         """
-        if not self.started:  # whichever group comes first becomes the root
-            with torch.no_grad():
-                self.within(lambda: None)
+        self._start()
+        is_whole = False
         methods = {group: group.__dict__.pop(WITH_WEIGHTS) for group in self.groups}
         rows: dict[nn.Parameter, _Rows] = {}
         try:
@@ -110,7 +130,17 @@ class FullShards(Sharding):
                     is_cut = part is not whole and len(own) > 0
                     if is_cut and own.untyped_storage().resizable():
                         rows[whole] = _Rows(own, whole, self.world)
+            is_whole = True
             yield
+        except torch.OutOfMemoryError as error:
+            if is_whole:
+                raise
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"out of memory in process {self.world.rank} as the weights were brought together "
+                f"to sample with all of them ({reason}). The last checkpoint is intact: go on from "
+                "there with --resume, on more or larger cards."
+            ) from error
         finally:
             for group in reversed(self.groups):  # layers first, so that little is there twice
                 for whole in group.parameters():
@@ -139,6 +169,7 @@ class FullShards(Sharding):
         square = gradient_norm([part.weight for _, part in self.cut]).to(device).double() ** 2
         dist.all_reduce(square)
         square += gradient_norm(self.replicated).to(device).double() ** 2
+        dist.broadcast(square, src=0)  # the whole ones' may be rounded otherwise by other cards
         return square.sqrt().float()
 
 

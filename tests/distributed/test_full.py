@@ -1,16 +1,19 @@
 """Weights in parts on all processes (`--sharding full`): the gradients and rollouts of one."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import World
 from mr1_fast.distributed.sharding import local
+from mr1_fast.errors import UserError
 from mr1_fast.model.fsdp import FullShards, kept_whole
 from mr1_fast.model.policy import Policy
 from mr1_fast.model.reference import Reference
@@ -181,6 +184,9 @@ def sample_and_look_back(world: World, family: str, settings: dict) -> list[str]
     wanted = expected.logprobs(batches, 0.9)
     if len(found) != len(batches):
         differences.append("number of packs")
+    torchs_notes = reference.sharding.root._get_fsdp_state()._comm_ctx.post_forward_order
+    if torchs_notes:  # which grow with every pass until a backward pass comes
+        differences.append("notes for a backward pass")
     for a, b in zip(found, wanted, strict=True):
         if not torch.allclose(a, b, rtol=1e-6, atol=1e-6):
             differences.append(f"log-probabilities {(a - b).abs().max()}")
@@ -200,6 +206,22 @@ def sample_all(world: World) -> list[list[str]]:
 @pytest.mark.slow
 def test_rollouts_and_the_reference_are_those_of_one_process():
     assert gang(2, sample_all) == [[[]] * 4] * 2
+
+
+def gather_without_room(world: World) -> str:
+    sharding = sharded(tiny_policy(), world)
+    with patch.object(FSDPModule, "unshard", side_effect=torch.OutOfMemoryError("no room.\nX")):
+        try:
+            with sharding.whole_weights():
+                return "no error"
+        except UserError as error:
+            return str(error)
+
+
+def test_no_room_for_all_weights_is_told_in_a_sentence():
+    for rank, told in enumerate(gang(2, gather_without_room)):
+        assert told.startswith(f"out of memory in process {rank} as the weights were brought")
+        assert "(no room). The last checkpoint is intact" in told
 
 
 def test_what_stays_whole_depends_on_the_blocks_of_the_optimizer():
