@@ -22,7 +22,7 @@ def choose_sharding(config: TrainConfig, world: World) -> str:
     kinds = open_kinds(here, world.size)
     if len(kinds) == 1:
         return kinds[0]
-    usable = world.least(usable_memory(device))
+    usable = world.least(usable_memory(device, world.size))
     kind = "optimizer"
     if world.is_first:  # one plan for all: on another machine a name may not be found
         try:

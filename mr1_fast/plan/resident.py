@@ -13,6 +13,9 @@ from .planned_run import PlannedRun
 CUDA_WORKSPACE = 2**30 * 6 // 10
 """Bytes that a CUDA process takes besides tensors: the context and loaded kernels (0.3 to 0.5 GiB),
 and the work space of cuBLAS."""
+NCCL_BUFFERS = 2**30 * 7 // 10
+"""Bytes that NCCL takes beside that where there are several processes. 544 to 688 MB were reported
+for A100s with NVLink (NVIDIA/nccl#964); cards on PCIe have fewer channels."""
 EIGHT_BIT_BLOCK = 256
 """Elements that share an fp32 scale in the states of bitsandbytes' AdamW8bit."""
 EIGHT_BIT_LEAST = 4096
@@ -27,8 +30,13 @@ def resident(run: PlannedRun) -> MemoryUse:
         "reference": resident_reference(run),
     }
     if run.device == "cuda":
-        use["workspace"] = CUDA_WORKSPACE
+        use["workspace"] = workspace(run.sharded.processes)
     return use
+
+
+def workspace(processes: int) -> int:
+    """Return the bytes that one of several CUDA processes takes besides tensors."""
+    return CUDA_WORKSPACE + NCCL_BUFFERS * (processes > 1)
 
 
 def optimizer_state(run: PlannedRun) -> MemoryUse:

@@ -14,7 +14,7 @@ from .choice import Choice
 from .meta_model import Recomputed
 from .out_of_memory import EVALUATION_CACHE, PACK_TOKENS, ROLLOUT_CACHE
 from .plan import GIB, Plan, make_plan
-from .resident import CUDA_WORKSPACE
+from .resident import workspace
 
 LOWER = "lower --tokens-per-microbatch, --prompts-per-step or {}"
 """Advice where no plan could be made, or none of its changes helps; a last setting is to name."""
@@ -40,7 +40,7 @@ class RunMemory:
         self.config = replace(config, device=policy.device.type, dtype=dtype, sharding=kind)
         self.world = world
         is_cuda = policy.device.type == "cuda"
-        self.usable = world.least(usable_memory(policy.device)) if is_cuda else None
+        self.usable = world.least(usable_memory(policy.device, world.size)) if is_cuda else None
         """Bytes that each process may use of its card; None for a CPU."""
         self.model_config = base_model(policy.model).config
         self.plan, self.problem = Plan({}), ""
@@ -110,12 +110,13 @@ class RunMemory:
         return LOWER.format("--max-pixels" if has_images else "--max-new-tokens")
 
 
-def usable_memory(device: torch.device) -> float:
-    """Bytes of a card that this process may use: its share, but not what others use now.
+def usable_memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes of a card that a process may use: its share, but not what others use now.
 
     A screen or another process may hold some, which `auto` would otherwise count as free.
+    `processes` is how many train together, each on its card.
     """
     free, whole = torch.cuda.mem_get_info(device)
     share = whole * torch.cuda.get_per_process_memory_fraction(device)
-    own = torch.cuda.memory_reserved(device) + CUDA_WORKSPACE
+    own = torch.cuda.memory_reserved(device) + workspace(processes)
     return min(share, free + own)

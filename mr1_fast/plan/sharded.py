@@ -102,7 +102,11 @@ class Sharded:
 
     def pass_sums(self, model: MetaModel) -> int:
         """Return the bytes of a layer's gradients in fp32, as they are summed over processes."""
-        return 4 * groups_of(self, model).largest.trained
+        return self.sums(groups_of(self, model).largest)
+
+    def sums(self, group: "Group") -> int:
+        """Return the bytes of a group's gradients in fp32, and of their sums' rows beside them."""
+        return 4 * (group.trained + group.trained // self.processes)
 
     def summed_buckets(self, model: MetaModel) -> int:
         """Return the bytes through which whole gradients are summed after the last pack.

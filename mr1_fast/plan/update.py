@@ -123,7 +123,8 @@ class PackUpdate:
         if self.sharded.kind != "full":
             return []
         use = self._use(0, self._all_made)
-        return [use | {"exchange": 4 * groups_of(self.sharded, self.model).root.trained}]
+        root = groups_of(self.sharded, self.model).root
+        return [use | {"exchange": self.sharded.sums(root)}]
 
     def _forward(self, recomputed: Recomputed, kept: int) -> list[MemoryUse]:
         """Encoding the images, and the LM head, when every layer has kept what it needs."""

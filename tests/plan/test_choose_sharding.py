@@ -45,7 +45,7 @@ def choose(world: World, usable: list[float]) -> tuple[dict[str, str], Sharded, 
     memory = RunMemory(tiny_policy(), TrainConfig(**tiny), world, "optimizer")
     module.resolve_device = lambda config: torch.device("cuda")
     module.resolve_dtype = lambda config: torch.bfloat16
-    module.usable_memory = lambda device: usable[world.rank]
+    module.usable_memory = lambda device, processes: usable[world.rank]
     found["cards"] = choose_sharding(TrainConfig(**CARDS), world)
     unknown = TrainConfig(**CARDS | dict(model="/nowhere/at-all"))
     found["unknown"] = choose_sharding(unknown, world)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mr1_fast.plan.resident import CUDA_WORKSPACE
+from mr1_fast.plan.resident import CUDA_WORKSPACE, NCCL_BUFFERS
 from mr1_fast.plan.run_memory import usable_memory
 
 GIB = 2**30
@@ -22,3 +22,11 @@ def test_memory_that_others_hold_is_not_usable(monkeypatch, free, fraction, usab
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6 * GIB)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
     assert usable_memory(torch.device("cuda")) == usable
+
+
+def test_what_nccl_holds_is_this_process_s_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (15 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    usable = usable_memory(torch.device("cuda"), processes=2)
+    assert usable == 21 * GIB + CUDA_WORKSPACE + NCCL_BUFFERS
