@@ -95,13 +95,15 @@ def prepare_process() -> None:
         warnings.simplefilter("ignore")
 
 
-def parse_train_config(argv: list[str]) -> TrainConfig:
+def parse_train_config(argv: list[str], processes: int | None = None) -> TrainConfig:
     """The settings of a training run from the words of a command line; UserError for a bad one.
 
     `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
     `--resume auto` is that of the folder that --output names, if it has a checkpoint; where the
-    run there is finished, say so and exit. The settings must suit all processes of torchrun.
+    run there is finished, say so and exit. The settings must suit the number of `processes` that
+    train together: by default, all that torchrun has started.
     """
+    processes = processes or torchrun.size()
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
     resume = given.flags.get("resume")
@@ -121,8 +123,8 @@ def parse_train_config(argv: list[str]) -> TrainConfig:
     if "algo" in given.flags:
         parser.check_algorithm(given)
     config = parser.settle(given)
-    config.check_prompts(torchrun.size())
-    if torchrun.size() > 1:
+    config.check_prompts(processes)
+    if processes > 1:
         check_sharding(config)
     if is_auto and (words := finished(config)):
         if torchrun.is_first():

@@ -48,7 +48,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     """
     time_limit = TimeLimit(config.max_hours)
     world = world or join_world(resolve_device(config).type)
-    config.output = world.of_first(config.output or str(run_folder(config)))
+    config.output = world.of_first(str(run_folder(config)))
     require_same(world, vars(config), "start all of them with the same settings and files")
     check_settings(config)
     log = RunLog(config) if world.is_first else SilentLog(config)
@@ -56,6 +56,9 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         source, held_out = load_data(config)
         check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
         check_data(held_out, config, config.eval_samples, log.say)
+    read = {"the training data": source, "the held-out data": held_out}
+    read = {name: data.fingerprint() for name, data in read.items() if data is not None}
+    require_same(world, read, "name the same files on all machines")
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)
     kind = choose_sharding(config, world)

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, pass_at_k, summarise
+from ..checkpoint import fingerprint
 from ..data_check import check_data
-from ..distributed.launch import join_world, leave_world
+from ..distributed.launch import join_world, leave_world, require_same
 from ..errors import printable
 from ..files import write_json
 from ..model.device import resolve_device
@@ -26,6 +27,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
     The processes that torchrun has started share the items, and the first one prints and writes.
     """
     world = join_world(resolve_device(config).type)
+    require_same(world, vars(config), "start all of them with the same settings")
     task = get_task(config.task)
     prompt_format = PromptFormat.of(config)
     say = print if world.is_first else _say_nothing
@@ -43,6 +45,8 @@ def evaluate_model(config: EvaluateConfig) -> None:
     with world.in_turn():
         config = with_start(config)
         policy = make_policy(*load_pretrained(config), config, prompt_format)
+    read = {"the data": source.fingerprint(), "the model": fingerprint(policy.model)}
+    require_same(world, read, "name the same files on all machines")
     examples = source.all(config.samples)
     say(f"the first prompt:\n{printable(policy.encode.rendered(examples[0]))}\n")
     records = evaluate(

@@ -102,7 +102,7 @@ class Experiment:
             "output": self.run_folder(cell),
         }
         return parse_train_config(
-            [f"--{name}={_argument(value)}" for name, value in values.items()]
+            [f"--{name}={_argument(value)}" for name, value in values.items()], processes=1
         )
 
     def run_folder(self, cell: Cell) -> Path:

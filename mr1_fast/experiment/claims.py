@@ -35,6 +35,10 @@ class Claims:
         with suppress(FileNotFoundError):  # it was stopped
             (self.folder / f"{number}.ended").touch()
 
+    def are_over(self) -> bool:
+        """Return whether all cells have ended, and the first process has left."""
+        return not self.folder.exists()
+
     def has_ended(self, number: int) -> bool:
         """Return whether a cell has ended."""
         return (self.folder / f"{number}.ended").exists()

@@ -114,6 +114,9 @@ def run_cells(experiment: Experiment, world: World = SINGLE) -> list[str]:
             while world.is_first and not ended.are_all():
                 time.sleep(LOOK_SECONDS)
                 ended.tell()
+            # torchrun on one machine waits minutes, not hours, for those on the others.
+            while not world.is_first and not claims.are_over():
+                time.sleep(LOOK_SECONDS)
     except KeyboardInterrupt as stopped:
         if world.is_first:
             write_report(experiment.output)

@@ -101,7 +101,7 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
     """Train from the last checkpoint in the run folder, or anew if there is none."""
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
     if checkpoints:
-        config = parse_train_config(["--resume", str(run)])
+        config = parse_train_config(["--resume", str(run)], processes=1)
         done = int(checkpoints[-1].name.removeprefix("step-"))
         keep_lines_before(curve, done + 1, AGAIN)
     else:

@@ -1,11 +1,13 @@
 """Items that processes share: the records, figures and files of one process."""
 
 import json
+import os
 from contextlib import redirect_stdout
 from io import StringIO
 
 from mr1_fast.accuracy import evaluate
 from mr1_fast.distributed import SINGLE
+from mr1_fast.errors import UserError
 from mr1_fast.evaluate.command import evaluate_model
 from mr1_fast.evaluate.settings import parse
 from mr1_fast.rollout.sampling import Sampling
@@ -56,6 +58,26 @@ def printed(argv):
     with redirect_stdout(said):
         evaluate_model(parse(argv))
     return said.getvalue()
+
+
+def evaluate_own_rows(world, model, folder):
+    """Each process has a file of this name, as machines without a shared file system do."""
+    os.chdir(folder / str(world.rank))
+    try:
+        printed([f"--model={model}", "--data=rows.jsonl", "--samples=2", "--device=cpu"])
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_with_different_data_are_told_so(tiny_folder, tmp_path):
+    for rank in (0, 1):
+        (folder := tmp_path / str(rank)).mkdir()
+        rows = [{"problem": f"{rank} + {n} = ?", "solution": str(rank + n)} for n in range(3)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = gang(2, evaluate_own_rows, tiny_folder, tmp_path)
+    assert told[0] == told[1] and told[0].startswith("the data is '3 rows (")
+    assert told[0].endswith(": name the same files on all machines.")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_the_command_writes_the_files_of_one_process(tiny_folder, tmp_path):

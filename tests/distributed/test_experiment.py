@@ -10,7 +10,9 @@ import pytest
 from mr1_fast.errors import UserError
 from mr1_fast.experiment import presets
 from mr1_fast.experiment.__main__ import main
+from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.presets import GRPO_D, SCALES, SFT, Study, Variant
+from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.report import plots
 from tests.data.gang import gang
 
@@ -22,6 +24,13 @@ from mr1_fast.rewards import reward
 def fragile(completion, example):
     raise RuntimeError("the reward broke")
 """
+
+
+def test_a_cell_needs_no_more_prompts_than_one_process(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "64"}.items():
+        monkeypatch.setenv(name, value)
+    cells = make_experiment(ExperimentConfig(preset="tiny")).cells()
+    assert cells  # each of whose settings has been checked
 
 
 def run_experiment(world, output, model, plugin):

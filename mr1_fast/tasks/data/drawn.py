@@ -67,6 +67,10 @@ class DrawnExamples:
             count = min(count, self.limit)
         return [self._draw(index) for index in range(count)]
 
+    def fingerprint(self) -> str:
+        """Return what tells two data apart: nothing beside the settings, since they say all."""
+        return "drawn"
+
     def require_thinking(self) -> None:
         """Do nothing: drawn examples always have a worked solution."""
 

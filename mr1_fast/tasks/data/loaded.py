@@ -22,6 +22,9 @@ from .layouts import (
 from .options import DEFAULTS, DataOptions
 from .table import Table
 
+SAMPLE = 256
+"""Rows, evenly spread, by which `fingerprint` tells data apart."""
+
 
 class LoadedExamples:
     """Examples from rows in one of the layouts of `layouts.py`.
@@ -130,6 +133,20 @@ class LoadedExamples:
         except UserError:
             images = []
         return digest_of(row, *map(self._images.stamp, images))
+
+    def fingerprint(self) -> str:
+        """Return what tells these data from others: how many rows, and what some of them ask."""
+        count = len(self._kept)
+        digest = digest_of([self._text(index) for index in self._kept[:: -(-count // SAMPLE)]])
+        return f"{count} rows ({digest})"
+
+    def _text(self, index: int) -> tuple[str, ...]:
+        """Return problem and solution of a row; nothing of one that is not understood."""
+        try:
+            fields = read_fields(self._table.row(index), self._columns, self._name(index))
+        except UserError:
+            return ()
+        return fields.problem, fields.solution
 
     def require_thinking(self) -> None:
         """Raise UserError if no row seems to have a worked solution for supervised training.
