@@ -38,7 +38,7 @@ from mr1_fast.ahead import Ahead
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.model.known import find_model_config
-from mr1_fast.run import prepare
+from mr1_fast.preparing import prepare
 from mr1_fast.seeds import seed_step
 from mr1_fast.train import grpo_step
 

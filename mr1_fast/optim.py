@@ -136,7 +136,8 @@ def update(
     rate = learning_rate(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with _without_second_attempt():  # all processes act together from here on, and weights change
+    # All processes act together from here on, and weights change.
+    with _without_second_attempt(optimizer):
         (loss,) = sharding.world.sums([loss])
         sharding.sum_gradients(seed)
         scale_metrics = {}
@@ -248,13 +249,17 @@ def _step(
 
 
 @contextmanager
-def _without_second_attempt() -> Iterator[None]:
+def _without_second_attempt(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Turn OutOfMemoryError into UserError: some gradients or weights may have changed already."""
+    make_room = (
+        "Start a new run with --optimizer adamw_exact, which allocates its state at the start and "
+        "needs no more memory to step."
+    )
+    if isinstance(optimizer, LowMemoryAdamW):
+        make_room = "Go on from there with --resume and lower --tokens-per-microbatch."
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "out of memory within the optimizer's step; the last checkpoint is intact. Start a new "
-            "run with --optimizer adamw_exact, which allocates its state at the start and needs no "
-            "more memory to step."
+            f"out of memory within the optimizer's step; the last checkpoint is intact. {make_room}"
         ) from error

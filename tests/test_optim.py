@@ -163,17 +163,22 @@ def test_the_gradient_norm_is_that_of_all_gradients():
     assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_no_memory_for_the_optimizers_step_is_no_second_attempt(monkeypatch):
-    policy, config = tiny_policy(), OptimizerConfig(optimizer="adamw")
+@pytest.mark.parametrize(
+    "name, way_out",
+    [
+        ("adamw", "Start a new run with --optimizer adamw_exact"),
+        ("adamw_exact", "Go on from there with --resume and lower --tokens-per-microbatch"),
+    ],
+)
+def test_no_memory_for_the_optimizers_step_is_no_second_attempt(name, way_out, monkeypatch):
+    policy, config = tiny_policy(), OptimizerConfig(optimizer=name)
     optimizer = make_optimizer(policy.model, config)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(optimizer, "step", fail)
-    with pytest.raises(
-        UserError, match=r"within the optimizer's step.*new run with --optimizer adamw_exact"
-    ):
+    with pytest.raises(UserError, match=rf"within the optimizer's step.* {way_out}"):
         update(policy, optimizer, batches_of(policy, 10**6), likelihood, 0, 1, config)
 
 
