@@ -97,7 +97,10 @@ def read_description(name: str | Path, shown: str | None = None) -> PretrainedCo
     be trained, also where transformers does not know its type or the file does not name it, and
     OSError where no configuration can be read.
     """
-    settings, _ = PretrainedConfig.get_config_dict(name)
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(name)
+    except TypeError:  # older versions of transformers look into what is no mapping
+        settings = None
     shown = shown or str(name)
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model_type"), str):
         raise UserError(

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -51,7 +53,8 @@ def save_pretrained(policy: Policy, folder: Path | None, save: str | None = None
     if folder is None and not is_cut:
         return
     if base is model and not is_cut:
-        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        with _written_generation_config(model):
+            model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     elif base is model:
         _save_merged(base, folder)
     else:
@@ -105,7 +108,8 @@ def _save_merged(base: nn.Module, folder: Path | None) -> None:
         # FSDP2 puts its name before that of the class.
         config.architectures, config.dtype = [type(base).__name__.removeprefix("FSDP")], base.dtype
         config.save_pretrained(folder)
-        base.generation_config.save_pretrained(folder)
+        with _written_generation_config(base):
+            base.generation_config.save_pretrained(folder)
 
     weights, adapted = {}, {}
     for name, weight in base.state_dict().items():
@@ -128,6 +132,25 @@ def _save_merged(base: nn.Module, folder: Path | None) -> None:
         return weight.cpu()
 
     write_weights(folder, {name: weight.nbytes for name, weight in weights.items()}, make)
+
+
+@contextmanager
+def _written_generation_config(model: nn.Module) -> Iterator[None]:
+    """Have a generation config within a block that transformers writes.
+
+    Some versions refuse one with, for example, `top_k` but no `do_sample`, as some
+    models are published, and with it all of the model. The model's own file takes its place.
+    """
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = copy(own)
+        model.generation_config.do_sample = True
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _keep_config(source: str | None, folder: Path, dtype: torch.dtype) -> None:

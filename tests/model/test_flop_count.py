@@ -71,6 +71,11 @@ def nothing_masked(policy):
         use_packed_attention(model)
 
 
+def whole(features):
+    """Features of all images, which versions of transformers give as one tensor or one for each."""
+    return features if isinstance(features, torch.Tensor) else torch.cat(features)
+
+
 def hidden_states(policy, batch):
     """The packed forward pass through transformers' own modules."""
     inner, text = base_model(policy.model).model, text_model(policy.model)
@@ -80,11 +85,11 @@ def hidden_states(policy, batch):
             batch.pixel_values, batch.image_grid_thw, return_dict=True
         )
         places = batch.input_ids == inner.config.image_token_id
-        features = torch.cat(images.pooler_output)
+        features = whole(images.pooler_output)
         embeddings = embeddings.masked_scatter(places[:, None], features)
         if (layers := getattr(images, "deepstack_features", None)) is not None:
             deep = dict(
-                visual_pos_masks=places[None], deepstack_visual_embeds=list(map(torch.cat, layers))
+                visual_pos_masks=places[None], deepstack_visual_embeds=list(map(whole, layers))
             )
     output = text(
         inputs_embeds=embeddings[None],
