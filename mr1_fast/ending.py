@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
-from .torchrun import is_first, machines, place, rank
+from .torchrun import is_first, machines, place, rank, unreachable
 
 EARLY = 20.0
 """Seconds that a process which cannot begin leaves the first one to say why, which it finds, too:
@@ -82,7 +82,8 @@ def end_if_another_has() -> None:
         store = _early_store()
         if store.check([CLAIM]):
             _leave_word(store.get(CLAIM).decode().partition("\n")[2])
-            _wait_for_torchrun(1, SILENT)
+            # On another machine it does not; the store may then be gone after LINGER.
+            _wait_for_torchrun(1, 2 * NOTICED)
 
 
 def says_another_ended(error: BaseException) -> bool:
@@ -147,7 +148,7 @@ def _end_early(status: int, words: str) -> NoReturn:
         _say(words)
         _leave_word(words)
         if machines() > 1 and _claim(words):
-            time.sleep(LINGER)
+            time.sleep(EARLY)  # others need as long to look at the store for the first time
         _exit(status)
     if os.environ.get("GROUP_RANK", "0") == "0":  # on the machine of the first one
         _wait_for_torchrun(status, EARLY, then_exit=False)
@@ -157,6 +158,8 @@ def _end_early(status: int, words: str) -> NoReturn:
     if _claim(words):
         _say(words)
         _leave_word(words)
+        if machines() > 1:
+            time.sleep(LINGER)
     _exit(status)
 
 
@@ -191,6 +194,8 @@ def _early_store() -> Any:
     """Return the store of torchrun, which is there before the processes have met."""
     from torch.distributed import PrefixStore, TCPStore
 
+    if problem := unreachable():  # torch would print a page of C++ about it
+        raise ConnectionError(problem)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, timeout=timedelta(seconds=LINGER), wait_for_workers=False)
     return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

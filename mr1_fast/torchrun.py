@@ -49,6 +49,16 @@ def place() -> str:
     return f"process {rank()} of {size()} on {socket.gethostname()}"
 
 
+def unreachable() -> str:
+    """Return what is wrong with the connection to the store that torchrun keeps; "" for nothing."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((address, int(port)), timeout=5).close()
+    except OSError as error:
+        return f"{address}:{port}: {error.strerror or error}"
+    return ""
+
+
 def leave_to_first() -> None:
     """End all processes but the first, which goes on as if it were alone.
 

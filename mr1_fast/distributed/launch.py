@@ -28,8 +28,8 @@ Gradients and weights have torch's own limit of ten minutes (NCCL), since all pr
 these at once, after small values."""
 MEETING = timedelta(minutes=10)
 """How long a process waits for the others to start."""
-FINDING = timedelta(minutes=1)
-"""How long a process looks for torchrun's store, which is gone if the machine that had it is."""
+FINDING = 30.0
+"""Seconds that a process looks for torchrun's store, which goes with the machine that has it."""
 GRACE = 30.0
 """Seconds that a process has to end by itself after another one has ended. It cannot where it waits
 for NCCL, which may not notice."""
@@ -53,9 +53,9 @@ def join_world(device_type: str) -> World:
     if device_type == "cuda":
         torch.cuda.set_device(torchrun.local_rank())
     if not dist.is_initialized():
-        # torchrun has its store before it starts a process; without it the first one makes it.
-        is_there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        found = dist.rendezvous("env://", timeout=FINDING if is_there else MEETING)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _require_store()
+        found = dist.rendezvous("env://", timeout=MEETING)
         store = meet(*next(found), ending.end_if_another_has)
         ending.met_at(store)
         dist.init_process_group(
@@ -75,6 +75,21 @@ def join_world(device_type: str) -> World:
         local_size=torchrun.local_size(),
         control=dist.new_group(backend="gloo", timeout=WAIT),
     )
+
+
+def _require_store() -> None:
+    """Raise UserError if torchrun's store is gone, which is there before it starts a process.
+
+    torch would look for it for as long as processes may wait for one another, and hear no signal.
+    """
+    end = time.monotonic() + FINDING
+    while problem := torchrun.unreachable():
+        if time.monotonic() > end:
+            raise UserError(
+                f"the machine of process 0 cannot be reached, or has ended ({problem}): look at "
+                "what is said there."
+            )
+        time.sleep(0.5)
 
 
 def connect(device: torch.device) -> None:
