@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
-from .torchrun import is_first, machines, place, rank, unreachable
+from .torchrun import is_first, machines, place, rank, size, unreachable
 
 EARLY = 20.0
 """Seconds that a process which cannot begin leaves the first one to say why, which it finds, too:
@@ -55,6 +55,13 @@ def told_to_end(number: int) -> None:
 def met_at(store: Any) -> None:
     """Note the store where the processes have met."""
     _met[:] = [store]
+
+
+def by_torchrun(number: int) -> str:
+    """Return what is added to "stopped" while it is unknown whether another process has died."""
+    if size() == 1 or number != signal.SIGTERM or _met:
+        return ""
+    return " by torchrun, which was told to end, or whose other process has died"
 
 
 def lost_another(reason: str) -> None:
@@ -102,6 +109,8 @@ def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: told_to_end(number))
     stopped = isinstance(error, KeyboardInterrupt)
+    if words.endswith("stopped"):
+        words += by_torchrun(status - 128)
     if "torch" not in sys.modules:  # the settings: every process reads the same
         if stopped and not is_first():
             _exit(status)

@@ -132,7 +132,7 @@ def exit_when_stopped() -> None:
 def _exit(number: int, frame: FrameType | None) -> None:
     if torchrun.is_first():
         with suppress(OSError):
-            os.write(2, b"\nstopped\n")
+            os.write(2, f"\nstopped{ending.by_torchrun(number)}\n".encode())
     os._exit(128 + number)
 
 

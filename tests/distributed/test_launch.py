@@ -81,6 +81,31 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
         own_device("cuda", gpus=1)
 
 
+STOPPED = """
+import os, signal, time
+from mr1_fast.errors import exit_on_user_error, exit_when_stopped
+if "imports" in os.environ:
+    exit_when_stopped()
+def main():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)
+exit_on_user_error(main) if "imports" not in os.environ else main()
+"""
+
+
+@pytest.mark.parametrize("while_it_imports", [{}, {"imports": "yes"}])
+def test_before_they_have_met_sigterm_may_tell_of_a_death(while_it_imports):
+    """torchrun sends it to the others when it finds a process dead."""
+    for size, why in (
+        (1, ""),
+        (2, " by torchrun, which was told to end, or whose other process has died"),
+    ):
+        env = {**os.environ, **as_one_of(0, size), **while_it_imports}
+        command = [sys.executable, "-c", STOPPED]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (143, f"\nstopped{why}\n")
+
+
 # --- the processes meet -------------------------------------------------------------------------
 
 
