@@ -5,7 +5,7 @@ print something. So the process that fails claims the end in the store where the
 prints its sentence; the others print nothing. The store lives in torchrun itself, so that it
 outlasts each of them.
 
-Nothing here imports torch until a process fails.
+Nothing here imports torch until a process fails, or waits for the others to begin.
 """
 
 import json
@@ -18,14 +18,17 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
-from .torchrun import is_first, machines, place, rank, size, unreachable
+from .torchrun import is_first, local_rank, machines, place, rank, size, unreachable
 
 EARLY = 20.0
-"""Seconds that a process which cannot begin leaves the first one to say why, which it finds, too:
-torchrun ends this one as soon as that has ended."""
+"""Seconds that the first process stays when it cannot begin, so that others can look into the store
+why. Those that cannot begin either leave it to the first one to say so."""
 SILENT = 5.0
 """Seconds that a process with nothing to say waits for torchrun to end it. One that ends itself
 would be in torchrun's list of failures."""
+ALONE = 1.0
+"""The same for one that ends since a process on another machine has failed, which this machine's
+torchrun does not know."""
 LINGER = 5.0
 """Seconds that the store is kept for processes on other machines which fail at the same moment."""
 NOTICED = 0.5
@@ -61,7 +64,7 @@ def by_torchrun(number: int) -> str:
     """Return what is added to "stopped" while it is unknown whether another process has died."""
     if size() == 1 or number != signal.SIGTERM or _met:
         return ""
-    return " by torchrun, which was told to end, or whose other process has died"
+    return " (by torchrun, which was told to end, or has lost a process)"
 
 
 def lost_another(reason: str) -> None:
@@ -89,8 +92,7 @@ def end_if_another_has() -> None:
         store = _early_store()
         if store.check([CLAIM]):
             _leave_word(store.get(CLAIM).decode().partition("\n")[2])
-            # On another machine it does not; the store may then be gone after LINGER.
-            _wait_for_torchrun(1, 2 * NOTICED)
+            _wait_for_torchrun(1, ALONE)
 
 
 def says_another_ended(error: BaseException) -> bool:
@@ -109,12 +111,12 @@ def fail_together(status: int, words: str, error: BaseException) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: told_to_end(number))
     stopped = isinstance(error, KeyboardInterrupt)
-    if words.endswith("stopped"):
+    if stopped:
         words += by_torchrun(status - 128)
     if "torch" not in sys.modules:  # the settings: every process reads the same
         if stopped and not is_first():
             _exit(status)
-        _end_early(status, words)
+        _end_early(status, words, stays=not stopped)
     lost = str(error) if says_another_ended(error) else ""
     if stopped and _met and signal.SIGTERM in _told:
         lost = _loss_before_sigterm()
@@ -151,16 +153,19 @@ def _loss_before_sigterm() -> str:
     return ""
 
 
-def _end_early(status: int, words: str) -> NoReturn:
-    """End a process that cannot begin: the first one says why, as soon as it knows."""
+def _end_early(status: int, words: str, stays: bool) -> NoReturn:
+    """End a process that cannot begin: the first one says why, as soon as it knows.
+
+    It `stays` for those on other machines, unless the user has stopped them all.
+    """
     if is_first():
         _say(words)
         _leave_word(words)
-        if machines() > 1 and _claim(words):
-            time.sleep(EARLY)  # others need as long to look at the store for the first time
+        if machines() > 1 and _claim(words) and stays:
+            time.sleep(EARLY)
         _exit(status)
     if os.environ.get("GROUP_RANK", "0") == "0":  # on the machine of the first one
-        _wait_for_torchrun(status, EARLY, then_exit=False)
+        _wait_for_torchrun(status, 2 * EARLY, then_exit=False)
     else:
         with suppress(Exception):  # nobody has claimed it, or nobody can any more
             _store().wait([CLAIM], timedelta(seconds=EARLY))
@@ -182,13 +187,13 @@ def _claim(words: str, if_gone: bool = True) -> bool:
         found = _store().compare_set(CLAIM, "", mine).decode()
     except Exception:  # whatever the store's error is, this process is about to end
         _leave_word(words)
-        return if_gone
+        return if_gone and local_rank() == 0
     if found == mine:
         return True
     found = found.partition("\n")[2]
     if not _met and machines() > 1:
         # Machines count restarts each for itself, so that it may be of an earlier start.
-        return found != words
+        return found != words and signal.SIGTERM not in _told
     _leave_word(found)
     return False
 

@@ -82,6 +82,7 @@ class SignalHandling:
         self.handler = handler
         self.before: dict[int, object] = {}
         self.dropped: Stopped | None = None
+        self.report = sys.unraisablehook
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -92,11 +93,11 @@ class SignalHandling:
             self.report, sys.unraisablehook = sys.unraisablehook, self._note_dropped
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        dropped, self.dropped = self.dropped, None  # first: it is not sent again from here on
         if self.before:
             sys.unraisablehook = self.report
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        dropped, self.dropped = self.dropped, None
         if dropped and not error:
             raise dropped
 

@@ -14,6 +14,7 @@ import torch
 
 from mr1_fast.checkpoint import KEEP, fingerprint, load_checkpoint, save_checkpoint
 from mr1_fast.config import OptimizerConfig
+from mr1_fast.distributed.pieces import load_pieces
 from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.kl_schedule import TargetKL
@@ -107,6 +108,23 @@ def test_weights_and_optimizer_state_come_back_bit_for_bit(
                 else value == right[key]
             ), key
         a_step(model, optimizer, step), a_step(other, loaded, step)
+
+
+def test_states_that_are_there_are_read_in_place(model, tmp_path, monkeypatch):
+    """Else all processes of a machine together would need many times their memory."""
+    optimizer = make_optimizer(model, OptimizerConfig(optimizer="adamw_exact"))
+    a_step(model, optimizer, 1)
+    save_checkpoint(tmp_path, 7, Sharding(model), optimizer, START)
+    filled = []
+
+    def load_and_note(pieces, *others):
+        filled.extend(piece.tensor.data_ptr() for piece in pieces.values())
+        load_pieces(pieces, *others)
+
+    monkeypatch.setattr("mr1_fast.distributed.saved_state.load_pieces", load_and_note)
+    load_checkpoint(tmp_path, Sharding(model), optimizer, START)
+    states = flat(optimizer.state_dict()["state"]).values()
+    assert sorted(filled) == sorted(state.data_ptr() for state in states)
 
 
 @pytest.mark.parametrize(

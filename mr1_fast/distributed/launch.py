@@ -64,10 +64,10 @@ def join_world(device_type: str) -> World:
             rank=torchrun.rank(),
             world_size=torchrun.size(),
         )
-        if device_type == "cuda":
-            connect(torch.device("cuda"))
         if dist.is_torchelastic_launched():
             _watch[:] = [Watch()]
+        if device_type == "cuda":
+            connect(torch.device("cuda"))
     return World(
         rank=torchrun.rank(),
         size=torchrun.size(),
@@ -143,18 +143,19 @@ def meet(
     mine, end = uuid4().hex, time.monotonic() + MEETING.total_seconds()
     if rank == 0:
         store.set("first", mine)
-        for other in range(1, size):
-            word = _read(store, f"{mine}/{other}", end, look)
-            if not word:
-                raise _missing(other)
+        words = [_read(store, f"{mine}/{other}", end, look) for other in range(1, size)]
+        if "" in words:
+            raise _missing(1 + words.index(""))
+        for other, word in enumerate(words, 1):
             store.set(f"{mine}/heard/{other}", word)
         return dist.PrefixStore(mine, store)
 
+    end += 60  # process 0, which knows who is missing, is the first to say so
     while time.monotonic() < end:
         # It may be that of an earlier start, which hears nothing.
         first = _read(store, "first", end, look)
         store.set(f"{first}/{rank}", mine)
-        if _read(store, f"{first}/heard/{rank}", time.monotonic() + 0.5) == mine:
+        if _read(store, f"{first}/heard/{rank}", time.monotonic() + 0.5, look) == mine:
             return dist.PrefixStore(first, store)
     raise _missing(0)
 
@@ -166,7 +167,7 @@ def _missing(rank: int) -> UserError:
     )
 
 
-def _read(store: dist.Store, key: str, end: float, look: Callable[[], None] = lambda: None) -> str:
+def _read(store: dist.Store, key: str, end: float, look: Callable[[], None]) -> str:
     """Return what another process writes to the store, "" where it does not until the time `end`.
 
     A wait of the store would hold up signals, and print a warning when it is over.

@@ -82,15 +82,15 @@ def restore_optimizer(
         for name in names[part.name]:
             tensor = saved[key := f"{part.name}.{name}"]
             first, count, whole = _place(name, part, tensor.size.numel())
-            dtype, target = tensor.properties.dtype, own.get(name)
+            state, dtype = own.get(name), tensor.properties.dtype
             # States that the optimizer has already are read in place: beside them, every process
             # of a machine would need as much of its memory.
-            if is_made and (target.numel(), target.dtype) == (count, dtype):
-                content = target.view(-1)
+            if is_made and (state.numel(), state.dtype) == (count, dtype):
+                content = state.view(-1)
             else:
                 content = torch.empty(count, dtype=dtype)
             pieces[key] = Piece(content, first, torch.Size([whole]))
-            states[index][name] = content.view(_shape(name, part, content, target))
+            states[index][name] = content.view(_shape(name, part, content, state))
     for key, value in numbers.items():
         parameter, _, name = key.rpartition(".")
         for index, part in enumerate(parts):

@@ -26,7 +26,7 @@ class Claims:
             (self.folder / f"{number}.begun").touch(exist_ok=False)
         except FileExistsError:
             return False
-        except FileNotFoundError:  # all cells have ended, and the first process has left
+        except FileNotFoundError:  # all cells have ended, or the first process was stopped
             return False
         return True
 
@@ -36,7 +36,7 @@ class Claims:
             (self.folder / f"{number}.ended").touch()
 
     def are_over(self) -> bool:
-        """Return whether all cells have ended, and the first process has left."""
+        """Return whether the first process has left, with which no cell is to be run any more."""
         return not self.folder.exists()
 
     def has_ended(self, number: int) -> bool:
@@ -50,7 +50,7 @@ def claims_in(output: Path, world: World) -> Iterator[Claims]:
 
     Collective where the block begins, and the end of `world`: from then on the processes know of
     one another by their claims alone. The first one must leave the block last, once all cells have
-    ended.
+    ended, or when it is stopped.
     """
     folder = output / ".claims"
     if world.is_first:
@@ -58,8 +58,10 @@ def claims_in(output: Path, world: World) -> Iterator[Claims]:
             shutil.rmtree(earlier, ignore_errors=True)
         folder.mkdir()
     work_alone(world)
-    yield Claims(folder)
-    if world.is_first:
-        # At once, since nobody may find a cell that has neither begun nor ended.
-        over = folder.rename(output / ".claims.over")
-        shutil.rmtree(over, ignore_errors=True)
+    try:
+        yield Claims(folder)
+    finally:
+        if world.is_first:
+            # At once, since nobody may find a cell that has neither begun nor ended.
+            over = folder.rename(output / ".claims.over")
+            shutil.rmtree(over, ignore_errors=True)

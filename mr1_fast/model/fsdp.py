@@ -101,6 +101,7 @@ class FullShards(Sharding):
             self.started = True
             getattr(self.root, WITH_WEIGHTS)(lambda: lambda: None)
             self.root.reshard()
+            self._forget_passes()
 
     def _forget_passes(self) -> None:
         """Drop FSDP2's notes for the next backward pass, which a reference never has."""
@@ -137,14 +138,14 @@ class FullShards(Sharding):
                 raise
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(
-                f"out of memory in process {self.world.rank} as the weights were brought together "
-                f"to sample with all of them ({reason}). The last checkpoint is intact: go on from "
-                "there with --resume, on more or larger cards."
+                f"out of memory in process {self.world.rank} as all weights were brought together, "
+                f"with which it samples ({reason}): take more or larger cards, and go on with "
+                "--resume where there is a checkpoint."
             ) from error
         finally:
             for group in reversed(self.groups):  # layers first, so that little is there twice
                 for whole in group.parameters():
-                    if whole in rows:
+                    if whole in rows and is_whole:  # else the run is over
                         rows.pop(whole).fill()
                 setattr(group, WITH_WEIGHTS, methods[group])
                 group.reshard()

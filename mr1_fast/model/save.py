@@ -5,14 +5,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
 
 from ..config import TrainConfig
 from ..errors import UserError
@@ -138,15 +139,16 @@ def _save_merged(base: nn.Module, folder: Path | None) -> None:
 def _written_generation_config(model: nn.Module) -> Iterator[None]:
     """Have a generation config within a block that transformers writes.
 
-    Some versions refuse one with, for example, `top_k` but no `do_sample`, as some
-    models are published, and with it all of the model. The model's own file takes its place.
+    Some versions refuse one with, for example, `top_k` but no `do_sample`, as models have been
+    published, and with it all of the model. The model's own file takes its place afterwards.
     """
     own = model.generation_config
     try:
-        own.validate(strict=True)
+        with TemporaryDirectory() as folder:
+            own.save_pretrained(folder)
     except ValueError:
-        model.generation_config = copy(own)
-        model.generation_config.do_sample = True
+        ends = dict(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id)
+        model.generation_config = GenerationConfig(**ends)
     try:
         yield
     finally:

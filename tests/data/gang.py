@@ -97,3 +97,9 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def as_one_of(rank: int, size: int = 2, **more: Any) -> dict[str, str]:
+    """Return what torchrun tells process `rank` of `size` on one machine, by its environment."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return {name: str(value) for name, value in {**names, **more}.items()}

@@ -5,11 +5,15 @@ import os
 from contextlib import redirect_stdout
 from io import StringIO
 
+import pytest
+
 from mr1_fast.accuracy import evaluate
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
 from mr1_fast.evaluate.command import evaluate_model
 from mr1_fast.evaluate.settings import parse
+from mr1_fast.preparing import prepare
 from mr1_fast.rollout.sampling import Sampling
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import load_examples
@@ -60,22 +64,27 @@ def printed(argv):
     return said.getvalue()
 
 
-def evaluate_own_rows(world, model, folder):
+def told_of_own_rows(world, command, model, folder):
     """Each process has a file of this name, as machines without a shared file system do."""
     os.chdir(folder / str(world.rank))
+    argv = [f"--model={model}", "--data=rows.jsonl", "--device=cpu"]
     try:
-        printed([f"--model={model}", "--data=rows.jsonl", "--samples=2", "--device=cpu"])
+        if command == "evaluate":
+            printed([*argv, "--samples=2"])
+        else:
+            prepare(parse_train_config([*argv, "--eval-samples=0"]), world)
     except UserError as error:
         return str(error)
 
 
-def test_processes_with_different_data_are_told_so(tiny_folder, tmp_path):
+@pytest.mark.parametrize("command, name", [("evaluate", "data"), ("train", "training data")])
+def test_processes_with_different_data_are_told_so(command, name, tiny_folder, tmp_path):
     for rank in (0, 1):
         (folder := tmp_path / str(rank)).mkdir()
         rows = [{"problem": f"{rank} + {n} = ?", "solution": str(rank + n)} for n in range(3)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = gang(2, evaluate_own_rows, tiny_folder, tmp_path)
-    assert told[0] == told[1] and told[0].startswith("the data is '3 rows (")
+    told = gang(2, told_of_own_rows, command, tiny_folder, tmp_path)
+    assert told[0] == told[1] and told[0].startswith(f"the {name} is '3 rows (")
     assert told[0].endswith(": name the same files on all machines.")
     assert not list(tmp_path.rglob("*.json"))
 

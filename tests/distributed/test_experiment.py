@@ -7,9 +7,11 @@ from io import StringIO
 
 import pytest
 
+from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
 from mr1_fast.experiment import presets
 from mr1_fast.experiment.__main__ import main
+from mr1_fast.experiment.claims import claims_in
 from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.presets import GRPO_D, SCALES, SFT, Study, Variant
 from mr1_fast.experiment.settings import ExperimentConfig
@@ -31,6 +33,13 @@ def test_a_cell_needs_no_more_prompts_than_one_process(monkeypatch):
         monkeypatch.setenv(name, value)
     cells = make_experiment(ExperimentConfig(preset="tiny")).cells()
     assert cells  # each of whose settings has been checked
+
+
+def test_where_the_first_process_is_stopped_no_other_waits(tmp_path):
+    with pytest.raises(KeyboardInterrupt), claims_in(tmp_path, SINGLE) as claims:
+        assert claims.take(1) and not claims.take(1) and not claims.are_over()
+        raise KeyboardInterrupt
+    assert claims.are_over() and not claims.take(2) and not list(tmp_path.iterdir())
 
 
 def run_experiment(world, output, model, plugin):

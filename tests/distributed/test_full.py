@@ -220,8 +220,8 @@ def gather_without_room(world: World) -> str:
 
 def test_no_room_for_all_weights_is_told_in_a_sentence():
     for rank, told in enumerate(gang(2, gather_without_room)):
-        assert told.startswith(f"out of memory in process {rank} as the weights were brought")
-        assert "(no room). The last checkpoint is intact" in told
+        assert told.startswith(f"out of memory in process {rank} as all weights were brought")
+        assert "(no room): take more or larger cards" in told
 
 
 def test_what_stays_whole_depends_on_the_blocks_of_the_optimizer():

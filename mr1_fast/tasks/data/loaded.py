@@ -135,7 +135,10 @@ class LoadedExamples:
         return digest_of(row, *map(self._images.stamp, images))
 
     def fingerprint(self) -> str:
-        """Return what tells these data from others: how many rows, and what some of them ask."""
+        """Return what tells these data from others: how many rows, and the texts of some of them.
+
+        Images are not among it: machines may have them in other places.
+        """
         count = len(self._kept)
         digest = digest_of([self._text(index) for index in self._kept[:: -(-count // SAMPLE)]])
         return f"{count} rows ({digest})"
