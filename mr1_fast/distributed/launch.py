@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from .. import ending, torchrun
 from ..errors import UserError
+from .optimizer_shards import all_gather, reduce_scatter
 from .sharding import Sharding
 from .world import SINGLE, World
 
@@ -104,8 +105,8 @@ def connect(device: torch.device) -> None:
         whole = torch.zeros(size * length, device=device)
         dist.all_reduce(whole)
         dist.broadcast(whole, src=0)
-        dist.reduce_scatter_tensor(part, whole)
-        dist.all_gather_into_tensor(whole, part)
+        reduce_scatter(part, whole)
+        all_gather(whole, part)
     if device.type == "cuda":
         torch.cuda.synchronize()
         del part, whole
