@@ -56,8 +56,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         source, held_out = load_data(config)
         check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
         check_data(held_out, config, config.eval_samples, log.say)
-    read = {"the training data": source, "the held-out data": held_out}
-    read = {name: data.fingerprint() for name, data in read.items() if data is not None}
+    data = {"the training data": source, "the held-out data": held_out}
+    read = {name: each.fingerprint() for name, each in data.items() if each is not None}
     require_same(world, read, "name the same files on all machines")
     if config.push_to_hub is not None and world.is_first:
         require_repository(config.push_to_hub)

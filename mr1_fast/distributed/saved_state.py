@@ -78,19 +78,19 @@ def restore_optimizer(
 
     pieces, states = {}, defaultdict(dict)
     for index, (part, own) in enumerate(zip(parts, _states(optimizer), strict=True)):
-        is_made = own.keys() == set(names[part.name])
+        has_all = own.keys() == set(names[part.name])
         for name in names[part.name]:
             tensor = saved[key := f"{part.name}.{name}"]
             first, count, whole = _place(name, part, tensor.size.numel())
-            state, dtype = own.get(name), tensor.properties.dtype
+            made, dtype = own.get(name), tensor.properties.dtype
             # States that the optimizer has already are read in place: beside them, every process
             # of a machine would need as much of its memory.
-            if is_made and (state.numel(), state.dtype) == (count, dtype):
-                content = state.view(-1)
+            if has_all and (made.numel(), made.dtype) == (count, dtype):
+                content = made.view(-1)
             else:
                 content = torch.empty(count, dtype=dtype)
             pieces[key] = Piece(content, first, torch.Size([whole]))
-            states[index][name] = content.view(_shape(name, part, content, state))
+            states[index][name] = content.view(_shape(name, part, content, made))
     for key, value in numbers.items():
         parameter, _, name = key.rpartition(".")
         for index, part in enumerate(parts):
