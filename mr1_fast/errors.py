@@ -22,6 +22,8 @@ Handler = Callable[[int, FrameType | None], object]
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and how a job scheduler or `kill` asks a process to end."""
+LONGEST = 1000
+"""The most characters of a message; what is named in it may be of any length."""
 AGAIN = 0.02
 """Seconds after which a stop that Python has dropped is raised again."""
 
@@ -36,14 +38,26 @@ def printable(text: str) -> str:
     )
 
 
+def shortened(text: object, length: int = 80) -> str:
+    """Return the start of a text for a message, in one line and without control characters."""
+    text = str(text)
+    text = text if len(text) <= length else f"{text[: length - 1]}…"
+    return printable(text).replace("\n", "\\n")
+
+
 class UserError(Exception):
     """Bad input; its message is one sentence that names the field or file and the way out.
 
-    The names of columns and files may hold anything, so what a terminal would obey is escaped.
+    The names of columns and files may hold anything, so what a terminal would obey is escaped. Of
+    a message that is too long, the beginning and the end stay, where the way out is.
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        message = printable(message)
+        if len(message) > LONGEST:
+            end = LONGEST // 2
+            message = f"{message[: LONGEST - end - 3]} … {message[-end:]}"
+        super().__init__(message)
 
 
 class Stopped(KeyboardInterrupt):

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+LOCK = ".lock"
+"""The file in a folder that whoever works there holds locked."""
 RESUME = "make room there, then go on with --resume"
 """The way out for files that a training run writes as it goes on."""
 
@@ -91,6 +93,30 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     with lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def exclusive(folder: Path, taken: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made, within a block; the system frees it with a process.
+
+    Raises UserError with the sentence `taken` where another process holds it. Where the file system
+    has no locks, all may go on.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"output {folder} cannot be written ({error.strerror}): choose another."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(taken) from error
+        except OSError:
+            pass
         yield
 
 

@@ -14,13 +14,13 @@ import transformers
 from ..distributed import SINGLE, World
 from ..distributed.launch import join_world
 from ..errors import Stopped, UserError
+from ..files import exclusive
 from ..model.device import resolve_device
 from ..torchrun import is_first
 from .cells import Cell, Experiment
 from .claims import Claims, claims_in
 from .description import describe, remember
 from .estimate import dry_run
-from .lock import locked
 from .presets import find_preset
 from .report import write_report
 from .results import CellResult
@@ -79,7 +79,8 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
             run_cells(experiment, world)
         return
-    with locked(experiment.output):
+    taken = f"another process runs the experiment in {experiment.output}: wait for it, or end it."
+    with exclusive(experiment.output, taken):
         remember(describe(config, experiment, argv), experiment.output)
         failed = run_cells(experiment, world)
     if experiment.study.name == "search":

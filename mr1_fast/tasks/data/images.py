@@ -12,8 +12,8 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image
 
-from ...errors import UserError
-from .paths import ImageFolder, open_file, shortened
+from ...errors import UserError, shortened
+from .paths import ImageFolder, open_file
 from .pixels import open_image, to_rgb, upright_size
 from .urls import is_address, read_address
 

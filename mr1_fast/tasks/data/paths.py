@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from ...errors import UserError, printable
+from ...errors import UserError, shortened
 
 LARGEST_FILE = 2**30
 """The most bytes of an image file; Pillow reads files of some formats as a whole."""
 LONGEST_PATH = 4096
 LONGEST_NAME = 255
 """The bytes that Linux allows in a path and in each of its names."""
-
-
-def shortened(text: object, length: int = 80) -> str:
-    """Return the start of a text for a message, without control characters."""
-    text = str(text)
-    text = text if len(text) <= length else f"{text[: length - 1]}…"
-    return printable(text).replace("\n", "\\n")
 
 
 @dataclass(frozen=True)

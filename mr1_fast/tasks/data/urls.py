@@ -17,10 +17,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urljoin
 
 from ...config import cache_folder
-from ...errors import UserError
+from ...errors import UserError, shortened
 from ...files import write_bytes
 from ...version import __version__
-from .paths import shortened
 from .pixels import open_image
 
 LARGEST = 20 * 2**20

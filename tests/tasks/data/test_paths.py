@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from mr1_fast.errors import UserError
-from mr1_fast.tasks.data.paths import LARGEST_FILE, ImageFolder, open_file, shortened
+from mr1_fast.errors import UserError, shortened
+from mr1_fast.tasks.data.paths import LARGEST_FILE, ImageFolder, open_file
 
 
 def found(text, root, fenced=False):
