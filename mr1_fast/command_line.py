@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
 from .errors import UserError, exit_on_user_error, exit_when_stopped
+from .own_python import require_known_python
 from .profiles import profile_defaults
 from .resuming import AUTO, finished, started_before
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -101,11 +102,13 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
     `--resume auto` is that of the folder that --output names, if it has a checkpoint; where the
     run there is finished, say so and exit. The settings must suit the number of `processes` that
-    train together: by default, all that torchrun has started.
+    train together: by default, all that torchrun has started. Python that only the folder's
+    settings name is not run, unless this user has run it before.
     """
     processes = processes or torchrun.size()
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
+    named = parser.named(given)
     resume = given.flags.get("resume")
     is_auto = resume == AUTO
     if is_auto and not given.wants_help:
@@ -123,6 +126,8 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     if "algo" in given.flags:
         parser.check_algorithm(given)
     config = parser.settle(given)
+    if resume not in (None, AUTO):
+        require_known_python(config, named, resume)
     config.check_prompts(processes)
     if processes > 1:
         check_sharding(config)
@@ -225,6 +230,10 @@ class SettingsParser(Generic[Config]):
             sys.exit(0)
         config.check()
         return config
+
+    def named(self, given: Given) -> set[str]:
+        """The names of all settings that a command line and its files give."""
+        return {*given.flags, *(name for path in given.files for name in self._read_yaml(path))}
 
     def check_algorithm(self, given: Given) -> None:
         """Raise UserError for another algorithm than that of a file which names all it consists of.

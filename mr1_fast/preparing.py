@@ -22,6 +22,7 @@ from .model.reference import Reference
 from .model.save import check_save
 from .model.spread import spread, where_to_load
 from .optim import make_optimizer, state_block
+from .own_python import remember_python
 from .peak_flops import describe_peak
 from .plan.choose_sharding import choose_sharding
 from .plan.evaluations import describe_evaluations
@@ -125,6 +126,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
+    remember_python(config)
     self_test(resolve_device(config), config.load_in_4bit)
 
 
