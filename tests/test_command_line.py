@@ -337,19 +337,19 @@ def test_resume_auto_goes_on_where_there_is_a_checkpoint_and_begins_there_otherw
 
 IMPOSSIBLE = {
     **{
-        f"--{name}=0": f"{name} is 0, but must be greater than 0"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("steps", "prompts_per_step")
     },
     **{
-        f"--{name}=-1": f"{name} is -1, but must be greater"
+        f"--{name}=-1": f"{name} is -1, but must be at least 1"
         for name in ("max_new_tokens", "updates_per_batch")
     },
     **{
-        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("tokens_per_microbatch", "lora_rank")
     },
     **{
-        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("max_pixels", "max_prompt_tokens")
     },
     **{
@@ -490,7 +490,7 @@ def test_a_flag_and_a_yaml_file_have_the_same_values(name, text, value, path, tm
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("steps: null", "steps is null, but must be a whole number"),
+        ("steps: null", "steps is blank, but must be a whole number"),
         ("steps: true", "steps is true, but must be a whole number"),
         ("lora: 1", "lora is 1, but must be true or false"),
         ("beta: .nan", "beta is NaN, but must be a finite number"),

@@ -54,7 +54,7 @@ def refused(argv, message):
 REFUSED_BEFORE_THE_RUN = {
     "unknown task": (
         {"task": "chess"},
-        "task is 'chess', but the known tasks are counting, geometry",
+        "task is chess, but must be one of counting, geometry",
     ),
     "unknown algorithm": ({"algo": "ppo"}, "algo is ppo, but must be one of grpo-d, grpo, dr-grpo"),
     "unknown preset": (

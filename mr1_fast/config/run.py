@@ -72,8 +72,6 @@ class RunConfig:
                     f"{name} is set, but nothing is evaluated during training: pass --eval-every "
                     "and --eval-samples, or leave it out."
                 )
-        if self.max_hours is not None and self.max_hours <= 0:
-            raise UserError(f"max_hours is {self.max_hours}, but must be greater than 0.")
 
 
 def cache_folder() -> Path:

@@ -5,7 +5,8 @@ from typing import Any
 
 from ..command_line import parse_settings
 from ..config import EVALUATION_BATCH_SIZE, ModelConfig, Sampling, TaskConfig
-from ..errors import UserError
+from ..config.bounds import check_values
+from ..errors import UserError, shortened
 from ..profiles import model_defaults
 
 
@@ -38,14 +39,12 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
 
     def check(self) -> None:
         """Raise UserError for values that no evaluation could mean."""
-        for name in ("samples", "num_generations", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        check_values(self)
         self.check_sampling()
         if self.data_split is not None:
             raise UserError(
-                f"data_split is {self.data_split}, but it names the split that is trained on: "
-                "name the one that is evaluated with --split."
+                f"data_split is {shortened(self.data_split)}, but it names the split that is "
+                "trained on: name the one that is evaluated with --split."
             )
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError(
@@ -53,7 +52,7 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
             )
         if not self.pass_at or not all(1 <= k <= self.num_generations for k in self.pass_at):
             raise UserError(
-                f"pass_at is {self.pass_at}, but each k must lie in 1 … num_generations."
+                f"pass_at is {shortened(self.pass_at)}, but each k must lie in 1 … num_generations."
             )
 
 
