@@ -15,8 +15,8 @@ from ..setting_values import shown
 MOST = 2**63 - 1
 """The largest whole number, which 64 bits hold."""
 MOST_FLOAT = 1e30
-"""The largest number, which is finite in 32 bits, as its square root's square and its multiples."""
-MANY = 10**9
+"""The largest number, which 32 bits hold."""
+MANY, MANY_ITEMS = 10**9, 10**6
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 10**6),
@@ -25,29 +25,29 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "difficulty": (1, 50),
     "entropy_coefficient": (0, MOST_FLOAT),
     "eval_every": (0, MANY),
-    "eval_samples": (0, MANY),
+    "eval_samples": (0, MANY_ITEMS),
     "gpus": (1, 10**6),
     "importance_cap": (0, MOST_FLOAT),
     "learning_rate": (0, 1e6),
     "lora_rank": (1, 16_384),
     "max_grad_norm": (0, MOST_FLOAT),
     "max_hours": (0, 1e6),
-    "max_new_tokens": (1, 10**7),
+    "max_new_tokens": (1, 10**6),
     "max_pixels": (1, MANY),
     "max_prompt_tokens": (1, 10**7),
     "num_generations": (1, 2**16),
     "overlong_penalty": (0, 1),
     "pass_at": (1, 2**16),
     "patience": (0, MANY),
-    "prompts_per_step": (1, 10**6),
+    "prompts_per_step": (1, 10**5),
     "reward_seconds": (0, 1e7),
-    "samples": (1, MANY),
+    "samples": (1, MANY_ITEMS),
     "save_every": (0, MANY),
     "seed": (0, MOST),
     "seeds": (0, MOST),
     "steps": (1, MANY),
     "target_kl": (0, MOST_FLOAT),
-    "test_items": (1, MANY),
+    "test_items": (1, MANY_ITEMS),
     "tokens_per_microbatch": (1, MANY),
     "top_k": (0, MANY),
     "train_samples": (1, MANY),
