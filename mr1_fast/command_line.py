@@ -111,7 +111,7 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     resume = given.flags.get("resume")
     is_auto = resume == AUTO
     if is_auto and not given.wants_help:
-        resume = started_before(parser.settle(given).output)
+        resume = started_before(parser.unchecked(given).output)
         if resume is not None:
             given.flags["resume"] = resume
     if resume in (None, AUTO):

@@ -7,7 +7,6 @@ mix. The lock dies with its process.
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
 from pathlib import Path
 
 from .config import TrainConfig
@@ -73,18 +72,21 @@ def _held(config: TrainConfig) -> Iterator[str]:
 
 def _new_folder(folder: Path) -> Path:
     """Make a folder of this name, or with a number behind it, that nobody else has made."""
-    for number in count(1):
-        new = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    new, number = folder, 1
+    while True:
         try:
-            new.mkdir(parents=True)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.mkdir()
             return new
         except FileExistsError:
+            number += 1
+            new = folder.with_name(f"{folder.name}-{number}")
+        except FileNotFoundError:  # another run that could not begin has just removed the parent
             continue
         except OSError as error:
             raise UserError(
                 f"output {new} cannot be written ({error.strerror}): choose another with --output."
             ) from error
-    raise AssertionError("there is always a next number")
 
 
 def require_room(folder: Path, begins_again: bool) -> None:
