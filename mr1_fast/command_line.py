@@ -25,10 +25,11 @@ from .config.bounds import check_value
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
 from .errors import UserError, exit_on_user_error, exit_when_stopped, shortened
+from .identity import identity, require_identity
 from .profiles import profile_defaults
-from .resuming import AUTO, finished, started_before
+from .resuming import AUTO, finished, has_checkpoint, settings_file, started_before
 from .setting_values import Unfit, convert, described, metavar, shown
-from .settings_file import Unusable, dump_yaml, read_yaml_file
+from .settings_file import Unusable, read_yaml_file
 from .settings_help import Group, groups, help_texts
 
 PRECEDENCE = (
@@ -96,10 +97,11 @@ def prepare_process() -> None:
 def parse_train_config(argv: list[str], processes: int | None = None) -> TrainConfig:
     """The settings of a training run from the words of a command line; UserError for a bad one.
 
-    `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
-    `--resume auto` is that of the folder that --output names, if it has a checkpoint; where the
-    run there is finished, say so and exit. The settings must suit the number of `processes` that
-    train together: by default, all that torchrun has started.
+    `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER; without
+    a checkpoint there, the run begins again, and resume is then `auto`. `--resume auto` is that of
+    the folder that --output names, if it has a checkpoint; where the run there is finished, say so
+    and exit. The settings must suit the number of `processes` that train together: by default, all
+    that torchrun has started.
     """
     processes = processes or torchrun.size()
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
@@ -107,20 +109,21 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     resume = given.flags.get("resume")
     is_auto = resume == AUTO
     if is_auto and not given.wants_help:
-        resume = started_before(parser.settle(given).output)
+        resume = started_before(parser.unchecked(given).output)
         if resume is not None:
             given.flags["resume"] = resume
-    if resume not in (None, AUTO):
-        saved = Path(resume) / "config.yaml"
-        if not saved.is_file():
-            raise UserError(
-                f"resume is {shortened(resume, 200)}, but there is no {shortened(saved, 200)}: "
-                "name the folder of an earlier run."
-            )
-        given.files.insert(0, str(saved))
-        given.flags["output"] = resume
-    if "algo" in given.flags:
-        parser.check_algorithm(given)
+    if resume in (None, AUTO):
+        if "algo" in given.flags:
+            parser.check_algorithm(given)
+    else:
+        saved = str(settings_file(resume))
+        given.files.insert(0, saved)
+        given.flags |= {
+            "output": resume,
+            "resume": resume if has_checkpoint(Path(resume)) else AUTO,
+        }
+        found, begun = parser.unchecked(given), parser.unchecked(Given([saved], {}, False))
+        require_identity(identity(found), identity(begun), Path(resume))
     config = parser.settle(given)
     config.check_prompts(processes)
     if processes > 1:
@@ -142,19 +145,6 @@ def parse_settings(
     """
     parser = SettingsParser(cls, prog, profile)
     return parser.settle(parser.read(argv))
-
-
-def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back."""
-    path.write_text(dump_yaml(saved_settings(config)), encoding="utf-8")
-
-
-def saved_settings(config: object) -> dict[str, Any]:
-    """Return the settings that a run is known by, by name.
-
-    `resume` is left out: it says how one process began, and not what the run is.
-    """
-    return {name: value for name, value in vars(config).items() if name != "resume"}
 
 
 @dataclass
@@ -213,19 +203,23 @@ class SettingsParser(Generic[Config]):
 
     def settle(self, given: Given) -> Config:
         """The checked settings; where help is wanted, print it with them as defaults and exit."""
-        values: dict[str, Any] = {}
-        for path in given.files:
-            values |= self._read_yaml(path)
-        values |= given.flags
-        if self.profile is not None:
-            values = self.profile(self.cls(**values)) | values
-        config = self.cls(**values)
+        config = self.unchecked(given)
         if given.wants_help:
             if torchrun.is_first():
                 self.print_help(config)
             sys.exit(0)
         config.check()
         return config
+
+    def unchecked(self, given: Given) -> Config:
+        """The settings, each of its type, which may not suit one another."""
+        values: dict[str, Any] = {}
+        for path in given.files:
+            values |= self._read_yaml(path)
+        values |= given.flags
+        if self.profile is not None:
+            values = self.profile(self.cls(**values)) | values
+        return self.cls(**values)
 
     def check_algorithm(self, given: Given) -> None:
         """Raise UserError for another algorithm than that of a file which names all it consists of.

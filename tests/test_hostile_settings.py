@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mr1_fast import settings_file
-from mr1_fast.command_line import SettingsParser, parse_train_config, write_config
+from mr1_fast.command_line import SettingsParser, parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.config.bounds import (
     BOUNDS,
@@ -35,6 +35,7 @@ from mr1_fast.merge.settings import MergeConfig
 from mr1_fast.plan.settings import PlanConfig
 from mr1_fast.profiles import profile_defaults
 from mr1_fast.report.run_report import read_config
+from mr1_fast.resuming import write_config
 from mr1_fast.settings_file import DEEPEST, LARGEST, MOST_VALUES, dump_yaml, load_yaml
 
 NUL, HALF, LONG = "a\0b", "a\ud800b", "x" * 4_100

@@ -1,6 +1,7 @@
 """The settings of `python -m mr1_fast.evaluate`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..command_line import parse_settings
@@ -8,6 +9,7 @@ from ..config import EVALUATION_BATCH_SIZE, ModelConfig, Sampling, TaskConfig
 from ..config.bounds import check_values
 from ..errors import UserError, shortened
 from ..profiles import model_defaults
+from .output import require_replaceable
 
 
 @dataclass
@@ -30,7 +32,8 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     seed: int = 0
     """Seed of drawn items and of sampling."""
     output: str = "evaluation.json"
-    """Where the figures and the record of each item go."""
+    """Where the figures and the record of each item go; an earlier evaluation is replaced, and no
+    other file."""
     r1v_output: str | None = None
     """A second file, in the layout of R1-V's evaluation scripts and judged by R1-V's rule, for
     whatever reads those."""
@@ -57,8 +60,17 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Read the settings from the words of a command line; raises UserError for a bad one."""
-    return parse_settings(EvaluateConfig, argv, "python -m mr1_fast.evaluate", _profile)
+    """Read the settings from the words of a command line; raises UserError for a bad one.
+
+    A file that must not be overwritten is found here, before anything is loaded.
+    """
+    config = parse_settings(EvaluateConfig, argv, "python -m mr1_fast.evaluate", _profile)
+    require_replaceable("output", Path(config.output))
+    if config.r1v_output is not None:
+        require_replaceable("r1v_output", Path(config.r1v_output))
+        if Path(config.r1v_output).absolute() == Path(config.output).absolute():
+            raise UserError("r1v_output and output name the same file: choose another for one.")
+    return config
 
 
 def _profile(config: EvaluateConfig) -> dict[str, Any]:
