@@ -22,7 +22,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 10**6),
     "beta": (0, MOST_FLOAT),
     "clip_low": (0, MOST_FLOAT),
-    "difficulty": (1, 50),
+    "difficulty": (1, 20),
     "entropy_coefficient": (0, MOST_FLOAT),
     "eval_every": (0, MANY),
     "eval_samples": (0, MANY_ITEMS),
