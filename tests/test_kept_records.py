@@ -151,7 +151,7 @@ def test_a_damaged_file_is_told_before_training_and_never_at_its_end(name, folde
                 harmless = kept >= {step for step in steps if step < FIRST}
             assert names_it or harmless or kind == "a bad byte", (kind, said)
             log.step(FIRST, {"loss": 0.5})
-            assert len(list(read_lines(folder / METRICS))) in (1, FIRST + 1)
+            assert list(read_lines(folder / METRICS))[-1]["step"] == FIRST
         assert time.perf_counter() - started < 5
         if path.is_dir():
             path.rmdir()

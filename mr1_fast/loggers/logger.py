@@ -35,7 +35,7 @@ class LoggerRun:
         self._kept: dict[str, Any] = {}
         self.problem = ""
         """What is wrong with the file of identifiers, as a sentence; "" for nothing."""
-        if self.resumed and self._file.exists():
+        if self.resumed and (self._file.exists() or self._file.is_symlink()):
             try:
                 self._kept = _identifiers(self._file)
             except (OSError, UserError):
