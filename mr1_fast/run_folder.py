@@ -72,6 +72,8 @@ def _held(config: TrainConfig) -> Iterator[str]:
 
 def _new_folder(folder: Path) -> Path:
     """Make a folder of this name, or with a number behind it, that nobody else has made."""
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise UserError(f"{folder.parent} is no folder: name one for the run with --output.")
     new, number = folder, 1
     while True:
         try:

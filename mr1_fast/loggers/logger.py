@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..files import write_json
-from ..report.records import read_json_object
+from ..report.records import json_object
 from .samples import Sample
 
 PROJECT = "mr1_fast"
@@ -35,10 +35,10 @@ class LoggerRun:
         self._kept: dict[str, Any] = {}
         self.problem = ""
         """What is wrong with the file of identifiers, as a sentence; "" for nothing."""
-        if self.resumed and self._file.exists():
+        if self.resumed and (self._file.exists() or self._file.is_symlink()):
             try:
                 self._kept = _identifiers(self._file)
-            except UserError:
+            except (OSError, UserError):
                 self.problem = f"{self._file} is damaged, so that loggers may begin a second entry."
 
     @property
@@ -74,7 +74,9 @@ class LoggerRun:
 
 def _identifiers(path: Path) -> dict[str, Any]:
     """Read what loggers have kept: identifiers, and counts of records."""
-    kept = read_json_object(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file: move it away.")
+    kept = json_object(path.read_bytes(), path)
     for name, value in kept.items():
         is_count = type(value) is int and value >= 0
         if not (is_count or isinstance(value, str)) or (name in COUNTS and not is_count):

@@ -54,7 +54,7 @@ def read_steps(path: Path, several: bool = False) -> Iterator[tuple[int, dict, i
     killed process may have left, is no line. Raises UserError, which names the line, for any other
     damage.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return
     if not path.is_file():
         raise UserError(f"{path} is no file: move it away.")
