@@ -28,6 +28,7 @@ from .distributed.shard_files import ShardReader, checksum
 from .distributed.sharding import Sharding
 from .errors import UserError
 from .files import atomic_folder, cannot_save
+from .identity import require_identity
 
 KEEP = 2
 """How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
@@ -64,10 +65,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Stateful] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
 
-    The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
+    The numbers of `parts` are kept under their names, and the settings `identity`, by which a run
+    is the run it is. A save that fails leaves nothing behind.
     Checkpoints that are older than the newest KEEP are removed.
     """
     world, path = sharding.world, _step_folder(folder, step)
@@ -80,6 +83,7 @@ def save_checkpoint(
         return {
             "step": step,
             "start": start_fingerprint,
+            "identity": dict(identity or {}),
             "optimizer": type(optimizer).__name__,
             "optimizer_numbers": {name: each[name] for each in everywhere for name in each},
             "parts": {name: part.state() for name, part in (parts or {}).items()},
@@ -141,6 +145,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Stateful] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> int:
     """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
 
@@ -149,7 +154,8 @@ def load_checkpoint(
     may have been changed.
 
     Raises UserError where there is none, where a file is damaged, missing or that of another
-    checkpoint, and where it was made from another starting model or with another optimizer.
+    checkpoint, and where it was made from another starting model, with another optimizer, or with
+    other settings `identity`.
     """
     world = sharding.world
     steps = world.of_first(saved_steps(folder))
@@ -167,6 +173,10 @@ def load_checkpoint(
         saved = weights.read_metadata().state_dict_metadata
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error, way_out) from error
+    # Before the run went on, its settings were compared with those of its config.yaml.
+    require_identity(
+        identity or {}, _settings(record), folder.parent, "write that into its config.yaml again"
+    )
     pieces = weight_pieces(sharding.model)
     if record["start"] != start_fingerprint or saved.keys() != pieces.keys():
         raise UserError(
@@ -243,6 +253,12 @@ def _record(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     if _step_folder(path.parent, record["step"]) != path:
         raise ValueError(f"{STATE} is that of step {record['step']}")
     return record
+
+
+def _settings(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings that a checkpoint was made with; those of earlier versions have none."""
+    settings = record.get("identity")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _finding(path: Path, expected: dict[str, Any] | None) -> str:

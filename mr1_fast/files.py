@@ -8,10 +8,11 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
@@ -20,6 +21,8 @@ from .errors import UserError
 
 LOCK = ".lock"
 """The file in a folder that whoever works there holds locked."""
+OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+"""How names of files begin that a process has open."""
 RESUME = "make room there, then go on with --resume"
 """The way out for files that a training run writes as it goes on."""
 
@@ -32,11 +35,15 @@ def write_text(path: Path, text: str, way_out: str = "choose another path") -> N
 def write_bytes(path: Path, content: bytes, way_out: str = "choose another path") -> None:
     """Write `content` to `path`, and create the folders above it.
 
-    Raises UserError, which ends with `way_out`, where that fails; `path` is then as it was.
+    A device or a pipe stays what it is, and gets the content. Raises UserError, which ends with
+    `way_out`, where writing fails; a file is then as it was.
     """
     # Processes of two machines, which may share the folder, can have the same number.
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
+        if _is_device(path):
+            _write_into(path, content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
@@ -47,6 +54,25 @@ def write_bytes(path: Path, content: bytes, way_out: str = "choose another path"
         _sync_names(path.parent)
     except OSError as error:
         raise _cannot_write(path, error, way_out) from error
+
+
+def _is_device(path: Path) -> bool:
+    """Return whether a path is a device, a pipe or a name of an open file, such as /dev/stdout."""
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or str(path.absolute()).startswith(OPEN_FILES)
+
+
+def _write_into(path: Path, content: bytes) -> None:
+    """Write to what must not be replaced; standard output goes on where it is."""
+    with suppress(OSError, ValueError):  # it may be closed, or no file of the system
+        if os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno())):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(content)
+            sys.stdout.flush()
+            return
+    with path.open("wb") as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any, way_out: str = "choose another with --output") -> None:
@@ -66,16 +92,18 @@ def append_line(path: Path, record: dict, way_out: str = RESUME) -> None:
         raise _cannot_write(path, error, way_out) from error
 
 
-def keep_lines_before(path: Path, step: int, way_out: str = RESUME) -> None:
-    """Remove the lines of `step` and of later steps from a file of JSON lines, if there is one.
+def shorten(path: Path, size: int, way_out: str = RESUME) -> None:
+    """Cut off what a file has after its first `size` bytes, if there is a file.
 
-    An incomplete last line, which a killed process may have left, is removed too.
+    Raises UserError, which ends with `way_out`, where that fails. A process that is killed
+    meanwhile leaves the file as it was or as it should be.
     """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    write_text(path, "".join(kept), way_out)
+    try:
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+            _sync(path)
+    except OSError as error:
+        raise _cannot_write(path, error, way_out) from error
 
 
 @contextmanager
@@ -103,21 +131,40 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
     Raises UserError with the sentence `taken` where another process holds it. Where the file system
     has no locks, all may go on.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise UserError(
-            f"output {folder} cannot be written ({error.strerror}): choose another."
-        ) from error
-    with lock:
+    path = folder / LOCK
+    for _ in range(100):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(taken) from error
-        except OSError:
-            pass
-        yield
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("a")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        except OSError as error:
+            raise UserError(
+                f"output {folder} cannot be written ({error.strerror}): choose another."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(taken) from error
+            except OSError:
+                pass
+            if not _names(path, lock):  # it was that of a process which has just ended
+                continue
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # as long as it is held
+                    path.unlink()
+            return
+    raise UserError(taken)
+
+
+def _names(path: Path, file: IO) -> bool:
+    """Return whether a path still names an open file."""
+    with suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 class atomic_folder:

@@ -11,8 +11,9 @@ from .distributed import World
 from .distributed.launch import join_world, require_same
 from .distributed.sharding import Sharding
 from .errors import UserError, printable
+from .identity import identity
 from .kernels.self_test import self_test
-from .log import RunLog, run_folder
+from .log import RunLog
 from .loss_scale import LossScale
 from .model.attention import attention_kernel
 from .model.device import resolve_device, resolve_dtype
@@ -33,6 +34,7 @@ from .push.upload import require_repository
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .run import Run, checkpoint_parts
+from .run_folder import run_folder
 from .silent_log import SilentLog
 from .start import load_policy
 from .stopping import TimeLimit
@@ -70,7 +72,10 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     first_step, progress = 0, Progress()
     if log.resuming:
         parts = checkpoint_parts(schedule, loss_scale)
-        first_step = load_checkpoint(log.checkpoints, sharding, optimizer, start_fingerprint, parts)
+        first_step = load_checkpoint(
+            log.checkpoints, sharding, optimizer, start_fingerprint, parts, identity(config)
+        )
+        world.in_all(lambda: log.check(first_step))
         progress = load_progress(log, first_step, world, config.keep_best)
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers
         for mode in ("greedy", "sampled"):
@@ -135,9 +140,11 @@ def load_progress(log: RunLog, first_step: int, world: World, keep_best: bool) -
 
     Raises UserError where the weights of the best one should be kept, but are not there.
     """
-    progress = Progress.read(log.evaluations, first_step)
     # A file system that is shared by machines may show others an earlier state.
-    progress, kept = world.of_first((progress, saved_steps(log.best)))
+    read = world.in_all(
+        lambda: Progress.read(log.evaluations, first_step) if world.is_first else None
+    )
+    progress, kept = world.of_first((read, saved_steps(log.best)))
     if keep_best and progress.best() not in (None, *kept):
         raise UserError(
             f"keep_best is true, but the weights of the best evaluation so far, that after step "

@@ -9,6 +9,7 @@ from .checkpoint import Stateful, save_checkpoint
 from .config import TrainConfig
 from .distributed import SINGLE, World
 from .distributed.sharding import Sharding
+from .identity import identity
 from .kl_schedule import KLSchedule
 from .log import RunLog
 from .loss_scale import LossScale
@@ -99,6 +100,7 @@ class Run:
                 self.optimizer,
                 self.start_fingerprint,
                 checkpoint_parts(self.schedule, self.loss_scale),
+                identity(self.config),
             )
         self.saved = steps_done
 

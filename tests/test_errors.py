@@ -54,7 +54,7 @@ def refused(argv, message):
 REFUSED_BEFORE_THE_RUN = {
     "unknown task": (
         {"task": "chess"},
-        "task is 'chess', but the known tasks are counting, geometry",
+        "task is chess, but must be one of counting, geometry",
     ),
     "unknown algorithm": ({"algo": "ppo"}, "algo is ppo, but must be one of grpo-d, grpo, dr-grpo"),
     "unknown preset": (
@@ -231,10 +231,10 @@ def test_a_folder_in_use_is_left_alone(run_args, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("all my work")
     refused(
         run_args(tmp_path / "run"),
-        "run is not empty: choose a new folder, or continue it with --resume",
+        r"run is not empty: choose a new folder\.$",
     )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
-    refused(run_args(tmp_path / "run" / "thesis.txt"), "thesis.txt is not empty")
+    refused(run_args(tmp_path / "run" / "thesis.txt"), "thesis.txt is no folder: choose another")
     refused(run_args(tmp_path / "run" / "thesis.txt" / "run"), "thesis.txt.* cannot be written")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "all my work"
 

@@ -14,7 +14,6 @@ from mr1_fast.errors import UserError
 from mr1_fast.files import (
     append_line,
     atomic_folder,
-    keep_lines_before,
     restore_folder,
     write_json,
     write_text,
@@ -106,19 +105,11 @@ def test_json_says_what_to_do(tmp_path):
         write_json(tmp_path / "deep", [])
 
 
-def test_lines_are_appended_and_those_of_later_steps_removed(tmp_path):
+def test_a_line_is_appended_or_its_file_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    keep_lines_before(path, 2)
-    assert not path.exists()
-    for step in range(4):
+    for step in range(3):
         append_line(path, {"step": step})
-    with path.open("a") as file:
-        file.write('{"step": 4, "rew')
-    keep_lines_before(path, 2)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 0},
-        {"step": 1},
-    ]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     with pytest.raises(UserError, match=r"cannot be written .*: make room there, then go on with"):
         append_line(tmp_path, {})
     with pytest.raises(UserError, match=r"cannot be written .*: try again\.$"):
@@ -210,3 +201,33 @@ def test_a_process_killed_between_the_renames_loses_nothing(folder):
     assert content(folder.parent) == {".folder.replaced/a": b"old", ".folder.partial/a": b"new"}
     restore_folder(folder)
     assert content(folder) == {"a": b"old"}
+
+
+def test_a_device_or_a_pipe_stays_what_it_is_and_gets_the_content(tmp_path):
+    write_text(Path("/dev/null"), "gone")
+    assert Path("/dev/null").is_char_device()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert os.read(reader, 100) == b'{\n "a": 1\n}' and pipe.is_fifo()
+    os.close(reader)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "new")  # a link is replaced: nothing is written through it
+    assert (tmp_path / "file").read_text() == "old" and not (tmp_path / "link").is_symlink()
+    with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
+        write_text(Path("/dev/full"), "new")
+
+
+@pytest.mark.parametrize("how", ["> file", ">> file", "| cat > file"])
+def test_what_is_written_to_standard_output_stands_between_what_is_printed(how, tmp_path):
+    code = (
+        "from pathlib import Path; from mr1_fast.files import write_text\n"
+        "print('before'); write_text(Path('/dev/stdout'), 'content\\n'); print('after')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = f'"{sys.executable}" -c "$CODE" {how}'
+    shell = {"cwd": tmp_path, "env": {**environment, "CODE": code}, "timeout": 60}
+    subprocess.run(command, shell=True, check=True, **shell)
+    assert (tmp_path / "file").read_text() == "before\ncontent\nafter\n"
+    assert Path("/dev/stdout").is_symlink()

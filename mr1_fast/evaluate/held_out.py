@@ -1,6 +1,5 @@
 """Evaluations before, during and after training: accuracy and answers on held-out items."""
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from ..distributed import SINGLE, World
 from ..files import write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
+from ..report.records import read_evaluation
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed
@@ -40,8 +40,9 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
     split = config.eval_split or ("held-out" if config.eval_data else "test")
     result = {"task": config.task, "split": split, "judge": config.judge, "examples": []}
     # A run that was resumed with other --eval-samples may have no figures from before.
-    if when == "after" and path.exists():
-        result = json.loads(path.read_text())
+    if when == "after":
+        result |= read_evaluation(path)
+        result["examples"] = result["examples"] or []
     result[when] = {}
     if when == "after":
         result["final_step"] = step
@@ -192,13 +193,10 @@ def _record_shown(
 
 def print_table(folder: Path) -> None:
     """Print the table of accuracy before and after of the finished run in `folder`."""
-    path = folder / "evaluation.json"
-    if not path.exists():
+    result = read_evaluation(folder / "evaluation.json")
+    if not (result.get("before") and result.get("after")):
         return
-    result = json.loads(path.read_text())
-    if not {"before", "after"} <= result.keys():
-        return
-    title = f"accuracy on held-out {result['task']}"
+    title = f"accuracy on held-out {result.get('task', '')}"
     print(f"\n{title:<34}{'before':>8}{'after':>8}{'points':>8}")
     # A run that was resumed with another judge has not the same figures before and after.
     for mode in [mode for mode in result["before"] if mode in result["after"]]:

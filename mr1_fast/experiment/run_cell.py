@@ -26,10 +26,11 @@ from ..distributed import SINGLE
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
-from ..files import append_line, keep_lines_before, restore_folder, write_json
+from ..files import append_line, restore_folder, shorten, write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
+from ..report.records import end_before
 from ..rollout.sampling import Sampling
 from ..start import load_policy
 from ..tasks import get_task
@@ -103,7 +104,7 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
     if checkpoints:
         config = parse_train_config(["--resume", str(run)], processes=1)
         done = int(checkpoints[-1].name.removeprefix("step-"))
-        keep_lines_before(curve, done + 1, AGAIN)
+        shorten(curve, end_before(curve, done + 1), AGAIN)
     else:
         shutil.rmtree(run, ignore_errors=True)
         curve.unlink(missing_ok=True)

@@ -364,7 +364,7 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
             {"preset": "tiny_schedules", "settings": {"beta": 0.02}},
             "settings has beta, which preset tiny_schedules",
         ),
-        ({"settings": {"steps": -1}}, "steps is -1, but must be greater than 0"),
+        ({"settings": {"steps": -1}}, "steps is -1, but must be at least 1"),
     ],
 )
 def test_what_no_experiment_could_mean_is_told_in_one_sentence(settings, message, tmp_path):
