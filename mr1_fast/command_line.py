@@ -24,7 +24,7 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from . import torchrun
+from . import streams, torchrun
 from .config import TrainConfig
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
@@ -75,9 +75,15 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
+    begin()
+    return exit_on_user_error(lambda: parse(sys.argv[1:]))
+
+
+def begin() -> None:
+    """Prepare the process of a command: its streams, its signals, and what libraries read."""
+    streams.prepare()
     exit_when_stopped()
     prepare_process()
-    return exit_on_user_error(lambda: parse(sys.argv[1:]))
 
 
 def prepare_process() -> None:

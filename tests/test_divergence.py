@@ -1,4 +1,4 @@
-"""A run that has diverged ends with a sentence, and no weight that is no number reaches the disk."""
+"""A run that has diverged ends with a sentence, and writes no weight that is no number."""
 
 import math
 from collections.abc import Callable

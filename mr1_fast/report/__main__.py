@@ -4,7 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import exit_on_user_error
+from .. import streams
+from ..errors import exit_on_user_error, exit_when_stopped
 from ..torchrun import leave_to_first
 
 
@@ -36,4 +37,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     leave_to_first()
+    streams.prepare()
+    exit_when_stopped()
     exit_on_user_error(main)
