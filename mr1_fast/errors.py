@@ -193,6 +193,8 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             raise
         if isinstance(error, KeyboardInterrupt):
             exit_when_stopped()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)
         sys.exit(status)
 
