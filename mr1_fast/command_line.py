@@ -24,11 +24,11 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 
-from . import streams, torchrun
+from . import torchrun
 from .config import TrainConfig
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
-from .errors import UserError, exit_on_user_error, exit_when_stopped
+from .errors import UserError, begin_command, exit_on_user_error
 from .profiles import profile_defaults
 from .resuming import AUTO, finished, started_before
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -80,9 +80,8 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
 
 
 def begin() -> None:
-    """Prepare the process of a command: its streams, its signals, and what libraries read."""
-    streams.prepare()
-    exit_when_stopped()
+    """Prepare the process of a command, and what libraries read from its environment."""
+    begin_command()
     prepare_process()
 
 

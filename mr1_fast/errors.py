@@ -152,6 +152,21 @@ def require_output() -> None:
         raise UserError(f"standard output cannot be written ({lost}): send it somewhere else.")
 
 
+def begin_command() -> None:
+    """Prepare this process for a command: its streams, its signals, and the folder it works in."""
+    streams.prepare()
+    exit_when_stopped()
+    exit_on_user_error(_require_folder)
+
+
+def _require_folder() -> None:
+    """Raise UserError where the current folder is gone, of which torch dies without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder was deleted: change into another one.") from error
+
+
 def exit_when_stopped() -> None:
     """Let the stop signals end this process at once, with one line on stderr.
 
@@ -193,6 +208,8 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             raise
         if isinstance(error, KeyboardInterrupt):
             exit_when_stopped()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # where both go to one file, these words are its last line
         with suppress(OSError, ValueError):
             sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)

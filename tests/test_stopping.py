@@ -178,7 +178,7 @@ def test_nothing_that_a_run_calls_can_end_it_with_status_0(code):
     ):
         signals.defer(lambda: "go on with X")
         sys.exit(code)
-    with pytest.raises(Stopped, match="^stopped: go on with X$") as told, StopSignals() as signals:
+    with pytest.raises(Stopped, match=r"^stopped: go on with X$") as told, StopSignals() as signals:
         signals.defer(lambda: "go on with X")
         raise KeyboardInterrupt
     assert told.value.status == 130

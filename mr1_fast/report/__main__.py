@@ -4,8 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import streams
-from ..errors import exit_on_user_error, exit_when_stopped
+from ..errors import begin_command, exit_on_user_error
 from ..torchrun import leave_to_first
 
 
@@ -37,6 +36,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     leave_to_first()
-    streams.prepare()
-    exit_when_stopped()
+    begin_command()
     exit_on_user_error(main)
