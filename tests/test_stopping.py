@@ -435,6 +435,9 @@ def test_ctrl_c_reaches_all_processes_of_a_run(run_args, tmp_path):
         ("plan", signal.SIGTERM),
         ("experiment", signal.SIGINT),
         ("report", signal.SIGTERM),
+        ("push", signal.SIGINT),
+        ("merge", signal.SIGTERM),
+        ("env", signal.SIGINT),
     ],
 )
 def test_every_command_ends_in_silence_while_it_imports(number, module, run_args, tmp_path):
@@ -444,6 +447,9 @@ def test_every_command_ends_in_silence_while_it_imports(number, module, run_args
         "plan": ["--model", "tiny"],
         "experiment": ["--preset", "tiny", "--dry-run"],
         "report": [tmp_path],
+        "push": [tmp_path],
+        "merge": [tmp_path, "--output", tmp_path / "merged"],
+        "env": [],
     }
     process = command(module, *argv[module])
     deadline = time.monotonic() + 50
@@ -458,3 +464,66 @@ def catches_sigterm(pid):
     """Whether a process has its handlers: the one for Ctrl-C is set before that for SIGTERM."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
     return int(mask, 16) >> (signal.SIGTERM - 1) & 1
+
+
+MOMENTS = int(os.environ.get("MR1_FAST_MOMENTS", "6"))
+"""How often each command gets a signal, at a random moment of its life."""
+
+
+def made(name, folder, model, run_args):
+    """Return the arguments of a command, whose results go to a folder."""
+    settings = SETTINGS | dict(save_every=1, max_new_tokens=6)
+    evaluated = ["--model", model, "--device", "cpu", "--samples", 4, "--max-new-tokens", 6]
+    finished = folder.parent / "finished"
+    return {
+        "train": run_args(folder, **settings),
+        "evaluate": [*evaluated, "--output", folder / "evaluation.json"],
+        "merge": [finished / "final" / "adapter", "--output", folder / "merged"],
+        "report": [finished],
+        "push": [finished, "me/model"],
+        "plan": ["--model", "Qwen/Qwen2-VL-2B-Instruct"],
+        "env": [],
+        "experiment": [
+            *("--output", folder, "--seeds", "[0]", "--test-items", 4),
+            *("--settings", json.dumps({"model": str(model), "steps": 1, "max_new_tokens": 6})),
+        ],
+    }[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "merge", "report", "push", "plan", "env", "experiment"]
+)
+def test_any_command_at_random_moments(name, run_args, tiny_folder, tmp_path, monkeypatch):
+    """It ends without a traceback, its last line says that it was stopped, and nothing is half."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # an upload may begin, and fails
+    if name in ("merge", "report", "push"):
+        run(run_args(tmp_path / "finished", steps=1, eval_samples=0, lora=True, save="both"))
+    started = time.monotonic()
+    process = command(name, *made(name, tmp_path / "whole", tiny_folder, run_args))
+    _, errors = process.communicate(timeout=600)
+    whole, status = time.monotonic() - started, process.returncode
+    assert status == (2 if name == "push" else 0), errors
+
+    seed = random.randrange(10**6)
+    print(f"seed of the moments: {seed}")
+    draw = random.Random(seed)
+    for moment in range(MOMENTS):
+        folder, number = tmp_path / str(moment), draw.choice(STOP_SIGNALS)
+        process = command(name, *made(name, folder, tiny_folder, run_args))
+        deadline = time.monotonic() + draw.uniform(0, whole)
+        while not catches_sigterm(process.pid):  # Python itself still begins
+            time.sleep(0.001)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=600)
+        assert "Traceback" not in errors, errors
+        assert not list(tmp_path.rglob("*.partial"))
+        # One that comes while Python ends itself finds the work done.
+        assert process.returncode in (128 + number, -number, status), errors
+        if process.returncode == 128 + number:
+            last = errors.replace("\r", "\n").strip().splitlines()[-1]
+            assert last.startswith("stopped"), errors
+        if name == "train" and saved_steps(folder / "checkpoints"):
+            run(["--resume", str(folder)])
+            assert metrics(folder) == metrics(tmp_path / "whole")
