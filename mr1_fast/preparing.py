@@ -72,7 +72,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if log.resuming:
         parts = checkpoint_parts(schedule, loss_scale)
         first_step = load_checkpoint(log.checkpoints, sharding, optimizer, start_fingerprint, parts)
-        require_numbers(policy, world, f"the checkpoint in {log.checkpoints} of step {first_step}")
+        saved = f"the checkpoint of step {first_step} in {log.checkpoints}"
+        require_numbers(policy, world, saved, "delete it to go on from an earlier one")
         progress = load_progress(log, first_step, world, config.keep_best)
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers
         for mode in ("greedy", "sampled"):
@@ -166,16 +167,16 @@ def load_models(
         reference = Reference(policy, config.reference, world) if config.needs_reference else None
         block = state_block(policy.model, config)
         sharding = spread(policy, reference, kind, world, mesh, block)
-    require_numbers(policy, world, f"model {config.model}")
+    require_numbers(policy, world, f"model {config.model}", "take another one")
     start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
     require_same(world, start, "install the same version and name the same files on all machines")
     return policy, reference, sharding, start_fingerprint
 
 
-def require_numbers(policy: Policy, world: World, origin: str) -> None:
+def require_numbers(policy: Policy, world: World, origin: str, way_out: str) -> None:
     """Raise UserError, on every process, unless all weights of `origin` are finite."""
     if name := not_finite(policy.model.named_parameters(), world):
-        raise UserError(f"{origin} has weights in {name} that are NaN or infinite: take another.")
+        raise UserError(f"{origin} has weights in {name} that are NaN or infinite: {way_out}.")
 
 
 def load_data(

@@ -134,11 +134,11 @@ class Run:
         if ends:
             causes = f"a learning rate of {self.config.learning_rate:g}"
             if metrics.get("beta"):
-                causes += f" or a β of {metrics['beta']:g}"
+                causes += f" or a β of {metrics['beta']:.3g}"
             raise UserError(
                 f"training has diverged: {self.divergence.skipped} steps in a row, up to step "
                 f"{step}, changed no weight, since loss or gradients were NaN or infinite; "
-                f"{causes} may be too high; {self.way_back()}."
+                f"{causes} may be too high; {self.way_back('lower ones')}."
             )
 
     def require_numbers(self, steps_done: int) -> None:
@@ -150,12 +150,12 @@ class Run:
                 f"or infinite; {self.way_back()}."
             )
 
-    def way_back(self) -> str:
-        """Say which checkpoint is left of a run that has diverged, and what to change."""
+    def way_back(self, other: str = "a lower --learning-rate") -> str:
+        """Say which checkpoint is left of a run that has diverged, and with what to begin anew."""
         kept = "no checkpoint was saved before"
         if self.saved:
-            kept = f"the checkpoint in {self.log.checkpoints} after {self.saved} steps is kept"
-        return f"{kept}: start again with a lower --learning-rate"
+            kept = f"the checkpoint of step {self.saved} in {self.log.checkpoints} is kept"
+        return f"{kept}: begin another run with {other}"
 
     def evaluation_is_due(self, steps_done: int) -> bool:
         """Say whether an evaluation on the way is due after `steps_done` steps, and not yet made.

@@ -1,6 +1,7 @@
 """A run that has diverged ends with a sentence, and writes no weight that is no number."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .data.runs import metrics, run
 
 SETTINGS = dict(steps=16, save_every=2, eval_samples=0, prompts_per_step=1, num_generations=2)
 LOST = {"loss": math.nan, "grad_norm": math.nan, "skipped": 1.0}
+FINAL = "final/model.safetensors"
 FOUND = {"loss": 1.0, "grad_norm": 1.0, "skipped": 0.0}
 
 
@@ -135,13 +137,17 @@ def test_one_step_is_left_out_and_the_run_goes_on(run_args, tmp_path, monkeypatc
 def test_many_steps_end_it_and_it_goes_on_from_before_as_if_they_had_not_been(run_args, tmp_path):
     settings = SETTINGS | dict(algo="sft", steps=14)
     argv = run_args(folder := tmp_path / "run", **settings)
-    refused(argv, "up to step 13, .* after 4 steps is kept", spoil_gradients(4, MOST_SKIPPED))
+    refused(
+        argv,
+        "up to step 13, .* checkpoint of step 4 in .* is kept",
+        spoil_gradients(4, MOST_SKIPPED),
+    )
     assert saved_steps(folder / "checkpoints") == [2, 4]
 
     run(["--resume", str(folder)])
     run(run_args(tmp_path / "whole", **settings))
     assert metrics(folder) == metrics(tmp_path / "whole")
-    for name in ("final/model.safetensors", "checkpoints/step-000014/weights.safetensors"):
+    for name in (FINAL, "checkpoints/step-000014/weights.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -191,3 +197,16 @@ def test_a_model_that_begins_with_nan_is_refused_by_name(run_args, tiny_folder, 
     with pytest.raises(UserError, match=r"model .*/model has weights in .*embed_tokens\.weight"):
         run(argv)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_with_nan_of_an_earlier_version_is_not_trained_on(run_args, tmp_path):
+    argv = run_args(folder := tmp_path / "run", **SETTINGS | dict(steps=4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mr1_fast.run.not_finite", lambda *_: "")
+        train.train(parse_train_config(argv), spoil_weights(math.nan, after=4))
+    assert saved_steps(folder / "checkpoints") == [2, 4]
+    with pytest.raises(UserError, match=r"checkpoint of step 4 in .* that are NaN .*: delete it"):
+        run(["--resume", str(folder)])
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    run(["--resume", str(folder)])
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / FINAL).values())

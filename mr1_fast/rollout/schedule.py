@@ -318,6 +318,6 @@ def check_tokens(tokens: np.ndarray, counts: np.ndarray) -> None:
     if (tokens < 0).any():
         raise NoNumbers(
             f"the model's logits are NaN after {counts[tokens < 0][0]} tokens of a completion: "
-            "its weights are damaged, or training has diverged. Go back to an earlier "
-            "checkpoint, or lower --learning-rate."
+            "its weights are damaged, or training has diverged; take an earlier checkpoint or "
+            "another model, or begin another run with a lower --learning-rate."
         )
