@@ -135,6 +135,8 @@ class Run:
             causes = f"a learning rate of {self.config.learning_rate:g}"
             if metrics.get("beta"):
                 causes += f" or a β of {metrics['beta']:.3g}"
+            if "loss_scale" in metrics:
+                causes += " (or the range of float16 too narrow: --dtype float32)"
             raise UserError(
                 f"training has diverged: {self.divergence.skipped} steps in a row, up to step "
                 f"{step}, changed no weight, since loss or gradients were NaN or infinite; "
