@@ -114,9 +114,7 @@ def test_one_element_that_is_no_number_is_found(dtype):
 
 def test_a_learning_rate_that_is_too_high_ends_the_run_each_time(run_args, tmp_path):
     settings = SETTINGS | dict(algo="sft", steps=60, learning_rate=1e4, lr_schedule="constant")
-    message = (
-        r"10 steps in a row, up to step \d+, .*rate of 10000 may .*begin another run with lower"
-    )
+    message = r"10 steps in a row, up to step \d+, .*rate of 10000 may .*another run with lower"
     refused(argv := run_args(tmp_path / "run", **settings), message)
     done = len(metrics(tmp_path / "run"))
     assert done < 20
