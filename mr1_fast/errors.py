@@ -200,7 +200,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
         with SignalHandling(stop):
             return main()
     except (Exception, KeyboardInterrupt) as error:
-        status, words = _ending(error)
+        status, words = _ending(_stop_behind(error) or error)
         if torchrun.size() > 1:
             trace = f"{torchrun.place()}:\n{traceback.format_exc()}"
             ending.fail_together(status, words or printable(trace), error)
@@ -214,6 +214,13 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)
         sys.exit(status)
+
+
+def _stop_behind(error: BaseException | None) -> Stopped | None:
+    """Return the stop during which an error came up, as in closing what was interrupted."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
 
 
 def _ending(error: BaseException) -> tuple[int, str]:

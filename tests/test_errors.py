@@ -354,6 +354,11 @@ def test_a_message_escapes_what_a_terminal_would_obey():
 STOPS = {
     "Ctrl-C": ("os.kill(os.getpid(), signal.SIGINT)", 130, "stopped"),
     "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped"),
+    "an error that follows": (
+        "try: os.kill(os.getpid(), 15), time.sleep(9)\n    finally: os.close(999)",
+        143,
+        "stopped",
+    ),
     "a message": ("raise Stopped(signal.SIGTERM, 'stopped: go on with X')", 143, "go on with X"),
 }
 
