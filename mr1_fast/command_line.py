@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .config.bounds import check_value
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
-from .errors import UserError, exit_on_user_error, exit_when_stopped, shortened
+from .errors import UserError, begin_command, exit_on_user_error, shortened
 from .identity import identity, require_identity
 from .own_python import require_known_python
 from .profiles import profile_defaults
@@ -75,9 +75,14 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
-    exit_when_stopped()
-    prepare_process()
+    begin()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
+
+
+def begin() -> None:
+    """Prepare the process of a command, and what libraries read from its environment."""
+    begin_command()
+    prepare_process()
 
 
 def prepare_process() -> None:
