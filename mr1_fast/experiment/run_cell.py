@@ -30,6 +30,7 @@ from ..files import append_line, keep_lines_before, restore_folder, write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
+from ..resuming import saved_steps
 from ..rollout.sampling import Sampling
 from ..start import load_policy
 from ..tasks import get_task
@@ -99,11 +100,10 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
 
 def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) -> None:
     """Train from the last checkpoint in the run folder, or anew if there is none."""
-    checkpoints = sorted((run / "checkpoints").glob("step-*"))
-    if checkpoints:
+    steps = saved_steps(run / "checkpoints")
+    if steps:
         config = parse_train_config(["--resume", str(run)], processes=1)
-        done = int(checkpoints[-1].name.removeprefix("step-"))
-        keep_lines_before(curve, done + 1, AGAIN)
+        keep_lines_before(curve, steps[-1] + 1, AGAIN)
     else:
         shutil.rmtree(run, ignore_errors=True)
         curve.unlink(missing_ok=True)
