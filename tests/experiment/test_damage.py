@@ -127,7 +127,7 @@ def test_long_answers_are_cut_with_a_note():
         ("run/metrics.jsonl", '{"step": 0}\n7\n', "metrics.jsonl line 2 is no JSON object"),
         ("../../../../experiment.json", "{}", "experiment.json is damaged"),
         ("../../../../experiment.json", '{"tasks": []}', "experiment.json is damaged"),
-        ("../../../../experiment.json", "hello", "experiment.json is no JSON object"),
+        ("../../../../experiment.json", "hello", "experiment.json is no JSON"),
     ],
 )
 def test_damaged_file_is_named(tmp_path, name, content, says):
