@@ -77,12 +77,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Stateful] | None = None,
+    previous: int | None = None,
 ) -> Path:
     """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
 
     The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
-    Checkpoints that are older than the newest KEEP are removed, and so are those of later steps:
-    they were damaged, or the run would have gone on from them.
+    Checkpoints that are older than the newest KEEP are removed.
+
+    previous: the steps of the checkpoint before it, or 0 where there was none. Those of later steps
+        are removed as well: they were damaged, or the run would have gone on from them.
     """
     world, path = sharding.world, step_folder(folder, step)
     tensors, numbers = optimizer_pieces(optimizer, sharding.parts)
@@ -102,8 +105,9 @@ def save_checkpoint(
 
     _save_together(path, world, write)
     if world.is_first:
-        steps = saved_steps(folder)
-        keep_only(folder, set([each for each in steps if each <= step][-KEEP:]))
+        last = step - 1 if previous is None else previous
+        earlier = [each for each in saved_steps(folder) if each <= last]
+        keep_only(folder, {*earlier[1 - KEEP :], step})
         sweep(folder)
     world.barrier()
     return path

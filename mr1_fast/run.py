@@ -99,6 +99,7 @@ class Run:
                 self.optimizer,
                 self.start_fingerprint,
                 checkpoint_parts(self.schedule, self.loss_scale),
+                previous=self.saved,
             )
         self.saved = steps_done
 
