@@ -188,8 +188,11 @@ def read_cell(
                 raise ValueError("it is that of another cell")
             if damage := files_finding(cell.folder, record.get("files", {})):
                 raise ValueError(damage)
-            cell.seconds = {name: float(record["seconds"][name]) for name in ("train", "evaluate")}
-            cell.peak_memory = record["peak_memory"] and float(record["peak_memory"])
+            cell.seconds = {
+                name: _number(record["seconds"][name]) for name in ("train", "evaluate")
+            }
+            peak = record["peak_memory"]
+            cell.peak_memory = None if peak is None else _number(peak)
             cell.correct = {
                 task: _answers(record["correct"][task], count) for task, count in items.items()
             }
@@ -208,6 +211,13 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: remove it, and run the experiment again.") from error
+
+
+def _number(value: Any) -> float:
+    """A time or an amount of memory; ValueError for anything else."""
+    if type(value) not in (int, float) or not 0 <= value < 1e100:
+        raise ValueError(f"{shortened(value)} is no number that was measured")
+    return float(value)
 
 
 def _answers(modes: dict[str, str], count: int) -> dict[str, np.ndarray]:
