@@ -28,7 +28,7 @@ from .errors import UserError, begin_command, exit_on_user_error, shortened
 from .identity import identity, require_identity
 from .own_python import require_known_python
 from .profiles import profile_defaults
-from .resuming import AUTO, finished, has_checkpoint, settings_file, started_before
+from .resuming import AUTO, AutoResumed, finished, has_checkpoint, settings_file, started_before
 from .setting_values import Unfit, convert, described, metavar, shown
 from .settings_file import Unusable, read_yaml_file
 from .settings_help import Group, groups, help_texts
@@ -135,6 +135,8 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     config = parser.settle(given)
     if resume not in (None, AUTO):
         require_known_python(config, named, resume)
+        if is_auto:
+            config.resume = AutoResumed(resume)
     config.check_prompts(processes)
     if processes > 1:
         check_sharding(config)

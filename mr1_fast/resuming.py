@@ -22,10 +22,27 @@ LAST_SETTING = "loggers"
 """The setting that every version has written last; the earlier ones without the two lines."""
 
 
+class AutoResumed(str):
+    """The folder that `--resume auto` continues: from the newest checkpoint that is not damaged."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps, for example `folder/step-000050`."""
+    return folder / f"step-{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
+    paths = [
+        path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name, re.A)
+    ]
+    steps = {int(path.name.removeprefix("step-")): path for path in paths if path.is_dir()}
+    return sorted(step for step, path in steps.items() if step_folder(folder, step) == path)
+
+
 def has_checkpoint(run: Path) -> bool:
     """Return whether a run folder has a checkpoint, which may be damaged."""
-    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
-    return any(name.isdecimal() for name in names)
+    return bool(saved_steps(run / "checkpoints"))
 
 
 def started_before(output: str | None) -> str | None:
@@ -113,7 +130,7 @@ def finished(config: TrainConfig) -> str:
     raised.
     """
     run = Path(config.output)
-    last = run / "checkpoints" / f"step-{config.steps:06d}"
+    last = step_folder(run / "checkpoints", config.steps)
     rest = [run / "final" / "README.md", *[run / "evaluation.json"] * bool(config.eval_samples)]
     if not all(path.exists() for path in (last, *rest)):
         return ""

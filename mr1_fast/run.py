@@ -109,6 +109,7 @@ class Run:
                 self.start_fingerprint,
                 checkpoint_parts(self.schedule, self.loss_scale),
                 identity(self.config),
+                previous=self.saved,
             )
         self.saved = steps_done
 

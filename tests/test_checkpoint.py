@@ -193,6 +193,26 @@ def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
     assert not partial.exists() and (interrupted / "report.html").exists()
 
 
+def test_auto_goes_on_from_the_one_before_a_damaged_checkpoint(interrupted, finished, capsys):
+    """Named by its folder it is refused; under `auto` the run ends as if nothing had happened."""
+    newer = interrupted / "checkpoints" / "step-000007"
+    shutil.copytree(interrupted / "checkpoints" / "step-000006", newer)
+    before = content(interrupted)
+    with pytest.raises(
+        UserError, match=r"step-000007 is damaged \(state.json is that of step 6\): delete it to"
+    ):
+        run(["--resume", str(interrupted)])
+    assert content(interrupted) == before
+    run(["--resume=auto", "--output", str(interrupted)])
+    damage = f"checkpoint {newer} is damaged (state.json is that of step 6)"
+    assert damage in capsys.readouterr().out
+    assert_same_run(interrupted, finished)
+    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {
+        "step-000006",
+        "step-000008",
+    }
+
+
 def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
     shutil.copytree(finished, folder := tmp_path / "again")
     run(["--resume", str(folder)])
@@ -320,7 +340,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_further_parts(model, tmp_path
         tmp_path, 1, Sharding(model), optimizer, START, {"kl_schedule": target_kl(0.06)}
     )
     record = json.loads((path / "state.json").read_text())
-    del record["parts"]
+    del record["parts"], record["checksum"]
     (path / "state.json").write_text(json.dumps(record))
     assert (
         load_checkpoint(tmp_path, Sharding(model), optimizer, START, {"kl_schedule": schedule}) == 1
