@@ -267,7 +267,7 @@ def forget_identity(folder):
     """Leave the settings out of the records of checkpoints, as earlier versions did."""
     for path in (folder / "checkpoints").glob("*/state.json"):
         record = json.loads(path.read_text())
-        del record["identity"]
+        record.pop("identity", None)
         path.write_text(json.dumps(record))
 
 
