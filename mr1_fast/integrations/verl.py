@@ -1,4 +1,4 @@
-"""verl's fused LM heads on this package's kernels, with verl's arguments, on any device.
+"""verl's fused LM heads on this package's kernels, with the arguments of verl 0.9.1, anywhere.
 
 verl itself is not needed. To put both functions into it:
 
@@ -8,7 +8,7 @@ verl itself is not needed. To put both functions into it:
     # with fused_kernel_options.impl_backend=triton:
     kernel = import_module("verl.utils.kernel.linear_cross_entropy")
     kernel.linear_cross_entropy = linear_cross_entropy
-    # with fused_kernel_options.impl_backend=torch:
+    # with fused_kernel_options.impl_backend=torch or liger:
     import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO = FusedLinearForPPO
 
 verl imports these functions anew in each forward, so models use the replacements. Where verl
@@ -33,6 +33,7 @@ from ..loss import linear_token_logprobs
 __all__ = ["FusedLinearForPPO", "linear_cross_entropy"]
 
 REDUCTIONS = ("none", "sum", "mean")
+BACKENDS = ("torch", "liger")
 
 
 def linear_cross_entropy(
@@ -73,11 +74,19 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """verl's fused LM head as a module; logits exist for `chunk_size` rows at a time."""
+    """verl's fused LM head as a module; logits exist for `chunk_size` rows at a time.
 
-    def __init__(self, chunk_size: int = 512):
+    `impl_backend` chooses between verl's own implementations, "torch" and "liger", and has no
+    effect.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()
-        self.chunk_size = chunk_size
+        if impl_backend not in BACKENDS:
+            raise ValueError(
+                f"impl_backend is {impl_backend!r}: choose one of {', '.join(BACKENDS)}"
+            )
+        self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
     def forward(
         self,
