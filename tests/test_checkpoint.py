@@ -237,6 +237,24 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_pa
         assert content(interrupted) == before  # above all, config.yaml still names the right model
 
 
+def test_other_trained_weights_of_the_same_model_are_refused(model, tmp_path):
+    def sharded(frozen):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return Sharding(model), make_optimizer(model, OptimizerConfig())
+
+    first, second, *_ = [name for name, _ in model.named_parameters()]
+    sharding, optimizer = sharded({first})
+    a_step(model, optimizer, 0)
+    save_checkpoint(tmp_path, 3, sharding, optimizer, START)
+    before = content(tmp_path)
+    for frozen in ({}, {second}, {first, second}):
+        with pytest.raises(UserError, match="step-000003 was made from another model"):
+            load_checkpoint(tmp_path, *sharded(frozen), START)
+    assert content(tmp_path) == before
+    assert load_checkpoint(tmp_path, *sharded({first}), START) == 3
+
+
 def test_an_optimizer_of_another_kind_is_refused(interrupted):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(
@@ -383,3 +401,7 @@ def test_a_fingerprint_tells_models_apart(model, processor):
     print_ = fingerprint(model)
     assert print_ == fingerprint(model)
     assert print_ != fingerprint(tiny_model(processor)) and print_ != fingerprint(model.bfloat16())
+    zeros = torch.nn.Linear(2, 2)  # zeros are the same in every dtype
+    torch.nn.init.zeros_(zeros.weight), torch.nn.init.zeros_(zeros.bias)
+    prints = {fingerprint(zeros.to(d)) for d in (torch.float32, torch.bfloat16, torch.float16)}
+    assert len(prints) == 3
