@@ -20,6 +20,8 @@ differs:
   returned log-probs above 0 (verl#2656, fixed by #5349).
 - verl's PyTorch version divides by the temperature in bf16 and returns a bf16 entropy; here both
   are fp32.
+- Logits of 16-bit hidden states are kept in fp32, as in verl's Triton kernels, of half as many rows
+  at a time.
 - verl does not check labels. Here, on a CPU, a label outside [0, V) is an error: give masked
   positions any token.
 - In verl's first version the fourth argument was `reduction` and the fifth `temperature`; the order
@@ -65,7 +67,9 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy = linear_token_logprobs(rows, weight, labels.flatten(), temperature)
+    logp, entropy = linear_token_logprobs(
+        rows, weight, labels.flatten(), temperature, wide_logits=True
+    )
     if reduction == "sum":
         logp = logp.sum()
     elif reduction == "mean":
@@ -102,6 +106,11 @@ class FusedLinearForPPO(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         chunk_bytes = self.chunk_size * vocab_weights.shape[0] * hidden_states.element_size()
         logp, entropy = linear_token_logprobs(
-            rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=chunk_bytes
+            rows,
+            vocab_weights,
+            input_ids.flatten(),
+            temperature,
+            chunk_bytes=chunk_bytes,
+            wide_logits=True,
         )
         return logp.view(input_ids.shape), entropy.view(input_ids.shape)
