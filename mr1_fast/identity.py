@@ -9,8 +9,8 @@ from .setting_values import shown
 
 FIXED = (
     # what is asked
-    *("task", "data", "data_split", "data_config", "columns", "image_root", "allow_urls"),
-    *("bad_rows", "train_samples", "difficulty", "seed"),
+    *("task", "data", "data_split", "data_config", "columns", "bad_rows", "train_samples"),
+    *("difficulty", "seed"),
     *("system_prompt", "prompt_template", "prompt_suffix", "max_prompt_tokens", "max_pixels"),
     "shrink_images",
     # who answers, and how
@@ -34,7 +34,8 @@ CHANGEABLE = (
     # what is saved, evaluated and shown
     *("output", "resume", "save_every", "save", "push_to_hub", "loggers", "open"),
     *("eval_samples", "eval_every", "eval_data", "eval_split", "keep_best"),
-    # where and in how much memory it is computed, and how long a reward may take
+    # where images lie, where and in how much memory it is computed, how long a reward may take
+    *("image_root", "allow_urls"),
     *("device", "sharding", "tokens_per_microbatch", "recompute", "offload_checkpoints"),
     *("reference", "fused_layers", "reward_seconds"),
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mr1_fast.advantages import EPSILON, equal_groups, group_advantages
+from mr1_fast.advantages import equal_groups, group_advantages
 
 
 def test_centres_and_scales_within_each_group():
@@ -10,7 +10,7 @@ def test_centres_and_scales_within_each_group():
     for row, group in zip(advantages, rewards, strict=True):
         mean = sum(group.tolist()) / 4
         std = (sum((r - mean) ** 2 for r in group.tolist()) / 3) ** 0.5  # the sample's, n − 1
-        torch.testing.assert_close(row, (group - mean) / (std + EPSILON))
+        torch.testing.assert_close(row, (group - mean) / (std + 1e-4))
 
 
 def test_other_kinds_scale_by_the_whole_step_or_by_nothing():
@@ -18,7 +18,15 @@ def test_other_kinds_scale_by_the_whole_step_or_by_nothing():
     centred = torch.tensor([[1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 1.0, -3.0]])
     assert torch.equal(group_advantages(rewards, "group-mean"), centred)
     std = (sum((r - 2.5) ** 2 for r in rewards.flatten().tolist()) / 7) ** 0.5
-    torch.testing.assert_close(group_advantages(rewards, "batch-std"), centred / (std + EPSILON))
+    torch.testing.assert_close(group_advantages(rewards, "batch-std"), centred / (std + 1e-4))
+
+
+@pytest.mark.parametrize("kind", ["group-std", "batch-std"])
+def test_the_standard_deviation_has_trls_epsilon(kind):
+    # Rewards this near to each other show what is added: the scale is 1e-4 and 1e-4.
+    rewards = torch.tensor([[0.0, 1e-4, 2e-4]], dtype=torch.float64)
+    expected = torch.tensor([[-0.5, 0.0, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, kind), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["group-std", "group-mean", "batch-std"])

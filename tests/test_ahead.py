@@ -38,6 +38,19 @@ def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("data ahead")]
 
 
+def recorded_encoding(run, monkeypatch):
+    """A list that gets every example that the run's policy encodes."""
+    encoded, encode = [], run.policy.encode
+
+    def encode_and_note(example):
+        encoded.append(example)
+        return encode(example)
+
+    encode_and_note.many = encode.many
+    monkeypatch.setattr(run.policy, "encode", encode_and_note)
+    return encoded
+
+
 def rows_with_images(folder, count):
     """Rows of data with an image file each."""
     folder.mkdir()
@@ -80,11 +93,13 @@ def test_a_run_has_the_numbers_of_one_that_reads_within_its_steps(
             assert {name: metrics[name] for name in same} == {name: record[name] for name in same}
 
 
-def test_every_step_is_read_once_and_one_ahead(small):
+def test_every_step_is_read_once_and_one_ahead(small, monkeypatch):
+    encoded = recorded_encoding(small, monkeypatch)
     with Ahead(small, thread=True) as ahead:
         for step in range(3):
             data = ahead.take(step)
-            assert len(small.source.read) <= 2 * (step + 2)
+            ahead._thread.submit(lambda: None).result()  # all that it had to do is done
+            assert len(encoded) == len(small.source.read) == min(2 * (step + 2), 6)
             expected = DrawnExamples(get_task("counting"), "train", 0).take(step, 2)
             assert [example.key for example in data.examples] == [e.key for e in expected]
             for prompt, other in zip(data.prompts, small.policy.encode.many(expected), strict=True):
@@ -96,9 +111,12 @@ def test_every_step_is_read_once_and_one_ahead(small):
     assert not reading_threads()
 
 
-def test_a_model_on_a_cpu_shares_it_with_no_thread(small):
+def test_a_model_on_a_cpu_shares_it_with_no_thread(small, monkeypatch):
+    encoded = recorded_encoding(small, monkeypatch)
     with Ahead(small) as ahead:
-        assert [len(ahead.take(step).prompts) for step in range(3)] == [2, 2, 2]
+        for step in range(3):
+            assert len(ahead.take(step).prompts) == 2
+            assert len(encoded) == len(small.source.read) == 2 * (step + 1)
     assert {name for _, name in small.source.read} == {threading.current_thread().name}
 
 

@@ -17,6 +17,7 @@ from mr1_fast.config import OptimizerConfig
 from mr1_fast.distributed.pieces import load_pieces
 from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.errors import UserError
+from mr1_fast.integrity import SEAL
 from mr1_fast.kl_schedule import TargetKL
 from mr1_fast.loss_scale import LARGEST
 from mr1_fast.model.tiny import tiny_model
@@ -267,8 +268,27 @@ def forget_identity(folder):
     """Leave the settings out of the records of checkpoints, as earlier versions did."""
     for path in (folder / "checkpoints").glob("*/state.json"):
         record = json.loads(path.read_text())
-        record.pop("identity", None)
+        for name in ("identity", SEAL):
+            record.pop(name, None)
         path.write_text(json.dumps(record))
+
+
+def test_other_trained_weights_of_the_same_model_are_refused(model, tmp_path):
+    def sharded(frozen):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return Sharding(model), make_optimizer(model, OptimizerConfig())
+
+    first, second, *_ = [name for name, _ in model.named_parameters()]
+    sharding, optimizer = sharded({first})
+    a_step(model, optimizer, 0)
+    save_checkpoint(tmp_path, 3, sharding, optimizer, START)
+    before = content(tmp_path)
+    for frozen in ({}, {second}, {first, second}):
+        with pytest.raises(UserError, match="step-000003 was made from another model"):
+            load_checkpoint(tmp_path, *sharded(frozen), START)
+    assert content(tmp_path) == before
+    assert load_checkpoint(tmp_path, *sharded({first}), START) == 3
 
 
 def test_an_optimizer_of_another_kind_is_refused(model, tmp_path):
@@ -416,3 +436,7 @@ def test_a_fingerprint_tells_models_apart(model, processor):
     print_ = fingerprint(model)
     assert print_ == fingerprint(model)
     assert print_ != fingerprint(tiny_model(processor)) and print_ != fingerprint(model.bfloat16())
+    zeros = torch.nn.Linear(2, 2)  # zeros are the same in every dtype
+    torch.nn.init.zeros_(zeros.weight), torch.nn.init.zeros_(zeros.bias)
+    prints = {fingerprint(zeros.to(d)) for d in (torch.float32, torch.bfloat16, torch.float16)}
+    assert len(prints) == 3

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mr1_fast.errors import UserError
-from mr1_fast.packing import pack, packs
+from mr1_fast.packing import MicroBatches, pack, packs
 from mr1_fast.types import Prompt
 
 
@@ -75,6 +75,34 @@ def test_a_group_is_split_only_where_no_pack_holds_it():
     assert batches[2].input_ids.tolist().count(3) == batches[3].input_ids.tolist().count(3) == 3, (
         "its prompt again"
     )
+
+
+def test_a_budget_that_is_met_exactly_splits_nothing():
+    prompts, completions = [prompt([i, i, i]) for i in (1, 2, 3)], [torch.full((3,), 9)] * 9
+
+    def filled(budget):  # by groups of 9 tokens: 3 of the prompt, 2 of each completion
+        return [batch.sequence_ids for batch in packs(prompts, completions, budget)]
+
+    assert filled(9) == filled(17) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert filled(18) == filled(26) == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert filled(27) == [list(range(9))]
+    assert filled(8) == [[0, 1], [2], [3, 4], [5], [6, 7], [8]]
+    assert filled(7) == [[0, 1], [2], [3, 4], [5], [6, 7], [8]] and filled(5) == [
+        [i] for i in range(9)
+    ]
+
+
+def test_packs_remember_the_budget_that_they_were_packed_under_last():
+    prompts, completions = [prompt([i, i, i]) for i in (1, 2)], [torch.full((3,), 9)] * 6
+    batches = MicroBatches(prompts, completions, 18)
+    batches.add_row_data({"number": torch.arange(18)})
+    for budget, count in ((9, 2), (18, 1), (9, 2), (5, 6)):
+        batches.repack(budget)
+        assert (batches.tokens_per_pack, len(batches)) == (budget, count)
+        assert torch.cat([batch.row_data["number"] for batch in batches]).tolist() == [*range(18)]
+    before = list(batches)
+    batches.repack(5)
+    assert all(pack is same for pack, same in zip(batches, before, strict=True))
 
 
 def test_a_sequence_beyond_the_budget_is_an_error_that_names_the_flag():

@@ -11,6 +11,11 @@ from types import MethodType
 
 from torch import Tensor, nn
 
+from . import warn_once
+from .head_trial import HeadError, try_head
+
+__all__ = ["HeadError", "HeadFunction", "add_head", "in_dtype_of"]
+
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], object]
 """f(hidden (B, L, D), weight (V, D), bias (V,) or None): its result is what the model returns."""
 
@@ -22,10 +27,6 @@ CHANGES_LOGITS = (
 
 A function on the hidden states would miss that change.
 """
-
-
-class HeadError(TypeError):
-    """The model's logits are not its hidden states times the weight of a linear layer."""
 
 
 def add_head(model: nn.Module) -> None:
@@ -43,8 +44,9 @@ def add_head(model: nn.Module) -> None:
 
     Call this before PEFT, DDP or FSDP2 wrap the model. Raises HeadError if f's rows times the
     weight would not be the logits: the LM head is not a plain linear layer, it has an adapter
-    (found when the model is called), or the model scales or caps its logits or adds a router loss
-    of its own.
+    (found when the model is called), or the model changes its hidden states before the LM head or
+    its logits behind it, or adds a router loss of its own. This is seen on a batch of eight tokens,
+    with one warning where the model cannot run yet, as its weights are sharded or on "meta".
     """
     linears = _head_and_copies(model.get_output_embeddings())
     for linear in linears:
@@ -62,6 +64,22 @@ def add_head(model: nn.Module) -> None:
             f"{type(model).__name__} has {', '.join(changes)}, which a loss on its LM head would "
             "miss"
         )
+    if all(map(_is_whole, model.parameters())):
+        try_head(model, linears, _install)
+    else:
+        warn_once(
+            f"add_head could not try {type(model).__name__}, whose weights are sharded or on the "
+            "meta device: add the head before, to learn whether it gives the model's logits"
+        )
+    _install(model, linears)
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether a weight is here: not on "meta", nor sharded by FSDP, DeepSpeed or a device mesh."""
+    return bool(weight.numel()) and not weight.is_meta and not hasattr(weight, "device_mesh")
+
+
+def _install(model: nn.Module, linears: list[nn.Module]) -> None:
     for linear in linears:
         linear.forward = MethodType(_linear_forward(_function(linear.forward)), linear)
     model.forward = MethodType(_model_forward(_function(model.forward), type(model).forward), model)

@@ -77,14 +77,25 @@ class FusedGRPOTrainer(GRPOTrainer):
         return self._why_not_fused() is None
 
     def fuse_head(self, model: nn.Module) -> None:
-        """Let `model`, the policy or a reference, compute our log-probs and loss in its LM head."""
+        """Let `model`, the policy or a reference, compute our log-probs and loss in its LM head.
+
+        All processes do, or none: where only the first one holds weights yet, it alone can tell
+        whether its logits are those of the head.
+        """
         if self._no_head is not None:
             return
-        plain = _unwrapped(model, self.accelerator)
+        plain, reason = _unwrapped(model, self.accelerator), None
+        before = vars(plain).get("forward")
         try:
             add_label_head(plain, self.temperature, self.args.cast_lm_head_to_fp32)
         except HeadError as error:
-            self._no_head = str(error)
+            reason = str(error)
+        refused = torch.tensor(float(reason is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(refused, "sum").item() > 0:
+            self._no_head = reason or "the LM head was refused in another process"
+            vars(plain).pop("forward", None)
+            if before is not None:
+                plain.forward = before
 
     def _why_no_head(self) -> str | None:
         """Why nothing can be fused into the model's LM head, apart from what `add_head` refuses."""

@@ -1,8 +1,9 @@
 """Replacements for TRL's functions that compute log-probs and entropy from logits or hidden states.
 
-Arguments and defaults are those of TRL 1.16. Results are fp32 whatever the dtype of the logits, and
-differentiable. TRL itself is needed only if a call asks for what this package does not compute:
-TRL's own function then does it, with one warning.
+Arguments and defaults are those of TRL 1.16. Results are fp32 also for 16-bit logits, and
+differentiable: TRL's Triton kernel gives fp32 too, and its PyTorch, on a CPU, the logits' dtype, in
+which a log-prob of −10 is off by up to 0.03. TRL itself is needed only if a call asks for what this
+package does not compute: TRL's own function then does it, with one warning.
 """
 
 import torch
@@ -16,7 +17,7 @@ from .head import in_dtype_of
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Return log-probs of `index` (...) or (..., K) under logits (..., V) / temperature.
+    """Return fp32 log-probs of `index` (...) or (..., K) under logits (..., V) / temperature.
 
     The result has the shape of `index`, and is 0 where `row_mask`, (...) or in the shape of
     `index`, is 0. With one id per row, logits whose mask is 0 are not read. Strided logits, such
@@ -38,7 +39,7 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Return the entropy (...), in nats, of logits (..., V); `chunk_size` has no effect."""
+    """Return the fp32 entropy (...), in nats, of logits (..., V); `chunk_size` has no effect."""
     any_target = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     _, entropy = _by_row(logits, any_target, 1.0)
     return entropy
@@ -51,7 +52,7 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs of `index` (...) and entropy (...) of logits (..., V) / temperature.
+    """Return fp32 log-probs of `index` (...) and entropy (...) of logits (..., V) / temperature.
 
     The logits are read once, and not at all where `row_mask` (...) is 0: there, both results are 0.
     """
@@ -74,7 +75,7 @@ class ChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return log-probs of targets (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,).
+        """Return fp32 log-probs of targets (N,) under hidden (N, H) @ weight (V, H)ᵀ + bias (V,).
 
         Behind them come entropy and TRL's further `outputs`, None unless asked for. Soft-capped
         logits, and outputs other than "log_probs" and "entropy", are left to TRL's own function.

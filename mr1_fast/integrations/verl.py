@@ -1,4 +1,4 @@
-"""verl's fused LM heads on this package's kernels, with verl's arguments, on any device.
+"""verl's fused LM heads on this package's kernels, with the arguments of verl 0.9.1, anywhere.
 
 verl itself is not needed. To put both functions into it:
 
@@ -8,7 +8,7 @@ verl itself is not needed. To put both functions into it:
     # with fused_kernel_options.impl_backend=triton:
     kernel = import_module("verl.utils.kernel.linear_cross_entropy")
     kernel.linear_cross_entropy = linear_cross_entropy
-    # with fused_kernel_options.impl_backend=torch:
+    # with fused_kernel_options.impl_backend=torch or liger:
     import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO = FusedLinearForPPO
 
 verl imports these functions anew in each forward, so models use the replacements. Where verl
@@ -20,6 +20,8 @@ differs:
   returned log-probs above 0 (verl#2656, fixed by #5349).
 - verl's PyTorch version divides by the temperature in bf16 and returns a bf16 entropy; here both
   are fp32.
+- Logits of 16-bit hidden states are kept in fp32, as in verl's Triton kernels, of half as many rows
+  at a time.
 - verl does not check labels. Here, on a CPU, a label outside [0, V) is an error: give masked
   positions any token.
 - In verl's first version the fourth argument was `reduction` and the fifth `temperature`; the order
@@ -33,6 +35,7 @@ from ..loss import linear_token_logprobs
 __all__ = ["FusedLinearForPPO", "linear_cross_entropy"]
 
 REDUCTIONS = ("none", "sum", "mean")
+BACKENDS = ("torch", "liger")
 
 
 def linear_cross_entropy(
@@ -64,7 +67,9 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logp, entropy = linear_token_logprobs(rows, weight, labels.flatten(), temperature)
+    logp, entropy = linear_token_logprobs(
+        rows, weight, labels.flatten(), temperature, wide_logits=True
+    )
     if reduction == "sum":
         logp = logp.sum()
     elif reduction == "mean":
@@ -73,11 +78,19 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """verl's fused LM head as a module; logits exist for `chunk_size` rows at a time."""
+    """verl's fused LM head as a module; logits exist for `chunk_size` rows at a time.
 
-    def __init__(self, chunk_size: int = 512):
+    `impl_backend` chooses between verl's own implementations, "torch" and "liger", and has no
+    effect.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()
-        self.chunk_size = chunk_size
+        if impl_backend not in BACKENDS:
+            raise ValueError(
+                f"impl_backend is {impl_backend!r}: choose one of {', '.join(BACKENDS)}"
+            )
+        self.chunk_size, self.impl_backend = chunk_size, impl_backend
 
     def forward(
         self,
@@ -93,6 +106,11 @@ class FusedLinearForPPO(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         chunk_bytes = self.chunk_size * vocab_weights.shape[0] * hidden_states.element_size()
         logp, entropy = linear_token_logprobs(
-            rows, vocab_weights, input_ids.flatten(), temperature, chunk_bytes=chunk_bytes
+            rows,
+            vocab_weights,
+            input_ids.flatten(),
+            temperature,
+            chunk_bytes=chunk_bytes,
+            wide_logits=True,
         )
         return logp.view(input_ids.shape), entropy.view(input_ids.shape)

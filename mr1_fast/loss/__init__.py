@@ -77,6 +77,7 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     *,
     chunk_bytes: int | None = None,
+    wide_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `token_logprobs` of the logits hidden (N, D) @ weight (V, D)ᵀ + bias (V,).
 
@@ -84,12 +85,16 @@ def linear_token_logprobs(
     a chunk's bytes (default 832 MiB on a GPU, which takes what keeps it busy, and 80 MiB on a CPU).
     Without gradients this is the cheap way to log-probabilities of the reference model and of the
     policy at sampling. Raises ValueError.
+
+    `wide_logits` keeps the logits of 16-bit hidden states in fp32, half as many rows at a time. The
+    loss rounds its logits to 16 bits, so what it is compared with, at sampling or of a reference,
+    must be rounded too: else equal weights have a ratio beside 1.
     """
     hidden, weight, bias = check_linear(hidden, weight, bias, targets)
     temperature = scalar("temperature", temperature, hidden)
     budget = chunk_budget(chunk_bytes, hidden)
     logp, entropy, _, _ = linear_token_logprobs_op(
-        hidden, weight, bias, targets, temperature, budget
+        hidden, weight, bias, targets, temperature, budget, wide_logits
     )
     return logp, entropy
 

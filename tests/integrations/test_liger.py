@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import sys
 import warnings
 
@@ -221,19 +222,68 @@ def test_tokens_are_counted_over_all_processes(num_items, monkeypatch):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_luspo_leaves_out_the_padding_that_liger_adds_up(level):
-    inputs, settings = (
-        make_inputs(LOGPS),
-        {"loss_type": "luspo", "importance_sampling_level": level},
-    )
-    found, liger = (run(loss, inputs) for loss in pair(beta=0.1, **settings))
+    inputs = make_inputs(f"{LOGPS} vllm_is_ratio:BT")
+    losses = pair(beta=0.1, loss_type="luspo", importance_sampling_level=level)
+    found, liger = (run(loss, inputs) for loss in losses)
     counts = inputs["attention_mask"].bool()
     assert liger["_input"][~counts].any() and not found["_input"][~counts].any()
     for same in ("metric 0", "metric 1"):
         assert_close({same: found[same]}, {same: liger[same]})
-    if level == "token":  # what counts has Liger's gradient
-        assert_close({"_input": found["_input"][counts]}, {"_input": liger["_input"][counts]})
-    else:  # without KL there is one loss per sequence: no padding that Liger could add up
-        assert_close(*(run(loss, inputs) for loss in pair(beta=0.0, **settings)))
+    # What counts has Liger's gradient.
+    assert_close({"_input": found["_input"][counts]}, {"_input": liger["_input"][counts]})
+
+
+KL = [
+    {"beta": 0.0},
+    {"beta": 0.07},
+    {"beta": 0.2, "use_bias_correction_kl": True},
+    {"beta": 0.07, "use_ref_model": False},
+]
+RATIOS = ("", " vllm_is_ratio:B", " vllm_is_ratio:B1", " vllm_is_ratio:BT")
+
+
+def without_ligers_padding(inputs: dict, level: str, settings: dict) -> dict:
+    """Inputs of luspo whose padding adds nothing to Liger's sum: no ratio, and no distance.
+
+    Per sequence the ratio of the padding is part of the objective, as of the policy term itself.
+    """
+    padding, inputs = inputs["attention_mask"] == 0, dict(inputs)
+    logits = inputs["_input"] @ inputs["lin_weight"].T / settings["temperature"]
+    ids = inputs["selected_token_ids"][..., None]
+    logp = logits.detach().log_softmax(-1).gather(-1, ids)[..., 0]
+    ref = inputs["ref_per_token_logps"]
+    inputs["ref_per_token_logps"] = torch.where(padding, logp, ref)
+    if level == "token":
+        ratio = inputs.get("vllm_is_ratio", torch.ones(B))
+        ratio = ratio if ratio.ndim == 2 else ratio[:, None]
+        inputs["vllm_is_ratio"] = ratio.masked_fill(padding, 0.0)
+    return inputs
+
+
+@pytest.mark.parametrize(("loss_type", "level"), KINDS)
+def test_every_combination_on_a_padded_batch_is_ligers(loss_type, level):
+    table = itertools.product(
+        KL, RATIOS, ("padded", "holes"), (None, 1.3), (LOGPS, "ref_per_token_logps")
+    )
+    for seed, (kl, ratio, mask, delta, logps) in enumerate(table):
+        inputs = make_inputs(logps + ratio, mask, seed)
+        settings = TYPICAL | kl | {"delta": delta}
+        losses = pair(loss_type=loss_type, importance_sampling_level=level, **settings)
+        theirs = inputs
+        if loss_type == "luspo":
+            theirs = without_ligers_padding(inputs, level, settings)
+        found, expected = (run(*each) for each in zip(losses, (inputs, theirs), strict=True))
+        assert_close(found, expected)
+
+
+def test_two_references_give_ligers_warning():
+    inputs = make_inputs(f"{LOGPS} ref_input ref_weight ref_bias")
+    found = []
+    for loss in pair(beta=0.04):
+        with pytest.warns(UserWarning, match="Both ref_per_token_logps and ref_input") as caught:
+            found.append((run(loss, inputs), str(caught[0].message)))
+    assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_k3_is_bounded_where_ligers_overflows():
@@ -245,21 +295,10 @@ def test_k3_is_bounded_where_ligers_overflows():
 
 
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo"])
-def test_the_sequence_level_of_cispo_and_sapo_which_liger_refuses(loss_type):
-    settings = {
-        "loss_type": loss_type,
-        "importance_sampling_level": "sequence",
-        "epsilon_high": 1.5,
-    }
-    loss, liger = pair(**settings)
-    with pytest.raises(ValueError, match="not supported"):
-        liger(**make_inputs(LOGPS))
-    liger.importance_sampling_level = "token"  # the same where a sequence is a token
-    assert_close(*(run(each, make_inputs(LOGPS, "a token each")) for each in (loss, liger)))
-    inputs = make_inputs("old_per_token_logps")
-    inputs["old_per_token_logps"] += torch.linspace(-1, 1, T)
-    loss.use_ref_model = liger.use_ref_model = False
-    assert abs(loss(**inputs)[0] - liger(**inputs)[0]) > 1e-2  # and not where it is several
+def test_the_sequence_level_of_cispo_and_sapo_is_refused_as_in_liger(loss_type):
+    for loss in pair(loss_type=loss_type, importance_sampling_level="sequence"):
+        with pytest.raises(ValueError, match="not supported for loss_type="):
+            loss(**make_inputs(LOGPS))
 
 
 # --- without Liger, and what is refused -----------------------------------------------------------

@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer with our loss, compared with TRL's own on the same model, text and vision."""
 
+import functools
 import warnings
 
 import pytest
@@ -262,6 +263,20 @@ def test_a_scaled_head_is_left_to_trl(tmp_path):
     mask = torch.ones(B, PROMPT, dtype=torch.int64)
     inputs = batch(12, {"prompt_ids": mask * 5, "prompt_mask": mask}, off_policy=True)
     assert_trls_own(plain, fused, inputs, "has logit_scale")
+
+
+def test_a_head_that_another_process_refuses_is_trls_here_too(trainers, monkeypatch):
+    _, fused, _ = trainers("text")
+    model = small_text_model(97)
+    model.forward = functools.partial(model.forward)  # as TRL puts one of its own there
+    before = vars(model).get("forward")
+    monkeypatch.setattr(fused.accelerator, "reduce", lambda refused, how: refused + 1)
+    try:
+        fused.fuse_head(model)
+        assert not fused.fused and "in another process" in fused._no_head
+    finally:
+        fused._no_head = None
+    assert vars(model).get("forward") is before
 
 
 def test_a_bad_schedule_is_refused_before_training(trainers):

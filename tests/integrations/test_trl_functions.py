@@ -106,6 +106,29 @@ def test_further_outputs_are_trls_own():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_inputs_give_fp32_nearer_to_the_exact_numbers_than_trls(dtype):
+    logits, index = leaf(3, 5, 131).detach().to(dtype), torch.arange(15).view(3, 5)
+    exact_logp = logits.double().log_softmax(-1)
+    exact = (
+        exact_logp.gather(-1, index[..., None])[..., 0],
+        -(exact_logp.exp() * exact_logp).sum(-1),
+    )
+    for function in ("selective_log_softmax_and_entropy", "selective_log_softmax"):
+        found = getattr(ours, function)(logits, index)
+        found = found if isinstance(found, tuple) else (found, ours.entropy_from_logits(logits))
+        theirs = trl_utils.selective_log_softmax_and_entropy(logits, index)
+        for mine, other, right in zip(found, theirs, exact, strict=True):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+            assert (mine - right).norm() < (other - right).norm()
+    hidden, weight = leaf(11, 8).to(dtype), leaf(131, 8, seed=1).to(dtype)
+    logp, entropy, *_ = ours.ChunkedLogProbFunction.apply(
+        hidden, weight, None, torch.arange(11), 1.0, 64, None, 1.0, ("log_probs", "entropy")
+    )
+    assert logp.dtype == entropy.dtype == torch.float32
+
+
 def test_no_rows_and_double_precision():
     assert ours.selective_log_softmax(
         torch.empty(0, 5, 131), torch.empty(0, 5, dtype=torch.int64)

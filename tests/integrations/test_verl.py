@@ -81,6 +81,20 @@ def test_in_bf16_the_error_is_below_that_of_verls_division_in_bf16():
             assert (value - right).norm() <= 1.2 * (theirs_too - right).norm()
 
 
+def test_logits_of_bf16_hidden_states_are_kept_in_fp32():
+    """verl's tests compare log-probs with those of fp32 logits, to 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 128, generator=generator).bfloat16()
+    weight = (0.5 * torch.randn(1003, 128, generator=generator)).bfloat16()
+    labels = torch.randint(0, 1003, (200,), generator=generator)
+    exact = definition(hidden.float(), weight.float(), labels)
+    rounded = torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, labels[:, None])[:, 0]
+    assert (rounded - exact[0]).abs().max() > 1e-2
+    for head in (linear_cross_entropy, FusedLinearForPPO(chunk_size=64)):
+        for found, expected in zip(head(hidden, weight, labels), exact, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_columns_beyond_an_odd_vocabulary_do_not_count():
     hidden, weight, labels = inputs(300)
     hidden, weight = (

@@ -43,13 +43,17 @@ def head_rows(
     needs: NeedsGradient,
     chunk_bytes: int,
     tile: GemmTile | None = None,
+    logits: torch.dtype | None = None,
 ) -> int:
-    """Return how many rows of logits to make at a time, of at most `chunk_bytes`."""
+    """Return how many rows of logits to make at a time, of at most `chunk_bytes`.
+
+    `logits` is their dtype; None: that of the hidden states.
+    """
     return chunk_rows(
         hidden.device,
         len(hidden),
         *weight.shape,
-        hidden.element_size(),
+        (logits or hidden.dtype).itemsize,
         chunk_bytes,
         trains_hidden=needs.hidden,
         trains_head=needs.weight,
@@ -104,21 +108,37 @@ class Head:
         make = self.sum.new_empty if len(self.hidden) else self.sum.new_zeros
         self.sum, self.adds = make(self.weight.shape, dtype=dtype), False
 
-    def for_each_chunk(self, work: Callable[[slice, Tensor], None]) -> None:
+    def for_each_chunk(
+        self, work: Callable[[slice, Tensor], None], dtype: torch.dtype | None = None
+    ) -> None:
         """Call `work(rows, logits of those rows)` for one chunk after the other.
 
         The logits of all chunks lie in one buffer, which `work` may overwrite, but must not keep:
-        it is freed on return, before dweight is cast or added to anything.
+        it is freed on return, before dweight is cast or added to anything. They are rounded to
+        `dtype`; None: that of the hidden states.
         """
-        buffer = self.hidden.new_empty(self.rows, self.weight.shape[0])
+        buffer = self.hidden.new_empty(self.rows, self.weight.shape[0], dtype=dtype)
         for start in range(0, len(self.hidden), self.rows):
             rows = slice(start, min(start + self.rows, len(self.hidden)))
             logits = buffer[: rows.stop - start]
-            if self.bias is None:
+            if logits.dtype != self.hidden.dtype:
+                self._wide_logits(self.hidden[rows], logits)
+            elif self.bias is None:
                 torch.mm(self.hidden[rows], self.weight.T, out=logits)
             else:
                 torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=logits)
             work(rows, logits)
+
+    def _wide_logits(self, hidden: Tensor, logits: Tensor) -> None:
+        """Fill `logits` (n, V), whose dtype is wider than that of `hidden` (n, D)."""
+        if hidden.is_cuda:
+            torch.mm(hidden, self.weight.T, out_dtype=logits.dtype, out=logits)
+        else:  # whose GEMMs cannot have another dtype out than in
+            hidden = hidden.to(logits.dtype)
+            for part in vocabulary_slices(self.weight):
+                logits[:, part] = hidden @ self.weight[part].to(logits.dtype).T
+        if self.bias is not None:
+            logits += self.bias
 
     def backward(self, rows: slice, dlogits: Tensor) -> None:
         """Add the gradients of a chunk, of which `dlogits` (n, V) are those of the logits."""

@@ -51,9 +51,15 @@ def linear_token_logprobs(
     targets: Tensor,
     temperature: Tensor,
     chunk_bytes: int,
+    wide_logits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `rows.row_logprobs` does of the logits hidden @ weightᵀ + bias, (N,) each."""
-    outputs = tuple(hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden)) for _ in range(4))
+    """Return what `rows.row_logprobs` does of the logits hidden @ weightᵀ + bias, (N,) each.
+
+    With `wide_logits` they keep the digits that the product has, where others are rounded to the
+    dtype of `hidden`.
+    """
+    wide = statistics_dtype(hidden)
+    outputs = tuple(hidden.new_empty(len(hidden), dtype=wide) for _ in range(4))
     needs = NeedsGradient(False, False, False)
 
     def work(rows: slice, logits: Tensor) -> None:
@@ -61,13 +67,14 @@ def linear_token_logprobs(
         for output, value in zip(outputs, values, strict=True):
             output[rows] = value
 
-    rows = head_rows(hidden, weight, needs, chunk_bytes)
-    Head(hidden, weight, bias, needs, rows).for_each_chunk(work)
+    dtype = wide if wide_logits else hidden.dtype
+    rows = head_rows(hidden, weight, needs, chunk_bytes, logits=dtype)
+    Head(hidden, weight, bias, needs, rows).for_each_chunk(work, dtype)
     return outputs
 
 
 @linear_token_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, chunk_bytes):
+def _(hidden, weight, bias, targets, temperature, chunk_bytes, wide_logits=False):
     return fake_logprobs(hidden)
 
 
@@ -84,18 +91,23 @@ def linear_token_logprobs_backward(
     grad_logp: Tensor,
     grad_entropy: Tensor,
     chunk_bytes: int,
+    wide_logits: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias; the logits are made again, chunk by chunk."""
     needs = NeedsGradient(*needs)
-    head = Head(hidden, weight, bias, needs, head_rows(hidden, weight, needs, chunk_bytes))
+    dtype = statistics_dtype(hidden) if wide_logits else hidden.dtype
+    if dtype != hidden.dtype:  # beside the logits is their gradient, of half their size
+        chunk_bytes = chunk_bytes * 2 // 3
+    rows = head_rows(hidden, weight, needs, chunk_bytes, logits=dtype)
+    head = Head(hidden, weight, bias, needs, rows)
 
     def work(rows: slice, logits: Tensor) -> None:
         per_row = (tensor[rows] for tensor in (entropy, peak, log_sum, grad_logp, grad_entropy))
         row_logprobs_backward(logits, targets[rows], temperature, *per_row, out=logits)
-        head.backward(rows, logits)
+        head.backward(rows, logits.to(hidden.dtype))
 
-    head.for_each_chunk(work)
+    head.for_each_chunk(work, dtype)
     return head.gradients()
 
 
@@ -107,7 +119,7 @@ def _(hidden, weight, bias, *arguments):
 
 def _save_logprobs(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    hidden, weight, bias, targets, temperature, ctx.chunk_bytes = inputs
+    hidden, weight, bias, targets, temperature, *ctx.settings = inputs
     _, entropy, peak, log_sum = output
     ctx.save_for_backward(hidden, weight, bias, targets, temperature, entropy, peak, log_sum)
 
@@ -116,7 +128,7 @@ def _logprobs_backward(ctx, grad_logp, grad_entropy, *_):
     needs = list(ctx.needs_input_grad[:3])
     *saved, log_sum = ctx.saved_tensors
     by_row = incoming(grad_logp, grad_entropy, like=log_sum)
-    gradients = linear_token_logprobs_backward(*saved, log_sum, *by_row, ctx.chunk_bytes, needs)
+    gradients = linear_token_logprobs_backward(*saved, log_sum, *by_row, *ctx.settings, needs)
     needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return input_gradients(ctx, *needed)
 

@@ -197,18 +197,19 @@ def test_on_policy_is_a_ratio_of_one_with_its_gradient():
     assert not clipped.any() and (kl == 0).all()
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
-def test_a_token_of_weight_zero_contributes_exactly_zero(poison, surrogate):
+def test_a_token_of_weight_zero_contributes_exactly_zero(poison, surrogate, level):
     data = rows(6) | {"is_weights": torch.ones(6, dtype=torch.float64)}
     data["token_weights"][2] = 0
-    clean = evaluate(data, beta=0.1, **SURROGATES[surrogate])
+    settings = SURROGATES[surrogate] | {"beta": 0.1, "ratio_level": level}
+    settings["cu_seqlens"] = torch.tensor([0, 4, 6])
+    clean = evaluate(data, **settings)
     for name in ("logp", "old_logp", "ref_logp", "advantages", "is_weights"):
         poisoned = data | {name: data[name].clone()}
         poisoned[name][2] = poison
-        loss, gradient, *_, clipped, kl_limited = evaluate(
-            poisoned, beta=0.1, **SURROGATES[surrogate]
-        )
+        loss, gradient, *_, clipped, kl_limited = evaluate(poisoned, **settings)
         assert loss == clean[0]
         assert gradient[2] == 0
         assert torch.equal(gradient, clean[1])
