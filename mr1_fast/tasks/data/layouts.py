@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from .conversations import Conversation, is_conversation, read_conversation
 from .images import as_list
 from .marks import place_images, with_marks
@@ -83,7 +83,8 @@ def check_columns(
 
 def found_names(names: Sequence[str]) -> str:
     """Return the columns that data has, as messages name them; only the first of many."""
-    return f"(found: {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})"
+    shown = ", ".join(shortened(name, 40) for name in names[:SHOWN])
+    return f"(found: {shortened(shown, 200)}{', …' * (len(names) > SHOWN)})"
 
 
 def one_of(names: Sequence[str]) -> str:
@@ -130,11 +131,6 @@ def read_fields(row: Row, columns: Mapping[str, str], name: str) -> Fields:
         images=images,
         extra=_extra(row, images_column, talk),
     )
-
-
-def read_thinking(row: Row, columns: Mapping[str, str], name: str) -> str:
-    """Return the worked solution of a row, or an empty text."""
-    return _answer(row, columns, _conversation(row, columns, name), name)[1]
 
 
 def _conversation(row: Row, columns: Mapping[str, str], name: str) -> Conversation | None:

@@ -146,7 +146,7 @@ def test_saved_splits(tmp_path):
     with pytest.raises(UserError, match="one has only the split train: for test"):
         solutions(tmp_path / "one", "test", held_out=True, trained="train")
     (tmp_path / "one" / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"one could not be loaded \(.*\): save it again"):
+    with pytest.raises(UserError, match=r"state.json is damaged \(.*\): save the data set again"):
         solutions(tmp_path / "one")
 
 
