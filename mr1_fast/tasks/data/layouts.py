@@ -28,6 +28,8 @@ COLUMNS = {
 CONVERSATIONS = ("prompt", "messages", "conversations")
 """The columns whose last message may be the solution."""
 
+LONGEST_TEXT = 2**22
+"""The most characters of a text; no prompt can hold as many, and reading more takes minutes."""
 SHOWN = 30
 """The most columns of data that a message names."""
 
@@ -282,6 +284,11 @@ def _text(value: Any, column: str, name: str) -> str:
             f"({type(value).__name__}): write a text."
         )
     text = str(value).strip()
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"{name} has in {column!r} {len(text):,} characters, more than {LONGEST_TEXT:,}: "
+            "shorten the text or leave the row out."
+        )
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(
             f"{name} has in {column!r} half a character (a lone surrogate): correct the text."

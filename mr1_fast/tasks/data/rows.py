@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ...errors import UserError
+import yaml
+
+from ...errors import UserError, shortened
 from ...hub import hub_splits, load_splits, split_files
 from .options import DataOptions
 from .readers import READERS, Row
-from .saved_folders import check_saved
+from .saved_folders import check_saved, is_outside
 from .splits import SHARD, choose_split, split_in_name
 from .text_files import check_memory, opened
 
@@ -139,7 +141,33 @@ def _has_configurations(folder: Path) -> bool:
     if len(text) > LONGEST_README:
         raise UserError(f"{readme} has more than {LONGEST_README:,} characters: shorten it.")
     head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    return head is not None and re.search(r"^configs:", head[1], re.MULTILINE) is not None
+    if head is None or re.search(r"^configs:", head[1], re.MULTILINE) is None:
+        return False
+    for name in _named_files(head[1], readme):
+        if is_outside(name) or ("://" in name and not name.startswith("hf://")):
+            raise UserError(
+                f"{readme} names {shortened(name)}, which is outside its folder: put it there, and "
+                "correct README.md."
+            )
+    return True
+
+
+def _named_files(head: str, readme: Path) -> Iterator[str]:
+    """Yield the texts in the configurations of a README.md: files, folders and names."""
+    try:
+        value = yaml.safe_load(head)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise UserError(
+            f"the head of {readme} is no YAML ({shortened(error, 120)}): correct or remove it."
+        ) from error
+    left, seen = [value.get("configs") if isinstance(value, dict) else None], set()
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict | list) and id(part) not in seen:
+            seen.add(id(part))  # YAML may name the same part any number of times
+            left += part.values() if isinstance(part, dict) else part
 
 
 def _row_files(folder: Path, own_names: Sequence[str | None]) -> dict[str, list[Path]]:

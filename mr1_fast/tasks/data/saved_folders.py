@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ MOST_FILES = 10_000
 
 def check_saved(folder: Path) -> None:
     """Raise UserError for a folder of `save_to_disk` that is damaged, or names other files."""
-    if (folder / "state.json").is_file():
+    if os.path.lexists(folder / "state.json") and not (folder / "dataset_dict.json").is_file():
         _check_files(folder)
         return
     splits = _described(folder / "dataset_dict.json", "splits")
@@ -36,11 +37,18 @@ def _check_files(folder: Path) -> None:
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or "\0" in name:
             raise _damaged(state, "it has an entry without a file's name")
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if is_outside(name):
             raise _damaged(state, f"it names {shortened(name)}, which is outside its folder")
-        with opened(path):
+        with opened(folder / name):
             pass
+
+
+def is_outside(name: str) -> bool:
+    """Return whether a path that data names leaves the folder of the data.
+
+    Links are not followed: what the Hub's cache holds are links to its files.
+    """
+    return os.path.isabs(name) or ".." in name.split("/") or name.startswith("~")
 
 
 def _described(path: Path, key: str | None) -> list[Any]:

@@ -32,14 +32,18 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
     A pipe without a writer would be waited for, and a device may never end.
     """
+    irregular = UserError(f"{path} is not a regular file: put one there, or give another path.")
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is not a regular file: give the path of one.")
+                raise irregular
             yield file
+    except IsADirectoryError as error:
+        raise irregular from error
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): check its permissions."
+            f"{path} cannot be read ({error.strerror}): check that it is there, and its "
+            "permissions."
         ) from error
 
 
