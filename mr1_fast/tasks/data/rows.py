@@ -1,9 +1,11 @@
 """Reading the rows of one split from a file, a folder or the Hub."""
 
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +23,8 @@ SUFFIXES = (*READERS, *FILE_FORMATS)
 """The suffixes of files that can be read."""
 LONGEST_README = 2**22
 """The most characters of a data set's README.md."""
+MOST_PARTS = 100_000
+"""The most values in its head."""
 NOT_ROWS = {
     *("config.json", "state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 }
@@ -141,33 +145,53 @@ def _has_configurations(folder: Path) -> bool:
     if len(text) > LONGEST_README:
         raise UserError(f"{readme} has more than {LONGEST_README:,} characters: shorten it.")
     head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    if head is None or re.search(r"^configs:", head[1], re.MULTILINE) is None:
+    if head is None:
         return False
-    for name in _named_files(head[1], readme):
-        if is_outside(name) or ("://" in name and not name.startswith("hf://")):
-            raise UserError(
-                f"{readme} names {shortened(name)}, which is outside its folder: put it there, and "
-                "correct README.md."
-            )
-    return True
-
-
-def _named_files(head: str, readme: Path) -> Iterator[str]:
-    """Yield the texts in the configurations of a README.md: files, folders and names."""
+    configured = re.search(r"^configs:", head[1], re.MULTILINE) is not None
     try:
-        value = yaml.safe_load(head)
+        value = yaml.safe_load(head[1])
+        bomb = _written_out(value, {}) > MOST_PARTS
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        if not configured:
+            return False  # nothing of it is needed
         raise UserError(
             f"the head of {readme} is no YAML ({shortened(error, 120)}): correct or remove it."
         ) from error
-    left, seen = [value.get("configs") if isinstance(value, dict) else None], set()
-    while left:
-        part = left.pop()
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, dict | list) and id(part) not in seen:
-            seen.add(id(part))  # YAML may name the same part any number of times
-            left += part.values() if isinstance(part, dict) else part
+    if bomb:
+        raise UserError(f"the head of {readme} has aliases without an end: write it without them.")
+    if configured:
+        _check_inside(value.get("configs") if isinstance(value, dict) else None, readme)
+    return configured
+
+
+def _written_out(value: Any, sizes: dict[int, float]) -> float:
+    """Return how many parts a value of YAML has with its aliases written out; infinity where it
+    holds itself. `sizes` has what is known, by identity.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
+
+
+def _check_inside(part: Any, readme: Path) -> None:
+    """Raise UserError where configurations name a file that lies outside of the folder."""
+    if isinstance(part, dict | list):
+        for each in part.values() if isinstance(part, dict) else part:
+            _check_inside(each, readme)
+    elif isinstance(part, str) and (is_outside(part) or _is_elsewhere(part)):
+        raise UserError(
+            f"{readme} names {shortened(part)}, which is outside its folder: put it there, and "
+            "correct README.md."
+        )
+
+
+def _is_elsewhere(part: str) -> bool:
+    """Return whether a text is an address, other than one on the Hugging Face Hub."""
+    return "://" in part and not part.startswith("hf://")
 
 
 def _row_files(folder: Path, own_names: Sequence[str | None]) -> dict[str, list[Path]]:

@@ -4,12 +4,13 @@ Rows of text are held in memory, and hostile text becomes many times its size th
 would take is estimated before it is read; larger data belong into Parquet, which stays on the disk.
 """
 
+import codecs
 import io
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,34 +97,36 @@ def _without_waiting(path: str, flags: int) -> int:
 
 def _memory(path: Path, most: int) -> int:
     """Return an estimate of the memory that a file's rows take; it may stop at more than `most`."""
+    suffix = path.suffix.lower()
+    signs = {".csv": b",\n", ".tsv": b"\t\n"}.get(suffix, b",[{")
     with opened(path) as file:
-        needed = os.fstat(file.fileno()).st_size
-        needed *= 2 if path.suffix.lower() == ".json" else 1  # its whole text is there, too
-        signs = {".csv": b",\n", ".tsv": b"\t\n"}.get(path.suffix.lower(), b",[{")
+        size = os.fstat(file.fileno()).st_size
+        needed = size * 2 if suffix == ".json" else size  # its whole text is there, too
+        width, length = 1, 0  # of the text that goes on from one block into the next
         while needed <= most and (block := file.read(BLOCK)):
             if b"\0" in block:
                 raise _not_text(path)
-            width = 1 if block.isascii() else 4 if _WIDE.search(block) else 2
-            needed += len(block) * (width - 1)
             needed += VALUE * sum(block.count(sign) for sign in signs)
+            wider = max(width, _width(block))
+            needed += (wider - width) * length + (wider - 1) * len(block)
+            width, length = wider, length + len(block)
+            if suffix == ".jsonl" and b"\n" in block:
+                last = block[block.rindex(b"\n") :]
+                width, length = _width(last), len(last)
     return needed
+
+
+def _width(part: bytes) -> int:
+    """Return the bytes that each character of a text takes in memory."""
+    return 1 if part.isascii() else 4 if _WIDE.search(part) else 2
 
 
 def _not_text(path: Path) -> UserError:
     """Return the error for a file that is no text, which names its first bad line."""
-    with opened(path) as file:
-        number = 1
-        while line := file.readline(BLOCK):
-            if b"\0" in line or not _is_text(line):
-                break
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number = 1
+    with opened(path) as file, suppress(UnicodeDecodeError):
+        while (line := file.readline(BLOCK)) and b"\0" not in line:
+            decoder.decode(line)
             number += line.endswith(b"\n")
     return UserError(f"line {number} of {path} is not UTF-8 text: save the file as UTF-8.")
-
-
-def _is_text(part: bytes) -> bool:
-    """Return whether bytes are UTF-8; a character that is cut by their end is no fault."""
-    try:
-        part.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data" and len(part) - error.start < 4
-    return True
