@@ -98,6 +98,7 @@ def test_the_picture_stays_xml_whatever_the_labels_are(tmp_path):
         ("[1](x)", "&#91;1&#93;(x)"),
         ("a|b\\|c", "a&#124;b&#92;&#124;c"),
         ("two\n\nlines", "two lines"),
+        ("at https://x.org, WWW.x.org: a/b", "at https&#58;//x.org, WWW&#46;x.org: a/b"),
         ("GRPO-D → α = 0.25", "GRPO-D → α = 0.25"),
     ],
 )
