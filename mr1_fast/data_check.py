@@ -15,6 +15,8 @@ from .tasks.data.check import RowMemory, check_rows, settle_bad_rows
 from .types import Example
 from .version import __version__
 
+LONGEST_THINKING = 2**18
+"""The most characters of a worked solution; megabytes would take minutes to split into tokens."""
 LIMITS = ("max_prompt_tokens", "max_pixels", "shrink_images")
 """The settings of a model on which it depends whether a prompt can be encoded."""
 
@@ -44,6 +46,11 @@ def check_data(
             check_solution(example)
         if needs_thinking and not example.thinking:
             raise UserError(f"{example.name} has no 'thinking': fill it in or leave the row out.")
+        if needs_thinking and len(example.thinking) > LONGEST_THINKING:
+            raise UserError(
+                f"the thinking of {example.name} has {len(example.thinking):,} characters, more "
+                f"than {LONGEST_THINKING:,}: shorten it or leave the row out."
+            )
 
     folder, key = cache_folder() / "rows", _settings_digest(writer, config, needs_thinking)
     bad = check_rows(source, check, RowMemory(folder / f"{key}.txt"), count)

@@ -233,7 +233,10 @@ def image(folder: Path, name: str) -> str:
         # The page may be passed on, so nothing from outside of the folder may get into it.
         if not path.is_relative_to(folder.resolve()):
             raise ValueError("outside the folder")
-        with Image.open(path) as opened:
+        if not path.is_file():
+            raise ValueError("no regular file")
+        # Logs write PNG; for some other formats Pillow starts a program.
+        with Image.open(path, formats=("PNG",)) as opened:
             picture = opened.convert("RGB")
     # Pillow raises SyntaxError for a broken PNG.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -10,6 +10,9 @@ from decimal import Decimal
 from .answers import Verdict
 from .math_check import MAX_CHARS, math_verdict
 
+LONGEST = 9
+"""The most digits of an integer that is read."""
+
 
 def r1v_reward(completion: str, solution: str) -> Verdict:
     """Return the verdict of R1-V's accuracy reward, by which R1-V trains.
@@ -44,7 +47,8 @@ def r1v_counting(completion: str, solution: str) -> Verdict:
     The completion is right if the first tagged integer equals the solution.
     """
     found = tagged_integer(completion)
-    right = solution.strip().isdecimal() and found == int(solution)
+    digits = solution.strip().lstrip("0")
+    right = solution.strip().isdecimal() and len(digits) <= LONGEST and found == int(digits or 0)
     return Verdict(right, f"the first tagged integer is {found}")
 
 
@@ -53,7 +57,7 @@ def tagged_integer(completion: str) -> int | None:
 
     Only integers of at most nine digits are read, since Python refuses to convert very long ones.
     """
-    found = re.search(r"<answer>\s*(\d{1,9})\s*</answer>", completion)
+    found = re.search(rf"<answer>\s*(\d{{1,{LONGEST}}})\s*</answer>", completion)
     return int(found[1]) if found else None
 
 

@@ -57,6 +57,12 @@ def test_the_first_tagged_integer_is_what_evaluation_counts():
         assert not r1v_counting(text, "4").right
     assert tagged_integer("<answer> 1234567890 </answer>") is None
     assert not r1v_counting("<answer> 4 </answer>", "four").right
+    # Python refuses to convert a number of more than 4,300 digits.
+    for digits in ("4" * 4301, "0" * 4301, "٤" * 4301, "4" * 10**6):
+        assert not r1v_counting("<answer> 4 </answer>", digits).right
+    assert r1v_counting("<answer> 4 </answer>", "0" * 4301 + "4").right
+    assert r1v_counting("<answer> 0 </answer>", "00").right
+    assert not r1v_counting("<answer> 0 </answer>", "").right
 
 
 def plain_reward(output: str, solution: str) -> bool:

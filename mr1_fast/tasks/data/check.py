@@ -22,6 +22,8 @@ from .loaded import LoadedExamples
 
 SHOWN = 2
 """How many faults a message shows; of more it shows the first, and a file has all of them."""
+LONGEST = 400
+"""The most characters of the faults that a message shows."""
 BATCH = 512
 """Rows that are checked before their results are looked at."""
 
@@ -120,9 +122,10 @@ def settle_bad_rows(
         return
     faults = [row.fault for row in bad]
     shown = " ".join(faults)
-    if len(bad) > SHOWN:
+    if len(bad) > SHOWN or len(shown) > LONGEST:
         write_text(report, "\n".join(faults) + "\n")
-        shown = f"{faults[0]} All are in {report}."
+        more = f" All are in {report}." if len(bad) > 1 else ""
+        shown = f"{_cut(faults[0])}{more}"
     rows = "row" if len(bad) == 1 else "rows"
     if not skip:
         raise UserError(
@@ -133,3 +136,10 @@ def settle_bad_rows(
     if not len(source):
         raise UserError(f"no row of {source.source} can be used: {shown}")
     say(f"left out {len(bad)} {rows} of {source.source}: {shown}")
+
+
+def _cut(fault: str) -> str:
+    """Return a fault; of a long one the beginning and the end, where the way out is."""
+    if len(fault) <= LONGEST:
+        return fault
+    return f"{fault[: LONGEST - 120]} … {fault[-100:]}"

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from ..prompts import IMAGE_MARK
 from .marks import with_marks
 
@@ -65,7 +65,8 @@ def read_conversation(value: Any, column: str, name: str) -> Conversation:
         if role == "user":
             read.problem, read.marked = text, marked
         elif role is None or any(cell is not None for cell in marked):
-            what = f"a message of {word!r}" if role is None else f"an image of {word!r}"
+            word = shortened(repr(word), 40)
+            what = f"a message of {word}" if role is None else f"an image of {word}"
             raise UserError(
                 f"{name} has in {column!r} {what}, but only users show images, and only user, "
                 "assistant and system speak: leave the row out."
@@ -108,7 +109,8 @@ def _content(content: Any, column: str, name: str) -> tuple[str, list[Any]]:
             marked += [None] * text.count(IMAGE_MARK)
         else:
             raise UserError(
-                f"{name} has in {column!r} a part of the type {kind!r} that is not understood: "
+                f"{name} has in {column!r} a part of the type {shortened(repr(kind), 40)} that is "
+                "not understood: "
                 "parts are texts and images."
             )
     return "".join(texts), marked

@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...errors import UserError, shortened
 from .paths import ImageFolder, open_file
-from .pixels import open_image, to_rgb, upright_size
+from .pixels import MOST_PIXELS, open_image, to_rgb, upright_size
 from .urls import is_address, read_address
 
 Result = TypeVar("Result")
@@ -69,6 +69,23 @@ class ImageReader:
         Raises UserError, which names the row, for one that cannot be read.
         """
         return self._apply(to_rgb, cell, row)
+
+    def read_all(self, cells: Sequence[Any], row: str) -> tuple[Image.Image, ...]:
+        """Decode the images of a row as `read` does.
+
+        Raises UserError, too, where they have more pixels together than one image may have.
+        """
+        images, left = [], MOST_PIXELS
+
+        def decoded(image: Image.Image) -> Image.Image:
+            if image.width * image.height > left:
+                raise ValueError(f"with those before it, it has more than {MOST_PIXELS:,} pixels")
+            return to_rgb(image)
+
+        for cell in cells:
+            images.append(self._apply(decoded, cell, row))
+            left -= images[-1].width * images[-1].height
+        return tuple(images)
 
     def header(self, cell: Any, row: str) -> tuple[int, int]:
         """Return the width and height of the upright image, of which only the header is read.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from .conversations import Conversation, is_conversation, read_conversation
 from .images import as_list
 from .marks import place_images, with_marks
@@ -28,6 +28,8 @@ COLUMNS = {
 CONVERSATIONS = ("prompt", "messages", "conversations")
 """The columns whose last message may be the solution."""
 
+LONGEST_TEXT = 2**22
+"""The most characters of a text; no prompt can hold as many, and reading more takes minutes."""
 SHOWN = 30
 """The most columns of data that a message names."""
 
@@ -83,7 +85,8 @@ def check_columns(
 
 def found_names(names: Sequence[str]) -> str:
     """Return the columns that data has, as messages name them; only the first of many."""
-    return f"(found: {', '.join(names[:SHOWN])}{', …' * (len(names) > SHOWN)})"
+    shown = ", ".join(shortened(name, 40) for name in names[:SHOWN])
+    return f"(found: {shortened(shown, 200)}{', …' * (len(names) > SHOWN)})"
 
 
 def one_of(names: Sequence[str]) -> str:
@@ -130,11 +133,6 @@ def read_fields(row: Row, columns: Mapping[str, str], name: str) -> Fields:
         images=images,
         extra=_extra(row, images_column, talk),
     )
-
-
-def read_thinking(row: Row, columns: Mapping[str, str], name: str) -> str:
-    """Return the worked solution of a row, or an empty text."""
-    return _answer(row, columns, _conversation(row, columns, name), name)[1]
 
 
 def _conversation(row: Row, columns: Mapping[str, str], name: str) -> Conversation | None:
@@ -286,6 +284,11 @@ def _text(value: Any, column: str, name: str) -> str:
             f"({type(value).__name__}): write a text."
         )
     text = str(value).strip()
+    if len(text) > LONGEST_TEXT:
+        raise UserError(
+            f"{name} has in {column!r} {len(text):,} characters, more than {LONGEST_TEXT:,}: "
+            "shorten the text or leave the row out."
+        )
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(
             f"{name} has in {column!r} half a character (a lone surrogate): correct the text."

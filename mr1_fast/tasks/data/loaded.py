@@ -1,23 +1,24 @@
 """Examples made of rows of data."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 from ...types import Example
 from .digests import digest_of
 from .epochs import check_limit, shuffled
 from .images import ImageReader, image_path
 from .layouts import (
     COLUMNS,
+    Fields,
     check_columns,
     found_names,
     holds_images,
     looks_like_images,
     one_of,
     read_fields,
-    read_thinking,
 )
 from .options import DEFAULTS, DataOptions
 from .table import Table
@@ -111,10 +112,10 @@ class LoadedExamples:
         Raises UserError, which names the row, if it is not understood or an image cannot be read.
         """
         name = self._name(index)
-        fields = read_fields(self._table.row(index), self._columns, name)
+        fields = self._fields(index)
         return Example(
             problem=fields.problem,
-            images=tuple(self._images.read(cell, name) for cell in fields.images),
+            images=self._images.read_all(fields.images, name),
             solution=fields.solution,
             thinking=fields.thinking,
             key=" ".join(filter(None, map(image_path, fields.images))) or f"row {index + 1}",
@@ -127,12 +128,12 @@ class LoadedExamples:
 
         Of a file, that is its place, its size and when it was last changed.
         """
-        row = self._table.row(index)
         try:
-            images = read_fields(row, self._columns, self._name(index)).images
+            images = self._fields(index).images
         except UserError:
             images = []
-        return digest_of(row, *map(self._images.stamp, images))
+        with _named(self._name(index)):
+            return digest_of(self._table.row(index), *map(self._images.stamp, images))
 
     def fingerprint(self) -> str:
         """Return what tells these data from others: how many rows, and the texts of some of them.
@@ -146,10 +147,16 @@ class LoadedExamples:
     def _text(self, index: int) -> tuple[str, ...]:
         """Return problem and solution of a row; nothing of one that is not understood."""
         try:
-            fields = read_fields(self._table.row(index), self._columns, self._name(index))
+            fields = self._fields(index)
         except UserError:
             return ()
         return fields.problem, fields.solution
+
+    def _fields(self, index: int) -> Fields:
+        """Return what a row says; raises UserError, which names it, where it is not understood."""
+        name = self._name(index)
+        with _named(name):
+            return read_fields(self._table.row(index), self._columns, name)
 
     def require_thinking(self) -> None:
         """Raise UserError if no row seems to have a worked solution for supervised training.
@@ -161,7 +168,7 @@ class LoadedExamples:
             return
         index = self._kept[0]
         try:
-            thinking = read_thinking(self._table.row(index), self._columns, self._name(index))
+            thinking = self._fields(index).thinking
         except UserError:  # which the check of all rows reports
             return
         if not thinking:
@@ -176,7 +183,12 @@ class LoadedExamples:
         names = self._table.names
         if "images" in self._columns or any(map(holds_images, names)):
             return
-        for column, value in self._table.row(0).items():
+        try:
+            with _named(self._name(0)):
+                first = self._table.row(0)
+        except UserError:  # which the check of all rows reports
+            return
+        for column, value in first.items():
             if looks_like_images(value):
                 raise UserError(
                     f"{self.source} has no column {one_of(COLUMNS['images'])} "
@@ -187,3 +199,18 @@ class LoadedExamples:
     def _name(self, index: int) -> str:
         """Return what messages call a row."""
         return f"row {index + 1} of {self.source}"
+
+
+@contextmanager
+def _named(row: str) -> Iterator[None]:
+    """Turn whatever reading a row raises into a UserError that names it.
+
+    Numbers, dates, texts and nesting of any size have their own ways to fail.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = shortened(f"{type(error).__name__}: {error}", 120)
+        raise UserError(f"{row} cannot be read ({reason}): correct it or leave it out.") from error

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from ...errors import UserError, shortened
 
-LARGEST_FILE = 2**30
+LARGEST_FILE = 2**29
 """The most bytes of an image file; Pillow reads files of some formats as a whole."""
 LONGEST_PATH = 4096
 LONGEST_NAME = 255
@@ -88,7 +88,7 @@ def open_file(path: Path, row: str) -> BinaryIO:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name} is not a regular file: give the path of an image file.")
         if status.st_size > LARGEST_FILE:
-            raise UserError(f"{name} has more than {LARGEST_FILE // 2**30} GiB: make it smaller.")
+            raise UserError(f"{name} has more than {LARGEST_FILE // 2**20} MiB: make it smaller.")
         # Some regular files, of the kernel, would be waited for as well.
         return open(path, "rb", opener=lambda *args: os.open(args[0], args[1] | os.O_NONBLOCK))
     except OSError as error:

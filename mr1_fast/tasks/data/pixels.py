@@ -1,18 +1,24 @@
 """Pixels of every kind as upright 8-bit RGB, and the formats of files that may hold them."""
 
 import warnings
-from threading import Lock
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition, Lock
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-FORMATS = (
-    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"),
-    "AVIF",  # not in every build of Pillow
-)
-"""The formats that are read. All are read by Pillow itself; for others, such as EPS, it would start
-another program."""
+from .bounded_file import BoundedFile
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats that are read. Pillow knows many more: for some, such as EPS, it starts another
+program, and the rest are decoders of rare formats that hostile data could choose."""
+MOST_PIXELS = 89_478_485
+"""The most pixels of an image, and of all images of a row together; it is Pillow's own limit. Their
+decoding takes at most about 1.5 GB of memory."""
+BAND = 2**20
+"""Pixels of deep gray levels that are scaled at a time."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,22 +34,54 @@ TURNS = {
 _warnings = Lock()  # warnings.catch_warnings is not safe with several threads
 
 
+class _Turns:
+    """Lets threads decode at the same time only as long as their images fit into memory."""
+
+    def __init__(self) -> None:
+        self.left = MOST_PIXELS
+        self.changed = Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Wait until an image of so many pixels may be decoded."""
+        pixels = min(pixels, MOST_PIXELS)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= pixels)
+            self.left -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += pixels
+                self.changed.notify_all()
+
+
+_turns = _Turns()
+
+
 def open_image(file: BinaryIO) -> Image.Image:
     """Open an encoded image, of which only the header is read.
 
-    Raises ValueError for another format or for too many pixels, and whatever Pillow raises for a
-    broken file.
+    Raises ValueError for another format, for too many pixels and for too many pieces, and whatever
+    Pillow raises for a broken file.
     """
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
+    bounded = BoundedFile(file)
+    too_many = ValueError(f"it has more than {MOST_PIXELS:,} pixels")
     try:
         with _warnings, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken tags and EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(file, formats=known)
+            image = Image.open(bounded, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"it is not an image in one of the formats {', '.join(known)}") from error
+        known = ", ".join(FORMATS)
+        raise ValueError(f"it is not an image in one of the formats {known}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        raise too_many from error
+    if image.width * image.height > MOST_PIXELS:
+        raise too_many
+    if image.format in ("JPEG", "MPO"):
+        bounded.count_scans()
+    return image
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -64,6 +102,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     in 0…1, and are otherwise stretched from their least to their greatest value. What is not a
     number becomes black.
     """
+    with _turns.of(image.width * image.height):
+        return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """Return the image as upright RGB; as many pixels as it has may be decoded."""
     image.load()
     turn = TURNS.get(_orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -88,21 +132,36 @@ def _orientation(image: Image.Image) -> int:
 
 def _scaled(image: Image.Image) -> Image.Image:
     """Return an image of deep gray levels with 8 bits."""
-    levels = np.asarray(image).astype(np.float64)
-    numbers = levels[np.isfinite(levels)]
-    least, greatest = (numbers.min(), numbers.max()) if numbers.size else (0, 0)
+    levels = np.asarray(image)
+    flat = levels.reshape(-1)
+    bands = [slice(start, start + BAND) for start in range(0, flat.size, BAND)]
+    least, greatest = _range(flat, bands)
 
-    # Pillow may read 16 bits of a PNG or PPM as 32-bit integers.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    # Pillow may read 16 bits of a PNG as 32-bit integers.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         least, greatest = 0, 65535
     elif least >= 0 and greatest <= 1:
         least, greatest = 0, 1
     elif least >= 0 and greatest <= 255:
         least, greatest = 0, 255
 
-    clear = levels == image.info.get("transparency")
-    levels -= least
-    levels /= (greatest - least) or 1
-    levels = np.nan_to_num(levels, nan=0, posinf=1, neginf=0).clip(0, 1)
-    levels[clear] = 1
-    return Image.fromarray((levels * 255).round().astype(np.uint8))
+    scaled = np.empty(flat.size, np.uint8)
+    for band in bands:  # all at once, it would take 30 bytes of memory for each pixel
+        part = flat[band].astype(np.float64)
+        clear = part == image.info.get("transparency")
+        part -= least
+        part /= (greatest - least) or 1
+        part = np.nan_to_num(part, nan=0, posinf=1, neginf=0).clip(0, 1)
+        part[clear] = 1
+        scaled[band] = (part * 255).round()
+    return Image.fromarray(scaled.reshape(levels.shape))
+
+
+def _range(levels: np.ndarray, bands: list[slice]) -> tuple[float, float]:
+    """Return the least and the greatest of levels that are numbers; 0 and 0 where none is."""
+    ends = []
+    for band in bands:
+        part = levels[band].astype(np.float64)
+        numbers = part[np.isfinite(part)]
+        ends += [numbers.min(), numbers.max()] if numbers.size else []
+    return (min(ends), max(ends)) if ends else (0, 0)

@@ -5,14 +5,13 @@ values), would write a column of numbers and texts as JSON, and would not name t
 """
 
 import csv
-import io
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
+from .text_files import LONGEST_LINE, text_lines, whole_text
 
 Row = dict[str, Any]
 
@@ -22,7 +21,7 @@ def read_json(path: Path) -> list[Row]:
 
     Raises UserError, which names the line or row, for anything else.
     """
-    text = _text(path)
+    text = whole_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -51,7 +50,7 @@ def read_json_lines(path: Path) -> list[Row]:
     another.
     """
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(text_lines(path, "\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -75,10 +74,9 @@ def read_csv(path: Path) -> list[Row]:
     Cells are separated by tabs in a .tsv file, else by commas. Raises UserError, which names the
     line, for a row that does not fit the names.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an image in base64 is a long cell
+    csv.field_size_limit(LONGEST_LINE)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    text = io.StringIO(_text(path), newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = csv.reader(text_lines(path, ""), delimiter=delimiter, strict=True)
     rows, names = [], None
     try:
         for cells in lines:
@@ -116,23 +114,7 @@ def _check_names(names: list[str], path: Path) -> None:
     """Raise UserError where two columns have the same name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{path} has two columns {twice[0]!r}: give each its own name.")
-
-
-def _text(path: Path) -> str:
-    """Return the text of a file, without a byte order mark; raises UserError if it is none."""
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): check its permissions."
-        ) from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"line {line} of {path} is not UTF-8 text: save the file as UTF-8."
-        ) from error
+        raise UserError(f"{path} has two columns {shortened(twice[0])!r}: give each its own name.")
 
 
 def _is_json(line: str) -> bool:

@@ -1,20 +1,30 @@
 """Reading the rows of one split from a file, a folder or the Hub."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ...errors import UserError
+import yaml
+
+from ...errors import UserError, shortened
 from ...hub import hub_splits, load_splits, split_files
 from .options import DataOptions
 from .readers import READERS, Row
+from .saved_folders import check_saved, is_outside
 from .splits import SHARD, choose_split, split_in_name
+from .text_files import check_memory, opened
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 """The name that `datasets` has for the format of a file, by the file's suffix."""
 SUFFIXES = (*READERS, *FILE_FORMATS)
 """The suffixes of files that can be read."""
+LONGEST_README = 2**22
+"""The most characters of a data set's README.md."""
+MOST_PARTS = 100_000
+"""The most values in its head."""
 NOT_ROWS = {
     *("config.json", "state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 }
@@ -31,6 +41,8 @@ def read_rows(data: str, path: Path, split: str, options: DataOptions) -> Sequen
         return _read_file(path)
     if os.path.isdir(path):
         return _folder_rows(path, split, options)
+    if os.path.lexists(path):
+        raise UserError(f"{data} is neither a regular file nor a folder: give the path of one.")
     looks_like_a_path = (
         path.suffix in SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1
     )
@@ -54,6 +66,7 @@ def _read_file(path: Path) -> Sequence:
     """Read all rows of a file."""
     suffix = path.suffix.lower()
     if suffix in READERS:
+        check_memory([path])
         return READERS[suffix](path)
     if suffix not in FILE_FORMATS:
         raise UserError(f"{path} has an unknown format: give one of {', '.join(SUFFIXES)}.")
@@ -82,6 +95,7 @@ def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
         chosen = splits[choose_split(list(splits), split, options, str(folder))]
         if not configured:
             _check_shards(chosen, split, folder)
+        check_memory(chosen)
         return [row for path in chosen for row in _rows_beside_images(path, folder)]
     splits = _configured(lambda config: load_splits(str(folder), source, config), options)
     return splits[choose_split(list(splits), split, options, str(folder))]
@@ -104,10 +118,11 @@ def _saved_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
     """Read what `save_to_disk` wrote: a DatasetDict, or a Dataset, which is taken as a whole."""
     import datasets  # takes seconds to import, and runs on drawn data never need it
 
+    check_saved(folder)
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} could not be loaded ({type(error).__name__}: {reason}): save it again."
         ) from error
@@ -118,12 +133,65 @@ def _saved_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
 
 
 def _has_configurations(folder: Path) -> bool:
-    """Return whether the head of a folder's README.md says which files are which split."""
+    """Return whether the head of a folder's README.md says which files are which split.
+
+    Raises UserError for a README.md that is too long, since `datasets` would read all of it.
+    """
     readme = folder / "README.md"
     if not readme.is_file():
         return False
-    head = re.match(r"---\r?\n(.*?)\r?\n---", readme.read_text("utf-8", "replace"), re.DOTALL)
-    return head is not None and re.search(r"^configs:", head[1], re.MULTILINE) is not None
+    with opened(readme) as file:
+        text = file.read(LONGEST_README + 1).decode("utf-8", "replace")
+    if len(text) > LONGEST_README:
+        raise UserError(f"{readme} has more than {LONGEST_README:,} characters: shorten it.")
+    head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    if head is None:
+        return False
+    configured = re.search(r"^configs:", head[1], re.MULTILINE) is not None
+    try:
+        value = yaml.safe_load(head[1])
+        bomb = _written_out(value, {}) > MOST_PARTS
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        if not configured:
+            return False  # nothing of it is needed
+        raise UserError(
+            f"the head of {readme} is no YAML ({shortened(error, 120)}): correct or remove it."
+        ) from error
+    if bomb:
+        raise UserError(f"the head of {readme} has aliases without an end: write it without them.")
+    if configured:
+        _check_inside(value.get("configs") if isinstance(value, dict) else None, readme)
+    return configured
+
+
+def _written_out(value: Any, sizes: dict[int, float]) -> float:
+    """Return how many parts a value of YAML has with its aliases written out; infinity where it
+    holds itself. `sizes` has what is known, by identity.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
+
+
+def _check_inside(part: Any, readme: Path) -> None:
+    """Raise UserError where configurations name a file that lies outside of the folder."""
+    if isinstance(part, dict | list):
+        for each in part.values() if isinstance(part, dict) else part:
+            _check_inside(each, readme)
+    elif isinstance(part, str) and (is_outside(part) or _is_elsewhere(part)):
+        raise UserError(
+            f"{readme} names {shortened(part)}, which is outside its folder: put it there, and "
+            "correct README.md."
+        )
+
+
+def _is_elsewhere(part: str) -> bool:
+    """Return whether a text is an address, other than one on the Hugging Face Hub."""
+    return "://" in part and not part.startswith("hf://")
 
 
 def _row_files(folder: Path, own_names: Sequence[str | None]) -> dict[str, list[Path]]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shortened
 
 
 class Table:
@@ -38,14 +38,16 @@ class Table:
         """
         if isinstance(self._rows, list):
             return self._rows[index]
-        row = self._rows[index].to_pylist()[0]
+        table = self._rows[index]
+        table.validate(full=True)  # or a broken file of Arrow could end the process
+        row = table.to_pylist()[0]
         for name, feature in self._features.items():
             try:
                 row[name] = _parsed(feature, row[name])
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"row {index + 1} has in {name!r} no JSON ({error}): correct it, or leave the "
-                    "row out."
+                    f"row {index + 1} has in {shortened(name)!r} no JSON ({error}): correct it, or "
+                    "leave the row out."
                 ) from error
         return row
 

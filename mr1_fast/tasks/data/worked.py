@@ -1,6 +1,7 @@
 r"""Worked solutions that end in their answer: GSM8K's after `####`, and MATH's in `\boxed{…}`."""
 
 import re
+from collections import deque
 
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's marks for a calculator, as in `48/2 = <<48/2=24>>24`."""
@@ -36,10 +37,10 @@ def _last_boxed(text: str) -> tuple[int, int] | None:
 
     It is None, too, where there is nothing inside, or no brace closes it.
     """
-    boxes = list(_BOXED.finditer(text))
-    if not boxes:
+    last = deque(_BOXED.finditer(text), maxlen=1)
+    if not last:
         return None
-    found, depth = boxes[-1], 1
+    found, depth = last[0], 1
     for brace in re.finditer(r"(?<!\\)(?:\\\\)*([{}])", text[found.end() :]):
         depth += 1 if brace[1] == "{" else -1
         if depth == 0:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks.data.check import BATCH, RowMemory, check_rows, settle_bad_rows
+from mr1_fast.tasks.data.check import BATCH, BadRow, RowMemory, check_rows, settle_bad_rows
 from mr1_fast.tasks.data.loaded import LoadedExamples
 
 from ...data.pictures import ROW, picture
@@ -128,3 +128,16 @@ def test_many_faults_are_all_in_a_file(tmp_path):
 def test_no_row_at_all_is_an_error_in_any_case(tmp_path):
     with pytest.raises(UserError, match="no row of rows can be used: row 1 of rows is refused"):
         settle(examples(2), ["0", "1"], tmp_path, skip=True)
+
+
+def test_what_a_message_shows_of_bad_rows_is_short(tmp_path):
+    for count in (1, 2, 9):
+        bad = [
+            BadRow(index, f"row {index + 1} has {'a fault, ' * 80}: mend it.")
+            for index in range(count)
+        ]
+        with pytest.raises(UserError, match=r"row 1 has .* mend it\..*--bad-rows skip") as raised:
+            settle_bad_rows(examples(20), bad, False, tmp_path / "bad.txt", print)
+        assert len(str(raised.value)) <= 400 + 100 + len(str(tmp_path))
+        assert ("All are in" in str(raised.value)) == (count > 1)
+    assert len((tmp_path / "bad.txt").read_text().splitlines()) == 9

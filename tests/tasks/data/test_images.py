@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mr1_fast.errors import UserError
-from mr1_fast.tasks.data import LoadedExamples, load_examples
+from mr1_fast.tasks.data import LoadedExamples, images, load_examples
 from mr1_fast.tasks.data.images import ImageReader, as_list, image_path
 
 from ...data.pictures import ROW, colour, encoded, in_format, noise, picture, write_lines
@@ -273,3 +273,25 @@ def test_case_25_windows_paths(case):
     (folder / "img").mkdir()
     Image.new("RGB", (56, 56)).save(folder / "img" / "a.png")
     assert load("d.jsonl", json.dumps(row | {"image": "img\\a.png"}))[0].images
+
+
+def test_the_images_of_a_row_have_a_bound_together(root, monkeypatch):
+    monkeypatch.setattr(images, "MOST_PIXELS", 3 * 28 * 28)
+    assert len(reader(root).read_all(["a.png", PNG, TEXT], "row 1 of d")) == 3
+    with pytest.raises(UserError, match=r"row 1 of d cannot be decoded \(with those before it"):
+        reader(root).read_all(["a.png", PNG, TEXT, PNG], "row 1 of d")
+
+
+@pytest.mark.parametrize("form", ["file", "bytes", "base64", "data"])
+def test_an_eps_of_any_form_starts_no_program(form, root, monkeypatch):
+    program = root / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {root}/started\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(root), prepend=":")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n"
+    (root / "eps.png").write_bytes(eps)
+    in_base64 = base64.b64encode(eps * 20).decode()
+    cell = {"file": "eps.png", "bytes": eps, "base64": in_base64, "data": "data:," + eps.decode()}
+    with pytest.raises(UserError, match="not an image in one of the formats"):
+        reader(root).read(cell[form], "row 1 of d")
+    assert not (root / "started").exists()

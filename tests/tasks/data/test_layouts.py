@@ -13,13 +13,11 @@ from mr1_fast.tasks.data.layouts import (
     check_columns,
     looks_like_images,
     read_fields,
-    read_thinking,
 )
 
 
 def fields(row, columns=None):
     read = read_fields(row, columns or {}, "row 4 of set")
-    assert read.thinking == read_thinking(row, columns or {}, "row 4 of set")
     return read
 
 

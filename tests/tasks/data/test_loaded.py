@@ -1,14 +1,19 @@
 """Loaded examples: every kind of row and image that data may hold, read when it is taken."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from decimal import Decimal
 
 import datasets
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mr1_fast.errors import UserError
 from mr1_fast.tasks.data import DataOptions, load_examples
 from mr1_fast.tasks.data.digests import digest_of
+from mr1_fast.tasks.data.layouts import COLUMNS
 from mr1_fast.tasks.data.loaded import LoadedExamples
 
 from ...data.pictures import (
@@ -200,3 +205,53 @@ def test_conversations_in_tables(tmp_path):
     assert (second.problem, second.solution, second.images) == ("How many?", "4", ())
     assert first.extra["prompt"] == rows[0]["prompt"]
     assert first.extra["reward_model"] == {"style": "rule"}
+
+
+KEYS = (
+    *(each for names in COLUMNS.values() for each in names if "." not in each),
+    *("image_1", "image_2", "reward_model", "system", "bytes", "path", "url", "type", "text"),
+    *("role", "content", "from", "value"),
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(4999, 5001).map(lambda digits: 10**digits),
+    st.floats(),
+    st.sampled_from([Decimal("sNaN"), Decimal("1e999999999"), date.max, timedelta.max, 1j, {1}]),
+    st.sampled_from(["<image>", "<image 1>", "</think>3", "<answer>3</answer>", "#### 3", "user"]),
+    st.sampled_from(["gpt", "text", "image", "/dev/zero", "../x.png", "data:,x", "http://x/"]),
+    st.text(st.characters(), max_size=20),
+    st.binary(max_size=20),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+ROWS = st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), VALUES, max_size=5)
+FILLED = ROWS.map(lambda row: {"problem": "How many?", "solution": "3"} | row)
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@given(ROWS | FILLED)
+@example({"problem": "p", "solution": Decimal("sNaN")})
+@example({"problem": "p", "solution": "3", "image": [{"bytes": {"path": "/dev/zero"}}]})
+def test_any_row_is_an_example_or_one_sentence(row):
+    """Whatever the cells of a row hold, in any column, and nested in any way."""
+    try:
+        source = LoadedExamples([row], "data.jsonl", 0, image_root="/nowhere", fenced=True)
+        source.fingerprint()
+        source.require_thinking()
+        source.digest(0)
+        found = source.all(1)[0]
+    except UserError as error:
+        text = str(error)
+        assert len(text) <= 500 and "\n" not in text and text.isprintable(), text
+        assert "data.jsonl" in text
+    else:
+        (found.problem + found.solution + found.thinking + found.key).encode()
+        assert found.problem and found.solution

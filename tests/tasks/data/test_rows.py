@@ -1,6 +1,8 @@
 """Files and folders of rows: which split they hold, and the paper's training sets as downloaded."""
 
 import json
+import os
+from itertools import pairwise
 
 import datasets
 import pytest
@@ -146,7 +148,7 @@ def test_saved_splits(tmp_path):
     with pytest.raises(UserError, match="one has only the split train: for test"):
         solutions(tmp_path / "one", "test", held_out=True, trained="train")
     (tmp_path / "one" / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"one could not be loaded \(.*\): save it again"):
+    with pytest.raises(UserError, match=r"state.json is damaged \(.*\): save the data set again"):
         solutions(tmp_path / "one")
 
 
@@ -339,3 +341,58 @@ def test_a_download_that_lacks_a_shard_is_told(tmp_path):
 def test_a_path_that_cannot_be_is_missing(name):
     with pytest.raises(UserError, match=r"(rows|x)\.jsonl is missing"):
         load_examples("counting", name, "train", 0)
+
+
+OUTSIDE = [
+    "/etc/passwd",
+    "../secret.jsonl",
+    "a/../../secret.jsonl",
+    "~/x.jsonl",
+    "http://x/a.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        "data_files: {}",
+        "data_files: [{}]",
+        "data_files: [{{split: train, path: {}}}]",
+        "data_dir: {}",
+    ],
+)
+def test_a_readme_names_no_files_outside(name, configuration, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(tmp_path / "secret.jsonl", [ROW])
+    write_lines(folder / "train.jsonl", [ROW])
+    head = f"configs:\n- config_name: default\n  {configuration.format(name)}\n"
+    (folder / "README.md").write_text(f"---\n{head}---\n")
+    with pytest.raises(UserError, match=r"README.md names .*, which is outside its folder"):
+        solutions(folder)
+
+
+def test_a_readme_that_is_hard_to_read(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [text_row("3")])
+    names = [chr(97 + level) for level in range(9)]
+    bomb = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in pairwise(names))
+    for head, message in (
+        (f"a: &a [x]\n{bomb}configs: *i\n", "aliases without an end"),
+        (f"a: &a [x]\n{bomb}dataset_info: *i\n", "aliases without an end"),
+        ("configs: &a [*a]\n", "aliases without an end"),
+        (f"configs: {'[' * 5000}\n", "is no YAML"),
+        ("configs: !!python/object/apply:os.system [true]\n", "is no YAML"),
+        ("configs: {a: b: c}\n", "is no YAML"),
+    ):
+        (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+        with pytest.raises(UserError, match=message) as raised:
+            solutions(tmp_path)
+        assert len(str(raised.value)) < 500
+    with open(tmp_path / "README.md", "wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(UserError, match=r"README.md has more than 4,194,304 characters"):
+        solutions(tmp_path)
+    (tmp_path / "README.md").unlink()
+    os.mkfifo(tmp_path / "README.md")
+    assert len(solutions(tmp_path)) == 1

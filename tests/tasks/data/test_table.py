@@ -1,10 +1,13 @@
 """Rows by their number: the same from a list and from a `datasets.Dataset`, images encoded."""
 
+import struct
+
 import datasets
 import pyarrow as pa
 import pytest
 
 from mr1_fast.errors import UserError
+from mr1_fast.tasks.data.loaded import LoadedExamples
 from mr1_fast.tasks.data.table import Table
 
 from ...data.pictures import encoded, picture
@@ -62,3 +65,23 @@ def test_images_stay_encoded():
 
 def test_names_of_rows_that_differ():
     assert Table([{"a": 1}, {"b": 2, "a": 3}]).names == ["a", "b"]
+
+
+def test_a_broken_file_of_arrow_is_a_fault_of_its_rows(tmp_path):
+    """Arrow trusts the places of texts in a file, and would read memory that is not its own."""
+    texts = pa.table({"problem": ["abc", "de"], "solution": ["3", "4"]})
+    path = tmp_path / "d.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, texts.schema) as writer:
+        writer.write_table(texts)
+    content, places = path.read_bytes(), struct.pack("<iii", 0, 3, 5)
+    assert content.count(places) == 1
+    for ends in ((0, 3, 2**30), (0, 3, 2), (0, -(2**30), 3)):
+        path.write_bytes(content.replace(places, struct.pack("<iii", *ends)))
+        examples = LoadedExamples(datasets.Dataset.from_file(str(path)), "d.arrow", 0)
+        with pytest.raises(UserError, match=r"row 2 of d.arrow cannot be read \(ArrowInvalid"):
+            examples.read(1)
+    path.write_bytes(content.replace(b"abcde", b"abc\xff\xfe"))
+    examples = LoadedExamples(datasets.Dataset.from_file(str(path)), "d.arrow", 0)
+    assert examples.read(0).problem == "abc"
+    with pytest.raises(UserError, match=r"row 2 of d.arrow cannot be read"):
+        examples.read(1)
