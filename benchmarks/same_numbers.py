@@ -39,7 +39,8 @@ def make(checkout: Path, name: str, folder: Path, cache: Path) -> None:
     python, environment = checkout / ".venv/bin/python", {**os.environ, "MR1_FAST_CACHE": cache}
     for command in RUNS[name]:
         if command[-1] == "--resume":  # from the middle, as after a kill
-            shutil.rmtree(max((folder / "checkpoints").glob("step-*")))
+            steps = (folder / "checkpoints").glob("step-*")
+            shutil.rmtree(max(steps, key=lambda path: int(path.name.removeprefix("step-"))))
             shutil.rmtree(folder / "final")
             words = [*command, folder]
         else:

@@ -9,29 +9,29 @@ slow to load, so that help and a wrong setting are answered at once.
 """
 
 import argparse
-import ast
-import dataclasses
 import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Protocol, TypeVar, get_type_hints
 
-import yaml
-
 from . import torchrun
 from .config import TrainConfig
+from .config.bounds import check_value
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
-from .errors import UserError, exit_on_user_error, exit_when_stopped
+from .errors import UserError, begin_command, exit_on_user_error, shortened
+from .identity import identity, require_identity
+from .own_python import require_known_python
 from .profiles import profile_defaults
-from .resuming import AUTO, finished, started_before
-from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
+from .resuming import AUTO, AutoResumed, finished, has_checkpoint, settings_file, started_before
+from .setting_values import Unfit, convert, described, metavar, shown
+from .settings_file import Unusable, read_yaml_file
+from .settings_help import Group, groups, help_texts
 
 PRECEDENCE = (
     "A flag counts more than a YAML file, and both count more than the defaults below, which hold "
@@ -75,9 +75,14 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
-    exit_when_stopped()
-    prepare_process()
+    begin()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
+
+
+def begin() -> None:
+    """Prepare the process of a command, and what libraries read from its environment."""
+    begin_command()
+    prepare_process()
 
 
 def prepare_process() -> None:
@@ -98,31 +103,40 @@ def prepare_process() -> None:
 def parse_train_config(argv: list[str], processes: int | None = None) -> TrainConfig:
     """The settings of a training run from the words of a command line; UserError for a bad one.
 
-    `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER.
-    `--resume auto` is that of the folder that --output names, if it has a checkpoint; where the
-    run there is finished, say so and exit. The settings must suit the number of `processes` that
-    train together: by default, all that torchrun has started.
+    `--resume FOLDER` begins with the settings in FOLDER/config.yaml, and writes to FOLDER; without
+    a checkpoint there, the run begins again, and resume is then `auto`. `--resume auto` is that of
+    the folder that --output names, if it has a checkpoint; where the run there is finished, say so
+    and exit. The settings must suit the number of `processes` that train together: by default, all
+    that torchrun has started. Python that only the folder's settings name is not run, unless this
+    user has run it before.
     """
     processes = processes or torchrun.size()
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
+    named = parser.named(given)
     resume = given.flags.get("resume")
     is_auto = resume == AUTO
     if is_auto and not given.wants_help:
-        resume = started_before(parser.settle(given).output)
+        resume = started_before(parser.unchecked(given).output)
         if resume is not None:
             given.flags["resume"] = resume
-    if resume not in (None, AUTO):
-        saved = Path(resume) / "config.yaml"
-        if not saved.is_file():
-            raise UserError(
-                f"resume is {resume}, but there is no {saved}: name the folder of an earlier run."
-            )
-        given.files.insert(0, str(saved))
-        given.flags["output"] = resume
-    if "algo" in given.flags:
-        parser.check_algorithm(given)
+    if resume in (None, AUTO):
+        if "algo" in given.flags:
+            parser.check_algorithm(given)
+    else:
+        saved = str(settings_file(resume))
+        given.files.insert(0, saved)
+        given.flags |= {
+            "output": resume,
+            "resume": resume if has_checkpoint(Path(resume)) else AUTO,
+        }
+        found, begun = parser.unchecked(given), parser.unchecked(Given([saved], {}, False))
+        require_identity(identity(found), identity(begun), Path(resume))
     config = parser.settle(given)
+    if resume not in (None, AUTO):
+        require_known_python(config, named, resume)
+        if is_auto:
+            config.resume = AutoResumed(resume)
     config.check_prompts(processes)
     if processes > 1:
         check_sharding(config)
@@ -145,27 +159,14 @@ def parse_settings(
     return parser.settle(parser.read(argv))
 
 
-def write_config(config: object, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(saved_settings(config), sort_keys=False))
-
-
-def saved_settings(config: object) -> dict[str, Any]:
-    """Return the settings that a run is known by, by name.
-
-    `resume` is left out: it says how one process began, and not what the run is.
-    """
-    return {name: value for name, value in vars(config).items() if name != "resume"}
-
-
 @dataclass
 class Given:
-    """What a command line says, before any conversion."""
+    """What a command line says."""
 
     files: list[str]
     """Paths of YAML files; the last one counts most."""
-    flags: dict[str, str]
-    """Text of each flag, by the name of its setting."""
+    flags: dict[str, Any]
+    """Value of each flag, by the name of its setting."""
     wants_help: bool
     """Whether `--help` is among the words."""
 
@@ -190,7 +191,7 @@ class SettingsParser(Generic[Config]):
         add("--config", action="append", default=[], metavar="FILE", help=CONFIG)
         self.flags = {name: action for group in groups(cls) for name, action in self._add(group)}
 
-    def _add(self, group: "Group") -> Iterator[tuple[str, argparse.Action]]:
+    def _add(self, group: Group) -> Iterator[tuple[str, argparse.Action]]:
         """Add the flags of a group; yields each setting's name with its flag."""
         section = self.words.add_argument_group(group.title, group.about)
         for name in group.names:
@@ -208,23 +209,33 @@ class SettingsParser(Generic[Config]):
                 values = ", ".join(f"{new} for {shown(old)}" for old, new in today.items())
                 raise UserError(f"{flag} is now --{name} ({values}): see {self.prog} --help.")
         found = vars(self.words.parse_args(words))
-        return Given(found.pop("config"), wants_help=found.pop("help"), flags=found)
+        files, wants_help = found.pop("config"), found.pop("help")
+        flags = {name: self.converted(name, text) for name, text in found.items()}
+        return Given(files, flags, wants_help)
 
     def settle(self, given: Given) -> Config:
         """The checked settings; where help is wanted, print it with them as defaults and exit."""
-        values: dict[str, Any] = {}
-        for path in given.files:
-            values |= self._read_yaml(path)
-        values |= {name: self._converted(name, text) for name, text in given.flags.items()}
-        if self.profile is not None:
-            values = self.profile(self.cls(**values)) | values
-        config = self.cls(**values)
+        config = self.unchecked(given)
         if given.wants_help:
             if torchrun.is_first():
                 self.print_help(config)
             sys.exit(0)
         config.check()
         return config
+
+    def named(self, given: Given) -> set[str]:
+        """The names of all settings that a command line and its files give."""
+        return {*given.flags, *(name for path in given.files for name in self._read_yaml(path))}
+
+    def unchecked(self, given: Given) -> Config:
+        """The settings, each of its type, which may not suit one another."""
+        values: dict[str, Any] = {}
+        for path in given.files:
+            values |= self._read_yaml(path)
+        values |= given.flags
+        if self.profile is not None:
+            values = self.profile(self.cls(**values)) | values
+        return self.cls(**values)
 
     def check_algorithm(self, given: Given) -> None:
         """Raise UserError for another algorithm than that of a file which names all it consists of.
@@ -251,20 +262,14 @@ class SettingsParser(Generic[Config]):
 
     def _read_yaml(self, path: str) -> dict[str, Any]:
         """The settings in a YAML file; UserError, with its path, where it holds anything else."""
+        file = f"config {shortened(path, 200)}"
         try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=SettingsLoader)
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror}): check the path."
-            raise UserError(f"config {path} {reason}") from error
-        except ValueError as error:
-            reason = f"is not a text file ({error}): choose another."
-            raise UserError(f"config {path} {reason}") from error
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-            raise UserError(f"config {path} is not YAML ({reason}): correct it.") from error
+            values = read_yaml_file(path)
+        except Unusable as error:
+            raise UserError(f"{file} {error}") from error
         if not isinstance(values, dict):
             reason = "holds no settings: write a line such as `steps: 100` for each."
-            raise UserError(f"config {path} {reason}")
+            raise UserError(f"{file} {reason}")
         settings: dict[str, Any] = {}
         if values.get("algo") == "grpo" and values.keys() >= EARLIER and "loss_type" not in values:
             # The config.yaml of an earlier version, whose GRPO had a constant β whatever this said.
@@ -274,73 +279,34 @@ class SettingsParser(Generic[Config]):
                 name, today = RENAMED[name]
                 value = today[value] if isinstance(value, bool) else value
             if name not in self.kinds:
-                reason = f"has {name!r}, which is no setting: see {self.prog} --help."
-                raise UserError(f"config {path} {reason}")
-            settings[name] = self._converted(name, value)
+                reason = f"has {shortened(repr(name))}, which is no setting"
+                raise UserError(f"{file} {reason}: see {self.prog} --help.")
+            if name in settings:
+                raise UserError(
+                    f"{file} has {name} by an earlier name, too: leave one of them out."
+                )
+            settings[name] = self.converted(name, value)
         return settings
 
-    def _converted(self, name: str, value: Any) -> Any:
+    def converted(self, name: str, value: Any) -> Any:
+        """The text of a flag, or a value of a file, as one that the setting `name` may have."""
         try:
-            return convert(value, self.kinds[name])
+            value = convert(value, self.kinds[name])
         except Unfit as error:
             sentence = f"{name} is {error}: see {self.prog} --help."
             raise UserError(" ".join(sentence.split())) from error
+        check_value(name, value)
+        return value
 
 
 class _Words(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see {self.prog} --help.")
+        raise UserError(f"{shortened(message, 200)}: see {self.prog} --help.")
 
 
 def _with_dashes(word: str) -> str:
     """`--top_p=1` as `--top-p=1`."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-@dataclass
-class Group:
-    """Settings that `--help` shows together: those that one dataclass adds."""
-
-    title: str
-    about: str | None
-    names: list[str]
-
-
-def groups(cls: type) -> list[Group]:
-    """The settings of a dataclass by the base that they come from, in the order of its fields."""
-    bases = [each for each in reversed(cls.__mro__) if dataclasses.is_dataclass(each)]
-    found: dict[type, list[str]] = {}
-    for name in (f.name for f in dataclasses.fields(cls)):
-        home = next(base for base in bases if name in inspect.get_annotations(base))
-        found.setdefault(home, []).append(name)
-    return [
-        Group(
-            title=home.__name__.removesuffix("Config").lower(),
-            about=None if home is cls else inspect.getdoc(home),
-            names=names,
-        )
-        for home, names in found.items()
-    ]
-
-
-def help_texts(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, or of its bases, in their source."""
-    texts = {}
-    for each in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        for statement, below in pairwise(_class_bodies(each.__module__)[each.__name__]):
-            match statement, below:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    texts[name] = " ".join(text.split())
-    return texts
-
-
-@cache
-def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}

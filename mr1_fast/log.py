@@ -1,32 +1,30 @@
 """What a run writes and shows: its folder, its figures, the progress bar, and optional loggers."""
 
 import math
-import shlex
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from . import torchrun
-from .command_line import saved_settings, write_config
 from .config import TrainConfig
 from .errors import UserError, stops_at_once
-from .files import append_line, keep_lines_before, write_json
+from .files import RESUME, append_line, shorten, write_json
+from .kept_records import COMPLETIONS, EVALUATION, EVALUATIONS, METRICS, KeptRecords
 from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
 from .report.records import PROCESSES, read_lines
-from .resuming import AUTO
+from .resuming import (
+    AUTO,
+    CONFIG,
+    can_begin_again,
+    has_checkpoint,
+    resume_command,
+    saved_settings,
+    write_config,
+)
 from .rewards import Scores
+from .run_folder import require_room, run_folder
 from .types import Rollout
-
-BEFORE_THE_FIRST = {
-    *("config.yaml", PROCESSES, "memory.json", "evaluation.json", "images", "completions.jsonl"),
-    *("evaluations.jsonl", "best", "report.html", "completions.html"),
-    *("loggers.json", "tensorboard", "wandb", "trackio", "mlflow.db", "mlartifacts"),
-}
-"""Names that a run may leave if it fails before its first step; they may be overwritten."""
-BEFORE_A_CHECKPOINT = {"metrics.jsonl", "checkpoints"}
-"""What else there is of a run that was ended before its first checkpoint was whole."""
 
 
 class RunLog:
@@ -49,12 +47,8 @@ class RunLog:
         self.folder = run_folder(config)
         # With `auto` here, there was no checkpoint; one that has ended before its first is no run.
         self.resuming = config.resume not in (None, AUTO)
-        of_no_worth = BEFORE_THE_FIRST | (BEFORE_A_CHECKPOINT if config.resume == AUTO else set())
-        if not self.resuming and _holds_a_run(self.folder, of_no_worth):
-            raise UserError(
-                f"output {self.folder} is not empty: choose a new folder, or continue it with "
-                "--resume."
-            )
+        if not self.resuming:
+            require_room(self.folder, begins_again=config.resume == AUTO)
         self.total = config.steps
         self.final_stands = False
         """Whether this process has written final/ of this run."""
@@ -65,6 +59,7 @@ class RunLog:
         }
         self.loggers: list[Background] = []
         self.bar: tqdm | None = None
+        self._kept: KeptRecords | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -79,7 +74,18 @@ class RunLog:
     @property
     def evaluations(self) -> Path:
         """The file with the evaluations on the way, a line of JSON for each."""
-        return self.folder / "evaluations.jsonl"
+        return self.folder / EVALUATIONS
+
+    def check(self, step: int) -> None:
+        """Look at what earlier processes have recorded of a resumed run's first `step` steps.
+
+        Says what is missing; raises UserError for a record that is damaged.
+        """
+        if self._logged.problem:
+            self.say(self._logged.problem)
+        self._kept = KeptRecords(self.folder, step, self.config)
+        for sentence in self._kept.missing:
+            self.say(sentence)
 
     def create(self, step: int = 0, processes: dict | None = None) -> None:
         """Make the folder with the run's settings, and open the loggers, after `step` steps.
@@ -87,27 +93,28 @@ class RunLog:
         `processes` are `processes` and `sharding` for the report, where several train together.
         Call it once model and data have been loaded.
         """
+        way_out = RESUME if self.resuming else "choose another folder with --output"
+        write_config(self.config, self.folder / CONFIG, way_out)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, self.folder / "config.yaml")
             if processes:
-                write_json(self.folder / PROCESSES, processes)
+                write_json(self.folder / PROCESSES, processes, way_out)
             else:  # those of an earlier start
                 (self.folder / PROCESSES).unlink(missing_ok=True)
+            if not self.resuming:  # an earlier run may have ended here before its first checkpoint
+                (self.folder / EVALUATION).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"output {self.folder} cannot be written ({error.strerror}): choose another."
+                f"{error.filename} cannot be removed ({error.strerror}): move it away."
             ) from error
-        if not self.resuming:  # an earlier run may have ended here before its first step
-            keep_lines_before(self.evaluations, 0)
+        if not self.resuming:
+            for name in (METRICS, COMPLETIONS, EVALUATIONS):
+                shorten(self.folder / name, 0, way_out)
         if self._found:
             evaluated = 1 + max(
                 (record["step"] for record in read_lines(self.evaluations)), default=-1
             )
             known = {
-                "known_steps": self._logged.known(
-                    "steps", _steps_in(self.folder / "metrics.jsonl")
-                ),
+                "known_steps": self._logged.known("steps", _steps_in(self.folder / METRICS)),
                 "known_evaluations": self._logged.known("evaluations", evaluated),
             }
             self.loggers = [
@@ -118,10 +125,10 @@ class RunLog:
 
     def start(self, step: int) -> None:
         """Begin the progress bar after `step` finished steps; 0 for a new run."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            keep_lines_before(self.folder / name, step)
-        keep_lines_before(self.evaluations, step + 1)  # one is made after its step
         if self.resuming:
+            kept = self._kept or KeptRecords(self.folder, step, self.config)
+            for name, end in kept.ends.items():
+                shorten(self.folder / name, end)
             # A logger that rewrites has dropped what it had of `step`, which is not made again.
             self._log_evaluations(
                 record for record in read_lines(self.evaluations) if record["step"] == step
@@ -132,11 +139,13 @@ class RunLog:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of step `step`, counted from 0, which has finished."""
-        append_line(self.folder / "metrics.jsonl", {"step": step, **metrics})
+        append_line(self.folder / METRICS, {"step": step, **metrics})
         for logger in self.loggers:
             logger.log(metrics, step)
         live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics]
         live = live or [f"loss {metrics['loss']:.4f}"]
+        if metrics.get("skipped"):
+            live.append("skipped")
         if "mfu_update" in metrics:  # only on a card whose peak is known
             live.append(f"mfu {metrics['mfu_update']:.0%}")
         self.bar.set_postfix_str(" · ".join(live), refresh=False)
@@ -176,20 +185,22 @@ class RunLog:
                 "problem": example.problem,
                 "solution": example.solution,
             }
-            append_line(self.folder / "completions.jsonl", {**record, "completions": samples})
+            append_line(self.folder / COMPLETIONS, {**record, "completions": samples})
 
     def way_on(self) -> str:
         """Say how a run that was stopped goes on."""
         final = f"{self.folder / 'final'} is whole"
         starter = "python" if torchrun.size() == 1 else "torchrun …"
-        resume = f"`{starter} -m mr1_fast.train --resume {shlex.quote(str(self.folder))}`"
-        if any(self.checkpoints.glob("step-*")):
+        resume = resume_command(self.folder, starter)
+        if has_checkpoint(self.folder):
             # An earlier process may have left final/ of fewer steps, but this one has not.
             if self.final_stands:
                 return f"{final}; {resume} makes what is missing of evaluation, card and upload"
             return f"go on with {resume}"
         if (self.folder / "final").exists():
             return final
+        if can_begin_again(self.folder):
+            return f"nothing was saved yet, so begin again with {resume}"
         return "nothing was saved yet, so start it again"
 
     def say(self, text: str) -> None:
@@ -213,29 +224,6 @@ class RunLog:
         close_all(self.loggers, seconds)
 
 
-def _holds_a_run(folder: Path, of_no_worth: set[str]) -> bool:
-    """Say whether a folder holds anything but files and folders of these names.
-
-    What a process that was killed had half written, or had left for others to see, does not count.
-    """
-    if not folder.exists():
-        return False
-    return not folder.is_dir() or any(
-        path.name not in of_no_worth
-        and not path.match(".*.partial")
-        and not path.match(".seen-by-all-*")
-        for path in folder.iterdir()
-    )
-
-
 def _steps_in(metrics: Path) -> int:
     """Count the steps whose metrics an earlier process has written whole."""
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """Return the run folder; without --output its name says time, task, algorithm and seed."""
-    if config.output is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        config.output = str(Path("runs") / f"{stamp}-{config.task}-{config.algo}-seed{config.seed}")
-    return Path(config.output)
+    return sum(1 for _ in read_lines(metrics))

@@ -4,15 +4,18 @@ from contextlib import ExitStack
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint, saved_steps
+from .checkpoint import fingerprint, load_checkpoint
 from .config import TrainConfig
 from .data_check import check_data
 from .distributed import World
 from .distributed.launch import join_world, require_same
 from .distributed.sharding import Sharding
+from .divergence import Divergence, not_finite
 from .errors import UserError, printable
+from .identity import identity
 from .kernels.self_test import self_test
-from .log import RunLog, run_folder
+from .learning_signal import LearningSignal
+from .log import RunLog
 from .loss_scale import LossScale
 from .model.attention import attention_kernel
 from .model.device import resolve_device, resolve_dtype
@@ -22,6 +25,7 @@ from .model.reference import Reference
 from .model.save import check_save
 from .model.spread import spread, where_to_load
 from .optim import make_optimizer, state_block
+from .own_python import remember_python
 from .peak_flops import describe_peak
 from .plan.choose_sharding import choose_sharding
 from .plan.evaluations import describe_evaluations
@@ -29,9 +33,11 @@ from .plan.out_of_memory import KEPT, MemoryLimits
 from .plan.run_memory import RunMemory
 from .progress import Progress
 from .push.upload import require_repository
+from .resuming import AutoResumed, saved_steps
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .run import Run, checkpoint_parts
+from .run_folder import run_folder
 from .silent_log import SilentLog
 from .start import load_policy
 from .stopping import TimeLimit
@@ -69,7 +75,19 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     first_step, progress = 0, Progress()
     if log.resuming:
         parts = checkpoint_parts(schedule, loss_scale)
-        first_step = load_checkpoint(log.checkpoints, sharding, optimizer, start_fingerprint, parts)
+        fall_back = log.say if isinstance(config.resume, AutoResumed) else None
+        first_step = load_checkpoint(
+            log.checkpoints,
+            sharding,
+            optimizer,
+            start_fingerprint,
+            parts,
+            identity(config),
+            fall_back,
+        )
+        world.in_all(lambda: log.check(first_step))
+        saved = f"the checkpoint of step {first_step} in {log.checkpoints}"
+        require_numbers(policy, world, saved, "delete it to go on from an earlier one")
         progress = load_progress(log, first_step, world, config.keep_best)
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers
         for mode in ("greedy", "sampled"):
@@ -97,6 +115,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         progress=progress,
+        learning_signal=LearningSignal(config.steps - first_step),
+        divergence=Divergence(config.steps),
         time_limit=time_limit,
         log=log,
         memory=memory,
@@ -125,6 +145,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.plugin:
         load_plugin(config.plugin)
     require_rewards(config.extra_rewards)
+    remember_python(config)
     self_test(resolve_device(config), config.load_in_4bit)
 
 
@@ -133,9 +154,11 @@ def load_progress(log: RunLog, first_step: int, world: World, keep_best: bool) -
 
     Raises UserError where the weights of the best one should be kept, but are not there.
     """
-    progress = Progress.read(log.evaluations, first_step)
     # A file system that is shared by machines may show others an earlier state.
-    progress, kept = world.of_first((progress, saved_steps(log.best)))
+    read = world.in_all(
+        lambda: Progress.read(log.evaluations, first_step) if world.is_first else None
+    )
+    progress, kept = world.of_first((read, saved_steps(log.best)))
     if keep_best and progress.best() not in (None, *kept):
         raise UserError(
             f"keep_best is true, but the weights of the best evaluation so far, that after step "
@@ -161,9 +184,16 @@ def load_models(
         reference = Reference(policy, config.reference, world) if config.needs_reference else None
         block = state_block(policy.model, config)
         sharding = spread(policy, reference, kind, world, mesh, block)
+    require_numbers(policy, world, f"model {config.model}", "take another one")
     start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
     require_same(world, start, "install the same version and name the same files on all machines")
     return policy, reference, sharding, start_fingerprint
+
+
+def require_numbers(policy: Policy, world: World, origin: str, way_out: str) -> None:
+    """Raise UserError, on every process, unless all weights of `origin` are finite."""
+    if name := not_finite(policy.model.named_parameters(), world):
+        raise UserError(f"{origin} has weights in {name} that are NaN or infinite: {way_out}.")
 
 
 def load_data(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .errors import UserError
-from .report.records import read_lines
+from .report.records import read_steps
 
 
 class Progress:
@@ -24,10 +24,11 @@ class Progress:
         Raises UserError for a line that is no evaluation.
         """
         accuracies, longest = {}, 0.0
-        for number, record in enumerate(read_lines(path), start=1):
-            step, accuracy = record.get("step"), record.get("accuracy")
-            if not isinstance(step, int) or not isinstance(accuracy, int | float):
-                raise UserError(f"{path} line {number} has no step and accuracy: remove it.")
+        for number, (step, record, _) in enumerate(read_steps(path), start=1):
+            accuracy = record.get("accuracy")
+            is_share = isinstance(accuracy, int | float) and 0 <= accuracy <= 1
+            if not is_share or isinstance(accuracy, bool):
+                raise UserError(f"{path} line {number} has no accuracy: remove it.")
             if step <= last:
                 accuracies[step] = float(accuracy)
             seconds = record.get("seconds")

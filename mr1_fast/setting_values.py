@@ -6,18 +6,21 @@ The types ("kinds") are str, int, float (finite), bool, `Literal` of texts, `lis
 
 import json
 import math
-import re
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+
+from .errors import shortened
+from .settings_file import BeyondPlain, load_yaml
 
 
 class Unfit(Exception):
     """A value that a setting cannot have: `many, but must be a whole number`."""
 
     def __init__(self, value: Any, must_be: str):
-        super().__init__(f"{shown(value)}, but must be {must_be}")
+        words = "blank" if value is None else shortened(shown(value))
+        super().__init__(f"{words}, but must be {must_be}")
         self.must_be = must_be
 
 
@@ -40,14 +43,14 @@ def convert(value: Any, kind: Any) -> Any:
             raise Unfit(value, f"one of {', '.join(arguments)}")
         return value
     if origin is list:
-        items = _from_yaml(value)
+        items = _from_yaml(value, _LIST)
         if not isinstance(items, list):
-            raise Unfit(value, "a list such as '[a, b]'")
+            raise Unfit(value, _LIST)
         return [convert(item, arguments[0]) for item in items]
     if origin is dict:
-        items = _from_yaml(value)
+        items = _from_yaml(value, _MAPPING)
         if not isinstance(items, dict) or not all(isinstance(name, str) for name in items):
-            raise Unfit(value, "a mapping such as '{\"name\": 0.1}'")
+            raise Unfit(value, _MAPPING)
         return {name: convert(item, arguments[1]) for name, item in items.items()}
     return value if kind is Any else _SCALARS[kind](value)
 
@@ -79,37 +82,29 @@ def _finite_number(value: Any) -> float:
 def _truth(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    if str(value).lower() in ("true", "yes", "on"):
+    word = value.lower() if isinstance(value, str) else ""
+    if word in ("true", "yes", "on"):
         return True
-    if str(value).lower() in ("false", "no", "off"):
+    if word in ("false", "no", "off"):
         return False
     raise Unfit(value, "true or false")
 
 
+_LIST, _MAPPING = "a list such as '[a, b]'", "a mapping such as '{\"name\": 0.1}'"
 _SCALARS = {str: _text, int: _whole_number, float: _finite_number, bool: _truth}
 
 
-class SettingsLoader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 does and PyYAML does not, and a date as a text."""
+def _from_yaml(value: Any, must_be: str) -> Any:
+    """Return what the text of a flag holds; the text itself if it is not YAML.
 
-
-SettingsLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _from_yaml(value: Any) -> Any:
-    """What the text of a flag holds; the text itself if it is not YAML."""
+    Raises Unfit where the YAML is more than plain, as in a file.
+    """
     if not isinstance(value, str):
         return value
     try:
-        return yaml.load(value, Loader=SettingsLoader)
+        return load_yaml(value)
+    except BeyondPlain as error:
+        raise Unfit(value, f"{must_be} in plain YAML, and this {error}") from error
     except yaml.YAMLError:
         return value
 

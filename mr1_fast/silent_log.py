@@ -15,6 +15,9 @@ class SilentLog(RunLog):
     def __init__(self, config: TrainConfig):
         super().__init__(config, loggers=())
 
+    def check(self, step: int) -> None:
+        """Leave the records to the first process."""
+
     def create(self, step: int = 0, processes: dict | None = None) -> None:
         """Leave the folder to the first process."""
 

@@ -20,11 +20,11 @@ from .advantages import group_advantages
 from .ahead import Ahead
 from .config import TrainConfig
 from .distributed import World
-from .distributed.launch import leave_world, require_shared
+from .distributed.launch import join_world, leave_world, require_shared
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
-from .learning_signal import LearningSignal
+from .model.device import resolve_device
 from .model.policy import Policy
 from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
@@ -33,6 +33,7 @@ from .push.card import write_card
 from .push.upload import push_in_time
 from .report.live import LivePage
 from .run import End, Run
+from .run_folder import hold_run_folder
 from .seeds import seed_step
 from .sft import sft_loss, solution_batches
 from .signal_groups import groups_with_signal, refill
@@ -69,7 +70,8 @@ def train(
     the step is finished and saved, and Stopped is raised, which is a KeyboardInterrupt; a second
     signal raises it at once.
     """
-    with StopSignals() as signals:
+    world = world or join_world(resolve_device(config).type)
+    with StopSignals() as signals, hold_run_folder(config, world):
         run = prepare(config, world)
         run.log.create(run.first_step, run.processes())
         require_shared(run.world, run.log.folder)
@@ -106,7 +108,6 @@ def take_steps(
 ) -> tuple[int, End]:
     """Do the steps that a run still has to do; returns how many are done, and why it ends there."""
     config, steps_done = run.config, run.first_step
-    signal = LearningSignal(config.steps - run.first_step)
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
@@ -123,8 +124,7 @@ def take_steps(
                     run.limits.agree()
                     metrics["seconds_data"] = run.world.most(data.waited)
                     run.log.step(step, metrics)
-                    for warning in signal.look(metrics):
-                        run.log.say(warning)
+                    run.look_at(step, metrics)
                     run.memory.record(metrics)
                     page.renew()
 
@@ -152,6 +152,7 @@ def live_page(run: Run) -> LivePage:
 def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
+    run.require_numbers(step)
     final = run.log.folder / "final"
     with atomic_folder(final) if run.world.is_first else nullcontext() as folder:
         save_pretrained(run.policy, folder, run.config.save)

@@ -193,6 +193,26 @@ def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
     assert not partial.exists() and (interrupted / "report.html").exists()
 
 
+def test_auto_goes_on_from_the_one_before_a_damaged_checkpoint(interrupted, finished, capsys):
+    """Named by its folder it is refused; under `auto` the run ends as if nothing had happened."""
+    newer = interrupted / "checkpoints" / "step-000007"
+    shutil.copytree(interrupted / "checkpoints" / "step-000006", newer)
+    before = content(interrupted)
+    with pytest.raises(
+        UserError, match=r"step-000007 is damaged \(state.json is that of step 6\): delete it to"
+    ):
+        run(["--resume", str(interrupted)])
+    assert content(interrupted) == before
+    run(["--resume=auto", "--output", str(interrupted)])
+    damage = f"checkpoint {newer} is damaged (state.json is that of step 6)"
+    assert damage in capsys.readouterr().out
+    assert_same_run(interrupted, finished)
+    assert {path.name for path in (interrupted / "checkpoints").iterdir()} == {
+        "step-000006",
+        "step-000008",
+    }
+
+
 def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
     shutil.copytree(finished, folder := tmp_path / "again")
     run(["--resume", str(folder)])
@@ -223,18 +243,24 @@ def test_the_newest_are_kept(model, tmp_path):
     )
 
 
-def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tiny_folder, tmp_path):
     torch.manual_seed(1)
     tiny_model(processor).save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other", "qwen2_vl")
+    config = interrupted / "config.yaml"
+    text = config.read_text().replace(f"model: {tiny_folder}", f"model: {tmp_path / 'other'}")
+    config.write_text(text)
     before = content(interrupted)
-    for wrong in (["--model", str(tmp_path / "other")], ["--lora"]):
-        with pytest.raises(
-            UserError, match="step-000006 was made from another model: resume with the --model"
-        ) as told:
-            run(["--resume", str(interrupted), *wrong])
-        assert "\n" not in str(told.value)
-        assert content(interrupted) == before  # above all, config.yaml still names the right model
+    for is_known in (True, False):  # those of earlier versions have no settings
+        told = (
+            "model is .*other, but the run in" if is_known else "step-000006 was made from another"
+        )
+        with pytest.raises(UserError, match=told) as error:
+            run(["--resume", str(interrupted)])
+        assert "\n" not in str(error.value)
+        assert content(interrupted) == before
+        forget_identity(interrupted)
+        before = content(interrupted)
 
 
 def test_other_trained_weights_of_the_same_model_are_refused(model, tmp_path):
@@ -255,12 +281,23 @@ def test_other_trained_weights_of_the_same_model_are_refused(model, tmp_path):
     assert load_checkpoint(tmp_path, *sharded({first}), START) == 3
 
 
-def test_an_optimizer_of_another_kind_is_refused(interrupted):
+def forget_identity(folder):
+    """Leave the settings out of the records of checkpoints, as earlier versions did."""
+    for path in (folder / "checkpoints").glob("*/state.json"):
+        record = json.loads(path.read_text())
+        record.pop("identity", None)
+        path.write_text(json.dumps(record))
+
+
+def test_an_optimizer_of_another_kind_is_refused(model, tmp_path):
     pytest.importorskip("bitsandbytes")
+    optimizer = make_optimizer(model, OptimizerConfig())
+    save_checkpoint(tmp_path, 6, Sharding(model), optimizer, START)
+    other = make_optimizer(model, OptimizerConfig(optimizer="adamw8bit"))
     with pytest.raises(
         UserError, match="step-000006 was made with optimizer AdamW: resume with the --optimizer"
     ):
-        run(["--resume", str(interrupted), "--optimizer", "adamw8bit"])
+        load_checkpoint(tmp_path, Sharding(model), other, START)
 
 
 DAMAGES = {
@@ -321,7 +358,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_further_parts(model, tmp_path
         tmp_path, 1, Sharding(model), optimizer, START, {"kl_schedule": target_kl(0.06)}
     )
     record = json.loads((path / "state.json").read_text())
-    del record["parts"]
+    del record["parts"], record["checksum"]
     (path / "state.json").write_text(json.dumps(record))
     assert (
         load_checkpoint(tmp_path, Sharding(model), optimizer, START, {"kl_schedule": schedule}) == 1
@@ -329,14 +366,10 @@ def test_a_checkpoint_of_an_earlier_version_has_no_further_parts(model, tmp_path
     assert schedule(1) == 0.05
 
 
-def test_without_a_checkpoint_there_is_nothing_to_resume(interrupted):
-    shutil.rmtree(interrupted / "checkpoints")
-    before = content(interrupted)
-    with pytest.raises(
-        UserError, match=r"there is no checkpoint in .*checkpoints: start the run anew"
-    ):
-        run(["--resume", str(interrupted)])
-    assert content(interrupted) == before
+def test_without_a_checkpoint_there_is_nothing_to_load(model, tmp_path):
+    optimizer = make_optimizer(model, OptimizerConfig())
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*: start the run anew"):
+        load_checkpoint(tmp_path, Sharding(model), optimizer, START)
 
 
 @pytest.mark.parametrize("limit", [1_000_000, 5_000_000], ids=["weights", "optimizer"])

@@ -18,7 +18,6 @@ from mr1_fast.command_line import (
     parse_settings,
     parse_train_config,
     prepare_process,
-    write_config,
 )
 from mr1_fast.config import Sampling, TrainConfig
 from mr1_fast.errors import UserError
@@ -26,6 +25,7 @@ from mr1_fast.evaluate.settings import EvaluateConfig
 from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.plan.settings import PlanConfig
 from mr1_fast.profiles import SFT, TINY
+from mr1_fast.resuming import write_config
 from mr1_fast.setting_values import shown
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -270,7 +270,7 @@ def test_written_settings_are_read_back(tmp_path):
 def test_a_file_of_an_earlier_version_is_understood(tmp_path, before, now):
     path = yaml_file(tmp_path, gradient_checkpointing=before)
     assert parse_train_config(["--config", path]).recompute == now
-    old = f"steps: 9\ngradient_checkpointing: {before}\ntokens_per_microbatch: 6144\n"
+    old = f"steps: 9\ngradient_checkpointing: {before}\ntokens_per_microbatch: 6144\nloggers: []\n"
     (tmp_path / "config.yaml").write_text(old)
     resumed = parse_train_config(["--resume", str(tmp_path)])
     assert (resumed.recompute, resumed.tokens_per_microbatch) == (now, 6144)
@@ -281,8 +281,10 @@ def test_a_file_of_an_earlier_version_is_understood(tmp_path, before, now):
 def test_a_run_of_an_earlier_version_keeps_its_kl_weight(tmp_path, algo, shape):
     """Its GRPO had a constant β, whatever shape stood in its config.yaml."""
     old = dict(output="x", steps=9, algo=algo, preset="auto", num_generations=8, beta=0.03)
-    old |= dict(beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta_shape="linear-up")
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    old |= dict(
+        beta_min=0.04, beta_max=0.1, explore_fraction=0.3, beta_shape="linear-up", loggers=[]
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
     resumed = parse_train_config(["--resume", str(tmp_path)])
     assert (resumed.beta_shape, resumed.beta) == (shape, 0.03)
     betas = [resumed.kl_schedule()(step) for step in (0, 9)]
@@ -312,10 +314,13 @@ def test_a_flag_of_an_earlier_version_names_the_one_in_its_place(flag):
 def test_resuming_reads_the_settings_of_the_run(tmp_path):
     config = parse_train_config(["--steps=9", "--seed=4", "--output=elsewhere"])
     write_config(config, tmp_path / "config.yaml")
+    expected = dataclasses.replace(config, output=str(tmp_path), steps=12)
     for argv in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
-        resumed = parse_train_config([*argv, "--steps=12"])
-        expected = dataclasses.replace(config, resume=str(tmp_path), output=str(tmp_path), steps=12)
-        assert resumed == expected
+        begun_again = parse_train_config([*argv, "--steps=12"])
+        assert begun_again == dataclasses.replace(expected, resume="auto")
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    resumed = parse_train_config([*argv, "--steps=12"])
+    assert resumed == dataclasses.replace(expected, resume=str(tmp_path))
 
 
 def test_resume_auto_goes_on_where_there_is_a_checkpoint_and_begins_there_otherwise(tmp_path):
@@ -337,19 +342,19 @@ def test_resume_auto_goes_on_where_there_is_a_checkpoint_and_begins_there_otherw
 
 IMPOSSIBLE = {
     **{
-        f"--{name}=0": f"{name} is 0, but must be greater than 0"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("steps", "prompts_per_step")
     },
     **{
-        f"--{name}=-1": f"{name} is -1, but must be greater"
+        f"--{name}=-1": f"{name} is -1, but must be at least 1"
         for name in ("max_new_tokens", "updates_per_batch")
     },
     **{
-        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("tokens_per_microbatch", "lora_rank")
     },
     **{
-        f"--{name}=0": f"{name} is 0.*, but must be greater"
+        f"--{name}=0": f"{name} is 0, but must be at least 1"
         for name in ("max_pixels", "max_prompt_tokens")
     },
     **{
@@ -490,7 +495,7 @@ def test_a_flag_and_a_yaml_file_have_the_same_values(name, text, value, path, tm
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("steps: null", "steps is null, but must be a whole number"),
+        ("steps: null", "steps is blank, but must be a whole number"),
         ("steps: true", "steps is true, but must be a whole number"),
         ("lora: 1", "lora is 1, but must be true or false"),
         ("beta: .nan", "beta is NaN, but must be a finite number"),

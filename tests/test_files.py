@@ -5,17 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mr1_fast import files
 from mr1_fast.errors import UserError
 from mr1_fast.files import (
     append_line,
     atomic_folder,
-    keep_lines_before,
+    discard_folder,
     restore_folder,
+    sweep,
     write_json,
     write_text,
 )
@@ -34,6 +38,36 @@ def rename_once(self, target):
     return rename(self, target)
 
 Path.rename = rename_once
+with atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("new")
+"""
+
+WRITES_AGAIN_AND_AGAIN = """
+import sys
+from pathlib import Path
+from mr1_fast.files import atomic_folder
+
+for turn in range(int(sys.argv[3])):
+    with atomic_folder(Path(sys.argv[1]), first_wins=sys.argv[4] == "first wins") as folder:
+        for name in range(5):
+            (folder / str(name)).write_text(f"{sys.argv[2]} {turn}")
+    print("ok", flush=True)
+"""
+WAITS_BETWEEN_THE_RENAMES = """
+import sys
+from pathlib import Path
+from mr1_fast.files import atomic_folder
+
+rename, calls = Path.rename, []
+
+def rename_when_told(self, target):
+    calls.append(target)
+    if len(calls) == 2:
+        print("between", flush=True)
+        sys.stdin.readline()
+    return rename(self, target)
+
+Path.rename = rename_when_told
 with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "a").write_text("new")
 """
@@ -58,6 +92,35 @@ def folder(tmp_path):
     with atomic_folder(tmp_path / "deep" / "folder") as temporary:
         (temporary / "a").write_text("old")
     return tmp_path / "deep" / "folder"
+
+
+def started(code, *arguments):
+    """A process that runs `code`, with pipes of text."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+
+
+def look(folder):
+    """What the files of a folder hold, as it is at one moment; nothing if it is replaced then."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return set()
+    try:
+        return {
+            open(name, opener=lambda name, flags: os.open(name, flags, dir_fd=opened)).read()
+            for name in "01234"
+        }
+    except FileNotFoundError:
+        return set()
+    finally:
+        os.close(opened)
 
 
 def crash_at_rename(monkeypatch, number):
@@ -106,19 +169,11 @@ def test_json_says_what_to_do(tmp_path):
         write_json(tmp_path / "deep", [])
 
 
-def test_lines_are_appended_and_those_of_later_steps_removed(tmp_path):
+def test_a_line_is_appended_or_its_file_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    keep_lines_before(path, 2)
-    assert not path.exists()
-    for step in range(4):
+    for step in range(3):
         append_line(path, {"step": step})
-    with path.open("a") as file:
-        file.write('{"step": 4, "rew')
-    keep_lines_before(path, 2)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 0},
-        {"step": 1},
-    ]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     with pytest.raises(UserError, match=r"cannot be written .*: make room there, then go on with"):
         append_line(tmp_path, {})
     with pytest.raises(UserError, match=r"cannot be written .*: try again\.$"):
@@ -197,8 +252,10 @@ def test_after_a_crash_that_kept_the_old_folder_too_the_new_one_stays(folder, mo
     ):
         (temporary / "a").write_text("new")
         patch.setattr(files.shutil, "rmtree", crash)
-    assert content(folder.parent) == {"folder/a": b"new", ".folder.replaced/a": b"old"}
-    restore_folder(folder)
+    (old,) = folder.parent.glob(".folder.*.partial")
+    assert content(folder.parent) == {"folder/a": b"new", f"{old.name}/a": b"old"}
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        raise ZeroDivisionError
     assert content(folder.parent) == {"folder/a": b"new"}
 
 
@@ -207,6 +264,185 @@ def test_a_process_killed_between_the_renames_loses_nothing(folder):
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
     killed = subprocess.run(command, capture_output=True, env=environment, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert content(folder.parent) == {".folder.replaced/a": b"old", ".folder.partial/a": b"new"}
+    (half,) = folder.parent.glob(".folder.*.partial")
+    assert content(folder.parent) == {".folder.replaced/a": b"old", f"{half.name}/a": b"new"}
     restore_folder(folder)
     assert content(folder) == {"a": b"old"}
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        raise ZeroDivisionError
+    assert content(folder.parent) == {"folder/a": b"old"}
+
+
+def test_a_device_or_a_pipe_stays_what_it_is_and_gets_the_content(tmp_path):
+    write_text(Path("/dev/null"), "gone")
+    assert Path("/dev/null").is_char_device()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert os.read(reader, 100) == b'{\n "a": 1\n}' and pipe.is_fifo()
+    os.close(reader)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "new")  # a link is replaced: nothing is written through it
+    assert (tmp_path / "file").read_text() == "old" and not (tmp_path / "link").is_symlink()
+    with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
+        write_text(Path("/dev/full"), "new")
+
+
+@pytest.mark.parametrize("how", ["> file", ">> file", "| cat > file"])
+def test_what_is_written_to_standard_output_stands_between_what_is_printed(how, tmp_path):
+    code = (
+        "from pathlib import Path; from mr1_fast.files import write_text\n"
+        "print('before'); write_text(Path('/dev/stdout'), 'content\\n'); print('after')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    command = f'"{sys.executable}" -c "$CODE" {how}'
+    shell = {"cwd": tmp_path, "env": {**environment, "CODE": code}, "timeout": 60}
+    subprocess.run(command, shell=True, check=True, **shell)
+    assert (tmp_path / "file").read_text() == "before\ncontent\nafter\n"
+    assert Path("/dev/stdout").is_symlink()
+
+
+# --- two at once --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("who", ["last wins", "first wins"])
+def test_writers_of_one_folder_do_not_mix(who, tmp_path):
+    path, turns = tmp_path / "folder", 30
+    writers = [started(WRITES_AGAIN_AND_AGAIN, path, name, turns, who) for name in "ab"]
+    seen = []
+    while any(writer.poll() is None for writer in writers):
+        seen.append(look(path))
+    assert all(len(each) <= 1 for each in seen)
+    kinds = set().union(*seen, look(path))
+    assert len(kinds) == 1 if who == "first wins" else len(kinds) > 1
+    assert [writer.communicate()[0].split() for writer in writers] == [["ok"] * turns] * 2
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_process_that_is_alive_has_moved_aside_is_left_to_it(folder):
+    """The folder is without its name for a moment, in which a reader comes."""
+    writer = started(WAITS_BETWEEN_THE_RENAMES, folder)
+    assert writer.stdout.readline() == "between\n" and not folder.exists()
+    reader = threading.Thread(target=restore_folder, args=(folder,))
+    reader.start()
+    reader.join(timeout=0.3)
+    assert reader.is_alive() and not folder.exists()
+    writer.communicate("go on\n", timeout=60)
+    reader.join(timeout=60)
+    assert writer.returncode == 0 and content(folder.parent) == {"folder/a": b"new"}
+
+
+def test_what_a_killed_writer_has_left_is_swept_and_what_a_living_one_fills_is_not(tmp_path):
+    path, other = tmp_path / "folder", tmp_path / ".folder.of-somebody.partial"
+    other.mkdir()
+    living = atomic_folder(path)
+    with living as temporary:
+        (temporary / "a").write_text("mine")
+        code = WRITES_AGAIN_AND_AGAIN.replace("write_text", "no_such_function")
+        code = code.replace("with atomic", "import os\n    with atomic").replace(
+            "        for name", "        os.kill(os.getpid(), 9)\n        for name"
+        )
+        killed = started(code, path, "a", 1, "last wins")
+        assert killed.wait(timeout=60) == -signal.SIGKILL
+        killed.communicate()
+        assert len(list(tmp_path.glob(".folder.*.partial"))) == 3
+        (tmp_path / ".folder.partial").mkdir()  # as earlier versions named it
+        with pytest.raises(ZeroDivisionError), atomic_folder(path):
+            raise ZeroDivisionError
+        assert set(tmp_path.iterdir()) == {temporary, other}
+    assert content(tmp_path) == {"folder/a": b"mine"} and other.exists()
+
+
+def test_without_locks_nothing_is_swept_and_folders_are_written(folder, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    left = folder.parent / ".folder.0123456789ab.partial"
+    left.mkdir()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
+    assert left.exists() and content(folder.parent) == {"folder/a": b"new"}
+    monkeypatch.undo()
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("newer")
+    assert content(folder.parent) == {"folder/a": b"newer"} and not left.exists()
+
+
+def test_a_folder_that_is_removed_is_never_half_there(folder, monkeypatch):
+    (folder / "b").write_text("old")
+    rmtree = files.shutil.rmtree
+
+    def crash(path, **options):
+        (path / "a").unlink()
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(files.shutil, "rmtree", crash)
+        discard_folder(folder)
+    assert not folder.exists() and len(list(folder.parent.iterdir())) == 1
+    sweep(folder.parent)
+    assert not list(folder.parent.iterdir()) and rmtree is files.shutil.rmtree
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_of_a_folder_obey_the_umask(umask, tmp_path):
+    """The writer of safetensors makes files that their owner alone can read."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+            (folder / "adapter").mkdir()
+            save_file({"weight": torch.zeros(3)}, folder / "adapter" / "model.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*.*")}
+    assert modes == {0o666 & ~umask}
+    assert (tmp_path / "model" / "adapter").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_file_is_no_folder_to_be_replaced(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with (
+        pytest.raises(UserError, match="there is something else of this name"),
+        atomic_folder(tmp_path / "mine"),
+    ):
+        pass
+    assert content(tmp_path) == {"mine": b"mine"}
+
+
+def test_all_is_forced_to_the_disk_before_the_name_and_the_name_before_the_old_goes(
+    tmp_path, monkeypatch
+):
+    done, fsync, rename, rmtree = [], os.fsync, Path.rename, files.shutil.rmtree
+
+    def note(what, call):
+        def noted(*arguments, **options):
+            if what == "sync":
+                done.append(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+            else:
+                done.append((what, Path(arguments[0]).name.split(".")[-1]))
+            return call(*arguments, **options)
+
+        return noted
+
+    path = tmp_path / "deep" / "folder"
+    for turn in range(2):
+        done.clear()
+        with monkeypatch.context() as patch, atomic_folder(path) as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner" / "a").write_text("a")
+            patch.setattr(os, "fsync", note("sync", fsync))
+            patch.setattr(Path, "rename", note("rename", rename))
+            patch.setattr(files.shutil, "rmtree", note("remove", rmtree))
+        before = done[: done.index(("rename", "partial"))]
+        parts = (temporary, temporary / "inner", temporary / "inner" / "a", path.parent)
+        assert {str(each) for each in parts} <= set(before)
+        after = done[len(before) :]
+        assert after[1] == str(path.parent)
+        if turn:
+            assert before[-1] == ("rename", "folder")
+            assert after.index(("rename", "replaced")) < after.index(("remove", "partial"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec, spec_from_file_location
@@ -18,10 +19,10 @@ import pytest
 
 from mr1_fast import preparing, stopping
 from mr1_fast import run as run_module
-from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
-from mr1_fast.errors import STOP_SIGNALS, Stopped
+from mr1_fast.errors import STOP_SIGNALS, Stopped, UserError, exit_on_user_error
 from mr1_fast.report.plots import PLOTS
+from mr1_fast.resuming import saved_steps
 from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
 
@@ -167,6 +168,36 @@ def test_an_error_that_follows_a_signal_is_told_as_a_stop():
         subprocess.run(["false"], check=True)
     with pytest.raises(subprocess.CalledProcessError), StopSignals():
         subprocess.run(["false"], check=True)
+
+
+@pytest.mark.parametrize("code", [0, None, 3, "bye"])
+def test_nothing_that_a_run_calls_can_end_it_with_status_0(code):
+    with (
+        pytest.raises(UserError, match=r"has called sys\.exit\(.*\): remove that; go on with X\.$"),
+        StopSignals() as signals,
+    ):
+        signals.defer(lambda: "go on with X")
+        sys.exit(code)
+    with pytest.raises(Stopped, match=r"^stopped: go on with X$") as told, StopSignals() as signals:
+        signals.defer(lambda: "go on with X")
+        raise KeyboardInterrupt
+    assert told.value.status == 130
+
+
+def test_an_unexpected_error_and_a_refusal_end_with_how_to_go_on(capsys):
+    def fail(error):
+        with StopSignals() as signals:
+            signals.defer(lambda: "go on with X")
+            raise error
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        exit_on_user_error(lambda: fail(ZeroDivisionError("a fault")))
+    assert traceback.format_exception(raised.value)[-1].endswith("go on with X\n")
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda: fail(PermissionError(13, "Permission denied", "/a/file")))
+    said = "error: /a/file cannot be used (Permission denied): change its permissions, or name "
+    assert capsys.readouterr().err == f"{said}another place; go on with X.\n"
+    assert ended.value.code == 2
 
 
 def test_signals_are_left_alone_in_other_threads_and_where_they_are_ignored():
@@ -404,6 +435,9 @@ def test_ctrl_c_reaches_all_processes_of_a_run(run_args, tmp_path):
         ("plan", signal.SIGTERM),
         ("experiment", signal.SIGINT),
         ("report", signal.SIGTERM),
+        ("push", signal.SIGINT),
+        ("merge", signal.SIGTERM),
+        ("env", signal.SIGINT),
     ],
 )
 def test_every_command_ends_in_silence_while_it_imports(number, module, run_args, tmp_path):
@@ -413,6 +447,9 @@ def test_every_command_ends_in_silence_while_it_imports(number, module, run_args
         "plan": ["--model", "tiny"],
         "experiment": ["--preset", "tiny", "--dry-run"],
         "report": [tmp_path],
+        "push": [tmp_path],
+        "merge": [tmp_path, "--output", tmp_path / "merged"],
+        "env": [],
     }
     process = command(module, *argv[module])
     deadline = time.monotonic() + 50
@@ -427,3 +464,66 @@ def catches_sigterm(pid):
     """Whether a process has its handlers: the one for Ctrl-C is set before that for SIGTERM."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
     return int(mask, 16) >> (signal.SIGTERM - 1) & 1
+
+
+MOMENTS = int(os.environ.get("MR1_FAST_MOMENTS", "6"))
+"""How often each command gets a signal, at a random moment of its life."""
+
+
+def made(name, folder, model, run_args):
+    """Return the arguments of a command, whose results go to a folder."""
+    settings = SETTINGS | dict(save_every=1, max_new_tokens=6)
+    evaluated = ["--model", model, "--device", "cpu", "--samples", 4, "--max-new-tokens", 6]
+    finished = folder.parent / "finished"
+    return {
+        "train": run_args(folder, **settings),
+        "evaluate": [*evaluated, "--output", folder / "evaluation.json"],
+        "merge": [finished / "final" / "adapter", "--output", folder / "merged"],
+        "report": [finished],
+        "push": [finished, "me/model"],
+        "plan": ["--model", "Qwen/Qwen2-VL-2B-Instruct"],
+        "env": [],
+        "experiment": [
+            *("--output", folder, "--seeds", "[0]", "--test-items", 4),
+            *("--settings", json.dumps({"model": str(model), "steps": 1, "max_new_tokens": 6})),
+        ],
+    }[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "merge", "report", "push", "plan", "env", "experiment"]
+)
+def test_any_command_at_random_moments(name, run_args, tiny_folder, tmp_path, monkeypatch):
+    """It ends without a traceback, its last line says that it was stopped, and nothing is half."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # an upload may begin, and fails
+    if name in ("merge", "report", "push"):
+        run(run_args(tmp_path / "finished", steps=1, eval_samples=0, lora=True, save="both"))
+    started = time.monotonic()
+    process = command(name, *made(name, tmp_path / "whole", tiny_folder, run_args))
+    _, errors = process.communicate(timeout=600)
+    whole, status = time.monotonic() - started, process.returncode
+    assert status == (2 if name == "push" else 0), errors
+
+    seed = random.randrange(10**6)
+    print(f"seed of the moments: {seed}")
+    draw = random.Random(seed)
+    for moment in range(MOMENTS):
+        folder, number = tmp_path / str(moment), draw.choice(STOP_SIGNALS)
+        process = command(name, *made(name, folder, tiny_folder, run_args))
+        deadline = time.monotonic() + draw.uniform(0, whole)
+        while not catches_sigterm(process.pid):  # Python itself still begins
+            time.sleep(0.001)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=600)
+        assert "Traceback" not in errors, errors
+        assert not list(tmp_path.rglob("*.partial"))
+        # One that comes while Python ends itself finds the work done.
+        assert process.returncode in (128 + number, -number, status), errors
+        if process.returncode == 128 + number:
+            last = errors.replace("\r", "\n").strip().splitlines()[-1]
+            assert last.startswith("stopped"), errors
+        if name == "train" and saved_steps(folder / "checkpoints"):
+            run(["--resume", str(folder)])
+            assert metrics(folder) == metrics(tmp_path / "whole")

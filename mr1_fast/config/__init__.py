@@ -11,7 +11,7 @@ from .optimizer import OptimizerConfig
 from .reward import RewardConfig
 from .run import EVALUATION_BATCH_SIZE, RunConfig, cache_folder
 from .sampling import Sampling
-from .task import R1V_SUFFIX, Judging, TaskConfig
+from .task import R1V_SUFFIX, Judging, TaskConfig, TaskName
 from .train import TrainConfig
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "TaskConfig",
+    "TaskName",
     "TrainConfig",
     "cache_folder",
 ]

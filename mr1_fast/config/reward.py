@@ -24,11 +24,6 @@ class RewardConfig:
 
     def check_rewards(self) -> None:
         """Raise UserError for rewards that do not exist."""
-        if self.overlong_penalty > 1:
-            raise UserError(
-                f"overlong_penalty is {self.overlong_penalty}, but must lie in [0, 1], as a share "
-                "of max_new_tokens."
-            )
         if self.overlong_penalty and "overlong" in self.extra_rewards:
             raise UserError(
                 "extra_rewards has overlong, which is the name of the overlong penalty: choose "

@@ -19,8 +19,9 @@ class RunConfig:
     """Folder of the run, which must be new; by default runs/<time>-<task>-<algo>-seed<seed>."""
     resume: str | None = None
     """Folder of an earlier run, to continue from its last checkpoint with the settings of its
-    config.yaml; `auto` continues the one in --output if that has a checkpoint, and begins there
-    otherwise, so that one command line can be started again and again."""
+    config.yaml, or to begin again if it has none; `auto` continues the one in --output if that has
+    a checkpoint, and begins there otherwise, so that one command line can be started again and
+    again."""
     sharding: Literal["auto", "none", "optimizer", "full"] = "auto"
     """What each of several processes under `torchrun` holds a part of: nothing (none), the
     optimizer's state (optimizer), or the weights, too (full). `auto` is none, or optimizer where
@@ -72,14 +73,21 @@ class RunConfig:
                     f"{name} is set, but nothing is evaluated during training: pass --eval-every "
                     "and --eval-samples, or leave it out."
                 )
-        if self.max_hours is not None and self.max_hours <= 0:
-            raise UserError(f"max_hours is {self.max_hours}, but must be greater than 0.")
 
 
 def cache_folder() -> Path:
     """Return the folder of the built-in models' supervised starts and of downloaded images.
 
-    It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache.
+    It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache. Raises UserError
+    where there is none of these.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")
+    if named := os.environ.get("MR1_FAST_CACHE"):
+        return Path(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mr1_fast"
+    try:
+        return Path.home() / ".cache" / "mr1_fast"
+    except RuntimeError as error:
+        raise UserError(
+            "there is no home folder to keep files in: set MR1_FAST_CACHE to a folder."
+        ) from error

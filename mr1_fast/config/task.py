@@ -9,6 +9,8 @@ R1V_SUFFIX = (
 )
 """What R1-V appends to every problem, in training and in evaluation."""
 
+TaskName = Literal["counting", "geometry", "figures", "arithmetic", "free"]
+"""The tasks by name, which `TASKS` of mr1_fast.tasks has."""
 Judging = Literal["strict", "r1v"]
 """The judges by name: the strict one, and R1-V's rules."""
 
@@ -17,7 +19,7 @@ Judging = Literal["strict", "r1v"]
 class TaskConfig:
     """What the model is asked, and where the questions come from."""
 
-    task: str = "counting"
+    task: TaskName = "counting"
     """The task, which decides which items are drawn: counting, geometry or figures (area and
     perimeter), which show images, or arithmetic, which is text alone; free, which draws none, is
     anything whose answers can be verified."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..kl_schedule import AccuracyKL, DynamicKL, KLSchedule, TargetKL
 from .algorithm import AlgorithmConfig
+from .bounds import check_values
 from .model import ModelConfig
 from .objective import ALGORITHMS, KLConfig, ObjectiveConfig
 from .optimizer import OptimizerConfig
@@ -87,11 +88,9 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise UserError for values with which no run is possible."""
-        for name, value in vars(self).items():
-            if name in _POSITIVE and value != "auto" and value <= 0:
-                raise UserError(f"{name} is {value}, but must be greater than 0.")
-            if name in _NOT_NEGATIVE and value < 0:
-                raise UserError(f"{name} is {value}, but must not be negative.")
+        check_values(self)
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}, but must be greater than 0.")
         if self.algo != "sft" and self.num_generations < 2:
             raise UserError(
                 f"num_generations is {self.num_generations}, "
@@ -107,8 +106,6 @@ class TrainConfig(
             raise UserError(
                 f"importance_cap is {self.importance_cap}, but must be 0 (off) or at least 1."
             )
-        if not 0 <= self.warmup_fraction <= 1:
-            raise UserError(f"warmup_fraction is {self.warmup_fraction}, but must lie in [0, 1].")
         if self.load_in_4bit and not self.lora:
             raise UserError(
                 "load_in_4bit is true, but 4-bit weights cannot be trained themselves: add --lora."
@@ -180,15 +177,3 @@ def check_sharding(config: TrainConfig) -> None:
             f"reference is {config.reference}, but with --sharding full the reference is in parts "
             "on all processes, as the policy is: pass --reference resident."
         )
-
-
-_POSITIVE = {
-    *("steps", "prompts_per_step", "updates_per_batch", "tokens_per_microbatch"),
-    *("max_prompt_tokens", "max_new_tokens", "max_pixels", "lora_rank"),
-    *("learning_rate", "max_grad_norm", "temperature", "reward_seconds", "target_kl"),
-}
-_NOT_NEGATIVE = {
-    *("seed", "save_every", "eval_samples", "weight_decay"),
-    *("clip_low", "importance_cap", "entropy_coefficient"),
-    *("eval_every", "patience", "beta", "overlong_penalty"),
-}

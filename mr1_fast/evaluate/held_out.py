@@ -1,18 +1,20 @@
 """Evaluations before, during and after training: accuracy and answers on held-out items."""
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, summarise
-from ..checkpoint import keep_only, load_weights, save_weights, saved_steps
+from ..checkpoint import keep_only, load_weights, save_weights
 from ..config import TrainConfig
 from ..distributed import SINGLE, World
+from ..divergence import named
 from ..files import write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
+from ..report.records import read_evaluation
+from ..resuming import saved_steps
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed
@@ -40,14 +42,15 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
     split = config.eval_split or ("held-out" if config.eval_data else "test")
     result = {"task": config.task, "split": split, "judge": config.judge, "examples": []}
     # A run that was resumed with other --eval-samples may have no figures from before.
-    if when == "after" and path.exists():
-        result = json.loads(path.read_text())
+    if when == "after":
+        result |= read_evaluation(path)
+        result["examples"] = result["examples"] or []
     result[when] = {}
     if when == "after":
         result["final_step"] = step
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        answered = _held_out_answers(run, mode)
+        answered = _held_out_answers(run, mode, step)
         if answered is None:
             return
         records, seconds = answered
@@ -75,7 +78,7 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     """
     if not run.evaluation_is_due(steps_done):
         return
-    if answered := _held_out_answers(run, "greedy"):
+    if answered := _held_out_answers(run, "greedy", steps_done):
         records, seconds = answered
         _record_point(run, steps_done, records, seconds)
         note = "" if run.progress.waiting else ", the best so far"
@@ -91,6 +94,7 @@ def _record_point(run: Run, step: int, records: list[dict], seconds: float) -> N
     progress, summary = run.progress, summarise(records)
     progress.accuracies[step] = summary["accuracy"]
     if run.config.keep_best and progress.best() == step:
+        run.require_numbers(step)
         save_weights(run.log.best, step, run.sharding)
     run.log.evaluation({"step": step, **summary, "seconds": round(seconds, 3)})
     if run.world.is_first:
@@ -116,8 +120,8 @@ def restore_best(run: Run, steps_done: int) -> int:
     return best
 
 
-def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
-    """Answer a run's held-out items; returns their records, and how many seconds that took.
+def _held_out_answers(run: Run, mode: str, step: int) -> tuple[list[dict], float] | None:
+    """Answer a run's held-out items after `step` steps; returns their records and the seconds.
 
     The time limit takes note of the seconds. None, on every process, if a signal to any of them
     has ended it.
@@ -125,7 +129,8 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
     if run.signals.agree(run.world.most):
         return None
     started = time.perf_counter()
-    with run.sharding.whole_weights():
+    where = f"in the evaluation after {step} steps"
+    with run.sharding.whole_weights(), named(where):
         records = answers(
             run.policy,
             run.config,
@@ -192,13 +197,10 @@ def _record_shown(
 
 def print_table(folder: Path) -> None:
     """Print the table of accuracy before and after of the finished run in `folder`."""
-    path = folder / "evaluation.json"
-    if not path.exists():
+    result = read_evaluation(folder / "evaluation.json")
+    if not (result.get("before") and result.get("after")):
         return
-    result = json.loads(path.read_text())
-    if not {"before", "after"} <= result.keys():
-        return
-    title = f"accuracy on held-out {result['task']}"
+    title = f"accuracy on held-out {result.get('task', '')}"
     print(f"\n{title:<34}{'before':>8}{'after':>8}{'points':>8}")
     # A run that was resumed with another judge has not the same figures before and after.
     for mode in [mode for mode in result["before"] if mode in result["after"]]:

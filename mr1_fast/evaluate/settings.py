@@ -1,12 +1,15 @@
 """The settings of `python -m mr1_fast.evaluate`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..command_line import parse_settings
 from ..config import EVALUATION_BATCH_SIZE, ModelConfig, Sampling, TaskConfig
-from ..errors import UserError
+from ..config.bounds import check_values
+from ..errors import UserError, shortened
 from ..profiles import model_defaults
+from .output import require_replaceable
 
 
 @dataclass
@@ -29,7 +32,8 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
     seed: int = 0
     """Seed of drawn items and of sampling."""
     output: str = "evaluation.json"
-    """Where the figures and the record of each item go."""
+    """Where the figures and the record of each item go; an earlier evaluation is replaced, and no
+    other file."""
     r1v_output: str | None = None
     """A second file, in the layout of R1-V's evaluation scripts and judged by R1-V's rule, for
     whatever reads those."""
@@ -38,14 +42,12 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
 
     def check(self) -> None:
         """Raise UserError for values that no evaluation could mean."""
-        for name in ("samples", "num_generations", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        check_values(self)
         self.check_sampling()
         if self.data_split is not None:
             raise UserError(
-                f"data_split is {self.data_split}, but it names the split that is trained on: "
-                "name the one that is evaluated with --split."
+                f"data_split is {shortened(self.data_split)}, but it names the split that is "
+                "trained on: name the one that is evaluated with --split."
             )
         if self.num_generations > 1 and self.temperature == 0:
             raise UserError(
@@ -53,13 +55,22 @@ class EvaluateConfig(Sampling, TaskConfig, ModelConfig):
             )
         if not self.pass_at or not all(1 <= k <= self.num_generations for k in self.pass_at):
             raise UserError(
-                f"pass_at is {self.pass_at}, but each k must lie in 1 … num_generations."
+                f"pass_at is {shortened(self.pass_at)}, but each k must lie in 1 … num_generations."
             )
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Read the settings from the words of a command line; raises UserError for a bad one."""
-    return parse_settings(EvaluateConfig, argv, "python -m mr1_fast.evaluate", _profile)
+    """Read the settings from the words of a command line; raises UserError for a bad one.
+
+    A file that must not be overwritten is found here, before anything is loaded.
+    """
+    config = parse_settings(EvaluateConfig, argv, "python -m mr1_fast.evaluate", _profile)
+    require_replaceable("output", Path(config.output))
+    if config.r1v_output is not None:
+        require_replaceable("r1v_output", Path(config.r1v_output))
+        if Path(config.r1v_output).absolute() == Path(config.output).absolute():
+            raise UserError("r1v_output and output name the same file: choose another for one.")
+    return config
 
 
 def _profile(config: EvaluateConfig) -> dict[str, Any]:

@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError
+from ..command_line import SettingsParser
+from ..config import TrainConfig
+from ..config.bounds import check_values
+from ..errors import UserError, shortened
 from ..profiles import BUILT_IN_TEXT
+
+TRAINING = "python -m mr1_fast.train"
 
 FIXED = (
     *("seed", "output", "task", "data", "algo", "resume", "eval_samples", "eval_every"),
@@ -46,10 +51,7 @@ class ExperimentConfig:
 
     def check(self) -> None:
         """Raise UserError for values that no experiment can have."""
-        if self.test_items is not None and self.test_items < 1:
-            raise UserError(f"test_items is {self.test_items}, but must be at least 1.")
-        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
-            raise UserError(f"seeds is {self.seeds}, but must be different numbers, none negative.")
+        check_values(self)
         if self.settings.get("model") in BUILT_IN_TEXT:
             raise UserError(
                 f"settings has the model {self.settings['model']}, which reads text alone, but the "
@@ -60,3 +62,14 @@ class ExperimentConfig:
             raise UserError(
                 f"settings has {', '.join(fixed)}, which the preset's cells decide: leave it out."
             )
+        training = SettingsParser(TrainConfig, TRAINING) if self.settings else None
+        for name, value in self.settings.items():
+            if name not in training.kinds:
+                raise UserError(
+                    f"settings has {shortened(repr(name))}, which is no setting: see {TRAINING} "
+                    "--help."
+                )
+            try:
+                training.converted(name, value)
+            except UserError as error:
+                raise UserError(f"in settings, {error}") from error

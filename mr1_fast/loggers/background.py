@@ -101,7 +101,7 @@ class Background:
             return
         try:
             call()
-        except Exception as error:  # whatever a library raises where it cannot reach its server
+        except BaseException as error:  # SystemExit, too: this thread would end without a word
             self._failed = True
             reason = " ".join(str(error).split())[:300]
             self.say(

@@ -1,20 +1,22 @@
 """What a logger is, and what it is told about the run."""
 
 import importlib.util
-import json
 import threading
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..files import write_json
+from ..report.records import json_object
 from .samples import Sample
 
 PROJECT = "mr1_fast"
 """Name of the project, or experiment, under which all runs are logged."""
+COUNTS = ("steps", "evaluations")
+"""What the file of identifiers has beside them: how much the loggers have from earlier processes.
+"""
 
 
 @dataclass
@@ -31,9 +33,13 @@ class LoggerRun:
     def __post_init__(self):
         self._lock = threading.Lock()  # each logger has a thread of its own
         self._kept: dict[str, Any] = {}
-        if self.resumed:
-            with suppress(OSError, ValueError, TypeError):  # a lost file costs a second entry
-                self._kept = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        self.problem = ""
+        """What is wrong with the file of identifiers, as a sentence; "" for nothing."""
+        if self.resumed and (self._file.exists() or self._file.is_symlink()):
+            try:
+                self._kept = _identifiers(self._file)
+            except (OSError, UserError):
+                self.problem = f"{self._file} is damaged, so that loggers may begin a second entry."
 
     @property
     def name(self) -> str:
@@ -64,6 +70,18 @@ class LoggerRun:
         known = max(count, self._kept.get(records, 0))
         self.remember(records, known)
         return known
+
+
+def _identifiers(path: Path) -> dict[str, Any]:
+    """Read what loggers have kept: identifiers, and counts of records."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file: move it away.")
+    kept = json_object(path.read_bytes(), path)
+    for name, value in kept.items():
+        is_count = type(value) is int and value >= 0
+        if not (is_count or isinstance(value, str)) or (name in COUNTS and not is_count):
+            raise UserError(f"{path} has a wrong value: remove it.")
+    return kept
 
 
 def installed(package: str) -> bool:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..command_line import parse_settings
-from ..errors import UserError
+from ..config.bounds import check_values
+from ..errors import UserError, shortened
 
 PROGRAM = "python -m mr1_fast.merge"
 
@@ -25,6 +26,7 @@ class MergeConfig:
 
     def check(self) -> None:
         """Raise UserError for values that cannot be used."""
+        check_values(self)
         if self.adapter is None:
             raise UserError(
                 f"no adapter is named: pass its folder, as in `{PROGRAM} runs/NAME/final`."
@@ -32,7 +34,9 @@ class MergeConfig:
         if self.output is None:
             raise UserError("output is not given: name a new folder with --output.")
         if Path(self.output).exists():
-            raise UserError(f"output {self.output} exists already: name a new folder.")
+            raise UserError(
+                f"output {shortened(self.output, 200)} exists already: name a new folder."
+            )
 
 
 def parse(argv: list[str]) -> MergeConfig:

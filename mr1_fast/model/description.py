@@ -8,6 +8,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import UserError
 from .families import FAMILIES, titles, unknown_type
+from .model_files import check_files
+from .sizes import check_relations, check_sizes
 
 LINEAR_ATTENTION, LINEAR_ATTENTION_TYPES = "linear_num_value_heads", ("qwen3_5", "qwen3_next")
 """A setting that models with GatedDeltaNet layers have, and what their types begin with."""
@@ -97,17 +99,20 @@ def read_description(name: str | Path, shown: str | None = None) -> PretrainedCo
     be trained, also where transformers does not know its type or the file does not name it, and
     OSError where no configuration can be read.
     """
+    shown = shown or str(name)
+    check_files(name)
     try:
         settings, _ = PretrainedConfig.get_config_dict(name)
     except TypeError:  # older versions of transformers look into what is no mapping
         settings = None
-    shown = shown or str(name)
     if not isinstance(settings, Mapping) or not isinstance(settings.get("model_type"), str):
         raise UserError(
             f"model {shown} has no config.json that names a model_type: copy the original "
             "config.json of the model into its folder."
         )
     check_supported(shown, settings)
-    config = AutoConfig.from_pretrained(name)
+    check_sizes(shown, settings)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_layers(shown, config)
+    check_relations(shown, config)
     return config

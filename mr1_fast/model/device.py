@@ -6,7 +6,7 @@ import torch
 
 from .. import torchrun
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 
 def device_name(config: ModelConfig, has_cuda: bool) -> str:
@@ -78,6 +78,8 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     return getattr(torch, dtype_name(config, device.type))
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, without its full stop, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened and without its full stop, or its
+    type's name."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shortened(line.rstrip("."), 200)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..config import ModelConfig
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..files import restore_folder
 from ..hub import model_access
 from ..tasks import PromptFormat
@@ -26,12 +26,27 @@ from .families import auto_class, base_model, lora_layers, unquantised, vision_t
 from .forward import LayerRun
 from .joined_weights import join_weights
 from .layer_stream import layers
+from .model_files import check_weight_files, tensor_shapes
 from .patches import use_patch_projection
 from .policy import Policy
 from .processor import Processor
 from .processor import load_processor as load_processor_files
 from .prompt import PromptEncoder
-from .saved_adapter import adapter_base, adapter_folder
+from .prompt_check import check_prompts
+from .saved_adapter import (
+    ADAPTER_WEIGHTS,
+    adapter_base,
+    adapter_folder,
+    check_patterns,
+    settings_for_peft,
+)
+
+RUST_PANIC = "PanicException"
+"""What a library in Rust raises, such as tokenizers, where it meets what it does not expect; it is
+no Exception."""
+
+MOST_ENDS = 64
+"""How many tokens may end an answer."""
 
 
 def make_policy(
@@ -116,7 +131,9 @@ def _loading(name: str) -> Iterator[None]:
             yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # files that do not fit together fail in many ways
+    except BaseException as error:  # files that do not fit together fail in many ways
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise
         if os.path.isdir(name):
             hint = (
                 "the folder lacks a readable model, tokenizer or image processor in Hugging Face "
@@ -135,18 +152,34 @@ def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
     description = read_description(name)
     check_weights(name, description)
     processor = _read_processor(name, description)
+    check_weight_files(name, description)
     options = dict(
         dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config, description)
     )
-    model, info = auto_class(description).from_pretrained(name, **options)
+    model, info = auto_class(description).from_pretrained(
+        name, trust_remote_code=False, use_safetensors=True, **options
+    )
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
+    _check_ends(name, model)
 
     for module in model.modules():
         # The product that bitsandbytes uses on CPUs with AVX-512 has no backward pass.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, processor
+
+
+def _check_ends(name: str, model: nn.Module) -> None:
+    """Raise UserError unless the tokens that end an answer, by a model's own files, are tokens."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    rows = model.config.get_text_config().vocab_size
+    each = ends if isinstance(ends, list) else [ends] * (ends is not None)
+    if len(each) > MOST_ENDS or not all(type(end) is int and 0 <= end < rows for end in each):
+        raise UserError(
+            f"model {name} has eos_token_id = {shortened(ends, 40)} in its generation_config.json "
+            f"or config.json, which must be ids of up to {MOST_ENDS} tokens: correct it there."
+        )
 
 
 def _read_processor(name: str, description: PretrainedConfig) -> Processor:
@@ -163,6 +196,7 @@ def _read_processor(name: str, description: PretrainedConfig) -> Processor:
             "Instruct version, or put the template as chat_template.jinja into a folder of the "
             "model and pass that."
         )
+    check_prompts(name, processor, description)
     return processor
 
 
@@ -173,12 +207,19 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
     for an adapter that does not fit, also one of another rank than `lora_rank` where it is trained.
     """
     peft, folder = _peft(), adapter_folder(config.model)
+    settings = settings_for_peft(folder)
+    check_patterns(folder, settings, [name for name, _ in model.named_modules()])
     try:
-        model = peft.PeftModel.from_pretrained(model, folder, is_trainable=config.lora)
-    except torch.OutOfMemoryError:
+        lora = peft.LoraConfig(**settings, init_lora_weights=True)
+        lora.inference_mode = not config.lora
+        model = peft.PeftModel.from_pretrained(
+            model, folder, is_trainable=config.lora, config=lora, use_safetensors=True
+        )
+        _check_tensors(peft, model, folder)
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that do not fit together fail in many ways
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()), 200)
         raise UserError(
             f"the adapter {folder} does not fit its model ({reason}): train it again, "
             "or correct base_model_name_or_path in its adapter_config.json."
@@ -192,6 +233,17 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
             f"rank {rank}: pass --lora-rank {rank}."
         )
     return model
+
+
+def _check_tensors(peft: ModuleType, model: nn.Module, folder: Path) -> None:
+    """Raise UserError unless an adapter's file holds just the tensors that the adapter has."""
+    stored = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS).keys()
+    needed = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if odd := stored ^ needed:
+        raise UserError(
+            f"the adapter {folder} has other tensors than its settings say, such as "
+            f"{shortened(min(odd), 80)}: train or copy it again."
+        )
 
 
 def with_lora(model: nn.Module, config: ModelConfig) -> nn.Module:

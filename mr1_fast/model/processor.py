@@ -50,8 +50,8 @@ class ImageTextProcessor(Qwen2VLProcessor):
     @classmethod
     def load(cls, name: str | Path) -> "ImageTextProcessor":
         """Load from a local folder or a hub name; raises OSError if it is neither."""
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        tokenizer = _load_tokenizer(name)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name, trust_remote_code=False)
         processor = cls(image_processor, tokenizer, chat_template=tokenizer.chat_template)
         # Older repositories keep the chat template in a file of its own.
         if processor.chat_template is None:
@@ -83,7 +83,7 @@ class TextProcessor:
     @classmethod
     def load(cls, name: str | Path) -> "TextProcessor":
         """Load from a local folder or a hub name; raises OSError if it is neither."""
-        processor = cls(AutoTokenizer.from_pretrained(name, padding_side="left"))
+        processor = cls(_load_tokenizer(name))
         processor.source = str(model_folder(str(name), PROCESSOR_FILES))
         return processor
 
@@ -113,6 +113,11 @@ def load_processor(name: str | Path, family: str) -> Processor:
     """Load the processor of a model of a family; raises OSError if there is none of that name."""
     has_images = FAMILIES[family].vision is not None
     return (ImageTextProcessor if has_images else TextProcessor).load(name)
+
+
+def _load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; code that its folder brings along is neither run nor asked about."""
+    return AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
 
 
 def save_source(processor: Processor, folder: Path, family: str) -> None:

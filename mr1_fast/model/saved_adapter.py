@@ -3,7 +3,7 @@
 W' = W + s·B·A,   s = α/r, or α/√r with rsLoRA   (Hu et al., arXiv 2106.09685, section 4.1)
 """
 
-import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -14,18 +14,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import UserError
+from ..bounded import Refused, bounded
+from ..errors import UserError, shortened
+from .model_files import ADAPTER_CONFIG, check_files, read_json, tensor_shapes
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""The file of an adapter's settings."""
 ADAPTER_FOLDER = "adapter"
 """Where the final folder of a run keeps its adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter's tensors."""
+MOST_ADAPTERS = 8
+"""How many adapters may lie on each other."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways in which PEFT starts an adapter that change the model under it, too."""
 _PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "alpha_pattern", "layer_replication")
 """Settings of PEFT's LoraConfig which, if they are set, make an adapter another one than W + s·B·A
 with one α."""
+_OF_PEFT = (
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "lora_alpha"),
+    *("lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern"),
+)
+"""The settings of an adapter that PEFT is given. Others name modules to import or layers to repeat;
+an adapter that needs one then lacks tensors, which is found."""
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -44,23 +56,11 @@ def adapter_folder(name: str) -> Path | None:
 def adapter_base(name: str) -> str | None:
     """Return the name of the model under the adapter in folder `name`, or None if it holds none.
 
-    Raises UserError where the adapter does not name it, or where its folder is gone.
+    Raises UserError where the adapter does not name it, where its folder is gone, or where too many
+    adapters lie on each other, as do those that name each other.
     """
-    folder = adapter_folder(name)
-    if folder is None:
-        return None
-    base = read_config(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(
-            f"the adapter {folder} does not name the model under it: write its name or folder as "
-            "base_model_name_or_path into adapter_config.json."
-        )
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(
-            f"the adapter {folder} belongs to the model {base}, which is not there: put it back, "
-            "or write its new place as base_model_name_or_path into adapter_config.json."
-        )
-    return base
+    below = _models_below(name)
+    return below[0] if below else None
 
 
 def model_under(name: str) -> str:
@@ -68,21 +68,123 @@ def model_under(name: str) -> str:
 
     Raises UserError as adapter_base does.
     """
-    while base := adapter_base(name):
-        name = base
-    return name
+    return [name, *_models_below(name)][-1]
+
+
+def _models_below(name: str) -> list[str]:
+    """Return the model under the adapter `name`, the one under that if it is another adapter, …"""
+    below: list[str] = []
+    while base := _base([name, *below][-1]):
+        if len(below) == MOST_ADAPTERS:
+            raise UserError(
+                f"the adapter {shortened(name, 200)} lies on itself, or on more than "
+                f"{MOST_ADAPTERS} others: correct base_model_name_or_path in its {ADAPTER_CONFIG}."
+            )
+        below.append(base)
+    return below
+
+
+def _base(name: str) -> str | None:
+    """Return the model that the adapter in folder `name` names itself; None if it holds none."""
+    folder = adapter_folder(name)
+    if folder is None:
+        return None
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise UserError(
+            f"the adapter {folder} does not name the model under it: write its name or folder as "
+            "base_model_name_or_path into adapter_config.json."
+        )
+    if Path(base).is_absolute() and not os.path.isdir(base):
+        raise UserError(
+            f"the adapter {folder} belongs to the model {shortened(base, 200)}, which is not "
+            "there: put it back, or write its new place as base_model_name_or_path into "
+            "adapter_config.json."
+        )
+    return base
 
 
 def read_config(folder: Path) -> dict:
     """Read an adapter's settings; UserError for a file that is damaged."""
+    check_files(folder)
     path = folder / ADAPTER_CONFIG
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train or copy it again.") from error
+        reason = shortened(error, 100)
+        raise UserError(f"{path} cannot be read ({reason}): train or copy it again.") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object: train or copy it again.")
     return settings
+
+
+def settings_for_peft(folder: Path) -> dict:
+    """Return the settings of an adapter that PEFT may be given, held against its tensors.
+
+    Raises UserError for an adapter that is no LoRA, whose weights are pickled, damaged or of other
+    ranks than its settings say, or whose settings no adapter has.
+    """
+    settings = read_config(folder)
+    if settings.get("peft_type") != "LORA":
+        kind = shortened(settings.get("peft_type"), 40)
+        raise UserError(
+            f"the adapter {folder} is of the type {kind}, but mr1_fast reads LoRA alone: merge it "
+            "with PEFT's merge_and_unload, and pass the merged model."
+        )
+    shapes = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS)
+    stored = [min(shape) for key, shape in shapes.items() if ".lora_" in key and len(shape) == 2]
+    named = [settings.get("r", 8), *_values(folder, settings, "rank_pattern")]
+    for rank in named:
+        if type(rank) is not int or not 1 <= rank <= max(stored, default=0):
+            raise UserError(
+                f"the adapter {folder} has the rank {shortened(rank, 40)} in its {ADAPTER_CONFIG}, "
+                f"but its tensors have ranks up to {max(stored, default=0)}: train or copy it "
+                "again."
+            )
+    _check_alphas(folder, settings)
+    return {key: settings[key] for key in _OF_PEFT if key in settings}
+
+
+def check_patterns(folder: Path, settings: dict, modules: list[str]) -> None:
+    """Raise UserError where the patterns of an adapter's settings cannot be matched with the names
+    of a model's modules in bounded time, or are none."""
+    whole = [settings.get("target_modules"), settings.get("exclude_modules")]
+    patterns = [each for each in whole if isinstance(each, str)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns += [rf"(.*\.)?({each})$" for each in settings.get(key) or ()]
+    layers = settings.get("layers_pattern") or ()
+    layers = [layers] if isinstance(layers, str) else layers
+    patterns += [rf".*\.[^.]*{each}\.(\d+)\." for each in layers]
+    try:
+        bounded(lambda: [bool(re.fullmatch(p, name)) for p in patterns for name in modules][:0])
+    except Refused as error:
+        raise UserError(
+            f"the adapter {folder} has patterns of module names that cannot be used "
+            f"({shortened(error, 100)}): name the modules one by one as target_modules in its "
+            f"{ADAPTER_CONFIG}."
+        ) from error
+
+
+def _values(folder: Path, settings: dict, key: str) -> list:
+    """Return the values of a mapping in an adapter's settings, which may be empty or null."""
+    values = settings.get(key) or {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"the adapter {folder} has {key} = {shortened(values, 40)}, which must be a mapping: "
+            "train or copy it again."
+        )
+    return list(values.values())
+
+
+def _check_alphas(folder: Path, settings: dict) -> None:
+    """Raise UserError unless each α of an adapter is a finite number."""
+    for alpha in [settings.get("lora_alpha", 8), *_values(folder, settings, "alpha_pattern")]:
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or abs(alpha) > 1e6 or not math.isfinite(alpha):
+            raise UserError(
+                f"the adapter {folder} has lora_alpha = {shortened(alpha, 40)}, which must be a "
+                "finite number up to a million: train or copy it again."
+            )
 
 
 def module_key(name: str) -> str:
@@ -109,7 +211,9 @@ class SavedAdapter:
         """Read an adapter; UserError for one that is damaged, or that is not plainly W + s·B·A."""
         settings = read_config(folder)
         _check_plain(folder, settings)
-        path = folder / "adapter_model.safetensors"
+        _check_alphas(folder, settings)
+        path = folder / ADAPTER_WEIGHTS
+        tensor_shapes(f"the adapter {folder}", path)
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:

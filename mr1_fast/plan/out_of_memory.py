@@ -7,7 +7,6 @@ then the run ends, and half the amount is kept for its restart.
 """
 
 import gc
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from ..distributed import SINGLE, World
 from ..errors import UserError
 from ..files import write_json
+from ..report.records import read_json_object
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,12 @@ class MemoryLimits:
         self.world, self.kept = world, kept
         self.notes: list[str] = []
         """What this process has halved since the last `agree`, where there are several."""
-        for name, amount in _read(kept).items():
+        try:
+            lower = _read(kept)
+        except UserError:
+            lower = {}
+            say(f"{kept} is damaged, so that this run begins with the planned amounts.")
+        for name, amount in lower.items():
             if amount < self.amounts.get(name, 0):
                 self.amounts[name] = amount
                 say(f"{name} = {amount}: this run was out of memory with more ({kept})")
@@ -148,11 +153,13 @@ class MemoryLimits:
 
 
 def _read(kept: Path | None) -> dict[str, int]:
-    """Return the amounts in a file for a restart; none without one, or where it is damaged."""
+    """Return the amounts in a file for a restart; none without one.
+
+    Raises UserError where it is damaged.
+    """
     if kept is None or not kept.exists():
         return {}
-    try:
-        amounts = json.loads(kept.read_text(encoding="utf-8"))
-        return {name: int(amount) for name, amount in amounts.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    amounts = read_json_object(kept)
+    if not all(type(amount) is int and amount > 0 for amount in amounts.values()):
+        raise UserError(f"{kept} has an amount that is no whole number above 0: remove it.")
+    return amounts

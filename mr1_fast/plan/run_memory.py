@@ -6,6 +6,7 @@ import torch
 
 from ..config import TrainConfig
 from ..distributed import SINGLE, World
+from ..identity import FIXED
 from ..model.families import base_model, family_of
 from ..model.forward import lm_head_weight, trained_layers
 from ..model.policy import Policy
@@ -16,10 +17,10 @@ from .out_of_memory import EVALUATION_CACHE, PACK_TOKENS, ROLLOUT_CACHE
 from .plan import GIB, Plan, make_plan
 from .resident import workspace
 
-LOWER = "lower --tokens-per-microbatch, --prompts-per-step or {}"
+LOWER = "lower --tokens-per-microbatch, or in a new run --prompts-per-step or {}"
 """Advice where no plan could be made, or none of its changes helps; a last setting is to name."""
-NEW_RUN = ("--optimizer", "--lora", "--load", "--freeze")
-"""Flags that change what a checkpoint holds, so that no run can go on with them."""
+NEW_RUN = tuple(f"--{name.replace('_', '-')}" for name in FIXED)
+"""Flags that no run can go on with."""
 
 
 class RunMemory:

@@ -22,10 +22,6 @@ class PlanConfig(TrainConfig):
     def check(self) -> None:
         """Raise UserError for values that cannot be used."""
         super().check()
-        if self.vram <= 0:
-            raise UserError(f"vram is {self.vram}, but must be greater than 0.")
-        if self.gpus < 1:
-            raise UserError(f"gpus is {self.gpus}, but must be at least 1.")
         if self.prompts_per_step < self.gpus:
             raise UserError(
                 f"prompts_per_step is {self.prompts_per_step}, but each of {self.gpus} GPUs needs "

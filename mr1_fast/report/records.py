@@ -4,11 +4,12 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 
 LARGEST = 1e100
 """Values from here on are shown as missing: axes overflow near the largest floats, and such a value
@@ -17,6 +18,8 @@ PROCESSES = "processes.json"
 """The file with the number of processes and the kind of sharding, where several have trained."""
 LAST_BYTES = 2**24
 """How much of the end of completions.jsonl is looked at for the last step, 16 MiB."""
+LONGEST_LINE = 2**28
+"""Bytes of a line of a record that are read at most, 256 MiB."""
 
 
 def json_object(source: str | bytes, where: object) -> dict:
@@ -25,14 +28,69 @@ def json_object(source: str | bytes, where: object) -> dict:
     An integer beyond the largest float becomes infinite, as JSON's other numbers do.
     """
     try:
-        return dict(json.loads(source, parse_int=_integer))
+        found = json.loads(source, parse_int=_integer)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is no JSON object: remove it.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is no JSON object: remove it.")
+    return found
 
 
 def read_json_object(path: Path) -> dict:
     """The JSON object in the file `path`; UserError, which names the file, if there is none."""
-    return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: move it away.")
+        return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_steps(path: Path, several: bool = False) -> Iterator[tuple[int, dict, int]]:
+    """The lines of a record by step: step, JSON object, and at which byte of the file it ends.
+
+    It is the strict reader, for whoever goes on with the file. Steps must rise, or with `several`
+    lines for a step must not fall. Memory holds one line. A last line without its end, which a
+    killed process may have left, is no line. Raises UserError, which names the line, for any other
+    damage.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_file():
+        raise UserError(f"{path} is no file: move it away.")
+    last, end = -1, 0
+    try:
+        with path.open("rb") as file:
+            for number in count(1):
+                line = file.readline(LONGEST_LINE)
+                where = f"{path} line {number}"
+                if not line.endswith(b"\n"):
+                    if len(line) == LONGEST_LINE:
+                        raise UserError(f"{where} has no end: remove it.")
+                    return
+                record = json_object(line, where)
+                step = record.get("step")
+                if type(step) is not int or step < 0:
+                    raise UserError(f"{where} has no step, a number from 0 on: remove it.")
+                if step < last or (step == last and not several):
+                    seen = f"{shortened(step)} after step {shortened(last)}"
+                    raise UserError(f"{where} has step {seen}: remove it.")
+                last, end = step, end + len(line)
+                yield step, record, end
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def end_before(path: Path, step: int, several: bool = False) -> int:
+    """Where the lines of earlier steps end in a record, in bytes, on the terms of `read_steps`."""
+    if step <= 0:
+        return 0
+    ends = (end for found, _, end in read_steps(path, several) if found < step)
+    return max(ends, default=0)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): check its permissions.")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -65,6 +123,7 @@ def read_evaluation(path: Path) -> dict:
         and isinstance(examples, list)
         and all(map(_is_example, examples))
         and isinstance(evaluation.get("final_step", 0), int)
+        and all(isinstance(evaluation.get(name, ""), str) for name in ("task", "split", "judge"))
     )
     if not whole:
         raise UserError(f"{path} is damaged: remove it.")

@@ -3,10 +3,9 @@
 import time
 from pathlib import Path
 
-import yaml
-
 from ..errors import UserError
 from ..files import write_text
+from ..settings_file import Unusable, read_yaml_file
 from .completions import LIVE_BYTES, PAGE, RECORDS, write_completions
 from .page import html_page, section, settings_table, text
 from .records import (
@@ -92,10 +91,9 @@ def read_config(run: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist: name the folder of a run.")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}): restore it.") from error
+        config = read_yaml_file(path)
+    except Unusable as error:
+        raise UserError(f"{path} {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no settings: name the folder of a run.")
     return config

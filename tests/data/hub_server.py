@@ -36,7 +36,7 @@ ROUTES = {
     "batch": ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     "put": ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})"),
     "commit": ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main"),
-    "tree": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/main"),
+    "tree": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/[^/]+"),
     "resolve": ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)"),
     "info": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+?)(/revision/main)?"),
 }
@@ -140,7 +140,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(min(int(self.headers.get("Content-Length", 0)), LARGEST))
 
     def reply(self, status: int, value: object, headers: dict[str, str] | None = None):
-        content = json.dumps(value).encode()
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         sent = {"Content-Type": "application/json", "Content-Length": str(len(content))}
         if status >= 400:  # what was sent may not have been read
@@ -231,7 +231,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if content is None:
             return self.reply(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
         commit = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        return self.reply(200, json.loads(content), commit)
+        return self.reply(200, content, commit)
 
     def answer_info(self, repo: str):
         siblings = [{"rfilename": path} for path in self.hub.repos.get(repo, [{}])[-1]]

@@ -157,7 +157,7 @@ def test_right_answers_are_counted(run_args, command, tmp_path):
             ["--stepz=3"],
             "unrecognized arguments: --stepz=3: see python -m mr1_fast.evaluate --help",
         ),
-        (["--task=chess"], "the known tasks are counting, geometry"),
+        (["--task=chess"], "task is chess, but must be one of counting, geometry"),
         (["--split=testmini"], "the splits train, validation, test"),
         (["--pass-at=[1,2]"], "pass_at is"),
     ],

@@ -29,6 +29,7 @@ from mr1_fast.experiment.presets import (
     known_presets,
 )
 from mr1_fast.experiment.settings import ExperimentConfig
+from mr1_fast.integrity import CHECKSUMS, checksum, checksums, sealed
 from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.profiles import BUILT_IN
 from mr1_fast.tasks.data import TEST_SETS, load_examples
@@ -241,7 +242,12 @@ def test_an_interrupted_cell_goes_on_and_ends_as_if_nothing_had_happened(
     cell = tmp_path / "out/cells/grpo-d/counting/seed0"
     assert not (cell / "cell.json").exists() and not (cell / "failed.json").exists()
     assert "GRPO-D" in (tmp_path / "out/report.html").read_text()
+    if when == "before its evaluation":  # and then a bit of the trained model is another
+        model = cell / "run/final/model.safetensors"
+        model.write_bytes(model.read_bytes()[:-9] + b"\1" + model.read_bytes()[-8:])
     quick(tmp_path / "out")
+    made_again = "is not what was trained" in (cell / "log.txt").read_text()
+    assert made_again == (when == "before its evaluation")
     assert min(line["grad_norm"] for line in metrics(whole)) > 0 and metrics(cell) == metrics(whole)
     for name in ("run/final/model.safetensors", "curve.jsonl", "counting-sampled.json"):
         assert (cell / name).read_bytes() == (whole / name).read_bytes()
@@ -364,7 +370,7 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
             {"preset": "tiny_schedules", "settings": {"beta": 0.02}},
             "settings has beta, which preset tiny_schedules",
         ),
-        ({"settings": {"steps": -1}}, "steps is -1, but must be greater than 0"),
+        ({"settings": {"steps": -1}}, "steps is -1, but must be at least 1"),
     ],
 )
 def test_what_no_experiment_could_mean_is_told_in_one_sentence(settings, message, tmp_path):
@@ -585,6 +591,21 @@ def test_an_experiment_keeps_its_start_and_trains_on_items_that_are_new_to_it(
     assert start.is_relative_to(tmp_path / "out") and (start / "model.safetensors").exists()
     shutil.rmtree(tmp_path / "cache")
     assert experiment.base(0) == str(start) and stamps(start) == before and len(seen) == 20
+    # A damaged one is replaced by the same, and by no other.
+    damaged = bytearray(whole := (start / "model.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (start / "model.safetensors").write_bytes(damaged)
+    assert experiment.base(0) == str(start) and len(seen) == 40
+    assert (start / "model.safetensors").read_bytes() == whole
+    (start / CHECKSUMS).write_text(
+        sealed({"files": checksums(start) | {"a": checksum(Path(__file__))}})
+    )
+    with pytest.raises(
+        UserError, match=r"seed0 is damaged \(a is missing\), and these versions make"
+    ):
+        experiment.base(0)
+    (start / CHECKSUMS).unlink()  # as experiments of earlier versions are
+    assert experiment.base(0) == str(start) and len(seen) == 40
     images = {e.images[0].tobytes() for e in seen}
     for cell in experiment.cells()[1:]:
         config = experiment.settings(cell)

@@ -1,6 +1,7 @@
 """Hostile and damaged files of an experiment: text stays text in the reports, damage is named."""
 
 import json
+import random
 import re
 from xml.etree import ElementTree
 
@@ -9,6 +10,9 @@ import pytest
 from mr1_fast.errors import UserError
 from mr1_fast.experiment import markdown
 from mr1_fast.experiment.report import write_report
+from mr1_fast.experiment.results import read_cell, read_results
+from mr1_fast.experiment.run_cell import _evidence
+from mr1_fast.integrity import sealed
 
 from ..data.experiment import METHODS, cell_folder, describe, write_experiment, write_samples
 from ..report.test_run_report import HOSTILE, Page
@@ -127,7 +131,7 @@ def test_long_answers_are_cut_with_a_note():
         ("run/metrics.jsonl", '{"step": 0}\n7\n', "metrics.jsonl line 2 is no JSON object"),
         ("../../../../experiment.json", "{}", "experiment.json is damaged"),
         ("../../../../experiment.json", '{"tasks": []}', "experiment.json is damaged"),
-        ("../../../../experiment.json", "hello", "experiment.json is no JSON object"),
+        ("../../../../experiment.json", "hello", "experiment.json is no JSON"),
     ],
 )
 def test_damaged_file_is_named(tmp_path, name, content, says):
@@ -150,3 +154,79 @@ def test_folder_without_experiment_and_page_that_cannot_be_written(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match=r"report\.html cannot be written"):
         write_report(tmp_path)
+
+
+def sealed_cell(folder):
+    """The folder of a finished cell whose files have checksums, as cells have them now."""
+    place = cell_folder(folder, "grpo", "counting", 0)
+    record = json.loads((place / "cell.json").read_text())
+    record["files"] = _evidence(place)
+    (place / "cell.json").write_text(sealed(record))
+    return place
+
+
+def read(folder):
+    return read_cell(folder, "grpo", "counting", 0, {"counting": 200, "geometry": 200})
+
+
+def test_no_byte_of_a_finished_cell_can_be_another(tmp_path):
+    folder = write_experiment(tmp_path, seeds=[0])
+    place, draw = sealed_cell(folder), random.Random(0)
+    sound = read(folder)
+    assert sound.state == "finished"
+    paths = [place / name for name in ("cell.json", "samples.json", "curve.jsonl")]
+    paths.append(place / "run" / "metrics.jsonl")
+    for number in range(200):
+        path = paths[number % 4]
+        data = path.read_bytes()
+        at = draw.randrange(len(data))
+        changed = data[:at] + bytes([data[at] ^ draw.randrange(1, 256)]) + data[at + 1 :]
+        path.write_bytes(changed if number % 3 else data[:at])
+        with pytest.raises(UserError, match=rf"{path.name} .*remove it, and run the experiment"):
+            read(folder)
+        path.write_bytes(data)
+    assert (read(folder).correct["geometry"]["greedy"] == sound.correct["geometry"]["greedy"]).all()
+
+
+def test_the_record_of_another_cell_is_refused(tmp_path):
+    folder = write_experiment(tmp_path, seeds=[0])
+    place = sealed_cell(folder)
+    other = cell_folder(folder, "grpo-d", "counting", 0)
+    (place / "cell.json").write_bytes((other / "cell.json").read_bytes())
+    with pytest.raises(UserError, match=r"cell\.json is damaged \(it is that of another cell"):
+        read(folder)
+
+
+VALUES = [None, "", "7", [], [[1]], {}, {"train": "x"}, True, 10**400, -1, float("nan")]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("name", ["seconds", "peak_memory", "correct"])
+def test_no_value_of_another_form_ends_in_a_traceback(name, value, tmp_path):
+    """Checksums hold here, or there are none, as in earlier versions."""
+    folder = write_experiment(tmp_path, seeds=[0])
+    path = cell_folder(folder, "grpo", "counting", 0) / "cell.json"
+    record = json.loads(path.read_text()) | {name: value}
+    for text in (json.dumps(record), sealed(record)):
+        path.write_text(text)
+        if name == "peak_memory" and value is None:
+            assert read(folder).state == "finished"
+            continue
+        with pytest.raises(
+            UserError, match=r"cell\.json is damaged .*remove it, and run the"
+        ) as told:
+            read(folder)
+        assert "\n" not in str(told.value)
+
+
+def test_the_description_of_an_experiment_is_whole(tmp_path):
+    folder = write_experiment(tmp_path, seeds=[0])
+    path, draw = folder / "experiment.json", random.Random(0)
+    data = sealed(json.loads(path.read_text())).encode()
+    path.write_bytes(data)
+    assert len(read_results(folder).cells) == 7
+    for _ in range(200):
+        at = draw.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ draw.randrange(1, 256)]) + data[at + 1 :])
+        with pytest.raises(UserError, match=r"experiment\.json is damaged"):
+            read_results(folder)

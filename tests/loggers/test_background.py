@@ -40,9 +40,18 @@ class Recorder(Logger):
         self.got.append("close")
 
 
-def started(tmp_path, known_steps=0, records=8, **behaviour):
+class Leaver(Recorder):
+    """Calls sys.exit at step `bad`."""
+
+    def log(self, metrics, step):
+        if step == self.bad:
+            sys.exit(0)
+        super().log(metrics, step)
+
+
+def started(tmp_path, known_steps=0, records=8, kind=Recorder, **behaviour):
     said = []
-    logger = Recorder(LoggerRun(tmp_path), **behaviour)
+    logger = kind(LoggerRun(tmp_path), **behaviour)
     background = Background("X", logger, said.append, known_steps, records)
     background.open(known_steps)
     return logger, background, said
@@ -106,8 +115,9 @@ def test_evaluations_of_a_resumed_run(tmp_path, monkeypatch):
     assert evaluations_of_a_resumed_run(tmp_path / "b", monkeypatch, True) == again
 
 
-def test_a_logger_that_raises_is_off_and_said_once(tmp_path):
-    logger, background, said = started(tmp_path, bad=1)
+@pytest.mark.parametrize("kind, reason", [(Recorder, "Connection"), (Leaver, "SystemExit")])
+def test_a_logger_that_raises_is_off_and_said_once(kind, reason, tmp_path):
+    logger, background, said = started(tmp_path, bad=1, kind=kind)
     log(background, 0, 1)
     background._queue.put(None)  # the thread has seen step 1 once it ends
     background._thread.join()
@@ -115,7 +125,7 @@ def test_a_logger_that_raises_is_off_and_said_once(tmp_path):
     background.close()
     assert logger.got == [("open", 0), (0, 0.0)]
     (sentence,) = said
-    assert sentence.startswith("logger X failed and is off for the rest of this run (Connection")
+    assert sentence.startswith(f"logger X failed and is off for the rest of this run ({reason}")
     assert "\n" not in sentence and len(sentence) < 500
 
 

@@ -66,7 +66,8 @@ def test_its_configuration_is_enough(settings, message, tmp_path):
 
 
 def test_quantised_files_are_refused(tmp_path):
-    settings = {"model_type": "qwen3", **SMALL, "quantization_config": {"quant_method": "fp8"}}
+    settings = {"model_type": "qwen3", **SMALL, "num_key_value_heads": 2}
+    settings["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="quantised by fp8: choose the 16-bit model"):
         find_model_config(str(tmp_path))

@@ -230,7 +230,8 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch):
     assert memory.amounts()["tokens_per_microbatch"] == 4096
     assert (
         memory.advise()
-        == "To make room: lower --tokens-per-microbatch, --prompts-per-step or --max-pixels."
+        == "To make room: lower --tokens-per-microbatch, or in a new run --prompts-per-step or "
+        "--max-pixels."
     )
 
 

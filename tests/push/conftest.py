@@ -5,8 +5,8 @@ import json
 import pytest
 from huggingface_hub import constants
 
-from mr1_fast.command_line import write_config
 from mr1_fast.config import TrainConfig
+from mr1_fast.resuming import write_config
 
 from ..data.hub_server import TOKEN, hub_server
 

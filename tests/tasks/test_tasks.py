@@ -2,11 +2,13 @@
 
 import hashlib
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from mr1_fast.config import TaskName
 from mr1_fast.errors import UserError
-from mr1_fast.tasks import DRAWN_TASKS, counting, format_problem, format_solution, get_task
+from mr1_fast.tasks import DRAWN_TASKS, TASKS, counting, format_problem, format_solution, get_task
 from mr1_fast.tasks.split import SPLITS
 
 WITH_IMAGES = {name: task for name, task in DRAWN_TASKS.items() if task.draws_images}
@@ -74,6 +76,7 @@ def test_a_task_draws_images_or_text_alone(task):
 
 def test_unknown_task_lists_the_known_ones():
     assert get_task("counting").draw is counting.draw
+    assert tuple(TASKS) == get_args(TaskName), "what the settings allow"
     with pytest.raises(UserError, match="'chess', but the known tasks are counting, geometry"):
         get_task("chess")
 

@@ -1,0 +1,109 @@
+"""A call whose time and memory are bounded, for what a file of somebody else makes a library do.
+
+It is computed in a forked child, as PyTorch's DataLoader has them, and its result comes back as
+JSON. No signal of Python's ends a call into C, such as a power of big integers or a regular
+expression that backtracks; the limits of the operating system end the whole child.
+"""
+
+import faulthandler
+import json
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+CPU_SECONDS = 5
+"""The processor time that a call has; a child whose parent has died ends by it, too."""
+WALL_SECONDS = 120.0
+"""How long a call is waited for, on a machine that is busy with something else."""
+MEMORY_BYTES = 1 << 30
+"""What a call may allocate beyond what its process had."""
+LONGEST_REPLY = 1 << 20
+"""The most bytes of a result."""
+
+
+class Refused(Exception):
+    """A call that has raised, or was ended by a limit; the message says which."""
+
+
+def bounded(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns, which must be JSON; nothing else that it does has an effect here.
+
+    Raises Refused where it raises, or needs more than CPU_SECONDS or MEMORY_BYTES.
+    """
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        _child(work, theirs)
+    os.close(theirs)
+    try:
+        reply = _read(ours)
+    finally:
+        os.close(ours)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        kind, value = json.loads(reply)
+    except ValueError as error:
+        raise Refused(
+            f"it takes more than {CPU_SECONDS} seconds or {MEMORY_BYTES >> 30} GiB, or crashes"
+        ) from error
+    if kind == "raised":
+        raise Refused(value)
+    return value
+
+
+def _read(descriptor: int) -> bytes:
+    """Read a reply to its end; an incomplete one where the time is over or it is too long."""
+    end = time.monotonic() + WALL_SECONDS
+    reply = b""
+    while len(reply) <= LONGEST_REPLY:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+        part = os.read(descriptor, 1 << 16) if ready else b""
+        if not part:
+            return reply
+        reply += part
+    return b""
+
+
+def _child(work: Callable[[], Any], descriptor: int) -> NoReturn:
+    """Run `work` in the forked child, write its result or error, and end without any cleaning up.
+
+    What the parent has opened is the parent's to flush and to close.
+    """
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        quiet = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(quiet, stream)
+        faulthandler.disable()  # a crash here is no crash of the command
+        _limit()
+        try:
+            reply = "done", work()
+        except MemoryError:
+            reply = "raised", f"it takes more than {MEMORY_BYTES >> 30} GiB of memory"
+        except BaseException as error:  # also the panics of a library in Rust
+            lines = str(error).strip().splitlines()
+            reply = "raised", f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+        text = json.dumps(reply).encode()
+        while text:
+            text = text[os.write(descriptor, text) :]
+    finally:
+        os._exit(0)
+
+
+def _limit() -> None:
+    """Set the limits of this process."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    with suppress(OSError, ValueError):  # Linux alone says how much a process has
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[0])
+        most = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
