@@ -15,6 +15,7 @@
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WRITES = 1, MAKES = 2, OTHERS = 4 };
@@ -55,8 +56,14 @@ static void place_of(int descriptor, char *place) {
 static int decide(const char *name, int kind, const char *place, long bytes) {
     if (strncmp(place, plan.root, plan.length) || (place[plan.length] && place[plan.length] != '/'))
         return PASS;
-    if (plan.log >= 0)
-        dprintf(plan.log, "%s %d %ld %s\n", name, kind, bytes, place + plan.length);
+    if (plan.log >= 0) {
+        char line[2 * PATH_MAX];
+        snprintf(line, sizeof line, "%s %d %ld %s", name, kind, bytes, place + plan.length);
+        for (char *each = line; *each; each++)
+            if (*each < ' ')
+                *each = '?'; /* a name may have line breaks */
+        dprintf(plan.log, "%s\n", line);
+    }
     if (!(kind & plan.kinds))
         return PASS;
     long number = __atomic_add_fetch(&plan.count, 1, __ATOMIC_SEQ_CST);
@@ -236,3 +243,25 @@ ON_PATH(chmod, OTHERS, (const char *path, mode_t mode), (path, mode), AT_FDCWD, 
 ON_PATH(unlink, OTHERS, (const char *path), (path), AT_FDCWD, path)
 ON_PATH(unlinkat, OTHERS, (int at, const char *path, int flags), (at, path, flags), at, path)
 ON_PATH(rmdir, OTHERS, (const char *path), (path), AT_FDCWD, path)
+
+/* --- the clocks --------------------------------------------------------------------------------- */
+
+static long jump_after = -1, jump_real, jump_monotonic;
+
+/* After `after` looks at a clock, that of the day is off by `real` seconds, others by `monotonic`. */
+void faults_clock(long after, long real, long monotonic) {
+    jump_real = real, jump_monotonic = monotonic, jump_after = after;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static long looks;
+    REAL(clock_gettime);
+    int status = real(clock, now);
+    if (!status && jump_after >= 0 && __atomic_add_fetch(&looks, 1, __ATOMIC_SEQ_CST) > jump_after) {
+        if (clock == CLOCK_REALTIME)
+            now->tv_sec += jump_real;
+        else if (clock == CLOCK_MONOTONIC || clock == CLOCK_BOOTTIME)
+            now->tv_sec += jump_monotonic;
+    }
+    return status;
+}

@@ -86,7 +86,7 @@ def preloaded() -> Iterator[None]:
         yield
 
 
-def forked(operate: Callable[[], object], folder: Path, fault: Fault = Fault()) -> Outcome:  # noqa: B008
+def forked(operate: Callable[[], object], folder: Path, fault: Fault = Fault()) -> Outcome:
     """Run `operate` as a command's main in a fork, with a fault at a call below `folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         log, said = Path(scratch, "log"), Path(scratch, "said")
@@ -113,7 +113,8 @@ def _run(operate: Callable, folder: Path, fault: Fault, log: Path, said: Path) -
             opened = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
             for stream in streams:
                 os.dup2(opened, stream)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
         arm = ctypes.CDLL(None).faults_arm
         arm.argtypes = [ctypes.c_char_p, ctypes.c_long, *[ctypes.c_int] * 5]
 
@@ -132,3 +133,41 @@ def _run(operate: Callable, folder: Path, fault: Fault, log: Path, said: Path) -
         ctypes.CDLL(None).faults_disarm()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
+
+
+# --- file systems -------------------------------------------------------------------------------
+
+
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_PRIVATE = 1, 32, 4096, 1 << 18
+CLONE_NEWNS, MS_REC = 0x20000, 16384
+
+
+def own_mounts() -> bool:
+    """Give this process mounts of its own; False where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        return False
+    return not libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+
+
+def mount(kind: str, folder: Path, flags: int = 0, options: str = "") -> None:
+    """Mount a file system, or a folder onto itself, for this process and its forks alone."""
+    libc, place = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
+    libc.mount.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_ulong, ctypes.c_char_p]
+    if libc.mount(place, place, kind.encode(), flags, options.encode()):
+        raise OSError(ctypes.get_errno(), f"mount of {folder}")
+
+
+def small_disk(folder: Path, size: str, again: bool = False) -> None:
+    """Put a file system of a size such as `8m` at `folder`, or give it another size."""
+    folder.mkdir(exist_ok=True)
+    mount("tmpfs", folder, MS_REMOUNT if again else 0, f"size={size}")
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let nothing be written below a folder within a block, not even by root."""
+    mount("", folder, MS_BIND)
+    mount("", folder, MS_BIND | MS_REMOUNT | MS_RDONLY)
+    yield
+    ctypes.CDLL(None).umount2(os.fsencode(folder), 2)

@@ -1,7 +1,7 @@
 """Whatever call of a save goes wrong, nothing is lost, and the next save works.
 
-Each save runs in forks, once for each call that it makes; `MR1_FAST_FAULTS=1` tries every call where
-the suite tries some.
+Each save runs in forks of one process, once for each call that it makes. The suite tries some of
+the calls; the slow tests try all of them.
 """
 
 import errno
@@ -15,7 +15,7 @@ import pytest
 
 from tests.data.faults import ALL, MAKES, WRITES, Fault, forked, needs_gcc
 from tests.data.gang import prepared
-from tests.data.savings import SAVINGS, content
+from tests.data.savings import SAVINGS
 
 pytestmark = needs_gcc
 
@@ -47,7 +47,7 @@ STATUS = {
 
 
 def try_calls(name: str, what: str, scratch: Path, every: int) -> dict[str, int]:
-    """Try a fault at each call of a save, or at some; returns how often it was tried, by outcome."""
+    """Try a fault at every n-th call of a save; returns how often it was tried, by exit status."""
     saving, fault = SAVINGS[name](), FAULTS[what]
     template, folder = scratch / "before", scratch / "folder"
     saving.prepare(template)
