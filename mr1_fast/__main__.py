@@ -3,6 +3,7 @@
 import runpy
 import sys
 
+from . import streams
 from .version import __version__
 
 COMMANDS = {
@@ -33,6 +34,7 @@ def usage() -> str:
 
 def main() -> None:
     """Run the command that the first argument names, with the other arguments."""
+    streams.prepare()
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in ("-h", "--help"):
         print(usage())

@@ -28,7 +28,7 @@ from . import torchrun
 from .config import TrainConfig
 from .config.objective import ALGORITHMS
 from .config.train import check_sharding
-from .errors import UserError, exit_on_user_error, exit_when_stopped
+from .errors import UserError, begin_command, exit_on_user_error
 from .profiles import profile_defaults
 from .resuming import AUTO, finished, started_before
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
@@ -75,9 +75,14 @@ def start(parse: Callable[[list[str]], Config]) -> Config:
         if __name__ == "__main__":
             config = start(parse_train_config)
     """
-    exit_when_stopped()
-    prepare_process()
+    begin()
     return exit_on_user_error(lambda: parse(sys.argv[1:]))
+
+
+def begin() -> None:
+    """Prepare the process of a command, and what libraries read from its environment."""
+    begin_command()
+    prepare_process()
 
 
 def prepare_process() -> None:

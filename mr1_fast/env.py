@@ -3,12 +3,18 @@
 The report is for bug reports, and for whoever wonders which extra to install.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from .command_line import begin
+
+    begin()
+
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .errors import exit_on_user_error, require_output
 from .kernels import native
 from .kernels.decode.linear import takes
 from .kernels.decode.operations import attention_backend
@@ -133,8 +139,9 @@ def main() -> None:
     """Print the report as a table."""
     for name, value in lines():
         print(f"{name:<20} {value}")
+    require_output()
 
 
 if __name__ == "__main__":
     leave_to_first()
-    main()
+    exit_on_user_error(main)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-from . import ending, torchrun
+from . import ending, streams, torchrun
 
 Result = TypeVar("Result")
 Handler = Callable[[int, FrameType | None], object]
@@ -24,6 +24,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and how a job scheduler or `kill` asks a process to end."""
 LONGEST = 1000
 """The most characters of a message; what is named in it may be of any length."""
+NO_MEMORY = "DefaultCPUAllocator: "
+"""What torch's RuntimeError says where the memory of the machine has no room."""
+WAYS_OUT = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room there",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or name another place",
+    (errno.EMFILE, errno.ENFILE): "raise the number of open files, by `ulimit -n`",
+}
+"""What helps against some of the errors of the system."""
 AGAIN = 0.02
 """Seconds after which a stop that Python has dropped is raised again."""
 
@@ -135,6 +143,30 @@ class SignalHandling:
             os.kill(os.getpid(), self.dropped.number)
 
 
+def require_output() -> None:
+    """Raise UserError where standard output, which a command is called for, could not be written.
+
+    It is not an error that a reader such as `head` has seen enough.
+    """
+    if lost := streams.lost_output():
+        raise UserError(f"standard output cannot be written ({lost}): send it somewhere else.")
+
+
+def begin_command() -> None:
+    """Prepare this process for a command: its streams, its signals, and the folder it works in."""
+    streams.prepare()
+    exit_when_stopped()
+    exit_on_user_error(_require_folder)
+
+
+def _require_folder() -> None:
+    """Raise UserError where the current folder is gone, of which torch dies without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder was deleted: change into another one.") from error
+
+
 def exit_when_stopped() -> None:
     """Let the stop signals end this process at once, with one line on stderr.
 
@@ -154,9 +186,10 @@ def _exit(number: int, frame: FrameType | None) -> None:
 def exit_on_user_error(main: Callable[[], Result]) -> Result:
     """Return what `main` returns, or exit with one line on stderr if it does not come to its end.
 
-    The status is 2 for a UserError or a full disk, 130 after Ctrl-C, and 143 after SIGTERM; any
-    other error is raised. Of several processes, the first to fail ends all of them with its line,
-    or with a traceback that names it; it exits with the same status, and torchrun with 1.
+    The status is 2 for a UserError and for what the system refuses, 130 after Ctrl-C, and 143 after
+    SIGTERM; any other error is raised. Of several processes, the first to fail ends all of them
+    with its line, or with a traceback that names it; it exits with the same status, and torchrun
+    with 1.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -175,6 +208,10 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             raise
         if isinstance(error, KeyboardInterrupt):
             exit_when_stopped()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # where both go to one file, these words are its last line
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)
         sys.exit(status)
 
@@ -185,7 +222,27 @@ def _ending(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return error.status if isinstance(error, Stopped) else 130, f"\n{str(error) or 'stopped'}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        full = error.filename or "the disk"
-        return 2, f"error: {full} is full: make room, then go on with --resume."
+    if reason := _refusal(error):
+        notes = getattr(error, "__notes__", [])
+        return 2, f"error: {'; '.join([reason, *notes])}."
     return 1, ""
+
+
+def _refusal(error: BaseException) -> str:
+    """Say what the system has refused, and the way out; "" for an error that is not of this kind.
+
+    Libraries raise OSError for reasons of their own, too, which then has no number.
+    """
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+        return "the memory of this machine is full: end other programs, or make the work smaller"
+    if isinstance(error, RecursionError):
+        return "something that was read is nested too deeply for Python: make it flatter"
+    if not isinstance(error, OSError) or error.errno is None:
+        return ""
+    name = error.filename
+    what = shortened(os.fsdecode(name), 300) if isinstance(name, str | bytes) else "a file"
+    way_out = "check that path, and the disk or network that it is on"
+    for numbers, words in WAYS_OUT.items():
+        if error.errno in numbers:
+            way_out = words
+    return f"{what} cannot be used ({error.strerror}): {way_out}"

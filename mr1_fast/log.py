@@ -137,6 +137,8 @@ class RunLog:
             logger.log(metrics, step)
         live = [f"{name} {metrics[name]:.3g}" for name in self.LIVE if name in metrics]
         live = live or [f"loss {metrics['loss']:.4f}"]
+        if metrics.get("skipped"):
+            live.append("skipped")
         if "mfu_update" in metrics:  # only on a card whose peak is known
             live.append(f"mfu {metrics['mfu_update']:.0%}")
         self.bar.set_postfix_str(" · ".join(live), refresh=False)

@@ -10,8 +10,10 @@ from .data_check import check_data
 from .distributed import World
 from .distributed.launch import join_world, require_same
 from .distributed.sharding import Sharding
+from .divergence import Divergence, not_finite
 from .errors import UserError, printable
 from .kernels.self_test import self_test
+from .learning_signal import LearningSignal
 from .log import RunLog, run_folder
 from .loss_scale import LossScale
 from .model.attention import attention_kernel
@@ -70,6 +72,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     if log.resuming:
         parts = checkpoint_parts(schedule, loss_scale)
         first_step = load_checkpoint(log.checkpoints, sharding, optimizer, start_fingerprint, parts)
+        require_numbers(policy, world, f"the checkpoint in {log.checkpoints} of step {first_step}")
         progress = load_progress(log, first_step, world, config.keep_best)
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers
         for mode in ("greedy", "sampled"):
@@ -97,6 +100,8 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         source=source,
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         progress=progress,
+        learning_signal=LearningSignal(config.steps - first_step),
+        divergence=Divergence(config.steps),
         time_limit=time_limit,
         log=log,
         memory=memory,
@@ -161,9 +166,16 @@ def load_models(
         reference = Reference(policy, config.reference, world) if config.needs_reference else None
         block = state_block(policy.model, config)
         sharding = spread(policy, reference, kind, world, mesh, block)
+    require_numbers(policy, world, f"model {config.model}")
     start = {"the version of torch": torch.__version__, "the starting model": start_fingerprint}
     require_same(world, start, "install the same version and name the same files on all machines")
     return policy, reference, sharding, start_fingerprint
+
+
+def require_numbers(policy: Policy, world: World, origin: str) -> None:
+    """Raise UserError, on every process, unless all weights of `origin` are finite."""
+    if name := not_finite(policy.model.named_parameters(), world):
+        raise UserError(f"{origin} has weights in {name} that are NaN or infinite: take another.")
 
 
 def load_data(

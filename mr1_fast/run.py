@@ -9,7 +9,10 @@ from .checkpoint import Stateful, save_checkpoint
 from .config import TrainConfig
 from .distributed import SINGLE, World
 from .distributed.sharding import Sharding
+from .divergence import Divergence, not_finite
+from .errors import UserError
 from .kl_schedule import KLSchedule
+from .learning_signal import LearningSignal
 from .log import RunLog
 from .loss_scale import LossScale
 from .model.policy import Policy
@@ -57,6 +60,10 @@ class Run:
     """What the evaluations so far have shown."""
     signals: StopSignals = field(default_factory=StopSignals)
     """Whether the run was told to stop."""
+    learning_signal: LearningSignal = field(default_factory=lambda: LearningSignal(0))
+    """Whether there is anything to learn from."""
+    divergence: Divergence = field(default_factory=Divergence)
+    """Whether steps still change the weights."""
     time_limit: TimeLimit = field(default_factory=TimeLimit)
     """When it must be over, and how long its parts take."""
     log: RunLog | None = None
@@ -91,6 +98,7 @@ class Run:
         """Write the checkpoint of the state after `steps_done` steps, unless it is there."""
         if self.saved == steps_done:
             return
+        self.require_numbers(steps_done)
         with self.time_limit.measure("save"):
             save_checkpoint(
                 self.log.checkpoints,
@@ -103,9 +111,51 @@ class Run:
         self.saved = steps_done
 
     def save_is_due(self, steps_done: int) -> bool:
-        """Say whether a checkpoint is due; under `max_hours` the first step shows its time."""
+        """Say whether a checkpoint is due; under `max_hours` the first step shows its time.
+
+        While steps are skipped none is due: the checkpoints from before must not go.
+        """
+        if self.divergence.skipped:
+            return False
         every = self.config.save_every
-        return bool(every and steps_done % every == 0) or self.time_limit.must_learn("save")
+        is_due = every and steps_done // every > self.saved // every
+        return bool(is_due) or self.time_limit.must_learn("save")
+
+    def look_at(self, step: int, metrics: dict[str, float]) -> None:
+        """Say so once if the metrics of a step show that nothing is learnt.
+
+        Raises UserError, on every process, if they show that the run has diverged.
+        """
+        for warning in self.learning_signal.look(metrics):
+            self.log.say(warning)
+        ends = self.divergence.observe(metrics)
+        if self.divergence.skipped == 1:  # it may be by weights that an earlier step has spoilt
+            self.require_numbers(step + 1)
+        if ends:
+            causes = f"a learning rate of {self.config.learning_rate:g}"
+            if metrics.get("beta"):
+                causes += f" or a β of {metrics['beta']:g}"
+            raise UserError(
+                f"training has diverged: {self.divergence.skipped} steps in a row, up to step "
+                f"{step}, changed no weight, since loss or gradients were NaN or infinite; "
+                f"{causes} may be too high; {self.way_back()}."
+            )
+
+    def require_numbers(self, steps_done: int) -> None:
+        """Raise UserError, on every process, unless all trained weights are finite."""
+        weights = ((part.name, part.weight) for part in self.sharding.parts)
+        if name := not_finite(weights, self.world):
+            raise UserError(
+                f"training has diverged: after {steps_done} steps {name} has weights that are NaN "
+                f"or infinite; {self.way_back()}."
+            )
+
+    def way_back(self) -> str:
+        """Say which checkpoint is left of a run that has diverged, and what to change."""
+        kept = "no checkpoint was saved before"
+        if self.saved:
+            kept = f"the checkpoint in {self.log.checkpoints} after {self.saved} steps is kept"
+        return f"{kept}: start again with a lower --learning-rate"
 
     def evaluation_is_due(self, steps_done: int) -> bool:
         """Say whether an evaluation on the way is due after `steps_done` steps, and not yet made.

@@ -10,6 +10,7 @@ import torch
 
 from .advantages import equal_groups
 from .config import TrainConfig
+from .divergence import named
 from .loss import linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
 from .model.forward import lm_head_weight
@@ -92,7 +93,7 @@ def sample(
             places=places,
         )
 
-    with run.sharding.whole_weights():
+    with run.sharding.whole_weights(), named(f"in step {step}"):
         if not examples:  # a round of few further prompts leaves some processes without one
             return Rollout([], [], [], [], [], [], config.num_generations)
         needed = fitting(prompts, config.num_generations, config).tokens

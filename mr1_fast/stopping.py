@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import ending, torchrun
-from .errors import SignalHandling, Stopped
+from .errors import SignalHandling, Stopped, UserError
 
 RECENT = 20
 """Of how many of the last steps the longest says how long the next one may take."""
@@ -84,6 +84,15 @@ class StopSignals:
         if self.received and isinstance(error, Exception) and not another:
             reason = " ".join(str(error).split()).removesuffix(".")
             raise self.stopped(f"as {type(error).__name__} came up ({reason})") from error
+        if isinstance(error, SystemExit):  # a scheduler would take status 0 for success
+            raise UserError(
+                f"something that the run calls, such as a reward or a logger, has called "
+                f"sys.exit({error.code!r}): remove that; {self._way_on()}."
+            ) from error
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):
+            raise Stopped(signal.SIGINT, f"stopped: {self._way_on()}") from error
+        if self._deferred and isinstance(error, Exception):
+            error.add_note(self._way_on())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         ending.told_to_end(number)

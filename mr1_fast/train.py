@@ -24,7 +24,6 @@ from .distributed.launch import leave_world, require_shared
 from .errors import exit_on_user_error
 from .evaluate.held_out import evaluate_if_due, print_table, record_evaluation, restore_best
 from .files import atomic_folder
-from .learning_signal import LearningSignal
 from .model.policy import Policy
 from .model.save import save_pretrained
 from .plan.out_of_memory import PACK_TOKENS
@@ -106,7 +105,6 @@ def take_steps(
 ) -> tuple[int, End]:
     """Do the steps that a run still has to do; returns how many are done, and why it ends there."""
     config, steps_done = run.config, run.first_step
-    signal = LearningSignal(config.steps - run.first_step)
     run.log.start(run.first_step)
     if watch and not run.log.resuming:
         watch(run.policy, 0)
@@ -123,8 +121,7 @@ def take_steps(
                     run.limits.agree()
                     metrics["seconds_data"] = run.world.most(data.waited)
                     run.log.step(step, metrics)
-                    for warning in signal.look(metrics):
-                        run.log.say(warning)
+                    run.look_at(step, metrics)
                     run.memory.record(metrics)
                     page.renew()
 
@@ -152,6 +149,7 @@ def live_page(run: Run) -> LivePage:
 def finish(run: Run, steps_done: int) -> None:
     """Make final/ of the last weights, or with `--keep-best` of the best, and evaluate them."""
     step = restore_best(run, steps_done)
+    run.require_numbers(step)
     final = run.log.folder / "final"
     with atomic_folder(final) if run.world.is_first else nullcontext() as folder:
         save_pretrained(run.policy, folder, run.config.save)

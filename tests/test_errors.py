@@ -1,19 +1,23 @@
 """Bad input ends a run with one sentence that names field and way out, and writes nothing."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mr1_fast.errors import UserError
+from mr1_fast.errors import UserError, exit_on_user_error
 from mr1_fast.evaluate import command as evaluate_command
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 
@@ -361,3 +365,78 @@ def test_a_command_that_is_stopped_says_so_in_a_line(code, status, message, tmp_
     done = run_script(tmp_path / "script.py", script)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (status, 2, "")
     assert message in done.stderr
+
+
+# --- what the system refuses --------------------------------------------------------------------
+
+
+def ending(error, capsys):
+    """Let a command end with an error; returns its status and what it prints on stderr."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", errno.errorcode, ids=errno.errorcode.values())
+def test_every_error_of_the_system_is_a_sentence_that_names_the_file(number, capsys):
+    name = "/a folder/Größe\x1b[31m\n.json"
+    for named, shown in (((name,), "/a folder/Größe\\x1b[31m\\n.json"), ((), "a file")):
+        status, said = ending(OSError(number, os.strerror(number), *named), capsys)
+        assert status == 2 and said.startswith(f"error: {shown} cannot be used (")
+        assert os.strerror(number) in said and said.count("\n") == 1 and said.endswith(".\n")
+
+
+def loop(folder):
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop"
+
+
+REFUSED = {
+    "nothing there": lambda folder: folder / "nowhere" / "file",
+    "a folder": lambda folder: folder,
+    "below a file": lambda folder: Path(__file__) / "file",
+    "a long name": lambda folder: folder / ("x" * 300),
+    "a loop of links": loop,
+    "a device without a driver": lambda folder: Path("/proc/self/mem") / "x",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_opened_is_named(make, tmp_path, capsys):
+    path = make(tmp_path)
+    with pytest.raises(OSError) as raised:
+        path.open("wb")
+    status, said = ending(raised.value, capsys)
+    assert status == 2 and str(path)[:200] in said and len(said) < 600
+
+
+NO_ROOM = {
+    "Python": lambda: bytearray(2**62),
+    "NumPy": lambda: np.zeros(2**50),
+    "torch": lambda: torch.empty(2**52),
+}
+
+
+@pytest.mark.parametrize("ask", NO_ROOM.values(), ids=NO_ROOM)
+def test_a_full_memory_is_a_sentence(ask, capsys):
+    with pytest.raises((MemoryError, RuntimeError)) as raised:
+        ask()
+    status, said = ending(raised.value, capsys)
+    assert status == 2 and said.startswith("error: the memory of this machine is full: ")
+
+
+def test_endless_nesting_is_a_sentence(capsys):
+    with pytest.raises(RecursionError) as raised:
+        json.loads("[" * 10**6)
+    assert ending(raised.value, capsys)[1].startswith("error: something that was read is nested")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    for error in (ValueError("a fault"), OSError("one of a library, without a number")):
+        with pytest.raises(type(error)) as raised:
+            exit_on_user_error(lambda error=error: (_ for _ in ()).throw(error))
+        assert raised.value is error

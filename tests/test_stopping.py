@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec, spec_from_file_location
@@ -20,7 +21,7 @@ from mr1_fast import preparing, stopping
 from mr1_fast import run as run_module
 from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
-from mr1_fast.errors import STOP_SIGNALS, Stopped
+from mr1_fast.errors import STOP_SIGNALS, Stopped, UserError, exit_on_user_error
 from mr1_fast.report.plots import PLOTS
 from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
@@ -167,6 +168,36 @@ def test_an_error_that_follows_a_signal_is_told_as_a_stop():
         subprocess.run(["false"], check=True)
     with pytest.raises(subprocess.CalledProcessError), StopSignals():
         subprocess.run(["false"], check=True)
+
+
+@pytest.mark.parametrize("code", [0, None, 3, "bye"])
+def test_nothing_that_a_run_calls_can_end_it_with_status_0(code):
+    with (
+        pytest.raises(UserError, match=r"has called sys\.exit\(.*\): remove that; go on with X\.$"),
+        StopSignals() as signals,
+    ):
+        signals.defer(lambda: "go on with X")
+        sys.exit(code)
+    with pytest.raises(Stopped, match=r"^stopped: go on with X$") as told, StopSignals() as signals:
+        signals.defer(lambda: "go on with X")
+        raise KeyboardInterrupt
+    assert told.value.status == 130
+
+
+def test_an_unexpected_error_and_a_refusal_end_with_how_to_go_on(capsys):
+    def fail(error):
+        with StopSignals() as signals:
+            signals.defer(lambda: "go on with X")
+            raise error
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        exit_on_user_error(lambda: fail(ZeroDivisionError("a fault")))
+    assert traceback.format_exception(raised.value)[-1].endswith("go on with X\n")
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(lambda: fail(PermissionError(13, "Permission denied", "/a/file")))
+    said = "error: /a/file cannot be used (Permission denied): change its permissions, or name "
+    assert capsys.readouterr().err == f"{said}another place; go on with X.\n"
+    assert ended.value.code == 2
 
 
 def test_signals_are_left_alone_in_other_threads_and_where_they_are_ignored():

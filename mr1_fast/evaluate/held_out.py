@@ -10,6 +10,7 @@ from ..accuracy import evaluate, judged, summarise
 from ..checkpoint import keep_only, load_weights, save_weights, saved_steps
 from ..config import TrainConfig
 from ..distributed import SINGLE, World
+from ..divergence import named
 from ..files import write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
@@ -47,7 +48,7 @@ def record_evaluation(run: Run, when: str, step: int) -> None:
         result["final_step"] = step
     task, data = get_task(config.task), config.eval_data or config.data
     for mode in MODES:
-        answered = _held_out_answers(run, mode)
+        answered = _held_out_answers(run, mode, step)
         if answered is None:
             return
         records, seconds = answered
@@ -75,7 +76,7 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     """
     if not run.evaluation_is_due(steps_done):
         return
-    if answered := _held_out_answers(run, "greedy"):
+    if answered := _held_out_answers(run, "greedy", steps_done):
         records, seconds = answered
         _record_point(run, steps_done, records, seconds)
         note = "" if run.progress.waiting else ", the best so far"
@@ -91,6 +92,7 @@ def _record_point(run: Run, step: int, records: list[dict], seconds: float) -> N
     progress, summary = run.progress, summarise(records)
     progress.accuracies[step] = summary["accuracy"]
     if run.config.keep_best and progress.best() == step:
+        run.require_numbers(step)
         save_weights(run.log.best, step, run.sharding)
     run.log.evaluation({"step": step, **summary, "seconds": round(seconds, 3)})
     if run.world.is_first:
@@ -116,8 +118,8 @@ def restore_best(run: Run, steps_done: int) -> int:
     return best
 
 
-def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
-    """Answer a run's held-out items; returns their records, and how many seconds that took.
+def _held_out_answers(run: Run, mode: str, step: int) -> tuple[list[dict], float] | None:
+    """Answer a run's held-out items after `step` steps; returns their records and the seconds.
 
     The time limit takes note of the seconds. None, on every process, if a signal to any of them
     has ended it.
@@ -125,7 +127,8 @@ def _held_out_answers(run: Run, mode: str) -> tuple[list[dict], float] | None:
     if run.signals.agree(run.world.most):
         return None
     started = time.perf_counter()
-    with run.sharding.whole_weights():
+    where = f"in the evaluation after {step} steps"
+    with run.sharding.whole_weights(), named(where):
         records = answers(
             run.policy,
             run.config,

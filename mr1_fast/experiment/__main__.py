@@ -2,7 +2,7 @@
 
 import sys
 
-from ..command_line import parse_settings, prepare_process
+from ..command_line import begin, parse_settings
 from ..errors import exit_on_user_error
 from .settings import ExperimentConfig
 
@@ -18,5 +18,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    prepare_process()
+    begin()
     exit_on_user_error(lambda: main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """What `python -m mr1_fast.plan` prints."""
 
+from ..errors import require_output
 from ..model.families import pixels_per_token
 from ..model.known import find_model_config
 from .advice import advice
@@ -31,3 +32,4 @@ def print_plan(config: PlanConfig) -> None:
     changes = [] if usable is None else advice(config, model_config, usable, config.gpus)
     if changes:
         print("to make it fit:\n" + "\n".join(f"  {line}" for line in changes))
+    require_output()

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..command_line import begin
 from ..errors import exit_on_user_error
 from ..torchrun import leave_to_first
 
@@ -33,4 +34,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     leave_to_first()
+    begin()
     exit_on_user_error(main)

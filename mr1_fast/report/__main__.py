@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import exit_on_user_error
+from ..errors import begin_command, exit_on_user_error
 from ..torchrun import leave_to_first
 
 
@@ -36,4 +36,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     leave_to_first()
+    begin_command()
     exit_on_user_error(main)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ..divergence import NoNumbers
 from .cache import Layout
 from .table import Columns
 
@@ -280,7 +280,7 @@ class Schedule:
     def record(self, step: Step, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Record the results of a step, and end the samples whose completion is over.
 
-        tokens, logprobs: (R,) each. Samples that had ended before are ignored. Raises UserError for
+        tokens, logprobs: (R,) each. Samples that had ended before are ignored. Raises NoNumbers for
         a token of −1, which a row with NaN gives.
         """
         live = self.sample[step.spans] == step.samples
@@ -314,9 +314,9 @@ class Schedule:
 
 
 def check_tokens(tokens: np.ndarray, counts: np.ndarray) -> None:
-    """Raise UserError for a token of −1, which NaN gives; `counts` tokens came before each."""
+    """Raise NoNumbers for a token of −1, which NaN gives; `counts` tokens came before each."""
     if (tokens < 0).any():
-        raise UserError(
+        raise NoNumbers(
             f"the model's logits are NaN after {counts[tokens < 0][0]} tokens of a completion: "
             "its weights are damaged, or training has diverged. Go back to an earlier "
             "checkpoint, or lower --learning-rate."

@@ -1,9 +1,13 @@
 """Who has what, and what small values become of all processes."""
 
+import math
+
 import pytest
+import torch
 
 from mr1_fast.distributed import SINGLE, World
 from mr1_fast.distributed.world import in_order
+from mr1_fast.divergence import not_finite
 from tests.data.gang import gang
 
 
@@ -29,6 +33,9 @@ def exchange(world):
         pass
     sums = world.sums([world.rank, 1])
     whole = world.whole(world.share(list("abcd")))
+    mine = torch.tensor([1.0, math.nan if world.is_first else 1.0])
+    lost = not_finite([("a", torch.ones(3)), ("b", mine)], world)
+    assert (not_finite([("a", torch.ones(3))], world), lost) == ("", "b")
     return sums, whole, world.most(world.rank), world.least(world.rank), world.of_first(world.rank)
 
 
