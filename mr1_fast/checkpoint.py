@@ -5,34 +5,47 @@ from all steps so far, such as a β that reacts to the KL. It needs no random st
 order, sampling and dropout of step s are seeded from (seed, s) alone.
 
 Every process writes a part (torch.distributed.checkpoint), and any number of processes can go on
-from it, with any sharding. `state.json` has size and checksum of each file, so that a damaged one
-is found and named before anything is changed.
+from it, with any sharding. `state.json` has size and checksum of each file and of itself, so that a
+damaged one is found and named before anything is changed.
 """
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from .distributed import World
-from .distributed.pieces import load_pieces, save_pieces
+from .distributed.pieces import Piece, check_pieces, load_pieces, save_pieces
+from .distributed.saved_record import (
+    OF_ALL,
+    OF_WEIGHTS,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Damaged,
+    optimizer_reader,
+    reader_of,
+    sound_record,
+)
 from .distributed.saved_state import optimizer_pieces, restore_optimizer, weight_pieces
-from .distributed.shard_files import ShardReader, checksum
+from .distributed.shard_files import ShardReader
 from .distributed.sharding import Sharding
 from .errors import UserError
-from .files import atomic_folder, cannot_save
+from .files import atomic_folder, cannot_save, discard_folder, sweep
+from .integrity import sealed
+from .resuming import saved_steps, step_folder
 
 KEEP = 2
 """How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-"""The files of a process alone; of several, each has its number in the first two names."""
+UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError)
+"""What reading a checkpoint raises whose checksums hold, or are missing, but whose content does not
+fit together."""
 
 
 class Stateful(Protocol):
@@ -68,9 +81,10 @@ def save_checkpoint(
     """Write the checkpoint of the state after `step` steps, for example `folder/step-000050`.
 
     The numbers of `parts` are kept under their names. A save that fails leaves nothing behind.
-    Checkpoints that are older than the newest KEEP are removed.
+    Checkpoints that are older than the newest KEEP are removed, and so are those of later steps:
+    they were damaged, or the run would have gone on from them.
     """
-    world, path = sharding.world, _step_folder(folder, step)
+    world, path = sharding.world, step_folder(folder, step)
     tensors, numbers = optimizer_pieces(optimizer, sharding.parts)
 
     def write(temporary: Path) -> dict[str, Any]:
@@ -88,8 +102,9 @@ def save_checkpoint(
 
     _save_together(path, world, write)
     if world.is_first:
-        for old in sorted(folder.glob("step-*"))[:-KEEP]:
-            shutil.rmtree(old)
+        steps = saved_steps(folder)
+        keep_only(folder, set([each for each in steps if each <= step][-KEEP:]))
+        sweep(folder)
     world.barrier()
     return path
 
@@ -102,7 +117,7 @@ def save_weights(folder: Path, step: int, sharding: Sharding) -> None:
         files = save_pieces(weight_pieces(sharding.model), temporary / WEIGHTS, world)
         return {"step": step, "files": files}
 
-    _save_together(_step_folder(folder, step), world, write)
+    _save_together(step_folder(folder, step), world, write)
 
 
 def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, Any]]) -> None:
@@ -116,14 +131,15 @@ def _save_together(path: Path, world: World, write: Callable[[Path], dict[str, A
     folder = atomic_folder(path)
     with ExitStack() as stack:  # that of the first process makes, names or removes the folder
         world.in_all(lambda: world.is_first and stack.enter_context(folder))
+        temporary = world.of_first(folder.temporary)
         try:
-            record = write(folder.temporary)
+            record = write(temporary)
         except OSError as error:
             raise cannot_save(path, error) from error
 
         def end() -> None:
             if world.is_first:
-                (folder.temporary / STATE).write_text(json.dumps(record, indent=1))
+                (temporary / STATE).write_text(sealed(record))
                 stack.close()
 
         try:
@@ -141,6 +157,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     start_fingerprint: str,
     parts: Mapping[str, Stateful] | None = None,
+    fall_back: Callable[[str], None] | None = None,
 ) -> int:
     """Restore the newest checkpoint in `folder`; returns how many steps had been done by then.
 
@@ -148,27 +165,43 @@ def load_checkpoint(
     the checkpoint has no numbers stays as it is: those of earlier versions have none, and a setting
     may have been changed.
 
-    Raises UserError where there is none, where a file is damaged, missing or that of another
-    checkpoint, and where it was made from another starting model or with another optimizer.
+    fall_back: where it is given, the newest checkpoint that is not damaged is taken, and this is
+        called with a sentence for each that is.
+
+    Raises UserError, with nothing changed, where there is none, where a file is damaged, missing or
+    that of another checkpoint, and where it was made from another starting model or with another
+    optimizer.
     """
-    world = sharding.world
-    steps = world.of_first(saved_steps(folder))
+    steps = sharding.world.of_first(saved_steps(folder))
     if not steps:
         raise UserError(
             f"there is no checkpoint in {folder}: start the run anew, with a new --output."
         )
-    path = _step_folder(folder, steps[-1])
-    way_out = "delete it and start the run anew, with a new --output"
-    if steps[:-1]:
-        way_out = f"delete it to resume from {_step_folder(folder, steps[-2]).name}"
-    try:
-        record = _sound_record(path, world, ("start", "optimizer", "optimizer_numbers"))
-        weights = _reader(path, record, WEIGHTS)
-        saved = weights.read_metadata().state_dict_metadata
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(path, error, way_out) from error
-    pieces = weight_pieces(sharding.model)
-    if record["start"] != start_fingerprint or saved.keys() != pieces.keys():
+    while steps:
+        path = step_folder(folder, steps.pop())
+        before = step_folder(folder, steps[-1]).name if steps else ""
+        try:
+            return _load(path, sharding, optimizer, start_fingerprint, parts or {})
+        except Damaged as error:
+            damaged = f"checkpoint {path} is damaged ({error})"
+        if before and fall_back is not None:
+            fall_back(f"{damaged}: the run goes on from {before}.")
+        elif before:
+            raise UserError(f"{damaged}: delete it to resume from {before}.")
+    raise UserError(f"{damaged}: delete it and start the run anew, with a new --output.")
+
+
+def _load(
+    path: Path,
+    sharding: Sharding,
+    optimizer: torch.optim.Optimizer,
+    start_fingerprint: str,
+    parts: Mapping[str, Stateful],
+) -> int:
+    """Restore one checkpoint; returns its steps. Raises Damaged before anything is changed."""
+    world, pieces = sharding.world, weight_pieces(sharding.model)
+    record = sound_record(path, world, OF_ALL)
+    if record["start"] != start_fingerprint or not _has_same(path, record, pieces, world):
         raise UserError(
             f"checkpoint {path} was made from another model: resume with the --model, --lora, "
             "--freeze-vision and --seed of that run."
@@ -178,133 +211,69 @@ def load_checkpoint(
             f"checkpoint {path} was made with optimizer {record['optimizer']}: resume with the "
             "--optimizer of that run."
         )
+    kept = {name: state for name, state in record.get("parts", {}).items() if state}
+
+    def fitting() -> tuple[ShardReader, ShardReader, dict[str, Any]]:
+        weights = reader_of(path, record, WEIGHTS)
+        check_pieces(pieces, weights)
+        for name in kept.keys() & parts.keys():
+            deepcopy(parts[name]).load(kept[name])
+        return weights, *optimizer_reader(path, record, list(pieces))
+
     try:
-        states = record.get("parts", {})
-        for name, part in (parts or {}).items():
-            if states.get(name):
-                part.load(states[name])
-        reader, numbers = _optimizer_reader(path, record, pieces)
+        weights, states, numbers = world.in_all(fitting)
         # Last come the weights: an optimizer that does not fit leaves all as it was.
-        restore_optimizer(optimizer, sharding.parts, reader, numbers, world)
+        restore_optimizer(optimizer, sharding.parts, states, numbers, world)
         load_pieces(pieces, weights, world)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise _damaged(path, error, way_out) from error
+    except UNFIT as error:
+        raise Damaged(str(error)) from error
+    for name in kept.keys() & parts.keys():
+        parts[name].load(kept[name])
     return record["step"]
 
 
 def load_weights(folder: Path, step: int, sharding: Sharding) -> None:
     """Restore the trained weights that `save_weights` has written.
 
-    Raises UserError where they are missing or damaged.
+    Raises UserError, with nothing changed, where they are missing or damaged.
     """
-    world, path = sharding.world, _step_folder(folder, step)
+    world, path = sharding.world, step_folder(folder, step)
     pieces = weight_pieces(sharding.model)
     try:
-        reader = _reader(path, _sound_record(path, world), WEIGHTS)
-        saved = reader.read_metadata().state_dict_metadata
-    except (OSError, ValueError, SafetensorError) as error:
+        record = sound_record(path, world, OF_WEIGHTS)
+        fits = _has_same(path, record, pieces, world)
+        reader = reader_of(path, record, WEIGHTS)
+        if fits:
+            world.in_all(lambda: check_pieces(pieces, reader))
+            load_pieces(pieces, reader, world)
+    except (Damaged, *UNFIT) as error:
         raise UserError(
             f"the weights in {path} cannot be read ({error}): resume without --keep-best."
         ) from error
-    if saved.keys() != pieces.keys():
+    if not fits:
         raise UserError(f"the weights in {path} are of another model: resume without --keep-best.")
-    load_pieces(pieces, reader, world)
 
 
-def _sound_record(path: Path, world: World, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what the first process reads in `state.json`, once all files have been checked.
+def _has_same(
+    path: Path, record: Mapping[str, Any], pieces: Mapping[str, Piece], world: World
+) -> bool:
+    """Say, on all processes alike, whether the weights in `path` have the names of these pieces."""
 
-    Each process checks a part of the files. Raises ValueError in all of them, which names the file,
-    if one is damaged or missing, or if `state.json` lacks one of `keys`.
-    """
-    read = world.in_all(lambda: _record(path, keys) if world.is_first else None)
-    record = world.of_first(read)
-    expected = record.get("files") or dict.fromkeys([WEIGHTS, OPTIMIZER][: 2 if keys else 1])
-    mine = [_finding(path / name, check) for name, check in world.share(list(expected.items()))]
-    for finding in world.whole(mine):
-        if finding:
-            raise ValueError(finding)
-    return record
+    def read() -> bool:
+        metadata = reader_of(path, record, WEIGHTS).read_metadata()
+        return metadata.state_dict_metadata.keys() == pieces.keys()
 
-
-def _record(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Read `state.json`; weights alone had none in earlier versions."""
-    if not keys and not (path / STATE).exists():
-        return {}
     try:
-        record = json.loads((path / STATE).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{STATE} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{STATE}: {error}") from error
-    for key in ("step", *keys):
-        if key not in record:
-            raise ValueError(f"{STATE} has no {key}")
-    if _step_folder(path.parent, record["step"]) != path:
-        raise ValueError(f"{STATE} is that of step {record['step']}")
-    return record
-
-
-def _finding(path: Path, expected: dict[str, Any] | None) -> str:
-    """Say what is wrong with a file, "" for nothing; earlier versions have no checksum of it."""
-    try:
-        if expected is None:
-            with safe_open(path, "pt"):
-                return ""
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{path.name} has {size} bytes instead of {expected['bytes']}"
-        return "" if checksum(path) == expected else f"{path.name} is not what was written"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except (OSError, LookupError, TypeError, SafetensorError) as error:
-        return f"{path.name}: {error}"
-
-
-def _reader(path: Path, record: Mapping[str, Any], kind: str) -> ShardReader:
-    """Return the reader of all files of weights, or of the optimizer."""
-    files = record.get("files") or [kind]
-    return ShardReader([path / name for name in files if name.startswith(Path(kind).stem)])
-
-
-def _optimizer_reader(
-    path: Path, record: Mapping[str, Any], trained: Iterable[str]
-) -> tuple[ShardReader, dict[str, Any]]:
-    """Return the reader of the optimizer's tensors, and its numbers.
-
-    Earlier versions have the numbers of the trained parameters in place of their names.
-    """
-    numbers = record["optimizer_numbers"]
-    if "files" in record:
-        return _reader(path, record, OPTIMIZER), numbers
-    names = list(trained)
-
-    def rename(key: str) -> str:
-        number, *_, name = key.split(".")
-        return f"{names[int(number)]}.{name}"
-
-    renamed = {rename(key): value for key, value in numbers.items()}
-    return ShardReader([path / OPTIMIZER], rename), renamed
-
-
-def _damaged(path: Path, error: Exception, way_out: str) -> UserError:
-    return UserError(f"checkpoint {path} is damaged ({error}): {way_out}.")
+        return all(world.gather(world.in_all(read)))
+    except UNFIT as error:
+        raise Damaged(str(error)) from error
 
 
 # --- the folders --------------------------------------------------------------------------------
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
-    numbers = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
-    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def keep_only(folder: Path, steps: set[int]) -> None:
     """Remove the weights in `folder` that are not of one of `steps`."""
     for step in saved_steps(folder):
         if step not in steps:
-            shutil.rmtree(_step_folder(folder, step))
-
-
-def _step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:06d}"
+            discard_folder(step_folder(folder, step))

@@ -30,7 +30,7 @@ from .config.objective import ALGORITHMS
 from .config.train import check_sharding
 from .errors import UserError, begin_command, exit_on_user_error
 from .profiles import profile_defaults
-from .resuming import AUTO, finished, started_before
+from .resuming import AUTO, AutoResumed, finished, started_before
 from .setting_values import SettingsLoader, Unfit, convert, described, metavar, shown
 
 PRECEDENCE = (
@@ -128,6 +128,8 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     if "algo" in given.flags:
         parser.check_algorithm(given)
     config = parser.settle(given)
+    if is_auto and resume is not None:
+        config.resume = AutoResumed(resume)
     config.check_prompts(processes)
     if processes > 1:
         check_sharding(config)

@@ -7,9 +7,11 @@ then renamed. Whatever goes wrong becomes a UserError that names the file and th
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from errno import ENOTDIR
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,11 +19,16 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from .errors import UserError
+from .locks import locked
 
 LOCK = ".lock"
 """The file in a folder that whoever works there holds locked."""
 RESUME = "make room there, then go on with --resume"
 """The way out for files that a training run writes as it goes on."""
+GO_ON = "make room or permission there, then go on from the last checkpoint with --resume"
+"""The way out for folders that a training run makes."""
+SWAP_SECONDS = 10.0
+"""How long one process waits for another that gives a folder its name, which takes no time."""
 
 
 def write_text(path: Path, text: str, way_out: str = "choose another path") -> None:
@@ -34,10 +41,9 @@ def write_bytes(path: Path, content: bytes, way_out: str = "choose another path"
 
     Raises UserError, which ends with `way_out`, where that fails; `path` is then as it was.
     """
-    # Processes of two machines, which may share the folder, can have the same number.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+    temporary = _unique(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(path)
         try:
             temporary.write_bytes(content)
             _sync(temporary)
@@ -79,7 +85,7 @@ def keep_lines_before(path: Path, step: int, way_out: str = RESUME) -> None:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path, way_out: str = GO_ON) -> Iterator[None]:
     """Keep other processes waiting here until the block has ended, in which `path` is made.
 
     The lock is a hidden file beside `path`; the system frees it if the process dies. Where the file
@@ -89,7 +95,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock").open("a")
     except OSError as error:
-        raise cannot_save(path, error) from error
+        raise cannot_save(path, error, way_out) from error
     with lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -124,77 +130,166 @@ class atomic_folder:
     """Context manager that yields a temporary folder to fill, which then becomes `path`.
 
     If the block raises, `path` stays as it was and the temporary folder is removed; a full disk, or
-    a missing permission, becomes a UserError. A folder that `path` names already is moved aside,
-    the new one takes its name, and the old one is removed last. A process that is killed after
-    the old folder has been moved and before the new one has its name leaves no `path`, but the old
-    folder as `.NAME.replaced`: the next `atomic_folder(path)`, or `restore_folder(path)` of whoever
-    reads it, brings it back.
+    a missing permission, becomes a UserError, which ends with `way_out`. Any number of processes
+    may fill the same `path`: each has a temporary folder of its own, and the last to end wins, or
+    with `first_wins` the first.
+
+    A folder that `path` names already is moved aside, the new one takes its name, and the old one
+    is removed last. A process that is killed between the two leaves no `path`, but the old folder
+    as `.NAME.replaced`: the next `atomic_folder(path)`, or `restore_folder(path)` of whoever reads
+    it, brings it back. What killed processes had half filled is removed by the next one.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.partial")
+    def __init__(self, path: Path, way_out: str = GO_ON, first_wins: bool = False):
+        self.path, self.way_out, self.first_wins = path, way_out, first_wins
+        self.temporary = _unique(path)
+        self._lock = ExitStack()
 
     def __enter__(self) -> Path:
         try:
+            if os.path.lexists(self.path) and not self.path.is_dir():
+                raise NotADirectoryError(ENOTDIR, "there is something else of this name")
             restore_folder(self.path)
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
+            sweep(self.path.parent, self.path.name)
+            _make_parents(self.path)
+            while not self._make_temporary():
+                self.temporary = _unique(self.path)
         except OSError as error:
-            raise cannot_save(self.path, error) from error
+            raise cannot_save(self.path, error, self.way_out) from error
         return self.temporary
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is None:
+    def _make_temporary(self) -> bool:
+        """Make the temporary folder, locked; False if another process has just swept it away."""
+        self.temporary.mkdir()
+        try:
+            self._lock.enter_context(locked(self.temporary))
+        except FileNotFoundError:
+            return False
+        return self.temporary.exists()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        with self._lock:
             try:
-                self._take_the_name()
+                if error is None:
+                    self._force_to_disk()
+                    self._take_the_name()
             except OSError as failure:
                 error = failure
-        if error is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            finally:
+                shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise cannot_save(self.path, error) from error
+            raise cannot_save(self.path, error, self.way_out) from error
 
-    def _take_the_name(self) -> None:
+    def _force_to_disk(self) -> None:
+        # Some libraries make files that their owner alone can read. The folder obeys the umask.
+        mode = self.temporary.stat().st_mode & 0o666
         for path in self.temporary.rglob("*"):
             if path.is_dir():
                 _sync_names(path)
-            else:
-                _sync(path)
+                continue
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod(mode)
+            _sync(path)
         _sync_names(self.temporary)
 
-        replaced = _replaced(self.path)
-        if self.path.exists():
-            self.path.rename(replaced)
-        try:
-            self.temporary.rename(self.path)
-        except OSError:
-            restore_folder(self.path)
-            raise
+    def _take_the_name(self) -> None:
+        replaced, old = _replaced(self.path), _unique(self.path)
+        with locked(self.path.parent, SWAP_SECONDS):
+            _restore(self.path)
+            _sync_names(self.path.parent)
+            if self.path.exists():
+                if self.first_wins:
+                    return
+                self.path.rename(replaced)
+            try:
+                self.temporary.rename(self.path)
+            except BaseException:
+                _restore(self.path)
+                raise
 
-        # The new name must be on the disk before the old content is gone from it.
-        _sync_names(self.path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+            # The new name must be on the disk before the old content is gone from it.
+            _sync_names(self.path.parent)
+            if os.path.lexists(replaced):
+                replaced.rename(old)
+        _remove(old)
 
 
 def restore_folder(path: Path) -> None:
     """Finish what a process that was killed in `atomic_folder(path)` had begun.
 
-    Brings the old folder back if no new one has taken its name, and removes it otherwise.
+    Brings the old folder back if no new one has taken its name, and removes it otherwise. Nothing
+    is done to what a process that is alive has moved aside.
     """
+    if os.path.lexists(_replaced(path)):
+        with locked(path.parent, SWAP_SECONDS):
+            _restore(path)
+
+
+def _restore(path: Path) -> None:
     replaced = _replaced(path)
-    if not replaced.exists():
+    if not os.path.lexists(replaced):
         return
     if path.exists():
-        shutil.rmtree(replaced)
+        replaced.rename(old := _unique(path))
+        _remove(old)
     else:
         replaced.rename(path)
         _sync_names(path.parent)
 
 
+def discard_folder(path: Path) -> None:
+    """Remove a folder, which loses its name first: a half removed one is never taken for a whole.
+
+    One that cannot be removed stays.
+    """
+    old = _unique(path)
+    with suppress(OSError):
+        path.rename(old)
+        _remove(old)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes have left of `folder / name`, or of everything in `folder`.
+
+    A temporary folder stays while the process that fills it is alive, and also where the file
+    system has no locks by which to tell.
+    """
+    left = re.compile(
+        r"\.%s(\.[0-9a-f]{12})?\.partial" % (".+" if name is None else re.escape(name))
+    )
+    try:
+        paths = [path for path in folder.iterdir() if left.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return
+    for path in paths:
+        with suppress(OSError), locked(path, seconds=0, must=True):
+            _remove(path)
+
+
 def _replaced(path: Path) -> Path:
     """Where `atomic_folder` keeps the old folder until the new one has its name."""
     return path.with_name(f".{path.name}.replaced")
+
+
+def _unique(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process has, also on other machines."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_parents(path: Path) -> None:
+    """Make the folders above `path`, and force their names to the disk."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync_names(folder.parent)
 
 
 def _sync_names(folder: Path) -> None:
@@ -216,9 +311,6 @@ def _cannot_write(path: Path, error: OSError, way_out: str) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror}): {way_out}.")
 
 
-def cannot_save(path: Path, error: Exception) -> UserError:
+def cannot_save(path: Path, error: Exception, way_out: str = GO_ON) -> UserError:
     """Return what to raise where the folder `path` could not be made, of which nothing is left."""
-    return UserError(
-        f"{path} could not be saved ({error}): nothing of it was kept; make room or permission "
-        "there, then go on from the last checkpoint with --resume."
-    )
+    return UserError(f"{path} could not be saved ({error}): nothing of it was kept; {way_out}.")

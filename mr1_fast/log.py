@@ -15,7 +15,7 @@ from .errors import UserError, stops_at_once
 from .files import append_line, keep_lines_before, write_json
 from .loggers import LOGGERS, Background, Logger, LoggerRun, choose_samples, close_all
 from .report.records import PROCESSES, read_lines
-from .resuming import AUTO
+from .resuming import AUTO, saved_steps
 from .rewards import Scores
 from .types import Rollout
 
@@ -185,7 +185,7 @@ class RunLog:
         final = f"{self.folder / 'final'} is whole"
         starter = "python" if torchrun.size() == 1 else "torchrun …"
         resume = f"`{starter} -m mr1_fast.train --resume {shlex.quote(str(self.folder))}`"
-        if any(self.checkpoints.glob("step-*")):
+        if saved_steps(self.checkpoints):
             # An earlier process may have left final/ of fewer steps, but this one has not.
             if self.final_stands:
                 return f"{final}; {resume} makes what is missing of evaluation, card and upload"

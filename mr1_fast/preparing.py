@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint, saved_steps
+from .checkpoint import fingerprint, load_checkpoint
 from .config import TrainConfig
 from .data_check import check_data
 from .distributed import World
@@ -31,6 +31,7 @@ from .plan.out_of_memory import KEPT, MemoryLimits
 from .plan.run_memory import RunMemory
 from .progress import Progress
 from .push.upload import require_repository
+from .resuming import AutoResumed, saved_steps
 from .rewards import load_plugin, require_rewards
 from .rollout.engine import describe_decoding
 from .run import Run, checkpoint_parts
@@ -71,7 +72,10 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     first_step, progress = 0, Progress()
     if log.resuming:
         parts = checkpoint_parts(schedule, loss_scale)
-        first_step = load_checkpoint(log.checkpoints, sharding, optimizer, start_fingerprint, parts)
+        fall_back = log.say if isinstance(config.resume, AutoResumed) else None
+        first_step = load_checkpoint(
+            log.checkpoints, sharding, optimizer, start_fingerprint, parts, fall_back
+        )
         require_numbers(policy, world, f"the checkpoint in {log.checkpoints} of step {first_step}")
         progress = load_progress(log, first_step, world, config.keep_best)
     if progress.seconds:  # of a sampled one nothing is written; it has as many answers

@@ -1,6 +1,7 @@
 """What `--resume auto` finds in the folder that --output names: nothing yet, a run that goes on
 from its last checkpoint, or one that is finished."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -11,14 +12,31 @@ AUTO = "auto"
 """The value of `--resume` that continues the run in --output, or begins there."""
 
 
+class AutoResumed(str):
+    """The folder that `--resume auto` continues: from the newest checkpoint that is not damaged."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps, for example `folder/step-000050`."""
+    return folder / f"step-{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, in order, or of the weights kept there."""
+    paths = [
+        path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name, re.A)
+    ]
+    steps = {int(path.name.removeprefix("step-")): path for path in paths if path.is_dir()}
+    return sorted(step for step, path in steps.items() if step_folder(folder, step) == path)
+
+
 def started_before(output: str | None) -> str | None:
     """Return the folder that --resume auto continues; None where a run must begin there."""
     if output is None:
         raise UserError(
             "resume is auto, but there is no output: name the run's folder with --output."
         )
-    has_checkpoint = any((Path(output) / "checkpoints").glob("step-*"))
-    return output if has_checkpoint else None
+    return output if saved_steps(Path(output) / "checkpoints") else None
 
 
 def finished(config: TrainConfig) -> str:
@@ -29,7 +47,7 @@ def finished(config: TrainConfig) -> str:
     raised.
     """
     run = Path(config.output)
-    last = run / "checkpoints" / f"step-{config.steps:06d}"
+    last = step_folder(run / "checkpoints", config.steps)
     rest = [run / "final" / "README.md", *[run / "evaluation.json"] * bool(config.eval_samples)]
     if not all(path.exists() for path in (last, *rest)):
         return ""

@@ -16,7 +16,8 @@ from .config import (
     TaskConfig,
     cache_folder,
 )
-from .files import atomic_folder, one_at_a_time
+from .files import atomic_folder, discard_folder, one_at_a_time
+from .integrity import folder_finding, seal_folder
 from .model.load import load_pretrained, load_processor, make_policy
 from .model.policy import Policy
 from .model.processor import Processor
@@ -60,6 +61,8 @@ START_ACCURACY = 0.4
 """Sampled accuracy on validation items at which the supervised start ends.
 
 It is high enough for GRPO to find rewards, and leaves much to learn."""
+CHANGE_CACHE = "set MR1_FAST_CACHE to a folder that can be written and has room"
+"""The way out where a start cannot be kept."""
 CHECK_EVERY = 320
 """Prompts between two looks at the accuracy, which rises steeply near the end."""
 
@@ -70,12 +73,16 @@ def supervised_start(
     """Return the folder of a built-in model after a supervised start on the tasks together.
 
     The start ends where the sampled accuracy on validation items reaches `enough` in every task. It
-    is made once and kept in the cache; the folder's name holds a hash of all that it depends on.
+    is made once and kept in the cache; the folder's name holds a hash of all that it depends on. A
+    damaged one is made again.
     """
     processor = tiny_processor(model)
     folder = _start_folder(model, tasks, seed, enough, processor)
-    if not folder.exists():
-        with one_at_a_time(folder):
+    if not folder.exists() or folder_finding(folder):
+        with one_at_a_time(folder, CHANGE_CACHE):
+            if folder.exists() and (damage := folder_finding(folder)):
+                tqdm.write(f"supervised start {folder} is damaged ({damage}): it is made again.")
+                discard_folder(folder)
             if not folder.exists():
                 _make_start(folder, processor, model, tasks, seed, enough)
     return folder
@@ -94,11 +101,13 @@ def _make_start(
     # The tiny models are the same wherever they are made; the small one would take a CPU an hour.
     device = "auto" if model == "small" else "cpu"
     where = ModelConfig(device=device, dtype="float32", recompute="none")
-    policy = make_policy(tiny_model(processor, model), processor, where)
-    _train_start(policy, tasks, seed, START[model], enough)
-    with atomic_folder(folder) as temporary:
+    # The folder comes first, so that one which cannot be written costs no training.
+    with atomic_folder(folder, CHANGE_CACHE, first_wins=True) as temporary:
+        policy = make_policy(tiny_model(processor, model), processor, where)
+        _train_start(policy, tasks, seed, START[model], enough)
         policy.model.save_pretrained(temporary)
         processor.save_pretrained(temporary, policy.model.config.model_type)
+        seal_folder(temporary)
 
 
 def _start_folder(

@@ -197,8 +197,10 @@ def test_after_a_crash_that_kept_the_old_folder_too_the_new_one_stays(folder, mo
     ):
         (temporary / "a").write_text("new")
         patch.setattr(files.shutil, "rmtree", crash)
-    assert content(folder.parent) == {"folder/a": b"new", ".folder.replaced/a": b"old"}
-    restore_folder(folder)
+    (old,) = folder.parent.glob(".folder.*.partial")
+    assert content(folder.parent) == {"folder/a": b"new", f"{old.name}/a": b"old"}
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        raise ZeroDivisionError
     assert content(folder.parent) == {"folder/a": b"new"}
 
 
@@ -207,6 +209,10 @@ def test_a_process_killed_between_the_renames_loses_nothing(folder):
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
     killed = subprocess.run(command, capture_output=True, env=environment, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert content(folder.parent) == {".folder.replaced/a": b"old", ".folder.partial/a": b"new"}
+    (half,) = folder.parent.glob(".folder.*.partial")
+    assert content(folder.parent) == {".folder.replaced/a": b"old", f"{half.name}/a": b"new"}
     restore_folder(folder)
     assert content(folder) == {"a": b"old"}
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        raise ZeroDivisionError
+    assert content(folder.parent) == {"folder/a": b"old"}

@@ -19,10 +19,10 @@ import pytest
 
 from mr1_fast import preparing, stopping
 from mr1_fast import run as run_module
-from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import STOP_SIGNALS, Stopped, UserError, exit_on_user_error
 from mr1_fast.report.plots import PLOTS
+from mr1_fast.resuming import saved_steps
 from mr1_fast.stopping import StopSignals, TimeLimit
 from mr1_fast.train import train
 

@@ -79,7 +79,16 @@ class RunConfig:
 def cache_folder() -> Path:
     """Return the folder of the built-in models' supervised starts and of downloaded images.
 
-    It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache.
+    It is $MR1_FAST_CACHE, or mr1_fast in $XDG_CACHE_HOME, or mr1_fast in ~/.cache. Raises UserError
+    where there is none of these.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MR1_FAST_CACHE") or Path(base) / "mr1_fast")
+    if named := os.environ.get("MR1_FAST_CACHE"):
+        return Path(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mr1_fast"
+    try:
+        return Path.home() / ".cache" / "mr1_fast"
+    except RuntimeError as error:
+        raise UserError(
+            "there is no home folder to keep files in: set MR1_FAST_CACHE to a folder."
+        ) from error

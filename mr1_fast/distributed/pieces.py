@@ -74,11 +74,23 @@ def save_pieces(pieces: Mapping[str, Piece], path: Path, world: World) -> dict[s
     return {name: check for each in world.gather(writer.written) for name, check in each.items()}
 
 
-def load_pieces(pieces: Mapping[str, Piece], reader: ShardReader, world: World) -> None:
-    """Fill the pieces' tensors with what the files hold.
+def check_pieces(pieces: Mapping[str, Piece], reader: ShardReader) -> None:
+    """Raise ValueError where the files do not have the tensors that the pieces belong to."""
+    found = reader.read_metadata().state_dict_metadata
+    for name, piece in pieces.items():
+        if (saved := found.get(name)) is None:
+            raise ValueError(f"{name} is missing")
+        if saved.size != piece.whole or saved.properties.dtype != piece.tensor.dtype:
+            raise ValueError(
+                f"{name} is {tuple(saved.size)} in {saved.properties.dtype} instead of "
+                f"{tuple(piece.whole)} in {piece.tensor.dtype}"
+            )
 
-    Collective; an error of one process is raised in all: ValueError where a file does not have what
-    a piece needs.
+
+def load_pieces(pieces: Mapping[str, Piece], reader: ShardReader, world: World) -> None:
+    """Fill the pieces' tensors with what the files hold, which `check_pieces` has found there.
+
+    Collective; an error of one process is raised in all.
     """
     with _own_errors():
         dcp.load(
@@ -130,11 +142,6 @@ class _LoadPlanner(LoadPlanner):
         items: list[ReadItem] = []
         for name, piece in self.pieces.items():
             saved = self.metadata.state_dict_metadata[name]
-            if saved.size != piece.whole or saved.properties.dtype != piece.tensor.dtype:
-                raise ValueError(
-                    f"{name} is {tuple(saved.size)} in {saved.properties.dtype} instead of "
-                    f"{tuple(piece.whole)} in {piece.tensor.dtype}"
-                )
             if piece.tensor.numel():
                 items += create_read_items_for_chunk_list(name, saved, [piece.chunk])
         return LoadPlan(items)

@@ -6,15 +6,17 @@ them, in the order of the parameter's elements, of which each process has those 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from ..errors import UserError, shortened
 from ..kernels.adamw.state import BLOCK
-from .pieces import Piece, load_pieces
+from .pieces import Piece, check_pieces, load_pieces
 from .shard_files import ShardReader
 from .sharding import Part
 from .world import World
@@ -24,6 +26,8 @@ OF_BLOCKS = {"m_scale", "v_scale", "absmax1", "absmax2"}
 but for the end of a parameter."""
 OF_ALL = {"step", "qmap1", "qmap2"}
 """States of which every process has all: a count, and the codes of bitsandbytes."""
+CODES = 256
+"""Entries of the codes of bitsandbytes."""
 
 
 def weight_pieces(model: nn.Module) -> dict[str, Piece]:
@@ -68,37 +72,104 @@ def restore_optimizer(
 ) -> None:
     """Give the optimizer what was saved for these parts, by whatever processes.
 
-    Collective. Raises UserError where the optimizer says that it does not fit.
+    Collective, and nothing is changed where anything of it does not fit: raises ValueError for
+    states that no optimizer of this kind has, and UserError where they are those of another one.
+    """
+    pieces, states = world.in_all(lambda: _places_to_fill(optimizer, parts, reader, numbers))
+    load_pieces(pieces, reader, world)
+    state = {**optimizer.state_dict(), "state": states}
+    world.in_all(lambda: optimizer.load_state_dict(state))
+
+
+def _places_to_fill(
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Part],
+    reader: ShardReader,
+    numbers: Mapping[str, Any],
+) -> tuple[dict[str, Piece], dict[int, dict[str, Any]]]:
+    """Return what is to be read for these parts, and the states that it will be, by their number.
+
+    States that the optimizer has already are read in place: beside them, every process of a machine
+    would need as much of its memory.
     """
     saved = reader.read_metadata().state_dict_metadata
-    names = defaultdict(list)
-    for key in saved:
-        parameter, _, name = key.rpartition(".")
-        names[parameter].append(name)
+    tensors, counts = _by_parameter(saved), _by_parameter(numbers)
+    known = {part.name for part in parts}
+    if others := sorted((tensors.keys() | counts.keys()) - known):
+        raise ValueError(f"{shortened(others[0])} is no trained parameter")
 
-    pieces, states = {}, defaultdict(dict)
+    pieces, states = {}, {}
     for index, (part, own) in enumerate(zip(parts, _states(optimizer), strict=True)):
-        has_all = own.keys() == set(names[part.name])
-        for name in names[part.name]:
-            tensor = saved[key := f"{part.name}.{name}"]
+        found = {name: saved[f"{part.name}.{name}"] for name in tensors[part.name]}
+        _check_kind(optimizer, part, own, found, counts[part.name])
+        state = {name: numbers[f"{part.name}.{name}"] for name in counts[part.name]}
+        for name, tensor in found.items():
             first, count, whole = _place(name, part, tensor.size.numel())
             made, dtype = own.get(name), tensor.properties.dtype
-            # States that the optimizer has already are read in place: beside them, every process
-            # of a machine would need as much of its memory.
-            if has_all and (made.numel(), made.dtype) == (count, dtype):
+            if made is not None and (made.numel(), made.dtype) == (count, dtype):
                 content = made.view(-1)
             else:
                 content = torch.empty(count, dtype=dtype)
-            pieces[key] = Piece(content, first, torch.Size([whole]))
-            states[index][name] = content.view(_shape(name, part, content, made))
-    for key, value in numbers.items():
+            pieces[f"{part.name}.{name}"] = Piece(content, first, torch.Size([whole]))
+            state[name] = content.view(_shape(name, part, content, made))
+        if state:
+            states[index] = state
+    check_pieces(pieces, reader)
+    return pieces, states
+
+
+def _by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of states by the parameter that they are of."""
+    names = defaultdict(list)
+    for key in keys:
         parameter, _, name = key.rpartition(".")
-        for index, part in enumerate(parts):
-            if part.name == parameter:
-                states[index][name] = value
-    load_pieces(pieces, reader, world)
-    state = {**optimizer.state_dict(), "state": dict(states)}
-    world.in_all(lambda: optimizer.load_state_dict(state))
+        names[parameter].append(name)
+    return names
+
+
+def _check_kind(
+    optimizer: torch.optim.Optimizer,
+    part: Part,
+    own: Mapping[str, Any],
+    found: Mapping[str, TensorStorageMetadata],
+    counts: Sequence[str],
+) -> None:
+    """Raise an error unless a parameter has the states that an optimizer of this kind gives it.
+
+    One that has never had a gradient has none, unless the optimizer makes states before the first.
+    """
+    if not (found or counts):
+        return
+    dtypes = {name: tensor.properties.dtype for name, tensor in found.items()}
+    sizes = {name: found[name].size.numel() for name in found.keys() & OF_ALL}
+    are_whole = all(size == (1 if name == "step" else CODES) for name, size in sizes.items())
+    if own:
+        tensors = {name: each.dtype for name, each in own.items() if isinstance(each, Tensor)}
+        kinds, numbers = [tensors], own.keys() - tensors.keys()
+    else:
+        kinds, numbers = _kinds(type(optimizer).__name__, part)
+    if are_whole and dtypes in kinds and set(counts) == numbers:
+        return
+    if own:
+        raise UserError(
+            f"the saved optimizer's states of {shortened(part.name)} do not fit this one's: "
+            "resume with the --model and the --optimizer of that run."
+        )
+    raise ValueError(f"the states of {shortened(part.name)} are of no {type(optimizer).__name__}")
+
+
+def _kinds(optimizer: str, part: Part) -> tuple[list[dict[str, torch.dtype]], set[str]]:
+    """Return the dtypes that states may have together, and the names of the numbers beside them.
+
+    These are optimizers that make their states at the first step.
+    """
+    fp32 = torch.float32
+    if optimizer == "AdamW":
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), part.weight.dtype)
+        return [{"step": fp32, **moments}], set()
+    of_small = dict.fromkeys(("state1", "state2"), fp32)
+    of_blocks = dict.fromkeys(("qmap1", "qmap2", "absmax1", "absmax2"), fp32)
+    return [of_small, {**dict.fromkeys(of_small, torch.uint8), **of_blocks}], {"step"}
 
 
 def _place(name: str, part: Part, entries: int) -> tuple[int, int, int]:

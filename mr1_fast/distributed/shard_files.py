@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from ..errors import shortened
 
 OFFSETS = "DCP_SHARDING_INFO"
 """Under this name the header has {tensor: {"saved_offsets": [first row, 0, …]}}."""
@@ -153,15 +156,21 @@ class ShardReader(_FixedFiles, StorageReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the tensors that the files hold, and which pieces of them there are."""
+        """Return the tensors that the files hold, and which pieces of them there are.
+
+        Raises ValueError where the pieces are not whole tensors together.
+        """
         if self._metadata is None:
-            self._metadata = Metadata({})
+            metadata = Metadata({})
             for path in self.paths:
-                self._read_header(path, self._metadata.state_dict_metadata)
+                self._read_header(path, metadata.state_dict_metadata)
+            for name, tensor in metadata.state_dict_metadata.items():
+                _require_all_rows(name, tensor)
+            self._metadata = metadata
         return self._metadata
 
     def _read_header(self, path: Path, tensors: dict[str, Any]) -> None:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file, _named(path):
             offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
             for key in file.keys():  # noqa: SIM118 - safetensors' files are no mappings
                 piece = file.get_slice(key)
@@ -173,7 +182,7 @@ class ShardReader(_FixedFiles, StorageReader):
                 properties = TensorProperties(dtype=TYPES[piece.get_dtype()])
                 tensor = tensors.setdefault(name, TensorStorageMetadata(properties, shape, []))
                 if tensor.properties.dtype != properties.dtype:
-                    raise ValueError(f"{path.name} has {name} in another dtype than another file")
+                    raise ValueError(f"{name} has another dtype in another file")
                 ends = (at + size for at, size in zip(first, shape, strict=True))
                 tensor.size = torch.Size(map(max, tensor.size, ends))
                 tensor.chunks.append(ChunkStorageMetadata(first, shape))
@@ -205,10 +214,24 @@ class ShardReader(_FixedFiles, StorageReader):
         """Prepare nothing."""
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Return size and checksum of a file, as `ShardWriter.written` has them."""
-    crc = size = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return {"bytes": size, "crc32": f"{crc:08x}"}
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what comes of a header with other entries than ours into one ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(f"the header of {path.name}: {shortened(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"the header of {path.name} is too deep") from error
+
+
+def _require_all_rows(name: str, tensor: TensorStorageMetadata) -> None:
+    """Raise ValueError unless the pieces are all rows of a tensor, each of them once."""
+    at = 0
+    for piece in sorted(tensor.chunks, key=lambda piece: tuple(piece.offsets)):
+        first, size = tuple(piece.offsets), tuple(piece.sizes)
+        if first != (at, *[0] * len(tensor.size))[: len(size)] or size[1:] != tensor.size[1:]:
+            raise ValueError(f"rows of {shortened(name)} are missing, or there twice")
+        at += size[0] if size else 0
+    if not tensor.size and len(tensor.chunks) != 1:
+        raise ValueError(f"{shortened(name)} is there twice")

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from ..accuracy import evaluate, judged, summarise
-from ..checkpoint import keep_only, load_weights, save_weights, saved_steps
+from ..checkpoint import keep_only, load_weights, save_weights
 from ..config import TrainConfig
 from ..distributed import SINGLE, World
 from ..divergence import named
 from ..files import write_json
 from ..model.policy import Policy
 from ..plan.out_of_memory import EVALUATION_CACHE, PACK_TOKENS, MemoryLimits
+from ..resuming import saved_steps
 from ..rollout.sampling import Sampling
 from ..run import Run
 from ..seeds import derive_seed

@@ -15,7 +15,8 @@ from typing import Any
 from ..command_line import parse_train_config
 from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
-from ..files import atomic_folder, one_at_a_time
+from ..files import atomic_folder, one_at_a_time, restore_folder
+from ..integrity import CHECKSUMS, checksums, folder_finding, read_sealed
 from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples
@@ -26,6 +27,9 @@ from .results import CellResult, cell_folder, read_cell
 
 BASE = Variant(BASE_NAME, "base model", {})
 """The variant of the cells that are not trained."""
+
+AGAIN = "make room there, then run the command again"
+"""The way out where a file of a cell cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,17 @@ class Experiment:
         if self.model not in BUILT_IN or not self.scale.start_accuracy:
             return self.model
         kept = self.output / "starts" / f"seed{seed}"
-        with one_at_a_time(kept):
-            if not kept.exists():
+        with one_at_a_time(kept, AGAIN):
+            restore_folder(kept)
+            # Those of earlier versions have no checksums.
+            damage = folder_finding(kept) if (kept / CHECKSUMS).exists() else ""
+            if damage or not kept.exists():
                 start = supervised_start(
                     self.model, self._started_on(), seed, self.scale.start_accuracy
                 )
-                with atomic_folder(kept) as folder:
+                if damage:
+                    _require_same_start(kept, start, damage)
+                with atomic_folder(kept, AGAIN) as folder:
                     shutil.copytree(start, folder, dirs_exist_ok=True)
         return str(kept)
 
@@ -165,6 +174,20 @@ class Experiment:
         """What the cell has recorded so far; UserError for a damaged file."""
         items = {role: len(examples) for role, examples in self.test_items.items()}
         return read_cell(self.output, cell.variant.name, cell.trained, cell.seed, items)
+
+
+def _require_same_start(kept: Path, start: Path, damage: str) -> None:
+    """Raise UserError unless a start that was just made is the one that was kept, now damaged."""
+    made = checksums(start)
+    try:
+        known = read_sealed(kept / CHECKSUMS).get("files")
+    except ValueError:
+        known = checksums(kept)
+    if known != made:
+        raise UserError(
+            f"{kept} is damaged ({damage}), and these versions make another start: restore it, or "
+            "run the experiment anew with another --output."
+        )
 
 
 def _argument(value: Any) -> str:

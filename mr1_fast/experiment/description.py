@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import UserError
-from ..files import write_json
+from ..errors import UserError, shortened
+from ..files import write_text
+from ..integrity import read_sealed, sealed
 from ..profiles import BUILT_IN
 from ..version import __version__
 from .cells import BASE, Experiment
 from .presets import ROLES, Variant
+from .results import DESCRIBED
 from .settings import ExperimentConfig
 
 IDENTITY = ("preset", "settings", "test_items")
@@ -103,14 +105,14 @@ def remember(description: dict[str, Any], output: Path) -> None:
     path = output / "experiment.json"
     if path.exists():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = read_sealed(path, DESCRIBED)
             written = json.loads(json.dumps(description))
             changed = [name for name in IDENTITY if earlier[name] != written[name]]
             seeds = sorted({*earlier["seeds"], *description["seeds"]})
             machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is damaged ({error}): remove it, or choose another --output."
+                f"{path} is damaged ({shortened(error)}): remove it, or choose another --output."
             ) from error
         if changed:
             raise UserError(
@@ -118,7 +120,7 @@ def remember(description: dict[str, Any], output: Path) -> None:
                 "--output."
             )
         description = {**description, "seeds": seeds, "hardware": "; ".join(machines)}
-    write_json(path, description)
+    write_text(path, sealed(description), "choose another with --output")
 
 
 def _hardware() -> str:

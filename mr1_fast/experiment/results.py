@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..evaluate.held_out import MODES
+from ..integrity import files_finding, read_sealed
 from ..report.records import read_json_object, read_metrics
 from .statistics import Runs
 
 BASE = "base"
 """The name of the variant that is not trained."""
+
+DESCRIBED = {
+    *("preset", "command", "date", "hardware", "versions", "model", "paper", "tasks", "axis"),
+    *("variants", "trained", "seeds", "test_items", "settings", "notes"),
+}
+"""The entries of experiment.json, which had no checksum in earlier versions."""
+RECORDED = {"variant", "trained", "seed", "seconds", "steps", "peak_memory", "correct"}
+"""The entries of cell.json in earlier versions, where it named no files and had no checksum."""
 
 _BITS = re.compile(r"[01]+")
 
@@ -139,9 +148,9 @@ def read_results(output: Path) -> Results:
     path = output / "experiment.json"
     if not path.exists():
         raise UserError(f"{path} does not exist: name the folder of an experiment.")
-    about = read_json_object(path)
-    results = Results(output, about, [])
     try:
+        about = read_sealed(path, DESCRIBED)
+        results = Results(output, about, [])
         items = {task: about["tasks"][task]["items"] for task in results.tasks}
         models = [
             (BASE, None),
@@ -149,8 +158,10 @@ def read_results(output: Path) -> Results:
         ]
         if not all(about[name] for name in ("preset", "model", "axis", "seeds")):
             raise ValueError("a value is empty")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it.") from error
+        if not all(type(seed) is int for seed in about["seeds"]):
+            raise ValueError("seeds are no whole numbers")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({shortened(error)}): restore it.") from error
     results.cells = [
         read_cell(output, variant, trained, seed, items)
         for variant, trained in models
@@ -164,21 +175,28 @@ def read_cell(
 ) -> CellResult:
     """Read what a cell has recorded; `items` are the numbers of test items by task.
 
-    Raises UserError for a damaged cell.json or failed.json.
+    Raises UserError for a damaged cell.json or failed.json, and for another file of a finished cell
+    that is not what was written.
     """
     cell = CellResult(cell_folder(output, variant, trained, seed), variant, trained, seed)
     finished, failed = cell.folder / "cell.json", cell.folder / "failed.json"
     if finished.exists():
-        record = _read_json(finished)
         try:
+            record = read_sealed(finished, RECORDED)
+            named = [record.get(name) for name in ("variant", "trained", "seed")]
+            if named != [variant, trained, seed]:
+                raise ValueError("it is that of another cell")
+            if damage := files_finding(cell.folder, record.get("files", {})):
+                raise ValueError(damage)
             cell.seconds = {name: float(record["seconds"][name]) for name in ("train", "evaluate")}
             cell.peak_memory = record["peak_memory"] and float(record["peak_memory"])
             cell.correct = {
                 task: _answers(record["correct"][task], count) for task, count in items.items()
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(
-                f"{finished} is damaged ({error}): remove it, and run the experiment again."
+                f"{finished} is damaged ({shortened(error, 200)}): remove it, and run the "
+                "experiment again."
             ) from error
     elif failed.exists():
         cell.error = str(read_json_object(failed).get("error", "?"))

@@ -26,23 +26,25 @@ from ..distributed import SINGLE
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
-from ..files import append_line, keep_lines_before, restore_folder, write_json
+from ..files import append_line, keep_lines_before, restore_folder, write_json, write_text
+from ..integrity import FileChecks, checksum, checksums, files_finding, read_sealed, sealed
 from ..model.policy import Policy
 from ..plan.out_of_memory import MemoryLimits
 from ..plan.run_memory import RunMemory
+from ..resuming import AutoResumed, saved_steps
 from ..rollout.sampling import Sampling
 from ..start import load_policy
 from ..tasks import get_task
 from ..train import train
 from ..types import Example
-from .cells import Cell, Experiment
+from .cells import AGAIN, Cell, Experiment
 from .results import CellResult
 
 SHOWN_PER_TASK = 4
 """Number of test items of each task whose answers the report shows."""
 
-AGAIN = "make room there, then run the command again"
-"""The way out where a file of a cell cannot be written."""
+TRAINED = "trained.json"
+"""The file with the checksums of a cell's model, from the end of training on."""
 
 
 def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
@@ -59,7 +61,8 @@ def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
         try:
             with (folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
                 record = _train_and_test(experiment, cell, folder)
-            write_json(finished, record, AGAIN)
+            record["files"] = _evidence(folder)
+            write_text(finished, sealed(record), AGAIN)
         except Exception as error:
             reason = " ".join(str(error).split())
             if not isinstance(error, UserError):
@@ -80,9 +83,10 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
     """Train the cell's model if it is not trained yet, and test it; the content of cell.json."""
     started, run = time.perf_counter(), experiment.run_folder(cell)
     config = experiment.settings(cell, experiment.base(cell.seed))
-    restore_folder(run / "final")
-    if cell.trained and not (run / "final").exists():
+    if cell.trained and not _is_trained(run, folder):
         _train(experiment, config, run, folder / "curve.jsonl")
+        record = {"files": checksums(run / "final")}
+        write_text(folder / TRAINED, sealed(record), AGAIN)
 
     trained = time.perf_counter()
     if cell.trained:
@@ -97,13 +101,38 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
     }
 
 
+def _is_trained(run: Path, folder: Path) -> bool:
+    """Return whether the model of a cell is there, as training has left it.
+
+    One that is not is made again from the last checkpoint, which takes no step.
+    """
+    restore_folder(run / "final")
+    if not (run / "final").exists():
+        return False
+    try:
+        damage = files_finding(run / "final", read_sealed(folder / TRAINED).get("files"))
+    except ValueError as error:
+        damage = str(error)
+    if damage:
+        tqdm.write(f"{run / 'final'} is not what was trained ({damage}): it is made again.")
+    return not damage
+
+
+def _evidence(folder: Path) -> FileChecks:
+    """Return the checksums of what a cell has recorded: answers, samples, curve and metrics."""
+    others = {"cell.json", "failed.json", "log.txt"}
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name not in others]
+    paths += [*(folder / "images").glob("*.png"), *(folder / "run").glob("metrics.jsonl")]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths)}
+
+
 def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) -> None:
     """Train from the last checkpoint in the run folder, or anew if there is none."""
-    checkpoints = sorted((run / "checkpoints").glob("step-*"))
-    if checkpoints:
+    steps = saved_steps(run / "checkpoints")
+    if steps:
         config = parse_train_config(["--resume", str(run)], processes=1)
-        done = int(checkpoints[-1].name.removeprefix("step-"))
-        keep_lines_before(curve, done + 1, AGAIN)
+        config.resume = AutoResumed(run)
+        keep_lines_before(curve, steps[-1] + 1, AGAIN)
     else:
         shutil.rmtree(run, ignore_errors=True)
         curve.unlink(missing_ok=True)
@@ -132,6 +161,7 @@ def _watch(
             judge = get_task(task.test["task"]).judge(config.judge)
             records = evaluate(policy, judge, items[role], sampling)
             point[role] = summarise(records)["accuracy"]
+        keep_lines_before(curve, done, AGAIN)  # those of a checkpoint that was damaged
         append_line(curve, point, AGAIN)
 
     return watch

@@ -5,8 +5,11 @@ import re
 from .page import printable
 
 # Two things stay as they are, so that the raw text is easy to read: an interval such as [1.2, 3.4]
-# that no link follows, and "< 0.001", which is no tag.
-_MARKUP = re.compile(r"(\[[−\d., ]+\](?![(\[:])|< (?=\d))|[!\"#$&*<>@\[\\\]^_`{|}~]")
+# that no link follows, and "< 0.001", which is no tag. GitHub makes links of bare addresses, by
+# their "://" or "www.".
+_MARKUP = re.compile(
+    r"(\[[−\d., ]+\](?![(\[:])|< (?=\d))|[!\"#$&*<>@\[\\\]^_`{|}~]|:(?=//)|(?i:(?<=www)\.)"
+)
 
 
 def inline(value: object) -> str:

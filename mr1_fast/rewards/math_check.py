@@ -1,21 +1,24 @@
 """Reading a model's answer with math-verify and comparing it with the solution.
 
-Both take bounded time and memory. Model output is hostile input: `9^{9^{9^{9}}}` alone keeps sympy
-busy for ever. It is therefore read by a separate process (math_worker), which is started at the
-first question and ends with this process.
+Both take bounded time and memory, and so do all answers of a step together. Model output is hostile
+input: `9^{9^{9^{9}}}` alone keeps sympy busy for ever. It is therefore read by a separate process
+(math_worker), which is started at the first question and ends with this process.
 """
 
 import atexit
 import json
 import os
-import select
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from .math_worker import Channel
 
 MAX_CHARS = 8192
 """How many of an output's characters are read: the last ones, since the answer is at the end."""
@@ -23,6 +26,11 @@ START_SECONDS = 120.0
 """How long the worker may take to import math-verify. It takes half a second; disks can be slow."""
 GRACE_SECONDS = 5.0
 """How long after its deadline a reply may come before the worker itself counts as dead."""
+STEP_SECONDS = 32.0
+"""How long all answers of a step may take together."""
+SHARE = 1 / 32
+"""The part of what is left of that time that one answer may take, so that slow ones leave time to
+those after them: 128 that never end are given up after 31 s, and the last one after 18 ms."""
 
 
 def math_equal(output: str, solution: str, seconds: float = 1.0) -> bool:
@@ -35,7 +43,12 @@ def math_equal(output: str, solution: str, seconds: float = 1.0) -> bool:
     parser is not equal. Safe to call from any thread. Raises UserError if math-verify cannot be
     imported; nothing that the strings contain raises an error.
     """
-    return _client.ask(output, solution[-MAX_CHARS:], seconds) is True
+    return math_verdict(output, solution, seconds) is True
+
+
+def math_verdict(output: str, solution: str, seconds: float = 1.0) -> bool | None:
+    """Return what `math_equal` does, or None where the output could not be read."""
+    return _client.ask(output, solution[-MAX_CHARS:], seconds)
 
 
 def math_answer(output: str, seconds: float = 1.0) -> str | None:
@@ -46,6 +59,19 @@ def math_answer(output: str, seconds: float = 1.0) -> str | None:
     or if the text is longer than 8,192 characters. Limits and errors are those of `math_equal`.
     """
     return _client.ask(output, None, seconds)
+
+
+@contextmanager
+def time_of_a_step(seconds: float = STEP_SECONDS) -> Iterator[None]:
+    """Let all answers that are read within a block, in any thread, take `seconds` together.
+
+    One answer gets at most a part of what is left; one that gets none is not read.
+    """
+    _client.left = seconds
+    try:
+        yield
+    finally:
+        _client.left = None
 
 
 class _WorkerDied(Exception):
@@ -67,12 +93,13 @@ class _Worker:
             # Ctrl-C must not end the worker: the trainer may still score while it shuts down.
             start_new_session=True,
         )
-        self.poll = select.poll()  # select() cannot watch descriptors above 1023
-        self.poll.register(self.process.stdout, select.POLLIN | select.POLLHUP)
+        self.channel = Channel(self.process.stdin.fileno(), self.process.stdout.fileno())
         try:
-            greeting = self.read_line(START_SECONDS)
-        except _WorkerDied:
+            greeting = _value(self.channel.read_line(time.monotonic() + START_SECONDS))
+        except BaseException as error:
             self.stop()
+            if isinstance(error, TimeoutError):
+                raise _WorkerDied from error
             raise
         if greeting != "ready":
             self.stop()
@@ -82,25 +109,10 @@ class _Worker:
 
     def ask(self, request: bytes, seconds: float) -> bool | str | None:
         """Send one request line and return its reply; raises _WorkerDied."""
-        try:
-            view = memoryview(request)
-            while view:  # an unbuffered pipe may take less than it is given
-                view = view[self.process.stdin.write(view) :]
-        except OSError as error:
+        try:  # the worker may try twice
+            return _value(self.channel.ask(request, 2 * seconds + GRACE_SECONDS))
+        except TimeoutError as error:
             raise _WorkerDied from error
-        return self.read_line(2 * seconds + GRACE_SECONDS)  # the worker may try twice
-
-    def read_line(self, seconds: float) -> bool | str | None:
-        """Read one line of JSON; raises _WorkerDied at the end of file or after `seconds`."""
-        line, deadline = b"", time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            if not self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise _WorkerDied
-            chunk = os.read(self.process.stdout.fileno(), 4096)
-            if not chunk:
-                raise _WorkerDied
-            line += chunk
-        return json.loads(line)
 
     def close_pipes(self) -> None:
         """Close this process's ends of the pipes; the worker exits when its input ends."""
@@ -108,10 +120,19 @@ class _Worker:
             pipe.close()
 
     def stop(self) -> None:
-        """End the process; its child, if any, ends with its input or by its timer."""
-        self.process.kill()
+        """End the process and its child."""
+        with suppress(ProcessLookupError):
+            # All of its session, since a child that somebody has stopped sees no end of its input.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.close_pipes()
+
+
+def _value(line: bytes) -> bool | str | None:
+    """Return what a whole line says; raises _WorkerDied for one that is cut short."""
+    if not line.endswith(b"\n"):
+        raise _WorkerDied
+    return json.loads(line)
 
 
 class _Client:
@@ -120,24 +141,47 @@ class _Client:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.worker: _Worker | None = None
+        self.left: float | None = None
+        """Seconds that are left for answers, under `time_of_a_step`."""
 
     def ask(self, output: str, solution: str | None, seconds: float) -> bool | str | None:
-        """Return the worker's reply to one request.
+        """Return the worker's reply to one request; None if there is no time for it.
 
-        A worker that died is restarted once. If the new one dies too, the reply is None.
+        A worker that died is restarted once. If the new one dies too, the reply is None. Raises
+        UserError if no worker can be started.
         """
-        request = json.dumps([output[-MAX_CHARS:], solution, seconds]).encode() + b"\n"
         with self.lock:
-            for _ in range(2):
+            if self.left is not None:
+                seconds = min(seconds, SHARE * self.left)
+                if seconds < 1e-3:
+                    return None
+            request = json.dumps([output[-MAX_CHARS:], solution, seconds]).encode() + b"\n"
+            for is_last in (False, True):
                 try:
-                    self.worker = self.worker or _start()
-                    return self.worker.ask(request, seconds)
-                except _WorkerDied:
+                    self.worker = self.worker or _Worker()
+                    with self._counted():
+                        return self.worker.ask(request, seconds)
+                except (_WorkerDied, OSError) as error:
+                    if is_last and self.worker is None:
+                        raise UserError(
+                            "The math-verify worker (mr1_fast/rewards/math_worker.py) does not "
+                            "start."
+                        ) from error
                     self.stop()
                 except BaseException:
                     self.stop()  # or the next question would read the reply to this one
                     raise
             return None
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Take the time of a block from what is left."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.left is not None:
+                self.left -= time.monotonic() - started
 
     def stop(self) -> None:
         """End the worker; the next question starts another one."""
@@ -154,16 +198,6 @@ class _Client:
         if worker is not None:
             worker.close_pipes()  # or the worker would outlive the parent
             worker.process.returncode = 0  # the parent waits for it
-
-
-def _start() -> _Worker:
-    """Start a worker; raises UserError if it cannot be started."""
-    try:
-        return _Worker()
-    except (_WorkerDied, OSError) as error:
-        raise UserError(
-            "The math-verify worker (mr1_fast/rewards/math_worker.py) does not start."
-        ) from error
 
 
 _client = _Client()

@@ -10,17 +10,23 @@ sympy can spend hours inside one C call (a power of big integers), during which 
 handler runs. The child therefore sets a timer whose default action, in the operating system's
 kernel, ends the process. Whatever a child dies of (timer, memory limit, stack overflow), the zygote
 replies `null` in its place, to either kind of request, and forks the next child, which takes
-milliseconds.
+milliseconds. It kills a child that its timer does not end, as one that somebody has stopped.
+
+Nothing is left behind: a child dies with the zygote, and the zygote sees that the trainer's end of
+its pipe closes, also while a child works.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
 import os
 import resource
+import select
 import signal
 import sys
+import time
 from typing import BinaryIO
 
 MEMORY_BYTES = 2 << 30
@@ -31,6 +37,10 @@ PEAK_KIB = 512 << 10
 """Peak of a child's resident memory, in KiB, above which it is replaced too."""
 MAX_ANSWER_CHARS = 8192
 """The longest text of an expression that is an answer; cut short, it would be another answer."""
+LATE_SECONDS = 1.0
+"""How long after its time a child is waited for. Its timer begins when it has read the request."""
+PARENT_DEATH_SIGNAL = 1
+"""Linux: sets the signal that a process gets when its parent dies (`man 2 prctl`)."""
 LAST = b"last "
 """What a child that asks to be replaced puts before its reply; no JSON begins like this."""
 PROCESS_EVENTS = {
@@ -61,6 +71,60 @@ BLOCKED_EVENTS = PROCESS_EVENTS | NETWORK_EVENTS | FILE_EVENTS
 Python; they are refused for the day when some release does."""
 
 
+class Channel:
+    """The pipes to a process that answers a line with a line, of which neither end is waited for
+    without a limit.
+
+    `watched` is a pipe whose other end must stay open meanwhile.
+    """
+
+    def __init__(self, writing: int, reading: int, watched: int | None = None) -> None:
+        self.writing, self.reading, self.watched = writing, reading, watched
+        os.set_blocking(writing, False)  # a long line does not fit into a pipe that nobody reads
+
+    def ask(self, line: bytes, seconds: float) -> bytes:
+        """Send a line and return the reply; it is cut short or empty if the process dies first.
+
+        Raises TimeoutError after `seconds`, and EOFError where the other end of `watched` closes.
+        """
+        deadline, rest = time.monotonic() + seconds, memoryview(line)
+        try:
+            while rest:
+                self._wait(self.writing, select.POLLOUT, deadline)
+                rest = rest[os.write(self.writing, rest) :]
+        except BrokenPipeError:
+            return b""
+        return self.read_line(deadline)
+
+    def read_line(self, deadline: float) -> bytes:
+        """Return the next line, on the terms of `ask`; `deadline` is one of time.monotonic()."""
+        reply = b""
+        while not reply.endswith(b"\n"):
+            self._wait(self.reading, select.POLLIN, deadline)
+            part = os.read(self.reading, 65536)
+            if not part:
+                break
+            reply += part
+        return reply
+
+    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        """Wait until a pipe is ready for something."""
+        poll = select.poll()  # select() cannot watch descriptors above 1023
+        poll.register(descriptor, event)
+        if self.watched is not None:
+            poll.register(self.watched, 0)  # which tells of its end alone
+        ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        if self.watched in ready:
+            raise EOFError
+        if not ready:
+            raise TimeoutError
+
+    def close(self) -> None:
+        """Close both pipes."""
+        os.close(self.writing)
+        os.close(self.reading)
+
+
 def main() -> None:
     """Serve requests from stdin to stdout until stdin closes.
 
@@ -78,7 +142,7 @@ def main() -> None:
         return
     _write(replies, b'"ready"\n')
     gc.freeze()  # objects shared with the children stay shared
-    with contextlib.suppress(BrokenPipeError):  # the trainer is gone
+    with contextlib.suppress(BrokenPipeError, EOFError):  # the trainer is gone
         _supervise(requests, replies)
 
 
@@ -138,44 +202,54 @@ def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
 class _Child:
     """A forked process that answers requests one at a time."""
 
-    def __init__(self, *inherited: BinaryIO) -> None:
-        self.served = 0
+    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+        self.served, self.is_late = 0, False
         from_us, to_child = os.pipe()
         from_child, to_us = os.pipe()
+        zygote = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                _die_with(zygote)
                 # A copy of the zygote's end would keep the pipe open after the zygote has died.
-                for descriptor in (to_child, from_child, *(file.fileno() for file in inherited)):
+                for descriptor in (to_child, from_child, requests.fileno(), replies.fileno()):
                     os.close(descriptor)
                 _serve(os.fdopen(from_us, "rb"), os.fdopen(to_us, "wb"))
             finally:
                 os._exit(0)  # never return into the zygote's loop, whatever was raised
         os.close(from_us)
         os.close(to_us)
-        self.to_child, self.from_child = os.fdopen(to_child, "wb"), os.fdopen(from_child, "rb")
+        self.channel = Channel(to_child, from_child, watched=requests.fileno())
 
     def ask(self, line: bytes) -> bytes:
         """Pass a request on and return the reply line.
 
-        It is cut short or empty if the child dies first.
+        It is cut short or empty if the child dies first, or is late.
         """
         self.served += 1
         try:
-            _write(self.to_child, line)
-        except BrokenPipeError:
+            return self.channel.ask(line, json.loads(line)[2] + LATE_SECONDS)
+        except TimeoutError:
+            self.is_late = True
             return b""
-        return self.from_child.readline()
 
     def end(self) -> int:
-        """Kill the process, wait for it, close its pipes, and return the signal that ended it."""
+        """Kill the process, wait for it, close its pipes, and return the signal that ended it.
+
+        That of one that was late is its timer's.
+        """
         os.kill(self.pid, signal.SIGKILL)  # without effect if it is already dead
         _, status = os.waitpid(self.pid, 0)
-        for file in (self.to_child, self.from_child):
-            # The child may not have read the rest of a request.
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
-        return os.WTERMSIG(status)
+        self.channel.close()
+        return signal.SIGALRM if self.is_late else os.WTERMSIG(status)
+
+
+def _die_with(parent: int) -> None:
+    """Let this process be killed when its parent ends, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(0)
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:

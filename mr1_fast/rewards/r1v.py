@@ -8,7 +8,7 @@ import re
 from decimal import Decimal
 
 from .answers import Verdict
-from .math_check import MAX_CHARS, math_equal
+from .math_check import MAX_CHARS, math_verdict
 
 
 def r1v_reward(completion: str, solution: str) -> Verdict:
@@ -23,14 +23,19 @@ def r1v_reward(completion: str, solution: str) -> Verdict:
     if solution and _answer_text(completion) == solution:
         return Verdict(True, "the answer is the solution's text")
     verdict = number_verdict(completion[-MAX_CHARS:], solution)
-    right = math_equal(completion, solution) if verdict is None else verdict
-    return Verdict(right, "math-verify finds the solution" if right else "math-verify finds it not")
+    return _verdict(math_verdict(completion, solution) if verdict is None else verdict)
 
 
 def r1v_geometry(completion: str, solution: str) -> Verdict:
     """Return the verdict of R1-V's evaluation on GeoQA: whether math-verify finds the solution."""
-    right = math_equal(completion, solution)
-    return Verdict(right, "math-verify finds the solution" if right else "math-verify finds it not")
+    return _verdict(math_verdict(completion, solution))
+
+
+def _verdict(found: bool | None) -> Verdict:
+    """Return what math-verify says, in words; None if it could not read the completion."""
+    if found is None:
+        return Verdict(False, "math-verify cannot read the completion")
+    return Verdict(found, "math-verify finds the solution" if found else "math-verify finds it not")
 
 
 def r1v_counting(completion: str, solution: str) -> Verdict:

@@ -8,6 +8,7 @@ import torch
 from ..types import Example
 from .accuracy import CompletionJudge, judge_completion
 from .functions import Batch
+from .math_check import time_of_a_step
 from .registry import find_reward
 from .running import Job, Values, run_jobs
 
@@ -76,7 +77,8 @@ def score(
         functions["accuracy"] = accuracy_reward
     batch = Batch(completions, examples, completion_ids, trainer_state)
     jobs = [Job(name, function, batch) for name, function in functions.items()]
-    parts = run_jobs(jobs, seconds)
+    with time_of_a_step():
+        parts = run_jobs(jobs, seconds)
 
     total = torch.zeros(len(completions), dtype=torch.float64)
     for name, weight in weights.items():

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mr1_fast.checkpoint import saved_steps
 from mr1_fast.distributed import launch
 from mr1_fast.distributed.launch import meet, require_same, require_shared
 from mr1_fast.errors import UserError
 from mr1_fast.model.device import own_device
+from mr1_fast.resuming import saved_steps
 from mr1_fast.stopping import StopSignals
 from tests.data.gang import as_one_of, free_port, gang
 from tests.data.runs import metrics, run

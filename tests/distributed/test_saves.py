@@ -13,18 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mr1_fast.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-    saved_steps,
-)
+from mr1_fast.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from mr1_fast.config import OptimizerConfig
 from mr1_fast.distributed import SINGLE
 from mr1_fast.distributed.sharding import Part, Sharding
 from mr1_fast.errors import UserError
 from mr1_fast.optim import make_optimizer
+from mr1_fast.resuming import saved_steps
 from tests.data.gang import gang
 from tests.data.old_checkpoint import save_old_checkpoint
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from mr1_fast import train as train_module
-from mr1_fast.checkpoint import saved_steps
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.errors import UserError
 from mr1_fast.log import RunLog
 from mr1_fast.report.plots import PLOTS
+from mr1_fast.resuming import saved_steps
 from mr1_fast.rewards.answers.verdict import Verdict
 from mr1_fast.train import train
 

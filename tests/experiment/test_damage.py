@@ -98,6 +98,7 @@ def test_the_picture_stays_xml_whatever_the_labels_are(tmp_path):
         ("[1](x)", "&#91;1&#93;(x)"),
         ("a|b\\|c", "a&#124;b&#92;&#124;c"),
         ("two\n\nlines", "two lines"),
+        ("at https://x.org, WWW.x.org: a/b", "at https&#58;//x.org, WWW&#46;x.org: a/b"),
         ("GRPO-D → α = 0.25", "GRPO-D → α = 0.25"),
     ],
 )
@@ -126,7 +127,7 @@ def test_long_answers_are_cut_with_a_note():
         ("run/metrics.jsonl", '{"step": 0}\n7\n', "metrics.jsonl line 2 is no JSON object"),
         ("../../../../experiment.json", "{}", "experiment.json is damaged"),
         ("../../../../experiment.json", '{"tasks": []}', "experiment.json is damaged"),
-        ("../../../../experiment.json", "hello", "experiment.json is no JSON object"),
+        ("../../../../experiment.json", "hello", "experiment.json is no JSON"),
     ],
 )
 def test_damaged_file_is_named(tmp_path, name, content, says):

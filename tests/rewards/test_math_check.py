@@ -23,6 +23,7 @@ from ..data.hostile import (
     nested,
     random_strings,
 )
+from ..data.processes import children, is_running, only_child
 from ..data.scripts import run_script
 
 HANGS = r"\boxed{" + "(" * 4000 + "}"
@@ -113,10 +114,6 @@ def test_a_hanging_string_does_not_lose_the_next_answer():
         assert not math_equal("<answer> $\\frac{6}{2}$ </answer>", "4")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_a_killed_child_or_zygote_is_replaced():
     assert math_equal("1/2", "0.5", seconds=0.3)
     zygote = math_check._client.worker.process.pid
@@ -137,6 +134,66 @@ def test_a_killed_child_or_zygote_is_replaced():
     assert math_check._client.worker.process.pid != zygote
     os.kill(math_check._client.worker.process.pid, signal.SIGKILL)
     assert math_answer("1/2") == "1/2"
+
+
+KILLS = int(os.environ.get("MR1_FAST_KILLS", "4"))
+"""How often each process behind an answer is killed, and how often it is stopped."""
+
+
+def test_a_worker_that_is_killed_or_stopped_at_any_moment_costs_one_answer(monkeypatch):
+    """The zygote and its child, at random moments, while answers are read one after the other."""
+    monkeypatch.setattr(math_check, "GRACE_SECONDS", 0.5)
+    right = "<answer> $\\frac{6}{2}$ </answer>"
+    assert math_equal(right, "3")
+    draw = random.Random(5)
+    for number, times in ((signal.SIGKILL, KILLS), (signal.SIGSTOP, 1 + KILLS // 10)):
+        for who in (0, 1) * times:
+            zygote = math_check._client.worker.process.pid
+            victim = [zygote, only_child(zygote)][who]
+            timer = threading.Timer(draw.random() * 0.02, os.kill, (victim, number))
+            timer.start()
+            verdicts = []
+            while timer.is_alive() or len(verdicts) < 3:
+                verdicts.append(math_equal(right, "3", seconds=0.5))
+            while is_running(victim):  # one that is stopped, or dies at this moment
+                verdicts.append(math_equal(right, "3", seconds=0.5))
+            assert verdicts.count(False) <= 1, (number, who)
+            assert math_equal(right, "3")
+    worker = math_check._client.worker.process.pid
+    assert [is_running(each) for each in (worker, only_child(worker))] == [True, True]
+
+
+def test_many_trainers_at_once_have_a_worker_each(tmp_path):
+    script = """
+import os
+from mr1_fast.rewards.math_check import math_equal
+def is_right():
+    found = [math_equal(f"<answer> {n}/2 </answer>", "1.5") for n in range(6)]
+    return found == [n == 3 for n in range(6)]
+pids = []
+for _ in range(6):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if is_right() else 1)
+    pids.append(pid)
+print([os.waitpid(pid, 0)[1] for pid in pids])
+"""
+    assert run_script(tmp_path / "trainers.py", script).stdout == f"{[0] * 6}\n"
+
+
+def test_all_answers_of_a_step_together_take_bounded_time():
+    """Slow ones leave time to those after them, which then are read."""
+    right = "<answer> $\\frac{6}{2}$ </answer>"
+    assert math_equal(right, "3")
+    started = time.monotonic()
+    with math_check.time_of_a_step(2.0):
+        verdicts = [math_check.math_verdict(HANGS, "3") for _ in range(20)]
+        late = math_check.math_verdict(right, "3")
+        verdicts += [math_check.math_verdict(HANGS, "3") for _ in range(200)]
+        assert math_check.math_verdict(right, "3") is None
+    assert time.monotonic() - started < 2.0 + 2
+    assert (set(verdicts), late) == ({None}, True)
+    assert math_equal(right, "3")
 
 
 def test_threads_share_the_worker():
@@ -179,13 +236,6 @@ print(open(f"/proc/{{zygote}}/task/{{zygote}}/children").read(), flush=True)
     while any(map(is_running, words[3:])):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()  # a zombie does not run
-    except OSError:
-        return False
 
 
 def test_missing_math_verify_is_one_clear_error(tmp_path):

@@ -1,12 +1,18 @@
 """The process in which math-verify reads model output: what it imports, refuses and outlives."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from mr1_fast.rewards.math_worker import Channel
+
+from ..data.processes import is_running, only_child
 from ..data.scripts import run_script
 
 FOLDER = Path(__file__).parents[2] / "mr1_fast" / "rewards"
@@ -50,11 +56,21 @@ os.register_at_fork(after_in_parent=lambda: forks.append(1))
 math_worker.main()
 os.write(stdout, str(len(forks)).encode())
 """
-    text = "".join(json.dumps(request) + "\n" for request in [*requests, ["", None, 20]])
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=text, cwd=FOLDER, stdout=subprocess.PIPE, text=True
-    )
-    assert done.stdout.split("\n") == [
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=FOLDER,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        replies = [worker.stdout.readline()]
+        for request in [*requests, ["", None, 20]]:
+            worker.stdin.write(json.dumps(request) + "\n")
+            worker.stdin.flush()
+            replies.append(worker.stdout.readline())
+        worker.stdin.close()
+        replies.append(worker.stdout.read())
+    assert "".join(replies).split("\n") == [
         '"ready"',
         '"(a last b"',
         '"(last"',
@@ -64,3 +80,65 @@ os.write(stdout, str(len(forks)).encode())
         "null",
         str(forks),
     ]
+
+
+def test_a_worker_whose_trainer_is_gone_ends_at_once_in_the_middle_of_an_answer(tmp_path):
+    """Also if its child has been stopped, which no timer ends."""
+    for stopped in (False, True):
+        worker = subprocess.Popen(
+            [sys.executable, "-P", str(FOLDER / "math_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert worker.stdout.readline() == '"ready"\n'
+        child = only_child(worker.pid)
+        if stopped:
+            os.kill(child, signal.SIGSTOP)
+        hangs = "\\boxed{" + "(" * 4000 + "}"
+        worker.stdin.write(json.dumps([hangs, None, 60]) + "\n")
+        worker.stdin.flush()
+        time.sleep(0.2)
+        worker.stdin.close()
+        worker.wait(timeout=5)
+        assert not is_running(child)
+        worker.stdout.close()
+
+
+def test_a_child_dies_with_its_zygote():
+    worker = subprocess.Popen(
+        [sys.executable, "-P", str(FOLDER / "math_worker.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdout.readline() == '"ready"\n'
+    child = only_child(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    worker.kill()
+    worker.wait()
+    deadline = time.monotonic() + 5
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for pipe in (worker.stdin, worker.stdout):
+        pipe.close()
+
+
+def test_a_stopped_child_costs_one_answer_and_is_replaced():
+    worker = subprocess.Popen(
+        [sys.executable, "-P", str(FOLDER / "math_worker.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with worker:
+        channel = Channel(worker.stdin.fileno(), worker.stdout.fileno())
+        assert channel.read_line(time.monotonic() + 60) == b'"ready"\n'
+        for length in (1, 100_000):  # a line that fits into a pipe, and one that does not
+            child = only_child(worker.pid)
+            os.kill(child, signal.SIGSTOP)
+            text = "<answer> 3 </answer>" + " " * length
+            request = json.dumps([text, "3", 0.1]).encode() + b"\n"
+            assert channel.ask(request, 20) == b"null\n"
+            assert not is_running(child)
+            assert channel.ask(request, 20) == b"true\n"
