@@ -206,10 +206,8 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             ending.fail_together(status, words or printable(trace), error)
         if not words:
             raise
-        if isinstance(error, KeyboardInterrupt):
+        if status > 128:
             exit_when_stopped()
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()  # where both go to one file, these words are its last line
         with suppress(OSError, ValueError):
             sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)
@@ -218,6 +216,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
 
 def _ending(error: BaseException) -> tuple[int, str]:
     """Return the exit status of an error and what the user is told; "" where it is unexpected."""
+    error = _stop_behind(error) or error
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -226,6 +225,20 @@ def _ending(error: BaseException) -> tuple[int, str]:
         notes = getattr(error, "__notes__", [])
         return 2, f"error: {'; '.join([reason, *notes])}."
     return 1, ""
+
+
+def _stop_behind(error: BaseException) -> Stopped | None:
+    """Return the stop that an error has followed from, if there is one.
+
+    A stop in the middle of a call such as shutil.rmtree makes that fail in its own way.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Stopped):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _refusal(error: BaseException) -> str:

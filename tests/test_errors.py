@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mr1_fast.errors import UserError, exit_on_user_error
+from mr1_fast.errors import Stopped, UserError, exit_on_user_error
 from mr1_fast.evaluate import command as evaluate_command
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 
@@ -440,3 +440,21 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         with pytest.raises(type(error)) as raised:
             exit_on_user_error(lambda error=error: (_ for _ in ()).throw(error))
         assert raised.value is error
+
+
+def test_a_stop_behind_another_error_counts(capsys):
+    """A stop within shutil.rmtree closes a folder twice, of which the second time fails."""
+
+    def main():
+        try:
+            raise Stopped(15, "stopped: go on with --resume")
+        except Stopped:
+            try:
+                os.close(-1)
+            except OSError as error:
+                raise UserError("the folder could not be saved: make room.") from error
+
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(main)
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "\nstopped: go on with --resume\n"
