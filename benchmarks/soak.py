@@ -148,7 +148,7 @@ def watch(process: subprocess.Popen, run: Path) -> list[dict[str, float]]:
             spent = found["cpu"] - samples[-1]["cpu"]
             found["step_seconds"] = spent / (steps - samples[-1]["steps"])
         samples.append(found)
-    return samples
+    return samples[:-1]  # the last one may be of a process that ends
 
 
 def slope(samples: list[dict[str, float]], name: str) -> tuple[float, float, float] | None:
