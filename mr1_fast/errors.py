@@ -192,13 +192,20 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     with 1.
     """
 
+    raised: list[Stopped] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
         ending.told_to_end(number)
-        raise Stopped(number)
+        raised.append(Stopped(number))
+        raise raised[-1]
 
     try:
         with SignalHandling(stop):
-            return main()
+            result = main()
+            # What ignores errors can lose a stop, as shutil.rmtree does where it closes a folder.
+            if raised:
+                raise raised[-1]
+            return result
     except (Exception, KeyboardInterrupt) as error:
         status, words = _ending(error)
         if torchrun.size() > 1:

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -458,3 +460,14 @@ def test_a_stop_behind_another_error_counts(capsys):
         exit_on_user_error(main)
     assert end.value.code == 143
     assert capsys.readouterr().err == "\nstopped: go on with --resume\n"
+
+
+def test_a_stop_that_was_lost_on_the_way_counts(capsys):
+    def main():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(main)
+    assert end.value.code == 143 and capsys.readouterr().err == "\nstopped\n"
