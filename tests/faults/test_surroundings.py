@@ -44,10 +44,10 @@ def command(argv: list[str], folder: Path, around: Callable[[], object] = lambda
 
 
 def sentence(outcome: Outcome) -> str:
-    """The last line of a command that could not do its work: a sentence."""
+    """What a command has said that could not do its work; a name in it may have line breaks."""
     assert outcome.status == 2 and "Traceback" not in outcome.said, outcome.said[-3000:]
-    last = outcome.said.replace("\r", "\n").strip().splitlines()[-1]
-    assert last.startswith("error: ") and last.endswith(".") and len(last) < 1010, last
+    last = outcome.said.rpartition("error: ")[2].strip()
+    assert last.endswith(".") and len(last) < 1010, last
     return last
 
 
@@ -81,10 +81,6 @@ JUMPS = [
     (500, YEAR, 30 * DAY),
 ]
 """After how many looks at a clock that of the day and the monotonic one are off, in seconds."""
-
-
-def test_a_run_whose_clock_jumps_computes_the_same(run_args, tmp_path):
-    prepared(try_clocks, tmp_path, run_args("x", **SETTINGS)[1:], JUMPS[:1])
 
 
 @pytest.mark.slow
@@ -159,12 +155,6 @@ def without(argv: list[str], name: str) -> list[str]:
     return [word for word in argv if not word.startswith(f"--{name}=")]
 
 
-def test_a_run_in_a_folder_with_a_hard_name(run_args, tiny_folder, tmp_path):
-    argv = without(run_args("x", **SETTINGS)[1:], "model")
-    name = "a 'b' \"c\" \\ \n модель 🧮 \udcff"
-    print(prepared(try_names, tmp_path, argv, tiny_folder, {"all at once": name}))
-
-
 @pytest.mark.slow
 def test_a_run_in_folders_with_hard_names(run_args, tiny_folder, tmp_path):
     argv = without(run_args("x", **SETTINGS)[1:], "model")
@@ -214,10 +204,6 @@ def try_surroundings(scratch: Path, argv: list[str], chosen: list[str]) -> None:
         except Exception as error:
             wrong.append(f"{what}: {type(error).__name__}: {str(error)[-1500:]}")
     assert not wrong, "\n".join(wrong)
-
-
-def test_a_run_without_home_and_temporary_folder(run_args, tmp_path):
-    prepared(try_surroundings, tmp_path, run_args("x", **SETTINGS)[1:], ["no HOME", "umask 077"])
 
 
 @pytest.mark.slow
