@@ -87,6 +87,7 @@ SOURCES = {
         (*STEP, "mr1_fast/distributed/*.py", "mr1_fast/whole_step.py"), STEP_SETTINGS
     ),
     "default_run": Sources(STEP, STEP_SETTINGS),
+    "soak": Sources(("mr1_fast/**/*.py",)),
     "tests": Sources(("mr1_fast/**/*.py", "csrc/*", "tests/**/*.py"), STEP_SETTINGS),
 }
 """The sources of each benchmark, by the name that its document has."""

@@ -192,13 +192,20 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     with 1.
     """
 
+    raised: list[Stopped] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
         ending.told_to_end(number)
-        raise Stopped(number)
+        raised.append(Stopped(number))
+        raise raised[-1]
 
     try:
         with SignalHandling(stop):
-            return main()
+            result = main()
+            # What ignores errors can lose a stop, as shutil.rmtree does where it closes a folder.
+            if raised:
+                raise raised[-1]
+            return result
     except (Exception, KeyboardInterrupt) as error:
         status, words = _ending(_stop_behind(error) or error)
         if torchrun.size() > 1:
@@ -206,10 +213,8 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
             ending.fail_together(status, words or printable(trace), error)
         if not words:
             raise
-        if isinstance(error, KeyboardInterrupt):
+        if status > 128:
             exit_when_stopped()
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()  # where both go to one file, these words are its last line
         with suppress(OSError, ValueError):
             sys.stdout.flush()  # where both go to one file, these words are its last line
         print(words, file=sys.stderr)
@@ -225,6 +230,7 @@ def _stop_behind(error: BaseException | None) -> Stopped | None:
 
 def _ending(error: BaseException) -> tuple[int, str]:
     """Return the exit status of an error and what the user is told; "" where it is unexpected."""
+    error = _stop_behind(error) or error
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -233,6 +239,20 @@ def _ending(error: BaseException) -> tuple[int, str]:
         notes = getattr(error, "__notes__", [])
         return 2, f"error: {'; '.join([reason, *notes])}."
     return 1, ""
+
+
+def _stop_behind(error: BaseException) -> Stopped | None:
+    """Return the stop that an error has followed from, if there is one.
+
+    A stop in the middle of a call such as shutil.rmtree makes that fail in its own way.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Stopped):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _refusal(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What `--resume` finds in a folder: nothing yet, a run that goes on from its last checkpoint, one
 that ended before its first, or one that is finished."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import UserError, shortened
-from .files import write_text
+from .files import write_json, write_text
 from .settings_file import dump_yaml
 
+FINISHED = "finished.json"
+"""The file in a run's folder that is written last. Times of files tell little: clocks jump."""
 AUTO = "auto"
 """The value of `--resume` that continues the run in --output, or begins there."""
 CONFIG = "config.yaml"
@@ -122,19 +125,27 @@ def resume_command(run: Path, starter: str = "python") -> str:
     return f"`{starter} -m mr1_fast.train --resume {shlex.quote(str(run))}`"
 
 
+def note_finished(config: TrainConfig) -> None:
+    """Note in the run's folder that all of its steps are done, and what is written after them."""
+    write_json(Path(config.output) / FINISHED, {"steps": config.steps}, "make room there")
+
+
 def finished(config: TrainConfig) -> str:
     """Say where the results of a run are that has nothing left to do; "" where there is some.
 
-    Its last checkpoint is that of the last step, and what is written after it is newer than it: the
-    evaluation, and last the card of final/. They could be those of fewer steps, before --steps was
-    raised.
+    Its last checkpoint is that of the last step, and the run has noted that all was written after
+    it: what there is could be that of fewer steps, before --steps was raised. Earlier versions have
+    noted nothing; there, the evaluation and the card of final/ must be newer than the checkpoint.
     """
     run = Path(config.output)
     last = step_folder(run / "checkpoints", config.steps)
     rest = [run / "final" / "README.md", *[run / "evaluation.json"] * bool(config.eval_samples)]
     if not all(path.exists() for path in (last, *rest)):
         return ""
-    if any(path.stat().st_mtime < last.stat().st_mtime for path in rest):
+    if (run / FINISHED).exists():
+        if not _is_noted(run / FINISHED, config.steps):
+            return ""
+    elif any(path.stat().st_mtime < last.stat().st_mtime for path in rest):
         return ""
     push = ""
     if config.push_to_hub is not None:
@@ -143,3 +154,11 @@ def finished(config: TrainConfig) -> str:
         f"the run is finished, with all of its {config.steps} steps: {run / 'final'} · "
         f"report {run / 'report.html'}{push}"
     )
+
+
+def _is_noted(path: Path, steps: int) -> bool:
+    """Say whether a run has noted that it is finished after `steps`; a damaged note is none."""
+    try:
+        return json.loads(path.read_bytes()) == {"steps": steps}
+    except (OSError, ValueError):
+        return False

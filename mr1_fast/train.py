@@ -32,6 +32,7 @@ from .preparing import prepare
 from .push.card import write_card
 from .push.upload import push_in_time
 from .report.live import LivePage
+from .resuming import note_finished
 from .run import End, Run
 from .run_folder import hold_run_folder
 from .seeds import seed_step
@@ -91,6 +92,8 @@ def train(
         if end in ("finished", "patience"):
             if run.world.is_first:
                 write_card(run.log.folder, config)
+                if not signals.received and steps_done == config.steps:
+                    note_finished(config)
             if config.push_to_hub and run.world.is_first and not signals.received:
                 run.log.say(f"uploading {run.log.folder / 'final'} to {config.push_to_hub} …")
                 run.log.say(push_in_time(run.log.folder))

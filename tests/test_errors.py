@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mr1_fast.errors import UserError, exit_on_user_error
+from mr1_fast.errors import Stopped, UserError, exit_on_user_error
 from mr1_fast.evaluate import command as evaluate_command
 from mr1_fast.evaluate.settings import parse as parse_evaluate
 
@@ -445,3 +447,32 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         with pytest.raises(type(error)) as raised:
             exit_on_user_error(lambda error=error: (_ for _ in ()).throw(error))
         assert raised.value is error
+
+
+def test_a_stop_behind_another_error_counts(capsys):
+    """A stop within shutil.rmtree closes a folder twice, of which the second time fails."""
+
+    def main():
+        try:
+            raise Stopped(15, "stopped: go on with --resume")
+        except Stopped:
+            try:
+                os.close(-1)
+            except OSError as error:
+                raise UserError("the folder could not be saved: make room.") from error
+
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(main)
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "\nstopped: go on with --resume\n"
+
+
+def test_a_stop_that_was_lost_on_the_way_counts(capsys):
+    def main():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(main)
+    assert end.value.code == 143 and capsys.readouterr().err == "\nstopped\n"

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from mr1_fast.command_line import parse_train_config
+from mr1_fast.resuming import FINISHED
 
 from .data.runs import run
 
@@ -30,7 +31,18 @@ def test_resume_auto_leaves_a_finished_run_as_it_is(run_args, tmp_path, capsys):
     assert parse_train_config([*argv, "--steps=2"]).resume == str(tmp_path)
     assert parse_train_config(["--resume", str(tmp_path)]).resume == str(tmp_path)
 
-    # What is older than the last checkpoint is that of fewer steps.
+    # Clocks jump, so times of files do not count, but a note of fewer steps does, or a damaged one.
+    os.utime(tmp_path / "final" / "README.md", (0, 0))
+    with pytest.raises(SystemExit):
+        parse_train_config(argv)
+    note = tmp_path / FINISHED
+    for damaged in ('{"steps": 2}', '{"steps"', "", "[1]", '"\\ud800"'):
+        note.write_text(damaged)
+        assert parse_train_config(argv).resume == str(tmp_path)
+
+    # Earlier versions had no note: what is older than the last checkpoint is that of fewer steps.
+    note.unlink()
+    os.utime(tmp_path / "final" / "README.md")
     for name in ("final/README.md", "evaluation.json"):
         path, old = tmp_path / name, (tmp_path / "checkpoints" / "step-000001").stat().st_mtime - 9
         now = path.stat().st_mtime

@@ -15,8 +15,11 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from .faults import preloaded
 
 PRELOADED = ["tests.data.preloaded"]
 
@@ -32,19 +35,55 @@ def gang(size: int, work: Callable, *arguments: Any, seconds: float = 120.0) -> 
 
 def start(size: int, work: Callable, *arguments: Any) -> list[tuple[BaseProcess, Connection]]:
     """Start `size` processes that run work(world, *arguments); each with where its result comes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    port = free_port()
+    context, port = server(), free_port()
     members = []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=_member, args=(rank, size, port, sender, work, arguments), daemon=True
         )
-        process.start()
+        with preloaded():  # the server is started with the first process
+            process.start()
         sender.close()
         members.append((process, receiver))
     return members
+
+
+def prepared(work: Callable, *arguments: Any, seconds: float = 600) -> Any:
+    """Return work(*arguments) of one process, by which faults.py can make calls fail."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = server().Process(target=_answer, args=(sender, work, arguments), daemon=True)
+    with preloaded():
+        process.start()
+    sender.close()
+    try:
+        assert receiver.poll(seconds), "not done in time"
+        kind, value = pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        raise AssertionError("the process died") from None
+    finally:
+        process.kill()
+        process.join()
+    if kind == "error":
+        raise AssertionError(value)
+    return value
+
+
+def _answer(sender, work: Callable, arguments: tuple) -> None:
+    try:
+        answer = "result", work(*arguments)
+    except BaseException:
+        answer = "error", traceback.format_exc()
+    sender.send_bytes(pickle.dumps(answer))
+    sender.close()
+    os._exit(0)
+
+
+def server() -> BaseContext:
+    """Return what starts processes as forks of the one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def end(members: list[tuple[BaseProcess, Connection]]) -> None:
