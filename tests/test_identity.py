@@ -20,6 +20,8 @@ OTHERS = {
     **dict(columns={"problem": "query"}, extra_rewards={"brief": 0.5}, stop=["."]),
     **dict(algo="sft", preset="geometry", loss_type="dapo", tokens_per_microbatch=9999),
     **dict(loggers=["wandb"], num_generations=3, eval_every=7),
+    **dict(warmup_fraction=0.25, top_p=0.5, min_p=0.25, explore_fraction=0.25),
+    **dict(overlong_penalty=0.5, format_weight=0.5, temperature=0.5),
 }
 """Values for settings of which the general rule below makes none."""
 NEEDED = {

@@ -28,7 +28,9 @@ def run(tmp_path):
     (folder / "evil.py").write_text("import os; os.mkdir('RAN')\ndef f(c, e): return 0.0\n")
 
     def made(**settings):
-        (folder / "config.yaml").write_text(json.dumps({"device": "cpu", **settings}))
+        lines = {"device": "cpu", **settings, "loggers": []}.items()
+        text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in lines)
+        (folder / "config.yaml").write_text(text)
         return folder
 
     return made
