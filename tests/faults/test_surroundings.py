@@ -106,7 +106,8 @@ def try_times_of_files(scratch: Path, argv: list[str]) -> list[int]:
     assert outcome.status == 0, outcome.said
     shutil.rmtree(folder / "final")
     shutil.copytree(kept / "final", folder / "final")
-    shutil.copy2(kept / "evaluation.json", folder / "evaluation.json")
+    for name in ("evaluation.json", "finished.json"):
+        shutil.copy2(kept / name, folder / name)
     assert (folder / "final" / "model.safetensors").read_bytes() == final
     outcome = command([*longer, f"--output={folder}"], folder)
     assert outcome.status == 0, outcome.said
@@ -141,7 +142,13 @@ def try_names(scratch: Path, argv: list[str], model: Path, names: dict[str, str]
             assert_same_run(output, whole)
             outcome = command(["--resume", str(output), "--steps=3"], scratch)
             assert outcome.status == 0, outcome.said
-            rows = [*here, f"--data={data}", f"--output={place / 'of rows'}", "--task=free"]
+            rows = [
+                *without(here, "eval_samples"),
+                f"--data={data}",
+                f"--output={place / 'of rows'}",
+                "--task=free",
+                "--eval-samples=0",
+            ]
             outcome = command(rows, scratch)
             assert outcome.status == 0, outcome.said
             told.append(f"{what}: trained")
