@@ -11,6 +11,7 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,7 +47,10 @@ def bounded(work: Callable[[], Any]) -> Any:
         os.close(ours)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with suppress(ChildProcessError):  # where SIGCHLD is ignored, the system has reaped it
+            os.waitpid(child, 0)
+    if reply is None:
+        raise Refused(f"it takes more than {WALL_SECONDS:g} seconds, though little processor time")
     try:
         kind, value = json.loads(reply)
     except ValueError as error:
@@ -58,13 +62,16 @@ def bounded(work: Callable[[], Any]) -> Any:
     return value
 
 
-def _read(descriptor: int) -> bytes:
-    """Read a reply to its end; an incomplete one where the time is over or it is too long."""
+def _read(descriptor: int) -> bytes | None:
+    """Read a reply to its end; an incomplete one if it is too long, None if the time is over."""
     end = time.monotonic() + WALL_SECONDS
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
     reply = b""
     while len(reply) <= LONGEST_REPLY:
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
-        part = os.read(descriptor, 1 << 16) if ready else b""
+        if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+            return None
+        part = os.read(descriptor, 1 << 16)
         if not part:
             return reply
         reply += part
@@ -83,6 +90,8 @@ def _child(work: Callable[[], Any], descriptor: int) -> NoReturn:
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         faulthandler.disable()  # a crash here is no crash of the command
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)  # a child has none of the threads that OpenMP would wait for
         _limit()
         try:
             reply = "done", work()

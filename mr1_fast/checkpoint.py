@@ -44,7 +44,7 @@ from .resuming import saved_steps, step_folder
 
 KEEP = 2
 """How many of the newest checkpoints stay: with two, there is a way back from a damaged one."""
-UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError)
+UNFIT = (ValueError, TypeError, LookupError, AttributeError, SafetensorError)
 """What reading a checkpoint raises whose checksums hold, or are missing, but whose content does not
 fit together."""
 

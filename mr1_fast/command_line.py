@@ -114,7 +114,7 @@ def parse_train_config(argv: list[str], processes: int | None = None) -> TrainCo
     parser = SettingsParser(TrainConfig, "python -m mr1_fast.train", profile_defaults)
     given = parser.read(argv)
     named = parser.named(given)
-    resume = given.flags.get("resume")
+    resume = parser.unchecked(given).resume  # a file may have it as well as a flag
     is_auto = resume == AUTO
     if is_auto and not given.wants_help:
         resume = started_before(parser.unchecked(given).output)

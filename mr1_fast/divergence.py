@@ -33,7 +33,7 @@ def named(where: str) -> Iterator[None]:
 
 
 class Divergence:
-    """Counts the steps in a row that were skipped.
+    """Counts the steps in a row that were skipped; checkpoints keep the count.
 
     >>> watched = Divergence(total_steps=3)
     >>> lost = {"loss": math.nan, "grad_norm": math.nan, "skipped": 1.0}
@@ -43,6 +43,7 @@ class Divergence:
 
     def __init__(self, total_steps: int = MOST_SKIPPED):
         self.limit = min(MOST_SKIPPED, total_steps)
+        self.limit_in_all = max(MOST_SKIPPED, total_steps)
         self.skipped = 0
         """How many steps in a row were skipped up to now."""
         self._counted = 0
@@ -52,14 +53,27 @@ class Divergence:
         """Take note of a step by its metrics; returns whether too many in a row were skipped.
 
         A step of groups without a signal has no gradient, and is no sign of anything. In float16 a
-        step may be skipped to find the loss scale, as long as that can become smaller.
+        step may be skipped to find the loss scale, as long as that can become smaller, and some
+        other step is not skipped.
         """
-        if not (metrics["skipped"] and "grad_norm" in metrics):
+        if "grad_norm" not in metrics:
+            return False
+        if not metrics["skipped"]:
             self.skipped = self._counted = 0
             return False
         self.skipped += 1
         self._counted += metrics.get("loss_scale", 1.0) <= 1.0
-        return self._counted >= self.limit
+        return self._counted >= self.limit or self.skipped >= self.limit_in_all
+
+    def state(self) -> dict[str, float]:
+        """Return the counts for a checkpoint; none where the last step was not skipped."""
+        return {"skipped": self.skipped, "counted": self._counted} if self.skipped else {}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from counts that `state` has returned; raises ValueError for any others."""
+        if state.keys() != {"skipped", "counted"} or not all(n >= 0 for n in state.values()):
+            raise ValueError("the counts of skipped steps are damaged")
+        self.skipped, self._counted = int(state["skipped"]), int(state["counted"])
 
 
 @torch.no_grad()

@@ -202,12 +202,14 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
     try:
         with SignalHandling(stop):
             result = main()
-            # What ignores errors can lose a stop, as shutil.rmtree does where it closes a folder.
+            # What ignores errors can lose a stop, as a library's shutil.rmtree does where it closes
+            # a folder.
             if raised:
                 raise raised[-1]
             return result
-    except (Exception, KeyboardInterrupt) as error:
-        status, words = _ending(_stop_behind(error) or error)
+    except (Exception, KeyboardInterrupt) as raised_last:
+        error = _stop_behind(raised_last) or raised_last
+        status, words = _ending(error)
         if torchrun.size() > 1:
             trace = f"{torchrun.place()}:\n{traceback.format_exc()}"
             ending.fail_together(status, words or printable(trace), error)
@@ -221,16 +223,8 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
         sys.exit(status)
 
 
-def _stop_behind(error: BaseException | None) -> Stopped | None:
-    """Return the stop during which an error came up, as in closing what was interrupted."""
-    while error is not None and not isinstance(error, Stopped):
-        error = error.__context__
-    return error
-
-
 def _ending(error: BaseException) -> tuple[int, str]:
     """Return the exit status of an error and what the user is told; "" where it is unexpected."""
-    error = _stop_behind(error) or error
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):

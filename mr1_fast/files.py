@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import ENOTDIR
@@ -223,7 +224,7 @@ class atomic_folder:
             except OSError as failure:
                 error = failure
             finally:
-                shutil.rmtree(self.temporary, ignore_errors=True)
+                remove_folder(self.temporary)
         if isinstance(error, OSError | SafetensorError):
             raise cannot_save(self.path, error, self.way_out) from error
 
@@ -258,7 +259,7 @@ class atomic_folder:
             _sync_names(self.path.parent)
             if os.path.lexists(replaced):
                 replaced.rename(old)
-        _remove(old)
+        remove_folder(old)
 
 
 def restore_folder(path: Path) -> None:
@@ -267,7 +268,7 @@ def restore_folder(path: Path) -> None:
     Brings the old folder back if no new one has taken its name, and removes it otherwise. Nothing
     is done to what a process that is alive has moved aside.
     """
-    if os.path.lexists(_replaced(path)):
+    if path.name and os.path.lexists(_replaced(path)):  # "." and "/" have no name
         with locked(path.parent, SWAP_SECONDS):
             _restore(path)
 
@@ -278,7 +279,7 @@ def _restore(path: Path) -> None:
         return
     if path.exists():
         replaced.rename(old := _unique(path))
-        _remove(old)
+        remove_folder(old)
     else:
         replaced.rename(path)
         _sync_names(path.parent)
@@ -292,7 +293,7 @@ def discard_folder(path: Path) -> None:
     old = _unique(path)
     with suppress(OSError):
         path.rename(old)
-        _remove(old)
+        remove_folder(old)
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
@@ -310,7 +311,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         return
     for path in paths:
         with suppress(OSError), locked(path, seconds=0, must=True):
-            _remove(path)
+            remove_folder(path)
 
 
 def _replaced(path: Path) -> Path:
@@ -323,12 +324,18 @@ def _unique(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder, or a link to one, as far as that is possible."""
+def remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that is possible.
+
+    A thread does it, which no signal interrupts: one that is raised while shutil.rmtree closes a
+    folder makes it close that twice, and comes out as another error, or not at all.
+    """
     if path.is_symlink():
         path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+        return
+    work = threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True})
+    work.start()
+    work.join()
 
 
 def _make_parents(path: Path) -> None:

@@ -5,6 +5,7 @@ compared by size and CRC-32, which finds every changed byte and, of other damage
 in 4 billion. Both find damage, and not what somebody has forged.
 """
 
+import errno
 import hashlib
 import json
 import zlib
@@ -12,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import shortened
+from .errors import UserError, shortened
 
 SEAL = "checksum"
 """The last entry of a record."""
@@ -20,6 +21,9 @@ BLOCK = 2**26
 """Bytes that are read at a time."""
 CHECKSUMS = "checksums.json"
 """The record of a folder's files, where the folder has no other."""
+
+DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""What the system says of a file that is there but cannot be read back, or is no file any more."""
 
 FileChecks = dict[str, dict[str, Any]]
 """File name → `{"bytes": …, "crc32": …}`."""
@@ -52,7 +56,17 @@ def finding(path: Path, expected: Mapping[str, Any]) -> str:
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
+        raise_unless_damaged(path, error)
         return f"{path.name}: {error.strerror}"
+
+
+def raise_unless_damaged(path: Path, error: OSError) -> None:
+    """Raise UserError for a file that cannot be read at this moment, which may be whole."""
+    if error.errno not in DAMAGE:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check its permissions and the disk or "
+            "network that it is on, then try again."
+        ) from error
 
 
 def is_file_checks(value: object) -> bool:
@@ -91,6 +105,7 @@ def read_sealed(path: Path, earlier: Collection[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing") from None
     except OSError as error:
+        raise_unless_damaged(path, error)
         raise ValueError(f"{path.name}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON ({shortened(error)})") from error
@@ -115,8 +130,13 @@ def seal_folder(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(sealed({"files": checksums(folder)}))
 
 
-def folder_finding(folder: Path) -> str:
-    """Say what is wrong with a folder that `seal_folder` has been called for; "" for nothing."""
+def folder_finding(folder: Path, unsealed: bool = False) -> str:
+    """Say what is wrong with a folder that `seal_folder` has been called for; "" for nothing.
+
+    unsealed: whether one without the record is taken, as earlier versions wrote them.
+    """
+    if unsealed and not (folder / CHECKSUMS).exists():
+        return ""
     try:
         expected = read_sealed(folder / CHECKSUMS).get("files")
     except ValueError as error:

@@ -58,7 +58,7 @@ class KeptRecords:
         if gaps:
             named = ", ".join(gaps[:MOST_GAPS]) + ", …" * (len(gaps) > MOST_GAPS)
             self.missing.append(
-                f"{path} has nothing of step {named}, which earlier processes have done: the run "
+                f"{path} has nothing of step {named}, as a whole run with these settings has: it "
                 "goes on, and what is shown of it leaves them out."
             )
 

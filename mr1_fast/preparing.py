@@ -12,7 +12,7 @@ from .distributed.launch import join_world, require_same
 from .distributed.sharding import Sharding
 from .divergence import Divergence, not_finite
 from .errors import UserError, printable
-from .identity import identity
+from .identity import TRAINING_DATA, identity
 from .kernels.self_test import self_test
 from .learning_signal import LearningSignal
 from .log import RunLog
@@ -62,7 +62,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         source, held_out = load_data(config)
         check_data(source, config, say=log.say, needs_thinking=config.needs_thinking)
         check_data(held_out, config, config.eval_samples, log.say)
-    data = {"the training data": source, "the held-out data": held_out}
+    data = {TRAINING_DATA: source, "the held-out data": held_out}
     read = {name: each.fingerprint() for name, each in data.items() if each is not None}
     require_same(world, read, "name the same files on all machines")
     if config.push_to_hub is not None and world.is_first:
@@ -72,9 +72,11 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
     optimizer = make_optimizer(policy.model, config, config.seed, sharding.parts)
     schedule = config.kl_schedule()
     loss_scale = LossScale() if resolve_dtype(config) == torch.float16 else None
+    is_this = {**identity(config), TRAINING_DATA: read[TRAINING_DATA]}
+    divergence = Divergence(config.steps)
     first_step, progress = 0, Progress()
     if log.resuming:
-        parts = checkpoint_parts(schedule, loss_scale)
+        parts = checkpoint_parts(schedule, loss_scale, divergence)
         fall_back = log.say if isinstance(config.resume, AutoResumed) else None
         first_step = load_checkpoint(
             log.checkpoints,
@@ -82,7 +84,7 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
             optimizer,
             start_fingerprint,
             parts,
-            identity(config),
+            is_this,
             fall_back,
         )
         world.in_all(lambda: log.check(first_step))
@@ -116,10 +118,11 @@ def prepare(config: TrainConfig, world: World | None = None) -> Run:
         held_out=held_out.all(config.eval_samples) if held_out is not None else [],
         progress=progress,
         learning_signal=LearningSignal(config.steps - first_step),
-        divergence=Divergence(config.steps),
+        divergence=divergence,
         time_limit=time_limit,
         log=log,
         memory=memory,
+        identity=is_this,
         start_fingerprint=start_fingerprint,
         first_step=first_step,
         saved=first_step,

@@ -116,7 +116,7 @@ def can_begin_again(run: Path) -> bool:
 
 def _is_whole(text: str) -> bool:
     if text.startswith(FIRST_LINE):
-        return text.endswith(f"\n{LAST_LINE}\n")
+        return f"\n{LAST_LINE}\n" in text  # a line of the user's may stand below it
     return text.endswith("\n") and bool(re.search(rf"^{LAST_SETTING}:", text, re.MULTILINE))
 
 
@@ -133,20 +133,21 @@ def note_finished(config: TrainConfig) -> None:
 def finished(config: TrainConfig) -> str:
     """Say where the results of a run are that has nothing left to do; "" where there is some.
 
-    Its last checkpoint is that of the last step, and the run has noted that all was written after
-    it: what there is could be that of fewer steps, before --steps was raised. Earlier versions have
-    noted nothing; there, the evaluation and the card of final/ must be newer than the checkpoint.
+    The run has noted that all was written: what there is could be that of fewer steps, before
+    --steps was raised. Earlier versions have noted nothing; there, the last checkpoint is that of
+    the last step, and the evaluation and the card of final/ must be newer than it.
     """
     run = Path(config.output)
-    last = step_folder(run / "checkpoints", config.steps)
     rest = [run / "final" / "README.md", *[run / "evaluation.json"] * bool(config.eval_samples)]
-    if not all(path.exists() for path in (last, *rest)):
+    if not all(path.exists() for path in rest):
         return ""
     if (run / FINISHED).exists():
         if not _is_noted(run / FINISHED, config.steps):
             return ""
-    elif any(path.stat().st_mtime < last.stat().st_mtime for path in rest):
-        return ""
+    else:
+        last = step_folder(run / "checkpoints", config.steps)
+        if not last.exists() or any(p.stat().st_mtime < last.stat().st_mtime for p in rest):
+            return ""
     push = ""
     if config.push_to_hub is not None:
         push = f" · `python -m mr1_fast.push {shlex.quote(str(run))}` uploads it again"
@@ -157,8 +158,8 @@ def finished(config: TrainConfig) -> str:
 
 
 def _is_noted(path: Path, steps: int) -> bool:
-    """Say whether a run has noted that it is finished after `steps`; a damaged note is none."""
+    """Say whether a run has noted that it is finished after `steps`, or after more."""
     try:
-        return json.loads(path.read_bytes()) == {"steps": steps}
-    except (OSError, ValueError):
+        return json.loads(path.read_bytes())["steps"] >= steps
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged note is none
         return False

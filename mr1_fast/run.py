@@ -1,7 +1,7 @@
 """What the steps of a training run share: its settings, the policy and all that they change."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,6 @@ from .distributed import SINGLE, World
 from .distributed.sharding import Sharding
 from .divergence import Divergence, not_finite
 from .errors import UserError
-from .identity import identity
 from .kl_schedule import KLSchedule
 from .learning_signal import LearningSignal
 from .log import RunLog
@@ -70,6 +69,8 @@ class Run:
     log: RunLog | None = None
     memory: RunMemory | None = None
     """The memory plan, and beside it what the steps have used."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """The settings and the data by which it is this run, so that no other one is resumed."""
     start_fingerprint: str = ""
     """Identifies the model that training started from, so that no other one is resumed."""
     first_step: int = 0
@@ -107,8 +108,8 @@ class Run:
                 self.sharding,
                 self.optimizer,
                 self.start_fingerprint,
-                checkpoint_parts(self.schedule, self.loss_scale),
-                identity(self.config),
+                checkpoint_parts(self.schedule, self.loss_scale, self.divergence),
+                self.identity,
                 previous=self.saved,
             )
         self.saved = steps_done
@@ -197,9 +198,11 @@ class Run:
         return "finished" if finished else "patience" if patience else ""
 
 
-def checkpoint_parts(schedule: KLSchedule, loss_scale: LossScale | None) -> dict[str, Stateful]:
+def checkpoint_parts(
+    schedule: KLSchedule, loss_scale: LossScale | None, divergence: Divergence
+) -> dict[str, Stateful]:
     """Return all that a checkpoint keeps beside weights and optimizer, by its name there."""
-    parts: dict[str, Stateful] = {"kl_schedule": schedule}
+    parts: dict[str, Stateful] = {"kl_schedule": schedule, "divergence": divergence}
     if loss_scale:
         parts["loss_scale"] = loss_scale
     return parts

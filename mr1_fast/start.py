@@ -78,9 +78,9 @@ def supervised_start(
     """
     processor = tiny_processor(model)
     folder = _start_folder(model, tasks, seed, enough, processor)
-    if not folder.exists() or folder_finding(folder):
+    if not folder.exists() or folder_finding(folder, unsealed=True):
         with one_at_a_time(folder, CHANGE_CACHE):
-            if folder.exists() and (damage := folder_finding(folder)):
+            if folder.exists() and (damage := folder_finding(folder, unsealed=True)):
                 tqdm.write(f"supervised start {folder} is damaged ({damage}): it is made again.")
                 discard_folder(folder)
             if not folder.exists():

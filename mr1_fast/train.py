@@ -92,7 +92,7 @@ def train(
         if end in ("finished", "patience"):
             if run.world.is_first:
                 write_card(run.log.folder, config)
-                if not signals.received and steps_done == config.steps:
+                if not signals.received:
                     note_finished(config)
             if config.push_to_hub and run.world.is_first and not signals.received:
                 run.log.say(f"uploading {run.log.folder / 'final'} to {config.push_to_hub} …")

@@ -177,7 +177,7 @@ def test_a_run_in_float16_goes_on_with_its_loss_scale(run_args, tmp_path):
 def test_only_float16_has_a_loss_scale(finished):
     assert all("loss_scale" not in step for step in metrics(finished))
     for path in (finished / "checkpoints").glob("*/state.json"):
-        assert json.loads(path.read_text())["parts"].keys() == {"kl_schedule"}
+        assert json.loads(path.read_text())["parts"].keys() == {"kl_schedule", "divergence"}
 
 
 def test_resuming_repeats_what_came_after_the_checkpoint(interrupted, finished):
@@ -252,11 +252,8 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, processor, tiny_f
     text = config.read_text().replace(f"model: {tiny_folder}", f"model: {tmp_path / 'other'}")
     config.write_text(text)
     before = content(interrupted)
-    for is_known in (True, False):  # those of earlier versions have no settings
-        told = (
-            "model is .*other, but the run in" if is_known else "step-000006 was made from another"
-        )
-        with pytest.raises(UserError, match=told) as error:
+    for _ in range(2):  # the second time without settings in it, as in earlier versions
+        with pytest.raises(UserError, match="step-000006 was made from another model") as error:
             run(["--resume", str(interrupted)])
         assert "\n" not in str(error.value)
         assert content(interrupted) == before

@@ -77,7 +77,21 @@ def test_only_steps_that_could_have_changed_a_weight_count_and_only_in_a_row():
         assert not watched.observe(FOUND) and watched.skipped == 0
     without_signal = {"beta": 0.1, "skipped": 1.0}
     assert not any(watched.observe(without_signal) for _ in range(99)) and watched.skipped == 0
-    assert [watched.observe(LOST) for _ in range(MOST_SKIPPED)] == [False] * 9 + [True]
+    ends = []
+    for _ in range(MOST_SKIPPED):  # one between them says nothing
+        ends += [watched.observe(LOST), watched.observe(without_signal)]
+    assert ends == [False] * 18 + [True, False]
+
+
+def test_a_checkpoint_keeps_the_count():
+    watched, resumed = Divergence(total_steps=100), Divergence(total_steps=100)
+    assert watched.state() == {}
+    assert not any(watched.observe(LOST) for _ in range(MOST_SKIPPED - 1))
+    resumed.load(watched.state())
+    assert resumed.skipped == 9 and resumed.observe(LOST)
+    for damaged in ({}, {"skipped": 1.0}, {"skipped": -1, "counted": 0}):
+        with pytest.raises(ValueError, match="damaged"):
+            resumed.load(damaged)
 
 
 def test_float16_may_look_for_its_loss_scale():
@@ -87,6 +101,15 @@ def test_float16_may_look_for_its_loss_scale():
     assert watched.skipped == len(scales), "until then no checkpoint may push out those before"
     ends = [watched.observe(LOST | {"loss_scale": 1.0}) for _ in range(MOST_SKIPPED)]
     assert ends == [False] * 9 + [True]
+
+
+def test_a_run_in_float16_whose_steps_are_all_skipped_ends():
+    watched = Divergence(total_steps=12)
+    scales = [2.0**power for power in range(16, 4, -1)]
+    ends = [watched.observe(LOST | {"loss_scale": scale}) for scale in scales]
+    assert ends == [False] * 11 + [True]
+    watched = Divergence(total_steps=2)  # a trial that is too short to find the scale
+    assert not any(watched.observe(LOST | {"loss_scale": scale}) for scale in scales[:2])
 
 
 VALUES = {"NaN": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -101,8 +101,8 @@ REFUSED_BEFORE_THE_RUN = {
         {"eval_data": "geoqa"},
         "data geoqa needs image_root: the folder with geoqa_test",
     ),
-    "difficulty": ({"difficulty": 0}, "difficulty is 0, but the easiest is 1"),
-    "no samples": ({"train_samples": 0}, "(limit|train_samples) is 0: set it to 1 or more"),
+    "difficulty": ({"difficulty": 0}, "difficulty is 0, but must be at least 1"),
+    "no samples": ({"train_samples": 0}, "train_samples is 0, but must be at least 1"),
     "no such run": (
         {"resume": "nowhere"},
         "resume is nowhere, but there is no nowhere/config.yaml: name the folder of",
@@ -265,9 +265,9 @@ MODELS = {
         ('"intermediate_size": 384', '"intermediate_size": 96'),
         LACKS,
     ),
-    "no weights": ("model.safetensors", None, LACKS),
-    "weights cut": ("model.safetensors", "cut", LACKS),
-    "a weight missing": ("model.safetensors", {}, "it has no weights for "),
+    "no weights": ("model.safetensors", None, "model.safetensors"),
+    "weights cut": ("model.safetensors", "cut", "has a damaged model.safetensors"),
+    "a weight missing": ("model.safetensors", {}, "by its config.json, but its files hold 0"),
     "no tokenizer": ("tokenizer.json", None, LACKS),
     "tokenizer cut": ("tokenizer.json", '{"version": ', LACKS),
     "another tokenizer": (

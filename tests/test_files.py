@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from mr1_fast import files
-from mr1_fast.errors import UserError
+from mr1_fast.errors import Stopped, UserError
 from mr1_fast.files import (
     append_line,
     atomic_folder,
@@ -242,7 +243,7 @@ def test_after_a_crash_at_a_rename_the_old_folder_comes_back(number, folder, mon
 
 
 def test_after_a_crash_that_kept_the_old_folder_too_the_new_one_stays(folder, monkeypatch):
-    def crash(*paths, **options):
+    def crash(path):
         raise Crash
 
     with (
@@ -251,7 +252,7 @@ def test_after_a_crash_that_kept_the_old_folder_too_the_new_one_stays(folder, mo
         atomic_folder(folder) as temporary,
     ):
         (temporary / "a").write_text("new")
-        patch.setattr(files.shutil, "rmtree", crash)
+        patch.setattr(files, "remove_folder", crash)
     (old,) = folder.parent.glob(".folder.*.partial")
     assert content(folder.parent) == {"folder/a": b"new", f"{old.name}/a": b"old"}
     with pytest.raises(ZeroDivisionError), atomic_folder(folder):
@@ -373,18 +374,17 @@ def test_without_locks_nothing_is_swept_and_folders_are_written(folder, monkeypa
 
 def test_a_folder_that_is_removed_is_never_half_there(folder, monkeypatch):
     (folder / "b").write_text("old")
-    rmtree = files.shutil.rmtree
 
-    def crash(path, **options):
+    def crash(path):
         (path / "a").unlink()
         raise Crash
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(files.shutil, "rmtree", crash)
+        patch.setattr(files, "remove_folder", crash)
         discard_folder(folder)
     assert not folder.exists() and len(list(folder.parent.iterdir())) == 1
     sweep(folder.parent)
-    assert not list(folder.parent.iterdir()) and rmtree is files.shutil.rmtree
+    assert not list(folder.parent.iterdir())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -446,3 +446,27 @@ def test_all_is_forced_to_the_disk_before_the_name_and_the_name_before_the_old_g
         if turn:
             assert before[-1] == ("rename", "folder")
             assert after.index(("rename", "replaced")) < after.index(("remove", "partial"))
+
+
+def test_a_stop_while_a_folder_is_removed_is_raised_as_it_is(tmp_path):
+    """shutil.rmtree, interrupted where it closes a folder, closes it twice and raises OSError."""
+    for name in range(200):
+        (tmp_path / "folder" / str(name) / "inner").mkdir(parents=True)
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(Stopped):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005)
+            files.remove_folder(tmp_path / "folder")
+            time.sleep(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for _ in range(100):
+        if not (tmp_path / "folder").exists():
+            break
+        time.sleep(0.05)
+    assert not (tmp_path / "folder").exists()  # the thread has gone on

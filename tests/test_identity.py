@@ -9,7 +9,7 @@ import pytest
 from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.errors import UserError
-from mr1_fast.identity import CHANGEABLE, FIXED, identity, require_identity
+from mr1_fast.identity import CHANGEABLE, FIXED, TRAINING_DATA, identity, require_identity
 from mr1_fast.resuming import write_config
 from mr1_fast.setting_values import shown
 
@@ -102,3 +102,16 @@ def test_what_an_earlier_version_has_not_kept_is_not_compared(tmp_path):
     require_identity({"seed": 1}, {}, tmp_path)
     with pytest.raises(UserError, match=r"seed is 1, but the run in .* with 2, .*: write that"):
         require_identity({"seed": 1}, {"seed": 2}, tmp_path, "write that into its config.yaml")
+
+
+def test_files_may_lie_in_another_place_and_data_are_told_by_their_content(tmp_path):
+    begun = TrainConfig(extra_rewards={"/old/place/rew.py:r": 0.5}, data="/old/data.jsonl")
+    moved = TrainConfig(extra_rewards={"../new/rew.py:r": 0.5}, data="new.jsonl", model="moved")
+    require_identity(identity(moved), identity(begun), tmp_path)
+    for other in ({"rew.py:r": 0.25}, {"rew.py:s": 0.5}, {}):
+        with pytest.raises(UserError, match="extra_rewards is "):
+            found = identity(TrainConfig(extra_rewards=other))
+            require_identity(found, identity(begun), tmp_path)
+    with pytest.raises(UserError, match=r"the training data is 3 rows .* begun with 4 rows"):
+        kept = {TRAINING_DATA: "4 rows (cd)"}
+        require_identity({TRAINING_DATA: "3 rows (ab)"}, kept, tmp_path)

@@ -164,14 +164,14 @@ def test_the_way_out_that_is_named_works(folder):
     with pytest.raises(UserError, match=r"metrics.jsonl line 3 is no JSON object: remove it\.$"):
         go_on(folder)
     path.write_bytes(b"".join([*WHOLE[METRICS][:2], *WHOLE[METRICS][3:]]))
-    assert [each for each in go_on(folder)[1] if "of step 2, which" in each]
+    assert [each for each in go_on(folder)[1] if "of step 2, as" in each]
     path.unlink()
     (folder / EVALUATION).write_text("{")
     with pytest.raises(UserError, match=r"evaluation.json is no JSON object: remove it\.$"):
         go_on(folder)
     (folder / EVALUATION).unlink()
     said = go_on(folder)[1]
-    assert any("nothing of step 0–3, which" in each for each in said)
+    assert any("nothing of step 0–3, as" in each for each in said)
     assert any("evaluation.json has no accuracy before training" in each for each in said)
 
 
@@ -191,7 +191,7 @@ def test_many_gaps_are_named_in_a_bounded_sentence(tmp_path):
     (log := RunLog(config)).say = (said := []).append
     log.check(3000)
     [sentence] = said
-    assert "nothing of step 1–2, 4–5, 7–8, 10–11, 13–14, …, which" in sentence
+    assert "nothing of step 1–2, 4–5, 7–8, 10–11, 13–14, …, as" in sentence
 
 
 def test_a_long_record_is_read_once_in_little_memory_and_cut_in_place(tmp_path):

@@ -193,6 +193,7 @@ def test_a_run_that_begins_again_is_as_if_it_had_never_been_killed(run_args, tmp
     shutil.copytree(whole, killed)
     for name in ("checkpoints", "final"):
         shutil.rmtree(killed / name)
+    (killed / "finished.json").unlink()
     write_config(parse_train_config(run_args(killed, **settings)), killed / "config.yaml")
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')

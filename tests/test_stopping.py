@@ -251,7 +251,8 @@ def test_before_the_first_step_nothing_is_left_that_hinders(whole, run_args, tmp
 
     with judge_that_stops(lambda: True):
         message = str(stopped(argv))
-    assert message == "stopped after 0 of 4 steps: nothing was saved yet, so start it again"
+    way_on = f"begin again with `python -m mr1_fast.train --resume {folder}`"
+    assert message == f"stopped after 0 of 4 steps: nothing was saved yet, so {way_on}"
     run(argv)
     assert_same_run(folder, whole)
 
@@ -281,9 +282,9 @@ def test_an_evaluation_on_the_way_is_left_and_made_again(whole, run_args, tmp_pa
 def test_a_save_is_completed(whole, run_args, tmp_path, monkeypatch):
     argv, folder = run_args(tmp_path / "run", **SETTINGS), tmp_path / "run"
 
-    def stop_and_save(*arguments):
+    def stop_and_save(*arguments, **options):
         stop()
-        return save_checkpoint(*arguments)
+        return save_checkpoint(*arguments, **options)
 
     save_checkpoint = run_module.save_checkpoint
     with monkeypatch.context() as patch:

@@ -130,6 +130,7 @@ def test_a_run_leaves_a_complete_folder(finished):
         "images",
         "checkpoints",
         "final",
+        "finished.json",
     }
     pages = {"report.html", "completions.html"}
     assert {path.name for path in folder.iterdir()} == names | pages

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import shortened
-from ..integrity import FileChecks, finding, is_file_checks, read_sealed
+from ..integrity import FileChecks, finding, is_file_checks, raise_unless_damaged, read_sealed
 from ..resuming import step_folder
 from .shard_files import OFFSETS, ShardReader
 from .world import World
@@ -61,8 +61,11 @@ def sound_record(path: Path, world: World, keys: Sequence[str]) -> dict[str, Any
         world.in_all(lambda: _require_no_others(path, files) if world.is_first else None)
     except ValueError as error:
         raise Damaged(str(error)) from error
-    mine = [_finding(path / name, check) for name, check in world.share(list(files.items()))]
-    for found in world.whole(mine):
+
+    def look() -> list[str]:
+        return [_finding(path / name, check) for name, check in world.share(list(files.items()))]
+
+    for found in world.whole(world.in_all(look)):
         if found:
             raise Damaged(found)
     return record
@@ -108,12 +111,13 @@ def _are_files(files: object) -> bool:
 
 
 def _require_no_others(path: Path, files: FileChecks) -> None:
-    """Raise ValueError where a folder has a file that the record does not name."""
+    """Raise ValueError where a folder has weights or states that the record does not name."""
     try:
-        found = {each.name for each in path.iterdir() if not each.name.startswith(".")}
+        found = {each.name for each in path.iterdir() if _NAME.fullmatch(each.name)}
     except OSError as error:
+        raise_unless_damaged(path, error)
         raise ValueError(f"{path.name}: {error.strerror}") from error
-    if others := sorted(found - files.keys() - {STATE}):
+    if others := sorted(found - files.keys()):
         raise ValueError(f"{shortened(others[0])} is no file of it")
 
 
@@ -127,7 +131,10 @@ def _finding(path: Path, expected: Mapping[str, Any] | None) -> str:
             return f"{STATE} does not name {path.name}" if has_record else ""
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise_unless_damaged(path, error)
+        return f"{path.name}: {error.strerror}"
+    except SafetensorError as error:
         return f"{path.name}: {error}"
 
 

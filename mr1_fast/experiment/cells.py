@@ -124,8 +124,7 @@ class Experiment:
         kept = self.output / "starts" / f"seed{seed}"
         with one_at_a_time(kept, AGAIN):
             restore_folder(kept)
-            # Those of earlier versions have no checksums.
-            damage = folder_finding(kept) if (kept / CHECKSUMS).exists() else ""
+            damage = folder_finding(kept, unsealed=True) if kept.exists() else ""
             if damage or not kept.exists():
                 start = supervised_start(
                     self.model, self._started_on(), seed, self.scale.start_accuracy

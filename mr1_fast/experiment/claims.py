@@ -5,13 +5,13 @@ while a cell is left. What has begun and ended stands in the experiment's folder
 each of which only one process can create.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..distributed import World
 from ..distributed.launch import work_alone
+from ..files import remove_folder
 
 
 class Claims:
@@ -55,7 +55,7 @@ def claims_in(output: Path, world: World) -> Iterator[Claims]:
     folder = output / ".claims"
     if world.is_first:
         for earlier in (folder, output / ".claims.over"):  # of a call that was stopped
-            shutil.rmtree(earlier, ignore_errors=True)
+            remove_folder(earlier)
         folder.mkdir()
     work_alone(world)
     try:
@@ -64,4 +64,4 @@ def claims_in(output: Path, world: World) -> Iterator[Claims]:
         if world.is_first:
             # At once, since nobody may find a cell that has neither begun nor ended.
             over = folder.rename(output / ".claims.over")
-            shutil.rmtree(over, ignore_errors=True)
+            remove_folder(over)

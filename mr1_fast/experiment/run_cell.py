@@ -7,7 +7,6 @@ leaves failed.json, and is tried again the next time.
 
 import gc
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from ..distributed import SINGLE
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.r1v import write_r1v_results
-from ..files import append_line, restore_folder, shorten, write_json, write_text
+from ..files import append_line, remove_folder, restore_folder, shorten, write_json, write_text
 from ..integrity import FileChecks, checksum, checksums, files_finding, read_sealed, sealed
 from ..model.policy import Policy
 from ..plan.out_of_memory import MemoryLimits
@@ -76,7 +75,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
 
     # Also where an earlier process was killed after it had written cell.json.
     if finished.exists():
-        shutil.rmtree(experiment.run_folder(cell) / "checkpoints", ignore_errors=True)
+        remove_folder(experiment.run_folder(cell) / "checkpoints")
     return experiment.result(cell)
 
 
@@ -135,7 +134,7 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
         config.resume = AutoResumed(run)
         shorten(curve, end_before(curve, steps[-1] + 1), AGAIN)
     else:
-        shutil.rmtree(run, ignore_errors=True)
+        remove_folder(run)
         curve.unlink(missing_ok=True)
     watch = _watch(experiment, config, curve) if experiment.scale.curve_every else None
     train(config, watch, SINGLE)

@@ -236,10 +236,14 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
 
 
 def _check_tensors(peft: ModuleType, model: nn.Module, folder: Path) -> None:
-    """Raise UserError unless an adapter's file holds just the tensors that the adapter has."""
+    """Raise UserError unless an adapter's file holds just the tensors that the adapter has.
+
+    It may hold the model's embeddings, too, as PEFT stores them with a longer vocabulary.
+    """
     stored = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS).keys()
     needed = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    if odd := stored ^ needed:
+    allowed = peft.get_peft_model_state_dict(model, save_embedding_layers=True).keys()
+    if odd := (needed - stored) | (stored - allowed):
         raise UserError(
             f"the adapter {folder} has other tensors than its settings say, such as "
             f"{shortened(min(odd), 80)}: train or copy it again."

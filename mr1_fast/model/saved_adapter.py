@@ -37,7 +37,7 @@ _OF_PEFT = (
     *("layers_pattern", "rank_pattern", "alpha_pattern"),
 )
 """The settings of an adapter that PEFT is given. Others name modules to import or layers to repeat;
-an adapter that needs one then lacks tensors, which is found."""
+an adapter that needs one then lacks tensors, which is found, or is refused by `_require_lora`."""
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -125,12 +125,7 @@ def settings_for_peft(folder: Path) -> dict:
     ranks than its settings say, or whose settings no adapter has.
     """
     settings = read_config(folder)
-    if settings.get("peft_type") != "LORA":
-        kind = shortened(settings.get("peft_type"), 40)
-        raise UserError(
-            f"the adapter {folder} is of the type {kind}, but mr1_fast reads LoRA alone: merge it "
-            "with PEFT's merge_and_unload, and pass the merged model."
-        )
+    _require_lora(folder, settings)
     shapes = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS)
     stored = [min(shape) for key, shape in shapes.items() if ".lora_" in key and len(shape) == 2]
     named = [settings.get("r", 8), *_values(folder, settings, "rank_pattern")]
@@ -143,6 +138,23 @@ def settings_for_peft(folder: Path) -> dict:
             )
     _check_alphas(folder, settings)
     return {key: settings[key] for key in _OF_PEFT if key in settings}
+
+
+def _require_lora(folder: Path, settings: dict) -> None:
+    """Raise UserError for an adapter that is more than LoRA over the model as it was published."""
+    kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    odd = ""
+    if kind != "LORA":
+        odd = f"is of the type {shortened(kind, 40)}"
+    elif str(start).startswith(_CHANGES_BASE):
+        odd = f"was begun by {shortened(start, 40)}, which changed the model under it"
+    elif settings.get("alora_invocation_tokens"):
+        odd = "is an activated LoRA, which only acts after certain tokens"
+    if odd:
+        raise UserError(
+            f"the adapter {folder} {odd}, but mr1_fast reads LoRA alone: merge it with PEFT's "
+            "merge_and_unload, and pass the merged model."
+        )
 
 
 def check_patterns(folder: Path, settings: dict, modules: list[str]) -> None:

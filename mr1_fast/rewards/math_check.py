@@ -27,10 +27,12 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 5.0
 """How long after its deadline a reply may come before the worker itself counts as dead."""
 STEP_SECONDS = 32.0
-"""How long all answers of a step may take together."""
+"""How long the slow answers of a step may take together."""
 SHARE = 1 / 32
 """The part of what is left of that time that one answer may take, so that slow ones leave time to
-those after them: 128 that never end are given up after 31 s, and the last one after 18 ms."""
+those after them."""
+QUICK_SECONDS = 0.1
+"""The time that every answer may take beside. An ordinary one takes a few milliseconds."""
 
 
 def math_equal(output: str, solution: str, seconds: float = 1.0) -> bool:
@@ -63,9 +65,10 @@ def math_answer(output: str, seconds: float = 1.0) -> str | None:
 
 @contextmanager
 def time_of_a_step(seconds: float = STEP_SECONDS) -> Iterator[None]:
-    """Let all answers that are read within a block, in any thread, take `seconds` together.
+    """Let the slow answers that are read within a block, in any thread, take `seconds` together.
 
-    One answer gets at most a part of what is left; one that gets none is not read.
+    Every answer may take QUICK_SECONDS, which do not count, and beside them a part of what is left:
+    128 that never end are given up after some 40 s.
     """
     _client.left = seconds
     try:
@@ -142,24 +145,22 @@ class _Client:
         self.lock = threading.Lock()
         self.worker: _Worker | None = None
         self.left: float | None = None
-        """Seconds that are left for answers, under `time_of_a_step`."""
+        """Seconds that are left for slow answers, under `time_of_a_step`."""
 
     def ask(self, output: str, solution: str | None, seconds: float) -> bool | str | None:
-        """Return the worker's reply to one request; None if there is no time for it.
+        """Return the worker's reply to one request.
 
         A worker that died is restarted once. If the new one dies too, the reply is None. Raises
         UserError if no worker can be started.
         """
         with self.lock:
             if self.left is not None:
-                seconds = min(seconds, SHARE * self.left)
-                if seconds < 1e-3:
-                    return None
+                seconds = min(seconds, QUICK_SECONDS + SHARE * self.left)
             request = json.dumps([output[-MAX_CHARS:], solution, seconds]).encode() + b"\n"
             for is_last in (False, True):
                 try:
                     self.worker = self.worker or _Worker()
-                    with self._counted():
+                    with self._counted(seconds):
                         return self.worker.ask(request, seconds)
                 except (_WorkerDied, OSError) as error:
                     if is_last and self.worker is None:
@@ -174,14 +175,18 @@ class _Client:
             return None
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Take the time of a block from what is left."""
+    def _counted(self, seconds: float) -> Iterator[None]:
+        """Take the time of a block, beyond QUICK_SECONDS, from what is left.
+
+        It counts no more than the `seconds` that the answer has: this process may be suspended.
+        """
         started = time.monotonic()
         try:
             yield
         finally:
+            taken = min(time.monotonic() - started, seconds) - QUICK_SECONDS
             if self.left is not None:
-                self.left -= time.monotonic() - started
+                self.left -= max(0.0, taken)
 
     def stop(self) -> None:
         """End the worker; the next question starts another one."""

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mr1_fast import files
-from mr1_fast.checkpoint import load_checkpoint, save_checkpoint, saved_steps
-from mr1_fast.command_line import parse_train_config, write_config
+from mr1_fast.checkpoint import load_checkpoint, save_checkpoint
+from mr1_fast.command_line import parse_train_config
 from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.log import RunLog
+from mr1_fast.report.records import end_before
+from mr1_fast.resuming import saved_steps, write_config
 
 START = "0123456789abcdef"
 
@@ -231,7 +233,8 @@ class Lines(Saving):
             files.append_line(folder / "metrics.jsonl", self.line(step))
 
     def operate(self, folder: Path) -> None:
-        files.keep_lines_before(folder / "metrics.jsonl", 3)
+        metrics = folder / "metrics.jsonl"
+        files.shorten(metrics, end_before(metrics, 3))
         for step in (3, 4):
             files.append_line(folder / "metrics.jsonl", self.line(step))
 

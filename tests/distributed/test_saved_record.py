@@ -1,8 +1,11 @@
 """Damage of a checkpoint: at any byte of any of its files, it is found before anything changes."""
 
+import errno
 import json
+import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,6 +318,37 @@ def test_no_other_header_is_used(pieces, tmp_path):
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+REFUSALS = [(errno.ESTALE, False), (errno.EACCES, False), (errno.EMFILE, False), (errno.EIO, True)]
+
+
+@pytest.mark.parametrize("number, is_damage", REFUSALS)
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_damaged(
+    number, is_damage, tmp_path, monkeypatch
+):
+    """Taken for damaged, it would be left for the checkpoint before it, and then removed."""
+    Run(steps=1).save(tmp_path, 1)
+    Run(steps=2).save(tmp_path, 2)
+    own_open, said = Path.open, []
+
+    def fails(path, *arguments, **options):
+        if path.name == "weights.safetensors" and path.parent.name == "step-000002":
+            raise OSError(number, os.strerror(number), str(path))
+        return own_open(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fails)
+        if is_damage:
+            assert Run().load(tmp_path, said.append) == 1 and len(said) == 1
+        else:
+            with pytest.raises(
+                UserError, match=r"weights.safetensors cannot be read \(.*try again"
+            ):
+                Run().load(tmp_path, said.append)
+            assert not said
+    (tmp_path / "step-000002" / "notes.txt").write_text("of the user")
+    assert Run().load(tmp_path, said.append) == 2
 
 
 def test_each_file_must_be_there_and_no_other(tmp_path):

@@ -264,7 +264,7 @@ def test_the_files_of_a_model_of_text_come_along_byte_for_byte(tmp_path):
     settings_file.write_text(json.dumps(values, indent=5))
     (hub / "chat_template.jinja").unlink()
     policy.processor.tokenizer.backend_tokenizer.model.save(str(hub))  # vocab.json, merges.txt
-    (hub / "generation_config.json").write_text('{"eos_token_id": [445, 446],  "top_k": 20}')
+    (hub / "generation_config.json").write_text('{"eos_token_id": [300, 301],  "top_k": 20}')
 
     config = settings(hub)
     policy = make_policy(*load_pretrained(config), config)

@@ -478,7 +478,7 @@ def test_same_run_gives_the_same_page(finished):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.yaml", "model: [", "config.yaml cannot be read"),
+        ("config.yaml", "model: [", "config.yaml is not YAML"),
         ("config.yaml", "just words", "config.yaml holds no settings"),
         ("metrics.jsonl", '{"step": 0}\n{"step": 1\n{"step": 2}\n', "metrics.jsonl line 2 "),
         ("metrics.jsonl", "7\n", "metrics.jsonl line 1 "),

@@ -73,13 +73,13 @@ class ImageReader:
     def read_all(self, cells: Sequence[Any], row: str) -> tuple[Image.Image, ...]:
         """Decode the images of a row as `read` does.
 
-        Raises UserError, too, where they have more pixels together than one image may have.
+        Raises UserError, too, where they have more pixels together than two images may have.
         """
-        images, left = [], MOST_PIXELS
+        images, left = [], 2 * MOST_PIXELS
 
         def decoded(image: Image.Image) -> Image.Image:
             if image.width * image.height > left:
-                raise ValueError(f"with those before it, it has more than {MOST_PIXELS:,} pixels")
+                raise ValueError(f"the images of a row have at most {2 * MOST_PIXELS:,} pixels")
             return to_rgb(image)
 
         for cell in cells:

@@ -68,15 +68,15 @@ def calls() -> dict[str, tuple]:
         "scale_": (operators.scale, (constant.clone(), torch.tensor(3.0))),
         "linear_token_logprobs": (
             linear.linear_token_logprobs,
-            (*head, targets, temperature, CHUNK_BYTES),
+            (*head, targets, temperature, CHUNK_BYTES, False),
         ),
         "linear_token_logprobs_backward": (
             linear.linear_token_logprobs_backward,
-            (*backward, needs),
+            (*backward, False, needs),
         ),
         "linear_token_logprobs_backward, frozen head": (
             linear.linear_token_logprobs_backward,
-            (*backward, [True, False, False]),
+            (*backward, True, [True, False, False]),
         ),
         "linear_grpo_loss": (
             linear.linear_grpo_loss,

@@ -276,9 +276,11 @@ def test_case_25_windows_paths(case):
 
 
 def test_the_images_of_a_row_have_a_bound_together(root, monkeypatch):
-    monkeypatch.setattr(images, "MOST_PIXELS", 3 * 28 * 28)
+    monkeypatch.setattr(images, "MOST_PIXELS", 3 * 28 * 14)
     assert len(reader(root).read_all(["a.png", PNG, TEXT], "row 1 of d")) == 3
-    with pytest.raises(UserError, match=r"row 1 of d cannot be decoded \(with those before it"):
+    with pytest.raises(
+        UserError, match=r"row 1 of d cannot be decoded \(the images of a row have at most"
+    ):
         reader(root).read_all(["a.png", PNG, TEXT, PNG], "row 1 of d")
 
 
