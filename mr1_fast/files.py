@@ -333,7 +333,12 @@ def remove_folder(path: Path) -> None:
     if path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    work = threading.Thread(target=shutil.rmtree, args=(path,), kwargs={"ignore_errors": True})
+
+    def remove() -> None:
+        with suppress(OSError):  # rmtree raises what the system says as it closes a folder
+            shutil.rmtree(path, ignore_errors=True)
+
+    work = threading.Thread(target=remove)
     work.start()
     work.join()
 

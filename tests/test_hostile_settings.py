@@ -85,7 +85,7 @@ COMMANDS = {
 """The commands that have settings; push, report and env have none."""
 FIELDS = [
     pytest.param(
-        name, field, marks=[pytest.mark.slow] * (name in ("plan", "evaluate") and is_shared)
+        name, field, marks=[pytest.mark.thorough] * (name in ("plan", "evaluate") and is_shared)
     )
     for name, each in COMMANDS.items()
     for field in each.kinds
@@ -434,14 +434,14 @@ def test_any_command_line(command, words):
     read_anything(command, words)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @AT_LENGTH
 @given(COMMAND, DOCUMENT)
 def test_any_document_at_length(tmp_path_factory, command, document):
     check_documents(tmp_path_factory.getbasetemp() / "document.yaml", command, document)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @AT_LENGTH
 @given(COMMAND, WORDS)
 def test_any_command_line_at_length(command, words):

@@ -491,7 +491,7 @@ def made(name, folder, model, run_args):
     }[name]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["train", "evaluate", "merge", "report", "push", "plan", "env", "experiment"]
 )

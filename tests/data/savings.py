@@ -18,7 +18,7 @@ from mr1_fast.command_line import parse_train_config
 from mr1_fast.distributed.sharding import Sharding
 from mr1_fast.log import RunLog
 from mr1_fast.report.records import end_before
-from mr1_fast.resuming import saved_steps, write_config
+from mr1_fast.resuming import AUTO, saved_steps, write_config
 
 START = "0123456789abcdef"
 
@@ -216,7 +216,7 @@ class Config(Saving):
     def check(self, folder: Path) -> None:
         read = parse_train_config(["--resume", str(folder)])
         assert read.steps in (10, 20)
-        assert vars(read) == vars(self.settings(folder, read.steps)) | {"resume": str(folder)}
+        assert vars(read) == vars(self.settings(folder, read.steps)) | {"resume": AUTO}
         self.operate(folder)
         assert parse_train_config(["--resume", str(folder)]).steps == 20
 

@@ -147,7 +147,7 @@ def test_no_damage_at_a_random_place_is_accepted(optimizer, tmp_path):
     damage_everywhere(tmp_path, 250, seed, optimizer)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_exact", "adamw8bit"])
 def test_no_damage_at_many_random_places_is_accepted(optimizer, tmp_path):
     if optimizer == "adamw8bit":

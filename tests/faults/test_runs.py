@@ -85,7 +85,7 @@ def test_a_run_goes_on_after_a_kill_at_some_call(run_args, tmp_path):
     print("\n".join(prepared(try_run, tmp_path, argv, "kill", 1)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_run_goes_on_after_a_fault_at_many_calls(what, run_args, tmp_path):
     argv = run_args("x", **SETTINGS)[1:]
@@ -112,7 +112,7 @@ def try_small_disk(scratch: Path, argv: list[str], size: str) -> str:
     return f"{size}: {sentence} {left}"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", ["8m", "26m"])
 def test_a_run_on_a_small_disk_goes_on_once_there_is_room(size, run_args, tmp_path):
     """The first size has no room for a checkpoint, the other one for two of them."""

@@ -87,7 +87,7 @@ def test_a_fault_at_some_calls(name, what, tmp_path):
     print(name, what, prepared(try_calls, name, what, tmp_path, 9))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", FAULTS)
 @pytest.mark.parametrize("name", SAVINGS)
 def test_a_fault_at_every_call(name, what, tmp_path):

@@ -83,7 +83,7 @@ JUMPS = [
 """After how many looks at a clock that of the day and the monotonic one are off, in seconds."""
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_whose_clocks_jump_further_computes_the_same(run_args, tmp_path):
     prepared(try_clocks, tmp_path, run_args("x", **SETTINGS)[1:], JUMPS)
 
@@ -115,7 +115,7 @@ def try_times_of_files(scratch: Path, argv: list[str]) -> list[int]:
     return [outcome.status]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_is_not_thought_finished_for_the_times_of_its_files(run_args, tmp_path):
     prepared(try_times_of_files, tmp_path, run_args("x", **SETTINGS)[1:])
 
@@ -162,7 +162,7 @@ def without(argv: list[str], name: str) -> list[str]:
     return [word for word in argv if not word.startswith(f"--{name}=")]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_in_folders_with_hard_names(run_args, tiny_folder, tmp_path):
     argv = without(run_args("x", **SETTINGS)[1:], "model")
     print("\n".join(prepared(try_names, tmp_path, argv, tiny_folder, NAMES)))
@@ -213,7 +213,7 @@ def try_surroundings(scratch: Path, argv: list[str], chosen: list[str]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_in_unusual_surroundings(run_args, tmp_path):
     prepared(try_surroundings, tmp_path, run_args("x", **SETTINGS)[1:], list(AROUND))
 
@@ -261,7 +261,7 @@ def try_read_only(scratch: Path, argv: list[str]) -> list[str]:
     return told
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_folder_that_is_read_only_is_named_in_a_sentence(run_args, tmp_path):
     told = prepared(try_read_only, tmp_path, run_args("x", **SETTINGS)[1:])
     if not told:

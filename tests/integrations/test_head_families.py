@@ -76,7 +76,7 @@ def test_a_head_with_more_to_it_is_refused_and_the_model_stays_as_it_was(model_t
     assert torch.equal(model(input_ids=IDS, use_cache=False).logits, before)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_no_model_of_transformers_is_silently_wrong():
     outcomes, wrong = collections.Counter(), []
     for model_type, name in names():

@@ -465,6 +465,7 @@ def of_hub(folder: Path, *without: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
 
 
+@pytest.mark.thorough
 def test_models_of_the_hub_are_held_to_the_same(hub, folder, tmp_path):  # noqa: F811
     config = ModelConfig(model="me/model", device="cpu", recompute="none")
     hub.repos["me/model"] = [of_hub(folder)]
