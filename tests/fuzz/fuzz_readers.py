@@ -30,7 +30,13 @@ LONGEST = 500
 SECONDS, MEGABYTES = 20, 2048
 """The time and memory that an input may take."""
 INSTRUMENTED = ("mr1_fast.rewards", "mr1_fast.tasks", "mr1_fast.report.records")
-INSTRUMENTED += ("mr1_fast.setting_values", "mr1_fast.command_line", "mr1_fast.model.prompt", "PIL")
+INSTRUMENTED += (
+    "mr1_fast.setting_values",
+    "mr1_fast.settings_file",
+    "mr1_fast.command_line",
+    "mr1_fast.model.prompt",
+    "PIL",
+)
 
 
 def main() -> int:

@@ -82,6 +82,18 @@ os.write(stdout, str(len(forks)).encode())
     ]
 
 
+@pytest.fixture
+def worker():
+    """A worker that is ready, as a process and the channel to it."""
+    command = [sys.executable, "-P", str(FOLDER / "math_worker.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        channel = Channel(process.stdin.fileno(), process.stdout.fileno())
+        assert channel.read_line(time.monotonic() + 60) == b'"ready"\n'
+        yield process, channel
+        process.kill()
+
+
 def has_ended(pid: int) -> None:
     """Assert that a process ends within a moment."""
     deadline = time.monotonic() + 5
@@ -90,60 +102,38 @@ def has_ended(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_worker_whose_trainer_is_gone_ends_at_once_in_the_middle_of_an_answer(tmp_path):
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_worker_whose_trainer_is_gone_ends_at_once_in_the_middle_of_an_answer(worker, is_stopped):
     """Also if its child has been stopped, which no timer ends."""
-    for stopped in (False, True):
-        worker = subprocess.Popen(
-            [sys.executable, "-P", str(FOLDER / "math_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert worker.stdout.readline() == '"ready"\n'
-        child = only_child(worker.pid)
-        if stopped:
-            os.kill(child, signal.SIGSTOP)
-        hangs = "\\boxed{" + "(" * 4000 + "}"
-        worker.stdin.write(json.dumps([hangs, None, 60]) + "\n")
-        worker.stdin.flush()
-        time.sleep(0.2)
-        worker.stdin.close()
-        worker.wait(timeout=5)
-        has_ended(child)
-        worker.stdout.close()
-
-
-def test_a_child_dies_with_its_zygote():
-    worker = subprocess.Popen(
-        [sys.executable, "-P", str(FOLDER / "math_worker.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert worker.stdout.readline() == '"ready"\n'
-    child = only_child(worker.pid)
-    os.kill(child, signal.SIGSTOP)
-    worker.kill()
-    worker.wait()
+    process, _ = worker
+    child = only_child(process.pid)
+    if is_stopped:
+        os.kill(child, signal.SIGSTOP)
+    hangs = "\\boxed{" + "(" * 4000 + "}"
+    process.stdin.write(json.dumps([hangs, None, 60]).encode() + b"\n")
+    process.stdin.flush()
+    time.sleep(0.2)
+    process.stdin.close()
+    process.wait(timeout=5)
     has_ended(child)
-    for pipe in (worker.stdin, worker.stdout):
-        pipe.close()
 
 
-def test_a_stopped_child_costs_one_answer_and_is_replaced():
-    worker = subprocess.Popen(
-        [sys.executable, "-P", str(FOLDER / "math_worker.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with worker:
-        channel = Channel(worker.stdin.fileno(), worker.stdout.fileno())
-        assert channel.read_line(time.monotonic() + 60) == b'"ready"\n'
-        for length in (1, 100_000):  # a line that fits into a pipe, and one that does not
-            child = only_child(worker.pid)
-            os.kill(child, signal.SIGSTOP)
-            text = "<answer> 3 </answer>" + " " * length
-            request = json.dumps([text, "3", 0.1]).encode() + b"\n"
-            assert channel.ask(request, 20) == b"null\n"
-            assert not is_running(child)
-            assert channel.ask(request, 20) == b"true\n"
+def test_a_child_dies_with_its_zygote(worker):
+    process, _ = worker
+    child = only_child(process.pid)
+    os.kill(child, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    has_ended(child)
+
+
+@pytest.mark.parametrize("length", [1, 100_000], ids=["short", "longer than a pipe"])
+def test_a_stopped_child_costs_one_answer_and_is_replaced(worker, length):
+    process, channel = worker
+    child = only_child(process.pid)
+    os.kill(child, signal.SIGSTOP)
+    text = "<answer> 3 </answer>" + " " * length
+    request = json.dumps([text, "3", 0.1]).encode() + b"\n"
+    assert channel.ask(request, 20) == b"null\n"
+    assert not is_running(child)
+    assert channel.ask(request, 20) == b"true\n"
