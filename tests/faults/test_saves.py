@@ -36,14 +36,15 @@ STATUS = {
     "kill in a write": {-signal.SIGKILL},
     "SIGTERM": {143},
     "SIGINT": {130},
-    "full disk": {2},
+    "full disk": {0, 2},
     "quota": {2},
     "EIO": {0, 2},
     "EIO for ever": {0, 2},
     "short write": {0},
     "EINTR": {0},
 }
-"""How a process with the fault may end: some calls, as that of closing a folder, may well fail."""
+"""How a process with the fault may end: some calls, as that of closing a folder, may well fail, and
+an old checkpoint whose removal is refused stays until the next save."""
 
 
 def try_calls(name: str, what: str, scratch: Path, every: int) -> dict[str, int]:
