@@ -122,13 +122,7 @@ def _member(rank: int, size: int, port: int, sender, work: Callable, arguments: 
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
         **{"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
-    try:
-        answer = "result", work(join_world("cpu"), *arguments)
-    except BaseException:
-        answer = "error", traceback.format_exc()
-    sender.send_bytes(pickle.dumps(answer))
-    sender.close()
-    os._exit(0)
+    _answer(sender, lambda: work(join_world("cpu"), *arguments), ())
 
 
 def free_port() -> int:
