@@ -181,22 +181,26 @@ def read_answer(output: str) -> str | None:
 def _supervise(requests: BinaryIO, replies: BinaryIO) -> None:
     """Pass requests and replies on, and reply in place of a child that dies: the zygote's loop."""
     child = _Child(requests, replies)
-    while line := requests.readline():
-        for _ in range(2):
-            reply = child.ask(line)
-            if reply.endswith(b"\n"):
-                break
-            cause, reply = child.end(), b"null\n"
-            child = _Child(requests, replies)
-            # A request that took too long is not tried again. One during which the child died of
-            # something else, such as the out-of-memory killer, may not have been the cause.
-            if cause == signal.SIGALRM:
-                break
-        _write(replies, reply.removeprefix(LAST))
-        if reply.startswith(LAST) or child.served == REQUESTS_PER_CHILD:
-            child.end()
-            child = _Child(requests, replies)
-    child.end()
+    try:
+        while line := requests.readline():
+            for _ in range(2):
+                reply = child.ask(line)
+                if reply.endswith(b"\n"):
+                    break
+                cause, reply = child.end(), b"null\n"
+                child = _Child(requests, replies)
+                # A request that took too long is not tried again. One during which the child died
+                # of something else, such as the out-of-memory killer, may not have been the cause.
+                if cause == signal.SIGALRM:
+                    break
+            _write(replies, reply.removeprefix(LAST))
+            if reply.startswith(LAST) or child.served == REQUESTS_PER_CHILD:
+                child.end()
+                child = _Child(requests, replies)
+    finally:
+        # Not left to the child: one that was stopped right after the fork has not yet asked to die
+        # with the zygote.
+        child.end()
 
 
 class _Child:

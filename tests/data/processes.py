@@ -17,9 +17,9 @@ def is_running(pid: int | str) -> bool:
         return False
 
 
-def only_child(pid: int) -> int:
-    """Return the one child of a process, once it has started it."""
-    deadline = time.monotonic() + 10
+def only_child(pid: int, seconds: float = 10) -> int:
+    """Return the one child of a process, once it has started it, within some seconds."""
+    deadline = time.monotonic() + seconds
     while not (found := children(pid)):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -84,12 +84,14 @@ os.write(stdout, str(len(forks)).encode())
 
 @pytest.fixture
 def worker():
-    """A worker that is ready, as a process and the channel to it."""
+    """A worker that has answered, as a process and the channel to it."""
     command = [sys.executable, "-P", str(FOLDER / "math_worker.py")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as process:
         channel = Channel(process.stdin.fileno(), process.stdout.fileno())
         assert channel.read_line(time.monotonic() + 60) == b'"ready"\n'
+        # The child has been forked and has asked to die with the zygote.
+        assert channel.ask(b'["4", "4", 20]\n', 60) == b"true\n"
         yield process, channel
         process.kill()
 
@@ -116,6 +118,25 @@ def test_a_worker_whose_trainer_is_gone_ends_at_once_in_the_middle_of_an_answer(
     process.stdin.close()
     process.wait(timeout=5)
     has_ended(child)
+
+
+def test_a_child_stopped_before_it_asks_to_die_with_its_zygote_is_not_left_behind():
+    script = """
+import os
+import signal
+import math_worker
+math_worker._die_with = lambda parent: os.kill(os.getpid(), signal.SIGSTOP)
+math_worker.main()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=FOLDER) as process:
+        child = only_child(process.pid, seconds=60)
+        process.stdin.write(b'["4", "4", 20]\n')
+        process.stdin.flush()
+        time.sleep(0.2)
+        process.stdin.close()
+        process.wait(timeout=5)
+        has_ended(child)
 
 
 def test_a_child_dies_with_its_zygote(worker):
