@@ -4,18 +4,17 @@ A file or folder is first written under a hidden name beside its final one, forc
 then renamed. Whatever goes wrong becomes a UserError that names the file and the way out.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from errno import ENOTDIR
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
@@ -23,8 +22,6 @@ from safetensors import SafetensorError
 from .errors import UserError
 from .locks import locked
 
-LOCK = ".lock"
-"""The file in a folder that whoever works there holds locked."""
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 """How names of files begin that a process has open."""
 RESUME = "make room there, then go on with --resume"
@@ -65,9 +62,21 @@ def write_bytes(path: Path, content: bytes, way_out: str = "choose another path"
 
 def _is_device(path: Path) -> bool:
     """Return whether a path is a device, a pipe or a name of an open file, such as /dev/stdout."""
-    if not path.exists() or path.is_dir():
+    mode = _mode(path)
+    if mode is None or stat.S_ISDIR(mode):
         return False
-    return not path.is_file() or str(path.absolute()).startswith(OPEN_FILES)
+    return not stat.S_ISREG(mode) or str(path.absolute()).startswith(OPEN_FILES)
+
+
+def _mode(path: Path) -> int | None:
+    """Return what kind of file a path names, in one look; None if nothing is there.
+
+    Two looks could be at different things, since other processes rename.
+    """
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return None
 
 
 def _write_into(path: Path, content: bytes) -> None:
@@ -113,67 +122,6 @@ def shorten(path: Path, size: int, way_out: str = RESUME) -> None:
         raise _cannot_write(path, error, way_out) from error
 
 
-@contextmanager
-def one_at_a_time(path: Path, way_out: str = GO_ON) -> Iterator[None]:
-    """Keep other processes waiting here until the block has ended, in which `path` is made.
-
-    The lock is a hidden file beside `path`; the system frees it if the process dies. Where the file
-    system has no locks, nobody waits.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("a")
-    except OSError as error:
-        raise cannot_save(path, error, way_out) from error
-    with lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def exclusive(folder: Path, taken: str) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made, within a block; the system frees it with a process.
-
-    Raises UserError with the sentence `taken` where another process holds it. Where the file system
-    has no locks, all may go on.
-    """
-    path = folder / LOCK
-    for _ in range(100):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = path.open("a")
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
-        except OSError as error:
-            raise UserError(
-                f"output {folder} cannot be written ({error.strerror}): choose another."
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(taken) from error
-            except OSError:
-                pass
-            if not _names(path, lock):  # it was that of a process which has just ended
-                continue
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # as long as it is held
-                    path.unlink()
-            return
-    raise UserError(taken)
-
-
-def _names(path: Path, file: IO) -> bool:
-    """Return whether a path still names an open file."""
-    with suppress(OSError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
-
-
 class atomic_folder:
     """Context manager that yields a temporary folder to fill, which then becomes `path`.
 
@@ -195,7 +143,7 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         try:
-            if os.path.lexists(self.path) and not self.path.is_dir():
+            if _is_no_folder(self.path):
                 raise NotADirectoryError(ENOTDIR, "there is something else of this name")
             restore_folder(self.path)
             sweep(self.path.parent, self.path.name)
@@ -260,6 +208,12 @@ class atomic_folder:
             if os.path.lexists(replaced):
                 replaced.rename(old)
         remove_folder(old)
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Return whether something has the name `path` that is neither a folder nor a link to one."""
+    mode = _mode(path)
+    return path.is_symlink() if mode is None else not stat.S_ISDIR(mode)
 
 
 def restore_folder(path: Path) -> None:

@@ -1,11 +1,22 @@
-"""Locks on folders themselves, which leave no file behind; they end with the process."""
+"""Locks between processes, which end with the process that holds them.
+
+`locked` is on a folder itself and leaves no file behind: for the moments in which names change, and
+for temporary folders. `exclusive` lets one process work in a folder, and tells the others;
+`one_at_a_time` lets them wait. Both last long, so that theirs are files beside what is made.
+"""
 
 import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+from .errors import UserError
+
+LOCK = ".lock"
+"""The file in a folder that whoever works there holds locked."""
 
 
 @contextmanager
@@ -41,3 +52,65 @@ def _lock(descriptor: int, seconds: float | None) -> None:
             if time.monotonic() >= end:
                 raise
         time.sleep(0.01)
+
+
+@contextmanager
+def one_at_a_time(path: Path, way_out: str) -> Iterator[None]:
+    """Keep other processes waiting here until the block has ended, in which `path` is made.
+
+    The lock is a hidden file beside `path`; the system frees it if the process dies. Where the file
+    system has no locks, nobody waits. Raises UserError, which ends with `way_out`, where the file
+    cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise UserError(f"{path} could not be saved ({error}): {way_out}.") from error
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def exclusive(folder: Path, taken: str) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made, within a block; the system frees it with a process.
+
+    Raises UserError with the sentence `taken` where another process holds it. Where the file system
+    has no locks, all may go on.
+    """
+    path = folder / LOCK
+    for _ in range(100):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("a")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        except OSError as error:
+            raise UserError(
+                f"output {folder} cannot be written ({error.strerror}): choose another."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(taken) from error
+            except OSError:
+                pass
+            if not _names(path, lock):  # it was that of a process which has just ended
+                continue
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # as long as it is held
+                    path.unlink()
+            return
+    raise UserError(taken)
+
+
+def _names(path: Path, file: IO) -> bool:
+    """Return whether a path still names an open file."""
+    with suppress(OSError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False

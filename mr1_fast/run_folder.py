@@ -12,7 +12,7 @@ from pathlib import Path
 from .config import TrainConfig
 from .distributed import World
 from .errors import UserError
-from .files import LOCK, exclusive
+from .locks import LOCK, exclusive
 from .resuming import CONFIG, can_begin_again, has_checkpoint, resume_command
 
 BEFORE_THE_FIRST = {

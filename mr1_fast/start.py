@@ -16,8 +16,9 @@ from .config import (
     TaskConfig,
     cache_folder,
 )
-from .files import atomic_folder, discard_folder, one_at_a_time
+from .files import atomic_folder, discard_folder
 from .integrity import folder_finding, seal_folder
+from .locks import one_at_a_time
 from .model.load import load_pretrained, load_processor, make_policy
 from .model.policy import Policy
 from .model.processor import Processor

@@ -322,6 +322,17 @@ def test_writers_of_one_folder_do_not_mix(who, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.thorough
+def test_none_of_many_writers_is_taken_aback_by_what_another_does(tmp_path):
+    """A folder is without its name for a moment, which a writer hits once in a thousand times."""
+    writers = [
+        started(WRITES_AGAIN_AND_AGAIN, tmp_path / "folder", name, 500, "last wins")
+        for name in "abc"
+    ]
+    assert [writer.communicate()[0].split() for writer in writers] == [["ok"] * 500] * 3
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_a_process_that_is_alive_has_moved_aside_is_left_to_it(folder):
     """The folder is without its name for a moment, in which a reader comes."""
     writer = started(WAITS_BETWEEN_THE_RENAMES, folder)

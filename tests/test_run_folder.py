@@ -17,7 +17,7 @@ from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
-from mr1_fast.files import LOCK, exclusive
+from mr1_fast.locks import LOCK, exclusive
 from mr1_fast.log import RunLog
 from mr1_fast.resuming import FIRST_LINE, LAST_LINE, write_config
 from mr1_fast.run_folder import hold_run_folder
@@ -27,7 +27,7 @@ from .data.runs import assert_same_run, metrics, run
 HOLD = """
 import sys, time
 from pathlib import Path
-from mr1_fast.files import exclusive
+from mr1_fast.locks import exclusive
 with exclusive(Path(sys.argv[1]), "taken"):
     print("held", flush=True)
     time.sleep(60)

@@ -15,8 +15,9 @@ from typing import Any
 from ..command_line import parse_train_config
 from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
-from ..files import atomic_folder, one_at_a_time, restore_folder
+from ..files import atomic_folder, restore_folder
 from ..integrity import CHECKSUMS, checksums, folder_finding, read_sealed
+from ..locks import one_at_a_time
 from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples

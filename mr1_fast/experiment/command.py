@@ -14,7 +14,7 @@ import transformers
 from ..distributed import SINGLE, World
 from ..distributed.launch import join_world
 from ..errors import Stopped, UserError
-from ..files import exclusive
+from ..locks import exclusive
 from ..model.device import resolve_device
 from ..torchrun import is_first
 from .cells import Cell, Experiment
