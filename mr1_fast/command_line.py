@@ -176,6 +176,7 @@ class SettingsParser(Generic[Config]):
 
     def __init__(self, cls: type[Config], prog: str, profile: Profile | None = None):
         self.cls, self.prog, self.profile = cls, prog, profile
+        self.read_files: dict[str, dict[str, Any]] = {}
         self.kinds = get_type_hints(cls)
         self.words = _Words(
             prog=prog,
@@ -261,6 +262,12 @@ class SettingsParser(Generic[Config]):
         self.words.print_help()
 
     def _read_yaml(self, path: str) -> dict[str, Any]:
+        """The settings in a YAML file, which is read once; UserError as of `_parse_yaml`."""
+        if path not in self.read_files:
+            self.read_files[path] = self._parse_yaml(path)
+        return self.read_files[path]
+
+    def _parse_yaml(self, path: str) -> dict[str, Any]:
         """The settings in a YAML file; UserError, with its path, where it holds anything else."""
         file = f"config {shortened(path, 200)}"
         try:

@@ -4,7 +4,6 @@ The model's files are mapped, not read: at any time only the weights of one file
 written are in memory, at most 2 GB of them.
 """
 
-import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..files import atomic_folder
 from ..hub import model_access, model_folder
 from ..model.description import read_description
 from ..model.device import first_line
+from ..model.model_files import weight_files
 from ..model.processor import PROCESSOR_FILES, Processor, load_processor, save_source
 from ..model.save import write_weights
 from ..model.saved_adapter import SavedAdapter, adapter_base, adapter_folder, module_key
@@ -91,16 +91,12 @@ def _description(base: str, source: Path) -> tuple[str, Processor]:
 def _weights(base: str, source: Path, files: ExitStack) -> dict[str, Any]:
     """Return the open file of every weight, by the weight's name; nothing is read yet."""
     found: dict[str, Any] = {}
-    index = source / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        for name in names:
-            # A name from the file is never followed out of the folder.
-            file = files.enter_context(safe_open(source / Path(name).name, "pt"))
+        for name in weight_files(base, source):
+            file = files.enter_context(safe_open(source / name, "pt"))
             found |= dict.fromkeys(file.keys(), file)
+    except UserError:
+        raise
     except (Exception, SafetensorError) as error:  # an index may hold anything
         raise UserError(
             f"base {base} has no whole set of safetensors files ({first_line(error)}): download "

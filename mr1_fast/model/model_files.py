@@ -77,7 +77,7 @@ def check_weight_files(name: str, config: PretrainedConfig) -> None:
             f"model {name} is an adapter on the hub: download it with `hf download {name} "
             "--local-dir FOLDER`, and pass the folder."
         )
-    names = _named(name, folder)
+    names = weight_files(name, folder)
     folder = model_folder(name, names)
     for each in names:
         stored += sum(
@@ -91,8 +91,12 @@ def check_weight_files(name: str, config: PretrainedConfig) -> None:
         )
 
 
-def _named(name: str, folder: Path) -> list[str]:
-    """Return the names of a model's files of weights, which lie in its folder."""
+def weight_files(name: str, folder: Path) -> list[str]:
+    """Return the names of a model's files of weights, which lie in `folder` itself.
+
+    One file counts more than an index, as where transformers loads a model. Raises UserError for an
+    index of anything else, and ValueError for one that is no JSON.
+    """
     index = folder / INDEX
     if (folder / WEIGHTS).is_file() or not index.is_file():
         return [WEIGHTS]

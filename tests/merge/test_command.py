@@ -219,13 +219,14 @@ def test_a_base_that_does_not_serve(copied):
     config.write_text(json.dumps({**good, "model_type": "llama"}))
     refused(copied, "has the model type llama, but mr1_fast trains")
     config.write_text(json.dumps(good))
-    weights = copied / "base" / "model.safetensors"
+    index = copied / "base" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    weights = copied / "base" / "model.safetensors"  # which counts more than an index
     weights.write_bytes(weights.read_bytes()[:-9])
     refused(copied, "has no whole set of safetensors files")
     weights.rename(copied / "base" / "pytorch_model.bin")
-    refused(copied, "has no whole set of safetensors files")
-    index = copied / "base" / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    refused(copied, "an index of its weights that names ../../secret.safetensors, outside its")
+    index.unlink()
     refused(copied, "has no whole set of safetensors files")
     config.unlink()
     refused(copied, "has no config.json that names a model_type: copy the original")
