@@ -157,7 +157,7 @@ def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
         dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config, description)
     )
     model, info = auto_class(description).from_pretrained(
-        name, trust_remote_code=False, use_safetensors=True, **options
+        name, config=description, trust_remote_code=False, use_safetensors=True, **options
     )
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import mr1_fast
 from mr1_fast import bounded
@@ -21,9 +22,12 @@ from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
 from mr1_fast.merge.command import merge_adapter
 from mr1_fast.merge.settings import MergeConfig
+from mr1_fast.model.families import FAMILIES, auto_class
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained, load_processor
 from mr1_fast.model.save import save_pretrained
+from mr1_fast.model.sizes import check_relations, least_weights
+from mr1_fast.model.tiny import family_config, family_processor
 from mr1_fast.processes import module_process
 
 from .test_description import hub  # noqa: F401 - a fixture
@@ -124,6 +128,7 @@ RELATIONS = {
     "an odd head": ({"text_config__head_dim": 31}, None),
     "heads of the tower": ({"vision_config__num_heads": 7}, "num_heads = 7"),
     "angles": ({"text_config__rope_parameters__rope_theta": -1.0}, "rope_theta = -1.0"),
+    "labels": ({"num_labels": 10**7}, "num_labels = 10000000"),
     "attention from the hub": ({"attn_implementation": "me/kernel"}, "me/kernel"),
     "attention, too": ({"_attn_implementation": "me/kernel@main:x"}, "me/kernel"),
 }
@@ -145,6 +150,48 @@ def test_a_model_larger_than_its_files_asks_for_no_memory(folder):
         vision_config__hidden_size=2**16,
     )
     refused(folder, "weights", "weights by its config.json, but its files hold")
+
+
+PARTS = {
+    "text_config__vocab_size": 2**22,
+    "text_config__intermediate_size": 2**20,
+    "vision_config__depth": 1024,
+    "vision_config__mlp_ratio": 2**20,
+}
+
+
+@pytest.mark.parametrize("name, value", PARTS.items())
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_part_that_is_larger_than_all_files_asks_for_no_memory(folder, name, value, quantised):
+    form = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    change(folder / "config.json", **{name: value}, quantization_config=form if quantised else None)
+    refused(folder, "weights", "weights by its config.json, but its files hold")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_lower_bound_of_a_models_weights_is_close(family):
+    config = family_config(family_processor(family), family)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.95 * weights < least_weights(config) <= weights
+
+
+def test_mergers_of_more_blocks_than_there_are():
+    family = FAMILIES["qwen3_vl"]
+    config = family_config(family_processor(family), family)
+    for blocks in ([0] * 9000, [0, config.vision_config.depth], [-1]):
+        config.vision_config.deepstack_visual_indexes = blocks
+        with pytest.raises(UserError, match="must be some blocks of its tower"):
+            check_relations("me/model", config)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_installed_is_not_asked_for(folder, key):
+    """Where the package kernels is installed, transformers would download it as code."""
+    change(folder / "config.json", **{key: "flash_attention_3"})
+    model, _ = load_pretrained(ModelConfig(model=str(folder), device="cpu", recompute="none"))
+    assert model.config._attn_implementation == "sdpa"
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -209,6 +256,17 @@ def test_an_index_of_weights_that_names_other_files(folder, tmp_path, names, mat
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     refused(folder, "weights", match)
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("file", ["x.safetensors", "x.safetensors.index.json", "adapter_model.bin"])
+def test_a_config_that_names_its_own_file_of_weights(folder, file):
+    """transformers reads that instead of the files that were looked at."""
+    names = safe_open(folder / "model.safetensors", "pt").keys()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    (folder / file).write_text(json.dumps(index))
+    change(folder / "config.json", transformers_weights=file)
+    refused(folder, "weights", "remove transformers_weights there")
 
 
 WHOLE = 10**4
