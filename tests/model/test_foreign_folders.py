@@ -574,6 +574,8 @@ ADAPTERS = {
     "a pattern that is none": ({"target_modules": "(("}, "cannot be used"),
     "another kind": ({"peft_type": "PROMPT_TUNING"}, "reads LoRA alone"),
     "an unheard kind": ({"peft_type": ["x"] * 999}, "reads LoRA alone"),
+    "activated": ({"alora_invocation_tokens": [5]}, "has alora_invocation_tokens"),
+    "tokens that are none": ({"trainable_token_indices": [10**9]}, "does not fit its model"),
     "layers repeated": ({"layer_replication": [[0, 10**9]]}, ""),
     "code": ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, ""),
     "no base": ({"base_model_name_or_path": None}, "does not name the model under it"),
@@ -617,9 +619,17 @@ def test_a_merge_into_a_hostile_base(adapter, folder, tmp_path, damage):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_of_a_hostile_adapter(adapter, tmp_path):
-    change(adapter / "adapter_config.json", lora_alpha=float("nan"))
-    with pytest.raises(UserError, match="lora_alpha = nan"):
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("lora_alpha", float("nan"), "lora_alpha = nan"),
+        ("alora_invocation_tokens", [5], "alora_invocation_tokens is set"),
+        ("arrow_config", {"top_k": 1}, "arrow_config is set"),
+    ],
+)
+def test_a_merge_of_a_hostile_adapter(adapter, tmp_path, name, value, match):
+    change(adapter / "adapter_config.json", **{name: value})
+    with pytest.raises(UserError, match=match):
         merge_adapter(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged")))
 
 
