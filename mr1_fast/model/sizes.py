@@ -77,12 +77,34 @@ def check_relations(name: str, config: PretrainedConfig) -> None:
         head = text.hidden_size // heads
     if head % 2:
         raise _wrong(name, "head_dim", head, "even")
-    tower = FAMILIES[config.model_type].vision
-    if tower:
-        width, heads = getattr(config.vision_config, tower.width), config.vision_config.num_heads
-        if width % heads or width // heads % 2:
-            raise _wrong(name, "num_heads", heads, f"a divisor of half of its {tower.width}")
-        _check_deepstack(name, config.vision_config)
+    if tower := FAMILIES[config.model_type].vision:
+        _check_images(name, config, tower, head // 2)
+
+
+def _check_images(name: str, config: PretrainedConfig, tower: VisionTower, angles: int) -> None:
+    """Raise UserError for settings of images that do not fit the tower, or each other.
+
+    angles: how many rotary angles a head has.
+    """
+    vision, text = config.vision_config, config.get_text_config()
+    width, heads = getattr(vision, tower.width), vision.num_heads
+    if width % heads or width // heads % 2:
+        raise _wrong(name, "num_heads", heads, f"a divisor of half of its {tower.width}")
+    window = getattr(vision, "window_size", None)
+    least = vision.patch_size * vision.spatial_merge_size
+    if window is not None and window < least:
+        raise _wrong(name, "window_size", window, f"at least {least}, the side of an image token")
+    sections = (text.rope_parameters or {}).get("mrope_section")
+    if sections is not None and not (
+        isinstance(sections, list)
+        and [type(each) for each in sections] == [int] * 3
+        and min(sections) >= 0
+        and sum(sections) == angles
+    ):
+        raise _wrong(name, "mrope_section", sections, f"three numbers that add up to {angles}")
+    if config.video_token_id not in range(text.vocab_size):
+        raise _wrong(name, "video_token_id", config.video_token_id, "one of its tokens")
+    _check_deepstack(name, vision)
 
 
 def _check_deepstack(name: str, vision: PretrainedConfig) -> None:

@@ -128,6 +128,13 @@ RELATIONS = {
     "an odd head": ({"text_config__head_dim": 31}, None),
     "heads of the tower": ({"vision_config__num_heads": 7}, "num_heads = 7"),
     "angles": ({"text_config__rope_parameters__rope_theta": -1.0}, "rope_theta = -1.0"),
+    "sections of angles": (
+        {"text_config__rope_parameters__mrope_section": [10**8] * 3},
+        "three numbers that add up to 16",
+    ),
+    "no sections": ({"text_config__rope_parameters__mrope_section": []}, "mrope_section"),
+    "sections in a number": ({"text_config__rope_parameters__mrope_section": 16}, "mrope_section"),
+    "a token that is none": ({"video_token_id": 10**8}, "video_token_id = 100000000"),
     "labels": ({"num_labels": 10**7}, "num_labels = 10000000"),
     "attention from the hub": ({"attn_implementation": "me/kernel"}, "me/kernel"),
     "attention, too": ({"_attn_implementation": "me/kernel@main:x"}, "me/kernel"),
@@ -147,6 +154,7 @@ def test_a_model_larger_than_its_files_asks_for_no_memory(folder):
         text_config__hidden_size=2**16,
         text_config__num_hidden_layers=512,
         text_config__layer_types=None,
+        text_config__rope_parameters__mrope_section=[0, 2**12, 2**12],
         vision_config__hidden_size=2**16,
     )
     refused(folder, "weights", "weights by its config.json, but its files hold")
@@ -175,6 +183,15 @@ def test_the_lower_bound_of_a_models_weights_is_close(family):
         model = auto_class(config).from_config(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert 0.95 * weights < least_weights(config) <= weights
+
+
+def test_windows_smaller_than_a_token():
+    family = FAMILIES["qwen2_5_vl"]
+    config = family_config(family_processor(family), family)
+    check_relations("me/model", config)
+    config.vision_config.window_size = 27
+    with pytest.raises(UserError, match=r"window_size = 27 .* must be at least 28"):
+        check_relations("me/model", config)
 
 
 def test_mergers_of_more_blocks_than_there_are():
