@@ -22,7 +22,15 @@ from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .description import check_weights, read_description
 from .device import first_line, resolve_device, resolve_dtype
-from .families import auto_class, base_model, family_of, lora_layers, unquantised, vision_tower
+from .families import (
+    auto_class,
+    banned_tokens,
+    base_model,
+    family_of,
+    lora_layers,
+    unquantised,
+    vision_tower,
+)
 from .forward import LayerRun
 from .joined_weights import join_weights
 from .layer_stream import layers
@@ -192,6 +200,12 @@ def _read_processor(name: str, description: PretrainedConfig) -> Processor:
     tokenizer, rows = processor.tokenizer, description.get_text_config().vocab_size
     if not is_its_own or len(tokenizer) > rows or not tokenizer.encode("1"):
         raise ValueError("its tokenizer is not there, or not the model's")
+    if not all(each in range(rows) for each in banned_tokens(description)):
+        raise UserError(
+            f"model {name} has video_token_id = {shortened(description.video_token_id, 40)} in its "
+            "config.json, which is none of its tokens: copy the original config.json of the model "
+            "into its folder."
+        )
     if not processor.chat_template:
         raise UserError(
             f"model {name} has no chat template, as many base models have none: choose its "

@@ -102,8 +102,6 @@ def _check_images(name: str, config: PretrainedConfig, tower: VisionTower, angle
         and sum(sections) == angles
     ):
         raise _wrong(name, "mrope_section", sections, f"three numbers that add up to {angles}")
-    if config.video_token_id not in range(text.vocab_size):
-        raise _wrong(name, "video_token_id", config.video_token_id, "one of its tokens")
     _check_deepstack(name, vision)
 
 

@@ -134,7 +134,6 @@ RELATIONS = {
     ),
     "no sections": ({"text_config__rope_parameters__mrope_section": []}, "mrope_section"),
     "sections in a number": ({"text_config__rope_parameters__mrope_section": 16}, "mrope_section"),
-    "a token that is none": ({"video_token_id": 10**8}, "video_token_id = 100000000"),
     "labels": ({"num_labels": 10**7}, "num_labels = 10000000"),
     "attention from the hub": ({"attn_implementation": "me/kernel"}, "me/kernel"),
     "attention, too": ({"_attn_implementation": "me/kernel@main:x"}, "me/kernel"),
@@ -183,6 +182,12 @@ def test_the_lower_bound_of_a_models_weights_is_close(family):
         model = auto_class(config).from_config(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert 0.95 * weights < least_weights(config) <= weights
+
+
+@pytest.mark.parametrize("value", [10**8, -1, None])
+def test_a_token_for_videos_that_is_none(folder, value):
+    change(folder / "config.json", video_token_id=value)
+    refused(folder, "processor")
 
 
 def test_windows_smaller_than_a_token():
