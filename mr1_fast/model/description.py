@@ -113,6 +113,9 @@ def read_description(name: str | Path, shown: str | None = None) -> PretrainedCo
     check_supported(shown, settings)
     check_sizes(shown, settings)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    # The file may name attention that is not installed, or that would come from the hub as code;
+    # ours is set once the model is there.
+    config._attn_implementation = "sdpa"
     check_layers(shown, config)
     check_relations(shown, config)
     return config

@@ -37,7 +37,7 @@ def resolve_device(config: ModelConfig) -> torch.device:
         name = own_device(name, torch.cuda.device_count())
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # a module of another vendor's
         raise UserError(
             f"device is {name}, which torch cannot use ({first_line(error)}): try --device cpu."
         ) from error

@@ -5,7 +5,7 @@ A model is trained whole or through LoRA adapters, over weights in the model's d
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,15 @@ from ..tasks import PromptFormat
 from .attention import use_packed_attention
 from .description import check_weights, read_description
 from .device import first_line, resolve_device, resolve_dtype
-from .families import auto_class, base_model, lora_layers, unquantised, vision_tower
+from .families import (
+    auto_class,
+    banned_tokens,
+    base_model,
+    family_of,
+    lora_layers,
+    unquantised,
+    vision_tower,
+)
 from .forward import LayerRun
 from .joined_weights import join_weights
 from .layer_stream import layers
@@ -38,7 +46,9 @@ from .saved_adapter import (
     adapter_base,
     adapter_folder,
     check_patterns,
+    earlier_names,
     settings_for_peft,
+    with_todays_name,
 )
 
 RUST_PANIC = "PanicException"
@@ -157,7 +167,7 @@ def _read(name: str, config: ModelConfig) -> tuple[nn.Module, Processor]:
         dtype=resolve_dtype(config), output_loading_info=True, **_four_bit(config, description)
     )
     model, info = auto_class(description).from_pretrained(
-        name, trust_remote_code=False, use_safetensors=True, **options
+        name, config=description, trust_remote_code=False, use_safetensors=True, **options
     )
     if info["missing_keys"]:
         raise ValueError(f"it has no weights for {min(info['missing_keys'])}")
@@ -190,6 +200,12 @@ def _read_processor(name: str, description: PretrainedConfig) -> Processor:
     tokenizer, rows = processor.tokenizer, description.get_text_config().vocab_size
     if not is_its_own or len(tokenizer) > rows or not tokenizer.encode("1"):
         raise ValueError("its tokenizer is not there, or not the model's")
+    if not all(each in range(rows) for each in banned_tokens(description)):
+        raise UserError(
+            f"model {name} has video_token_id = {shortened(description.video_token_id, 40)} in its "
+            "config.json, which is none of its tokens: copy the original config.json of the model "
+            "into its folder."
+        )
     if not processor.chat_template:
         raise UserError(
             f"model {name} has no chat template, as many base models have none: choose its "
@@ -212,10 +228,16 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
     try:
         lora = peft.LoraConfig(**settings, init_lora_weights=True)
         lora.inference_mode = not config.lora
+        names = earlier_names(family_of(model.config).stored_names)
         model = peft.PeftModel.from_pretrained(
-            model, folder, is_trainable=config.lora, config=lora, use_safetensors=True
+            model,
+            folder,
+            is_trainable=config.lora,
+            config=lora,
+            key_mapping=names,
+            use_safetensors=True,
         )
-        _check_tensors(peft, model, folder)
+        _check_tensors(peft, model, folder, names)
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that do not fit together fail in many ways
@@ -235,12 +257,16 @@ def with_saved_adapter(model: nn.Module, config: ModelConfig) -> nn.Module:
     return model
 
 
-def _check_tensors(peft: ModuleType, model: nn.Module, folder: Path) -> None:
+def _check_tensors(
+    peft: ModuleType, model: nn.Module, folder: Path, names: Mapping[str, str]
+) -> None:
     """Raise UserError unless an adapter's file holds just the tensors that the adapter has.
 
-    It may hold the model's embeddings, too, as PEFT stores them with a longer vocabulary.
+    It may hold the model's embeddings, too, as PEFT stores them with a longer vocabulary. `names`
+    are those that modules had in earlier versions.
     """
-    stored = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS).keys()
+    keys = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS).keys()
+    stored = {with_todays_name(key, names) for key in keys}
     needed = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     allowed = peft.get_peft_model_state_dict(model, save_embedding_layers=True).keys()
     if odd := (needed - stored) | (stored - allowed):

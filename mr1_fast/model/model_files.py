@@ -70,6 +70,11 @@ def check_weight_files(name: str, config: PretrainedConfig) -> None:
     Only their headers are read, before any memory is asked for. Those of a model on the hub are
     downloaded into the cache, where whoever loads them next finds them.
     """
+    if getattr(config, "transformers_weights", None) is not None:  # transformers would read that
+        raise UserError(
+            f"model {name} names another file of weights in its config.json: remove "
+            f"transformers_weights there, and call the file {WEIGHTS}."
+        )
     stored = 0
     folder = model_folder(name, (INDEX, ADAPTER_CONFIG))
     if not os.path.isdir(name) and (folder / ADAPTER_CONFIG).is_file():
@@ -84,7 +89,8 @@ def check_weight_files(name: str, config: PretrainedConfig) -> None:
             math.prod(shape) for shape in tensor_shapes(f"model {name}", folder / each).values()
         )
     needed = least_weights(config)
-    if needed > stored and not getattr(config, "quantization_config", None):
+    packed = 2 if getattr(config, "quantization_config", None) else 1  # 4-bit numbers, two a byte
+    if needed > stored * packed:
         raise UserError(
             f"model {name} has at least {needed:,} weights by its config.json, but its files hold "
             f"{stored:,}: download the model again, with the config.json that belongs to it."

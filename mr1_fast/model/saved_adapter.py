@@ -6,6 +6,7 @@ W' = W + s·B·A,   s = α/r, or α/√r with rsLoRA   (Hu et al., arXiv 2106.09
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,21 @@ MOST_ADAPTERS = 8
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways in which PEFT starts an adapter that change the model under it, too."""
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+)
+"""Settings of PEFT's LoraConfig which, if they are set, make a layer compute something else."""
 _PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "alpha_pattern", "layer_replication")
-"""Settings of PEFT's LoraConfig which, if they are set, make an adapter another one than W + s·B·A
-with one α."""
+"""Those which, if they are set, make an adapter another one than W + s·B·A with one α."""
 _OF_PEFT = (
     *("base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "lora_alpha"),
     *("lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
-    *("layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
 )
 """The settings of an adapter that PEFT is given. Others name modules to import or layers to repeat;
 an adapter that needs one then lacks tensors, which is found, or is refused by `_require_lora`."""
@@ -127,7 +135,11 @@ def settings_for_peft(folder: Path) -> dict:
     settings = read_config(folder)
     _require_lora(folder, settings)
     shapes = tensor_shapes(f"the adapter {folder}", folder / ADAPTER_WEIGHTS)
-    stored = [min(shape) for key, shape in shapes.items() if ".lora_" in key and len(shape) == 2]
+    stored = [
+        shape[1] if "_B." in key or key.endswith("_B") else shape[0]
+        for key, shape in shapes.items()
+        if ".lora_" in key and len(shape) == 2
+    ]
     named = [settings.get("r", 8), *_values(folder, settings, "rank_pattern")]
     for rank in named:
         if type(rank) is not int or not 1 <= rank <= max(stored, default=0):
@@ -148,8 +160,8 @@ def _require_lora(folder: Path, settings: dict) -> None:
         odd = f"is of the type {shortened(kind, 40)}"
     elif str(start).startswith(_CHANGES_BASE):
         odd = f"was begun by {shortened(start, 40)}, which changed the model under it"
-    elif settings.get("alora_invocation_tokens"):
-        odd = "is an activated LoRA, which only acts after certain tokens"
+    elif variants := [name for name in _VARIANTS if settings.get(name)]:
+        odd = f"has {variants[0]}, by which its layers compute something else"
     if odd:
         raise UserError(
             f"the adapter {folder} {odd}, but mr1_fast reads LoRA alone: merge it with PEFT's "
@@ -197,6 +209,26 @@ def _check_alphas(folder: Path, settings: dict) -> None:
                 f"the adapter {folder} has lora_alpha = {shortened(alpha, 40)}, which must be a "
                 "finite number up to a million: train or copy it again."
             )
+
+
+def earlier_names(stored: Mapping[str, str]) -> dict[str, str]:
+    """Return how earlier versions of transformers named modules, as PEFT's `key_mapping`: patterns
+    of the beginning of a name, and what stands there today.
+
+    stored: a family's `stored_names`, since the files of models kept those names.
+    """
+    today = "|".join(map(re.escape, stored))
+    return {rf"^(?!{today}){re.escape(earlier)}": name for name, earlier in stored.items()}
+
+
+def with_todays_name(tensor: str, mapping: Mapping[str, str]) -> str:
+    """Return the name of an adapter's tensor as PEFT reads it with a `key_mapping`."""
+    prefix, name = re.fullmatch(r"((?:base_model\.)?(?:model\.)?)(.*)", tensor).groups()
+    for pattern, replacement in mapping.items():
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    return prefix + name
 
 
 def module_key(name: str) -> str:
@@ -271,7 +303,7 @@ def _check_plain(folder: Path, settings: dict) -> None:
     """Raise UserError for an adapter whose settings say that it is more than W + s·B·A."""
     if settings.get("peft_type") != "LORA":
         raise _cannot_merge(folder, f"its peft_type is {settings.get('peft_type')}")
-    for name in _PLAIN:
+    for name in (*_VARIANTS, *_PLAIN):
         if settings.get(name):
             raise _cannot_merge(folder, f"{name} is set")
     if settings.get("bias", "none") != "none":

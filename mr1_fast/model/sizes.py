@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..errors import UserError, shortened
-from .families import FAMILIES
+from .families import FAMILIES, VisionTower, deepstack_blocks, mlp_width
 
 MOST = {
     "hidden_size": 2**17,
@@ -32,6 +32,7 @@ MOST = {
     "temporal_patch_size": 16,
     "in_channels": 16,
     "window_size": 2**16,
+    "num_labels": 2**16,
 }
 """The largest value of each size, far above that of any published model; the smallest is 1."""
 OPTIONAL = ("head_dim", "num_key_value_heads")
@@ -76,11 +77,39 @@ def check_relations(name: str, config: PretrainedConfig) -> None:
         head = text.hidden_size // heads
     if head % 2:
         raise _wrong(name, "head_dim", head, "even")
-    tower = FAMILIES[config.model_type].vision
-    if tower:
-        width, heads = getattr(config.vision_config, tower.width), config.vision_config.num_heads
-        if width % heads or width // heads % 2:
-            raise _wrong(name, "num_heads", heads, f"a divisor of half of its {tower.width}")
+    if tower := FAMILIES[config.model_type].vision:
+        _check_images(name, config, tower, head // 2)
+
+
+def _check_images(name: str, config: PretrainedConfig, tower: VisionTower, angles: int) -> None:
+    """Raise UserError for settings of images that do not fit the tower, or each other.
+
+    angles: how many rotary angles a head has.
+    """
+    vision, text = config.vision_config, config.get_text_config()
+    width, heads = getattr(vision, tower.width), vision.num_heads
+    if width % heads or width // heads % 2:
+        raise _wrong(name, "num_heads", heads, f"a divisor of half of its {tower.width}")
+    window = getattr(vision, "window_size", None)
+    least = vision.patch_size * vision.spatial_merge_size
+    if window is not None and window < least:
+        raise _wrong(name, "window_size", window, f"at least {least}, the side of an image token")
+    sections = (text.rope_parameters or {}).get("mrope_section")
+    if sections is not None and not (
+        isinstance(sections, list)
+        and [type(each) for each in sections] == [int] * 3
+        and min(sections) >= 0
+        and sum(sections) == angles
+    ):
+        raise _wrong(name, "mrope_section", sections, f"three numbers that add up to {angles}")
+    _check_deepstack(name, vision)
+
+
+def _check_deepstack(name: str, vision: PretrainedConfig) -> None:
+    """Raise UserError unless the blocks that mergers follow are blocks of the tower."""
+    blocks = deepstack_blocks(vision)
+    if len(blocks) > vision.depth or not all(each in range(vision.depth) for each in blocks):
+        raise _wrong(name, "deepstack_visual_indexes", blocks, "some blocks of its tower")
 
 
 def least_weights(config: PretrainedConfig) -> int:
@@ -93,10 +122,20 @@ def least_weights(config: PretrainedConfig) -> int:
     layer = attention + 3 * width * text.intermediate_size
     total = text.vocab_size * width + text.num_hidden_layers * layer
     tower = FAMILIES[config.model_type].vision
-    if tower:
-        vision = config.vision_config
-        total += vision.depth * 4 * getattr(vision, tower.width) ** 2
-    return total
+    return total + _least_of_tower(config.vision_config, tower) if tower else total
+
+
+def _least_of_tower(vision: PretrainedConfig, tower: VisionTower) -> int:
+    """Return a lower bound of the numbers in the weights of a vision tower."""
+    width = getattr(vision, tower.width)
+    block = 4 * width**2 + (3 if tower.has_gated_mlp else 2) * width * mlp_width(vision, tower)
+    channels = getattr(vision, "in_channels", 3)
+    patch = channels * vision.temporal_patch_size * vision.patch_size**2
+    positions = getattr(vision, "num_position_embeddings", 0)
+    joined = width * vision.spatial_merge_size**2
+    merger = joined**2 + joined * getattr(vision, tower.out_width)
+    mergers = 1 + len(deepstack_blocks(vision))
+    return vision.depth * block + (patch + positions) * width + mergers * merger
 
 
 def _leaves(name: str, settings: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:

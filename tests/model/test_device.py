@@ -35,11 +35,12 @@ def test_auto_is_float16_on_a_card_without_bfloat16(capability, dtype, monkeypat
     assert resolve_dtype(ModelConfig(dtype="float32")) == torch.float32
 
 
-def test_a_device_that_is_not_here_is_an_error_that_names_the_way_out():
+@pytest.mark.parametrize("name", ["nowhere", "cuda:999", "xla", "hip", "hpu", "privateuseone"])
+def test_a_device_that_is_not_here_is_an_error_that_names_the_way_out(name):
     with pytest.raises(
-        UserError, match=r"device is nowhere, which torch cannot use .*--device cpu"
+        UserError, match=rf"device is {name}, which torch cannot use .*--device cpu"
     ):
-        resolve_device(ModelConfig(device="nowhere"))
+        resolve_device(ModelConfig(device=name))
 
 
 def test_variable_lengths_need_cuda_and_16_bits():

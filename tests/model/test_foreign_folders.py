@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import mr1_fast
 from mr1_fast import bounded
@@ -21,9 +22,12 @@ from mr1_fast.config import ModelConfig
 from mr1_fast.errors import UserError
 from mr1_fast.merge.command import merge_adapter
 from mr1_fast.merge.settings import MergeConfig
+from mr1_fast.model.families import FAMILIES, auto_class
 from mr1_fast.model.known import find_model_config
 from mr1_fast.model.load import load_pretrained, load_processor
 from mr1_fast.model.save import save_pretrained
+from mr1_fast.model.sizes import check_relations, least_weights
+from mr1_fast.model.tiny import family_config, family_processor
 from mr1_fast.processes import module_process
 
 from .test_description import hub  # noqa: F401 - a fixture
@@ -124,6 +128,13 @@ RELATIONS = {
     "an odd head": ({"text_config__head_dim": 31}, None),
     "heads of the tower": ({"vision_config__num_heads": 7}, "num_heads = 7"),
     "angles": ({"text_config__rope_parameters__rope_theta": -1.0}, "rope_theta = -1.0"),
+    "sections of angles": (
+        {"text_config__rope_parameters__mrope_section": [10**8] * 3},
+        "three numbers that add up to 16",
+    ),
+    "no sections": ({"text_config__rope_parameters__mrope_section": []}, "mrope_section"),
+    "sections in a number": ({"text_config__rope_parameters__mrope_section": 16}, "mrope_section"),
+    "labels": ({"num_labels": 10**7}, "num_labels = 10000000"),
     "attention from the hub": ({"attn_implementation": "me/kernel"}, "me/kernel"),
     "attention, too": ({"_attn_implementation": "me/kernel@main:x"}, "me/kernel"),
 }
@@ -142,9 +153,67 @@ def test_a_model_larger_than_its_files_asks_for_no_memory(folder):
         text_config__hidden_size=2**16,
         text_config__num_hidden_layers=512,
         text_config__layer_types=None,
+        text_config__rope_parameters__mrope_section=[0, 2**12, 2**12],
         vision_config__hidden_size=2**16,
     )
     refused(folder, "weights", "weights by its config.json, but its files hold")
+
+
+PARTS = {
+    "text_config__vocab_size": 2**22,
+    "text_config__intermediate_size": 2**20,
+    "vision_config__depth": 1024,
+    "vision_config__mlp_ratio": 2**20,
+}
+
+
+@pytest.mark.parametrize("name, value", PARTS.items())
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_part_that_is_larger_than_all_files_asks_for_no_memory(folder, name, value, quantised):
+    form = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    change(folder / "config.json", **{name: value}, quantization_config=form if quantised else None)
+    refused(folder, "weights", "weights by its config.json, but its files hold")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_lower_bound_of_a_models_weights_is_close(family):
+    config = family_config(family_processor(family), family)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.95 * weights < least_weights(config) <= weights
+
+
+@pytest.mark.parametrize("value", [10**8, -1, None])
+def test_a_token_for_videos_that_is_none(folder, value):
+    change(folder / "config.json", video_token_id=value)
+    refused(folder, "processor")
+
+
+def test_windows_smaller_than_a_token():
+    family = FAMILIES["qwen2_5_vl"]
+    config = family_config(family_processor(family), family)
+    check_relations("me/model", config)
+    config.vision_config.window_size = 27
+    with pytest.raises(UserError, match=r"window_size = 27 .* must be at least 28"):
+        check_relations("me/model", config)
+
+
+def test_mergers_of_more_blocks_than_there_are():
+    family = FAMILIES["qwen3_vl"]
+    config = family_config(family_processor(family), family)
+    for blocks in ([0] * 9000, [0, config.vision_config.depth], [-1]):
+        config.vision_config.deepstack_visual_indexes = blocks
+        with pytest.raises(UserError, match="must be some blocks of its tower"):
+            check_relations("me/model", config)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_installed_is_not_asked_for(folder, key):
+    """Where the package kernels is installed, transformers would download it as code."""
+    change(folder / "config.json", **{key: "flash_attention_3"})
+    model, _ = load_pretrained(ModelConfig(model=str(folder), device="cpu", recompute="none"))
+    assert model.config._attn_implementation == "sdpa"
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -209,6 +278,17 @@ def test_an_index_of_weights_that_names_other_files(folder, tmp_path, names, mat
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     refused(folder, "weights", match)
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("file", ["x.safetensors", "x.safetensors.index.json", "adapter_model.bin"])
+def test_a_config_that_names_its_own_file_of_weights(folder, file):
+    """transformers reads that instead of the files that were looked at."""
+    names = safe_open(folder / "model.safetensors", "pt").keys()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    (folder / file).write_text(json.dumps(index))
+    change(folder / "config.json", transformers_weights=file)
+    refused(folder, "weights", "remove transformers_weights there")
 
 
 WHOLE = 10**4
@@ -516,6 +596,8 @@ ADAPTERS = {
     "a pattern that is none": ({"target_modules": "(("}, "cannot be used"),
     "another kind": ({"peft_type": "PROMPT_TUNING"}, "reads LoRA alone"),
     "an unheard kind": ({"peft_type": ["x"] * 999}, "reads LoRA alone"),
+    "activated": ({"alora_invocation_tokens": [5]}, "has alora_invocation_tokens"),
+    "tokens that are none": ({"trainable_token_indices": [10**9]}, "does not fit its model"),
     "layers repeated": ({"layer_replication": [[0, 10**9]]}, ""),
     "code": ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, ""),
     "no base": ({"base_model_name_or_path": None}, "does not name the model under it"),
@@ -559,9 +641,17 @@ def test_a_merge_into_a_hostile_base(adapter, folder, tmp_path, damage):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_of_a_hostile_adapter(adapter, tmp_path):
-    change(adapter / "adapter_config.json", lora_alpha=float("nan"))
-    with pytest.raises(UserError, match="lora_alpha = nan"):
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("lora_alpha", float("nan"), "lora_alpha = nan"),
+        ("alora_invocation_tokens", [5], "alora_invocation_tokens is set"),
+        ("arrow_config", {"top_k": 1}, "arrow_config is set"),
+    ],
+)
+def test_a_merge_of_a_hostile_adapter(adapter, tmp_path, name, value, match):
+    change(adapter / "adapter_config.json", **{name: value})
+    with pytest.raises(UserError, match=match):
         merge_adapter(MergeConfig(adapter=str(adapter), output=str(tmp_path / "merged")))
 
 

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mr1_fast.errors import UserError
 from mr1_fast.model.families import base_model
+from mr1_fast.model.families.text_settings import SHORTER_NAMES
 from mr1_fast.model.load import load_pretrained
 from mr1_fast.model.save import save_pretrained
 
-from .test_save import adapted, settings
+from .test_save import adapted, logits, settings
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 
 def test_an_adapters_model_is_named_so_that_it_is_found_from_anywhere(
@@ -63,3 +65,45 @@ def test_an_adapter_whose_model_is_gone(tiny_folder, tmp_path):
     config.write_text(json.dumps({**values, "r": 2}))
     with pytest.raises(UserError, match=r"does not fit its model .*size mismatch for"):
         load_pretrained(settings(tmp_path))
+
+
+def on(model: Path, **options) -> torch.nn.Module:
+    """PEFT's model of an adapter that has an effect, on the model in a folder."""
+    peft_model = peft.get_peft_model(load_pretrained(settings(model))[0], lora(**options))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return peft_model
+
+
+def lora(**options) -> "peft.LoraConfig":
+    return peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], **options})
+
+
+ADAPTERS = {
+    "a rank above the width": {"r": 200},
+    "a rank for some layers": {"rank_pattern": {"q_proj": 16}},
+    "tokens of their own": {"trainable_token_indices": [10, 20]},
+}
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_that_peft_has_made(tiny_folder, tmp_path, options):
+    made = on(tiny_folder, **options)
+    made.save_pretrained(tmp_path)
+    loaded, _ = load_pretrained(settings(tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(made.eval()))
+
+
+def test_an_adapter_with_the_names_of_earlier_versions(tiny_folder, tmp_path):
+    """Before Qwen2-VL's decoder was called language_model, and its tower was below model."""
+    made = on(tiny_folder, target_modules="all-linear")
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for today, earlier in SHORTER_NAMES.items():
+        tensors = {name.replace(f".{today}", f".{earlier}"): t for name, t in tensors.items()}
+    assert "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight" in tensors
+    save_file(tensors, path)
+    loaded, _ = load_pretrained(settings(tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(made.eval()))

@@ -34,10 +34,15 @@ def tiff_of_many_tags():
     return b"II*\0" + struct.pack("<IH", 8, 5_000) + tags + bytes(1_000_000)
 
 
-def jpeg_of_many_scans():
+def jpeg_of_many_scans(before=b""):
     content = in_format(Image.new("RGB", (40, 40)), "JPEG", progressive=True)
     last = content.rindex(SCAN)
-    return content[:-2] + content[last:-2] * 5000 + b"\xff\xd9"
+    return content[:-2] + before + content[last:-2] * 5000 + b"\xff\xd9"
+
+
+def jpeg_of_many_comments():
+    content = in_format(Image.new("RGB", (40, 40)), "JPEG", progressive=True)
+    return content[:-2] + b"\xff\xfe\0\2" * 400_000 + b"\xff\xd9"
 
 
 def gif_of_many_comments():
@@ -61,7 +66,9 @@ BOMBS = {
     ),
     "GIF of comments": (gif_of_many_comments(), "too many pieces"),
     "TIFF of tags": (tiff_of_many_tags(), "too many pieces|not an image"),
-    "JPEG of scans": (jpeg_of_many_scans(), r"5,?01\d scans"),
+    "JPEG of scans": (jpeg_of_many_scans(), "more than 100 scans"),
+    "JPEG of hidden scans": (jpeg_of_many_scans(b"\xff\x02\xff\xff"), "more than 100 scans"),
+    "JPEG of comments": (jpeg_of_many_comments(), "or 10,000 parts"),
 }
 
 
@@ -82,6 +89,13 @@ def test_usual_images_are_far_from_the_bounds():
         assert calls - file.calls < 2000 and size - file.bytes < 3 * len(content)
     content = in_format(noise(), "JPEG", progressive=True)
     assert 5 < content.count(SCAN) < MOST_SCANS // 5 and read(content).size == (80, 80)
+
+
+def test_what_looks_like_scans_in_a_preview_or_behind_the_image_is_none():
+    """Phones put a video behind a photo, whose bytes are as good as random."""
+    content = in_format(noise(), "JPEG", progressive=True)
+    preview = b"\xff\xe1\xff\xff" + (SCAN + b"\xff\xd9") * 2**14
+    assert read(content[:2] + preview[: 2**16 + 1] + content[2:] + SCAN * 200).size == (80, 80)
 
 
 def test_every_compression_of_tiff_is_read():
