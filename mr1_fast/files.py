@@ -21,7 +21,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .locks import locked
+from .locks import locked, of_this_process
 
 LOCK = ".lock"
 """The file in a folder that whoever works there holds locked."""
@@ -125,7 +125,7 @@ def one_at_a_time(path: Path, way_out: str = GO_ON) -> Iterator[None]:
         lock = path.with_name(f".{path.name}.lock").open("a")
     except OSError as error:
         raise cannot_save(path, error, way_out) from error
-    with lock:
+    with lock, of_this_process(lock.fileno()):
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -149,7 +149,7 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
             raise UserError(
                 f"output {folder} cannot be written ({error.strerror}): choose another."
             ) from error
-        with lock:
+        with lock, of_this_process(lock.fileno()):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

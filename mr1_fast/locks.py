@@ -1,4 +1,8 @@
-"""Locks on folders themselves, which leave no file behind; they end with the process."""
+"""Locks on folders themselves, which leave no file behind; they end with the process.
+
+A forked child has its parent's open files, and with them the locks, which it would keep when the
+parent dies: a pool of a reward's processes outlives a run that is killed. So children let go.
+"""
 
 import fcntl
 import os
@@ -6,6 +10,32 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_held: set[int] = set()
+"""The descriptors that this process has its locks on."""
+
+
+@contextmanager
+def of_this_process(descriptor: int) -> Iterator[None]:
+    """Keep forked children from having a lock on an open file, or getting one, within a block."""
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        _held.discard(descriptor)
+
+
+def _let_go() -> None:
+    """Drop a forked child's copies; whatever closes their descriptors still may."""
+    if _held:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor in _held:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -17,12 +47,13 @@ def locked(folder: Path, seconds: float | None = None, must: bool = False) -> It
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            _lock(descriptor, seconds)
-        except OSError:
-            if must:
-                raise
-        yield
+        with of_this_process(descriptor):
+            try:
+                _lock(descriptor, seconds)
+            except OSError:
+                if must:
+                    raise
+            yield
     finally:
         os.close(descriptor)
 

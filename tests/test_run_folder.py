@@ -17,7 +17,8 @@ from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
-from mr1_fast.files import LOCK, exclusive
+from mr1_fast.files import LOCK, exclusive, one_at_a_time
+from mr1_fast.locks import locked
 from mr1_fast.log import RunLog
 from mr1_fast.resuming import FIRST_LINE, LAST_LINE, write_config
 from mr1_fast.run_folder import hold_run_folder
@@ -65,6 +66,40 @@ def test_a_second_training_changes_nothing_until_the_first_has_died(run_args, tm
     run(["--resume", str(folder), "--steps=6"])
     assert [each["step"] for each in metrics(folder)] == list(range(6))
     assert not (folder / LOCK).exists()
+
+
+@pytest.mark.parametrize("lock", ["of a run", "of a folder", "of what is made once"])
+def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(lock, tmp_path):
+    """As the processes of a reward's pool do, which wait for ever for their next work."""
+
+    def held():
+        if lock == "of a run":
+            return exclusive(tmp_path / "run", "taken")
+        if lock == "of a folder":
+            return locked(tmp_path, seconds=0, must=True)
+        return one_at_a_time(tmp_path / "made")
+
+    reading, writing = os.pipe()
+    if not (process := os.fork()):
+        with held():
+            if not (child := os.fork()):
+                signal.pause()
+            os.write(writing, b"%d" % child)
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = int(os.read(reading, 20))
+    entered = threading.Event()
+
+    def enter():
+        with held():
+            entered.set()
+
+    try:
+        os.waitpid(process, 0)
+        threading.Thread(target=enter, daemon=True).start()
+        assert entered.wait(timeout=20)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reading), os.close(writing)
 
 
 def test_trainings_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
