@@ -113,6 +113,15 @@ def shorten(path: Path, size: int, way_out: str = RESUME) -> None:
         raise _cannot_write(path, error, way_out) from error
 
 
+def require_file(path: Path) -> None:
+    """Raise UserError for a name of something else, such as a pipe, for which a reader would wait.
+
+    Where there is nothing of this name, it may be made.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: move it away.")
+
+
 @contextmanager
 def one_at_a_time(path: Path, way_out: str = GO_ON) -> Iterator[None]:
     """Keep other processes waiting here until the block has ended, in which `path` is made.
@@ -139,6 +148,7 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
     has no locks, all may go on.
     """
     path = folder / LOCK
+    require_file(path)
     for _ in range(100):
         try:
             folder.mkdir(parents=True, exist_ok=True)

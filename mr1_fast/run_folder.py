@@ -4,6 +4,7 @@ A training holds the folder from before it writes anything until its end, so tha
 mix. The lock dies with its process.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from .config import TrainConfig
 from .distributed import World
 from .errors import UserError
-from .files import LOCK, exclusive
+from .files import LOCK, exclusive, require_file
 from .resuming import CONFIG, can_begin_again, has_checkpoint, resume_command
 
 BEFORE_THE_FIRST = {
@@ -23,6 +24,12 @@ BEFORE_THE_FIRST = {
 """Names that a run may leave if it fails before its first step; they may be overwritten."""
 BEFORE_A_CHECKPOINT = {"metrics.jsonl", "checkpoints"}
 """What else there is of a run that was ended before its first checkpoint was whole."""
+
+
+FILES = ("finished.json", "processes.json", "report.html", "completions.html")
+"""Files of a run that are written, and not read, before or after training."""
+FOLDERS = ("checkpoints", "best", "images", "final")
+"""Folders of a run."""
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -56,6 +63,7 @@ def _held(config: TrainConfig) -> Iterator[str]:
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is no folder: choose another.")
+    _require_own_names(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     if not is_named:
         folder = _new_folder(folder)
@@ -68,6 +76,18 @@ def _held(config: TrainConfig) -> Iterator[str]:
         with suppress(OSError):  # it holds something by now
             for each in made:
                 each.rmdir()
+
+
+def _require_own_names(folder: Path) -> None:
+    """Raise UserError where something else has the name of a file or a folder of the run.
+
+    It would be found when that is written, at the latest after training; a pipe never ends that.
+    """
+    for name in FILES:
+        require_file(folder / name)
+    for name in FOLDERS:
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(f"{folder / name} is no folder: move it away.")
 
 
 def _new_folder(folder: Path) -> Path:

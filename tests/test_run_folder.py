@@ -21,7 +21,7 @@ from mr1_fast.files import LOCK, exclusive, one_at_a_time
 from mr1_fast.locks import locked
 from mr1_fast.log import RunLog
 from mr1_fast.resuming import FIRST_LINE, LAST_LINE, write_config
-from mr1_fast.run_folder import hold_run_folder
+from mr1_fast.run_folder import FILES, FOLDERS, hold_run_folder
 
 from .data.runs import assert_same_run, metrics, run
 
@@ -185,6 +185,27 @@ STAGES = {
     "half a checkpoint": ["config.yaml", "metrics.jsonl", "checkpoints/.step-000002.partial/"],
 }
 """What there is of a run in the order in which it comes to be, before its first checkpoint."""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "the wrong one"])
+def test_what_has_the_name_of_a_runs_own_is_told_before_training(kind, tmp_path):
+    """A pipe would be waited for, and what stands in the way of final/ be found after training."""
+    for name in (*FILES, LOCK, *FOLDERS):
+        path = tmp_path / name
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link to nothing":
+            path.symlink_to("nothing")
+        else:
+            path.write_text("") if name in FOLDERS else path.mkdir()
+        if kind == "link to nothing" and name not in FOLDERS:
+            path.unlink()  # a file takes its place
+            continue
+        what = "folder" if name in FOLDERS else "file"
+        held = hold_run_folder(TrainConfig(output=str(tmp_path)), SINGLE)
+        with pytest.raises(UserError, match=f"{name} is no {what}: move it away"), held:
+            pass
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("stage", STAGES)
