@@ -1,4 +1,4 @@
-"""Locks on folders themselves, which leave no file behind; they end with the process.
+"""Locks on folders and files themselves, which leave nothing behind; they end with the process.
 
 A forked child has its parent's open files, and with them the locks, which it would keep when the
 parent dies: a pool of a reward's processes outlives a run that is killed. So children let go.
@@ -39,13 +39,13 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def locked(folder: Path, seconds: float | None = None, must: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder itself within a block; the system frees it with the process.
+def locked(path: Path, seconds: float | None = None, must: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder or file within a block; the system frees it with the process.
 
     seconds: how long to wait for another process, after which the block runs without the lock;
         None for no limit. `must`: OSError instead, also where the file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with of_this_process(descriptor):
             try:
@@ -59,7 +59,7 @@ def locked(folder: Path, seconds: float | None = None, must: bool = False) -> It
 
 
 def _lock(descriptor: int, seconds: float | None) -> None:
-    """Lock an open folder; BlockingIOError if another process has it for longer than `seconds`."""
+    """Lock what is open; BlockingIOError if another process has it for longer than `seconds`."""
     if seconds is None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return

@@ -356,6 +356,25 @@ def test_what_a_killed_writer_has_left_is_swept_and_what_a_living_one_fills_is_n
     assert content(tmp_path) == {"folder/a": b"mine"} and other.exists()
 
 
+def test_what_a_killed_writer_of_a_file_has_left_is_swept_by_the_next_one(tmp_path):
+    path, other = tmp_path / "a.json", tmp_path / ".a.json.partial"
+    other.write_text("of somebody")
+    hangs = (
+        "import sys, time\nfrom pathlib import Path\nfrom mr1_fast import files\n"
+        "files._sync = lambda path: (print('writing', flush=True), time.sleep(60))\n"
+        "files.write_text(Path(sys.argv[1]), 'killed')\n"
+    )
+    writer = started(hangs, path)
+    assert writer.stdout.readline() == "writing\n"
+    write_text(path, "mine")
+    (of_the_living,) = set(tmp_path.iterdir()) - {path, other}
+    writer.kill()
+    writer.communicate()
+    assert of_the_living.read_text() == "killed"
+    write_text(path, "mine, too")
+    assert content(tmp_path) == {"a.json": b"mine, too", other.name: b"of somebody"}
+
+
 def test_without_locks_nothing_is_swept_and_folders_are_written(folder, monkeypatch):
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
