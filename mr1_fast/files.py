@@ -173,7 +173,8 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
             continue
         except OSError as error:
             raise UserError(
-                f"output {folder} cannot be written ({error.strerror}): choose another."
+                f"output {folder} cannot be written ({error.strerror}): make room or permission "
+                "there, or choose another."
             ) from error
         with lock, of_this_process(lock.fileno()):
             try:
