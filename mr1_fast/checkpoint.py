@@ -245,6 +245,15 @@ def _load(
     return record["step"]
 
 
+def require_weights(folder: Path, step: int, world: World) -> None:
+    """Raise UserError where weights that `save_weights` has written are missing or damaged."""
+    path = step_folder(folder, step)
+    try:
+        sound_record(path, world, OF_WEIGHTS)
+    except Damaged as error:
+        raise _unreadable(path, error) from error
+
+
 def load_weights(folder: Path, step: int, sharding: Sharding) -> None:
     """Restore the trained weights that `save_weights` has written.
 
@@ -260,11 +269,13 @@ def load_weights(folder: Path, step: int, sharding: Sharding) -> None:
             world.in_all(lambda: check_pieces(pieces, reader))
             load_pieces(pieces, reader, world)
     except (Damaged, *UNFIT) as error:
-        raise UserError(
-            f"the weights in {path} cannot be read ({error}): resume without --keep-best."
-        ) from error
+        raise _unreadable(path, error) from error
     if not fits:
         raise UserError(f"the weights in {path} are of another model: resume without --keep-best.")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"the weights in {path} cannot be read ({error}): resume without --keep-best.")
 
 
 def _has_same(

@@ -79,6 +79,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
         self.at_once = at_once
 
+    def __reduce__(self) -> tuple:
+        """Go whole to the other processes, which torch tells what has ended one of them."""
+        return Stopped, (self.number, str(self), self.at_once)
+
     @property
     def status(self) -> int:
         """The exit status that shells give a process which a signal has ended."""

@@ -4,6 +4,7 @@ A file or folder is first written under a hidden name beside its final one, forc
 then renamed. Whatever goes wrong becomes a UserError that names the file and the way out.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -11,16 +12,18 @@ import shutil
 import stat
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from errno import ENOTDIR
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .locks import locked
+from .file_kinds import is_no_folder, mode_of
+from .locks import locked, of_this_process
 
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 """How names of files begin that a process has open."""
@@ -40,43 +43,48 @@ def write_text(path: Path, text: str, way_out: str = "choose another path") -> N
 def write_bytes(path: Path, content: bytes, way_out: str = "choose another path") -> None:
     """Write `content` to `path`, and create the folders above it.
 
-    A device or a pipe stays what it is, and gets the content. Raises UserError, which ends with
-    `way_out`, where writing fails; a file is then as it was.
+    A device or a pipe stays what it is, and gets the content. What a killed process had half
+    written is removed. Raises UserError, which ends with `way_out`, where writing fails; a file is
+    then as it was.
     """
-    temporary = _unique(path)
     try:
         if _is_device(path):
             _write_into(path, content)
             return
         _make_parents(path)
-        try:
-            temporary.write_bytes(content)
-            _sync(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        sweep(path.parent, path.name)
+        with _temporary_file(path) as file:
+            file.write(content)
+            file.flush()
+            _sync(Path(file.name))
+            os.replace(file.name, path)
         _sync_names(path.parent)
     except OSError as error:
         raise _cannot_write(path, error, way_out) from error
 
 
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
+    """Have a new file of a hidden name beside `path`, locked, of which the block may leave none."""
+    while True:
+        temporary = _unique(path)
+        try:
+            with temporary.open("xb") as file, of_this_process(file.fileno()):
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if temporary.exists():  # no other process has just swept it away
+                    yield file
+                    return
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def _is_device(path: Path) -> bool:
     """Return whether a path is a device, a pipe or a name of an open file, such as /dev/stdout."""
-    mode = _mode(path)
+    mode = mode_of(path)
     if mode is None or stat.S_ISDIR(mode):
         return False
     return not stat.S_ISREG(mode) or str(path.absolute()).startswith(OPEN_FILES)
-
-
-def _mode(path: Path) -> int | None:
-    """Return what kind of file a path names, in one look; None if nothing is there.
-
-    Two looks could be at different things, since other processes rename.
-    """
-    try:
-        return path.stat().st_mode
-    except OSError:
-        return None
 
 
 def _write_into(path: Path, content: bytes) -> None:
@@ -143,7 +151,7 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         try:
-            if _is_no_folder(self.path):
+            if is_no_folder(self.path):
                 raise NotADirectoryError(ENOTDIR, "there is something else of this name")
             restore_folder(self.path)
             sweep(self.path.parent, self.path.name)
@@ -210,12 +218,6 @@ class atomic_folder:
         remove_folder(old)
 
 
-def _is_no_folder(path: Path) -> bool:
-    """Return whether something has the name `path` that is neither a folder nor a link to one."""
-    mode = _mode(path)
-    return path.is_symlink() if mode is None else not stat.S_ISDIR(mode)
-
-
 def restore_folder(path: Path) -> None:
     """Finish what a process that was killed in `atomic_folder(path)` had begun.
 
@@ -253,19 +255,24 @@ def discard_folder(path: Path) -> None:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes have left of `folder / name`, or of everything in `folder`.
 
-    A temporary folder stays while the process that fills it is alive, and also where the file
-    system has no locks by which to tell.
+    A temporary file or folder stays while the process that fills it is alive, and also where the
+    file system has no locks by which to tell.
     """
     left = re.compile(
         r"\.%s(\.[0-9a-f]{12})?\.partial" % (".+" if name is None else re.escape(name))
     )
     try:
-        paths = [path for path in folder.iterdir() if left.fullmatch(path.name) and path.is_dir()]
+        found = [(path, left.fullmatch(path.name)) for path in folder.iterdir()]
     except OSError:
         return
-    for path in paths:
+    for path, match in found:
+        if not match or path.is_symlink():
+            continue
+        # Earlier versions gave folders alone such names, without what makes them unique.
+        if not (path.is_dir() or (match[1] and path.is_file())):
+            continue
         with suppress(OSError), locked(path, seconds=0, must=True):
-            remove_folder(path)
+            remove_folder(path) if path.is_dir() else path.unlink()
 
 
 def _replaced(path: Path) -> Path:

@@ -99,6 +99,8 @@ def read_sealed(path: Path, earlier: Collection[str] = ()) -> dict[str, Any]:
 
     Raises ValueError, which begins with the file's name, for a file that is missing or damaged.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path.name} is no file")
     try:
         text = path.read_bytes().decode()
         record = json.loads(text)

@@ -1,8 +1,12 @@
 """Locks between processes, which end with the process that holds them.
 
-`locked` is on a folder itself and leaves no file behind: for the moments in which names change, and
-for temporary folders. `exclusive` lets one process work in a folder, and tells the others;
-`one_at_a_time` lets them wait. Both last long, so that theirs are files beside what is made.
+`locked` is on a folder or file itself and leaves nothing behind: for the moments in which names
+change, and for what is temporary. `exclusive` lets one process work in a folder, and tells the
+others; `one_at_a_time` lets them wait. Both last long, so that theirs are files beside what is
+made.
+
+A forked child has its parent's open files, and with them the locks, which it would keep when the
+parent dies: a pool of a reward's processes outlives a run that is killed. So children let go.
 """
 
 import fcntl
@@ -14,32 +18,60 @@ from pathlib import Path
 from typing import IO
 
 from .errors import UserError
+from .file_kinds import require_file
 
 LOCK = ".lock"
 """The file in a folder that whoever works there holds locked."""
 
+_held: set[int] = set()
+"""The descriptors that this process has its locks on."""
+
 
 @contextmanager
-def locked(folder: Path, seconds: float | None = None, must: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder itself within a block; the system frees it with the process.
+def of_this_process(descriptor: int) -> Iterator[None]:
+    """Keep forked children from having a lock on an open file, or getting one, within a block."""
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        _held.discard(descriptor)
+
+
+def _let_go() -> None:
+    """Drop a forked child's copies; whatever closes their descriptors still may."""
+    if _held:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor in _held:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+        _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def locked(path: Path, seconds: float | None = None, must: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder or file within a block; the system frees it with the process.
 
     seconds: how long to wait for another process, after which the block runs without the lock;
         None for no limit. `must`: OSError instead, also where the file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            _lock(descriptor, seconds)
-        except OSError:
-            if must:
-                raise
-        yield
+        with of_this_process(descriptor):
+            try:
+                _lock(descriptor, seconds)
+            except OSError:
+                if must:
+                    raise
+            yield
     finally:
         os.close(descriptor)
 
 
 def _lock(descriptor: int, seconds: float | None) -> None:
-    """Lock an open folder; BlockingIOError if another process has it for longer than `seconds`."""
+    """Lock what is open; BlockingIOError if another process has it for longer than `seconds`."""
     if seconds is None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return
@@ -62,12 +94,14 @@ def one_at_a_time(path: Path, way_out: str) -> Iterator[None]:
     system has no locks, nobody waits. Raises UserError, which ends with `way_out`, where the file
     cannot be made.
     """
+    name = path.with_name(f".{path.name}.lock")
+    require_file(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("a")
+        lock = name.open("a")
     except OSError as error:
         raise UserError(f"{path} could not be saved ({error}): {way_out}.") from error
-    with lock:
+    with lock, of_this_process(lock.fileno()):
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -81,6 +115,7 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
     has no locks, all may go on.
     """
     path = folder / LOCK
+    require_file(path)
     for _ in range(100):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +124,10 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
             continue
         except OSError as error:
             raise UserError(
-                f"output {folder} cannot be written ({error.strerror}): choose another."
+                f"output {folder} cannot be written ({error.strerror}): make room or permission "
+                "there, or choose another."
             ) from error
-        with lock:
+        with lock, of_this_process(lock.fileno()):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

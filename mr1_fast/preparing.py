@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from .checkpoint import fingerprint, load_checkpoint
+from .checkpoint import fingerprint, load_checkpoint, require_weights
 from .config import TrainConfig
 from .data_check import check_data
 from .distributed import World
@@ -155,18 +155,23 @@ def check_settings(config: TrainConfig) -> None:
 def load_progress(log: RunLog, first_step: int, world: World, keep_best: bool) -> Progress:
     """Read what the evaluations before `first_step` have shown.
 
-    Raises UserError where the weights of the best one should be kept, but are not there.
+    Raises UserError where the weights of the best one should be kept, but are not there, or are
+    damaged, which would be found at the end of the run.
     """
     # A file system that is shared by machines may show others an earlier state.
     read = world.in_all(
         lambda: Progress.read(log.evaluations, first_step) if world.is_first else None
     )
     progress, kept = world.of_first((read, saved_steps(log.best)))
-    if keep_best and progress.best() not in (None, *kept):
+    best = progress.best()
+    if not keep_best or best is None:
+        return progress
+    if best not in kept:
         raise UserError(
             f"keep_best is true, but the weights of the best evaluation so far, that after step "
-            f"{progress.best()}, are not in {log.best}: resume without it."
+            f"{best}, are not in {log.best}: resume without it."
         )
+    require_weights(log.best, best, world)
     return progress
 
 

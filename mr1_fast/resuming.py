@@ -160,6 +160,6 @@ def finished(config: TrainConfig) -> str:
 def _is_noted(path: Path, steps: int) -> bool:
     """Say whether a run has noted that it is finished after `steps`, or after more."""
     try:
-        return json.loads(path.read_bytes())["steps"] >= steps
+        return path.is_file() and json.loads(path.read_bytes())["steps"] >= steps
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged note is none
         return False

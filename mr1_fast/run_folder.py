@@ -12,6 +12,7 @@ from pathlib import Path
 from .config import TrainConfig
 from .distributed import World
 from .errors import UserError
+from .file_kinds import is_no_folder, require_file
 from .locks import LOCK, exclusive
 from .resuming import CONFIG, can_begin_again, has_checkpoint, resume_command
 
@@ -23,6 +24,10 @@ BEFORE_THE_FIRST = {
 """Names that a run may leave if it fails before its first step; they may be overwritten."""
 BEFORE_A_CHECKPOINT = {"metrics.jsonl", "checkpoints"}
 """What else there is of a run that was ended before its first checkpoint was whole."""
+FILES = ("finished.json", "processes.json", "report.html", "completions.html")
+"""Files of a run that are written, and not read, before or after training."""
+FOLDERS = ("checkpoints", "best", "images", "final")
+"""Folders of a run."""
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -63,11 +68,24 @@ def _held(config: TrainConfig) -> Iterator[str]:
     taken = f"output {folder} is in use by another training: wait for its end, or choose another."
     try:
         with exclusive(folder, taken):
+            _require_own_names(folder)
             yield str(folder)
     finally:
         with suppress(OSError):  # it holds something by now
             for each in made:
                 each.rmdir()
+
+
+def _require_own_names(folder: Path) -> None:
+    """Raise UserError where something else has the name of a file or a folder of the run.
+
+    It would be found when that is written, at the latest after training; a pipe never ends that.
+    """
+    for name in FILES:
+        require_file(folder / name)
+    for name in FOLDERS:
+        if is_no_folder(folder / name):
+            raise UserError(f"{folder / name} is no folder: move it away.")
 
 
 def _new_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -447,6 +448,13 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         with pytest.raises(type(error)) as raised:
             exit_on_user_error(lambda error=error: (_ for _ in ()).throw(error))
         assert raised.value is error
+
+
+def test_an_error_goes_whole_from_one_process_to_another():
+    """torch collects what has been raised while all save, and raises it again."""
+    for error in (UserError("a\\x1b " * 400), Stopped(15, "stopped: go on with X", at_once=True)):
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
 
 
 def test_a_stop_behind_another_error_counts(capsys):

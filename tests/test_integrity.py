@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert math.isnan(read_sealed(path)["nan"])
     path.write_text(sealed({}))
     assert read_sealed(path) == {}
+
+
+@pytest.mark.parametrize("content", ["a pipe", "/dev/zero"])
+def test_what_would_be_waited_for_is_no_record(content, tmp_path):
+    path = tmp_path / "a.json"
+    os.mkfifo(path) if content == "a pipe" else path.symlink_to(content)
+    with pytest.raises(ValueError, match=r"^a\.json is no file$"):
+        read_sealed(path)
 
 
 def test_each_other_text_is_told(tmp_path):

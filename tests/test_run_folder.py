@@ -17,10 +17,10 @@ from mr1_fast.command_line import parse_train_config
 from mr1_fast.config import TrainConfig
 from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
-from mr1_fast.locks import LOCK, exclusive
+from mr1_fast.locks import LOCK, exclusive, locked, one_at_a_time
 from mr1_fast.log import RunLog
 from mr1_fast.resuming import FIRST_LINE, LAST_LINE, write_config
-from mr1_fast.run_folder import hold_run_folder
+from mr1_fast.run_folder import FILES, FOLDERS, hold_run_folder
 
 from .data.runs import assert_same_run, metrics, run
 
@@ -65,6 +65,46 @@ def test_a_second_training_changes_nothing_until_the_first_has_died(run_args, tm
     run(["--resume", str(folder), "--steps=6"])
     assert [each["step"] for each in metrics(folder)] == list(range(6))
     assert not (folder / LOCK).exists()
+
+
+@pytest.mark.parametrize("lock", ["of a run", "of a folder", "of what is made once"])
+def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(lock, tmp_path):
+    """As the processes of a reward's pool do, which wait for ever for their next work."""
+
+    def held():
+        if lock == "of a run":
+            return exclusive(tmp_path / "run", "taken")
+        if lock == "of a folder":
+            return locked(tmp_path, seconds=0, must=True)
+        return one_at_a_time(tmp_path / "made", "no way out")
+
+    reading, writing = os.pipe()
+    if not (process := os.fork()):
+        try:
+            with held():
+                if not (child := os.fork()):
+                    os.close(writing)
+                    signal.pause()
+                os.write(writing, b"%d" % child)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # never go on with the tests here
+    os.close(writing)
+    child = int(os.read(reading, 20))
+    os.close(reading)
+    entered = threading.Event()
+
+    def enter():
+        with held():
+            entered.set()
+
+    try:
+        os.waitpid(process, 0)
+        threading.Thread(target=enter, daemon=True).start()
+        assert entered.wait(timeout=20)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reading), os.close(writing)
 
 
 def test_trainings_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
@@ -150,6 +190,27 @@ STAGES = {
     "half a checkpoint": ["config.yaml", "metrics.jsonl", "checkpoints/.step-000002.partial/"],
 }
 """What there is of a run in the order in which it comes to be, before its first checkpoint."""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing", "the wrong one"])
+def test_what_has_the_name_of_a_runs_own_is_told_before_training(kind, tmp_path):
+    """A pipe would be waited for, and what stands in the way of final/ be found after training."""
+    for name in (*FILES, LOCK, *FOLDERS):
+        path = tmp_path / name
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link to nothing":
+            path.symlink_to("nothing")
+        else:
+            path.write_text("") if name in FOLDERS else path.mkdir()
+        if kind == "link to nothing" and name not in FOLDERS:
+            path.unlink()  # a file takes its place
+            continue
+        what = "folder" if name in FOLDERS else "file"
+        held = hold_run_folder(TrainConfig(output=str(tmp_path)), SINGLE)
+        with pytest.raises(UserError, match=f"{name} is no {what}: move it away"), held:
+            pass
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("stage", STAGES)

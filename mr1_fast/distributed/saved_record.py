@@ -125,6 +125,8 @@ def _finding(path: Path, expected: Mapping[str, Any] | None) -> str:
     """Say what is wrong with a file, "" for nothing; earlier versions have no checksum of it."""
     if expected is not None:
         return finding(path, expected)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return f"{path.name} is no file"
     try:
         with safe_open(path, "pt") as file:
             has_record = OFFSETS in (file.metadata() or {})

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, shortened
+from ..file_kinds import require_file
 
 LARGEST = 1e100
 """Values from here on are shown as missing: axes overflow near the largest floats, and such a value
@@ -38,9 +39,8 @@ def json_object(source: str | bytes, where: object) -> dict:
 
 def read_json_object(path: Path) -> dict:
     """The JSON object in the file `path`; UserError, which names the file, if there is none."""
+    require_file(path)
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no file: move it away.")
         return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -100,6 +100,7 @@ def read_lines(path: Path) -> Iterator[dict]:
     """
     if not path.exists():
         return
+    require_file(path)
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             # A line without its end is being written at this moment, or the run was killed at it.
@@ -210,6 +211,7 @@ def read_last_step(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
+    require_file(path)
     with path.open("rb") as file:
         start = max(0, file.seek(0, 2) - LAST_BYTES)
         file.seek(start)

@@ -198,6 +198,7 @@ class Json(Saving):
         assert read["before"] == [1] * 5000 and read.get("after", [2] * 5000) == [2] * 5000
         self.operate(folder)
         assert "after" in json.loads((folder / "evaluation.json").read_text())
+        assert {path.name for path in folder.iterdir()} <= {".lock", "evaluation.json"}
 
 
 class Config(Saving):
@@ -219,6 +220,7 @@ class Config(Saving):
         assert vars(read) == vars(self.settings(folder, read.steps)) | {"resume": AUTO}
         self.operate(folder)
         assert parse_train_config(["--resume", str(folder)]).steps == 20
+        assert {path.name for path in folder.iterdir()} <= {".lock", "config.yaml"}
 
 
 class Lines(Saving):

@@ -149,6 +149,18 @@ def test_weights_that_were_not_kept_are_told_before_training(run_args, tmp_path)
         run(["--resume", str(folder), "--steps", "4", "--keep-best"])
 
 
+def test_damaged_best_weights_are_told_before_training(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    weights = folder / f"best/step-{best_step(folder):06d}/weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    before = metrics(folder)
+    with pytest.raises(UserError, match=r"weights\.safetensors is not .*without --keep-best\.$"):
+        run(["--resume", str(folder), "--steps", "7"])
+    assert metrics(folder) == before
+
+
 def test_the_best_of_every_checkpoint_stays(run_args, tmp_path, monkeypatch):
     """A run that goes on from a checkpoint may end with the best of before."""
     asked = itertools.count()

@@ -1,13 +1,19 @@
 """Reading what a run has recorded: columns with holes, evaluations, and the end of a long file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from mr1_fast.errors import UserError
 from mr1_fast.report import records
-from mr1_fast.report.records import read_evaluations, read_last_step, read_metrics
+from mr1_fast.report.records import (
+    read_evaluation,
+    read_evaluations,
+    read_last_step,
+    read_metrics,
+)
 
 
 def test_columns_that_begin_late_or_end_early_have_holes(tmp_path):
@@ -59,3 +65,10 @@ def test_last_step_is_read_from_the_end_alone(tmp_path, monkeypatch):
         read_last_step(path)
     path.write_text("")
     assert read_last_step(path) == [] == read_last_step(tmp_path / "none")
+
+
+@pytest.mark.parametrize("read", [read_metrics, read_evaluations, read_last_step, read_evaluation])
+def test_a_pipe_is_not_waited_for(read, tmp_path):
+    os.mkfifo(path := tmp_path / "record")
+    with pytest.raises(UserError, match="record is no file: move it away"):
+        read(path)
