@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from errno import ENOTDIR
 from pathlib import Path
+from stat import S_ISDIR, S_ISLNK
 from typing import IO, Any
 from uuid import uuid4
 
@@ -138,6 +139,18 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path} is no file: move it away.")
 
 
+def is_no_folder(path: Path) -> bool:
+    """Return whether there is something of this name that is no folder, nor a link to one.
+
+    One look tells: between two, another process may have moved a folder aside.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (S_ISDIR(mode) or (S_ISLNK(mode) and path.is_dir()))
+
+
 @contextmanager
 def one_at_a_time(path: Path, way_out: str = GO_ON) -> Iterator[None]:
     """Keep other processes waiting here until the block has ended, in which `path` is made.
@@ -222,7 +235,7 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         try:
-            if os.path.lexists(self.path) and not self.path.is_dir():
+            if is_no_folder(self.path):
                 raise NotADirectoryError(ENOTDIR, "there is something else of this name")
             restore_folder(self.path)
             sweep(self.path.parent, self.path.name)

@@ -4,7 +4,6 @@ A training holds the folder from before it writes anything until its end, so tha
 mix. The lock dies with its process.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from .config import TrainConfig
 from .distributed import World
 from .errors import UserError
-from .files import LOCK, exclusive, require_file
+from .files import LOCK, exclusive, is_no_folder, require_file
 from .resuming import CONFIG, can_begin_again, has_checkpoint, resume_command
 
 BEFORE_THE_FIRST = {
@@ -86,7 +85,7 @@ def _require_own_names(folder: Path) -> None:
     for name in FILES:
         require_file(folder / name)
     for name in FOLDERS:
-        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+        if is_no_folder(folder / name):
             raise UserError(f"{folder / name} is no folder: move it away.")
 
 

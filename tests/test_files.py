@@ -323,6 +323,21 @@ def test_writers_of_one_folder_do_not_mix(who, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_is_moved_aside_at_a_look_is_no_other_thing(folder, monkeypatch):
+    lstat = os.lstat
+
+    def moved_after_the_look(path, **options):
+        found = lstat(path, **options)
+        if Path(path) == folder:
+            folder.rename(folder.with_name("aside"))
+        return found
+
+    monkeypatch.setattr(os, "lstat", moved_after_the_look)
+    monkeypatch.setattr(Path, "lstat", moved_after_the_look)
+    monkeypatch.setattr(Path, "is_dir", lambda path: path != folder and os.path.isdir(path))
+    assert not files.is_no_folder(folder)
+
+
 def test_what_a_process_that_is_alive_has_moved_aside_is_left_to_it(folder):
     """The folder is without its name for a moment, in which a reader comes."""
     writer = started(WAITS_BETWEEN_THE_RENAMES, folder)
