@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from mr1_fast import files
 from mr1_fast.errors import Stopped, UserError
+from mr1_fast.file_kinds import is_no_folder
 from mr1_fast.files import (
     append_line,
     atomic_folder,
@@ -321,6 +322,19 @@ def test_writers_of_one_folder_do_not_mix(who, tmp_path):
     assert len(kinds) == 1 if who == "first wins" else len(kinds) > 1
     assert [writer.communicate()[0].split() for writer in writers] == [["ok"] * turns] * 2
     assert [each.name for each in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_moved_aside_at_a_look_is_no_other_thing(folder, monkeypatch):
+    stat = Path.stat
+
+    def moved_after_the_look(path, **options):
+        found = stat(path, **options)
+        if path == folder:
+            os.rename(folder, folder.with_name("aside"))
+        return found
+
+    monkeypatch.setattr(Path, "stat", moved_after_the_look)
+    assert not is_no_folder(folder) and not os.path.lexists(folder)
 
 
 @pytest.mark.thorough
