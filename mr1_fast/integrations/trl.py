@@ -125,8 +125,19 @@ class FusedGRPOTrainer(GRPOTrainer):
             # Our gradients exist before the loss is scaled, and would underflow.
             "fp16 scales the loss before its backward": self.accelerator.scaler is not None,
             "a subclass scores tokens itself": scoring is not own_scoring,
+            "a parent class computes the loss itself": not self._extends_trls("_compute_loss"),
+            "a parent class scores tokens itself": not self._extends_trls(
+                "_get_per_token_logps_and_entropies"
+            ),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _extends_trls(self, method: str) -> bool:
+        """Whether it is TRL's method that ours extends, not one of a class that stands between.
+
+        Ours knows what TRL's computes from log-probs, and would leave out what else one adds.
+        """
+        return getattr(super(), method).__func__ is getattr(GRPOTrainer, method)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         return self._scored or super()._get_per_token_logps_and_entropies(*args, **kwargs)

@@ -214,19 +214,46 @@ def test_a_formula_of_trl_that_we_do_not_know_takes_over(trainers, monkeypatch):
     torch.testing.assert_close(results[1], gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_a_subclass_that_scores_tokens_itself_keeps_its_scores(trainers, monkeypatch):
+class Halved:
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logp, entropy, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return logp / 2, entropy, aux_loss
+
+
+class Penalised:
+    """The loss has the gradient of TRL's by the log-probs, and another one by the weights."""
+
+    def _compute_loss(self, model, inputs):
+        penalty = sum(weight.square().sum() for weight in model.parameters())
+        return super()._compute_loss(model, inputs) + 0.01 * penalty
+
+
+@pytest.mark.parametrize(
+    ("mixin", "bases", "because"),
+    [
+        (Halved, (Halved, FusedGRPOTrainer), "a subclass scores tokens itself"),
+        (Halved, (FusedGRPOTrainer, Halved, GRPOTrainer), "a parent class scores tokens itself"),
+        (Penalised, (FusedGRPOTrainer, Penalised, GRPOTrainer), "a parent class computes the loss"),
+    ],
+)
+def test_a_class_with_its_own_scores_or_loss_keeps_them(
+    mixin, bases, because, trainers, monkeypatch
+):
     """On TRL's trainer the same mixin gives the same numbers."""
     plain, fused, prompts = trainers("text")
+    inputs = batch(13, prompts, off_policy=True)
+    monkeypatch.setattr(plain, "__class__", type("Own", (mixin, GRPOTrainer), {}))
+    monkeypatch.setattr(fused, "__class__", type("Own", bases, {}))
+    assert_trls_own(plain, fused, inputs, because)
 
-    class Halved:
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            logp, entropy, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            return logp / 2, entropy, aux_loss
 
+def test_a_subclass_that_adds_to_the_fused_loss_has_both(trainers, monkeypatch):
+    plain, fused, prompts = trainers("text")
     inputs = batch(13, prompts, off_policy=True)
     for trainer in (plain, fused):
-        monkeypatch.setattr(trainer, "__class__", type("Own", (Halved, type(trainer)), {}))
-    assert_trls_own(plain, fused, inputs, "a subclass scores tokens itself")
+        monkeypatch.setattr(trainer, "__class__", type("Own", (Penalised, type(trainer)), {}))
+    assert_same(run(fused, inputs), run(plain, inputs))
+    assert fused.fused
 
 
 def test_a_bf16_body_with_an_fp32_head(trainers):

@@ -99,6 +99,29 @@ def test_log_probs_and_entropy_have_autograds_gradients(rows):
         torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_wide_logits_of_16_bit_inputs_keep_all_digits(rows):
+    leaves, data = head()
+    leaves = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    factors = data["advantages"], data["is_weights"] - 1
+    hidden, weight, bias = exact
+    whole = token_logprobs_ref(torch.addmm(bias, hidden, weight.T), data["targets"])
+    budget = chunk_bytes(rows, torch.float32)
+    hidden, weight, bias = leaves
+    ours = linear_token_logprobs(
+        hidden, weight, data["targets"], 1.0, bias, chunk_bytes=budget, wide_logits=True
+    )
+    for value, right in zip(ours, whole, strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=1e-6, atol=1e-5)
+    gradients = (
+        torch.autograd.grad((factors[0] * logp + factors[1] * entropy).sum(), each)
+        for (logp, entropy), each in ((ours, leaves), (whole, exact))
+    )
+    for value, right in zip(*gradients, strict=True):
+        assert (value - right).norm() < 5e-3 * right.norm()  # a bf16 number has 4e-3
+
+
 @pytest.mark.parametrize(
     "trainable", [(True, False, False), (False, True, False), (False, False, True)]
 )
