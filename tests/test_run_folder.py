@@ -104,7 +104,6 @@ def test_a_child_that_outlives_a_killed_process_does_not_keep_its_lock(lock, tmp
         assert entered.wait(timeout=20)
     finally:
         os.kill(child, signal.SIGKILL)
-        os.close(reading), os.close(writing)
 
 
 def test_trainings_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
