@@ -23,6 +23,8 @@ WALL_SECONDS = 120.0
 """How long a call is waited for, on a machine that is busy with something else."""
 MEMORY_BYTES = 1 << 30
 """What a call may allocate beyond what its process had."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""What the handlers of a command raise at any moment."""
 LONGEST_REPLY = 1 << 20
 """The most bytes of a result."""
 
@@ -37,9 +39,12 @@ def bounded(work: Callable[[], Any]) -> Any:
     Raises Refused where it raises, or needs more than CPU_SECONDS or MEMORY_BYTES.
     """
     ours, theirs = os.pipe()
+    # A handler of the parent's that raised in the child would let it go on with the parent's work.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     child = os.fork()
     if not child:
-        _child(work, theirs)
+        _child(work, theirs, mask)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(theirs)
     try:
         reply = _read(ours)
@@ -78,14 +83,17 @@ def _read(descriptor: int) -> bytes | None:
     return b""
 
 
-def _child(work: Callable[[], Any], descriptor: int) -> NoReturn:
+def _child(work: Callable[[], Any], descriptor: int, mask: set[signal.Signals]) -> NoReturn:
     """Run `work` in the forked child, write its result or error, and end without any cleaning up.
+
+    mask: the signals that were blocked before the fork; the stops are until this has handlers.
 
     What the parent has opened is the parent's to flush and to close.
     """
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)

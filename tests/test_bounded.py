@@ -78,3 +78,22 @@ def test_a_parent_that_ignores_the_end_of_its_children_gets_the_result(monkeypat
         assert bounded.bounded(lambda: 1) == 1
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_stop_right_after_the_fork_raises_nothing_in_the_child(monkeypatch):
+    """There it would go on with what the parent does."""
+    parent, fork = os.getpid(), os.fork
+
+    def stopped_fork():
+        if not (child := fork()):
+            os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(os, "fork", stopped_fork)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert bounded.bounded(lambda: 1) == 1
+    finally:
+        if os.getpid() != parent:
+            os._exit(1)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
