@@ -118,7 +118,7 @@ def _unreadable(error: Exception) -> _Unreadable:
     A library without memory may say that a file is damaged, so none of those passes.
     """
     reason = shortened(" ".join(str(error).split()), 120)
-    return _Unreadable(f"could not be read ({reason}): save it again")
+    return _Unreadable(f"could not be loaded ({type(error).__name__}: {reason}): check the data")
 
 
 def _parquet_sizes(path: Path) -> Iterator[int]:
