@@ -15,8 +15,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from ...bounded import Refused, bounded
 from ...errors import UserError, shortened
@@ -50,6 +51,8 @@ PACKED = (
     *(".parquet", ".arrow", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".npz"),
 )
 """The suffixes of files that are not looked for within an archive."""
+TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+"""The suffixes of texts in an archive, each of which `datasets` may read as a whole."""
 UNKNOWN = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07")
 """How archives begin that Python cannot unpack."""
 
@@ -205,11 +208,12 @@ def _archive_sizes(path: Path) -> Iterator[int]:
             try:
                 with open_stream(path) as stream:
                     start = stream.read(tarfile.BLOCKSIZE)
-                if not _is_tar(start):
-                    yield _compressed_size(path, open_stream)
-                    return
             except DAMAGED as error:
                 raise _unreadable(error) from error
+            if not _is_tar(start):
+                yield _text_size(partial(open_stream, path), Path(path.stem).suffix.lower())
+                return
+            break
     with suppress(*DAMAGED):  # an image may look like an archive
         if _is_tar(start):
             yield from _tar_sizes(path)
@@ -217,10 +221,13 @@ def _archive_sizes(path: Path) -> Iterator[int]:
             yield from _zip_sizes(path)
 
 
-def _compressed_size(path: Path, open_stream: Callable[[Path], BinaryIO]) -> int:
-    """Return what the text of a compressed file takes; `datasets` may hold all of it in memory."""
-    with open_stream(path) as stream:
-        size = text_memory(_Lines(stream), Path(path.stem).suffix.lower(), LARGEST_TEXT)
+def _text_size(open_text: Callable[[], IO[bytes]], suffix: str) -> int:
+    """Return what a packed text takes; `datasets` may hold all of it in memory."""
+    try:
+        with open_text() as stream:
+            size = text_memory(_Lines(stream), suffix, LARGEST_TEXT)
+    except DAMAGED as error:
+        raise _unreadable(error) from error
     if size > LARGEST_TEXT:
         most = LARGEST_TEXT / 2**30
         raise _Unreadable(f"would take more than {most:g} GiB of memory: save it as Parquet")
@@ -230,7 +237,7 @@ def _compressed_size(path: Path, open_stream: Callable[[Path], BinaryIO]) -> int
 class _Lines:
     """An unpacked text for reading in blocks, which raises _Unreadable for a line too long."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream
         self.line = 0
 
@@ -296,6 +303,9 @@ def _zip_sizes(path: Path) -> Iterator[int]:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _Unreadable("is compressed in an unusual way: unpack it")
             yield VALUE + member.file_size
+            suffix = PurePath(member.filename).suffix.lower()
+            if suffix in TEXTS:
+                yield _text_size(partial(archive.open, member), suffix)
 
 
 def _check_member(name: str) -> None:

@@ -136,10 +136,14 @@ def test_a_compressed_bomb(kind, tmp_path):
         load(tmp_path)
 
 
-def test_a_bomb_for_memory(monkeypatch, tmp_path):
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_bomb_for_memory(zipped, monkeypatch, tmp_path):
     monkeypatch.setattr(unpacked_size, "MOST", 2**40)
-    with gzip.open(tmp_path / "train.json.gz", "wb") as file:
-        file.write(b"[" + b"{}," * (8 * MEBI) + b"{}]")
+    text = b"[" + b"{}," * (8 * MEBI) + b"{}]"
+    if zipped:
+        write_zip(tmp_path / "train.zip", {"rows.json": text})
+    else:
+        (tmp_path / "train.json.gz").write_bytes(gzip.compress(text, 1))
     with pytest.raises(UserError, match=r"more than 1\.5 GiB of memory"):
         load(tmp_path)
 
