@@ -33,21 +33,24 @@ class Refused(Exception):
     """A call that has raised, or was ended by a limit; the message says which."""
 
 
-def bounded(work: Callable[[], Any]) -> Any:
+def bounded(work: Callable[[], Any], seconds: int = 0, memory: int = 0) -> Any:
     """Return what `work` returns, which must be JSON; nothing else that it does has an effect here.
 
-    Raises Refused where it raises, or needs more than CPU_SECONDS or MEMORY_BYTES.
+    Raises Refused where it raises, or needs more than `seconds` of processor time or `memory` bytes
+    beyond what its process had; they are CPU_SECONDS and MEMORY_BYTES unless they are given.
     """
+    seconds, memory = seconds or CPU_SECONDS, memory or MEMORY_BYTES
+    wall = WALL_SECONDS + 2 * (seconds - CPU_SECONDS)
     ours, theirs = os.pipe()
     # A handler of the parent's that raised in the child would let it go on with the parent's work.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     child = os.fork()
     if not child:
-        _child(work, theirs, mask)
+        _child(work, theirs, seconds, memory, mask)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(theirs)
     try:
-        reply = _read(ours)
+        reply = _read(ours, wall)
     finally:
         os.close(ours)
         with suppress(ProcessLookupError):
@@ -55,21 +58,21 @@ def bounded(work: Callable[[], Any]) -> Any:
         with suppress(ChildProcessError):  # where SIGCHLD is ignored, the system has reaped it
             os.waitpid(child, 0)
     if reply is None:
-        raise Refused(f"it takes more than {WALL_SECONDS:g} seconds, though little processor time")
+        raise Refused(f"it takes more than {wall:g} seconds, though little processor time")
     try:
         kind, value = json.loads(reply)
     except ValueError as error:
         raise Refused(
-            f"it takes more than {CPU_SECONDS} seconds or {MEMORY_BYTES >> 30} GiB, or crashes"
+            f"it takes more than {seconds} seconds or {memory / 2**30:.2g} GiB, or crashes"
         ) from error
     if kind == "raised":
         raise Refused(value)
     return value
 
 
-def _read(descriptor: int) -> bytes | None:
-    """Read a reply to its end; an incomplete one if it is too long, None if the time is over."""
-    end = time.monotonic() + WALL_SECONDS
+def _read(descriptor: int, wall: float) -> bytes | None:
+    """Read a reply to its end; an incomplete one if it is too long, None after `wall` seconds."""
+    end = time.monotonic() + wall
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     reply = b""
@@ -83,7 +86,13 @@ def _read(descriptor: int) -> bytes | None:
     return b""
 
 
-def _child(work: Callable[[], Any], descriptor: int, mask: set[signal.Signals]) -> NoReturn:
+def _child(
+    work: Callable[[], Any],
+    descriptor: int,
+    seconds: int,
+    memory: int,
+    mask: set[signal.Signals],
+) -> NoReturn:
     """Run `work` in the forked child, write its result or error, and end without any cleaning up.
 
     mask: the signals that were blocked before the fork; the stops are until this has handlers.
@@ -100,11 +109,11 @@ def _child(work: Callable[[], Any], descriptor: int, mask: set[signal.Signals]) 
         faulthandler.disable()  # a crash here is no crash of the command
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(1)  # a child has none of the threads that OpenMP would wait for
-        _limit()
+        _limit(seconds, memory)
         try:
             reply = "done", work()
         except MemoryError:
-            reply = "raised", f"it takes more than {MEMORY_BYTES >> 30} GiB of memory"
+            reply = "raised", f"it takes more than {memory / 2**30:.2g} GiB of memory"
         except BaseException as error:  # also the panics of a library in Rust
             lines = str(error).strip().splitlines()
             reply = "raised", f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
@@ -115,12 +124,12 @@ def _child(work: Callable[[], Any], descriptor: int, mask: set[signal.Signals]) 
         os._exit(0)
 
 
-def _limit() -> None:
+def _limit(seconds: int, memory: int) -> None:
     """Set the limits of this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with suppress(OSError, ValueError):  # Linux alone says how much a process has
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[0])
-        most = pages * resource.getpagesize() + MEMORY_BYTES
+        most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -176,7 +176,7 @@ class SettingsParser(Generic[Config]):
 
     def __init__(self, cls: type[Config], prog: str, profile: Profile | None = None):
         self.cls, self.prog, self.profile = cls, prog, profile
-        self.read_files: dict[str, dict[str, Any]] = {}
+        self._read_files: dict[str, dict[str, Any]] = {}  # of one command line, by path
         self.kinds = get_type_hints(cls)
         self.words = _Words(
             prog=prog,
@@ -203,6 +203,7 @@ class SettingsParser(Generic[Config]):
 
     def read(self, argv: list[str]) -> Given:
         """Sort the words of a command line; UserError for one that is no flag of this command."""
+        self._read_files.clear()
         words = [_with_dashes(word) for word in argv]
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             name, today = RENAMED.get(flag[2:].replace("-", "_"), ("", {}))
@@ -263,9 +264,9 @@ class SettingsParser(Generic[Config]):
 
     def _read_yaml(self, path: str) -> dict[str, Any]:
         """The settings in a YAML file, which is read once; UserError as of `_parse_yaml`."""
-        if path not in self.read_files:
-            self.read_files[path] = self._parse_yaml(path)
-        return self.read_files[path]
+        if path not in self._read_files:
+            self._read_files[path] = self._parse_yaml(path)
+        return self._read_files[path]
 
     def _parse_yaml(self, path: str) -> dict[str, Any]:
         """The settings in a YAML file; UserError, with its path, where it holds anything else."""

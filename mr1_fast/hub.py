@@ -74,6 +74,22 @@ def load_splits(source: str, *args: str | None, **kwargs: str) -> dict[str, Sequ
         return datasets.load_dataset(*args, **kwargs)
 
 
+def files_to_load(source: str, *args: str | None, **kwargs: str) -> tuple[str, list[Path]]:
+    """Return which local files `load_splits` with the same arguments reads, and in which format.
+
+    There are none where the cache of `datasets` has their rows already. The format is the name of
+    the reader, such as "Parquet", whatever the files are called.
+    """
+    import datasets
+
+    with _one_sentence(source):
+        builder = datasets.load_dataset_builder(*args, **kwargs)
+    files = {str(file) for each in (builder.config.data_files or {}).values() for file in each}
+    if os.path.isdir(builder.cache_dir):
+        files = set()
+    return type(builder).__name__, [Path(file) for file in sorted(files) if os.path.isfile(file)]
+
+
 def split_files(source: str, folder: str, config: str | None = None) -> dict[str, list[Path]]:
     """Return the files of every split of a local folder, as `datasets` finds them.
 

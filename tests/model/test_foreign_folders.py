@@ -622,10 +622,15 @@ def test_a_hostile_adapter(adapter, values, match, monkeypatch):
     assert not (adapter / "RAN").exists()
 
 
+def with_a_deep_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[" * 10**5)
+
+
 BASES = {
     "a pickle": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
-    "an index": lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 10**5),
+    "an index": with_a_deep_index,
     "a size": lambda folder: change(folder / "config.json", text_config__hidden_size=10**9),
     "a pipe": lambda folder: os.mkfifo(folder / "vocab.json"),
     "a tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),

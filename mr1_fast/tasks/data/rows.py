@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 
 from ...errors import UserError, shortened
-from ...hub import hub_splits, load_splits, split_files
+from ...hub import files_to_load, hub_splits, load_splits, split_files
 from .options import DataOptions
 from .readers import READERS, Row
 from .saved_folders import check_saved, is_outside
 from .splits import SHARD, choose_split, split_in_name
 from .text_files import check_memory, opened
+from .unpacked_size import check_unpacked
 
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 """The name that `datasets` has for the format of a file, by the file's suffix."""
@@ -70,7 +71,13 @@ def _read_file(path: Path) -> Sequence:
         return READERS[suffix](path)
     if suffix not in FILE_FORMATS:
         raise UserError(f"{path} has an unknown format: give one of {', '.join(SUFFIXES)}.")
-    return load_splits(str(path), FILE_FORMATS[suffix], data_files=str(path))["train"]
+    return _load(str(path), FILE_FORMATS[suffix], data_files=str(path))["train"]
+
+
+def _load(source: str, *args: str | None, **kwargs: str) -> dict[str, Sequence]:
+    """Let `datasets` read local files, after a look at what they unpack to."""
+    check_unpacked(source, *files_to_load(source, *args, **kwargs))
+    return load_splits(source, *args, **kwargs)
 
 
 def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
@@ -97,7 +104,7 @@ def _folder_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
             _check_shards(chosen, split, folder)
         check_memory(chosen)
         return [row for path in chosen for row in _rows_beside_images(path, folder)]
-    splits = _configured(lambda config: load_splits(str(folder), source, config), options)
+    splits = _configured(lambda config: _load(str(folder), source, config), options)
     return splits[choose_split(list(splits), split, options, str(folder))]
 
 
@@ -118,7 +125,7 @@ def _saved_rows(folder: Path, split: str, options: DataOptions) -> Sequence:
     """Read what `save_to_disk` wrote: a DatasetDict, or a Dataset, which is taken as a whole."""
     import datasets  # takes seconds to import, and runs on drawn data never need it
 
-    check_saved(folder)
+    check_unpacked(str(folder), "Arrow", check_saved(folder))
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:

@@ -17,20 +17,25 @@ MOST_FILES = 10_000
 """The most files of rows that a data set may name; each of them is opened."""
 
 
-def check_saved(folder: Path) -> None:
-    """Raise UserError for a folder of `save_to_disk` that is damaged, or names other files."""
+def check_saved(folder: Path) -> list[Path]:
+    """Return the files of rows in a folder of `save_to_disk`.
+
+    Raises UserError for a folder that is damaged, or names files outside of it.
+    """
     if os.path.lexists(folder / "state.json") and not (folder / "dataset_dict.json").is_file():
-        _check_files(folder)
-        return
+        return _checked_files(folder)
+    files = []
     splits = _described(folder / "dataset_dict.json", "splits")
     for name in splits:
         if not isinstance(name, str) or name in (".", "..") or "/" in name or "\0" in name:
             raise _damaged(folder / "dataset_dict.json", f"it names the split {name!r}")
-        _check_files(folder / name)
+        files += _checked_files(folder / name)
+    return files
 
 
-def _check_files(folder: Path) -> None:
-    """Raise UserError unless a data set's files are regular files in its folder."""
+def _checked_files(folder: Path) -> list[Path]:
+    """Return a data set's files; raises UserError unless they are regular files in its folder."""
+    files = []
     state = folder / "state.json"
     _described(folder / "dataset_info.json", None)
     for entry in _described(state, "_data_files"):
@@ -40,7 +45,8 @@ def _check_files(folder: Path) -> None:
         if is_outside(name):
             raise _damaged(state, f"it names {shortened(name)}, which is outside its folder")
         with opened(folder / name):
-            pass
+            files.append(folder / name)
+    return files
 
 
 def is_outside(name: str) -> bool:

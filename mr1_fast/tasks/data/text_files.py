@@ -96,23 +96,39 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _memory(path: Path, most: int) -> int:
-    """Return an estimate of the memory that a file's rows take; it may stop at more than `most`."""
-    suffix = path.suffix.lower()
-    signs = {".csv": b",\n", ".tsv": b"\t\n"}.get(suffix, b",[{")
+    """Return an estimate of the memory that a file's rows take; it may stop at more than `most`.
+
+    Raises UserError for a file that is no text.
+    """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        needed = size * 2 if suffix == ".json" else size  # its whole text is there, too
-        width, length = 1, 0  # of the text that goes on from one block into the next
-        while needed <= most and (block := file.read(BLOCK)):
-            if b"\0" in block:
-                raise _not_text(path)
-            needed += VALUE * sum(block.count(sign) for sign in signs)
-            wider = max(width, _width(block))
-            needed += (wider - width) * length + (wider - 1) * len(block)
-            width, length = wider, length + len(block)
-            if suffix == ".jsonl" and b"\n" in block:
-                last = block[block.rindex(b"\n") :]
-                width, length = _width(last), len(last)
+        if size > most:
+            return size
+        try:
+            return text_memory(file, path.suffix.lower(), most)
+        except ValueError as error:
+            raise _not_text(path) from error
+
+
+def text_memory(file: BinaryIO, suffix: str, most: int) -> int:
+    """Return an estimate of the memory that the rows of an open text file take.
+
+    It may stop at more than `most`. Raises ValueError for what is no text.
+    """
+    signs = {".csv": b",\n", ".tsv": b"\t\n"}.get(suffix, b",[{")
+    copies = 2 if suffix == ".json" else 1  # the whole text of a JSON file is there, too
+    needed = 0
+    width, length = 1, 0  # of the text that goes on from one block into the next
+    while needed <= most and (block := file.read(BLOCK)):
+        if b"\0" in block:
+            raise ValueError("a text has no zeros")
+        needed += copies * len(block) + VALUE * sum(block.count(sign) for sign in signs)
+        wider = max(width, _width(block))
+        needed += (wider - width) * length + (wider - 1) * len(block)
+        width, length = wider, length + len(block)
+        if suffix == ".jsonl" and b"\n" in block:
+            last = block[block.rindex(b"\n") :]
+            width, length = _width(last), len(last)
     return needed
 
 
