@@ -29,7 +29,7 @@ Gradients and weights have torch's own limit of ten minutes (NCCL), since all pr
 these at once, after small values."""
 MEETING = timedelta(minutes=10)
 """How long a process waits for the others to start."""
-GRACE = 60.0
+LONGER = 60.0
 """Seconds that the others wait longer than process 0, which can say who is missing."""
 FINDING = 30.0
 """Seconds that a process looks for torchrun's store, which goes with the machine that has it."""
@@ -153,7 +153,7 @@ def meet(
             store.set(f"{mine}/heard/{other}", word)
         return dist.PrefixStore(mine, store)
 
-    end += GRACE
+    end += LONGER
     while time.monotonic() < end:
         # It may be that of an earlier start, which hears nothing.
         first = _read(store, "first", end, look)

@@ -106,7 +106,7 @@ def test_the_calls_that_connect_cards_are_those_of_torch():
 
 def test_a_process_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(launch, "MEETING", timedelta(seconds=0.6))
-    monkeypatch.setattr(launch, "GRACE", 0.6)
+    monkeypatch.setattr(launch, "LONGER", 0.6)
     with pytest.raises(UserError, match=r"process 1 has not begun within .* minutes: look"):
         meet(dist.HashStore(), 0, 2)
     with pytest.raises(UserError, match="process 0 has not begun"):
