@@ -17,14 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from .errors import STOP_SIGNALS
+
 CPU_SECONDS = 5
 """The processor time that a call has; a child whose parent has died ends by it, too."""
 WALL_SECONDS = 120.0
 """How long a call is waited for, on a machine that is busy with something else."""
 MEMORY_BYTES = 1 << 30
 """What a call may allocate beyond what its process had."""
-STOPS = (signal.SIGINT, signal.SIGTERM)
-"""What the handlers of a command raise at any moment."""
 LONGEST_REPLY = 1 << 20
 """The most bytes of a result."""
 
@@ -43,7 +43,7 @@ def bounded(work: Callable[[], Any], seconds: int = 0, memory: int = 0) -> Any:
     wall = WALL_SECONDS + 2 * (seconds - CPU_SECONDS)
     ours, theirs = os.pipe()
     # A handler of the parent's that raised in the child would let it go on with the parent's work.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     child = os.fork()
     if not child:
         _child(work, theirs, seconds, memory, mask)

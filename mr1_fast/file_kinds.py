@@ -20,11 +20,16 @@ def is_no_folder(path: Path) -> bool:
     return path.is_symlink() if mode is None else not stat.S_ISDIR(mode)
 
 
-def require_file(path: Path) -> None:
-    """Raise UserError for a name of something else, such as a pipe, for which a reader would wait.
+def is_no_file(path: Path) -> bool:
+    """Return whether something has the name `path`, such as a pipe, for which a reader would wait.
 
-    Where there is nothing of this name, it may be made.
+    A regular file is none, nor is a link to one.
     """
     mode = mode_of(path)
-    if mode is not None and not stat.S_ISREG(mode):
+    return mode is not None and not stat.S_ISREG(mode)
+
+
+def require_file(path: Path) -> None:
+    """Raise UserError for a name of something else; where there is nothing, a file may be made."""
+    if is_no_file(path):
         raise UserError(f"{path} is no file: move it away.")

@@ -4,7 +4,6 @@ A file or folder is first written under a hidden name beside its final one, forc
 then renamed. Whatever goes wrong becomes a UserError that names the file and the way out.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 from .file_kinds import is_no_folder, mode_of
-from .locks import locked, of_this_process
+from .locks import held, locked
 
 OPEN_FILES = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 """How names of files begin that a process has open."""
@@ -69,9 +68,7 @@ def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
     while True:
         temporary = _unique(path)
         try:
-            with temporary.open("xb") as file, of_this_process(file.fileno()):
-                with suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            with temporary.open("xb") as file, held(file):
                 if temporary.exists():  # no other process has just swept it away
                     yield file
                     return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, shortened
+from .file_kinds import is_no_file
 
 SEAL = "checksum"
 """The last entry of a record."""
@@ -99,7 +100,7 @@ def read_sealed(path: Path, earlier: Collection[str] = ()) -> dict[str, Any]:
 
     Raises ValueError, which begins with the file's name, for a file that is missing or damaged.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if is_no_file(path):
         raise ValueError(f"{path.name} is no file")
     try:
         text = path.read_bytes().decode()

@@ -23,28 +23,28 @@ from .file_kinds import require_file
 LOCK = ".lock"
 """The file in a folder that whoever works there holds locked."""
 
-_held: set[int] = set()
+_locked: set[int] = set()
 """The descriptors that this process has its locks on."""
 
 
 @contextmanager
-def of_this_process(descriptor: int) -> Iterator[None]:
+def _of_this_process(descriptor: int) -> Iterator[None]:
     """Keep forked children from having a lock on an open file, or getting one, within a block."""
-    _held.add(descriptor)
+    _locked.add(descriptor)
     try:
         yield
     finally:
-        _held.discard(descriptor)
+        _locked.discard(descriptor)
 
 
 def _let_go() -> None:
     """Drop a forked child's copies; whatever closes their descriptors still may."""
-    if _held:
+    if _locked:
         nothing = os.open(os.devnull, os.O_RDONLY)
-        for descriptor in _held:
+        for descriptor in _locked:
             os.dup2(nothing, descriptor, inheritable=False)
         os.close(nothing)
-        _held.clear()
+        _locked.clear()
 
 
 os.register_at_fork(after_in_child=_let_go)
@@ -59,7 +59,7 @@ def locked(path: Path, seconds: float | None = None, must: bool = False) -> Iter
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with of_this_process(descriptor):
+        with _of_this_process(descriptor):
             try:
                 _lock(descriptor, seconds)
             except OSError:
@@ -68,6 +68,18 @@ def locked(path: Path, seconds: float | None = None, must: bool = False) -> Iter
             yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def held(file: IO) -> Iterator[None]:
+    """Hold the lock of an open file within a block, however long it takes to get it.
+
+    Where the file system has no locks, nobody waits.
+    """
+    with _of_this_process(file.fileno()):
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _lock(descriptor: int, seconds: float | None) -> None:
@@ -101,9 +113,7 @@ def one_at_a_time(path: Path, way_out: str) -> Iterator[None]:
         lock = name.open("a")
     except OSError as error:
         raise UserError(f"{path} could not be saved ({error}): {way_out}.") from error
-    with lock, of_this_process(lock.fileno()):
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock, held(lock):
         yield
 
 
@@ -127,7 +137,7 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
                 f"output {folder} cannot be written ({error.strerror}): make room or permission "
                 "there, or choose another."
             ) from error
-        with lock, of_this_process(lock.fileno()):
+        with lock, _of_this_process(lock.fileno()):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import shortened
+from ..file_kinds import is_no_file
 from ..integrity import FileChecks, finding, is_file_checks, raise_unless_damaged, read_sealed
 from ..resuming import step_folder
 from .shard_files import OFFSETS, ShardReader
@@ -125,7 +126,7 @@ def _finding(path: Path, expected: Mapping[str, Any] | None) -> str:
     """Say what is wrong with a file, "" for nothing; earlier versions have no checksum of it."""
     if expected is not None:
         return finding(path, expected)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if is_no_file(path):
         return f"{path.name} is no file"
     try:
         with safe_open(path, "pt") as file:
