@@ -1,4 +1,4 @@
-"""Who imports whom: there is no circle, and no import of a higher floor."""
+"""Who imports whom: no circle, and no import of a higher floor. No constant has two values."""
 
 import ast
 from collections.abc import Iterator
@@ -125,3 +125,14 @@ def test_a_part_imports_lower_floors_alone(name):
         if not other.startswith("__") and FLOORS[other] >= FLOORS[name]
     ]
     assert higher == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_constant_of_a_file_is_given_two_values(module):
+    """The second one would count for both, which no linter tells."""
+    statements = ast.parse(FILES[module].read_text(encoding="utf-8")).body
+    assigned = [node for node in statements if isinstance(node, ast.Assign | ast.AnnAssign)]
+    targets = [getattr(node, "targets", None) or [node.target] for node in assigned]
+    names = [each.id for group in targets for each in group if isinstance(each, ast.Name)]
+    constants = [name for name in names if name.isupper()]
+    assert len(constants) == len(set(constants))
