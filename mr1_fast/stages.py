@@ -11,7 +11,7 @@ import torch
 from .advantages import equal_groups
 from .config import TrainConfig
 from .divergence import named
-from .loss import linear_grpo_loss, spread, token_weights
+from .loss import GRPOLoss, linear_grpo_loss, spread, token_weights
 from .metrics import Largest, Mean, RowMetric
 from .model.forward import lm_head_weight
 from .model.policy import Policy
@@ -260,7 +260,17 @@ def grpo_batch_loss(
     if "ref_logp" in rows:  # without a reference the KL is unknown, and a 0 would be a claim
         metrics["kl"] = Mean(result.kl[counts])
         metrics["kl_limited"] = Mean(result.kl_limited[counts])
+        metrics["kl_pull"] = Mean(beta * kl_derivative(result, rows["ref_logp"])[counts].abs())
+        metrics["reward_pull"] = Mean(rows["advantages"][counts].abs())
     return result.loss, metrics
+
+
+def kl_derivative(result: GRPOLoss, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Return the derivative (N,) of k3 by each token's log π, which is 1 − π_ref/π.
+
+    With d = log π_ref − log π it is −(k3 + d), and 0 where |d| is above the limit of the loss.
+    """
+    return torch.where(result.kl_limited, 0.0, result.logp - ref_logp - result.kl)
 
 
 def rollout_metrics(rollout: Rollout, scores: Scores) -> dict[str, float]:

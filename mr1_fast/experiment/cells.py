@@ -22,9 +22,10 @@ from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples
 from ..types import Example
-from .presets import GRPO, ROLES, Scale, Study, Variant
 from .results import BASE as BASE_NAME
 from .results import CellResult, cell_folder, read_cell
+from .scales import ROLES, Scale
+from .studies import GRPO, Study, Variant
 
 BASE = Variant(BASE_NAME, "base model", {})
 """The variant of the cells that are not trained."""
@@ -75,6 +76,11 @@ class Experiment:
         """The model that all cells start from; a built-in one gets a supervised start first."""
         return self.overrides.get("model", self.scale.model)
 
+    @property
+    def curve_every(self) -> int:
+        """Steps between the points of the learning curve; 0 where the scale has none."""
+        return (self.study.curve_every if self.scale.curve_every else 0) or self.scale.curve_every
+
     def cells(self) -> list[Cell]:
         """All cells, seed by seed: the base model first, then what is trained from it."""
         cells = []
@@ -84,6 +90,7 @@ class Experiment:
                 Cell(variant, role, seed)
                 for role in self.study.trained
                 for variant in self.study.variants
+                if self.scale.tasks[role].can_train(variant.settings)
             ]
         return cells
 
@@ -98,6 +105,7 @@ class Experiment:
         values = {
             **self.scale.settings,
             **self.scale.tasks[role].train,
+            **self.study.settings,
             **variant.settings,
             **variant.by_role.get(role, {}),
             **self.overrides,

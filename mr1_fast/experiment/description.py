@@ -16,9 +16,10 @@ from ..integrity import read_sealed, sealed
 from ..profiles import BUILT_IN
 from ..version import __version__
 from .cells import BASE, Experiment
-from .presets import ROLES, Variant
 from .results import DESCRIBED
+from .scales import ROLES
 from .settings import ExperimentConfig
+from .studies import Variant
 
 IDENTITY = ("preset", "settings", "test_items")
 """Entries that every call in the same folder must agree on, since finished cells are kept."""

@@ -64,8 +64,8 @@ def estimated_seconds(experiment: Experiment, cell: Cell) -> float:
     evaluation = 2 * items * scale.measured["evaluation"]  # greedy and sampled
     if not cell.trained:
         return evaluation + scale.measured["start"]
-    if scale.curve_every:
-        points = 1 + -(-config.steps // scale.curve_every)
+    if experiment.curve_every:
+        points = 1 + -(-config.steps // experiment.curve_every)
         evaluation += points * len(scale.tasks) * scale.curve_items * scale.measured["evaluation"]
     if config.algo == "sft":
         return evaluation + config.steps * scale.measured["sft"]

@@ -136,7 +136,7 @@ def _train(experiment: Experiment, config: TrainConfig, run: Path, curve: Path) 
     else:
         remove_folder(run)
         curve.unlink(missing_ok=True)
-    watch = _watch(experiment, config, curve) if experiment.scale.curve_every else None
+    watch = _watch(experiment, config, curve) if experiment.curve_every else None
     train(config, watch, SINGLE)
     if not (run / "final").exists():
         raise UserError("max_hours were over: run the command again to go on.")
@@ -154,7 +154,7 @@ def _watch(
     sampling = Sampling.of(config, temperature=0.0)
 
     def watch(policy: Policy, done: int) -> None:
-        if done % scale.curve_every and done != config.steps:
+        if done % experiment.curve_every and done != config.steps:
             return
         point = {"step": done}
         for role, task in scale.tasks.items():

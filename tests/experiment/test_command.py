@@ -16,19 +16,13 @@ import yaml
 from mr1_fast import start as start_module
 from mr1_fast.config import TaskConfig
 from mr1_fast.errors import Stopped, UserError
-from mr1_fast.experiment import presets, run_cell
+from mr1_fast.experiment import run_cell, scales, studies
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
-from mr1_fast.experiment.presets import (
-    GRPO_D,
-    SCALES,
-    SFT,
-    Study,
-    Variant,
-    find_preset,
-    known_presets,
-)
+from mr1_fast.experiment.presets import find_preset, known_presets
+from mr1_fast.experiment.scales import SCALES
 from mr1_fast.experiment.settings import ExperimentConfig
+from mr1_fast.experiment.studies import GRPO_D, SFT_SOLUTION, Study, Variant
 from mr1_fast.integrity import CHECKSUMS, checksum, checksums, sealed
 from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.profiles import BUILT_IN
@@ -70,7 +64,7 @@ def quick(tiny_folder, plugin, monkeypatch):
         curve_every=2,
         curve_items=3,
     )
-    monkeypatch.setitem(presets.SCALES, "quick", scale)
+    monkeypatch.setitem(scales.SCALES, "quick", scale)
     # Of the pages, that of the experiment has plots; those of its runs would take most of the time.
     monkeypatch.setattr("mr1_fast.report.plots.plot_element", lambda *_: "")
 
@@ -82,7 +76,7 @@ def quick(tiny_folder, plugin, monkeypatch):
 
 
 def use_methods(monkeypatch, *variants: Variant, trained=("counting",)) -> None:
-    monkeypatch.setitem(presets.STUDIES, "method", Study("method", "Method", variants, trained))
+    monkeypatch.setitem(studies.STUDIES, "method", Study("method", "Method", variants, trained))
 
 
 def stamps(folder: Path) -> dict[Path, int]:
@@ -166,7 +160,7 @@ def test_more_seeds_join_an_experiment(quick, monkeypatch, tmp_path):
 def test_grpo_and_grpo_d_see_the_same_prompts_and_begin_with_the_same_samples(
     quick, monkeypatch, tmp_path
 ):
-    use_methods(monkeypatch, presets.GRPO, GRPO_D)
+    use_methods(monkeypatch, studies.GRPO, GRPO_D)
     output = quick(tmp_path / "out")
     seen = []
     for method in ("grpo", "grpo-d"):
@@ -335,10 +329,10 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
         {"image_path": f"{index}.png", "question": "?", "ground_truth": 3} for index in range(2)
     ]
     listed = write_lines(tmp_path / "test.jsonl", rows)
-    scale = presets.SCALES["quick"]
+    scale = scales.SCALES["quick"]
     counting = replace(scale.tasks["counting"], test={"task": "counting", "data": listed})
     tasks = {**scale.tasks, "counting": counting}
-    monkeypatch.setitem(presets.SCALES, "quick", replace(scale, tasks=tasks, curve_every=0))
+    monkeypatch.setitem(scales.SCALES, "quick", replace(scale, tasks=tasks, curve_every=0))
     use_methods(monkeypatch, SFT)
     output = quick(tmp_path / "out")
     tasks = json.loads((output / "experiment.json").read_text())["tasks"]
@@ -459,8 +453,8 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
         "counting": ("images/superCLEVR_new_{}.png", 3),
         "geometry": ("Geo170K/images/test/{}.png", "145°"),
     }
-    use_methods(monkeypatch, SFT, presets.GRPO, trained=("counting", "geometry"))
-    scale = presets.SCALES["qwen2vl_2b"]
+    use_methods(monkeypatch, SFT_SOLUTION, studies.GRPO, trained=("counting", "geometry"))
+    scale = scales.SCALES["qwen2vl_2b"]
     tasks, images = {}, {}
     for role, columns in rows.items():
         pictures = [
@@ -485,7 +479,7 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
         train = {**scale.tasks[role].train, "data": str(tmp_path / role), "steps": 2}
         tasks[role] = replace(scale.tasks[role], train=train, items=2)
     monkeypatch.setitem(
-        presets.SCALES, "qwen2vl_2b", replace(scale, model=str(tiny_folder), tasks=tasks)
+        scales.SCALES, "qwen2vl_2b", replace(scale, model=str(tiny_folder), tasks=tasks)
     )
     settings = {
         "optimizer": "adamw",
@@ -577,7 +571,7 @@ def test_an_experiment_keeps_its_start_and_trains_on_items_that_are_new_to_it(
         start_module.START, "tiny", replace(start_module.START["tiny"], steps=5, prompts_per_step=4)
     )
     monkeypatch.setenv("MR1_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(presets.SCALES, "tiny", replace(SCALES["tiny"], start_accuracy=1e-9))
+    monkeypatch.setitem(scales.SCALES, "tiny", replace(SCALES["tiny"], start_accuracy=1e-9))
     seen = []
     original = start_module.solution_batches
     monkeypatch.setattr(

@@ -1,0 +1,147 @@
+"""The scales of experiments: each is a model, two tasks and a budget.
+
+The learning rate, which the paper and R1-V leave open for the drawn tasks, was chosen with the
+study `search`, and is the same for all methods.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..profiles import TINY
+
+ROLES = ("counting", "geometry")
+"""The paper's two tasks, visual counting and geometry reasoning.
+
+Each scale says which task of `mr1_fast.tasks`, and which data, stand for them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What stands for one of the ROLES at a scale."""
+
+    about: str
+    """What is asked, in words for the report."""
+    items: int
+    """Number of test items."""
+    train: Mapping[str, Any]
+    """Settings of `mr1_fast.train` to train on it."""
+    test: Mapping[str, Any]
+    """Arguments of `load_examples` for the test data, without the folder of its images, which the
+    user names with --counting-images and --geometry-images."""
+    has_reasoning: bool = True
+    """Whether its training data have worked solutions, which SFT can imitate."""
+
+    def can_train(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether its data have what a variant with these settings learns from."""
+        return self.has_reasoning or settings.get("sft_target") != "solution"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model, two tasks and a budget."""
+
+    model: str
+    tasks: Mapping[str, Task]
+    """Role → task."""
+    settings: Mapping[str, Any]
+    """Settings of `mr1_fast.train` that all cells share."""
+    seeds: tuple[int, ...]
+    """Seeds to run, unless the study or the user names others."""
+    measured: Mapping[str, float] | None = None
+    """Measured times in seconds, for --dry-run; None if nobody has measured them.
+
+    sft, grpo:   a training step
+    evaluation:  the answer to one item
+    start:       the supervised start
+    """
+    measured_on: str = ""
+    """The machine that they were measured on."""
+    start_accuracy: float = 0.0
+    """Sampled accuracy on both tasks at which the supervised start of a built-in model ends."""
+    curve_every: int = 0
+    """Steps between the points of the learning curve on validation items; 0 makes no curve."""
+    curve_items: int = 200
+    """Number of validation items of each task for a point of the curve."""
+    paper: str = "2B"
+    """Size of the model whose published numbers the report shows beside its own."""
+
+
+DRAWN = {**TINY, "steps": 100, "learning_rate": 2e-4, "lr_schedule": "linear"}
+"""Settings to train on drawn tasks.
+
+The preset `tiny_search` chose the learning rate. Its decay is R1-V's; without it, greedy accuracy
+jumps from step to step."""
+
+
+def _drawn(task: str, difficulty: int, about: str, role: str) -> Task:
+    """A task whose items are drawn, with the paper's settings for `role`."""
+    source = {"task": task, "data": "drawn", "difficulty": difficulty}
+    return Task(about, 1000, {**source, "preset": role}, source)
+
+
+SCALES = {
+    "tiny": Scale(
+        model="tiny",
+        tasks={
+            "counting": _drawn("counting", 2, "how many shapes stand in a 4×4 grid", "counting"),
+            "geometry": _drawn(
+                "figures", 1, "area or perimeter of a figure on a 4×4 grid", "geometry"
+            ),
+        },
+        settings=DRAWN,
+        seeds=(0, 1, 2),
+        measured={"sft": 0.11, "grpo": 0.27, "evaluation": 0.003, "start": 70},
+        measured_on="2 cores of a Xeon with AVX-512",
+        start_accuracy=0.2,
+        curve_every=20,
+    ),
+    "small": Scale(
+        model="small",
+        tasks={
+            "counting": _drawn("counting", 3, "how many shapes stand in a 5×5 grid", "counting"),
+            "geometry": _drawn(
+                "figures", 2, "area or perimeter of a figure on a 5×5 grid", "geometry"
+            ),
+        },
+        settings=DRAWN,
+        seeds=(0, 1, 2, 3, 4),
+        start_accuracy=0.2,
+        curve_every=20,
+    ),
+    "qwen2vl_2b": Scale(
+        model="Qwen/Qwen2-VL-2B-Instruct",
+        tasks={
+            "counting": Task(
+                "SuperCLEVR-200",
+                200,
+                {
+                    "task": "counting",
+                    # Problems with R1's reasoning, so that all methods learn from the same samples.
+                    "data": "MMInstruction/Clevr_CoGenT_TrainA_R1",
+                    "train_samples": 100,
+                    "steps": 100,
+                },
+                {"task": "counting", "data": "superclevr200"},
+            ),
+            "geometry": Task(
+                "GeoQA",
+                754,
+                {"task": "geometry", "data": "leonardPKU/GEOQA_R1V_Train_8K", "steps": 500},
+                {"task": "geometry", "data": "geoqa"},
+                has_reasoning=False,
+            ),
+        },
+        settings=dict(
+            optimizer="adamw_exact",
+            reference="offload",
+            shrink_images=True,
+            save_every=25,
+        ),
+        seeds=(0,),
+        # GRPO was measured by benchmarks/bench_memory.py and the evaluation by bench_rollout.py;
+        # SFT is estimated from its tokens, which are three tenths of GRPO's.
+        measured={"sft": 2.7, "grpo": 13.4, "evaluation": 0.021, "start": 0},
+        measured_on="an H100 with completions of 512 tokens; a 4090 has a sixth of its bf16 rate",
+    ),
+}
