@@ -146,7 +146,7 @@ def test_every_cell_is_trained_tested_on_both_tasks_and_run_once(quick, tmp_path
 
 
 def test_more_seeds_join_an_experiment(quick, monkeypatch, tmp_path):
-    use_methods(monkeypatch, SFT)
+    use_methods(monkeypatch, SFT_SOLUTION)
     output = quick(tmp_path / "out")
     before = stamps(output / "cells")
     quick(output, "--seeds", "[1]")
@@ -253,7 +253,7 @@ def test_a_failed_cell_is_told_and_tried_again(quick, monkeypatch, tmp_path, cap
     fragile = Variant(
         "fragile", "fragile", {"plugin": str(plugin), "extra_rewards": {"fragile": 0.1}}
     )
-    use_methods(monkeypatch, fragile, SFT)
+    use_methods(monkeypatch, fragile, SFT_SOLUTION)
     output = tmp_path / "out"
     with pytest.raises(
         UserError, match=r"1 cell failed .fragile · counting · seed 0: .*the reward broke.* again"
@@ -271,7 +271,7 @@ def test_a_failed_cell_is_told_and_tried_again(quick, monkeypatch, tmp_path, cap
 
 
 def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tmp_path, capsys):
-    use_methods(monkeypatch, SFT)
+    use_methods(monkeypatch, SFT_SOLUTION)
     quick(tmp_path / "out", "--dry-run")
     assert not (tmp_path / "out").exists()
     lines = capsys.readouterr().out.splitlines()
@@ -297,7 +297,7 @@ def test_a_dry_run_claims_no_time_that_nobody_measured(tmp_path, capsys):
 
 
 def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tmp_path):
-    use_methods(monkeypatch, SFT)
+    use_methods(monkeypatch, SFT_SOLUTION)
     output = quick(tmp_path / "out")
     before = stamps(output)
     with pytest.raises(
@@ -333,7 +333,7 @@ def test_no_more_items_are_promised_than_a_test_set_has(quick, monkeypatch, tmp_
     counting = replace(scale.tasks["counting"], test={"task": "counting", "data": listed})
     tasks = {**scale.tasks, "counting": counting}
     monkeypatch.setitem(scales.SCALES, "quick", replace(scale, tasks=tasks, curve_every=0))
-    use_methods(monkeypatch, SFT)
+    use_methods(monkeypatch, SFT_SOLUTION)
     output = quick(tmp_path / "out")
     tasks = json.loads((output / "experiment.json").read_text())["tasks"]
     assert [tasks[role]["items"] for role in ("counting", "geometry")] == [2, 5]
