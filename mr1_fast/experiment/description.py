@@ -40,6 +40,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
         },
         "model": experiment.model,
         "paper": scale.paper,
+        "judge": experiment.settings(experiment.cells()[0]).judge,
         "tasks": {
             role: {
                 "about": task.about,
@@ -49,7 +50,7 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
             for role, task in scale.tasks.items()
         },
         "axis": {"name": study.name, "label": study.label, "numeric": study.numeric},
-        "variants": [_variant(variant) for variant in (BASE, *study.variants)],
+        "variants": [_variant(variant, experiment) for variant in (BASE, *study.variants)],
         "trained": list(study.trained),
         "seeds": list(experiment.seeds),
         "test_items": experiment.items,
@@ -64,9 +65,11 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
     }
 
 
-def _variant(variant: Variant) -> dict[str, Any]:
+def _variant(variant: Variant, experiment: Experiment) -> dict[str, Any]:
     value = {} if variant.value is None else {"value": variant.value}
-    return {"name": variant.name, "label": variant.label, **value}
+    tasks = experiment.scale.tasks
+    trained = [role for role in experiment.study.trained if tasks[role].can_train(variant.settings)]
+    return {"name": variant.name, "label": variant.label, "trained": trained, **value}
 
 
 def notes(experiment: Experiment) -> list[str]:
@@ -77,6 +80,14 @@ def notes(experiment: Experiment) -> list[str]:
         "same order; GRPO and GRPO-D sample with the same seeds. Test items are the same for every "
         "cell.",
     ]
+    for role in experiment.study.trained:
+        variants = experiment.study.variants
+        left_out = [v.label for v in variants if not scale.tasks[role].can_train(v.settings)]
+        if left_out:
+            lines.append(
+                f"The data to train {role} on have no worked solutions: {', '.join(left_out)} is "
+                "not trained on it, and has no part in headlines, which are about all tasks."
+            )
     if experiment.model not in BUILT_IN or not scale.start_accuracy:
         return lines
 

@@ -3,8 +3,17 @@
 NAMES = {"counting": "VC", "geometry": "GR"}
 """The paper's abbreviations of the two tasks: visual counting and geometry reasoning."""
 
-ORDER = ("base", "grpo", "sft", "grpo-d")
+ORDER = ("base", "grpo", "sft", "sft-answer", "sft-solution", "grpo-d")
 """The order of the rows in the paper's tables."""
+
+SFT = ("sft-answer", "sft")
+"""The variants that may stand for the paper's SFT.
+
+The answers of SFT in the paper's figures are bare, so it is the one that imitates answers alone.
+Earlier versions had one SFT, named `sft`."""
+
+JUDGE = "r1v"
+"""The judge by which the paper counts: that of R1-V, on which it builds."""
 
 ACCURACY = {
     "2B": {
@@ -34,3 +43,8 @@ CROSS_TASK = {
 """Size → (trained on, tested on) → method → what it is compared with: relative change in %.
 
 The change is that of greedy accuracy."""
+
+
+def method(variant: str) -> str:
+    """The paper's name of the method that a variant is."""
+    return "sft" if variant in SFT else variant

@@ -173,11 +173,11 @@ def by_value(results: Results) -> list[Plot]:
     There is a plot for each task trained and each tested, with a series for each mode."""
     axis, plots = results.about["axis"], []
     value = {variant["name"]: variant.get("value") for variant in results.about["variants"]}
-    places = {
-        method: value[method] if axis["numeric"] else at
-        for at, method in enumerate(results.methods)
-    }
     for pair in results.pairs(same=True) + results.pairs(same=False):
+        trained = [method for method in results.methods if pair[0] in results.trained_on(method)]
+        places = {
+            method: value[method] if axis["numeric"] else at for at, method in enumerate(trained)
+        }
         title = f"Trained on {pair[0]}, tested on {pair[1]}"
         plot = Plot(
             "values", f"value-{pair[0]}-{pair[1]}", title, axis["label"], "accuracy", percent=True

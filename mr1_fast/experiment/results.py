@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UserError, shortened
 from ..evaluate.held_out import MODES
+from ..evaluate.judges import NAMES
 from ..integrity import files_finding, read_sealed
 from ..report.records import read_json_object, read_metrics
 from .statistics import Runs
@@ -41,7 +42,9 @@ class CellResult:
     correct: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Task → mode → bools of shape (items,): whether each test item is answered right.
 
-    Empty until the cell is finished."""
+    By the judge of training. Empty until the cell is finished."""
+    by_other: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    """Another judge → its verdicts on the same answers, for the tasks that have such a judge."""
     error: str = ""
     """The reason if the cell has failed."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -86,6 +89,23 @@ class Results:
         """The names of the variants that are trained."""
         return [variant["name"] for variant in self.about["variants"] if variant["name"] != BASE]
 
+    def trained_on(self, variant: str) -> list[str]:
+        """The tasks that a variant is trained on; earlier versions trained each on all."""
+        entry = next(each for each in self.about["variants"] if each["name"] == variant)
+        return list(entry.get("trained", self.about["trained"]))
+
+    @property
+    def judge(self) -> str:
+        """The judge of training, by which an experiment counts unless another one is named."""
+        return str(self.about.get("judge", "strict"))
+
+    def judges(self, task: str) -> list[str]:
+        """The judges of a task's answers: that of training alone, for tasks that are drawn."""
+        found = {
+            name for cell in self.cells for name in cell.by_other if task in cell.by_other[name]
+        }
+        return [name for name in NAMES if name in found | {self.judge}]
+
     @property
     def tasks(self) -> list[str]:
         """The tasks that the cells are tested on."""
@@ -116,17 +136,26 @@ class Results:
             if cell.variant == variant and cell.trained in (None, trained)
         ]
 
-    def runs(self, variant: str, pair: tuple[str, str], mode: str) -> dict[int, np.ndarray]:
+    def runs(
+        self, variant: str, pair: tuple[str, str], mode: str, judge: str | None = None
+    ) -> dict[int, np.ndarray]:
         """The answers of a variant's finished cells for a (trained on, tested on) pair.
 
-        Returns seed → bools of shape (items,), whether each test item is answered right.
+        Returns seed → bools of shape (items,), whether each test item is answered right by a
+        judge, which is that of training unless another one is named.
         """
         trained, tested = pair
-        return {
-            cell.seed: cell.correct[tested][mode]
-            for cell in self.of(variant, trained)
-            if cell.correct
+        found = {
+            cell.seed: self.verdicts(cell, tested, judge) for cell in self.of(variant, trained)
         }
+        return {seed: modes[mode] for seed, modes in found.items() if modes}
+
+    def verdicts(
+        self, cell: CellResult, task: str, judge: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Mode → whether each item is answered right by a judge; empty if it has judged none."""
+        found = cell.correct if judge in (None, self.judge) else cell.by_other.get(judge, {})
+        return found.get(task, {})
 
 
 def cell_folder(output: Path, variant: str, trained: str | None, seed: int) -> Path:
@@ -154,12 +183,19 @@ def read_results(output: Path) -> Results:
         items = {task: about["tasks"][task]["items"] for task in results.tasks}
         models = [
             (BASE, None),
-            *((method, task) for task in about["trained"] for method in results.methods),
+            *(
+                (method, task)
+                for task in about["trained"]
+                for method in results.methods
+                if task in results.trained_on(method)
+            ),
         ]
         if not all(about[name] for name in ("preset", "model", "axis", "seeds")):
             raise ValueError("a value is empty")
         if not all(type(seed) is int for seed in about["seeds"]):
             raise ValueError("seeds are no whole numbers")
+        if results.judge not in NAMES:
+            raise ValueError(f"judge is {shortened(results.judge)}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({shortened(error)}): restore it.") from error
     results.cells = [
@@ -195,6 +231,10 @@ def read_cell(
             cell.peak_memory = None if peak is None else _number(peak)
             cell.correct = {
                 task: _answers(record["correct"][task], count) for task, count in items.items()
+            }
+            cell.by_other = {
+                judge: {task: _answers(modes, items[task]) for task, modes in tasks.items()}
+                for judge, tasks in record.get("by_other", {}).items()
             }
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(

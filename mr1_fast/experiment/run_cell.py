@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..accuracy import evaluate, summarise
+from ..accuracy import evaluate, judged, summarise
 from ..command_line import parse_train_config
 from ..config import TrainConfig
 from ..distributed import SINGLE
 from ..errors import UserError
 from ..evaluate.held_out import MODES, answers
+from ..evaluate.judges import other_judges
 from ..evaluate.r1v import write_r1v_results
 from ..files import append_line, remove_folder, restore_folder, shorten, write_json, write_text
 from ..integrity import FileChecks, checksum, checksums, files_finding, read_sealed, sealed
@@ -91,13 +92,15 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
     trained = time.perf_counter()
     if cell.trained:
         config = replace(config, model=str(run / "final"), lora=False)
-    correct = _test(experiment, config, cell, folder)
+    verdicts = _test(experiment, config, cell, folder)
+    correct = verdicts.pop(config.judge)
     return {
         **cell.identity(),
         "seconds": {"train": trained - started, "evaluate": time.perf_counter() - trained},
         "steps": config.steps if cell.trained else 0,
         "peak_memory": _peak_memory(run),
         "correct": correct,
+        **({"by_other": verdicts} if verdicts else {}),
     }
 
 
@@ -169,31 +172,37 @@ def _watch(
 
 def _test(
     experiment: Experiment, config: TrainConfig, cell: Cell, folder: Path
-) -> dict[str, dict[str, str]]:
+) -> dict[str, dict[str, dict[str, str]]]:
     """Let the model answer the test items of both tasks, greedily and by sampling.
 
     Writes all answers in R1-V's layout, and the first ones to samples.json for the report. Returns
-    task → mode → a character for each item, 1 if the answer is right and 0 if it is wrong.
+    judge → task → mode → a character for each item, 1 if the answer is right and 0 if it is wrong.
+    The judge of training judges both tasks, and others those on data that published figures are of.
     """
     policy = load_policy(config)
     longest = max(map(len, experiment.test_items.values()))
     memory = RunMemory(policy, replace(config, eval_samples=longest))
     limits = MemoryLimits(tqdm.write, memory.advise, memory.amounts())
-    correct: dict[str, dict[str, str]] = {}
+    verdicts: dict[str, dict[str, dict[str, str]]] = {}
     shown = []
     for role, items in experiment.test_items.items():
-        task = experiment.scale.tasks[role].test["task"]
-        correct[role] = {}
+        test = experiment.scale.tasks[role].test
+        task = test["task"]
         for mode in MODES:
             records = answers(policy, replace(config, task=task), items, mode, limits)
             write_r1v_results(folder / f"{role}-{mode}.json", records, task)
-            correct[role][mode] = "".join(str(int(record["correct"][0])) for record in records)
+            by_judge = {config.judge: records}
+            for other in other_judges(config.judge, test["data"]):
+                by_judge[other] = judged(records, get_task(task).judge(other))
+            for name, found in by_judge.items():
+                bits = "".join(str(int(record["correct"][0])) for record in found)
+                verdicts.setdefault(name, {}).setdefault(role, {})[mode] = bits
             if mode == "greedy":
                 # The images are the same for all cells: the base model's folder holds them.
                 images = None if cell.trained else folder / "images"
                 shown += _record_samples(role, items, records, images)
     write_json(folder / "samples.json", shown, AGAIN)
-    return correct
+    return verdicts
 
 
 def _record_samples(

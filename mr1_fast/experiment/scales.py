@@ -5,7 +5,7 @@ study `search`, and is the same for all methods.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..profiles import TINY
@@ -56,15 +56,19 @@ class Scale:
     start:       the supervised start
     """
     measured_on: str = ""
-    """The machine that they were measured on."""
+    """The machine that they were measured on: a card of `cards.py`, or another one in words."""
+    decoding: Mapping[str, float] = field(default_factory=dict)
+    """How much of these times draws tokens one by one; for a card alone."""
+    measured_how: str = ""
+    """What the times are of, and what made them; for a card alone."""
     start_accuracy: float = 0.0
     """Sampled accuracy on both tasks at which the supervised start of a built-in model ends."""
     curve_every: int = 0
     """Steps between the points of the learning curve on validation items; 0 makes no curve."""
     curve_items: int = 200
     """Number of validation items of each task for a point of the curve."""
-    paper: str = "2B"
-    """Size of the model whose published numbers the report shows beside its own."""
+    paper: str | None = "2B"
+    """Size of the model whose published numbers the report shows beside its own, if any."""
 
 
 DRAWN = {**TINY, "steps": 100, "learning_rate": 2e-4, "lr_schedule": "linear"}
@@ -79,6 +83,32 @@ def _drawn(task: str, difficulty: int, about: str, role: str) -> Task:
     source = {"task": task, "data": "drawn", "difficulty": difficulty}
     return Task(about, 1000, {**source, "preset": role}, source)
 
+
+NAMED = {
+    "counting": Task(
+        "SuperCLEVR-200",
+        200,
+        {
+            "task": "counting",
+            # Problems with R1's reasoning, so that all methods learn from the same samples.
+            "data": "MMInstruction/Clevr_CoGenT_TrainA_R1",
+            "train_samples": 100,
+            "steps": 100,
+        },
+        {"task": "counting", "data": "superclevr200"},
+    ),
+    "geometry": Task(
+        "GeoQA",
+        754,
+        {"task": "geometry", "data": "leonardPKU/GEOQA_R1V_Train_8K", "steps": 500},
+        {"task": "geometry", "data": "geoqa"},
+        has_reasoning=False,
+    ),
+}
+"""The paper's tasks, on the data that it names."""
+
+FULL_24GB = dict(optimizer="adamw_exact", reference="offload", shrink_images=True, save_every=25)
+"""Settings to train all weights of a model of 2B on 24 GB, which are those of the recipes."""
 
 SCALES = {
     "tiny": Scale(
@@ -111,37 +141,23 @@ SCALES = {
     ),
     "qwen2vl_2b": Scale(
         model="Qwen/Qwen2-VL-2B-Instruct",
-        tasks={
-            "counting": Task(
-                "SuperCLEVR-200",
-                200,
-                {
-                    "task": "counting",
-                    # Problems with R1's reasoning, so that all methods learn from the same samples.
-                    "data": "MMInstruction/Clevr_CoGenT_TrainA_R1",
-                    "train_samples": 100,
-                    "steps": 100,
-                },
-                {"task": "counting", "data": "superclevr200"},
-            ),
-            "geometry": Task(
-                "GeoQA",
-                754,
-                {"task": "geometry", "data": "leonardPKU/GEOQA_R1V_Train_8K", "steps": 500},
-                {"task": "geometry", "data": "geoqa"},
-                has_reasoning=False,
-            ),
-        },
-        settings=dict(
-            optimizer="adamw_exact",
-            reference="offload",
-            shrink_images=True,
-            save_every=25,
-        ),
+        tasks=NAMED,
+        settings=FULL_24GB,
         seeds=(0,),
-        # GRPO was measured by benchmarks/bench_memory.py and the evaluation by bench_rollout.py;
-        # SFT is estimated from its tokens, which are three tenths of GRPO's.
-        measured={"sft": 2.7, "grpo": 13.4, "evaluation": 0.021, "start": 0},
-        measured_on="an H100 with completions of 512 tokens; a 4090 has a sixth of its bf16 rate",
+        # benchmarks/results/nvidia-h100-80gb-hbm3: memory_2b.json has the stages of a GRPO step,
+        # and rollout.json those of an answer. SFT is estimated from its tokens, three tenths of
+        # GRPO's.
+        measured={"sft": 2.7, "grpo": 13.5, "evaluation": 0.04, "start": 0},
+        measured_on="H100",
+        decoding={"grpo": 2.5, "evaluation": 0.018},
+        measured_how="of completions of 512 tokens and images of 401,408 pixels, the most that "
+        "the settings allow (benchmarks/bench_memory.py, bench_rollout.py); SFT from its tokens",
+    ),
+    "qwen3vl_2b": Scale(
+        model="Qwen/Qwen3-VL-2B-Instruct",
+        tasks=NAMED,
+        settings=FULL_24GB,
+        seeds=(0,),
+        paper=None,
     ),
 }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..evaluate.judges import NAMES
 from .plots import Plot, by_value, gain_and_transfer, learning_curves, training_curves
 from .results import MODES, CellResult, Results
 from .tables import Table, cells, main_tables
@@ -59,8 +60,9 @@ def sections(results: Results) -> list[Section]:
     bars = BARS
     if about.get("paper") and not plots:
         bars += PUBLISHED.format(size=about["paper"])
+    lines = [bars, *_about_judges(results)]
     found = [
-        Section("Accuracy", [*main_tables(results, MODES[0]), *plots], [bars]),
+        Section("Accuracy", [*main_tables(results, MODES[0]), *plots], lines),
         Section("Gain and transfer", gain_and_transfer(results), [DOTS]),
         Section(
             "Held-out accuracy during training",
@@ -78,6 +80,18 @@ def sections(results: Results) -> list[Section]:
         _how_this_was_measured(about),
     ]
     return [section for section in found if section.blocks]
+
+
+def _about_judges(results: Results) -> list[str]:
+    """Which judge each figure is of, where some answers were judged by two."""
+    if all(len(results.judges(task)) == 1 for task in results.tasks):
+        return []
+    line = (
+        f"The same answers were counted by {' and by '.join(NAMES.values())}. Training, the "
+        f"headline, the plots and the paired tests follow {NAMES[results.judge]}"
+    )
+    published = ", and the paper's numbers R1-V's rule" if results.about.get("paper") else ""
+    return [f"{line}{published}."]
 
 
 def main_plots(found: list[Section]) -> list[Plot]:

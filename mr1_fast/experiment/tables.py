@@ -6,12 +6,20 @@ from itertools import chain, combinations
 
 import numpy as np
 
+from ..evaluate.judges import NAMES
 from . import paper
 from .results import BASE, Results, common
 from .statistics import Comparison, Estimate, accuracy, compare, holm
 
-COMPARED = (("grpo-d", "grpo"), ("grpo-d", "sft"), ("grpo", "sft"))
-"""Pairs of methods that are tested against each other."""
+COMPARED = (
+    ("grpo-d", "grpo"),
+    ("grpo-d", "sft-answer"),
+    ("grpo-d", "sft-solution"),
+    ("grpo-d", "sft"),
+    ("grpo", "sft-answer"),
+    ("grpo", "sft"),
+)
+"""Pairs of methods that are tested against each other; `sft` is that of earlier versions."""
 
 MISSING = "—"
 """What a cell of a table shows where there is no value."""
@@ -65,13 +73,15 @@ def same_task(results: Results, mode: str) -> Table:
     table = Table(f"Same task, {mode}", ["Model"])
     pairs = results.pairs(same=True)
     for task, _ in pairs:
-        table.head += [_role(task), *(["the paper's"] if published else [])]
+        table.head += [_judged(results, _role(task), task, judge) for judge in results.judges(task)]
+        table.head += ["the paper's"] if published else []
     for variant in _in_papers_order(results):
         row: list[str | Value] = [_row_name(results, variant)]
         for task, other in pairs:
-            row.append(_accuracy(results, variant, (task, other), mode))
+            for judge in results.judges(task):
+                row.append(_accuracy(results, variant, (task, other), mode, judge))
             if published:
-                row.append(_published(published.get(variant, {}).get(task)))
+                row.append(_published(published.get(paper.method(variant), {}).get(task)))
         table.rows.append(row)
     return table
 
@@ -84,19 +94,26 @@ def cross_task(results: Results, mode: str) -> Table:
         ["Model"],
         note="Changes are relative, between mean accuracies of the same seeds.",
     )
-    pairs = results.pairs(same=False)
-    for trained, tested in pairs:
-        table.head += [f"{_role(trained)} → {_role(tested)}", "to base", "to SFT"]
+    others = [other for other in (BASE, *paper.SFT) if other in (BASE, *results.methods)]
+    to_others = ["to base" if other == BASE else f"to {results.label(other)}" for other in others]
+    columns = [
+        (pair, judge) for pair in results.pairs(same=False) for judge in results.judges(pair[1])
+    ]
+    for (trained, tested), judge in columns:
+        title = f"{_role(trained)} → {_role(tested)}"
+        table.head += [_judged(results, title, tested, judge), *to_others]
     for variant in _in_papers_order(results):
         row: list[str | Value] = [_row_name(results, variant)]
-        for pair in pairs:
-            row.append(_accuracy(results, variant, pair, mode))
-            for other in (BASE, "sft"):
-                reported = published.get(pair, {}).get(variant, {}).get(other)
+        for pair, judge in columns:
+            row.append(_accuracy(results, variant, pair, mode, judge))
+            is_papers = judge == paper.JUDGE or len(results.judges(pair[1])) == 1
+            reported = published.get(pair, {}) if is_papers else {}
+            for other in others:
+                change = reported.get(paper.method(variant), {}).get(paper.method(other))
                 row.append(
                     MISSING
                     if variant in (BASE, other)
-                    else _change(results, variant, other, pair, mode, reported)
+                    else _change(results, (variant, other), pair, mode, judge, change)
                 )
         table.rows.append(row)
     return table
@@ -131,19 +148,22 @@ def paired(results: Results, mode: str) -> Table:
 
 def by_variant(results: Results, trained: str, mode: str) -> Table:
     """Accuracies of each variant on each task, after training on one."""
-    table = Table(
-        f"Trained on {trained}, {mode}",
-        [results.about["axis"]["label"], *map(_role, results.tasks)],
-    )
+    columns = _task_columns(results)
+    titles = [_judged(results, _role(task), task, judge) for task, judge in columns]
+    table = Table(f"Trained on {trained}, {mode}", [results.about["axis"]["label"], *titles])
     for variant in [BASE, *results.methods]:
-        values = [_accuracy(results, variant, (trained, tested), mode) for tested in results.tasks]
+        values = [
+            _accuracy(results, variant, (trained, tested), mode, judge) for tested, judge in columns
+        ]
         table.rows.append([results.label(variant), *values])
     return table
 
 
 def cells(results: Results) -> Table:
     """All cells: state, greedy accuracies, time and memory."""
-    head = ["Cell", "State", *map(_role, results.tasks), "Training", "Evaluation", "Peak memory"]
+    columns = _task_columns(results)
+    titles = [_judged(results, _role(task), task, judge) for task, judge in columns]
+    head = ["Cell", "State", *titles, "Training", "Evaluation", "Peak memory"]
     table = Table("Greedy accuracy, time and memory", head)
     for cell in results.cells:
         name = " · ".join(
@@ -151,7 +171,8 @@ def cells(results: Results) -> Table:
         )
         row: list[str | Value] = [name, Value(cell.state, cell.error)] + [MISSING] * (len(head) - 2)
         if cell.correct:
-            row[2:] = [percent(cell.correct[task]["greedy"].mean()) for task in results.tasks]
+            found = [results.verdicts(cell, task, judge) for task, judge in columns]
+            row[2:] = [percent(modes["greedy"].mean()) if modes else MISSING for modes in found]
             row += [f"{cell.seconds[part]:.0f} s" for part in ("train", "evaluate")]
             row += [f"{cell.peak_memory / 2**30:.2f} GiB" if cell.peak_memory else MISSING]
         table.rows.append(row)
@@ -230,9 +251,11 @@ def _joined(results: Results, variant: str, pairs: list[tuple[str, str]]) -> dic
     return {seed: np.concatenate([each[seed] for each in runs]) for seed in seeds}
 
 
-def _accuracy(results: Results, variant: str, pair: tuple[str, str], mode: str) -> str | Value:
+def _accuracy(
+    results: Results, variant: str, pair: tuple[str, str], mode: str, judge: str
+) -> str | Value:
     """The accuracy of a variant with its interval; it says so if seeds are missing."""
-    runs, seeds = results.runs(variant, pair, mode), len(results.about["seeds"])
+    runs, seeds = results.runs(variant, pair, mode, judge), len(results.about["seeds"])
     if not runs:
         return MISSING
     estimate = accuracy(list(runs.values()))
@@ -242,14 +265,14 @@ def _accuracy(results: Results, variant: str, pair: tuple[str, str], mode: str) 
 
 def _change(
     results: Results,
-    variant: str,
-    other: str,
+    variants: tuple[str, str],
     pair: tuple[str, str],
     mode: str,
+    judge: str,
     reported: float | None,
 ) -> Value:
-    """The relative change of a variant from another, with the change that the paper reports."""
-    ours, theirs = common(results.runs(variant, pair, mode), results.runs(other, pair, mode))
+    """The relative change of the first variant from the second, with that of the paper."""
+    ours, theirs = common(*(results.runs(variant, pair, mode, judge) for variant in variants))
     detail = ""
     if reported is not None:
         detail = f"paper\N{NO-BREAK SPACE}{reported:+.2f}%".replace("-", "−")
@@ -294,6 +317,16 @@ def _in_papers_order(results: Results) -> list[str]:
 
 def _row_name(results: Results, variant: str) -> str:
     return results.label(variant) if variant == BASE else f"+ {results.label(variant)}"
+
+
+def _task_columns(results: Results) -> list[tuple[str, str]]:
+    """The tasks that are tested, each with each of its judges."""
+    return [(task, judge) for task in results.tasks for judge in results.judges(task)]
+
+
+def _judged(results: Results, title: str, task: str, judge: str) -> str:
+    """The title of a column that counts by a judge, whom it names where a task has several."""
+    return f"{title}, {NAMES[judge]}" if len(results.judges(task)) > 1 else title
 
 
 def _role(task: str) -> str:
