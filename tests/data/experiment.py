@@ -65,18 +65,19 @@ def write_cell(folder, variant, trained, seed, correct=None, chances=None, **cha
     """A finished cell; `correct` is role → mode → bits, drawn where it is not given."""
     place = cell_folder(folder, variant, trained, seed)
     place.mkdir(parents=True, exist_ok=True)
-    counting, geometry = chances or CHANCES[variant][trained or "counting"]
-    number = 1000 * seed + 10 * sum(map(ord, variant + (trained or ""))) % 997
-    correct = correct or {
-        "counting": {
-            "greedy": bits(counting, number),
-            "sampled": bits(counting - 0.05, number + 1),
-        },
-        "geometry": {
-            "greedy": bits(geometry, number + 2),
-            "sampled": bits(geometry - 0.05, number + 3),
-        },
-    }
+    if correct is None:
+        counting, geometry = chances or CHANCES[variant][trained or "counting"]
+        number = 1000 * seed + 10 * sum(map(ord, variant + (trained or ""))) % 997
+        correct = {
+            "counting": {
+                "greedy": bits(counting, number),
+                "sampled": bits(counting - 0.05, number + 1),
+            },
+            "geometry": {
+                "greedy": bits(geometry, number + 2),
+                "sampled": bits(geometry - 0.05, number + 3),
+            },
+        }
     record = {
         "variant": variant,
         "trained": trained,

@@ -14,18 +14,21 @@ import pytest
 import yaml
 
 from mr1_fast import start as start_module
+from mr1_fast.accuracy import judged
 from mr1_fast.config import TaskConfig
 from mr1_fast.errors import Stopped, UserError
 from mr1_fast.experiment import run_cell, scales, studies
 from mr1_fast.experiment.__main__ import main
+from mr1_fast.experiment.cards import CARDS
 from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.presets import find_preset, known_presets
 from mr1_fast.experiment.scales import SCALES
 from mr1_fast.experiment.settings import ExperimentConfig
-from mr1_fast.experiment.studies import GRPO_D, SFT_SOLUTION, Study, Variant
+from mr1_fast.experiment.studies import GRPO_D, SFT_ANSWER, SFT_SOLUTION, Study, Variant
 from mr1_fast.integrity import CHECKSUMS, checksum, checksums, sealed
 from mr1_fast.kl_schedule import DynamicKL
 from mr1_fast.profiles import BUILT_IN
+from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import TEST_SETS, load_examples
 
 from ..data.pictures import encoded, picture, write_lines
@@ -177,9 +180,7 @@ def test_grpo_and_grpo_d_see_the_same_prompts_and_begin_with_the_same_samples(
     assert first[0] == first[1]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in known_presets() if "_" not in name.replace("2vl_2b", "")]
-)
+@pytest.mark.parametrize("name", SCALES)
 def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
     experiment = make_experiment(ExperimentConfig(preset=name, output=str(tmp_path)))
     for role in ("counting", "geometry"):
@@ -187,19 +188,25 @@ def test_methods_differ_in_nothing_but_their_algorithm(name, tmp_path):
         for cell in experiment.cells():
             if cell.trained == role and cell.seed == 0:
                 found[cell.variant.name] = vars(experiment.settings(cell))
-        assert found.keys() == {"sft", "grpo", "grpo-d"}
+        has_reasoning = experiment.scale.tasks[role].has_reasoning
+        targets = ["answer", "solution"] if has_reasoning else ["answer"]
+        assert found.keys() == {"grpo", "grpo-d", *(f"sft-{target}" for target in targets)}
         different = {
             name for name, value in found["grpo"].items() if found["grpo-d"][name] != value
         }
         assert different == {"algo", "beta_shape", "output"}  # the path of β is what they are
         assert [found[name]["beta_shape"] for name in ("grpo", "grpo-d")] == ["constant", "grpo-d"]
-        different = {name for name, value in found["grpo"].items() if found["sft"][name] != value}
         of_sft = (
             set()
             if experiment.scale.model in BUILT_IN
             else {"learning_rate", "lr_schedule", "warmup_fraction"}
         )
-        assert different == {"algo", "output"} | of_sft  # R1-V's own settings at the real scale
+        for target in targets:
+            sft = found[f"sft-{target}"]
+            assert sft["sft_target"] == target
+            different = {name for name, value in found["grpo"].items() if sft[name] != value}
+            different -= {"sft_target"}
+            assert different == {"algo", "output"} | of_sft  # R1-V's own, at the real scale
         beta = {"counting": (0.04, 0.1, 0.04), "geometry": (0.0, 0.02, 0.01)}[role]
         assert tuple(found["grpo-d"][name] for name in ("beta_min", "beta_max", "beta")) == beta
 
@@ -277,23 +284,54 @@ def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tm
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:3]] == [
         "base model · seed 0",
-        "SFT · counting · seed 0",
+        "SFT on worked solutions · counting · seed 0",
     ]
     assert all("to do" in line for line in lines[1:3])
+    assert lines[3].startswith("all that is left") and float(lines[3].split()[-1]) > 0
     quick(tmp_path / "out")
     capsys.readouterr()
     quick(tmp_path / "out", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
-    assert all("finished" in line for line in lines[1:3]) and lines[-2].startswith(
-        "about 0 minutes"
-    )
+    assert all("finished" in line for line in lines[1:3]) and lines[3].split()[-1] == "0.0"
 
 
 def test_a_dry_run_claims_no_time_that_nobody_measured(tmp_path, capsys):
     main(["--preset", "small", "--seeds", "[0]", "--output", str(tmp_path / "out"), "--dry-run"])
     shown = capsys.readouterr().out
     assert "GRPO-D · geometry · seed 0" in shown and "nobody has measured the time" in shown
-    assert all(line.split()[-2] == "?" for line in shown.splitlines()[1:-1])
+    assert not any(word in shown for word in ("minutes", "H100", "all that is left"))
+
+
+def test_a_dry_run_tells_hours_on_each_card_and_which_were_measured(tmp_path, capsys):
+    main(["--preset", "qwen2vl_2b", "--output", str(tmp_path / "out"), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line[:52].strip(): line.split()[-4:-1] for line in lines}
+    assert "SFT on worked solutions · geometry · seed 0" not in cells  # its data have none
+    measured, other, slowest = map(float, cells["GRPO-D · geometry · seed 0"])
+    # 500 steps of 13.5 s, and 954 items are answered twice
+    assert measured == pytest.approx((500 * 13.5 + 2 * 954 * 0.04) / 3600, abs=0.05)
+    assert 3 * measured < other < slowest
+    assert lines[-3].startswith("H100: measured") and lines[-2].startswith(
+        "RTX 4090 and RTX 3090: estimated"
+    )
+
+
+def test_the_times_of_the_real_scale_are_those_that_the_benchmarks_recorded():
+    scale = SCALES["qwen2vl_2b"]
+    folder = RECIPES.parent / "benchmarks/results/nvidia-h100-80gb-hbm3"
+    whole = json.loads((folder / "memory_2b.json").read_text())
+    assert whole["machine"]["device"] == f"NVIDIA {CARDS[scale.measured_on].name}"
+    step = whole["cases"]["2b_full"]
+    stages = {name: value for name, value in step.items() if name.startswith("seconds_")}
+    assert scale.measured["grpo"] == pytest.approx(sum(stages.values()), rel=0.01)
+    assert scale.decoding["grpo"] == pytest.approx(stages["seconds_rollout"], rel=0.01)
+    answers = json.loads((folder / "rollout.json").read_text())["long"]
+    prompts, group = answers["settings"]["prompts"], answers["settings"]["group"]
+    ours = answers["rows"][0]
+    drawing = (ours["median"] - ours["first_tokens"]) / (prompts * group)
+    assert scale.decoding["evaluation"] == pytest.approx(drawing, rel=0.01)
+    reading = ours["first_tokens"] / prompts  # each item is a prompt of its own
+    assert scale.measured["evaluation"] == pytest.approx(drawing + reading, rel=0.01)
 
 
 def test_another_experiment_in_the_same_folder_is_refused(quick, monkeypatch, tmp_path):
@@ -425,11 +463,18 @@ def test_ablations_vary_what_the_paper_varies(tmp_path):
         assert values("tiny_schedules", "beta", role)[1] == pytest.approx(mean, abs=1e-5)
 
 
-@pytest.mark.parametrize("role", ["counting", "geometry"])
-def test_the_real_scale_trains_as_the_recipes_do(role, tmp_path):
-    experiment = make_experiment(ExperimentConfig(preset="qwen2vl_2b", output=str(tmp_path)))
+@pytest.mark.parametrize(
+    "preset, role, name",
+    [
+        ("qwen2vl_2b", "counting", "qwen2vl_2b_counting_24gb"),
+        ("qwen2vl_2b", "geometry", "qwen2vl_2b_geometry_24gb"),
+        ("qwen3vl_2b", "counting", "qwen3vl_2b_full_24gb"),
+    ],
+)
+def test_the_real_scale_trains_as_the_recipes_do(preset, role, name, tmp_path):
+    experiment = make_experiment(ExperimentConfig(preset=preset, output=str(tmp_path)))
     cell = next(c for c in experiment.cells() if c.trained == role and c.variant is GRPO_D)
-    recipe = yaml.safe_load((RECIPES / f"qwen2vl_2b_{role}_24gb.yaml").read_text())
+    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     different = {
         name for name, value in recipe.items() if getattr(experiment.settings(cell), name) != value
     }
@@ -440,7 +485,10 @@ def test_the_real_scale_trains_as_the_recipes_do(role, tmp_path):
 
 
 def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkeypatch, tmp_path):
-    """All of the preset but its size: the model is tiny, the sets hold a few pictures."""
+    """All of the preset but its size: the model is tiny, the sets hold a few pictures.
+
+    The first answer to each test set is replaced by one that R1-V's rule alone calls right.
+    """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = {
         "counting": {
@@ -453,7 +501,17 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
         "counting": ("images/superCLEVR_new_{}.png", 3),
         "geometry": ("Geo170K/images/test/{}.png", "145°"),
     }
-    use_methods(monkeypatch, SFT_SOLUTION, studies.GRPO, trained=("counting", "geometry"))
+    said = {"counting": "<answer>3</answer> or <answer>4</answer>", "geometry": "It is 145°."}
+
+    def with_a_careless_answer(policy, config, *others):
+        records = answers(policy, config, *others)
+        records[0]["outputs"] = [said[config.task]]
+        return judged(records, get_task(config.task).judge(config.judge))
+
+    answers = run_cell.answers
+    monkeypatch.setattr(run_cell, "answers", with_a_careless_answer)
+    methods = (SFT_ANSWER, SFT_SOLUTION, studies.GRPO)
+    use_methods(monkeypatch, *methods, trained=("counting", "geometry"))
     scale = scales.SCALES["qwen2vl_2b"]
     tasks, images = {}, {}
     for role, columns in rows.items():
@@ -505,7 +563,12 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
             *roots,
         ]
     )
-    assert len(list(output.rglob("cell.json"))) == 5 and not list(output.rglob("failed.json"))
+    cells = {str(path.parent.relative_to(output / "cells")) for path in output.rglob("cell.json")}
+    assert cells == {
+        "base/seed0",
+        *(f"{name}/{role}/seed0" for name in ("sft-answer", "grpo") for role in rows),
+        "sft-solution/counting/seed0",
+    }
     for role, (path, answer) in lists.items():
         results = json.loads((output / f"cells/grpo/{role}/seed0/{role}-greedy.json").read_text())[
             "results"
@@ -513,7 +576,16 @@ def test_the_real_scale_runs_on_data_in_its_published_layout(tiny_folder, monkey
         paths = [f"./{path.format(index)}" for index in range(2)]
         assert [result["question"]["image_path"] for result in results] == paths
         assert [result["ground_truth"] for result in results] == [answer] * 2
-    assert "64.50%" in (output / "report.md").read_text()  # the paper's GRPO on counting
+    record = json.loads((output / "cells/grpo/geometry/seed0/cell.json").read_text())
+    by_strict, by_r1v = record["correct"], record["by_other"]["r1v"]
+    for role in rows:
+        assert by_strict[role] == {"greedy": "00", "sampled": "00"}
+        assert by_r1v[role] == {"greedy": "10", "sampled": "10"}
+    report = (output / "report.md").read_text()
+    assert "6 of 6 cells finished" in report and "missing" not in report
+    line = next(line for line in report.splitlines() if line.startswith("| + SFT on answers"))
+    strict, r1v, published = (cell.split()[0] for cell in line.split("|")[2:5])
+    assert (strict, r1v, published) == ("0.0%", "50.0%", "68.50%")
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])

@@ -12,6 +12,7 @@ from mr1_fast.experiment.plots import by_value, learning_curves, numbers, traini
 from mr1_fast.experiment.report import write_markdown, write_report
 from mr1_fast.experiment.results import read_results
 from mr1_fast.experiment.tables import cross_task, headline, paired, same_task
+from mr1_fast.integrity import sealed
 from mr1_fast.report.svg import LIGHT
 
 from ..data.experiment import TASKS, cell_folder, describe, write_cell, write_experiment
@@ -203,6 +204,80 @@ def test_other_task_table_has_relative_changes_beside_the_papers(tmp_path):
     assert values["+ GRPO-D"][1:3] == ["+20.0% paper +4.25%", "+380.0% paper +368.99%"]
     assert values["+ GRPO-D"][4:] == ["+12.5% paper +63.53%", "+50.0% paper +61.63%"]
     assert values["+ GRPO"][4:] == ["+8.3%", "+44.4%"]
+
+
+BOTH_TARGETS = {
+    "axis": {"name": "method", "label": "Method", "numeric": False},
+    "variants": [
+        {"name": "base", "label": "base model"},
+        {"name": "sft-answer", "label": "SFT on answers", "trained": ["counting", "geometry"]},
+        {"name": "sft-solution", "label": "SFT on worked solutions", "trained": ["counting"]},
+        {"name": "grpo-d", "label": "GRPO-D", "trained": ["counting", "geometry"]},
+    ],
+}
+
+
+def test_named_data_are_counted_by_two_judges_and_published_figures_stand_beside_r1v(tmp_path):
+    """Both SFT targets, one of which geometry cannot have; R1-V's rule calls 5 more answers right.
+
+    A cell of an earlier version has the verdicts of one judge.
+    """
+    shares = {
+        ("base", None): (40, 20),
+        ("sft-answer", "counting"): (60, 5),
+        ("sft-answer", "geometry"): (30, 33),
+        ("sft-solution", "counting"): (64, 10),
+        ("grpo-d", "counting"): (70, 25),
+        ("grpo-d", "geometry"): (45, 36),
+    }
+    results = small(
+        tmp_path, {cell: [right] for cell, right in shares.items()}, [0], **BOTH_TARGETS
+    )
+    assert results.judges("counting") == ["strict"] and len(results.cells) == 6
+    for (variant, trained), right in shares.items():
+        if variant == "sft-solution":
+            continue
+        path = cell_folder(tmp_path, variant, trained, 0) / "cell.json"
+        modes = {
+            task: dict.fromkeys(("greedy", "sampled"), row(count + 5))
+            for task, count in zip(TASKS, right, strict=True)
+        }
+        path.write_text(sealed(json.loads(path.read_text()) | {"by_other": {"r1v": modes}}))
+    write_report(tmp_path)
+    page, source = Page(tmp_path / "report.html"), (tmp_path / "report.md").read_text()
+    assert "6 of 6 cells finished" in page.text and "missing" not in source
+    assert "counted by the strict judge and by R1-V's rule" in page.text
+
+    def table(title):
+        rows = cells_of(source, title)
+        plain = [
+            [re.sub(r" \[.*\]", "", cell.replace("\xa0", " ")) for cell in line] for line in rows
+        ]
+        return plain[0], {line[0]: line[1:] for line in plain[2:]}
+
+    head, rows = table("Same task, greedy")
+    assert head[1:4] == [
+        "counting (VC), the strict judge",
+        "counting (VC), R1-V's rule",
+        "the paper's",
+    ]
+    assert rows["base model"] == ["40.0%", "45.0%", "42.50%", "20.0%", "25.0%", "15.52%"]
+    assert rows["+ SFT on answers"] == ["60.0%", "65.0%", "68.50%", "33.0%", "38.0%", "32.49%"]
+    assert rows["+ SFT on worked solutions"] == ["64.0%", "—", "—", "—", "—", "—"]
+    assert rows["+ GRPO-D"][:3] == ["70.0%", "75.0%", "76.50%"]
+
+    head, rows = table("Other task, greedy")
+    assert head[3] == head[6] == "to SFT on answers" and head[4].endswith("R1-V's rule")
+    strict, by_r1v = rows["+ SFT on answers"][:3], rows["+ SFT on answers"][3:6]
+    assert strict == ["5.0%", "−75.0%", "—"]
+    assert by_r1v == ["10.0%", "−60.0% paper −77.77%", "—"]
+    assert rows["+ GRPO-D"][2] == "+400.0%" and rows["+ GRPO-D"][5].startswith("+200.0% paper")
+
+    assert {tuple(line[:2]) for line in paired(read_results(tmp_path), "greedy").rows} >= {
+        ("counting → counting", f"GRPO-D − {label}")
+        for label in ("SFT on answers", "SFT on worked solutions")
+    }
+    assert len(cells_of(source, "Greedy accuracy, time and memory")[0]) == 9
 
 
 def test_changes_are_of_the_seeds_in_common_and_not_of_zero(tmp_path):
