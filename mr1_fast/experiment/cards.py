@@ -35,8 +35,8 @@ def times_on(
     """Estimate times on a card, in seconds, from those that were measured on another.
 
     For every token that is drawn, all weights and the KV cache are read, which the bandwidth of the
-    memory bounds; the products of matrices bound everything else. `decoding` says how much of each
-    time draws tokens.
+    memory bounds; the products of matrices bound everything else. `decoding` has the seconds of
+    each time that go into drawing tokens.
     """
     slower_memory = measured_on.bandwidth / card.bandwidth
     peaks = [peak_flops(each.name, "bfloat16") for each in (measured_on, card)]

@@ -43,7 +43,7 @@ class CellResult:
     """Task → mode → bools of shape (items,): whether each test item is answered right.
 
     By the judge of training. Empty until the cell is finished."""
-    by_other: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    other_judges: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     """Another judge → its verdicts on the same answers, for the tasks that have such a judge."""
     error: str = ""
     """The reason if the cell has failed."""
@@ -102,7 +102,10 @@ class Results:
     def judges(self, task: str) -> list[str]:
         """The judges of a task's answers: that of training alone, for tasks that are drawn."""
         found = {
-            name for cell in self.cells for name in cell.by_other if task in cell.by_other[name]
+            name
+            for cell in self.cells
+            for name in cell.other_judges
+            if task in cell.other_judges[name]
         }
         return [name for name in NAMES if name in found | {self.judge}]
 
@@ -154,7 +157,7 @@ class Results:
         self, cell: CellResult, task: str, judge: str | None = None
     ) -> dict[str, np.ndarray]:
         """Mode → whether each item is answered right by a judge; empty if it has judged none."""
-        found = cell.correct if judge in (None, self.judge) else cell.by_other.get(judge, {})
+        found = cell.correct if judge in (None, self.judge) else cell.other_judges.get(judge, {})
         return found.get(task, {})
 
 
@@ -232,9 +235,9 @@ def read_cell(
             cell.correct = {
                 task: _answers(record["correct"][task], count) for task, count in items.items()
             }
-            cell.by_other = {
+            cell.other_judges = {
                 judge: {task: _answers(modes, items[task]) for task, modes in tasks.items()}
-                for judge, tasks in record.get("by_other", {}).items()
+                for judge, tasks in record.get("other_judges", {}).items()
             }
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(

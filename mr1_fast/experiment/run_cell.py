@@ -100,7 +100,7 @@ def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[st
         "steps": config.steps if cell.trained else 0,
         "peak_memory": _peak_memory(run),
         "correct": correct,
-        **({"by_other": verdicts} if verdicts else {}),
+        **({"other_judges": verdicts} if verdicts else {}),
     }
 
 

@@ -58,7 +58,7 @@ class Scale:
     measured_on: str = ""
     """The machine that they were measured on: a card of `cards.py`, or another one in words."""
     decoding: Mapping[str, float] = field(default_factory=dict)
-    """How much of these times draws tokens one by one; for a card alone."""
+    """How many of these seconds go into drawing tokens one by one; for a card alone."""
     measured_how: str = ""
     """What the times are of, and what made them; for a card alone."""
     start_accuracy: float = 0.0

@@ -242,7 +242,7 @@ def test_named_data_are_counted_by_two_judges_and_published_figures_stand_beside
             task: dict.fromkeys(("greedy", "sampled"), row(count + 5))
             for task, count in zip(TASKS, right, strict=True)
         }
-        path.write_text(sealed(json.loads(path.read_text()) | {"by_other": {"r1v": modes}}))
+        path.write_text(sealed(json.loads(path.read_text()) | {"other_judges": {"r1v": modes}}))
     write_report(tmp_path)
     page, source = Page(tmp_path / "report.html"), (tmp_path / "report.md").read_text()
     assert "6 of 6 cells finished" in page.text and "missing" not in source
