@@ -11,6 +11,7 @@ there are.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from mr1_fast.command_line import begin
@@ -19,7 +20,7 @@ from mr1_fast.errors import UserError, exit_on_user_error
 ROOT = Path(__file__).parents[2]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.claim",
         description=__doc__,
@@ -39,7 +40,7 @@ def main() -> None:
         command.add_argument(
             "--cells", type=Path, help="another file than docs/experiment/cells.json"
         )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     # These import torch, which a wrong word need not wait for.
     from .archive import CELLS
@@ -89,4 +90,4 @@ def _show(names: list[str], path: Path) -> None:
 
 if __name__ == "__main__":
     begin()
-    exit_on_user_error(main)
+    exit_on_user_error(lambda: main(sys.argv[1:]))

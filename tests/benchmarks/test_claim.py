@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
+from claim.__main__ import main
 from claim.archive import (
     Archived,
     Record,
@@ -32,6 +33,7 @@ from mr1_fast.experiment.statistics import holm
 from ..data.experiment import cell_folder, describe, write_cell, write_curves
 
 ROOT = Path(__file__).parents[2]
+CELLS = ROOT / "docs" / "experiment" / "cells.json"
 TRANSFER, LEVER, LONG, FEW = QUESTIONS
 
 
@@ -341,23 +343,55 @@ def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
     assert path.read_text() == drawn
 
 
-def test_the_repositorys_own_pages_and_figures_are_those_of_its_cells(tmp_path):
-    """So no number in the documentation can be another than the cells'."""
-    cells = ROOT / "docs" / "experiment" / "cells.json"
-    if not cells.exists():
+def test_the_command_goes_from_a_folder_to_pages(tmp_path, capsys):
+    folder = experiment(tmp_path / "tiny")
+    root, cells = tmp_path / "root", tmp_path / "root" / "docs" / "experiment" / "cells.json"
+    (root / "docs").mkdir(parents=True)
+    (root / "README.md").write_text(
+        "<!-- claim: accuracy transfer grpo counting own --><!-- /claim -->"
+    )
+    main(["collect", str(folder), "--cells", str(cells)])
+    main(["write", "--root", str(root)])
+    right = [
+        cell.right["counting"]["greedy"]
+        for cell in read_archive(cells)["tiny"].of("grpo", "counting").values()
+    ]
+    mean = f"{np.mean(right) / 2:.1f}%"
+    assert f"-->{mean} [" in (root / "README.md").read_text()
+    assert "(2 of 10 seeds)<!--" in (root / "README.md").read_text()
+    assert cells.with_name("transfer.svg").exists() and not cells.with_name("long.svg").exists()
+    capsys.readouterr()
+    main(["show", "accuracy transfer grpo counting own", "--cells", str(cells)])
+    assert capsys.readouterr().out.startswith(mean)
+    with pytest.raises(UserError, match="no block 'powers'"):
+        main(["show", "powers", "--cells", str(cells)])
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
+        main(["write", "--root", str(root), "--cells", str(tmp_path / "none.json")])
+
+
+@pytest.fixture
+def own_archive():
+    if not CELLS.exists():
         pytest.skip("no cells have been collected yet")
+    return read_archive(CELLS)
+
+
+def test_the_repositorys_own_pages_are_those_of_its_cells(own_archive, tmp_path):
+    """So no number in the documentation can be another than the cells'."""
     generated = pages(ROOT)
     assert ROOT / "docs" / "experiment.md" in generated and ROOT / "README.md" in generated
     for page in generated:
         copy = tmp_path / page.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, copy)
-    archive = read_archive(cells)
-    write_archive(tmp_path / "cells.json", archive)
-    assert (tmp_path / "cells.json").read_bytes() == cells.read_bytes()
-    assert fill(tmp_path, blocks(archive)) == []
+    write_archive(tmp_path / "cells.json", own_archive)
+    assert (tmp_path / "cells.json").read_bytes() == CELLS.read_bytes()
+    assert fill(tmp_path, blocks(own_archive)) == []
 
-    # Another version of Matplotlib may draw the same numbers otherwise.
-    if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text():
-        for figure in write_figures(archive, tmp_path / "figures"):
-            assert figure.read_bytes() == (cells.parent / figure.name).read_bytes()
+
+@pytest.mark.slow
+def test_the_repositorys_own_figures_are_those_of_its_cells(own_archive, tmp_path):
+    if f"matplotlib=={matplotlib.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another version of Matplotlib may draw the same numbers otherwise")
+    for figure in write_figures(own_archive, tmp_path):
+        assert figure.read_bytes() == (CELLS.parent / figure.name).read_bytes()

@@ -234,16 +234,16 @@ def test_equivalence_bound_is_where_both_one_sided_tests_reach_their_level(shift
 
 
 def test_equivalence_bound_is_below_the_true_difference_in_one_case_of_twenty():
-    samples = np.random.default_rng(4).normal(0.05, 0.03, (2000, 6))
+    samples = np.random.default_rng(4).normal(0.05, 0.03, (1000, 6))
     wrong = np.mean([equivalence_bound(sample) < 0.05 for sample in samples])
-    assert 0.035 <= wrong <= 0.065
+    assert 0.03 <= wrong <= 0.07
 
 
 @pytest.mark.parametrize("seeds", [3, 8])
 def test_expected_bound_is_the_mean_of_simulated_bounds(seeds):
-    samples = np.random.default_rng(5).normal(0.0, 0.03, (1500, seeds))
+    samples = np.random.default_rng(5).normal(0.0, 0.03, (800, seeds))
     mean = np.mean([equivalence_bound(sample) for sample in samples])
-    assert expected_bound(0.03, seeds) == pytest.approx(mean, rel=0.03)
+    assert expected_bound(0.03, seeds) == pytest.approx(mean, rel=0.04)
 
 
 @pytest.mark.parametrize(("seeds", "alpha"), [(5, 0.05), (10, 0.05), (10, 0.05 / 58)])
