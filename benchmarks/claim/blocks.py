@@ -13,6 +13,8 @@ from mr1_fast.experiment.statistics import detectable, expected_bound
 from .archive import Archive, Archived
 from .outcomes import Finding, Values, estimate, findings, late, pull_ratio, values
 from .questions import (
+    FEW_STEPS,
+    LONG_STEPS,
     PLANNED,
     QUESTIONS,
     SCREENED,
@@ -146,7 +148,9 @@ def both_tasks(cells: Archived | None, question: Question) -> str:
     return table(head, rows)
 
 
-def _with_curve(cells: Archived | None, question: Question, columns: dict[str, list[int]]) -> str:
+def _with_curve(
+    cells: Archived | None, question: Question, columns: dict[str, tuple[int, ...]]
+) -> str:
     """Accuracies at steps of the learning curve, and in the test after the last step.
 
     `columns` is outcome → the steps.
@@ -167,12 +171,12 @@ def _with_curve(cells: Archived | None, question: Question, columns: dict[str, l
 
 def over_steps(cells: Archived | None, question: Question) -> str:
     """Accuracies of the long runs at some steps and in the test."""
-    return _with_curve(cells, question, {"own": [0, 100, 300, 1000], "other": [0, 300, 1000]})
+    return _with_curve(cells, question, {"own": (0, *LONG_STEPS), "other": (0, *LONG_STEPS)})
 
 
 def few(cells: Archived | None, question: Question) -> str:
     """Accuracies of the runs on few items at some steps and in the test."""
-    return _with_curve(cells, question, {"own": [0, 90, 300], "other": [0, 300]})
+    return _with_curve(cells, question, {"own": (0, *FEW_STEPS), "other": (0, *FEW_STEPS)})
 
 
 def screening(archive: Archive) -> str:

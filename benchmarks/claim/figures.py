@@ -146,6 +146,8 @@ def _multiples(
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for name, (look, points) in lines.items():
+            if not points:
+                continue
             for times, seeds in points.items():
                 axes.plot([times] * len(seeds), seeds, look.marker, color=look.colour,
                           markersize=3, alpha=0.45)  # fmt: skip

@@ -137,6 +137,11 @@ def _numbered(
                 )
 
 
+LONG_STEPS: tuple[int, int, int] = (100, 300, STUDIES["long"].settings["steps"])
+"""Steps of the long runs: an early one, and the two ends of what follows."""
+FEW_STEPS: tuple[int, int] = (90, STUDIES["few"].settings["steps"])
+"""Steps of the runs on few items: early, and at the end."""
+
 OWN, OTHER = ("own",), ("other",)
 GRPO_D, CONSTANT = f"grpo-d-{TIMES}", f"constant-{TIMES}"
 
@@ -155,21 +160,21 @@ _LEVER = (
 )
 _LONG = (
     *(
-        _Pair(variant, variant, OWN, (1000, 300), headline=variant == "no-kl")
+        _Pair(variant, variant, OWN, LONG_STEPS[:0:-1], headline=variant == "no-kl")
         for variant in ("sft-answer", "sft-solution", "no-kl", CONSTANT, GRPO_D)
     ),
-    _Pair("no-kl", "no-kl", OTHER, (1000, 0), headline=True),
+    _Pair("no-kl", "no-kl", OTHER, (LONG_STEPS[-1], 0), headline=True),
     _Pair(GRPO_D, "no-kl", headline=True),
     _Pair(GRPO_D, CONSTANT),
     *(
         _Pair(variant, "no-kl", OWN, (step, step))
         for variant in ("sft-solution", "sft-answer")
-        for step in (None, 100)
+        for step in (None, LONG_STEPS[0])
     ),
 )
 _FEW = (
     *(
-        _Pair(variant, variant, OWN, (300, 90))
+        _Pair(variant, variant, OWN, FEW_STEPS[::-1])
         for variant in ("sft-answer", "sft-solution", "grpo", "grpo-d")
     ),
     _Pair("grpo-d", "sft-answer", headline=True),
