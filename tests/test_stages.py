@@ -125,9 +125,8 @@ def test_the_pulls_are_the_sizes_of_what_multiplies_the_gradient_of_each_log_pro
     by_kl = policy_loss_ref(logp, torch.zeros(9).double(), torch.ones(9).double(), **options)[0]
     (expected,) = torch.autograd.grad(by_kl.sum(), logp)
     assert expected[3] == 0 and expected.abs().max() > 0.1
-    torch.testing.assert_close(
-        metrics["kl_pull"].values.double(), expected.abs(), rtol=1e-4, atol=0
-    )
+    pull = metrics["kl_pull"].values.double()
+    torch.testing.assert_close(pull, expected.abs(), rtol=1e-4, atol=0)
     assert torch.equal(metrics["reward_pull"].values, advantages.abs())
 
 
