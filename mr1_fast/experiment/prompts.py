@@ -24,7 +24,7 @@ MOST_KEPT = 256 << 20
 
 
 class KeptPrompts:
-    """The prompts that were encoded so far, of items that outlive it and never change."""
+    """The prompts that were encoded so far."""
 
     def __init__(self) -> None:
         self.prompts: dict[tuple[str, int], Packed] = {}
@@ -53,7 +53,7 @@ class KeepingEncoder:
             return found.prompt()
         prompt = self.encode(example)
         if self.kept.size < MOST_KEPT and _is_small(prompt.pixel_values):
-            self.kept.prompts[key] = packed = Packed.of(prompt)
+            self.kept.prompts[key] = packed = Packed.of(example, prompt)
             self.kept.size += len(packed.pixels)
         return prompt
 
@@ -61,18 +61,20 @@ class KeepingEncoder:
 class Packed(NamedTuple):
     """A prompt with compressed pixels, if it has any."""
 
+    example: Example
+    """What it was encoded from, whose id no other object gets meanwhile."""
     without_pixels: Prompt
     pixels: bytes
     shape: torch.Size | None
 
     @classmethod
-    def of(cls, prompt: Prompt) -> "Packed":
+    def of(cls, example: Example, prompt: Prompt) -> "Packed":
         """Compress the pixels of a prompt."""
         pixels = prompt.pixel_values
         if pixels is None:
-            return cls(prompt, b"", None)
+            return cls(example, prompt, b"", None)
         packed = zlib.compress(pixels.contiguous().numpy().data, level=1)
-        return cls(replace(prompt, pixel_values=None), packed, pixels.shape)
+        return cls(example, replace(prompt, pixel_values=None), packed, pixels.shape)
 
     def prompt(self) -> Prompt:
         """Return the prompt as it was."""
