@@ -8,6 +8,7 @@ import torch
 
 from mr1_fast.advantages import group_advantages
 from mr1_fast.config import TrainConfig
+from mr1_fast.kernels.grpo.reference import policy_loss_ref
 from mr1_fast.loss import LOSS_TYPES
 from mr1_fast.loss_scale import LARGEST, LossScale
 from mr1_fast.stages import grpo_batch_loss, pack_rollout, score_rollout
@@ -102,6 +103,31 @@ def test_a_loss_scale_multiplies_all_of_the_loss(ratio):
     (loss, gradient, metrics), (scaled, larger, others) = steps
     assert loss != 0 and scaled == loss * LARGEST and torch.equal(larger, gradient * LARGEST)
     assert torch.equal(metrics["entropy"].values, others["entropy"].values)
+
+
+def test_the_pulls_are_the_sizes_of_what_multiplies_the_gradient_of_each_log_probability():
+    torch.manual_seed(0)
+    beta, config = 0.3, TrainConfig()
+    hidden = 2 * torch.randn(9, D)
+    policy = given_policy(hidden, torch.nn.Linear(D, V, bias=False), [4, 5])
+    [batch] = pack_rollout(rollout_of([4, 5], ["eos"] * 2, groups=1), torch.ones(1, 2), 99, config)
+    ref_logp = torch.full((9,), -2.0)
+    ref_logp[3] = -90.0  # so far away that the loss holds it constant
+    advantages = torch.linspace(-2, 1, 9)
+    batch.row_data |= {"ref_logp": ref_logp, "advantages": advantages}
+
+    _, metrics = grpo_batch_loss(policy, batch, beta, config)
+
+    logits = policy.model.lm_head(hidden).double()
+    logp = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    logp = logp.detach().requires_grad_()
+    options = dict(beta=beta, ref_logp=ref_logp.double())
+    by_kl = policy_loss_ref(logp, torch.zeros(9).double(), torch.ones(9).double(), **options)[0]
+    (expected,) = torch.autograd.grad(by_kl.sum(), logp)
+    assert expected[3] == 0 and expected.abs().max() > 0.1
+    pull = metrics["kl_pull"].values.double()
+    torch.testing.assert_close(pull, expected.abs(), rtol=1e-4, atol=0)
+    assert torch.equal(metrics["reward_pull"].values, advantages.abs())
 
 
 def test_a_step_without_groups_has_no_packs():

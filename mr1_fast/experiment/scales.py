@@ -1,7 +1,7 @@
 """The scales of experiments: each is a model, two tasks and a budget.
 
-The learning rate, which the paper and R1-V leave open for the drawn tasks, was chosen with the
-study `search`, and is the same for all methods.
+The learning rate, which the paper and R1-V leave open for the drawn tasks, is the same for all
+methods.
 """
 
 from collections.abc import Mapping
@@ -67,11 +67,12 @@ class Scale:
     """Size of the model whose published numbers the report shows beside its own."""
 
 
-DRAWN = {**TINY, "steps": 100, "learning_rate": 2e-4, "lr_schedule": "linear"}
+DRAWN = {**TINY, "steps": 300, "learning_rate": 1e-4, "lr_schedule": "linear"}
 """Settings to train on drawn tasks.
 
-The preset `tiny_search` chose the learning rate. Its decay is R1-V's; without it, greedy accuracy
-jumps from step to step."""
+After 300 steps the sampled accuracy of GRPO has about doubled. Of the learning rates 5e-5 to 8e-4,
+which docs/experiment/design.md compares, 1e-4 is the one with which it does not fall first. Its
+decay is R1-V's."""
 
 
 def _drawn(task: str, difficulty: int, about: str, role: str) -> Task:
@@ -90,11 +91,11 @@ SCALES = {
             ),
         },
         settings=DRAWN,
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3, 4),
         measured={"sft": 0.11, "grpo": 0.27, "evaluation": 0.003, "start": 70},
         measured_on="2 cores of a Xeon with AVX-512",
         start_accuracy=0.2,
-        curve_every=20,
+        curve_every=50,
     ),
     "small": Scale(
         model="small",
@@ -107,7 +108,7 @@ SCALES = {
         settings=DRAWN,
         seeds=(0, 1, 2, 3, 4),
         start_accuracy=0.2,
-        curve_every=20,
+        curve_every=50,
     ),
     "qwen2vl_2b": Scale(
         model="Qwen/Qwen2-VL-2B-Instruct",

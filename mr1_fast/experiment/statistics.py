@@ -4,14 +4,15 @@ Two questions are kept apart. Would new training runs say the same? That is answ
 these very models differ on items of this kind? That is answered over items.
 
 A run is a bool array of shape (items,), whether each test item is answered right. Runs that are
-compared have their seeds and their items in the same order.
+compared have their seeds and their items in the same order. Where one number a seed is known, such
+as a point of a learning curve, there are functions of those numbers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from ..accuracy import wilson_interval
 
@@ -37,6 +38,20 @@ class Comparison:
     """Of a paired t-test over seeds, about the methods; None if all seeds agree."""
     p_items: float
     """Of an exact test over items, McNemar's for one seed: about these trained models."""
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two variants compared over seeds, from the difference of one number a seed."""
+
+    difference: Estimate
+    """The mean difference with Student's 95% interval."""
+    deviation: float
+    """The standard deviation of the differences over seeds."""
+    p: float
+    """Of "there is no difference", two-sided."""
+    bound: float
+    """The equivalence bound: see `equivalence_bound`."""
 
 
 def accuracy(runs: Runs) -> Estimate:
@@ -73,6 +88,84 @@ def _student(values: Sequence[float], lowest: float) -> Estimate:
     mean = float(np.mean(values))
     low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
     return Estimate(mean, max(lowest, float(low)), min(1.0, float(high)))
+
+
+def mean_over_seeds(values: Sequence[float], lowest: float = 0.0) -> Estimate:
+    """The mean of one number a seed, with Student's 95% interval, cut to [`lowest`, 1].
+
+    Where the seeds do not differ, or where there is one, the interval is the mean alone.
+    """
+    if np.ptp(values) <= _SAME:
+        return Estimate(float(values[0]), float(values[0]), float(values[0]))
+    return _student(values, lowest)
+
+
+def paired_test(differences: Sequence[float]) -> PairedTest:
+    """The paired t-test over seeds; `differences` are first minus second, two seeds or more.
+
+    Where all seeds have the same difference there is no scatter to divide by: p is then that of the
+    exact sign test, 2^(1−n), or 1 for a difference of 0.
+    """
+    estimate, bound = mean_over_seeds(differences, -1.0), equivalence_bound(differences)
+    if np.ptp(differences) <= _SAME:
+        p = 1.0 if abs(differences[0]) <= _SAME else 0.5 ** (len(differences) - 1)
+        return PairedTest(estimate, 0.0, p, bound)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return PairedTest(estimate, float(np.std(differences, ddof=1)), p, bound)
+
+
+_SAME = 1e-9
+"""Shares that are nearer than this differ by rounding alone: they are counts over counts."""
+
+
+def equivalence_bound(differences: Sequence[float], alpha: float = 0.05) -> float:
+    """The smallest margin at which two variants are called equivalent, from one number a seed.
+
+    It is the smallest δ for which two one-sided paired t-tests, of "the difference is −δ or less"
+    and of "it is δ or more", both reject at `alpha` (D. J. Schuirmann, J. Pharmacokinet. Biopharm.
+    15 (1987) 657): the larger absolute end of the 1 − 2·alpha interval of the mean difference.
+    """
+    reach = stats.t.isf(alpha, len(differences) - 1) * stats.sem(differences)
+    return float(abs(np.mean(differences)) + reach)
+
+
+def expected_bound(deviation: float, seeds: int, alpha: float = 0.05) -> float:
+    """The mean of `equivalence_bound` over experiments with `seeds` seeds and no true difference.
+
+    `deviation` is the standard deviation σ of the normal differences of a seed. With n seeds it is
+    σ/√n · (E|Z| + t·E[s]/σ): √(2/π) is the mean of |Z| for a standard normal Z, and
+    E[s]/σ = √(2/(n−1)) · Γ(n/2)/Γ((n−1)/2) that of a sample's standard deviation.
+    """
+    scatter = stats.chi.mean(seeds - 1) / np.sqrt(seeds - 1)
+    reach = np.sqrt(2 / np.pi) + stats.t.isf(alpha, seeds - 1) * scatter
+    return float(deviation / np.sqrt(seeds) * reach)
+
+
+def detectable(deviation: float, seeds: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest true difference that a two-sided paired t-test shows with this power.
+
+    `deviation` is the standard deviation σ of the normal differences of a seed. For a difference δ
+    the statistic of n seeds has the noncentral t distribution with n−1 degrees of freedom and
+    noncentrality δ·√n/σ (J. Cohen, Statistical Power Analysis, 1988, chapter 2).
+    """
+    critical = stats.t.isf(alpha / 2, seeds - 1)
+
+    # The statistic is (Z + shift)/S. SciPy's `nct` is NaN far from its middle, so the mean over S
+    # is taken here, at the middles of equal parts of its distribution.
+    middles = (np.arange(_PARTS) + 0.5) / _PARTS
+    limits = critical * stats.chi.ppf(middles, seeds - 1) / np.sqrt(seeds - 1)
+
+    def missing(shift: float) -> float:
+        beyond = stats.norm.sf(limits - shift) + stats.norm.cdf(-limits - shift)
+        return float(power - beyond.mean())
+
+    # Beyond the largest limit nearly every sample is found.
+    shift = optimize.brentq(missing, 0.0, float(limits[-1]) + 10.0)
+    return float(shift * deviation / np.sqrt(seeds))
+
+
+_PARTS = 2000
+"""The parts of the distribution of a sample's standard deviation that a power is computed from."""
 
 
 def mcnemar(differences: np.ndarray) -> float:

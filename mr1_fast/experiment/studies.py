@@ -176,13 +176,15 @@ GRPO = Variant("grpo", "GRPO", {"algo": "grpo"})
 GRPO_D = Variant("grpo-d", "GRPO-D", {"algo": "grpo-d"})
 NO_KL = Variant("no-kl", "GRPO, β = 0", {"algo": "grpo", "beta": 0.0})
 METHODS = (SFT_ANSWER, SFT_SOLUTION, GRPO, GRPO_D)
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+LEARNING_RATES = (5e-5, 1e-4, 2e-4)
 
-MULTIPLES = (1, 3, 10, 30, 100)
+MULTIPLES = (1, 3, 10, 30, 100, 300)
 """How many times the paper's β the study `lever` tries."""
-STRONG = 30
-"""The multiple of the paper's β at which schedules are compared: there the KL pulls about as hard
-as the advantages."""
+STRONG = 100
+"""The multiple of the paper's β at which schedules are compared, chosen with the study `lever`.
+
+It is the largest at which a constant β still leaves half of what is learnt without a KL: there the
+KL weighs most without forbidding everything."""
 TARGETS = {"counting": 0.01, "geometry": 0.01}
 """The KL that a constant β of that strength leaves, in nats per token."""
 
@@ -202,6 +204,7 @@ STUDIES = {
             NO_KL,
             *(make(times) for times in MULTIPLES for make in (constant_beta, scheduled_beta)),
         ),
+        trained=("geometry",),
     ),
     "schedules": Study(
         "schedule",
@@ -216,6 +219,7 @@ STUDIES = {
             accuracy_beta(STRONG, at=0.3),
             target_kl(STRONG, TARGETS),
         ),
+        trained=("geometry",),
     ),
     "long": Study(
         "long",
@@ -230,7 +234,7 @@ STUDIES = {
         "few",
         "Method on 100 training items",
         (*METHODS, scheduled_beta(STRONG)),
-        settings={"steps": 300, "train_samples": 100, "save_every": 100},
+        settings={"train_samples": 100},
         curve_every=30,
         drawn=True,
     ),

@@ -48,6 +48,7 @@ PLOTS = [
     Plot("Accuracy", "% of completions right", ("accuracy",), percent=True),
     Plot("KL to the reference", "nats per token", ("kl",)),
     Plot("KL weight β(s)", "weight", ("beta",), smooth=False),
+    Plot("Pull of the KL and of the rewards", "mean per token", ("kl_pull", "reward_pull")),
     Plot("Completion length", "tokens", LENGTHS, from_zero=False),
     Plot("Entropy", "nats per token", ("entropy",)),
     Plot("Model FLOP utilisation", "% of peak", ("mfu_update", "mfu_reference"), percent=True),

@@ -93,22 +93,27 @@ def plot_element(name: str, label: str, draw: Callable[[Axes], None], height: fl
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", drawn)
 
 
-def standalone(plots: Sequence[tuple[str, str]]) -> str:
+def standalone(plots: Sequence[tuple[str, str]], columns: int | None = None) -> str:
     """The content of an SVG file that shows plots side by side, in the light colours.
 
-    Each plot is a title and an element of `plot_element`. The background is white, so that the file
-    can be read on a dark page too.
+    Each plot is a title and an element of `plot_element`. After `columns` of them a new row begins;
+    None: all are in one row. The background is white, so that the file can be read on a dark page
+    too.
     """
-    parts, left, lowest = [], 0.0, 0.0
-    for title, element in plots:
+    parts, left, top, right, lowest = [], 0.0, 0.0, 0.0, 0.0
+    for number, (title, element) in enumerate(plots):
+        if columns and number and number % columns == 0:
+            left, top = 0.0, lowest + _GAP
         width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', element).groups())
-        size = f'x="{left:g}" y="{_TITLE_HEIGHT}" width="{width:g}" height="{height:g}"'
-        look = f'x="{left + 12:g}" y="20" font-weight="600"'
+        above = top + _TITLE_HEIGHT
+        size = f'x="{left:g}" y="{above:g}" width="{width:g}" height="{height:g}"'
+        look = f'x="{left + 12:g}" y="{top + 20:g}" font-weight="600"'
         parts.append(f"<text {look}>{html.escape(title)}</text>")
         parts.append(re.sub(r'width="\S+pt" height="\S+pt"', size, element, count=1))
-        left, lowest = left + width + _GAP, max(lowest, _TITLE_HEIGHT + height)
+        left, lowest = left + width + _GAP, max(lowest, above + height)
+        right = max(right, left)
 
-    width = left - _GAP
+    width = right - _GAP
     drawn = "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'

@@ -7,7 +7,18 @@ import pytest
 from scipy import stats
 
 from mr1_fast.accuracy import wilson_interval
-from mr1_fast.experiment.statistics import accuracy, compare, holm, mcnemar, newcombe_interval
+from mr1_fast.experiment.statistics import (
+    accuracy,
+    compare,
+    detectable,
+    equivalence_bound,
+    expected_bound,
+    holm,
+    mcnemar,
+    mean_over_seeds,
+    newcombe_interval,
+    paired_test,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -184,3 +195,69 @@ def test_holm_corrects_step_by_step():
     )  # R's p.adjust
     assert holm([0.5, 0.9, 0.02]) == pytest.approx([1.0, 1.0, 0.06])
     assert holm([0.03]) == [0.03] and holm([]) == []
+
+
+def test_mean_over_seeds_is_students_interval_of_numbers():
+    estimate = mean_over_seeds([0.5, 0.6, 0.67])
+    expected = stats.ttest_1samp([0.5, 0.6, 0.67], 0).confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+    alone = mean_over_seeds([0.4])
+    assert (alone.value, alone.low, alone.high) == (0.4, 0.4, 0.4)
+
+
+def test_paired_test_is_the_paired_t_test():
+    first, second = np.array([0.6, 0.64, 0.71, 0.5]), np.array([0.5, 0.61, 0.6, 0.52])
+    result = paired_test(list(first - second))
+    expected = stats.ttest_rel(first, second)
+    interval = expected.confidence_interval(0.95)
+    assert result.p == pytest.approx(expected.pvalue)
+    assert (result.difference.low, result.difference.high) == pytest.approx(tuple(interval))
+    assert result.deviation == pytest.approx(np.std(first - second, ddof=1))
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.0, 1.0), (0.2, 0.125)])
+def test_paired_test_without_scatter_is_the_sign_test(difference, p):
+    """The differences of 0.3 − 0.1 and 0.4 − 0.2 part in their last bits only."""
+    first = np.array([0.1, 0.2, 0.3, 0.7]) + difference
+    result = paired_test(list(first - np.array([0.1, 0.2, 0.3, 0.7])))
+    assert (result.p, result.deviation) == (p, 0.0)
+    assert result.bound == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("shift", [-0.03, 0.0, 0.05])
+def test_equivalence_bound_is_where_both_one_sided_tests_reach_their_level(shift):
+    differences = np.random.default_rng(3).normal(shift, 0.04, 7)
+    bound = equivalence_bound(differences)
+    below = stats.ttest_1samp(differences, bound, alternative="less").pvalue
+    above = stats.ttest_1samp(differences, -bound, alternative="greater").pvalue
+    assert max(below, above) == pytest.approx(0.05)
+
+
+def test_equivalence_bound_is_below_the_true_difference_in_one_case_of_twenty():
+    samples = np.random.default_rng(4).normal(0.05, 0.03, (1000, 6))
+    wrong = np.mean([equivalence_bound(sample) < 0.05 for sample in samples])
+    assert 0.03 <= wrong <= 0.07
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_expected_bound_is_the_mean_of_simulated_bounds(seeds):
+    samples = np.random.default_rng(5).normal(0.0, 0.03, (800, seeds))
+    mean = np.mean([equivalence_bound(sample) for sample in samples])
+    assert expected_bound(0.03, seeds) == pytest.approx(mean, rel=0.04)
+
+
+@pytest.mark.parametrize(("seeds", "alpha"), [(5, 0.05), (10, 0.05), (10, 0.05 / 58)])
+def test_a_detectable_difference_is_found_with_the_power_asked_for(seeds, alpha):
+    difference = detectable(0.04, seeds, alpha, power=0.8)
+    samples = np.random.default_rng(6).normal(difference, 0.04, (20_000, seeds))
+    found = np.mean(stats.ttest_1samp(samples, 0.0, axis=1).pvalue < alpha)
+    assert found == pytest.approx(0.8, abs=0.01)
+
+
+def test_detectable_differences_agree_with_published_power():
+    """Two-sided, α = 0.05, power 0.8: a paired t-test of 34 pairs finds half a deviation.
+
+    J. Cohen, Statistical Power Analysis, 1988; G*Power gives n = 34 and a power of 0.808.
+    """
+    assert detectable(1.0, 33) > 0.5 > detectable(1.0, 34)
+    assert detectable(0.1, 5) == pytest.approx(0.1 * detectable(1.0, 5))

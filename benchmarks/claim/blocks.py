@@ -1,0 +1,342 @@
+"""The generated blocks of the documentation: name → text, from the archive alone."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from mr1_fast.experiment import paper
+from mr1_fast.experiment.results import BASE
+from mr1_fast.experiment.scales import ROLES
+from mr1_fast.experiment.statistics import detectable, expected_bound
+
+from .archive import Archive, Archived
+from .outcomes import Finding, Values, estimate, findings, late, pull_ratio, values
+from .questions import (
+    FEW_STEPS,
+    LONG_STEPS,
+    PLANNED,
+    QUESTIONS,
+    SCREENED,
+    SCREENING,
+    Question,
+    Side,
+    label,
+    tested,
+)
+from .words import (
+    MISSING,
+    accuracy,
+    interval,
+    number,
+    p_value,
+    percent,
+    points,
+    progress,
+    ranges,
+    sentence,
+    short,
+    table,
+)
+
+STRICTEST = 0.05 / len(PLANNED)
+"""The level at which Holm's correction tests the smallest of all p values."""
+
+SEEDS = tuple(sorted({len(question.seeds) for question in QUESTIONS}))
+DEVIATIONS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
+"""Standard deviations of a seed's difference that the power analysis goes through."""
+
+Blocks = dict[str, Callable[[], str]]
+"""Name → what makes the block's text."""
+
+
+def blocks(archive: Archive) -> Blocks:
+    """All blocks that pages can name."""
+    found = findings(archive)
+    made: Blocks = {
+        "power": power,
+        "deviations": partial(deviations, found),
+        "comparisons": comparisons,
+        "cells": partial(cells, archive),
+        "commands": partial(commands, archive),
+        "progress": partial(standing, found),
+        "summary": partial(summary, found),
+        "lever-screening": partial(screening, archive),
+    }
+    tables = {"transfer": transfer, "lever": both_tasks, "long": over_steps, "few": few}
+    for question in QUESTIONS:
+        its = [finding for finding in found if finding.question is question]
+        made |= _means(archive.get(question.preset), question)
+        made[f"{question.name}-accuracies"] = partial(
+            tables[question.name], archive.get(question.preset), question
+        )
+        made[f"{question.name}-comparisons"] = partial(compared, its)
+        made[f"{question.name}-sentences"] = partial(sentences, its)
+    for finding in found:
+        made[f"sentence {finding.planned.name}"] = partial(sentence, finding)
+        made[f"difference {finding.planned.name}"] = partial(short, finding)
+    return made
+
+
+def _means(cells: Archived | None, question: Question) -> Blocks:
+    """The accuracies of a question one by one, to stand in a line.
+
+    `accuracy QUESTION VARIANT own` is the mean over the tasks that are trained, and
+    `accuracy QUESTION VARIANT TRAINED own` that of one of them; so with `other`.
+    """
+    made: Blocks = {}
+    for variant in question.variants:
+        for role in ("", *question.trained):
+            trained = (role,) if role else question.trained
+            for outcome in ("own", "other"):
+                name = " ".join(filter(None, (question.name, variant, role, outcome)))
+                found = values(cells, Side(variant), outcome, trained)
+                made[f"accuracy {name}"] = partial(_accuracy, found, question)
+    return made
+
+
+def _accuracy(found: Values, question: Question) -> str:
+    return accuracy(estimate(found), len(found), len(question.seeds))
+
+
+def transfer(cells: Archived | None, question: Question) -> str:
+    """Accuracies on both tasks for each task that is trained, with changes from the base model."""
+    pairs = [(role, outcome) for role in question.trained for outcome in ("own", "other")]
+    head, rows = ["Model"], []
+    for role, outcome in pairs:
+        head.append(f"{role} → {tested(role, outcome)}")
+        head += ["to base", "the paper's"] if outcome == "other" else []
+    published = paper.CROSS_TASK["2B"]
+    for variant in question.variants:
+        row = [label(variant)]
+        for role, outcome in pairs:
+            found, base = (values(cells, Side(v), outcome, (role,)) for v in (variant, BASE))
+            row.append(_accuracy(found, question))
+            if outcome == "other":
+                # The paper's figures show that its SFT imitates bare answers.
+                name = "sft" if variant == "sft-answer" else variant
+                reported = published[role, tested(role, outcome)].get(name, {}).get("base")
+                row += [_change(found, base) if variant != BASE else MISSING]
+                row += [MISSING if reported is None else number(reported, "+.2f") + "%"]
+        rows.append(row)
+    return table(head, rows)
+
+
+def _change(found: Values, base: Values) -> str:
+    """The relative change of the mean from that of the base model, over the same seeds."""
+    shared = [seed for seed in found if seed in base]
+    before = np.mean([base[seed] for seed in shared]) if shared else 0.0
+    if not before:
+        return MISSING
+    return number(100 * (np.mean([found[seed] for seed in shared]) / before - 1), "+.1f") + "%"
+
+
+def both_tasks(cells: Archived | None, question: Question) -> str:
+    """Accuracies on the trained and on the other task, in the mean of both trainings and apart."""
+    apart = [(role, outcome) for outcome in ("own", "other") for role in question.trained]
+    head = ["Variant", "own task", "other task"]
+    head += [f"{role} → {tested(role, outcome)}" for role, outcome in apart]
+    rows = []
+    for variant in question.variants:
+        row = [label(variant)]
+        for outcome in ("own", "other"):
+            row.append(_accuracy(values(cells, Side(variant), outcome, question.trained), question))
+        for role, outcome in apart:
+            found = estimate(values(cells, Side(variant), outcome, (role,)))
+            row.append(MISSING if found is None else percent(found.value))
+        rows.append(row)
+    return table(head, rows)
+
+
+def _with_curve(
+    cells: Archived | None, question: Question, columns: dict[str, tuple[int, ...]]
+) -> str:
+    """Accuracies at steps of the learning curve, and in the test after the last step.
+
+    `columns` is outcome → the steps.
+    """
+    head, rows = ["Variant"], []
+    for outcome, steps in columns.items():
+        head += [*(f"{outcome}, step {step}" for step in steps), f"{outcome}, test"]
+    for variant in question.variants:
+        row = [label(variant)]
+        for outcome, steps in columns.items():
+            for step in steps:
+                found = estimate(values(cells, Side(variant, step), outcome, question.trained))
+                row.append(MISSING if found is None else percent(found.value))
+            row.append(_accuracy(values(cells, Side(variant), outcome, question.trained), question))
+        rows.append(row)
+    return table(head, rows)
+
+
+def over_steps(cells: Archived | None, question: Question) -> str:
+    """Accuracies of the long runs at some steps and in the test."""
+    return _with_curve(cells, question, {"own": (0, *LONG_STEPS), "other": (0, *LONG_STEPS)})
+
+
+def few(cells: Archived | None, question: Question) -> str:
+    """Accuracies of the runs on few items at some steps and in the test."""
+    return _with_curve(cells, question, {"own": (0, *FEW_STEPS), "other": (0, *FEW_STEPS)})
+
+
+def screening(archive: Archive) -> str:
+    """What each multiple of β does on each task: descriptive, on seeds that are not reported."""
+    cells = archive.get(SCREENING)
+    head = ["Trained on", "Variant", "Seeds", "KL's pull / rewards'", "KL", "entropy"]
+    head += ["own task", "best on validation", "other task"]
+    schedules = [f"{kind}-x{times:g}" for times in SCREENED for kind in ("constant", "grpo-d")]
+    rows = [
+        [role, *_screened(cells, role, variant)]
+        for role in ROLES
+        for variant in (BASE, "no-kl", *schedules)
+    ]
+    return table(head, rows)
+
+
+def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
+    """A row of the screening: means over its seeds."""
+    there = (
+        [] if cells is None else list(cells.of(variant, None if variant == BASE else role).values())
+    )
+    if not there:
+        return [label(variant), "not run", *[MISSING] * 6]
+    kept = [[pull_ratio(cell) for cell in there]]
+    kept += [[late(cell, name) for cell in there] for name in ("kl", "entropy")]
+    best = [max(cell.curve[role]) if cell.curve else None for cell in there]
+    shares = [
+        percent(estimate(values(cells, Side(variant), outcome, (role,))).value)
+        for outcome in ("own", "other")
+    ]
+    on_the_way = MISSING if None in best else percent(float(np.mean(best)))
+    means = [number(None if None in each else float(np.mean(each))) for each in kept]
+    return [label(variant), str(len(there)), *means, shares[0], on_the_way, shares[1]]
+
+
+def compared(found: list[Finding]) -> str:
+    """The comparisons of a question: differences, p values and equivalence bounds."""
+    head = ["", "Accuracy", "First − second", "Points [95%]", "p", "Holm's p", "At most, points"]
+    rows = []
+    for finding in found:
+        planned, test = finding.planned, finding.test
+        row = [planned.name, planned.where, f"{planned.first.label} − {planned.second.label}"]
+        row += [f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING]
+        if finding.complete:
+            row += [p_value(test.p), p_value(finding.holm), f"{100 * test.bound:.1f}"]
+        else:
+            row += [progress(finding), MISSING, MISSING]
+        rows.append(row)
+    return table(head, rows)
+
+
+def sentences(found: list[Finding]) -> str:
+    """The findings of a question, a sentence each."""
+    return "\n".join(f"- {sentence(finding)}" for finding in found)
+
+
+def comparisons() -> str:
+    """All comparisons as they were fixed, question by question."""
+    head = ["", "Preset", "Seeds", "First", "Second", "Accuracy"]
+    rows = [
+        [
+            planned.name,
+            f"`{question.preset}`",
+            ranges(question.seeds),
+            planned.first.label,
+            planned.second.label,
+            planned.where,
+        ]
+        for question in QUESTIONS
+        for planned in question.comparisons
+    ]
+    return table(head, rows)
+
+
+def power() -> str:
+    """What difference n seeds can show, and what bound they give where there is none, in points.
+
+    A column is a standard deviation of the differences of a seed.
+    """
+    measures: dict[str, Callable[[float, int], float]] = {
+        "detectable, α = 0.05": detectable,
+        f"detectable, α = 0.05/{len(PLANNED)}": partial(detectable, alpha=STRICTEST),
+        "bound where there is no difference": expected_bound,
+    }
+    rows = [
+        [f"{seeds} seeds", name, *(f"{100 * measure(each, seeds):.1f}" for each in DEVIATIONS)]
+        for seeds in SEEDS
+        for name, measure in measures.items()
+    ]
+    return table(["", "", *(f"σ = {100 * each:.0f}" for each in DEVIATIONS)], rows)
+
+
+def deviations(found: list[Finding]) -> str:
+    """The standard deviations of a seed's difference that were observed, by kind of outcome."""
+    head = ["Question", "Outcome", "Comparisons", "Smallest", "Median", "Largest"]
+    rows = []
+    for question in QUESTIONS:
+        for kind in ("own", "other", "own, curve", "other, curve"):
+            seen = [
+                100 * finding.test.deviation
+                for finding in found
+                if finding.question is question
+                and finding.complete
+                and finding.planned.outcome + ", curve" * finding.planned.on_curve == kind
+            ]
+            if seen:
+                spread = [f"{value:.1f}" for value in (min(seen), np.median(seen), max(seen))]
+                rows.append([question.title, kind, str(len(seen)), *spread])
+    return table(head, rows) if rows else "No comparison is complete."
+
+
+def cells(archive: Archive) -> str:
+    """How many cells of each preset there are, their time, and what they ran on."""
+    head = ["Preset", "Cells", "Seeds", "Hours", "Date", "Hardware", "Versions"]
+    rows, all_cells, all_hours = [], 0, 0.0
+    for preset, found in archive.items():
+        hours = sum(sum(cell.seconds.values()) for cell in found.cells) / 3600
+        seeds = ranges(sorted({cell.seed for cell in found.cells}))
+        rows.append([f"`{preset}`", str(len(found.cells)), seeds])
+        dates = "–".join(dict.fromkeys((min(found.dates), max(found.dates))))
+        rows[-1] += [f"{hours:.1f}", dates, "; ".join(found.hardware), "; ".join(found.versions)]
+        all_cells, all_hours = all_cells + len(found.cells), all_hours + hours
+    rows.append(["all", str(all_cells), "", f"{all_hours:.1f}", "", "", ""])
+    return table(head, rows)
+
+
+def commands(archive: Archive) -> str:
+    """The commands that have run the cells."""
+    lines = [command for found in archive.values() for command in found.commands]
+    return "\n".join(["```sh", *lines, "```"])
+
+
+def standing(found: list[Finding]) -> str:
+    """How many comparisons are complete, and how many of them show a difference."""
+    complete = [finding for finding in found if finding.complete]
+    if not complete:
+        return f"None of {len(found)} comparisons is complete."
+    shown = sum(finding.verdict != "none" for finding in complete)
+    return (
+        f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
+        f"difference after Holm's correction for {len(complete)}, {len(complete) - shown} do not."
+    )
+
+
+def summary(found: list[Finding]) -> str:
+    """The headline comparisons, a line for each pair of sides, whatever they show."""
+    lines: dict[tuple, list[Finding]] = {}
+    for finding in found:
+        if finding.planned.headline:
+            key = finding.question.title, finding.planned.first, finding.planned.second
+            lines.setdefault(key, []).append(finding)
+    rows, last = [], ""
+    for (title, first, second), its in lines.items():
+        cells = {"own": [], "other": []}
+        for finding in its:
+            trained = finding.planned.trained
+            where = f"{trained[0]}: " if len(finding.question.trained) > len(trained) else ""
+            cells[finding.planned.outcome].append(where + short(finding))
+        joined = ["<br>".join(each) or MISSING for each in cells.values()]
+        rows.append([title if title != last else "", f"{first.label} − {second.label}", *joined])
+        last = title
+    head = ["Question", "First − second", "own task, points", "other task, points"]
+    return f"{standing(found)}\n\n{table(head, rows)}"

@@ -1,0 +1,110 @@
+"""Numbers and findings in words, and tables, as Markdown."""
+
+from collections.abc import Sequence
+
+from mr1_fast.experiment.results import BASE
+from mr1_fast.experiment.statistics import Estimate
+
+from .outcomes import Finding
+from .questions import label
+
+MISSING = "—"
+"""What a table shows where there is no number."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; its cells hold no line breaks and no bars."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share: float) -> str:
+    """A share in percent, with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in points, with its sign and one decimal."""
+    return _minus(f"{round(100 * difference, 1) + 0.0:+.1f}")
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A number in the given form, or the sign for a missing one."""
+    return MISSING if value is None else _minus(format(value, form))
+
+
+def interval(estimate: Estimate) -> str:
+    """An interval of shares, in points."""
+    low, high = (round(100 * end, 1) + 0.0 for end in (estimate.low, estimate.high))
+    return _minus(f"[{low:.1f}, {high:.1f}]")
+
+
+def accuracy(estimate: Estimate | None, seeds: int, planned: int) -> str:
+    """A mean accuracy with its interval, and how many of the planned seeds it stands for."""
+    if estimate is None:
+        return MISSING
+    spread = interval(estimate) if estimate.low < estimate.high else ""
+    partly = f"({seeds} of {planned} seeds)" if seeds < planned else ""
+    return " ".join(filter(None, (percent(estimate.value), spread, partly)))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers, ascending, with those that follow each other as a range."""
+    parts: list[list[int]] = []
+    for each in numbers:
+        if parts and each == parts[-1][-1] + 1:
+            parts[-1].append(each)
+        else:
+            parts.append([each])
+    return ", ".join("–".join(map(str, dict.fromkeys((part[0], part[-1])))) for part in parts)
+
+
+def p_value(p: float) -> str:
+    """A p value with three decimals."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def progress(finding: Finding) -> str:
+    """How many seeds of a comparison are there; empty once all are."""
+    if finding.complete:
+        return ""
+    there, planned = len(finding.differences), len(finding.question.seeds)
+    return f"{there} of {planned} seeds" if there else "not run"
+
+
+def sentence(finding: Finding) -> str:
+    """A finding as one sentence, which begins with what was trained and tested."""
+    planned, test = finding.planned, finding.test
+    where, first, second = planned.context, planned.first.label, planned.second.label
+    if planned.same_variant:
+        where = f"{where}, {label(planned.first.variant)}"
+        first, second = f"step {planned.first.step}", f"step {planned.second.step}"
+    second = f"the {second}" if planned.second.variant == BASE else second
+    if not finding.complete:
+        return f"{where}: {first} against {second}: {progress(finding)}."
+    if finding.verdict == "none":
+        return (
+            f"{where}: no difference was found between {first} and {second}: it is not larger than "
+            f"{100 * test.bound:.1f} points (90% interval)."
+        )
+    p = p_value(finding.holm)
+    return (
+        f"{where}: {first} is {finding.verdict} {second} by "
+        f"{100 * abs(test.difference.value):.1f} points {interval(test.difference)} "
+        f"(Holm p {p if p.startswith('<') else f'= {p}'})."
+    )
+
+
+def short(finding: Finding) -> str:
+    """The difference of a finding with its interval and verdict, as short as a table needs it."""
+    if not finding.complete:
+        return progress(finding)
+    test = finding.test
+    verdict = finding.verdict
+    if verdict == "none":
+        verdict = f"none found, at most {100 * test.bound:.1f}"
+    return f"{points(test.difference.value)} {interval(test.difference)}: {verdict}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
