@@ -24,8 +24,8 @@ from .presets import find_preset
 from .report import write_report
 from .results import CellResult
 from .settings import ExperimentConfig
-from .sharing import begin_call, can_share, run_cells
-from .workers import about_processes, at_a_time, workers
+from .sharing import begin_call, run_cells
+from .workers import about_processes, at_a_time, needed, workers
 
 REPORT_SECONDS = 60.0
 """While cells run, the report is written anew whenever the last one is older than this."""
@@ -83,10 +83,10 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         return
 
     processes = at_a_time(experiment, config.processes)
-    if not can_share(output):
-        processes = 1
-        print(f"{output} is on a file system without locks: run no other command in it meanwhile.")
-    failed = run_and_tell(experiment, began, argv, processes)
+    if processes > 1:
+        # Also for the last cell alone: its numbers depend on the threads in the last bits.
+        torch.set_num_threads(1)
+    failed = run_and_tell(experiment, began, argv, needed(experiment, processes))
     if experiment.study.name == "search":
         print(search_result(experiment))
 
@@ -100,20 +100,20 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         )
 
 
-def run_and_tell(experiment: Experiment, began: int, argv: list[str], processes: int) -> list[str]:
-    """Run the cells that are missing, in so many processes; returns the failures.
+def run_and_tell(experiment: Experiment, began: int, argv: list[str], others: int) -> list[str]:
+    """Run the cells that are missing, with so many `others` beside this process.
+
+    Returns what is said of the failures.
 
     Prints a line for each cell that has ended, and writes the report on the way, also when the user
     interrupts.
     """
     told = ToldCells(experiment)
-    if processes > 1:
-        torch.set_num_threads(1)  # as the others have: a cell's numbers are the same in any of them
     try:
-        with workers(processes - 1, [str(os.getpid()), str(began), *argv]) as others:
+        with workers(others, [str(os.getpid()), str(began), *argv]) as started:
 
             def tell(ended: list[Cell]) -> None:
-                others.tell_deaths()
+                started.tell_deaths()
                 told.tell(ended)
 
             _run(experiment, began, tell)

@@ -21,6 +21,7 @@ from ..model.device import resolve_device
 from ..processes import module_process
 from ..profiles import BUILT_IN
 from .cells import Experiment
+from .sharing import can_share
 
 GRACE = 60.0
 """Seconds that a process has to save its step and to end."""
@@ -30,10 +31,10 @@ as it was measured with the tiny model on two cores; more were not measured."""
 
 
 def at_a_time(experiment: Experiment, processes: int | None = None) -> int:
-    """Return how many processes run cells for this one, itself among them.
+    """Return how many cells this command runs at a time, as long as so many are left.
 
     `processes` is the user's choice. Without one they are as many as torch has threads, where a
-    cell needs no more than one; there are never more than cells are left.
+    cell needs no more than one.
     """
     if torchrun.size() > 1:
         return 1
@@ -41,9 +42,20 @@ def at_a_time(experiment: Experiment, processes: int | None = None) -> int:
         device = resolve_device(experiment.settings(experiment.cells()[0])).type
         is_small = device == "cpu" and experiment.model in BUILT_IN
         processes = torch.get_num_threads() if is_small else 1
+    return processes
+
+
+def needed(experiment: Experiment, processes: int) -> int:
+    """Return how many of so many processes are needed beside this one for the cells that are left.
+
+    There are none where the file system has no locks.
+    """
+    if not can_share(experiment.output):
+        print(f"{experiment.output} has no locks: run no other command in it at the same time.")
+        return 0
     folders = [cell.folder(experiment.output) for cell in experiment.cells()]
     left = sum(not (folder / "cell.json").exists() for folder in folders)
-    return max(1, min(processes, left))
+    return max(0, min(processes, left) - 1)
 
 
 def about_processes(processes: int) -> str:
@@ -75,6 +87,7 @@ class Workers:
         for process, errors in self.running:
             if process.poll():
                 why = _last_line(errors) or f"exit status {process.returncode}"
+                why = f"signal {-process.returncode}" if process.returncode < 0 else why
                 print(f"a process has died ({printable(why)}): another runs its cell.", flush=True)
         self.running = [each for each in self.running if each[0].poll() is None]
 

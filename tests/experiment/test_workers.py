@@ -1,5 +1,6 @@
 """Further processes of an experiment: how many, what becomes of them, and that cells are equal."""
 
+import errno
 import json
 import os
 import signal
@@ -10,31 +11,41 @@ import time
 import pytest
 import torch
 
+from mr1_fast import locks
 from mr1_fast.errors import Stopped
 from mr1_fast.experiment import workers as workers_module
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.settings import ExperimentConfig
-from mr1_fast.experiment.workers import about_processes, at_a_time, workers
+from mr1_fast.experiment.workers import about_processes, at_a_time, needed, workers
 
 from ..data.scripts import run_script
 
 
 def test_as_many_cells_run_at_a_time_as_torch_has_threads(tiny_folder, monkeypatch, tmp_path):
-    def count(processes=None, model="tiny"):
+    def made(model="tiny"):
         settings = {"model": str(model), "device": "cpu"}
         config = ExperimentConfig(seeds=[0], settings=settings, output=str(tmp_path))
-        return at_a_time(make_experiment(config), processes)
+        return make_experiment(config)
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert count() == 4 and count(1) == 1 and count(3) == 3
-    assert count(model=tiny_folder) == 1 and count(2, model=tiny_folder) == 2
-    cells = make_experiment(ExperimentConfig(seeds=[0])).cells()
-    assert count(100) == len(cells)
-    for done, cell in enumerate(cells, start=1):
+    assert at_a_time(made()) == 4 and at_a_time(made(), 1) == 1 and at_a_time(made(), 3) == 3
+    assert at_a_time(made(tiny_folder)) == 1 and at_a_time(made(tiny_folder), 2) == 2
+    cells = made().cells()
+    assert needed(made(), 100) == len(cells) - 1 and needed(made(), 4) == 3
+    for left, cell in zip(range(len(cells) - 1, -1, -1), cells, strict=True):
         cell.folder(tmp_path).mkdir(parents=True)
         (cell.folder(tmp_path) / "cell.json").touch()
-        assert count() == max(1, min(4, len(cells) - done))
+        assert needed(made(), 4) == max(0, min(4, left) - 1) and needed(made(), 1) == 0
+
+
+def test_without_locks_no_process_is_started(monkeypatch, capsys, tmp_path):
+    def has_none(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", has_none)
+    assert needed(make_experiment(ExperimentConfig(output=str(tmp_path))), 2) == 0
+    assert "has no locks: run no other command in it" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_how_many_cells_run_at_a_time(capsys, tmp_path):
