@@ -66,7 +66,8 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     if config.dry_run:
         if is_first():
             print(dry_run(experiment))
-            print(about_processes(at_a_time(experiment, config.processes)))
+            if (processes := at_a_time(experiment, config.processes)) > 1:
+                print(about_processes(processes))
         return
 
     started = time.perf_counter()

@@ -59,9 +59,7 @@ def needed(experiment: Experiment, processes: int) -> int:
 
 
 def about_processes(processes: int) -> str:
-    """Say how many cells run at a time, and what that gains as far as it was measured."""
-    if processes == 1:
-        return "one cell runs at a time"
+    """Say that several cells run at a time, and what that gains as far as it was measured."""
     least = "" if processes == 2 else "at least "
     return (
         f"{processes} cells run at a time, each with one thread: divide the time by {least}{GAIN} "

@@ -18,11 +18,15 @@ from mr1_fast.report import plots
 from tests.data.gang import gang
 
 FAULT = """
+from pathlib import Path
+
 from mr1_fast.rewards import reward
 
 
 @reward("fragile")
 def fragile(completion, example):
+    with Path(__file__).with_name("attempts").open("a") as attempts:
+        attempts.write("once ")
     raise RuntimeError("the reward broke")
 """
 
@@ -85,6 +89,7 @@ def test_cells_are_shared_and_leave_the_files_of_one_process(tiny_folder, tmp_pa
         output = tmp_path / f"of-{size}"
         (said, failed), *others = gang(size, run_experiment, output, tiny_folder, plugin)
         assert others == [("", "")] * (size - 1)
+        assert (tmp_path / "attempts").read_text() == "once " * len(seen | {size: ""})
         assert failed.startswith("1 cell failed (fragile · counting · seed 0: The reward 'fragile'")
         lines = said.splitlines()
         assert sorted(line[:5] for line in lines[:4]) == [f"[{n}/4]" for n in (1, 2, 3, 4)]

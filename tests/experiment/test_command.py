@@ -96,11 +96,11 @@ def test_every_cell_is_trained_tested_on_both_tasks_and_run_once(quick, tmp_path
     output = quick(tmp_path / "out")
     shown = capsys.readouterr().out
     assert [line.split("]")[0] for line in shown.splitlines()[:-1]] == [
-        f"[{n}/7" for n in range(1, 8)
+        f"[{n}/9" for n in range(1, 10)
     ]
     names = {
         "base/seed0",
-        *(f"{m}/{r}/seed0" for m in ("sft", "grpo", "grpo-d") for r in ("counting", "geometry")),
+        *(f"{m.name}/{r}/seed0" for m in studies.METHODS for r in ("counting", "geometry")),
     }
     cells = {
         str(path.parent.relative_to(output / "cells")): path.parent
@@ -261,12 +261,12 @@ def test_a_failed_cell_is_told_and_tried_again(quick, monkeypatch, tmp_path, cap
     assert "fragile · counting · seed 0: FAILED: The reward 'fragile'" in capsys.readouterr().out
     failed = json.loads((output / "cells/fragile/counting/seed0/failed.json").read_text())
     assert "\n" not in failed["error"] and "RuntimeError" in failed["traceback"]
-    assert (output / "cells/sft/counting/seed0/cell.json").exists()
+    assert (output / "cells/sft-solution/counting/seed0/cell.json").exists()
     assert "the reward broke" in (output / "report.html").read_text()
     (tmp_path / "mended").touch()
-    before = stamps(output / "cells/sft")
+    before = stamps(output / "cells/sft-solution")
     quick(output)
-    assert not list(output.rglob("failed.json")) and stamps(output / "cells/sft") == before
+    assert not list(output.rglob("failed.json")) and stamps(output / "cells/sft-solution") == before
 
 
 def test_a_dry_run_tells_what_is_to_do_and_writes_nothing(quick, monkeypatch, tmp_path, capsys):
