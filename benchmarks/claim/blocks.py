@@ -7,10 +7,10 @@ import numpy as np
 
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.results import BASE
-from mr1_fast.experiment.scales import ROLES
 from mr1_fast.experiment.statistics import detectable, expected_bound
+from mr1_fast.experiment.studies import STUDIES
 
-from .archive import Archive, Archived
+from .archive import Archive, Archived, Record
 from .outcomes import Finding, Values, estimate, findings, late, pull_ratio, values
 from .questions import (
     FEW_STEPS,
@@ -63,7 +63,7 @@ def blocks(archive: Archive) -> Blocks:
         "summary": partial(summary, found),
         "lever-screening": partial(screening, archive),
     }
-    tables = {"transfer": transfer, "lever": both_tasks, "long": over_steps, "few": few}
+    tables = {"transfer": transfer, "lever": schedules, "long": over_steps, "few": few}
     for question in QUESTIONS:
         its = [finding for finding in found if finding.question is question]
         made |= _means(archive.get(question.preset), question)
@@ -131,21 +131,30 @@ def _change(found: Values, base: Values) -> str:
     return number(100 * (np.mean([found[seed] for seed in shared]) / before - 1), "+.1f") + "%"
 
 
-def both_tasks(cells: Archived | None, question: Question) -> str:
-    """Accuracies on the trained and on the other task, in the mean of both trainings and apart."""
-    apart = [(role, outcome) for outcome in ("own", "other") for role in question.trained]
-    head = ["Variant", "own task", "other task"]
-    head += [f"{role} → {tested(role, outcome)}" for role, outcome in apart]
+def schedules(cells: Archived | None, question: Question) -> str:
+    """Accuracies on the trained and on the other task, with KL, entropy and pull of each path."""
+    (role,) = question.trained
+    head = ["β", "own task", "other task", "KL's pull / rewards'", "KL", "entropy"]
     rows = []
     for variant in question.variants:
-        row = [label(variant)]
-        for outcome in ("own", "other"):
-            row.append(_accuracy(values(cells, Side(variant), outcome, question.trained), question))
-        for role, outcome in apart:
-            found = estimate(values(cells, Side(variant), outcome, (role,)))
-            row.append(MISSING if found is None else percent(found.value))
-        rows.append(row)
+        shares = [values(cells, Side(variant), outcome, (role,)) for outcome in ("own", "other")]
+        row = [label(variant), *(_accuracy(found, question) for found in shares)]
+        rows.append([*row, *_kept(_there(cells, role, variant))])
     return table(head, rows)
+
+
+def _there(cells: Archived | None, role: str, variant: str) -> list[Record]:
+    """The cells of a variant, one a seed."""
+    if cells is None:
+        return []
+    return list(cells.of(variant, None if variant == BASE else role).values())
+
+
+def _kept(cells: list[Record]) -> list[str]:
+    """Pull, KL and entropy in the mean over cells; KL and entropy are those of the last fifth."""
+    kept = [[pull_ratio(cell) for cell in cells]]
+    kept += [[late(cell, name) for cell in cells] for name in ("kl", "entropy")]
+    return [number(None if None in each or not each else float(np.mean(each))) for each in kept]
 
 
 def _with_curve(
@@ -180,36 +189,30 @@ def few(cells: Archived | None, question: Question) -> str:
 
 
 def screening(archive: Archive) -> str:
-    """What each multiple of β does on each task: descriptive, on seeds that are not reported."""
+    """What each multiple of β does: descriptive, on a seed that is not reported."""
     cells = archive.get(SCREENING)
-    head = ["Trained on", "Variant", "Seeds", "KL's pull / rewards'", "KL", "entropy"]
-    head += ["own task", "best on validation", "other task"]
+    head = ["β", "Seeds", "KL's pull / rewards'", "KL", "entropy"]
+    head += ["own task", "sampled", "best on validation", "other task"]
     schedules = [f"{kind}-x{times:g}" for times in SCREENED for kind in ("constant", "grpo-d")]
-    rows = [
-        [role, *_screened(cells, role, variant)]
-        for role in ROLES
-        for variant in (BASE, "no-kl", *schedules)
-    ]
+    (role,) = STUDIES["lever"].trained
+    rows = [_screened(cells, role, variant) for variant in (BASE, "no-kl", *schedules)]
     return table(head, rows)
 
 
 def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
     """A row of the screening: means over its seeds."""
-    there = (
-        [] if cells is None else list(cells.of(variant, None if variant == BASE else role).values())
-    )
+    there = _there(cells, role, variant)
     if not there:
-        return [label(variant), "not run", *[MISSING] * 6]
-    kept = [[pull_ratio(cell) for cell in there]]
-    kept += [[late(cell, name) for cell in there] for name in ("kl", "entropy")]
-    best = [max(cell.curve[role]) if cell.curve else None for cell in there]
-    shares = [
+        return [label(variant), "not run", *[MISSING] * 7]
+    own, other = (
         percent(estimate(values(cells, Side(variant), outcome, (role,))).value)
         for outcome in ("own", "other")
-    ]
+    )
+    sampled = np.mean([cell.right[role]["sampled"] / cells.items[role] for cell in there])
+    best = [max(cell.curve[role]) if cell.curve else None for cell in there]
     on_the_way = MISSING if None in best else percent(float(np.mean(best)))
-    means = [number(None if None in each else float(np.mean(each))) for each in kept]
-    return [label(variant), str(len(there)), *means, shares[0], on_the_way, shares[1]]
+    shares = [own, percent(float(sampled)), on_the_way, other]
+    return [label(variant), str(len(there)), *_kept(there), *shares]
 
 
 def compared(found: list[Finding]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mr1_fast.experiment.results import BASE
-from mr1_fast.experiment.scales import ROLES
+from mr1_fast.experiment.scales import DRAWN, ROLES
 from mr1_fast.experiment.studies import MULTIPLES, STRONG, STUDIES
 
 TASKS = {"own": "the task that was trained", "other": "the other task"}
@@ -139,7 +139,7 @@ def _numbered(
 
 LONG_STEPS: tuple[int, int, int] = (100, 300, STUDIES["long"].settings["steps"])
 """Steps of the long runs: an early one, and the two ends of what follows."""
-FEW_STEPS: tuple[int, int] = (90, STUDIES["few"].settings["steps"])
+FEW_STEPS: tuple[int, int] = (90, DRAWN["steps"])
 """Steps of the runs on few items: early, and at the end."""
 
 OWN, OTHER = ("own",), ("other",)
@@ -188,11 +188,11 @@ _EACH, _MEAN, _GEOMETRY = [(role,) for role in ROLES], [ROLES], [("geometry",)]
 QUESTIONS = (
     Question(
         1, "transfer", "Transfer, and what SFT imitates", "tiny", "method",
-        tuple(range(10)), ROLES, tuple(_numbered(1, _TRANSFER, _EACH)),
+        tuple(range(8)), ROLES, tuple(_numbered(1, _TRANSFER, _EACH)),
     ),
     Question(
         2, "lever", "The lever of β, and its schedules", "tiny_schedules", "schedules",
-        tuple(range(10)), ROLES, tuple(_numbered(2, _LEVER, _MEAN)),
+        tuple(range(10)), ("geometry",), tuple(_numbered(2, _LEVER, _GEOMETRY)),
     ),
     Question(
         3, "long", "Many steps", "tiny_long", "long",
@@ -200,7 +200,7 @@ QUESTIONS = (
     ),
     Question(
         4, "few", "Few training items", "tiny_few", "few",
-        tuple(range(8)), ROLES, tuple(_numbered(4, _FEW, _MEAN)),
+        tuple(range(6)), ROLES, tuple(_numbered(4, _FEW, _MEAN)),
     ),
 )  # fmt: skip
 
