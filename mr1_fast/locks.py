@@ -2,8 +2,8 @@
 
 `locked` is on a folder or file itself and leaves nothing behind: for the moments in which names
 change, and for what is temporary. `exclusive` lets one process work in a folder, and tells the
-others; `one_at_a_time` lets them wait. Both last long, so that theirs are files beside what is
-made.
+others; `one_at_a_time` lets them wait, and `if_free` lets them do something else. These last long,
+so that theirs are files beside what is made.
 
 A forked child has its parent's open files, and with them the locks, which it would keep when the
 parent dies: a pool of a reward's processes outlives a run that is killed. So children let go.
@@ -106,15 +106,46 @@ def one_at_a_time(path: Path, way_out: str) -> Iterator[None]:
     system has no locks, nobody waits. Raises UserError, which ends with `way_out`, where the file
     cannot be made.
     """
+    with _lock_beside(path, way_out) as lock, held(lock):
+        yield
+
+
+@contextmanager
+def if_free(path: Path, way_out: str) -> Iterator[bool]:
+    """Hold the lock of `one_at_a_time(path)` within a block, unless another process has it.
+
+    Yields whether the block may work on `path`. Where the file system has no locks, all may.
+    """
+    with _lock_beside(path, way_out) as lock, _of_this_process(lock.fileno()):
+        yield _get(lock) is not False
+
+
+def has_locks(path: Path, way_out: str) -> bool:
+    """Return whether the file system has locks, by a look at that of `one_at_a_time(path)`."""
+    with _lock_beside(path, way_out) as lock, _of_this_process(lock.fileno()):
+        return _get(lock) is not None
+
+
+def _get(lock: IO) -> bool | None:
+    """Lock an open file; False if another process has it, None if the file system has no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _lock_beside(path: Path, way_out: str) -> IO:
+    """Open the hidden file beside `path` whose lock is that of `path`."""
     name = path.with_name(f".{path.name}.lock")
     require_file(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = name.open("a")
+        return name.open("a")
     except OSError as error:
         raise UserError(f"{path} could not be saved ({error}): {way_out}.") from error
-    with lock, held(lock):
-        yield
 
 
 @contextmanager
@@ -138,12 +169,8 @@ def exclusive(folder: Path, taken: str) -> Iterator[None]:
                 "there, or choose another."
             ) from error
         with lock, _of_this_process(lock.fileno()):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(taken) from error
-            except OSError:
-                pass
+            if _get(lock) is False:
+                raise UserError(taken)
             if not _names(path, lock):  # it was that of a process which has just ended
                 continue
             try:

@@ -39,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "overlong_penalty": (0, 1),
     "pass_at": (1, 2**16),
     "patience": (0, MANY),
+    "processes": (1, 1024),
     "prompts_per_step": (1, 10**5),
     "reward_seconds": (0, 1e7),
     "samples": (1, MANY_ITEMS),

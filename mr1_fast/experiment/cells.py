@@ -17,11 +17,12 @@ from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
 from ..files import atomic_folder, restore_folder
 from ..integrity import CHECKSUMS, checksums, folder_finding, read_sealed
-from ..locks import one_at_a_time
+from ..locks import if_free, one_at_a_time
 from ..profiles import BUILT_IN
 from ..start import supervised_start
 from ..tasks.data import load_examples
 from ..types import Example
+from .prompts import KeptPrompts
 from .results import BASE as BASE_NAME
 from .results import CellResult, cell_folder, read_cell
 from .scales import ROLES, Scale
@@ -128,9 +129,9 @@ class Experiment:
         A built-in model gets a supervised start on both tasks. It is kept with the cells, since the
         user's cache may be emptied, and another version of torch would make another start.
         """
-        if self.model not in BUILT_IN or not self.scale.start_accuracy:
+        if not self.has_starts:
             return self.model
-        kept = self.output / "starts" / f"seed{seed}"
+        kept = self._start(seed)
         with one_at_a_time(kept, AGAIN):
             restore_folder(kept)
             damage = folder_finding(kept, unsealed=True) if kept.exists() else ""
@@ -143,6 +144,22 @@ class Experiment:
                 with atomic_folder(kept, AGAIN) as folder:
                     shutil.copytree(start, folder, dirs_exist_ok=True)
         return str(kept)
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether the model gets a supervised start for each seed."""
+        return self.model in BUILT_IN and self.scale.start_accuracy > 0
+
+    def waits_for_start(self, seed: int) -> bool:
+        """Return whether another process makes the start of a seed at this moment."""
+        if not self.has_starts or self._start(seed).exists():
+            return False
+        with if_free(self._start(seed), AGAIN) as is_free:
+            return not is_free
+
+    def _start(self, seed: int) -> Path:
+        """The folder of the start of a seed."""
+        return self.output / "starts" / f"seed{seed}"
 
     def _started_on(self) -> list[TaskConfig]:
         """The tasks of the supervised start."""
@@ -168,6 +185,7 @@ class Experiment:
                 ) from error
         return found
 
+    @cached_property
     def validation_items(self) -> dict[str, list[Example]]:
         """The items of both tasks that learning curves are measured on."""
         # A learning-rate search tests on validation items of seed 0; these are others.
@@ -177,6 +195,11 @@ class Experiment:
             )
             for role, task in self.scale.tasks.items()
         }
+
+    @cached_property
+    def prompts(self) -> KeptPrompts:
+        """The prompts of these items, encoded: the same for every cell."""
+        return KeptPrompts()
 
     def result(self, cell: Cell) -> CellResult:
         """What the cell has recorded so far; UserError for a damaged file."""

@@ -1,36 +1,34 @@
-"""Running an experiment: every cell that is missing, one after the other, and then the report.
+"""Running an experiment: every cell that is missing, in one or several processes, and the report.
 
-The processes that torchrun has started share the cells, each of which one process runs alone.
+Each cell is run by one process alone; sharing.py says by which.
 """
 
 import os
 import signal
 import time
-from contextlib import redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import torch
 import transformers
 
-from ..distributed import SINGLE, World
-from ..distributed.launch import join_world
+from ..distributed.launch import join_world, require_shared, work_alone
 from ..errors import Stopped, UserError
-from ..locks import exclusive
 from ..model.device import resolve_device
 from ..torchrun import is_first
 from .cells import Cell, Experiment
-from .claims import Claims, claims_in
 from .description import describe, remember
 from .estimate import dry_run
 from .presets import find_preset
 from .report import write_report
 from .results import CellResult
-from .run_cell import run_cell
 from .settings import ExperimentConfig
+from .sharing import begin_call, run_cells
+from .workers import about_processes, at_a_time, needed, workers
 
 REPORT_SECONDS = 60.0
 """While cells run, the report is written anew whenever the last one is older than this."""
-LOOK_SECONDS = 0.5
-"""How long the first process waits before it looks again whether the cells of others have ended."""
 
 
 def make_experiment(config: ExperimentConfig) -> Experiment:
@@ -68,25 +66,32 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     if config.dry_run:
         if is_first():
             print(dry_run(experiment))
+            if (processes := at_a_time(experiment, config.processes)) > 1:
+                print(about_processes(processes))
         return
 
     started = time.perf_counter()
-    transformers.utils.logging.disable_progress_bar()  # each cell loads its models four times
     experiment.test_items  # noqa: B018  missing images are told before anything is written
     any_cell = experiment.settings(experiment.cells()[0])
-    world = join_world(resolve_device(any_cell).type)
+    world, output = join_world(resolve_device(any_cell).type), experiment.output
+    if world.is_first:
+        remember(describe(config, experiment, argv), output)
+    require_shared(world, output)
+    began = world.of_first(begin_call(output) if world.is_first else 0)
+    work_alone(world)
     if not world.is_first:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no bars
-            run_cells(experiment, world)
+        run_quietly(experiment, began)
         return
-    taken = f"another process runs the experiment in {experiment.output}: wait for it, or end it."
-    with exclusive(experiment.output, taken):
-        remember(describe(config, experiment, argv), experiment.output)
-        failed = run_cells(experiment, world)
+
+    processes = at_a_time(experiment, config.processes)
+    if processes > 1:
+        # Also for the last cell alone: its numbers depend on the threads in the last bits.
+        torch.set_num_threads(1)
+    failed = run_and_tell(experiment, began, argv, needed(experiment, processes))
     if experiment.study.name == "search":
         print(search_result(experiment))
 
-    page = write_report(experiment.output)
+    page = write_report(output)
     minutes = (time.perf_counter() - started) / 60
     print(f"report {page} · {page.with_suffix('.md')} · {minutes:.1f} minutes")
     if failed:
@@ -96,61 +101,60 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         )
 
 
-def run_cells(experiment: Experiment, world: World = SINGLE) -> list[str]:
-    """Run the cells that are missing, those that no other process runs; returns the failures.
+def run_and_tell(experiment: Experiment, began: int, argv: list[str], others: int) -> list[str]:
+    """Run the cells that are missing, with so many `others` beside this process.
 
-    The first process prints a line for each cell that has ended, waits for the last one, and alone
-    knows the failures. It writes the report on the way, also when the user interrupts.
+    Returns what is said of the failures.
+
+    Prints a line for each cell that has ended, and writes the report on the way, also when the user
+    interrupts.
     """
-    cells = dict(enumerate(experiment.cells(), start=1))
+    told = ToldCells(experiment)
     try:
-        with claims_in(experiment.output, world) as claims:
-            ended = EndedCells(experiment, cells, claims)
-            for number, cell in cells.items():
-                if claims.take(number):
-                    run_cell(experiment, cell)
-                    claims.end(number)
-                if world.is_first:
-                    ended.tell()
-            while world.is_first and not ended.are_all():
-                time.sleep(LOOK_SECONDS)
-                ended.tell()
-            # torchrun on one machine waits minutes, not hours, for those on the others.
-            while not world.is_first and not claims.are_over():
-                time.sleep(LOOK_SECONDS)
+        with workers(others, [str(os.getpid()), str(began), *argv]) as started:
+
+            def tell(ended: list[Cell]) -> None:
+                started.tell_deaths()
+                told.tell(ended)
+
+            _run(experiment, began, tell)
     except KeyboardInterrupt as stopped:
-        if world.is_first:
-            write_report(experiment.output)
+        write_report(experiment.output)
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
         raise Stopped(number, "stopped: run the command again to go on") from stopped
-    return [ended.failed[number] for number in sorted(ended.failed)]
+    return told.failed
 
 
-class EndedCells:
-    """The cells that have ended, on whichever process, as the first one tells them."""
+def run_quietly(experiment: Experiment, began: int) -> None:
+    """Run free cells beside the first process, which alone prints and writes the report."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        _run(experiment, began, lambda ended: None)
 
-    def __init__(self, experiment: Experiment, cells: dict[int, Cell], claims: Claims):
-        self.experiment, self.claims, self.count = experiment, claims, len(cells)
-        self.left = dict(cells)
-        """Cells that were not told yet, by their numbers."""
-        self.failed: dict[int, str] = {}
+
+def _run(experiment: Experiment, began: int, tell: Callable[[list[Cell]], None]) -> None:
+    transformers.utils.logging.disable_progress_bar()  # each cell loads its models four times
+    run_cells(experiment, began, tell)
+
+
+class ToldCells:
+    """The cells that have ended, in whichever process, as the first one tells them."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.count = experiment, len(experiment.cells())
+        self.told = 0
+        self.failed: list[str] = []
         """What is said of the cells that have failed."""
         self.reported = time.monotonic()
 
-    def are_all(self) -> bool:
-        """Return whether every cell was told."""
-        return not self.left
-
-    def tell(self) -> None:
-        """Print a line for each cell that has ended since the last call, and renew the report."""
-        new = [number for number in self.left if self.claims.has_ended(number)]
-        for number in new:
-            cell = self.left.pop(number)
+    def tell(self, ended: list[Cell]) -> None:
+        """Print a line for each of these cells, and renew the report."""
+        for cell in ended:
             result = self.experiment.result(cell)
             if result.error:
-                self.failed[number] = f"{cell}: {result.error}"
-            print(f"[{number}/{self.count}] {cell}: {_result_line(result)}", flush=True)
-        if new and time.monotonic() - self.reported > REPORT_SECONDS:
+                self.failed.append(f"{cell}: {result.error}")
+            self.told += 1
+            print(f"[{self.told}/{self.count}] {cell}: {_result_line(result)}", flush=True)
+        if ended and time.monotonic() - self.reported > REPORT_SECONDS:
             write_report(self.experiment.output)
             self.reported = time.monotonic()
 
@@ -158,6 +162,8 @@ class EndedCells:
 def _result_line(result: CellResult) -> str:
     if result.error:
         return f"FAILED: {result.error}"
+    if not result.correct:  # a failure that another call, which has begun since, tries again
+        return "is run again by another call"
     shares = (f"{role} {modes['greedy'].mean():.1%}" for role, modes in result.correct.items())
     return f"{', '.join(shares)} (greedy; {sum(result.seconds.values()):.0f} s)"
 

@@ -13,6 +13,7 @@ import transformers
 from ..errors import UserError, shortened
 from ..files import write_text
 from ..integrity import read_sealed, sealed
+from ..locks import one_at_a_time
 from ..profiles import BUILT_IN
 from ..version import __version__
 from .cells import BASE, Experiment
@@ -23,6 +24,8 @@ from .studies import Variant
 
 IDENTITY = ("preset", "settings", "test_items")
 """Entries that every call in the same folder must agree on, since finished cells are kept."""
+WAY_OUT = "choose another with --output"
+"""The way out where experiment.json cannot be written."""
 
 
 def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) -> dict[str, Any]:
@@ -115,24 +118,30 @@ def remember(description: dict[str, Any], output: Path) -> None:
     file is damaged.
     """
     path = output / "experiment.json"
-    if path.exists():
-        try:
-            earlier = read_sealed(path, DESCRIBED)
-            written = json.loads(json.dumps(description))
-            changed = [name for name in IDENTITY if earlier[name] != written[name]]
-            seeds = sorted({*earlier["seeds"], *description["seeds"]})
-            machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is damaged ({shortened(error)}): remove it, or choose another --output."
-            ) from error
-        if changed:
-            raise UserError(
-                f"{output} holds an experiment with other {', '.join(changed)}: choose another "
-                "--output."
-            )
-        description = {**description, "seeds": seeds, "hardware": "; ".join(machines)}
-    write_text(path, sealed(description), "choose another with --output")
+    with one_at_a_time(path, WAY_OUT):
+        if path.exists():
+            description = _with_earlier(description, path)
+        write_text(path, sealed(description), WAY_OUT)
+
+
+def _with_earlier(description: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a description with the seeds and machines added that the file `path` has."""
+    try:
+        earlier = read_sealed(path, DESCRIBED)
+        written = json.loads(json.dumps(description))
+        changed = [name for name in IDENTITY if earlier[name] != written[name]]
+        seeds = sorted({*earlier["seeds"], *description["seeds"]})
+        machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({shortened(error)}): remove it, or choose another --output."
+        ) from error
+    if changed:
+        raise UserError(
+            f"{path.parent} holds an experiment with other {', '.join(changed)}: choose another "
+            "--output."
+        )
+    return {**description, "seeds": seeds, "hardware": "; ".join(machines)}
 
 
 def _hardware() -> str:

@@ -153,16 +153,16 @@ def _watch(
     Every `curve_every` steps, and after the last, it appends the greedy accuracy on validation
     items of both tasks to the file `curve`.
     """
-    scale, items = experiment.scale, experiment.validation_items()
+    scale, items = experiment.scale, experiment.validation_items
     sampling = Sampling.of(config, temperature=0.0)
 
     def watch(policy: Policy, done: int) -> None:
         if done % experiment.curve_every and done != config.steps:
             return
-        point = {"step": done}
+        point, sharing = {"step": done}, experiment.prompts.of(policy)
         for role, task in scale.tasks.items():
             judge = get_task(task.test["task"]).judge(config.judge)
-            records = evaluate(policy, judge, items[role], sampling)
+            records = evaluate(sharing, judge, items[role], sampling)
             point[role] = summarise(records)["accuracy"]
         shorten(curve, end_before(curve, done), AGAIN)  # those of a checkpoint that was damaged
         append_line(curve, point, AGAIN)
@@ -179,7 +179,7 @@ def _test(
     judge → task → mode → a character for each item, 1 if the answer is right and 0 if it is wrong.
     The judge of training judges both tasks, and others those on data that published figures are of.
     """
-    policy = load_policy(config)
+    policy = experiment.prompts.of(load_policy(config))
     longest = max(map(len, experiment.test_items.values()))
     memory = RunMemory(policy, replace(config, eval_samples=longest))
     limits = MemoryLimits(tqdm.write, memory.advise, memory.amounts())

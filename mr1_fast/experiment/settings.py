@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import torchrun
 from ..command_line import SettingsParser
 from ..config import TrainConfig
 from ..config.bounds import check_values
@@ -46,12 +47,21 @@ class ExperimentConfig:
     geometry_images: str | None = None
     """Folder with the test images of Geo170K, for presets that test geometry on them
     (qwen2vl_2b)."""
+    processes: int | None = None
+    """How many cells run at a time, each in a process with one thread; with 1, one cell at a time
+    has all threads. The default is 1 on a GPU, under torchrun and for models that are not built in,
+    and otherwise the number of torch's threads (the cores, or OMP_NUM_THREADS)."""
     dry_run: bool = False
     """Print the cells with estimates of their time and memory, and run nothing."""
 
     def check(self) -> None:
         """Raise UserError for values that no experiment can have."""
         check_values(self)
+        if (self.processes or 1) > 1 and torchrun.size() > 1:
+            raise UserError(
+                f"processes is {self.processes}, but torchrun has started {torchrun.size()}, which "
+                "share the cells: leave it out."
+            )
         if self.settings.get("model") in BUILT_IN_TEXT:
             raise UserError(
                 f"settings has the model {self.settings['model']}, which reads text alone, but the "

@@ -7,23 +7,26 @@ from io import StringIO
 
 import pytest
 
-from mr1_fast.distributed import SINGLE
 from mr1_fast.errors import UserError
-from mr1_fast.experiment import presets
 from mr1_fast.experiment.__main__ import main
-from mr1_fast.experiment.claims import claims_in
 from mr1_fast.experiment.command import make_experiment
-from mr1_fast.experiment.presets import GRPO_D, SCALES, SFT, Study, Variant
+from mr1_fast.experiment.scales import SCALES
 from mr1_fast.experiment.settings import ExperimentConfig
+from mr1_fast.experiment.studies import GRPO_D, SFT_SOLUTION, STUDIES, Study, Variant
+from mr1_fast.experiment.workers import at_a_time
 from mr1_fast.report import plots
 from tests.data.gang import gang
 
 FAULT = """
+from pathlib import Path
+
 from mr1_fast.rewards import reward
 
 
 @reward("fragile")
 def fragile(completion, example):
+    with Path(__file__).with_name("attempts").open("a") as attempts:
+        attempts.write("once ")
     raise RuntimeError("the reward broke")
 """
 
@@ -35,19 +38,20 @@ def test_a_cell_needs_no_more_prompts_than_one_process(monkeypatch):
     assert cells  # each of whose settings has been checked
 
 
-def test_where_the_first_process_is_stopped_no_other_waits(tmp_path):
-    with pytest.raises(KeyboardInterrupt), claims_in(tmp_path, SINGLE) as claims:
-        assert claims.take(1) and not claims.take(1) and not claims.are_over()
-        raise KeyboardInterrupt
-    assert claims.are_over() and not claims.take(2) and not list(tmp_path.iterdir())
+def test_under_torchrun_no_further_processes_are_asked_for(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="processes is 3, but torchrun has started 2, which share"):
+        make_experiment(ExperimentConfig(processes=3))
+    assert at_a_time(make_experiment(ExperimentConfig())) == 1
 
 
 def run_experiment(world, output, model, plugin):
     """What a process prints of an experiment of a few short cells, one of which fails."""
     fragile = {"plugin": str(plugin), "extra_rewards": {"fragile": 0.1}}
-    variants = (Variant("fragile", "fragile", fragile), GRPO_D, SFT)
+    variants = (Variant("fragile", "fragile", fragile), GRPO_D, SFT_SOLUTION)
     shared = dict(steps=2, prompts_per_step=2, num_generations=3, max_new_tokens=6, device="cpu")
-    presets.SCALES["quick"] = replace(
+    SCALES["quick"] = replace(
         SCALES["tiny"],
         model=str(model),
         settings={**SCALES["tiny"].settings, **shared},
@@ -55,7 +59,7 @@ def run_experiment(world, output, model, plugin):
         curve_every=2,
         curve_items=3,
     )
-    presets.STUDIES["method"] = Study("method", "Method", variants, trained=("counting",))
+    STUDIES["method"] = Study("method", "Method", variants, trained=("counting",))
     plots.plot_element = lambda *_: ""
     said, failed = StringIO(), ""
     with redirect_stdout(said):
@@ -85,6 +89,7 @@ def test_cells_are_shared_and_leave_the_files_of_one_process(tiny_folder, tmp_pa
         output = tmp_path / f"of-{size}"
         (said, failed), *others = gang(size, run_experiment, output, tiny_folder, plugin)
         assert others == [("", "")] * (size - 1)
+        assert (tmp_path / "attempts").read_text() == "once " * len(seen | {size: ""})
         assert failed.startswith("1 cell failed (fragile · counting · seed 0: The reward 'fragile'")
         lines = said.splitlines()
         assert sorted(line[:5] for line in lines[:4]) == [f"[{n}/4]" for n in (1, 2, 3, 4)]
