@@ -27,10 +27,11 @@ class ExperimentConfig:
     """Train and test the same model with several methods, and write a report that compares them."""
 
     preset: str = "tiny"
-    """What is compared. `tiny` (for a CPU), `small` (for any GPU) and `qwen2vl_2b` (24 GB) compare
-    the base model, SFT, GRPO and GRPO-D. An ending makes an ablation, which varies one setting:
-    _alpha, _beta, _generations or _schedules. `tiny_search` and `small_search` compare learning
-    rates."""
+    """What is compared. `tiny` (for a CPU), `small` (for any GPU), `qwen2vl_2b` and `qwen3vl_2b`
+    (24 GB) compare the base model, SFT on answers and on worked solutions, GRPO and GRPO-D. An
+    ending makes another study of that scale: _lever and _schedules (multiples and paths of β),
+    _alpha, _beta or _generations; for `tiny` and `small` also _long (1,000 steps), _few (100
+    training items) and _search (learning rates)."""
     output: str | None = None
     """Folder of the experiment; the default is experiments/<preset>. Cells that are finished there
     are kept and never run again."""
@@ -43,10 +44,11 @@ class ExperimentConfig:
     """Settings of mr1_fast.train that replace the preset's in every cell, for example
     '{"steps": 50}' or '{"model": "Qwen/Qwen2-VL-7B-Instruct"}'."""
     counting_images: str | None = None
-    """Folder with the images of SuperCLEVR, for presets that test counting on them (qwen2vl_2b)."""
+    """Folder with the images of SuperCLEVR, for presets that test counting on them (qwen2vl_2b,
+    qwen3vl_2b)."""
     geometry_images: str | None = None
-    """Folder with the test images of Geo170K, for presets that test geometry on them
-    (qwen2vl_2b)."""
+    """Folder with the test images of Geo170K, for presets that test geometry on them (qwen2vl_2b,
+    qwen3vl_2b)."""
     processes: int | None = None
     """How many cells run at a time, each in a process with one thread; with 1, one cell at a time
     has all threads. The default is 1 on a GPU, under torchrun and for models that are not built in,
