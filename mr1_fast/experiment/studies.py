@@ -133,15 +133,15 @@ def accuracy_beta(times: float, at: float) -> Variant:
     )
 
 
-def target_kl(times: float, targets: Mapping[str, float]) -> Variant:
-    """A β that holds the KL at a target of each task, in nats per token.
+def target_kl(times: float, target: float) -> Variant:
+    """A β that holds the KL at a target, in nats per token.
 
     It begins at `times` the mean of GRPO-D's, and stays within a quarter and seven quarters of it.
     """
 
     def settings(role: str) -> Mapping[str, Any]:
         start = times * mean_beta(role)
-        return {"beta_min": start / 4, "beta_max": 7 * start / 4, "target_kl": targets[role]}
+        return {"beta_min": start / 4, "beta_max": 7 * start / 4, "target_kl": target}
 
     return Variant(
         f"target-kl-x{times:g}",
@@ -180,13 +180,13 @@ LEARNING_RATES = (5e-5, 1e-4, 2e-4)
 
 MULTIPLES = (1, 3, 10, 30, 100, 300)
 """How many times the paper's β the study `lever` tries."""
-STRONG = 100
+STRONG = 30
 """The multiple of the paper's β at which schedules are compared, chosen with the study `lever`.
 
 It is the largest at which a constant β still leaves half of what is learnt without a KL: there the
 KL weighs most without forbidding everything."""
-TARGETS = {"counting": 0.01, "geometry": 0.01}
-"""The KL that a constant β of that strength leaves, in nats per token."""
+STRONG_KL = 0.027
+"""The KL that a constant β of that strength leaves on geometry, in nats per token."""
 
 STUDIES = {
     "method": Study("method", "Method", METHODS),
@@ -217,7 +217,7 @@ STUDIES = {
                 for shape in ("grpo-d", "reversed", "linear-up", "linear-down")
             ),
             accuracy_beta(STRONG, at=0.3),
-            target_kl(STRONG, TARGETS),
+            target_kl(STRONG, STRONG_KL),
         ),
         trained=("geometry",),
     ),
