@@ -25,7 +25,7 @@ from mr1_fast.experiment.scales import SCALES
 from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.experiment.studies import GRPO_D, SFT_ANSWER, SFT_SOLUTION, Study, Variant
 from mr1_fast.integrity import CHECKSUMS, checksum, checksums, sealed
-from mr1_fast.kl_schedule import DynamicKL
+from mr1_fast.kl_schedule import AccuracyKL, DynamicKL, TargetKL
 from mr1_fast.profiles import BUILT_IN
 from mr1_fast.tasks import get_task
 from mr1_fast.tasks.data import TEST_SETS, load_examples
@@ -103,7 +103,7 @@ def test_every_cell_is_trained_tested_on_both_tasks_and_run_once(
     output = quick(tmp_path / "out")
     shown = capsys.readouterr().out
     assert [line.split("]")[0] for line in shown.splitlines()[:-1]] == [
-        f"[{n}/9" for n in range(1, 10)
+        f"[{n}/7" for n in range(1, 8)
     ]
     names = {
         "base/seed0",
@@ -457,11 +457,25 @@ def test_ablations_vary_what_the_paper_varies(tmp_path):
         "accuracy",
         "target-kl",
     ]
-    for role, low, high in (("counting", 0.04, 0.1), ("geometry", 0.0, 0.02)):
-        schedule = DynamicKL(low, high, total_steps=10_000)
-        mean = sum(map(schedule, range(10_000))) / 10_000
-        constant = values("tiny_schedules", "beta", role)[1]
-        assert constant == pytest.approx(studies.STRONG * mean, rel=1e-3)
+
+
+@pytest.mark.parametrize("role, low, high", [("counting", 0.04, 0.1), ("geometry", 0.0, 0.02)])
+def test_the_paths_of_beta_over_the_steps_have_one_mean(role, low, high):
+    def mean(**path) -> float:
+        schedule = DynamicKL(**path, total_steps=10_000)
+        return sum(map(schedule, range(10_000))) / 10_000
+
+    papers = mean(beta_min=low, beta_max=high)
+    constant = studies.constant_beta(30).by_role[role]["beta"]
+    assert constant == pytest.approx(30 * papers, rel=1e-3)
+    for shape in ("grpo-d", "reversed", "linear-up", "linear-down"):
+        path = studies.scheduled_beta(30, shape).by_role[role]
+        assert mean(**path, shape=shape) == pytest.approx(30 * papers, rel=1e-3), shape
+    by_accuracy = AccuracyKL(**studies.accuracy_beta(30, at=0.3).by_role[role])
+    by_accuracy.observe_accuracy(0.3)
+    assert by_accuracy(0) == pytest.approx(30 * papers, rel=1e-3)
+    by_kl = dict(studies.target_kl(30, 0.02).by_role[role])
+    assert TargetKL(target=by_kl.pop("target_kl"), **by_kl)(0) == pytest.approx(constant)
 
 
 @pytest.mark.parametrize(
