@@ -185,7 +185,7 @@ STRONG = 30
 
 It is the largest at which a constant β still leaves half of what is learnt without a KL: there the
 KL weighs most without forbidding everything."""
-STRONG_KL = 0.027
+STRONG_KL = 0.026
 """The KL that a constant β of that strength leaves on geometry, in nats per token."""
 
 STUDIES = {
