@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from mr1_fast.evaluate.held_out import MODES
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.results import BASE
 from mr1_fast.experiment.statistics import detectable, expected_bound
@@ -60,7 +61,6 @@ def blocks(archive: Archive) -> Blocks:
         "cells": partial(cells, archive),
         "commands": partial(commands, archive),
         "progress": partial(standing, found),
-        "summary": partial(summary, found),
         "lever-screening": partial(screening, archive),
     }
     tables = {"transfer": transfer, "lever": schedules, "long": over_steps, "few": few}
@@ -134,10 +134,12 @@ def _change(found: Values, base: Values) -> str:
 def schedules(cells: Archived | None, question: Question) -> str:
     """Accuracies on the trained and on the other task, with KL, entropy and pull of each path."""
     (role,) = question.trained
-    head = ["β", "own task", "other task", "KL's pull / rewards'", "KL", "entropy"]
+    columns = [(outcome, mode) for outcome in ("own", "other") for mode in MODES]
+    head = ["β", *(f"{outcome} task, {mode}" for outcome, mode in columns)]
+    head += ["KL's pull / rewards'", "KL", "entropy"]
     rows = []
     for variant in question.variants:
-        shares = [values(cells, Side(variant), outcome, (role,)) for outcome in ("own", "other")]
+        shares = [values(cells, Side(variant), outcome, (role,), mode) for outcome, mode in columns]
         row = [label(variant), *(_accuracy(found, question) for found in shares)]
         rows.append([*row, *_kept(_there(cells, role, variant))])
     return table(head, rows)
@@ -216,19 +218,33 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
 
 
 def compared(found: list[Finding]) -> str:
-    """The comparisons of a question: differences, p values and equivalence bounds."""
-    head = ["", "Accuracy", "First − second", "Points [95%]", "p", "Holm's p", "At most, points"]
+    """The comparisons of a question: differences, p values and equivalence bounds.
+
+    Greedy and sampled answers stand in one row.
+    """
+    head = ["", "Accuracy", "First − second"]
+    for mode in MODES:
+        head += [f"{mode.capitalize()}, points [95%]", "p (Holm's)", "at most"]
+    by_name = {finding.planned.name: finding for finding in found}
     rows = []
-    for finding in found:
-        planned, test = finding.planned, finding.test
-        row = [planned.name, planned.where, f"{planned.first.label} − {planned.second.label}"]
-        row += [f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING]
-        if finding.complete:
-            row += [p_value(test.p), p_value(finding.holm), f"{100 * test.bound:.1f}"]
-        else:
-            row += [progress(finding), MISSING, MISSING]
-        rows.append(row)
+    for name, greedy in by_name.items():
+        planned = greedy.planned
+        if planned.mode == "greedy":
+            row = [name, planned.where, f"{planned.first.label} − {planned.second.label}"]
+            rows.append([*row, *_tested(greedy), *_tested(by_name.get(f"{name}s"))])
     return table(head, rows)
+
+
+def _tested(finding: Finding | None) -> list[str]:
+    """Difference, p with Holm's, and equivalence bound; how far it is while seeds are missing."""
+    if finding is None:
+        return [MISSING] * 3
+    test = finding.test
+    difference = f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING
+    if not finding.complete:
+        return [difference, progress(finding), MISSING]
+    p = f"{p_value(test.p)} ({p_value(finding.holm)})"
+    return [difference, p, f"{100 * test.bound:.1f}"]
 
 
 def sentences(found: list[Finding]) -> str:
@@ -238,7 +254,8 @@ def sentences(found: list[Finding]) -> str:
 
 def comparisons() -> str:
     """All comparisons as they were fixed, question by question."""
-    head = ["", "Preset", "Seeds", "First", "Second", "Accuracy"]
+    head = ["", "Preset", "Seeds", "First", "Second", "Accuracy", "Answers"]
+    names = {planned.name for planned in PLANNED}
     rows = [
         [
             planned.name,
@@ -247,9 +264,11 @@ def comparisons() -> str:
             planned.first.label,
             planned.second.label,
             planned.where,
+            "greedy, sampled" if f"{planned.name}s" in names else "greedy",
         ]
         for question in QUESTIONS
         for planned in question.comparisons
+        if planned.mode == "greedy"
     ]
     return table(head, rows)
 
@@ -277,18 +296,29 @@ def deviations(found: list[Finding]) -> str:
     head = ["Question", "Outcome", "Comparisons", "Smallest", "Median", "Largest"]
     rows = []
     for question in QUESTIONS:
-        for kind in ("own", "other", "own, curve", "other, curve"):
+        for kind in (
+            "own",
+            "other",
+            "own, sampled",
+            "other, sampled",
+            "own, curve",
+            "other, curve",
+        ):
             seen = [
                 100 * finding.test.deviation
                 for finding in found
-                if finding.question is question
-                and finding.complete
-                and finding.planned.outcome + ", curve" * finding.planned.on_curve == kind
+                if finding.question is question and finding.complete and _kind(finding) == kind
             ]
             if seen:
                 spread = [f"{value:.1f}" for value in (min(seen), np.median(seen), max(seen))]
                 rows.append([question.title, kind, str(len(seen)), *spread])
     return table(head, rows) if rows else "No comparison is complete."
+
+
+def _kind(finding: Finding) -> str:
+    planned = finding.planned
+    sampled = ", sampled" if planned.mode == "sampled" else ""
+    return planned.outcome + (", curve" if planned.on_curve else sampled)
 
 
 def cells(archive: Archive) -> str:
@@ -322,24 +352,3 @@ def standing(found: list[Finding]) -> str:
         f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
         f"difference after Holm's correction for {len(complete)}, {len(complete) - shown} do not."
     )
-
-
-def summary(found: list[Finding]) -> str:
-    """The headline comparisons, a line for each pair of sides, whatever they show."""
-    lines: dict[tuple, list[Finding]] = {}
-    for finding in found:
-        if finding.planned.headline:
-            key = finding.question.title, finding.planned.first, finding.planned.second
-            lines.setdefault(key, []).append(finding)
-    rows, last = [], ""
-    for (title, first, second), its in lines.items():
-        cells = {"own": [], "other": []}
-        for finding in its:
-            trained = finding.planned.trained
-            where = f"{trained[0]}: " if len(finding.question.trained) > len(trained) else ""
-            cells[finding.planned.outcome].append(where + short(finding))
-        joined = ["<br>".join(each) or MISSING for each in cells.values()]
-        rows.append([title if title != last else "", f"{first.label} − {second.label}", *joined])
-        last = title
-    head = ["Question", "First − second", "own task, points", "other task, points"]
-    return f"{standing(found)}\n\n{table(head, rows)}"
