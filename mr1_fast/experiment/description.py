@@ -57,14 +57,21 @@ def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) 
         "trained": list(study.trained),
         "seeds": list(experiment.seeds),
         "test_items": experiment.items,
-        "settings": {
-            **scale.settings,
-            **{role: dict(scale.tasks[role].train) for role in ROLES},
-            **config.settings,
-            "start_accuracy": scale.start_accuracy,
-            "variants": {v.name: {**v.settings, **v.by_role} for v in study.variants},
-        },
+        "settings": settings_of(experiment),
         "notes": notes(experiment),
+    }
+
+
+def settings_of(experiment: Experiment) -> dict[str, Any]:
+    """The settings of all cells, with those of a task under its role, and of each variant."""
+    scale, study = experiment.scale, experiment.study
+    return {
+        **scale.settings,
+        **{role: dict(scale.tasks[role].train) for role in ROLES},
+        **study.settings,
+        **experiment.overrides,
+        "start_accuracy": scale.start_accuracy,
+        "variants": {v.name: {**v.settings, **v.by_role} for v in study.variants},
     }
 
 

@@ -20,6 +20,7 @@ from mr1_fast.experiment import run_cell, scales, studies
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.cards import CARDS
 from mr1_fast.experiment.command import make_experiment
+from mr1_fast.experiment.description import settings_of
 from mr1_fast.experiment.presets import find_preset, known_presets
 from mr1_fast.experiment.scales import SCALES
 from mr1_fast.experiment.settings import ExperimentConfig
@@ -435,6 +436,15 @@ def test_every_preset_plans_cells_that_can_be_trained(name, tmp_path):
         > len(experiment.study.variants)
     )
     assert all(not experiment.settings(cell).eval_samples for cell in cells)
+
+    told = settings_of(experiment)  # what experiment.json says is what the cells are trained with
+    for cell in cells[1:]:
+        made = told["variants"][cell.variant.name]
+        values = {**told, **told[cell.trained], **made, **made.get(cell.trained, {})}
+        found = vars(experiment.settings(cell))
+        named = values.keys() & found.keys() - {"eval_samples", "preset"}
+        assert {name: found[name] for name in named} == {name: values[name] for name in named}
+        assert experiment.study.settings.keys() <= named
 
 
 def test_ablations_vary_what_the_paper_varies(tmp_path):
