@@ -25,7 +25,7 @@ from .report import write_report
 from .results import CellResult
 from .settings import ExperimentConfig
 from .sharing import begin_call, run_cells
-from .workers import about_processes, at_a_time, needed, workers
+from .workers import at_a_time, needed, workers
 
 REPORT_SECONDS = 60.0
 """While cells run, the report is written anew whenever the last one is older than this."""
@@ -65,9 +65,7 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     experiment = make_experiment(config)
     if config.dry_run:
         if is_first():
-            print(dry_run(experiment))
-            if (processes := at_a_time(experiment, config.processes)) > 1:
-                print(about_processes(processes))
+            print(dry_run(experiment, at_a_time(experiment, config.processes)))
         return
 
     started = time.perf_counter()

@@ -25,15 +25,16 @@ class Column:
     """Those of `Scale.measured` on this machine."""
 
 
-def dry_run(experiment: Experiment) -> str:
+def dry_run(experiment: Experiment, at_a_time: int = 1) -> str:
     """A table with a line for each cell: its state, steps, times, and peak memory in GiB.
 
-    The lines below it say what all cells take that are left, and where the figures come from.
+    The lines below it say what all cells take that are left, of which so many run `at_a_time`, and
+    where the figures come from.
     """
     columns = time_columns(experiment.scale)
     titles = "".join(f"{column.title:>12}" for column in columns)
     lines = [f"{'cell':<52}{'state':<10}{'steps':>6}{titles}{'GiB':>8}"]
-    totals = [0.0] * len(columns)
+    times: list[list[float]] = []
     memory: dict[tuple, float] = {}
     for cell in experiment.cells():
         config, state = experiment.settings(cell), _state(cell.folder(experiment.output))
@@ -41,7 +42,7 @@ def dry_run(experiment: Experiment) -> str:
             0.0 if state == "finished" else estimated_seconds(experiment, cell, column.times)
             for column in columns
         ]
-        totals = [total + more for total, more in zip(totals, seconds, strict=True)]
+        times.append(seconds)
 
         # Planning takes a while: cells of one algorithm, group size and task share a plan.
         key = (config.algo, config.num_generations, cell.trained)
@@ -52,10 +53,19 @@ def dry_run(experiment: Experiment) -> str:
         lines.append(f"{name}{_shown(columns, seconds)}{memory[key] / 2**30:>8.2f}")
 
     if columns:
-        lines.append(f"{'all that is left, one cell after the other':<68}{_shown(columns, totals)}")
+        if experiment.scale.measured_on in CARDS:  # cells that share a card were not measured
+            at_a_time = 1
+        how = f"{at_a_time} cells at a time" if at_a_time > 1 else "one cell after the other"
+        totals = [total_seconds(each, at_a_time) for each in zip(*times, strict=True)]
+        lines.append(f"{f'all that is left, {how}':<68}{_shown(columns, totals)}")
     lines += about_times(experiment.scale)
     lines.append(f"memory is the plan's peak, on a card with {PLANNED:.0f} GB")
     return "\n".join(lines)
+
+
+def total_seconds(seconds: Sequence[float], at_a_time: int) -> float:
+    """Return how long cells take of which so many run at a time, each in one process alone."""
+    return max(sum(seconds) / at_a_time, *seconds)
 
 
 def time_columns(scale: Scale) -> list[Column]:
@@ -79,7 +89,10 @@ def about_times(scale: Scale) -> list[str]:
     if not scale.measured:
         return ["nobody has measured the time at this scale"]
     if scale.measured_on not in CARDS:
-        return [f"times were measured on {scale.measured_on}"]
+        return [
+            f"times were measured on {scale.measured_on}: those of a cell with one thread, while "
+            "another ran beside it"
+        ]
     others = " and ".join(name for name in CARDS if name != scale.measured_on)
     return [
         f"{scale.measured_on}: measured, {scale.measured_how}",

@@ -54,6 +54,9 @@ class Scale:
     sft, grpo:   a training step
     evaluation:  the answer to one item
     start:       the supervised start
+
+    On a card they are those of one cell alone; elsewhere, of a cell with one thread while another
+    ran beside it.
     """
     measured_on: str = ""
     """The machine that they were measured on: a card of `cards.py`, or another one in words."""

@@ -25,9 +25,6 @@ from .sharing import can_share
 
 GRACE = 60.0
 """Seconds that a process has to save its step and to end."""
-GAIN = 1.57
-"""How many times the work of one process with two threads two processes do with one thread each,
-as it was measured with the tiny model on two cores; more were not measured."""
 
 
 def at_a_time(experiment: Experiment, processes: int | None = None) -> int:
@@ -56,15 +53,6 @@ def needed(experiment: Experiment, processes: int) -> int:
     folders = [cell.folder(experiment.output) for cell in experiment.cells()]
     left = sum(not (folder / "cell.json").exists() for folder in folders)
     return max(0, min(processes, left) - 1)
-
-
-def about_processes(processes: int) -> str:
-    """Say that several cells run at a time, and what that gains as far as it was measured."""
-    least = "" if processes == 2 else "at least "
-    return (
-        f"{processes} cells run at a time, each with one thread: divide the time by {least}{GAIN} "
-        "(measured with 2 on 2 cores, beside one cell with 2 threads)"
-    )
 
 
 class Workers:

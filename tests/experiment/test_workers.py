@@ -17,7 +17,7 @@ from mr1_fast.experiment import workers as workers_module
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.settings import ExperimentConfig
-from mr1_fast.experiment.workers import about_processes, at_a_time, needed, workers
+from mr1_fast.experiment.workers import at_a_time, needed, workers
 
 from ..data.scripts import run_script
 
@@ -48,14 +48,22 @@ def test_without_locks_no_process_is_started(monkeypatch, capsys, tmp_path):
     assert "has no locks: run no other command in it" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_how_many_cells_run_at_a_time(capsys, tmp_path):
-    for count, is_told in ((1, False), (2, True)):
+def test_a_dry_runs_total_is_that_of_the_cells_that_run_at_a_time(capsys, tmp_path):
+    def told(count, preset):
         arguments = ["--processes", str(count), "--output", str(tmp_path / "out"), "--dry-run"]
-        main(["--preset", "tiny_generations", "--seeds", "[0]", *arguments])
-        last = capsys.readouterr().out.splitlines()[-1]
-        told = "2 cells run at a time, each with one thread: divide the time by 1.57 (measured"
-        assert last.startswith(told) == is_told
-    assert "by at least 1.57" in about_processes(3)
+        main(["--preset", preset, "--seeds", "[0]", *arguments])
+        lines = capsys.readouterr().out.splitlines()
+        times = [float(line[68:].split()[0]) for line in lines[1:] if " to do " in line]
+        (total,) = (line for line in lines if line.startswith("all that is left, "))
+        return times, total.split("  ")[0].split(", ")[1], float(total[68:].split()[0])
+
+    times, how, one_by_one = told(1, "tiny_generations")
+    assert how == "one cell after the other" and one_by_one == pytest.approx(sum(times), abs=0.3)
+    _, how, total = told(2, "tiny_generations")
+    assert how == "2 cells at a time" and total == pytest.approx(one_by_one / 2, abs=0.1)
+    assert total > told(100, "tiny_generations")[2] == max(times)  # as long as the longest cell
+    # On a card, times are those of one cell alone, and of more at a time nothing is known.
+    assert told(2, "qwen2vl_2b")[1:] == told(1, "qwen2vl_2b")[1:]
 
 
 def test_what_a_process_dies_of_is_told_once(capfd):
