@@ -68,7 +68,10 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
             print(dry_run(experiment, at_a_time(experiment, config.processes)))
         return
 
-    started = time.perf_counter()
+    started, processes = time.perf_counter(), at_a_time(experiment, config.processes)
+    if processes > 1:
+        # Also for the last cell alone: its numbers depend on the threads in the last bits.
+        torch.set_num_threads(1)
     experiment.test_items  # noqa: B018  missing images are told before anything is written
     any_cell = experiment.settings(experiment.cells()[0])
     world, output = join_world(resolve_device(any_cell).type), experiment.output
@@ -81,10 +84,6 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
         run_quietly(experiment, began)
         return
 
-    processes = at_a_time(experiment, config.processes)
-    if processes > 1:
-        # Also for the last cell alone: its numbers depend on the threads in the last bits.
-        torch.set_num_threads(1)
     failed = run_and_tell(experiment, began, argv, needed(experiment, processes))
     if experiment.study.name == "search":
         print(search_result(experiment))
