@@ -218,7 +218,7 @@ def read_cell(
     that is not what was written.
     """
     cell = CellResult(cell_folder(output, variant, trained, seed), variant, trained, seed)
-    finished, failed = cell.folder / "cell.json", cell.folder / "failed.json"
+    finished = cell.folder / "cell.json"
     if finished.exists():
         try:
             record = read_sealed(finished, RECORDED)
@@ -244,9 +244,19 @@ def read_cell(
                 f"{finished} is damaged ({shortened(error, 200)}): remove it, and run the "
                 "experiment again."
             ) from error
-    elif failed.exists():
-        cell.error = str(read_json_object(failed).get("error", "?"))
+    else:
+        cell.error = _failure(cell.folder / "failed.json")
     return cell
+
+
+def _failure(path: Path) -> str:
+    """Return why a cell has failed; "" where that is not recorded, or no longer."""
+    try:
+        return str(read_json_object(path).get("error", "?")) if path.exists() else ""
+    except UserError:
+        if path.exists():
+            raise
+        return ""  # another process has just begun the cell again
 
 
 def _read_json(path: Path) -> Any:
