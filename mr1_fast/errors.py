@@ -212,7 +212,7 @@ def exit_on_user_error(main: Callable[[], Result]) -> Result:
                 raise raised[-1]
             return result
     except (Exception, KeyboardInterrupt) as raised_last:
-        error = _stop_behind(raised_last) or raised_last
+        error = stop_behind(raised_last) or raised_last
         status, words = _ending(error)
         if torchrun.size() > 1:
             trace = f"{torchrun.place()}:\n{traceback.format_exc()}"
@@ -239,7 +239,7 @@ def _ending(error: BaseException) -> tuple[int, str]:
     return 1, ""
 
 
-def _stop_behind(error: BaseException) -> Stopped | None:
+def stop_behind(error: BaseException) -> Stopped | None:
     """Return the stop that an error has followed from, if there is one.
 
     A stop in the middle of a call such as shutil.rmtree makes that fail in its own way.

@@ -22,7 +22,7 @@ from ..accuracy import evaluate, judged, summarise
 from ..command_line import parse_train_config
 from ..config import TrainConfig
 from ..distributed import SINGLE
-from ..errors import UserError
+from ..errors import UserError, stop_behind
 from ..evaluate.held_out import MODES, answers
 from ..evaluate.judges import other_judges
 from ..evaluate.r1v import write_r1v_results
@@ -65,6 +65,8 @@ def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
             record["files"] = _evidence(folder)
             write_text(finished, sealed(record), AGAIN)
         except Exception as error:
+            if stop := stop_behind(error):  # as where it comes up in the middle of closing a file
+                raise stop from error
             reason = " ".join(str(error).split())
             if not isinstance(error, UserError):
                 reason = f"{type(error).__name__}: {reason}"

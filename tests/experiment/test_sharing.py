@@ -11,6 +11,7 @@ from io import StringIO
 import pytest
 
 from mr1_fast import locks
+from mr1_fast.errors import Stopped
 from mr1_fast.experiment import run_cell, scales, sharing, studies
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
@@ -120,6 +121,20 @@ def test_without_locks_processes_of_torchrun_have_every_nth_cell(monkeypatch, tm
         (cell.folder(tmp_path) / "cell.json").touch()
     run_cells(experiment, 0, lambda ended: None)
     assert ran == in_order(experiment)[1::2]
+
+
+def test_a_stop_that_comes_out_as_another_error_is_no_failure_of_the_cell(monkeypatch, tmp_path):
+    def stop(*_):
+        try:
+            raise Stopped(signal.SIGTERM)
+        finally:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(run_cell, "_train_and_test", stop)
+    experiment = an_experiment(tmp_path, seeds=[0])
+    with pytest.raises(Stopped):
+        run_cells(experiment, 0, lambda ended: None)
+    assert not list(tmp_path.rglob("failed.json"))
 
 
 def use_short(model, plugin):
