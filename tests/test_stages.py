@@ -129,6 +129,13 @@ def test_the_pulls_are_the_sizes_of_what_multiplies_the_gradient_of_each_log_pro
     torch.testing.assert_close(pull, expected.abs(), rtol=1e-4, atol=0)
     assert torch.equal(metrics["reward_pull"].values, advantages.abs())
 
+    # Of a float16 model they are not scaled, and a row that is masked has no part in them.
+    batch.row_data["token_weights"][5] = 0
+    _, masked = grpo_batch_loss(policy, LossScale().scaled(batch), beta, config)
+    for name in ("kl_pull", "reward_pull"):
+        values = metrics[name].values
+        assert torch.equal(masked[name].values, torch.cat([values[:5], values[6:]]))
+
 
 def test_a_step_without_groups_has_no_packs():
     nothing = Rollout([], [], [], [], [], [], 4)
