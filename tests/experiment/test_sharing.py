@@ -12,7 +12,7 @@ import pytest
 
 from mr1_fast import locks
 from mr1_fast.errors import Stopped
-from mr1_fast.experiment import run_cell, scales, sharing, studies
+from mr1_fast.experiment import results, run_cell, scales, sharing, studies
 from mr1_fast.experiment.__main__ import main
 from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.scales import SCALES
@@ -105,6 +105,24 @@ def test_only_failures_of_this_call_are_final(monkeypatch, tmp_path):
     again, final, *new = experiment.cells()
     assert again in ran and final not in ran and len(ran) == 1 + len(new)
     assert len(told) == len(experiment.cells())
+
+
+def test_a_failure_that_is_taken_back_while_it_is_read_is_none(monkeypatch, tmp_path):
+    """Another call, which has begun since, removes failed.json as it begins the cell again."""
+    experiment = an_experiment(tmp_path, seeds=[0])
+    cell = experiment.cells()[0]
+    failed = cell.folder(tmp_path) / "failed.json"
+    failed.parent.mkdir(parents=True)
+    failed.write_text('{"error": "the reward broke"}')
+    assert experiment.result(cell).error == "the reward broke"
+    read = results.read_json_object
+
+    def read_late(path):
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(results, "read_json_object", read_late)
+    assert experiment.result(cell).state == "missing"
 
 
 def test_without_locks_processes_of_torchrun_have_every_nth_cell(monkeypatch, tmp_path):
