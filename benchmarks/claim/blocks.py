@@ -217,12 +217,14 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
 
 def compared(found: list[Finding]) -> str:
     """The comparisons of a question: differences, p values and equivalence bounds."""
-    head = ["", "Accuracy", "First − second", "Points [95%]", "p", "Holm's p", "At most, points"]
+    head = ["", "Accuracy", "First − second", "Points [95%]", "First above", "p", "Holm's p"]
+    head += ["At most, points"]
     rows = []
     for finding in found:
         planned, test = finding.planned, finding.test
         row = [planned.name, planned.where, f"{planned.first.label} − {planned.second.label}"]
         row += [f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING]
+        row += [f"{finding.first_above} of {len(finding.differences)}" if test else MISSING]
         if finding.complete:
             row += [p_value(test.p), p_value(finding.holm), f"{100 * test.bound:.1f}"]
         else:
@@ -320,7 +322,7 @@ def standing(found: list[Finding]) -> str:
     shown = sum(finding.verdict != "none" for finding in complete)
     return (
         f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
-        f"difference after Holm's correction for {len(complete)}, {len(complete) - shown} do not."
+        f"difference after Holm's correction for all {len(found)}, {len(complete) - shown} do not."
     )
 
 

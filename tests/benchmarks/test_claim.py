@@ -23,7 +23,7 @@ from claim.figures import write_figures
 from claim.outcomes import findings, late, pull_ratio
 from claim.pages import fill, pages
 from claim.questions import PLANNED, QUESTIONS
-from claim.words import ranges, sentence
+from claim.words import interval, points, ranges, sentence
 from scipy import stats
 
 from mr1_fast.errors import UserError
@@ -203,7 +203,7 @@ def test_the_fixed_comparisons_can_be_made_from_their_presets():
                 assert side.step is None or (side.step % every == 0 and side.step <= steps)
 
 
-def test_findings_are_paired_t_tests_with_one_correction_for_what_is_complete():
+def test_findings_are_paired_t_tests_with_one_correction_for_all_that_are_planned():
     archive = archived(TRANSFER, scattered)
     archive |= archived(LEVER, scattered, seeds=range(4))  # not complete
     found = findings(archive)
@@ -220,9 +220,20 @@ def test_findings_are_paired_t_tests_with_one_correction_for_what_is_complete():
 
     complete = [each for each in found if each.complete]
     assert [each.planned.name[0] for each in complete] == ["1"] * 16
-    assert [each.holm for each in complete] == holm([each.test.p for each in complete])
+    missing = [1.0] * (len(PLANNED) - len(complete))
+    assert [each.holm for each in complete] == holm([e.test.p for e in complete] + missing)[:16]
     partial = [each for each in found if each.planned.name[0] == "2"]
     assert all(each.holm is None and len(each.differences) == 4 for each in partial)
+
+
+def test_what_is_shown_stays_shown_when_more_cells_are_there():
+    some = archived(TRANSFER, scattered)
+    more = some | archived(LEVER, scattered) | archived(FEW, scattered)
+    before, after = ({e.planned.name: e for e in findings(each)} for each in (some, more))
+    shown = [name for name, finding in before.items() if finding.verdict != "none"]
+    assert len(shown) > 5
+    assert all(after[name].verdict == before[name].verdict for name in shown)
+    assert all(after[name].holm <= before[name].holm for name in before if before[name].complete)
 
 
 def test_the_mean_of_both_trainings_is_taken_seed_by_seed():
@@ -243,19 +254,23 @@ def test_findings_in_words():
     by_name = {each.planned.name: each for each in findings(archived(TRANSFER, scattered))}
     below = sentence(by_name["1.1"])
     assert below.startswith(
-        "Trained on counting, tested on geometry: SFT on answers is below the base model by "
+        "Trained on counting, tested on geometry: SFT on answers is below the base model: −"
     )
     assert below.endswith("(Holm p < 0.001).")
-    assert "GRPO-D is above SFT on answers by" in sentence(by_name["1.3"])
+    assert "GRPO-D is above SFT on answers: +" in sentence(by_name["1.3"])
     same = by_name["1.6"]
+    difference = same.test.difference
     assert sentence(same) == (
-        "Trained on counting, tested on geometry: no difference was found between GRPO-D and GRPO: "
-        f"it is not larger than {100 * same.test.bound:.1f} points (90% interval)."
+        "Trained on counting, tested on geometry: no difference is shown between GRPO-D and GRPO: "
+        f"{points(difference.value)} points {interval(difference)} (Holm p = 1.000), at most "
+        f"{100 * same.test.bound:.1f}."
     )
+    uncorrected = replace(same, test=replace(same.test, p=0.012), holm=0.6)
+    assert "(Holm p = 0.600; without correction p = 0.012)" in sentence(uncorrected)
     steps = {each.planned.name: each for each in findings(archived(LONG, scattered))}["3.2"]
     assert sentence(steps).startswith(
         "Trained on geometry, tested on validation items of geometry, SFT on worked solutions: "
-        "step 1000 is above step 300 by "
+        "step 1000 is above step 300: +"
     )
     assert sentence(by_name["4.5"]).endswith("GRPO-D against SFT on answers: not run.")
     partial = {e.planned.name: e for e in findings(archived(FEW, scattered, seeds=(0, 1)))}
@@ -277,7 +292,7 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
             rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
             assert text and len(set(rows)) <= 1 and "nan" not in text.split(), name
     assert texts["progress"].startswith("58 of 58 comparisons are complete; ")
-    shown = sum("(Holm p" in texts[f"sentence {planned.name}"] for planned in PLANNED)
+    shown = sum(": no diff" not in texts[f"sentence {planned.name}"] for planned in PLANNED)
     assert 5 < shown < 58 and f"; {shown} of them show a difference" in texts["progress"]
 
 
