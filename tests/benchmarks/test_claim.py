@@ -160,6 +160,24 @@ def test_an_experiment_with_other_settings_is_refused_unless_it_replaces_the_cel
     assert {cell.seed for cell in archive["tiny"].cells} == {5}
 
 
+def test_cells_of_a_seed_that_begin_from_another_model_are_refused(tmp_path):
+    archive = {}
+    collect(archive, experiment(tmp_path / "tiny"))
+    before = list(archive["tiny"].cells)
+    other = tmp_path / "other"
+    describe(other, seeds=[1], settings=archive["tiny"].settings)
+    write_cell(other, "sft", "counting", 1)
+    write_curves(other, "sft", "counting", 1)
+    assert "1 of them new" in collect(archive, other)  # it begins where the others do
+    archive["tiny"].cells = before
+    curve = cell_folder(other, "sft", "counting", 1) / "curve.jsonl"
+    first, *rest = curve.read_text().splitlines()
+    curve.write_text("\n".join([json.dumps(json.loads(first) | {"counting": 0.9}), *rest, ""]))
+    with pytest.raises(UserError, match="cells of seed 1 that begin from another model"):
+        collect(archive, other)
+    assert archive["tiny"].cells == before
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"tiny": {}}', '{"tiny": {"cells": [{}]}}'])
 def test_a_damaged_archive_is_named(tmp_path, content):
     path = tmp_path / "cells.json"
