@@ -183,9 +183,9 @@ def collect(archive: Archive, folder: Path, replace: bool = False) -> str:
         cells[record.name] = record
     if not replace and (seeds := _with_several_starts(cells.values())):
         raise UserError(
-            f"{folder} has cells of seed {', '.join(map(str, seeds))} that begin from another model "
-            "than those that were collected before, so they are no pairs: collect it into another "
-            "file with --cells."
+            f"{folder} has cells of seed {', '.join(map(str, seeds))} that begin from another "
+            "model than those that were collected before, so they are no pairs: collect it into "
+            "another file with --cells."
         )
     known.cells = list(cells.values())
     return (

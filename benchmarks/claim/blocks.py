@@ -11,7 +11,7 @@ from mr1_fast.experiment.statistics import detectable, expected_bound
 from mr1_fast.experiment.studies import STUDIES
 
 from .archive import Archive, Archived, Record
-from .outcomes import Finding, Values, estimate, findings, late, pull_ratio, values
+from .outcomes import Finding, Values, average, estimate, findings, late, pull_ratio, values
 from .questions import (
     FEW_STEPS,
     LONG_STEPS,
@@ -45,6 +45,9 @@ STRICTEST = 0.05 / len(PLANNED)
 SEEDS = tuple(sorted({len(question.seeds) for question in QUESTIONS}))
 DEVIATIONS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
 """Standard deviations of a seed's difference that the power analysis goes through."""
+
+KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end")
+"""What is shown of the training of a variant; the end is the last fifth of its steps."""
 
 Blocks = dict[str, Callable[[], str]]
 """Name → what makes the block's text."""
@@ -134,7 +137,7 @@ def _change(found: Values, base: Values) -> str:
 def schedules(cells: Archived | None, question: Question) -> str:
     """Accuracies on the trained and on the other task, with KL, entropy and pull of each path."""
     (role,) = question.trained
-    head = ["β", "own task", "other task", "KL's pull / rewards'", "KL", "entropy"]
+    head = ["Variant", "own task", "other task", *KEPT]
     rows = []
     for variant in question.variants:
         shares = [values(cells, Side(variant), outcome, (role,)) for outcome in ("own", "other")]
@@ -151,8 +154,8 @@ def _there(cells: Archived | None, role: str, variant: str) -> list[Record]:
 
 
 def _kept(cells: list[Record]) -> list[str]:
-    """Pull, KL and entropy in the mean over cells; KL and entropy are those of the last fifth."""
-    kept = [[pull_ratio(cell) for cell in cells]]
+    """β, pull, KL and entropy in the mean over cells: see `KEPT`."""
+    kept = [[average(cell, "beta") for cell in cells], [pull_ratio(cell) for cell in cells]]
     kept += [[late(cell, name) for cell in cells] for name in ("kl", "entropy")]
     return [number(None if None in each or not each else float(np.mean(each))) for each in kept]
 
@@ -191,7 +194,7 @@ def few(cells: Archived | None, question: Question) -> str:
 def screening(archive: Archive) -> str:
     """What each multiple of β does: descriptive, on a seed that is not reported."""
     cells = archive.get(SCREENING)
-    head = ["β", "Seeds", "KL's pull / rewards'", "KL", "entropy"]
+    head = ["Variant", "Seeds", *KEPT]
     head += ["own task", "sampled", "best on validation", "other task"]
     schedules = [f"{kind}-x{times:g}" for times in SCREENED for kind in ("constant", "grpo-d")]
     (role,) = STUDIES["lever"].trained
@@ -203,7 +206,7 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
     """A row of the screening: means over its seeds."""
     there = _there(cells, role, variant)
     if not there:
-        return [label(variant), "not run", *[MISSING] * 7]
+        return [label(variant), "not run", *[MISSING] * (len(KEPT) + 4)]
     own, other = (
         percent(estimate(values(cells, Side(variant), outcome, (role,))).value)
         for outcome in ("own", "other")

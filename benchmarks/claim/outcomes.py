@@ -143,16 +143,17 @@ def late(cell: Record, metric: str) -> float | None:
     return float(np.mean(points[-max(1, len(points) // 5) :])) if points else None
 
 
+def average(cell: Record, metric: str) -> float | None:
+    """The mean of a metric over training; None where it was not measured."""
+    points = [value for value in cell.metrics.get(metric, []) if value is not None]
+    return float(np.mean(points)) if points else None
+
+
 def pull_ratio(cell: Record) -> float | None:
     """How hard the KL pulls at log π beside the rewards, as a ratio of means over training.
 
     The means over tokens are those of β·|1 − π_ref/π| and of |Â|: both multiply the gradient of a
     token's log π. None where they were not measured.
     """
-    pulls = [
-        [value for value in cell.metrics.get(name, []) if value is not None]
-        for name in ("kl_pull", "reward_pull")
-    ]
-    if not all(pulls) or not np.mean(pulls[1]):
-        return None
-    return float(np.mean(pulls[0]) / np.mean(pulls[1]))
+    of_kl, of_rewards = average(cell, "kl_pull"), average(cell, "reward_pull")
+    return of_kl / of_rewards if of_kl is not None and of_rewards else None

@@ -316,7 +316,7 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
 
 def test_the_screening_shows_pull_and_best_accuracy():
     curve = {"step": [0, 20, 40], "geometry": [0.3, 0.6, 0.5], "counting": [0.3, 0.2, 0.1]}
-    metrics = {"kl": [0.5] * 5, "kl_pull": [0.05] * 5, "reward_pull": [0.5] * 5}
+    metrics = {"beta": [0.2, 0.3], "kl": [0.5] * 5, "kl_pull": [0.05] * 5, "reward_pull": [0.5] * 5}
     right = {
         "geometry": {"greedy": 510, "sampled": 400},
         "counting": {"greedy": 120, "sampled": 100},
@@ -324,7 +324,7 @@ def test_the_screening_shows_pull_and_best_accuracy():
     cell = Record("constant-x30", "geometry", 100, {}, right, curve, metrics=metrics)
     cells = Archived("tiny", {"counting": 1000, "geometry": 1000}, {}, {}, cells=[cell])
     rows = screening({"tiny_lever": cells}).splitlines()
-    row = "| constant β × 30 | 1 | 0.1 | 0.5 | — | 51.0% | 40.0% | 60.0% | 12.0% |"
+    row = "| constant β × 30 | 1 | 0.25 | 0.1 | 0.5 | — | 51.0% | 40.0% | 60.0% | 12.0% |"
     assert rows.count(row) == 1
     assert sum("not run" in row for row in rows) == len(rows) - 3
 
@@ -373,7 +373,7 @@ def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
     drawn = path.read_text()
     texts = {each.text for each in ElementTree.fromstring(drawn).iter() if each.text}
     assert path.name == "transfer.svg"
-    assert {"Trained on counting", "SFT on answers", "tested on geometry"} <= texts
+    assert {"Trained on counting", "SFT on answers", "other task, geometry"} <= texts
     write_figures(archive, tmp_path)
     assert path.read_text() == drawn
 
