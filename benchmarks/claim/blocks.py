@@ -5,17 +5,17 @@ from functools import partial
 
 import numpy as np
 
+from mr1_fast.evaluate.held_out import MODES
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.results import BASE
-from mr1_fast.experiment.statistics import detectable, expected_bound
 from mr1_fast.experiment.studies import STUDIES
 
 from .archive import Archive, Archived, Record
+from .design import comparisons, deviations, power
 from .outcomes import Finding, Values, average, estimate, findings, late, pull_ratio, values
 from .questions import (
     FEW_STEPS,
     LONG_STEPS,
-    PLANNED,
     QUESTIONS,
     SCREENED,
     SCREENING,
@@ -39,13 +39,6 @@ from .words import (
     table,
 )
 
-STRICTEST = 0.05 / len(PLANNED)
-"""The level at which Holm's correction tests the smallest of all p values."""
-
-SEEDS = tuple(sorted({len(question.seeds) for question in QUESTIONS}))
-DEVIATIONS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
-"""Standard deviations of a seed's difference that the power analysis goes through."""
-
 KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end")
 """What is shown of the training of a variant; the end is the last fifth of its steps."""
 
@@ -63,7 +56,6 @@ def blocks(archive: Archive) -> Blocks:
         "cells": partial(cells, archive),
         "commands": partial(commands, archive),
         "progress": partial(standing, found),
-        "summary": partial(summary, found),
         "lever-screening": partial(screening, archive),
     }
     tables = {"transfer": transfer, "lever": schedules, "long": over_steps, "few": few}
@@ -137,10 +129,11 @@ def _change(found: Values, base: Values) -> str:
 def schedules(cells: Archived | None, question: Question) -> str:
     """Accuracies on the trained and on the other task, with KL, entropy and pull of each path."""
     (role,) = question.trained
-    head = ["Variant", "own task", "other task", *KEPT]
+    columns = [(outcome, mode) for outcome in ("own", "other") for mode in MODES]
+    head = ["Variant", *(f"{outcome} task, {mode}" for outcome, mode in columns), *KEPT]
     rows = []
     for variant in question.variants:
-        shares = [values(cells, Side(variant), outcome, (role,)) for outcome in ("own", "other")]
+        shares = [values(cells, Side(variant), outcome, (role,), mode) for outcome, mode in columns]
         row = [label(variant), *(_accuracy(found, question) for found in shares)]
         rows.append([*row, *_kept(_there(cells, role, variant))])
     return table(head, rows)
@@ -219,81 +212,41 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
 
 
 def compared(found: list[Finding]) -> str:
-    """The comparisons of a question: differences, p values and equivalence bounds."""
-    head = ["", "Accuracy", "First − second", "Points [95%]", "First above", "p", "Holm's p"]
-    head += ["At most, points"]
+    """The comparisons of a question: differences, p values and equivalence bounds.
+
+    Greedy and sampled answers stand in one row.
+    """
+    head = ["", "Accuracy", "First − second"]
+    for mode in MODES:
+        head += [f"{mode.capitalize()}: points [95%], seeds above", "p (Holm's)", "at most"]
+    by_name = {finding.planned.name: finding for finding in found}
     rows = []
-    for finding in found:
-        planned, test = finding.planned, finding.test
-        row = [planned.name, planned.where, f"{planned.first.label} − {planned.second.label}"]
-        row += [f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING]
-        row += [f"{finding.first_above} of {len(finding.differences)}" if test else MISSING]
-        if finding.complete:
-            row += [p_value(test.p), p_value(finding.holm), f"{100 * test.bound:.1f}"]
-        else:
-            row += [progress(finding), MISSING, MISSING]
-        rows.append(row)
+    for name, greedy in by_name.items():
+        planned = greedy.planned
+        if planned.mode == "greedy":
+            row = [name, planned.where, f"{planned.first.label} − {planned.second.label}"]
+            rows.append([*row, *_tested(greedy), *_tested(by_name.get(f"{name}s"))])
     return table(head, rows)
+
+
+def _tested(finding: Finding | None) -> list[str]:
+    """Difference, p with Holm's, and equivalence bound; how far it is while seeds are missing."""
+    if finding is None:
+        return [MISSING] * 3
+    test = finding.test
+    difference = MISSING
+    if test:
+        above = f"{finding.first_above} of {len(finding.differences)}"
+        difference = f"{points(test.difference.value)} {interval(test.difference)}, {above}"
+    if not finding.complete:
+        return [difference, progress(finding), MISSING]
+    p = f"{p_value(test.p)} ({p_value(finding.holm)})"
+    return [difference, p, f"{100 * test.bound:.1f}"]
 
 
 def sentences(found: list[Finding]) -> str:
     """The findings of a question, a sentence each."""
     return "\n".join(f"- {sentence(finding)}" for finding in found)
-
-
-def comparisons() -> str:
-    """All comparisons as they were fixed, question by question."""
-    head = ["", "Preset", "Seeds", "First", "Second", "Accuracy"]
-    rows = [
-        [
-            planned.name,
-            f"`{question.preset}`",
-            ranges(question.seeds),
-            planned.first.label,
-            planned.second.label,
-            planned.where,
-        ]
-        for question in QUESTIONS
-        for planned in question.comparisons
-    ]
-    return table(head, rows)
-
-
-def power() -> str:
-    """What difference n seeds can show, and what bound they give where there is none, in points.
-
-    A column is a standard deviation of the differences of a seed.
-    """
-    measures: dict[str, Callable[[float, int], float]] = {
-        "detectable, α = 0.05": detectable,
-        f"detectable, α = 0.05/{len(PLANNED)}": partial(detectable, alpha=STRICTEST),
-        "bound where there is no difference": expected_bound,
-    }
-    rows = [
-        [f"{seeds} seeds", name, *(f"{100 * measure(each, seeds):.1f}" for each in DEVIATIONS)]
-        for seeds in SEEDS
-        for name, measure in measures.items()
-    ]
-    return table(["", "", *(f"σ = {100 * each:.0f}" for each in DEVIATIONS)], rows)
-
-
-def deviations(found: list[Finding]) -> str:
-    """The standard deviations of a seed's difference that were observed, by kind of outcome."""
-    head = ["Question", "Outcome", "Comparisons", "Smallest", "Median", "Largest"]
-    rows = []
-    for question in QUESTIONS:
-        for kind in ("own", "other", "own, curve", "other, curve"):
-            seen = [
-                100 * finding.test.deviation
-                for finding in found
-                if finding.question is question
-                and finding.complete
-                and finding.planned.outcome + ", curve" * finding.planned.on_curve == kind
-            ]
-            if seen:
-                spread = [f"{value:.1f}" for value in (min(seen), np.median(seen), max(seen))]
-                rows.append([question.title, kind, str(len(seen)), *spread])
-    return table(head, rows) if rows else "No comparison is complete."
 
 
 def cells(archive: Archive) -> str:
@@ -327,24 +280,3 @@ def standing(found: list[Finding]) -> str:
         f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
         f"difference after Holm's correction for all {len(found)}, {len(complete) - shown} do not."
     )
-
-
-def summary(found: list[Finding]) -> str:
-    """The headline comparisons, a line for each pair of sides, whatever they show."""
-    lines: dict[tuple, list[Finding]] = {}
-    for finding in found:
-        if finding.planned.headline:
-            key = finding.question.title, finding.planned.first, finding.planned.second
-            lines.setdefault(key, []).append(finding)
-    rows, last = [], ""
-    for (title, first, second), its in lines.items():
-        cells = {"own": [], "other": []}
-        for finding in its:
-            trained = finding.planned.trained
-            where = f"{trained[0]}: " if len(finding.question.trained) > len(trained) else ""
-            cells[finding.planned.outcome].append(where + short(finding))
-        joined = ["<br>".join(each) or MISSING for each in cells.values()]
-        rows.append([title if title != last else "", f"{first.label} − {second.label}", *joined])
-        last = title
-    head = ["Question", "First − second", "own task, points", "other task, points"]
-    return f"{standing(found)}\n\n{table(head, rows)}"

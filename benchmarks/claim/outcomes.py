@@ -67,7 +67,7 @@ def findings(archive: Archive) -> list[Finding]:
 def _finding(archive: Archive, question: Question, planned: Planned) -> Finding:
     cells = archive.get(question.preset)
     first, second = (
-        values(cells, side, planned.outcome, planned.trained)
+        values(cells, side, planned.outcome, planned.trained, planned.mode)
         for side in (planned.first, planned.second)
     )
     shared = [seed for seed in question.seeds if seed in first and seed in second]
@@ -76,8 +76,14 @@ def _finding(archive: Archive, question: Question, planned: Planned) -> Finding:
     return Finding(planned, question, differences, test)
 
 
-def values(cells: Archived | None, side: Side, outcome: str, trained: Iterable[str]) -> Values:
-    """Seed → greedy accuracy of a side, averaged over the tasks that are trained.
+def values(
+    cells: Archived | None,
+    side: Side,
+    outcome: str,
+    trained: Iterable[str],
+    mode: str = "greedy",
+) -> Values:
+    """Seed → accuracy of a side, averaged over the tasks that are trained.
 
     A seed counts if its cells of all these tasks are there.
     """
@@ -87,16 +93,16 @@ def values(cells: Archived | None, side: Side, outcome: str, trained: Iterable[s
     for role in trained:
         there = cells.of(side.variant, None if side.variant == BASE else role)
         task = tested(role, outcome)
-        shares = {seed: _share(cells, cell, task, side.step) for seed, cell in there.items()}
+        shares = {seed: _share(cells, cell, task, side.step, mode) for seed, cell in there.items()}
         by_task.append({seed: share for seed, share in shares.items() if share is not None})
     seeds = sorted(set.intersection(*map(set, by_task)))
     return {seed: float(np.mean([shares[seed] for shares in by_task])) for seed in seeds}
 
 
-def _share(cells: Archived, cell: Record, task: str, step: int | None) -> float | None:
+def _share(cells: Archived, cell: Record, task: str, step: int | None, mode: str) -> float | None:
     """The accuracy of a cell, at the end or at a step of its curve; None where it has no such."""
     if step is None:
-        return cell.right[task]["greedy"] / cells.items[task]
+        return cell.right[task][mode] / cells.items[task]
     steps = cell.curve.get("step", [])
     return cell.curve[task][steps.index(step)] if step in steps else None
 

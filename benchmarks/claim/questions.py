@@ -1,12 +1,14 @@
 """The comparisons that were fixed before any cell was run, as data.
 
-All of them stand in one correction for their number, that of Holm. An outcome is the greedy
-accuracy on the 1,000 test items, or on validation items at a step of the learning curve.
+All of them stand in one correction for their number, that of Holm. An outcome is the accuracy of
+greedy or of sampled answers to the 1,000 test items, or that of greedy answers to validation items
+at a step of the learning curve.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mr1_fast.evaluate.held_out import MODES
 from mr1_fast.experiment.results import BASE
 from mr1_fast.experiment.scales import DRAWN, ROLES
 from mr1_fast.experiment.studies import MULTIPLES, STRONG, STUDIES
@@ -37,15 +39,15 @@ class Planned:
     """A comparison: the first side minus the second, over seeds."""
 
     name: str
-    """Question and number, such as 1.3."""
+    """Question and number, such as 1.3; 1.3s is the same of sampled answers."""
     first: Side
     second: Side
     outcome: str
     """own: accuracy on the task that was trained; other: on the task that was not."""
     trained: tuple[str, ...]
     """The tasks that are trained; of several, the mean over them is compared."""
-    headline: bool = False
-    """Whether the summary shows it."""
+    mode: str = "greedy"
+    """Whether greedy or sampled answers are counted."""
 
     @property
     def on_curve(self) -> bool:
@@ -69,6 +71,7 @@ class Planned:
     def context(self) -> str:
         """What is trained and tested, as a sentence begins with it."""
         items = "validation items of " if self.on_curve else ""
+        items = "sampled answers on " if self.mode == "sampled" else items
         if len(self.trained) > 1:
             return f"On {items}{TASKS[self.outcome]}, in the mean of both trainings"
         task = tested(self.trained[0], self.outcome)
@@ -115,26 +118,25 @@ class _Pair:
     second: str
     outcomes: tuple[str, ...] = ("own", "other")
     steps: tuple[int | None, int | None] = (None, None)
-    headline: bool = False
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """How answers are counted that are compared; learning curves have greedy ones alone."""
+        return MODES if self.steps == (None, None) else MODES[:1]
 
 
 def _numbered(
     number: int, pairs: Sequence[_Pair], trained: Sequence[tuple[str, ...]]
 ) -> Iterator[Planned]:
     """Yield the comparisons of all pairs for each training, with their names."""
-    at = 0
-    for tasks in trained:
-        for pair in pairs:
-            for outcome in pair.outcomes:
-                at += 1
-                yield Planned(
-                    f"{number}.{at}",
-                    Side(pair.first, pair.steps[0]),
-                    Side(pair.second, pair.steps[1]),
-                    outcome,
-                    tasks,
-                    pair.headline,
-                )
+    each = [
+        (tasks, pair, outcome) for tasks in trained for pair in pairs for outcome in pair.outcomes
+    ]
+    for at, (tasks, pair, outcome) in enumerate(each, start=1):
+        first, second = Side(pair.first, pair.steps[0]), Side(pair.second, pair.steps[1])
+        for mode in pair.modes:
+            name = f"{number}.{at}{'s' if mode == 'sampled' else ''}"
+            yield Planned(name, first, second, outcome, tasks, mode)
 
 
 LONG_STEPS: tuple[int, int, int] = (100, 300, STUDIES["long"].settings["steps"])
@@ -146,25 +148,25 @@ OWN, OTHER = ("own",), ("other",)
 GRPO_D, CONSTANT = f"grpo-d-{TIMES}", f"constant-{TIMES}"
 
 _TRANSFER = (
-    _Pair("sft-answer", BASE, OTHER, headline=True),
+    _Pair("sft-answer", BASE, OTHER),
     _Pair("grpo-d", BASE, OTHER),
-    _Pair("grpo-d", "sft-answer", ("other", "own"), headline=True),
-    _Pair("grpo-d", "grpo", headline=True),
+    _Pair("grpo-d", "sft-answer", ("other", "own")),
+    _Pair("grpo-d", "grpo"),
     _Pair("sft-answer", "sft-solution", ("other", "own")),
 )
 _SHAPES = ("constant", "reversed", "linear-up", "linear-down", "accuracy", "target-kl")
 _LEVER = (
-    *(_Pair(GRPO_D, f"{shape}-{TIMES}", headline=shape == "constant") for shape in _SHAPES),
-    _Pair(GRPO_D, "no-kl", headline=True),
+    *(_Pair(GRPO_D, f"{shape}-{TIMES}") for shape in _SHAPES),
+    _Pair(GRPO_D, "no-kl"),
     _Pair(CONSTANT, "no-kl"),
 )
 _LONG = (
     *(
-        _Pair(variant, variant, OWN, LONG_STEPS[:0:-1], headline=variant == "no-kl")
+        _Pair(variant, variant, OWN, LONG_STEPS[:0:-1])
         for variant in ("sft-answer", "sft-solution", "no-kl", CONSTANT, GRPO_D)
     ),
-    _Pair("no-kl", "no-kl", OTHER, (LONG_STEPS[-1], 0), headline=True),
-    _Pair(GRPO_D, "no-kl", headline=True),
+    _Pair("no-kl", "no-kl", OTHER, (LONG_STEPS[-1], 0)),
+    _Pair(GRPO_D, "no-kl"),
     _Pair(GRPO_D, CONSTANT),
     *(
         _Pair(variant, "no-kl", OWN, (step, step))
@@ -177,9 +179,9 @@ _FEW = (
         _Pair(variant, variant, OWN, FEW_STEPS[::-1])
         for variant in ("sft-answer", "sft-solution", "grpo", "grpo-d")
     ),
-    _Pair("grpo-d", "sft-answer", headline=True),
+    _Pair("grpo-d", "sft-answer"),
     _Pair("grpo-d", "sft-solution"),
-    _Pair("grpo-d", "grpo", headline=True),
+    _Pair("grpo-d", "grpo"),
     _Pair(GRPO_D, "grpo"),
 )
 

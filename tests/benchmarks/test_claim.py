@@ -64,7 +64,10 @@ def archived(question, shares, items=1000, seeds=None):
                 own, other = shares(variant, trained, seed)
                 task = trained or "counting"
                 rest = "geometry" if task == "counting" else "counting"
-                right = {task: {"greedy": own}, rest: {"greedy": other}}
+                right = {
+                    task: {"greedy": own, "sampled": own // 2},
+                    rest: {"greedy": other, "sampled": other // 2},
+                }
                 curve = {"step": [0, 90, 100, 300, 1000], task: [0.3, 0.4, 0.4, 0.5, own / items]}
                 curve[rest] = [0.3, 0.3, 0.3, 0.3, other / items]
                 record = Record(variant, trained, seed, {"train": 60.0, "evaluate": 12.0}, right)
@@ -205,10 +208,10 @@ def test_the_pull_is_a_ratio_of_means_and_late_is_the_last_fifth():
 
 def test_the_fixed_comparisons_can_be_made_from_their_presets():
     """Their variants, tasks and steps are those that the presets run."""
-    assert [len(question.comparisons) for question in QUESTIONS] == [16, 16, 14, 12]
-    assert len({planned.name for planned in PLANNED}) == len(PLANNED) == 58
-    sides = {(p.name[0], p.first, p.second, p.outcome, p.trained) for p in PLANNED}
-    assert len(sides) == 58
+    assert [len(question.comparisons) for question in QUESTIONS] == [32, 32, 20, 20]
+    assert len({planned.name for planned in PLANNED}) == len(PLANNED) == 104
+    sides = {(p.name[0], p.first, p.second, p.outcome, p.trained, p.mode) for p in PLANNED}
+    assert len(sides) == len(PLANNED)
     for question in QUESTIONS:
         scale, study = find_preset(question.preset)
         steps = {**scale.settings, **study.settings}["steps"]
@@ -236,10 +239,14 @@ def test_findings_are_paired_t_tests_with_one_correction_for_all_that_are_planne
         np.mean(shares["grpo-d"]) - np.mean(shares["sft-answer"])
     )
 
+    (sampled,) = (each for each in found if each.planned.name == "1.11s")
+    halves = [np.floor(1000 * np.array(each) / 2 + 1e-6) / 1000 for each in shares.values()]
+    assert sampled.test.p == pytest.approx(stats.ttest_rel(*halves).pvalue)
+
     complete = [each for each in found if each.complete]
-    assert [each.planned.name[0] for each in complete] == ["1"] * 16
+    assert [each.planned.name[0] for each in complete] == ["1"] * 32
     missing = [1.0] * (len(PLANNED) - len(complete))
-    assert [each.holm for each in complete] == holm([e.test.p for e in complete] + missing)[:16]
+    assert [each.holm for each in complete] == holm([e.test.p for e in complete] + missing)[:32]
     partial = [each for each in found if each.planned.name[0] == "2"]
     assert all(each.holm is None and len(each.differences) == 4 for each in partial)
 
@@ -309,9 +316,9 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
         for name, text in texts.items():
             rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
             assert text and len(set(rows)) <= 1 and "nan" not in text.split(), name
-    assert texts["progress"].startswith("58 of 58 comparisons are complete; ")
+    assert texts["progress"].startswith("104 of 104 comparisons are complete; ")
     shown = sum(": no diff" not in texts[f"sentence {planned.name}"] for planned in PLANNED)
-    assert 5 < shown < 58 and f"; {shown} of them show a difference" in texts["progress"]
+    assert 5 < shown < 104 and f"; {shown} of them show a difference" in texts["progress"]
 
 
 def test_the_screening_shows_pull_and_best_accuracy():
@@ -415,7 +422,7 @@ def own_archive():
 def test_the_repositorys_own_pages_are_those_of_its_cells(own_archive, tmp_path):
     """So no number in the documentation can be another than the cells'."""
     generated = pages(ROOT)
-    assert ROOT / "docs" / "experiment.md" in generated and ROOT / "README.md" in generated
+    assert ROOT / "docs" / "experiment.md" in generated
     for page in generated:
         copy = tmp_path / page.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
