@@ -29,6 +29,7 @@ from scipy import stats
 from mr1_fast.errors import UserError
 from mr1_fast.experiment.presets import find_preset
 from mr1_fast.experiment.statistics import holm
+from mr1_fast.experiment.studies import MULTIPLES, STRONG, STRONG_KL
 
 from ..data.experiment import cell_folder, describe, write_cell, write_curves
 
@@ -430,6 +431,23 @@ def test_the_repositorys_own_pages_are_those_of_its_cells(own_archive, tmp_path)
     write_archive(tmp_path / "cells.json", own_archive)
     assert (tmp_path / "cells.json").read_bytes() == CELLS.read_bytes()
     assert fill(tmp_path, blocks(own_archive)) == []
+
+
+def test_the_strong_beta_is_chosen_by_the_rule_of_the_design(own_archive):
+    """The largest multiple that leaves half of what β = 0 gains in sampled answers, and its KL."""
+    cells = own_archive["tiny_lever"]
+    base, free, *held = (
+        cells.of(variant, trained)[100]
+        for variant, trained in (
+            ("base", None),
+            ("no-kl", "geometry"),
+            *((f"constant-x{times}", "geometry") for times in MULTIPLES),
+        )
+    )
+    before, after, *others = (cell.right["geometry"]["sampled"] for cell in (base, free, *held))
+    half = before + (after - before) / 2
+    assert max(n for n, right in zip(MULTIPLES, others, strict=True) if right >= half) == STRONG
+    assert late(held[MULTIPLES.index(STRONG)], "kl") == pytest.approx(STRONG_KL, abs=0.0005)
 
 
 @pytest.mark.slow
