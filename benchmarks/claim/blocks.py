@@ -42,6 +42,14 @@ from .words import (
 KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end")
 """What is shown of the training of a variant; the end is the last fifth of its steps."""
 
+CAPTIONS = {
+    "transfer": "Accuracy on both tasks after training on one of them",
+    "lever": "Pull, KL and accuracies over the multiple of β, and the schedules",
+    "long": "Accuracies, KL and entropy over 1,000 steps",
+    "few": "Accuracies over 300 steps on 100 training items",
+}
+"""What the picture of each question shows."""
+
 Blocks = dict[str, Callable[[], str]]
 """Name → what makes the block's text."""
 
@@ -61,6 +69,7 @@ def blocks(archive: Archive) -> Blocks:
     tables = {"transfer": transfer, "lever": schedules, "long": over_steps, "few": few}
     for question in QUESTIONS:
         its = [finding for finding in found if finding.question is question]
+        made[f"{question.name}-figure"] = partial(figure, archive, question)
         made |= _means(archive.get(question.preset), question)
         made[f"{question.name}-accuracies"] = partial(
             tables[question.name], archive.get(question.preset), question
@@ -92,6 +101,15 @@ def _means(cells: Archived | None, question: Question) -> Blocks:
 
 def _accuracy(found: Values, question: Question) -> str:
     return accuracy(estimate(found), len(found), len(question.seeds))
+
+
+def figure(archive: Archive, question: Question) -> str:
+    """The picture of a question, once it has cells to draw, for a page beside its folder."""
+    presets = [question.preset, *([SCREENING] if question.name == "lever" else [])]
+    cells = [cell for preset in presets if preset in archive for cell in archive[preset].cells]
+    if not any(cell.trained for cell in cells):
+        return "No cell of it is there yet."
+    return f"![{CAPTIONS[question.name]}](experiment/{question.name}.svg)"
 
 
 def transfer(cells: Archived | None, question: Question) -> str:

@@ -378,6 +378,8 @@ def test_wrong_marks_are_named_and_no_page_is_written(tmp_path, text, said):
 def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
     archive = archived(TRANSFER, scattered)
     (path,) = write_figures(archive, tmp_path)
+    shown = {q.name for q in QUESTIONS if "](experiment/" in blocks(archive)[f"{q.name}-figure"]()}
+    assert shown == {"transfer"}
     drawn = path.read_text()
     texts = {each.text for each in ElementTree.fromstring(drawn).iter() if each.text}
     assert path.name == "transfer.svg"
