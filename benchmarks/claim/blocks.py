@@ -269,7 +269,7 @@ def sentences(found: list[Finding]) -> str:
 
 def cells(archive: Archive) -> str:
     """How many cells of each preset there are, their time, and what they ran on."""
-    head = ["Preset", "Cells", "Seeds", "Hours", "Date", "Hardware", "Versions"]
+    head = ["Preset", "Cells", "Seeds", "Hours, summed over cells", "Date", "Hardware", "Versions"]
     rows, all_cells, all_hours = [], 0, 0.0
     for preset, found in archive.items():
         hours = sum(sum(cell.seconds.values()) for cell in found.cells) / 3600

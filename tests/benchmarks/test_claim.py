@@ -240,6 +240,10 @@ def test_findings_are_paired_t_tests_with_one_correction_for_all_that_are_planne
         np.mean(shares["grpo-d"]) - np.mean(shares["sft-answer"])
     )
 
+    assert finding.first_above == np.sum(
+        np.array(shares["grpo-d"]) > np.array(shares["sft-answer"])
+    )
+
     (sampled,) = (each for each in found if each.planned.name == "1.11s")
     halves = [np.floor(1000 * np.array(each) / 2 + 1e-6) / 1000 for each in shares.values()]
     assert sampled.test.p == pytest.approx(stats.ttest_rel(*halves).pvalue)
