@@ -151,8 +151,9 @@ def _lines(value: Any, depth: int, indent: str = "") -> str:
 def collect(archive: Archive, folder: Path, replace: bool = False) -> str:
     """Merge the finished cells of the experiment in `folder` into the archive.
 
-    Returns a line that says what was new. A cell that the archive has with other results, and an
-    experiment with other settings, are a UserError, unless they are to `replace` what is there.
+    Returns a line that says what was new. A cell that the archive has with other results, an
+    experiment with other settings, and cells of a seed that begin from another model are a
+    UserError, unless they are to `replace` what is there.
     """
     results = read_results(folder)
     preset, found = results.about["preset"], _described(results)
@@ -180,11 +181,27 @@ def collect(archive: Archive, folder: Path, replace: bool = False) -> str:
                 "before: find out why, and give --replace for the new ones."
             )
         cells[record.name] = record
+    if not replace and (seeds := _with_several_starts(cells.values())):
+        raise UserError(
+            f"{folder} has cells of seed {', '.join(map(str, seeds))} that begin from another "
+            "model than those that were collected before, so they are no pairs: collect it into "
+            "another file with --cells."
+        )
     known.cells = list(cells.values())
     return (
         f"{preset}: {len(finished)} of {len(results.cells)} cells of {folder} are finished, "
         f"{len(cells) - before} of them new"
     )
+
+
+def _with_several_starts(cells: Iterable[Record]) -> list[int]:
+    """The seeds whose learning curves do not all begin at the same point."""
+    starts: dict[int, set[tuple]] = {}
+    for cell in cells:
+        first = tuple((task, values[0]) for task, values in sorted(cell.curve.items()))
+        if first and cell.curve["step"][0] == 0:
+            starts.setdefault(cell.seed, set()).add(first)
+    return sorted(seed for seed, found in starts.items() if len(found) > 1)
 
 
 def _described(results: Results) -> Archived:

@@ -8,15 +8,14 @@ import numpy as np
 from mr1_fast.evaluate.held_out import MODES
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.results import BASE
-from mr1_fast.experiment.statistics import detectable, expected_bound
 from mr1_fast.experiment.studies import STUDIES
 
 from .archive import Archive, Archived, Record
-from .outcomes import Finding, Values, estimate, findings, late, pull_ratio, values
+from .design import comparisons, deviations, power
+from .outcomes import Finding, Values, average, estimate, findings, late, pull_ratio, values
 from .questions import (
     FEW_STEPS,
     LONG_STEPS,
-    PLANNED,
     QUESTIONS,
     SCREENED,
     SCREENING,
@@ -40,12 +39,16 @@ from .words import (
     table,
 )
 
-STRICTEST = 0.05 / len(PLANNED)
-"""The level at which Holm's correction tests the smallest of all p values."""
+KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end")
+"""What is shown of the training of a variant; the end is the last fifth of its steps."""
 
-SEEDS = tuple(sorted({len(question.seeds) for question in QUESTIONS}))
-DEVIATIONS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
-"""Standard deviations of a seed's difference that the power analysis goes through."""
+CAPTIONS = {
+    "transfer": "Accuracy on both tasks after training on one of them",
+    "lever": "Pull, KL and accuracies over the multiple of β, and the schedules",
+    "long": "Accuracies, KL and entropy over 1,000 steps",
+    "few": "Accuracies over 300 steps on 100 training items",
+}
+"""What the picture of each question shows."""
 
 Blocks = dict[str, Callable[[], str]]
 """Name → what makes the block's text."""
@@ -66,6 +69,7 @@ def blocks(archive: Archive) -> Blocks:
     tables = {"transfer": transfer, "lever": schedules, "long": over_steps, "few": few}
     for question in QUESTIONS:
         its = [finding for finding in found if finding.question is question]
+        made[f"{question.name}-figure"] = partial(figure, archive, question)
         made |= _means(archive.get(question.preset), question)
         made[f"{question.name}-accuracies"] = partial(
             tables[question.name], archive.get(question.preset), question
@@ -97,6 +101,15 @@ def _means(cells: Archived | None, question: Question) -> Blocks:
 
 def _accuracy(found: Values, question: Question) -> str:
     return accuracy(estimate(found), len(found), len(question.seeds))
+
+
+def figure(archive: Archive, question: Question) -> str:
+    """The picture of a question, once it has cells to draw, for a page beside its folder."""
+    presets = [question.preset, *([SCREENING] if question.name == "lever" else [])]
+    cells = [cell for preset in presets if preset in archive for cell in archive[preset].cells]
+    if not any(cell.trained for cell in cells):
+        return "No cell of it is there yet."
+    return f"![{CAPTIONS[question.name]}](experiment/{question.name}.svg)"
 
 
 def transfer(cells: Archived | None, question: Question) -> str:
@@ -135,8 +148,7 @@ def schedules(cells: Archived | None, question: Question) -> str:
     """Accuracies on the trained and on the other task, with KL, entropy and pull of each path."""
     (role,) = question.trained
     columns = [(outcome, mode) for outcome in ("own", "other") for mode in MODES]
-    head = ["β", *(f"{outcome} task, {mode}" for outcome, mode in columns)]
-    head += ["KL's pull / rewards'", "KL", "entropy"]
+    head = ["Variant", *(f"{outcome} task, {mode}" for outcome, mode in columns), *KEPT]
     rows = []
     for variant in question.variants:
         shares = [values(cells, Side(variant), outcome, (role,), mode) for outcome, mode in columns]
@@ -153,8 +165,8 @@ def _there(cells: Archived | None, role: str, variant: str) -> list[Record]:
 
 
 def _kept(cells: list[Record]) -> list[str]:
-    """Pull, KL and entropy in the mean over cells; KL and entropy are those of the last fifth."""
-    kept = [[pull_ratio(cell) for cell in cells]]
+    """β, pull, KL and entropy in the mean over cells: see `KEPT`."""
+    kept = [[average(cell, "beta") for cell in cells], [pull_ratio(cell) for cell in cells]]
     kept += [[late(cell, name) for cell in cells] for name in ("kl", "entropy")]
     return [number(None if None in each or not each else float(np.mean(each))) for each in kept]
 
@@ -193,7 +205,7 @@ def few(cells: Archived | None, question: Question) -> str:
 def screening(archive: Archive) -> str:
     """What each multiple of β does: descriptive, on a seed that is not reported."""
     cells = archive.get(SCREENING)
-    head = ["β", "Seeds", "KL's pull / rewards'", "KL", "entropy"]
+    head = ["Variant", "Seeds", *KEPT]
     head += ["own task", "sampled", "best on validation", "other task"]
     schedules = [f"{kind}-x{times:g}" for times in SCREENED for kind in ("constant", "grpo-d")]
     (role,) = STUDIES["lever"].trained
@@ -205,7 +217,7 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
     """A row of the screening: means over its seeds."""
     there = _there(cells, role, variant)
     if not there:
-        return [label(variant), "not run", *[MISSING] * 7]
+        return [label(variant), "not run", *[MISSING] * (len(KEPT) + 4)]
     own, other = (
         percent(estimate(values(cells, Side(variant), outcome, (role,))).value)
         for outcome in ("own", "other")
@@ -224,7 +236,7 @@ def compared(found: list[Finding]) -> str:
     """
     head = ["", "Accuracy", "First − second"]
     for mode in MODES:
-        head += [f"{mode.capitalize()}, points [95%]", "p (Holm's)", "at most"]
+        head += [f"{mode.capitalize()}: points [95%], seeds above", "p (Holm's)", "at most"]
     by_name = {finding.planned.name: finding for finding in found}
     rows = []
     for name, greedy in by_name.items():
@@ -240,7 +252,10 @@ def _tested(finding: Finding | None) -> list[str]:
     if finding is None:
         return [MISSING] * 3
     test = finding.test
-    difference = f"{points(test.difference.value)} {interval(test.difference)}" if test else MISSING
+    difference = MISSING
+    if test:
+        above = f"{finding.first_above} of {len(finding.differences)}"
+        difference = f"{points(test.difference.value)} {interval(test.difference)}, {above}"
     if not finding.complete:
         return [difference, progress(finding), MISSING]
     p = f"{p_value(test.p)} ({p_value(finding.holm)})"
@@ -252,78 +267,9 @@ def sentences(found: list[Finding]) -> str:
     return "\n".join(f"- {sentence(finding)}" for finding in found)
 
 
-def comparisons() -> str:
-    """All comparisons as they were fixed, question by question."""
-    head = ["", "Preset", "Seeds", "First", "Second", "Accuracy", "Answers"]
-    names = {planned.name for planned in PLANNED}
-    rows = [
-        [
-            planned.name,
-            f"`{question.preset}`",
-            ranges(question.seeds),
-            planned.first.label,
-            planned.second.label,
-            planned.where,
-            "greedy, sampled" if f"{planned.name}s" in names else "greedy",
-        ]
-        for question in QUESTIONS
-        for planned in question.comparisons
-        if planned.mode == "greedy"
-    ]
-    return table(head, rows)
-
-
-def power() -> str:
-    """What difference n seeds can show, and what bound they give where there is none, in points.
-
-    A column is a standard deviation of the differences of a seed.
-    """
-    measures: dict[str, Callable[[float, int], float]] = {
-        "detectable, α = 0.05": detectable,
-        f"detectable, α = 0.05/{len(PLANNED)}": partial(detectable, alpha=STRICTEST),
-        "bound where there is no difference": expected_bound,
-    }
-    rows = [
-        [f"{seeds} seeds", name, *(f"{100 * measure(each, seeds):.1f}" for each in DEVIATIONS)]
-        for seeds in SEEDS
-        for name, measure in measures.items()
-    ]
-    return table(["", "", *(f"σ = {100 * each:.0f}" for each in DEVIATIONS)], rows)
-
-
-def deviations(found: list[Finding]) -> str:
-    """The standard deviations of a seed's difference that were observed, by kind of outcome."""
-    head = ["Question", "Outcome", "Comparisons", "Smallest", "Median", "Largest"]
-    rows = []
-    for question in QUESTIONS:
-        for kind in (
-            "own",
-            "other",
-            "own, sampled",
-            "other, sampled",
-            "own, curve",
-            "other, curve",
-        ):
-            seen = [
-                100 * finding.test.deviation
-                for finding in found
-                if finding.question is question and finding.complete and _kind(finding) == kind
-            ]
-            if seen:
-                spread = [f"{value:.1f}" for value in (min(seen), np.median(seen), max(seen))]
-                rows.append([question.title, kind, str(len(seen)), *spread])
-    return table(head, rows) if rows else "No comparison is complete."
-
-
-def _kind(finding: Finding) -> str:
-    planned = finding.planned
-    sampled = ", sampled" if planned.mode == "sampled" else ""
-    return planned.outcome + (", curve" if planned.on_curve else sampled)
-
-
 def cells(archive: Archive) -> str:
     """How many cells of each preset there are, their time, and what they ran on."""
-    head = ["Preset", "Cells", "Seeds", "Hours", "Date", "Hardware", "Versions"]
+    head = ["Preset", "Cells", "Seeds", "Hours, summed over cells", "Date", "Hardware", "Versions"]
     rows, all_cells, all_hours = [], 0, 0.0
     for preset, found in archive.items():
         hours = sum(sum(cell.seconds.values()) for cell in found.cells) / 3600
@@ -350,5 +296,5 @@ def standing(found: list[Finding]) -> str:
     shown = sum(finding.verdict != "none" for finding in complete)
     return (
         f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
-        f"difference after Holm's correction for {len(complete)}, {len(complete) - shown} do not."
+        f"difference after Holm's correction for all {len(found)}, {len(complete) - shown} do not."
     )

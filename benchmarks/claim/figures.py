@@ -22,6 +22,7 @@ from mr1_fast.report.svg import LINES, plot_element, standalone
 from .archive import Archive, Archived, Record
 from .outcomes import course, curve, estimate, late, mean_course, pull_ratio, values
 from .questions import QUESTIONS, SCREENED, SCREENING, Question, Side, label, tested
+from .words import ranges
 
 MARKERS, DASHES = ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 """Variants differ in marker and dashes too, so that they can be told apart without colours."""
@@ -69,11 +70,11 @@ def transfer(archive: Archive, question: Question) -> list[Panel]:
     cells = archive.get(question.preset)
     series = {
         role: {
-            tested(role, outcome): {
+            f"{of} task, {tested(role, outcome)}": {
                 variant: estimate(values(cells, Side(variant), outcome, (role,)))
                 for variant in question.variants
             }
-            for outcome in ("own", "other")
+            for outcome, of in (("own", "trained"), ("other", "other"))
         }
         for role in question.trained
     }
@@ -104,6 +105,7 @@ def _over_multiples(cells: Archived | None) -> list[Panel]:
         ("Other task", "accuracy", True, lambda cell: share(cell, tested(cell.trained, "other"))),
     ]
     roles = sorted({cell.trained for cell in cells.cells if cell.trained})
+    seeds = ranges(sorted({cell.seed for cell in cells.cells}))
     panels = []
     for number, (title, unit, percent, measure) in enumerate(shown):
         lines = {
@@ -123,7 +125,8 @@ def _over_multiples(cells: Archived | None) -> list[Panel]:
         }
         if any(points for _, points in lines.values()):
             draw = _multiples(lines, without if percent else {}, unit, percent)
-            panels.append((title, plot_element(f"lever-{number}", f"{title} over β", draw)))
+            element = plot_element(f"lever-{number}", f"{title} over β", draw)
+            panels.append((f"{title} (seed {seeds})", element))
     return panels
 
 
@@ -296,7 +299,7 @@ def named_ranges(name: str, title: str, found: dict[str, dict[str, Estimate | No
             reaches = [(e.value - e.low, e.high - e.value) for e in there.values()]
             axes.errorbar(middles, [at + shift for at in there], xerr=np.transpose(reaches),
                           color=look.colour, marker=look.marker, linestyle="", markersize=5,
-                          elinewidth=1.4, capsize=3, label=f"tested on {series}")  # fmt: skip
+                          elinewidth=1.4, capsize=3, label=series)  # fmt: skip
         axes.set_yticks(range(len(variants)), [label(variant) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_xlabel("accuracy, 95% interval over seeds")

@@ -1,7 +1,7 @@
 """What the cells of the archive say: accuracies over seeds, and tests of the comparisons."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Finding:
     test: PairedTest | None
     """The test over these seeds; None for fewer than two."""
     holm: float | None = None
-    """Its p corrected for the number of complete comparisons; None while it is incomplete."""
+    """Its p corrected for the number of all comparisons; None while it is incomplete."""
 
     @property
     def complete(self) -> bool:
@@ -40,29 +40,28 @@ class Finding:
             return "none"
         return "above" if self.test.difference.value > 0 else "below"
 
+    @property
+    def first_above(self) -> int:
+        """The number of seeds in which the first side is above the second."""
+        return sum(difference > 0 for difference in self.differences.values())
+
 
 def findings(archive: Archive) -> list[Finding]:
-    """All fixed comparisons in their order, with one correction for all that are complete."""
+    """All fixed comparisons in their order, with one correction for the number of all.
+
+    One that is not complete counts with p = 1. So a difference that is shown stays shown, whatever
+    the missing cells say: a smaller p makes no other corrected p larger.
+    """
     found = [
         _finding(archive, question, planned)
         for question in QUESTIONS
         for planned in question.comparisons
     ]
-    complete = [finding for finding in found if finding.complete]
-    corrected = dict(
-        zip(
-            (finding.planned.name for finding in complete),
-            holm([finding.test.p for finding in complete]),
-            strict=True,
-        )
-    )
+    corrected = holm([finding.test.p if finding.complete else 1.0 for finding in found])
     return [
-        Finding(
-            each.planned, each.question, each.differences, each.test,
-            corrected.get(each.planned.name),
-        )
-        for each in found
-    ]  # fmt: skip
+        replace(finding, holm=p) if finding.complete else finding
+        for finding, p in zip(found, corrected, strict=True)
+    ]
 
 
 def _finding(archive: Archive, question: Question, planned: Planned) -> Finding:
@@ -150,16 +149,17 @@ def late(cell: Record, metric: str) -> float | None:
     return float(np.mean(points[-max(1, len(points) // 5) :])) if points else None
 
 
+def average(cell: Record, metric: str) -> float | None:
+    """The mean of a metric over training; None where it was not measured."""
+    points = [value for value in cell.metrics.get(metric, []) if value is not None]
+    return float(np.mean(points)) if points else None
+
+
 def pull_ratio(cell: Record) -> float | None:
     """How hard the KL pulls at log π beside the rewards, as a ratio of means over training.
 
     The means over tokens are those of β·|1 − π_ref/π| and of |Â|: both multiply the gradient of a
     token's log π. None where they were not measured.
     """
-    pulls = [
-        [value for value in cell.metrics.get(name, []) if value is not None]
-        for name in ("kl_pull", "reward_pull")
-    ]
-    if not all(pulls) or not np.mean(pulls[1]):
-        return None
-    return float(np.mean(pulls[0]) / np.mean(pulls[1]))
+    of_kl, of_rewards = average(cell, "kl_pull"), average(cell, "reward_pull")
+    return of_kl / of_rewards if of_kl is not None and of_rewards else None

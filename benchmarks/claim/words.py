@@ -64,6 +64,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _equal(p: float) -> str:
+    written = p_value(p)
+    return written if written.startswith("<") else f"= {written}"
+
+
 def progress(finding: Finding) -> str:
     """How many seeds of a comparison are there; empty once all are."""
     if finding.complete:
@@ -82,16 +87,14 @@ def sentence(finding: Finding) -> str:
     second = f"the {second}" if planned.second.variant == BASE else second
     if not finding.complete:
         return f"{where}: {first} against {second}: {progress(finding)}."
-    if finding.verdict == "none":
-        return (
-            f"{where}: no difference was found between {first} and {second}: it is not larger than "
-            f"{100 * test.bound:.1f} points (90% interval)."
-        )
-    p = p_value(finding.holm)
+    difference = f"{points(test.difference.value)} points {interval(test.difference)}"
+    p = f"Holm p {_equal(finding.holm)}"
+    if finding.verdict != "none":
+        return f"{where}: {first} is {finding.verdict} {second}: {difference} ({p})."
+    alone = f"; without correction p {_equal(test.p)}" if test.p < 0.05 else ""
     return (
-        f"{where}: {first} is {finding.verdict} {second} by "
-        f"{100 * abs(test.difference.value):.1f} points {interval(test.difference)} "
-        f"(Holm p {p if p.startswith('<') else f'= {p}'})."
+        f"{where}: no difference is shown between {first} and {second}: {difference} ({p}{alone}), "
+        f"at most {100 * test.bound:.1f}."
     )
 
 
@@ -102,7 +105,7 @@ def short(finding: Finding) -> str:
     test = finding.test
     verdict = finding.verdict
     if verdict == "none":
-        verdict = f"none found, at most {100 * test.bound:.1f}"
+        verdict = f"not shown, at most {100 * test.bound:.1f}"
     return f"{points(test.difference.value)} {interval(test.difference)}: {verdict}"
 
 

@@ -23,12 +23,13 @@ from claim.figures import write_figures
 from claim.outcomes import findings, late, pull_ratio
 from claim.pages import fill, pages
 from claim.questions import PLANNED, QUESTIONS
-from claim.words import ranges, sentence
+from claim.words import interval, points, ranges, sentence
 from scipy import stats
 
 from mr1_fast.errors import UserError
 from mr1_fast.experiment.presets import find_preset
 from mr1_fast.experiment.statistics import holm
+from mr1_fast.experiment.studies import MULTIPLES, STRONG, STRONG_KL
 
 from ..data.experiment import cell_folder, describe, write_cell, write_curves
 
@@ -163,6 +164,24 @@ def test_an_experiment_with_other_settings_is_refused_unless_it_replaces_the_cel
     assert {cell.seed for cell in archive["tiny"].cells} == {5}
 
 
+def test_cells_of_a_seed_that_begin_from_another_model_are_refused(tmp_path):
+    archive = {}
+    collect(archive, experiment(tmp_path / "tiny"))
+    before = list(archive["tiny"].cells)
+    other = tmp_path / "other"
+    describe(other, seeds=[1], settings=archive["tiny"].settings)
+    write_cell(other, "sft", "counting", 1)
+    write_curves(other, "sft", "counting", 1)
+    assert "1 of them new" in collect(archive, other)  # it begins where the others do
+    archive["tiny"].cells = before
+    curve = cell_folder(other, "sft", "counting", 1) / "curve.jsonl"
+    first, *rest = curve.read_text().splitlines()
+    curve.write_text("\n".join([json.dumps(json.loads(first) | {"counting": 0.9}), *rest, ""]))
+    with pytest.raises(UserError, match="cells of seed 1 that begin from another model"):
+        collect(archive, other)
+    assert archive["tiny"].cells == before
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"tiny": {}}', '{"tiny": {"cells": [{}]}}'])
 def test_a_damaged_archive_is_named(tmp_path, content):
     path = tmp_path / "cells.json"
@@ -206,7 +225,7 @@ def test_the_fixed_comparisons_can_be_made_from_their_presets():
                 assert side.step is None or (side.step % every == 0 and side.step <= steps)
 
 
-def test_findings_are_paired_t_tests_with_one_correction_for_what_is_complete():
+def test_findings_are_paired_t_tests_with_one_correction_for_all_that_are_planned():
     archive = archived(TRANSFER, scattered)
     archive |= archived(LEVER, scattered, seeds=range(4))  # not complete
     found = findings(archive)
@@ -221,15 +240,30 @@ def test_findings_are_paired_t_tests_with_one_correction_for_what_is_complete():
         np.mean(shares["grpo-d"]) - np.mean(shares["sft-answer"])
     )
 
+    assert finding.first_above == np.sum(
+        np.array(shares["grpo-d"]) > np.array(shares["sft-answer"])
+    )
+
     (sampled,) = (each for each in found if each.planned.name == "1.11s")
     halves = [np.floor(1000 * np.array(each) / 2 + 1e-6) / 1000 for each in shares.values()]
     assert sampled.test.p == pytest.approx(stats.ttest_rel(*halves).pvalue)
 
     complete = [each for each in found if each.complete]
     assert [each.planned.name[0] for each in complete] == ["1"] * 32
-    assert [each.holm for each in complete] == holm([each.test.p for each in complete])
+    missing = [1.0] * (len(PLANNED) - len(complete))
+    assert [each.holm for each in complete] == holm([e.test.p for e in complete] + missing)[:32]
     partial = [each for each in found if each.planned.name[0] == "2"]
     assert all(each.holm is None and len(each.differences) == 4 for each in partial)
+
+
+def test_what_is_shown_stays_shown_when_more_cells_are_there():
+    some = archived(TRANSFER, scattered)
+    more = some | archived(LEVER, scattered) | archived(FEW, scattered)
+    before, after = ({e.planned.name: e for e in findings(each)} for each in (some, more))
+    shown = [name for name, finding in before.items() if finding.verdict != "none"]
+    assert len(shown) > 5
+    assert all(after[name].verdict == before[name].verdict for name in shown)
+    assert all(after[name].holm <= before[name].holm for name in before if before[name].complete)
 
 
 def test_the_mean_of_both_trainings_is_taken_seed_by_seed():
@@ -250,19 +284,23 @@ def test_findings_in_words():
     by_name = {each.planned.name: each for each in findings(archived(TRANSFER, scattered))}
     below = sentence(by_name["1.1"])
     assert below.startswith(
-        "Trained on counting, tested on geometry: SFT on answers is below the base model by "
+        "Trained on counting, tested on geometry: SFT on answers is below the base model: −"
     )
     assert below.endswith("(Holm p < 0.001).")
-    assert "GRPO-D is above SFT on answers by" in sentence(by_name["1.3"])
+    assert "GRPO-D is above SFT on answers: +" in sentence(by_name["1.3"])
     same = by_name["1.6"]
+    difference = same.test.difference
     assert sentence(same) == (
-        "Trained on counting, tested on geometry: no difference was found between GRPO-D and GRPO: "
-        f"it is not larger than {100 * same.test.bound:.1f} points (90% interval)."
+        "Trained on counting, tested on geometry: no difference is shown between GRPO-D and GRPO: "
+        f"{points(difference.value)} points {interval(difference)} (Holm p = 1.000), at most "
+        f"{100 * same.test.bound:.1f}."
     )
+    uncorrected = replace(same, test=replace(same.test, p=0.012), holm=0.6)
+    assert "(Holm p = 0.600; without correction p = 0.012)" in sentence(uncorrected)
     steps = {each.planned.name: each for each in findings(archived(LONG, scattered))}["3.2"]
     assert sentence(steps).startswith(
         "Trained on geometry, tested on validation items of geometry, SFT on worked solutions: "
-        "step 1000 is above step 300 by "
+        "step 1000 is above step 300: +"
     )
     assert sentence(by_name["4.5"]).endswith("GRPO-D against SFT on answers: not run.")
     partial = {e.planned.name: e for e in findings(archived(FEW, scattered, seeds=(0, 1)))}
@@ -284,13 +322,13 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
             rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
             assert text and len(set(rows)) <= 1 and "nan" not in text.split(), name
     assert texts["progress"].startswith("104 of 104 comparisons are complete; ")
-    shown = sum("(Holm p" in texts[f"sentence {planned.name}"] for planned in PLANNED)
+    shown = sum(": no diff" not in texts[f"sentence {planned.name}"] for planned in PLANNED)
     assert 5 < shown < 104 and f"; {shown} of them show a difference" in texts["progress"]
 
 
 def test_the_screening_shows_pull_and_best_accuracy():
     curve = {"step": [0, 20, 40], "geometry": [0.3, 0.6, 0.5], "counting": [0.3, 0.2, 0.1]}
-    metrics = {"kl": [0.5] * 5, "kl_pull": [0.05] * 5, "reward_pull": [0.5] * 5}
+    metrics = {"beta": [0.2, 0.3], "kl": [0.5] * 5, "kl_pull": [0.05] * 5, "reward_pull": [0.5] * 5}
     right = {
         "geometry": {"greedy": 510, "sampled": 400},
         "counting": {"greedy": 120, "sampled": 100},
@@ -298,7 +336,7 @@ def test_the_screening_shows_pull_and_best_accuracy():
     cell = Record("constant-x30", "geometry", 100, {}, right, curve, metrics=metrics)
     cells = Archived("tiny", {"counting": 1000, "geometry": 1000}, {}, {}, cells=[cell])
     rows = screening({"tiny_lever": cells}).splitlines()
-    row = "| constant β × 30 | 1 | 0.1 | 0.5 | — | 51.0% | 40.0% | 60.0% | 12.0% |"
+    row = "| constant β × 30 | 1 | 0.25 | 0.1 | 0.5 | — | 51.0% | 40.0% | 60.0% | 12.0% |"
     assert rows.count(row) == 1
     assert sum("not run" in row for row in rows) == len(rows) - 3
 
@@ -344,10 +382,12 @@ def test_wrong_marks_are_named_and_no_page_is_written(tmp_path, text, said):
 def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
     archive = archived(TRANSFER, scattered)
     (path,) = write_figures(archive, tmp_path)
+    shown = {q.name for q in QUESTIONS if "](experiment/" in blocks(archive)[f"{q.name}-figure"]()}
+    assert shown == {"transfer"}
     drawn = path.read_text()
     texts = {each.text for each in ElementTree.fromstring(drawn).iter() if each.text}
     assert path.name == "transfer.svg"
-    assert {"Trained on counting", "SFT on answers", "tested on geometry"} <= texts
+    assert {"Trained on counting", "SFT on answers", "other task, geometry"} <= texts
     write_figures(archive, tmp_path)
     assert path.read_text() == drawn
 
@@ -397,6 +437,23 @@ def test_the_repositorys_own_pages_are_those_of_its_cells(own_archive, tmp_path)
     write_archive(tmp_path / "cells.json", own_archive)
     assert (tmp_path / "cells.json").read_bytes() == CELLS.read_bytes()
     assert fill(tmp_path, blocks(own_archive)) == []
+
+
+def test_the_strong_beta_is_chosen_by_the_rule_of_the_design(own_archive):
+    """The largest multiple that leaves half of what β = 0 gains in sampled answers, and its KL."""
+    cells = own_archive["tiny_lever"]
+    base, free, *held = (
+        cells.of(variant, trained)[100]
+        for variant, trained in (
+            ("base", None),
+            ("no-kl", "geometry"),
+            *((f"constant-x{times}", "geometry") for times in MULTIPLES),
+        )
+    )
+    before, after, *others = (cell.right["geometry"]["sampled"] for cell in (base, free, *held))
+    half = before + (after - before) / 2
+    assert max(n for n, right in zip(MULTIPLES, others, strict=True) if right >= half) == STRONG
+    assert late(held[MULTIPLES.index(STRONG)], "kl") == pytest.approx(STRONG_KL, abs=0.0005)
 
 
 @pytest.mark.slow
