@@ -15,6 +15,7 @@ from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.experiment.studies import GRPO_D, SFT_SOLUTION, STUDIES, Study, Variant
 from mr1_fast.experiment.workers import at_a_time
 from mr1_fast.report import plots
+from tests.data.cells import lasting_files
 from tests.data.gang import gang
 
 FAULT = """
@@ -70,16 +71,6 @@ def run_experiment(world, output, model, plugin):
     return said.getvalue(), failed
 
 
-def files(output):
-    """The content of all files that do not differ from call to call, and the names of the rest."""
-    found = {str(path.relative_to(output)): path for path in output.rglob("*") if path.is_file()}
-    lasting = ("safetensors", "completions.jsonl", "curve.jsonl", "samples.json", ".png")
-    lasting += ("-greedy.json", "-sampled.json")
-    return {
-        name: path.read_bytes() if name.endswith(lasting) else b"" for name, path in found.items()
-    }
-
-
 @pytest.mark.slow
 def test_cells_are_shared_and_leave_the_files_of_one_process(tiny_folder, tmp_path):
     plugin = tmp_path / "fault.py"
@@ -95,5 +86,5 @@ def test_cells_are_shared_and_leave_the_files_of_one_process(tiny_folder, tmp_pa
         assert sorted(line[:5] for line in lines[:4]) == [f"[{n}/4]" for n in (1, 2, 3, 4)]
         assert lines[4].startswith("report ")
         cells = [json.loads(path.read_text()) for path in sorted(output.rglob("cell.json"))]
-        seen[size] = files(output), [(cell["variant"], cell["correct"]) for cell in cells]
+        seen[size] = lasting_files(output), [(cell["variant"], cell["correct"]) for cell in cells]
     assert seen[1] == seen[2] and len(seen[1][1]) == 3

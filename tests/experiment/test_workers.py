@@ -19,6 +19,7 @@ from mr1_fast.experiment.command import make_experiment
 from mr1_fast.experiment.settings import ExperimentConfig
 from mr1_fast.experiment.workers import at_a_time, needed, workers
 
+from ..data.cells import lasting_files
 from ..data.scripts import run_script
 
 
@@ -113,16 +114,6 @@ def is_alive(process):
         return False
 
 
-def files(output):
-    """The content of all files that do not differ from call to call, and the names of the rest."""
-    found = {str(path.relative_to(output)): path for path in output.rglob("*") if path.is_file()}
-    lasting = ("safetensors", "completions.jsonl", "curve.jsonl", "samples.json", ".png")
-    lasting += ("-greedy.json", "-sampled.json")
-    return {
-        name: path.read_bytes() if name.endswith(lasting) else b"" for name, path in found.items()
-    }
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_cells_are_those_of_one(tiny_folder, capsys, tmp_path):
     settings = {"model": str(tiny_folder), "steps": 10, "max_new_tokens": 6, "device": "cpu"}
@@ -153,7 +144,7 @@ def test_ctrl_c_ends_all_processes_and_cells_are_those_of_one(tiny_folder, capsy
         main([*arguments, "--output", str(output)])
         lines = capsys.readouterr().out.splitlines()
         assert [line[:5] for line in lines[:-1]] == [f"[{n}/4]" for n in range(1, 5)]
-    seen = [files(output) for output in (shared, alone)]
+    seen = [lasting_files(output) for output in (shared, alone)]
     assert seen[0] == seen[1] and sum(name.endswith("cell.json") for name in seen[0]) == 4
 
 
