@@ -80,7 +80,12 @@ class Experiment:
     @property
     def curve_every(self) -> int:
         """Steps between the points of the learning curve; 0 where the scale has none."""
-        return (self.study.curve_every if self.scale.curve_every else 0) or self.scale.curve_every
+        return self.scale.curve_every and (self.study.curve_every or self.scale.curve_every)
+
+    def trained_on(self, variant: Variant) -> list[str]:
+        """The tasks that a variant is trained on: those whose data have what it learns from."""
+        tasks = self.scale.tasks
+        return [role for role in self.study.trained if tasks[role].can_train(variant.settings)]
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed: the base model first, then what is trained from it."""
@@ -91,7 +96,7 @@ class Experiment:
                 Cell(variant, role, seed)
                 for role in self.study.trained
                 for variant in self.study.variants
-                if self.scale.tasks[role].can_train(variant.settings)
+                if role in self.trained_on(variant)
             ]
         return cells
 

@@ -14,7 +14,6 @@ from ..errors import UserError, shortened
 from ..files import write_text
 from ..integrity import read_sealed, sealed
 from ..locks import one_at_a_time
-from ..profiles import BUILT_IN
 from ..version import __version__
 from .cells import BASE, Experiment
 from .results import DESCRIBED
@@ -77,8 +76,7 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
 
 def _variant(variant: Variant, experiment: Experiment) -> dict[str, Any]:
     value = {} if variant.value is None else {"value": variant.value}
-    tasks = experiment.scale.tasks
-    trained = [role for role in experiment.study.trained if tasks[role].can_train(variant.settings)]
+    trained = experiment.trained_on(variant)
     return {"name": variant.name, "label": variant.label, "trained": trained, **value}
 
 
@@ -92,13 +90,13 @@ def notes(experiment: Experiment) -> list[str]:
     ]
     for role in experiment.study.trained:
         variants = experiment.study.variants
-        left_out = [v.label for v in variants if not scale.tasks[role].can_train(v.settings)]
+        left_out = [each.label for each in variants if role not in experiment.trained_on(each)]
         if left_out:
             lines.append(
                 f"The data to train {role} on have no worked solutions: {', '.join(left_out)} is "
                 "not trained on it, and has no part in headlines, which are about all tasks."
             )
-    if experiment.model not in BUILT_IN or not scale.start_accuracy:
+    if not experiment.has_starts:
         return lines
 
     lines.append(

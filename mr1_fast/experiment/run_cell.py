@@ -39,7 +39,6 @@ from ..tasks import get_task
 from ..train import train
 from ..types import Example
 from .cells import AGAIN, Cell, Experiment
-from .results import CellResult
 
 SHOWN_PER_TASK = 4
 """Number of test items of each task whose answers the report shows."""
@@ -48,11 +47,11 @@ TRAINED = "trained.json"
 """The file with the checksums of a cell's model, from the end of training on."""
 
 
-def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
-    """Run what is missing of the cell; the result is read back from what it has recorded.
+def run_cell(experiment: Experiment, cell: Cell) -> None:
+    """Run what is missing of the cell, which records its result or its failure in its folder.
 
     An exception of the cell does not leave this function: it is recorded in failed.json, with its
-    traceback, so that the other cells can go on. Raises UserError for a damaged cell.json.
+    traceback, so that the other cells can go on.
     """
     folder = cell.folder(experiment.output)
     finished, failed = folder / "cell.json", folder / "failed.json"
@@ -75,11 +74,6 @@ def run_cell(experiment: Experiment, cell: Cell) -> CellResult:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    # Also where an earlier process was killed after it had written cell.json.
-    if finished.exists():
-        remove_folder(experiment.run_folder(cell) / "checkpoints")
-    return experiment.result(cell)
 
 
 def _train_and_test(experiment: Experiment, cell: Cell, folder: Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def test_a_cell_after_others_has_the_files_that_it_has_alone(tiny_folder, monkey
         experiment = make_experiment(config)
         first, *_, last = experiment.cells()
         for cell in (first, last) if name == "after" else (last,):
-            assert not run_cell(experiment, cell).error
+            run_cell(experiment, cell)
+            assert not experiment.result(cell).error
         assert len(experiment.prompts.prompts) == 2 * (5 + 3)
         folder = last.folder(output)
         made.append({path.name: path.read_bytes() for path in folder.glob("*.json*")})

@@ -226,6 +226,7 @@ def test_calls_by_hand_share_a_folder_and_a_killed_ones_cell_is_taken_over(
     config = ExperimentConfig(preset="short", output=str(alone), test_items=5)
     experiment = make_experiment(config)
     cell = experiment.cells()[1]
-    assert not run_cell.run_cell(experiment, cell).error
+    run_cell.run_cell(experiment, cell)
+    assert not experiment.result(cell).error
     for name in ("run/final/model.safetensors", "curve.jsonl", "counting-sampled.json"):
         assert (cell.folder(alone) / name).read_bytes() == (cell.folder(output) / name).read_bytes()
