@@ -25,6 +25,8 @@ METRICS = (
     *("kl_pull", "reward_pull", "completion_length"),
 )
 """The metrics of training that are kept, where a cell has them."""
+OPTIONAL = ("form", "curve")
+"""What a written cell leaves out where it is empty."""
 POINTS = 25
 """The most points of a metric: longer runs are averaged in blocks of steps."""
 
@@ -52,6 +54,9 @@ class Record:
     """The steps of a block of the metrics."""
     metrics: dict[str, Column] = field(default_factory=dict)
     """Metric → its means over blocks of steps."""
+    form: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Task → of its greedy answers, how many open `<think>` ("reasoned"), and how many hold an
+    answer that R1-V's rule reads ("answered"); empty where the answers are not at hand."""
 
     @property
     def name(self) -> Name:
@@ -130,7 +135,7 @@ def _without_empty(cell: Record) -> dict[str, Any]:
     written = asdict(cell)
     if not cell.metrics:
         del written["every"], written["metrics"]
-    return written if cell.curve else {k: v for k, v in written.items() if k != "curve"}
+    return {name: value for name, value in written.items() if value or name not in OPTIONAL}
 
 
 def _lines(value: Any, depth: int, indent: str = "") -> str:
@@ -254,7 +259,19 @@ def record_of(cell: CellResult) -> Record:
     if points:
         points["step"] = [int(step) for step in curve["step"]]
     seconds = {name: round(value, 1) for name, value in cell.seconds.items()}
-    return Record(cell.variant, cell.trained, cell.seed, seconds, right, points, every, kept)
+    form = {task: found for task in right if (found := _form(cell.folder / f"{task}-greedy.json"))}
+    return Record(cell.variant, cell.trained, cell.seed, seconds, right, points, every, kept, form)
+
+
+def _form(path: Path) -> dict[str, int]:
+    """What kind of text the answers in a file of R1-V's layout are; empty without the file."""
+    if not path.exists():
+        return {}
+    answers = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {
+        "reasoned": sum("<think>" in answer["model_output"] for answer in answers),
+        "answered": sum(answer["extracted_answer"] is not None for answer in answers),
+    }
 
 
 def block_means(values: np.ndarray, every: int) -> Column:

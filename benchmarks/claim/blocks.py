@@ -34,7 +34,6 @@ from .words import (
     points,
     progress,
     ranges,
-    sentence,
     short,
     table,
 )
@@ -75,9 +74,8 @@ def blocks(archive: Archive) -> Blocks:
             tables[question.name], archive.get(question.preset), question
         )
         made[f"{question.name}-comparisons"] = partial(compared, its)
-        made[f"{question.name}-sentences"] = partial(sentences, its)
+        made[f"{question.name}-form"] = partial(form, archive.get(question.preset), question)
     for finding in found:
-        made[f"sentence {finding.planned.name}"] = partial(sentence, finding)
         made[f"difference {finding.planned.name}"] = partial(short, finding)
     return made
 
@@ -142,6 +140,25 @@ def _change(found: Values, base: Values) -> str:
     if not before:
         return MISSING
     return number(100 * (np.mean([found[seed] for seed in shared]) / before - 1), "+.1f") + "%"
+
+
+def form(cells: Archived | None, question: Question) -> str:
+    """What kind of text the greedy answers to the other task are, in shares of all of them."""
+    head, rows = ["Model"], []
+    for role in question.trained:
+        head += [f"{role} → {tested(role, 'other')}: reasoned", "answered", "right"]
+    for variant in question.variants:
+        row = [label(variant)]
+        for role in question.trained:
+            task = tested(role, "other")
+            there = [cell for cell in _there(cells, role, variant) if task in cell.form]
+            for kind in ("reasoned", "answered"):
+                shares = [cell.form[task][kind] / cells.items[task] for cell in there]
+                row.append(percent(float(np.mean(shares))) if shares else MISSING)
+            right = estimate(values(cells, Side(variant), "other", (role,)))
+            row.append(percent(right.value) if right else MISSING)
+        rows.append(row)
+    return table(head, rows)
 
 
 def schedules(cells: Archived | None, question: Question) -> str:
@@ -260,11 +277,6 @@ def _tested(finding: Finding | None) -> list[str]:
         return [difference, progress(finding), MISSING]
     p = f"{p_value(test.p)} ({p_value(finding.holm)})"
     return [difference, p, f"{100 * test.bound:.1f}"]
-
-
-def sentences(found: list[Finding]) -> str:
-    """The findings of a question, a sentence each."""
-    return "\n".join(f"- {sentence(finding)}" for finding in found)
 
 
 def cells(archive: Archive) -> str:

@@ -13,9 +13,6 @@ from mr1_fast.experiment.results import BASE
 from mr1_fast.experiment.scales import DRAWN, ROLES
 from mr1_fast.experiment.studies import MULTIPLES, STRONG, STUDIES
 
-TASKS = {"own": "the task that was trained", "other": "the other task"}
-"""The two outcomes, in words."""
-
 TIMES = f"x{STRONG:g}"
 """How the names of variants end whose β is that of the paper times `STRONG`."""
 
@@ -30,7 +27,7 @@ class Side:
 
     @property
     def label(self) -> str:
-        """What sentences and tables call it."""
+        """What tables call it."""
         return label(self.variant) + ("" if self.step is None else f" at step {self.step}")
 
 
@@ -55,27 +52,12 @@ class Planned:
         return self.first.step is not None
 
     @property
-    def same_variant(self) -> bool:
-        """Whether it compares two steps of one variant."""
-        return self.first.variant == self.second.variant
-
-    @property
     def where(self) -> str:
         """What is trained and tested, as short as a table needs it."""
         trained, items = self.trained, ", validation" if self.on_curve else ""
         if len(trained) > 1:
             return f"{self.outcome} task{items}"
         return f"{trained[0]} → {tested(trained[0], self.outcome)}{items}"
-
-    @property
-    def context(self) -> str:
-        """What is trained and tested, as a sentence begins with it."""
-        items = "validation items of " if self.on_curve else ""
-        items = "sampled answers on " if self.mode == "sampled" else items
-        if len(self.trained) > 1:
-            return f"On {items}{TASKS[self.outcome]}, in the mean of both trainings"
-        task = tested(self.trained[0], self.outcome)
-        return f"Trained on {self.trained[0]}, tested on {items}{task}"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-from mr1_fast.experiment.results import BASE
 from mr1_fast.experiment.statistics import Estimate
 
 from .outcomes import Finding
-from .questions import label
 
 MISSING = "—"
 """What a table shows where there is no number."""
@@ -77,36 +75,17 @@ def progress(finding: Finding) -> str:
     return f"{there} of {planned} seeds" if there else "not run"
 
 
-def sentence(finding: Finding) -> str:
-    """A finding as one sentence, which begins with what was trained and tested."""
-    planned, test = finding.planned, finding.test
-    where, first, second = planned.context, planned.first.label, planned.second.label
-    if planned.same_variant:
-        where = f"{where}, {label(planned.first.variant)}"
-        first, second = f"step {planned.first.step}", f"step {planned.second.step}"
-    second = f"the {second}" if planned.second.variant == BASE else second
-    if not finding.complete:
-        return f"{where}: {first} against {second}: {progress(finding)}."
-    difference = f"{points(test.difference.value)} points {interval(test.difference)}"
-    p = f"Holm p {_equal(finding.holm)}"
-    if finding.verdict != "none":
-        return f"{where}: {first} is {finding.verdict} {second}: {difference} ({p})."
-    alone = f"; without correction p {_equal(test.p)}" if test.p < 0.05 else ""
-    return (
-        f"{where}: no difference is shown between {first} and {second}: {difference} ({p}{alone}), "
-        f"at most {100 * test.bound:.1f}."
-    )
-
-
 def short(finding: Finding) -> str:
     """The difference of a finding with its interval and verdict, as short as a table needs it."""
     if not finding.complete:
         return progress(finding)
     test = finding.test
-    verdict = finding.verdict
-    if verdict == "none":
-        verdict = f"not shown, at most {100 * test.bound:.1f}"
-    return f"{points(test.difference.value)} {interval(test.difference)}: {verdict}"
+    found = f"{points(test.difference.value)} points {interval(test.difference)}"
+    if finding.verdict != "none":
+        return f"{found}, shown"
+    if test.p < 0.05:
+        return f"{found}, p {_equal(test.p)}, not shown after correction"
+    return f"{found}, not shown, at most {100 * test.bound:.1f}"
 
 
 def _minus(text: str) -> str:

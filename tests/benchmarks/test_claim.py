@@ -23,7 +23,7 @@ from claim.figures import write_figures
 from claim.outcomes import findings, late, pull_ratio
 from claim.pages import fill, pages
 from claim.questions import PLANNED, QUESTIONS
-from claim.words import interval, points, ranges, sentence
+from claim.words import interval, points, ranges, short
 from scipy import stats
 
 from mr1_fast.errors import UserError
@@ -282,30 +282,18 @@ def test_the_mean_of_both_trainings_is_taken_seed_by_seed():
 
 def test_findings_in_words():
     by_name = {each.planned.name: each for each in findings(archived(TRANSFER, scattered))}
-    below = sentence(by_name["1.1"])
-    assert below.startswith(
-        "Trained on counting, tested on geometry: SFT on answers is below the base model: −"
-    )
-    assert below.endswith("(Holm p < 0.001).")
-    assert "GRPO-D is above SFT on answers: +" in sentence(by_name["1.3"])
-    same = by_name["1.6"]
-    difference = same.test.difference
-    assert sentence(same) == (
-        "Trained on counting, tested on geometry: no difference is shown between GRPO-D and GRPO: "
-        f"{points(difference.value)} points {interval(difference)} (Holm p = 1.000), at most "
-        f"{100 * same.test.bound:.1f}."
-    )
-    uncorrected = replace(same, test=replace(same.test, p=0.012), holm=0.6)
-    assert "(Holm p = 0.600; without correction p = 0.012)" in sentence(uncorrected)
-    steps = {each.planned.name: each for each in findings(archived(LONG, scattered))}["3.2"]
-    assert sentence(steps).startswith(
-        "Trained on geometry, tested on validation items of geometry, SFT on worked solutions: "
-        "step 1000 is above step 300: +"
-    )
-    assert sentence(by_name["4.5"]).endswith("GRPO-D against SFT on answers: not run.")
+    lost, same = by_name["1.1"], by_name["1.6"]
+    difference = lost.test.difference
+    said = f"{points(difference.value)} points {interval(difference)}"
+    assert said.startswith("−") and short(lost) == f"{said}, shown"
+    assert short(replace(lost, holm=0.6)) == f"{said}, p < 0.001, not shown after correction"
+    by_chance = replace(lost, test=replace(lost.test, p=0.012), holm=0.6)
+    assert short(by_chance) == f"{said}, p = 0.012, not shown after correction"
+    assert same.test.p >= 0.05
+    assert short(same).endswith(f"], not shown, at most {100 * same.test.bound:.1f}")
+    assert short(by_name["4.5"]) == "not run"
     partial = {e.planned.name: e for e in findings(archived(FEW, scattered, seeds=(0, 1)))}
-    seeds = f"2 of {len(FEW.seeds)} seeds."
-    assert sentence(partial["4.5"]).endswith(f"GRPO-D against SFT on answers: {seeds}")
+    assert short(partial["4.5"]) == f"2 of {len(FEW.seeds)} seeds"
 
 
 def test_ranges_of_seeds():
@@ -322,7 +310,7 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
             rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
             assert text and len(set(rows)) <= 1 and "nan" not in text.split(), name
     assert texts["progress"].startswith("104 of 104 comparisons are complete; ")
-    shown = sum(": no diff" not in texts[f"sentence {planned.name}"] for planned in PLANNED)
+    shown = sum(texts[f"difference {each.name}"].endswith(", shown") for each in PLANNED)
     assert 5 < shown < 104 and f"; {shown} of them show a difference" in texts["progress"]
 
 
@@ -390,6 +378,34 @@ def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
     assert {"Trained on counting", "SFT on answers", "other task, geometry"} <= texts
     write_figures(archive, tmp_path)
     assert path.read_text() == drawn
+
+
+def test_what_kind_of_text_the_answers_are(tmp_path):
+    folder, archive = experiment(tmp_path / "tiny"), {}
+    texts = {
+        "<think>4 items</think><answer> 4 </answer>": 4,
+        "<think>4 items</think><answer> </answer>": None,
+        "<answer> 7 </answer>": 7,
+    }
+    for seed, number in ((0, 10), (1, 30)):
+        place = cell_folder(folder, "grpo", "counting", seed)
+        answers = [
+            {"model_output": text, "extracted_answer": found}
+            for text, found in texts.items()
+            for _ in range(number)
+        ]
+        (place / "geometry-greedy.json").write_text(json.dumps({"results": answers}))
+    collect(archive, folder)
+    found = archive["tiny"].by_name()
+    assert found["grpo", "counting", 1].form == {"geometry": {"reasoned": 60, "answered": 60}}
+    assert found["grpo-d", "counting", 1].form == {}
+    path = tmp_path / "cells.json"
+    write_archive(path, archive)
+    made = blocks(read_archive(path))["transfer-form"]()
+    row = next(line for line in made.splitlines() if line.startswith("| GRPO |"))
+    assert row.split(" | ")[1:3] == ["20.0%", "20.0%"]  # 20 and 60 of 200 items
+    assert row.split(" | ")[4:6] == ["—", "—"]
+    assert made.count("%") == 2 + 2 + 1 + 1  # those, and what is right of base, GRPO and GRPO-D
 
 
 def test_the_command_goes_from_a_folder_to_pages(tmp_path, capsys):
