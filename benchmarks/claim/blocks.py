@@ -305,7 +305,7 @@ def standing(found: list[Finding]) -> str:
     complete = [finding for finding in found if finding.complete]
     if not complete:
         return f"None of {len(found)} comparisons is complete."
-    shown = sum(finding.verdict != "none" for finding in complete)
+    shown = sum(finding.shown for finding in complete)
     return (
         f"{len(complete)} of {len(found)} comparisons are complete; {shown} of them show a "
         f"difference after Holm's correction for all {len(found)}, {len(complete) - shown} do not."

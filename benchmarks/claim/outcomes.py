@@ -34,11 +34,9 @@ class Finding:
         return set(self.differences) >= set(self.question.seeds)
 
     @property
-    def verdict(self) -> str:
-        """above, below or none, for a difference that is shown after correction or not."""
-        if self.holm is None or self.holm >= 0.05:
-            return "none"
-        return "above" if self.test.difference.value > 0 else "below"
+    def shown(self) -> bool:
+        """Whether there is a difference after correction."""
+        return self.holm is not None and self.holm < 0.05
 
     @property
     def first_above(self) -> int:

@@ -76,12 +76,12 @@ def progress(finding: Finding) -> str:
 
 
 def short(finding: Finding) -> str:
-    """The difference of a finding with its interval and verdict, as short as a table needs it."""
+    """The difference of a finding with interval, and whether it is shown, to stand in a line."""
     if not finding.complete:
         return progress(finding)
     test = finding.test
     found = f"{points(test.difference.value)} points {interval(test.difference)}"
-    if finding.verdict != "none":
+    if finding.shown:
         return f"{found}, shown"
     if test.p < 0.05:
         return f"{found}, p {_equal(test.p)}, not shown after correction"

@@ -260,9 +260,9 @@ def test_what_is_shown_stays_shown_when_more_cells_are_there():
     some = archived(TRANSFER, scattered)
     more = some | archived(LEVER, scattered) | archived(FEW, scattered)
     before, after = ({e.planned.name: e for e in findings(each)} for each in (some, more))
-    shown = [name for name, finding in before.items() if finding.verdict != "none"]
+    shown = [name for name, finding in before.items() if finding.shown]
     assert len(shown) > 5
-    assert all(after[name].verdict == before[name].verdict for name in shown)
+    assert all(after[name].shown for name in shown)
     assert all(after[name].holm <= before[name].holm for name in before if before[name].complete)
 
 
@@ -382,28 +382,28 @@ def test_figures_are_the_same_each_time_and_name_their_variants(tmp_path):
 
 def test_what_kind_of_text_the_answers_are(tmp_path):
     folder, archive = experiment(tmp_path / "tiny"), {}
-    texts = {
-        "<think>4 items</think><answer> 4 </answer>": 4,
-        "<think>4 items</think><answer> </answer>": None,
-        "<answer> 7 </answer>": 7,
-    }
-    for seed, number in ((0, 10), (1, 30)):
+    texts = [  # how many of them, the answer, and what the judge reads in it
+        (1, "<think>4 items</think><answer> 4 </answer>", 4),
+        (2, "<think>4 items</think><answer> </answer>", None),
+        (3, "<answer> 7 </answer>", 7),
+    ]
+    for seed, times in ((0, 5), (1, 15)):
         place = cell_folder(folder, "grpo", "counting", seed)
         answers = [
             {"model_output": text, "extracted_answer": found}
-            for text, found in texts.items()
-            for _ in range(number)
+            for number, text, found in texts
+            for _ in range(number * times)
         ]
         (place / "geometry-greedy.json").write_text(json.dumps({"results": answers}))
     collect(archive, folder)
     found = archive["tiny"].by_name()
-    assert found["grpo", "counting", 1].form == {"geometry": {"reasoned": 60, "answered": 60}}
+    assert found["grpo", "counting", 1].form == {"geometry": {"reasoned": 45, "answered": 60}}
     assert found["grpo-d", "counting", 1].form == {}
     path = tmp_path / "cells.json"
     write_archive(path, archive)
     made = blocks(read_archive(path))["transfer-form"]()
     row = next(line for line in made.splitlines() if line.startswith("| GRPO |"))
-    assert row.split(" | ")[1:3] == ["20.0%", "20.0%"]  # 20 and 60 of 200 items
+    assert row.split(" | ")[1:3] == ["15.0%", "20.0%"]  # of 200 items, in the mean
     assert row.split(" | ")[4:6] == ["—", "—"]
     assert made.count("%") == 2 + 2 + 1 + 1  # those, and what is right of base, GRPO and GRPO-D
 
