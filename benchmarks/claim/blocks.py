@@ -28,6 +28,7 @@ from .words import (
     MISSING,
     accuracy,
     interval,
+    mean,
     number,
     p_value,
     percent,
@@ -153,10 +154,9 @@ def form(cells: Archived | None, question: Question) -> str:
             task = tested(role, "other")
             there = [cell for cell in _there(cells, role, variant) if task in cell.form]
             for kind in ("reasoned", "answered"):
-                shares = [cell.form[task][kind] / cells.items[task] for cell in there]
-                row.append(percent(float(np.mean(shares))) if shares else MISSING)
-            right = estimate(values(cells, Side(variant), "other", (role,)))
-            row.append(percent(right.value) if right else MISSING)
+                shares = {cell.seed: cell.form[task][kind] / cells.items[task] for cell in there}
+                row.append(mean(estimate(shares)))
+            row.append(mean(estimate(values(cells, Side(variant), "other", (role,)))))
         rows.append(row)
     return table(head, rows)
 
@@ -202,8 +202,8 @@ def _with_curve(
         row = [label(variant)]
         for outcome, steps in columns.items():
             for step in steps:
-                found = estimate(values(cells, Side(variant, step), outcome, question.trained))
-                row.append(MISSING if found is None else percent(found.value))
+                found = values(cells, Side(variant, step), outcome, question.trained)
+                row.append(mean(estimate(found)))
             row.append(_accuracy(values(cells, Side(variant), outcome, question.trained), question))
         rows.append(row)
     return table(head, rows)

@@ -46,6 +46,11 @@ def accuracy(estimate: Estimate | None, seeds: int, planned: int) -> str:
     return " ".join(filter(None, (percent(estimate.value), spread, partly)))
 
 
+def mean(estimate: Estimate | None) -> str:
+    """A mean accuracy without its interval."""
+    return MISSING if estimate is None else percent(estimate.value)
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Whole numbers, ascending, with those that follow each other as a range."""
     parts: list[list[int]] = []
