@@ -156,9 +156,9 @@ def _lines(value: Any, depth: int, indent: str = "") -> str:
 def collect(archive: Archive, folder: Path, replace: bool = False) -> str:
     """Merge the finished cells of the experiment in `folder` into the archive.
 
-    Returns a line that says what was new. A cell that the archive has with other results, an
-    experiment with other settings, and cells of a seed that begin from another model are a
-    UserError, unless they are to `replace` what is there.
+    Returns a line that says what was new. A cell that the archive has with other results, and an
+    experiment with other settings, are a UserError unless they are to `replace` what is there.
+    Cells of a seed that begin from several models always are one.
     """
     results = read_results(folder)
     preset, found = results.about["preset"], _described(results)
@@ -186,7 +186,7 @@ def collect(archive: Archive, folder: Path, replace: bool = False) -> str:
                 "before: find out why, and give --replace for the new ones."
             )
         cells[record.name] = record
-    if not replace and (seeds := _with_several_starts(cells.values())):
+    if seeds := _with_several_starts(cells.values()):
         raise UserError(
             f"{folder} has cells of seed {', '.join(map(str, seeds))} that begin from another "
             "model than those that were collected before, so they are no pairs: collect it into "
@@ -218,8 +218,8 @@ def _described(results: Results) -> Archived:
         items={task: about["tasks"][task]["items"] for task in results.tasks},
         settings=settings,
         variants={variant: made.get(variant, {}) for variant in results.methods},
-        commands=[_command(about["command"])],
-        dates=[about["date"]],
+        commands=[_command(line) for line in about["command"].splitlines()],
+        dates=about["date"].split("; "),
         hardware=about["hardware"].split("; "),
         versions=[", ".join(f"{name} {version}" for name, version in about["versions"].items())],
     )

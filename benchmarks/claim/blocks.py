@@ -1,6 +1,6 @@
 """The generated blocks of the documentation: name → text, from the archive alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -9,10 +9,21 @@ from mr1_fast.evaluate.held_out import MODES
 from mr1_fast.experiment import paper
 from mr1_fast.experiment.results import BASE
 from mr1_fast.experiment.studies import STUDIES
+from mr1_fast.experiment.tables import MISSING, interval, p_value, percent
 
 from .archive import Archive, Archived, Record
 from .design import comparisons, deviations, power
-from .outcomes import Finding, Values, average, estimate, findings, late, pull_ratio, values
+from .outcomes import (
+    Finding,
+    Values,
+    average,
+    cells_of,
+    estimate,
+    findings,
+    late,
+    pull_ratio,
+    values,
+)
 from .questions import (
     FEW_STEPS,
     LONG_STEPS,
@@ -24,20 +35,7 @@ from .questions import (
     label,
     tested,
 )
-from .words import (
-    MISSING,
-    accuracy,
-    interval,
-    mean,
-    number,
-    p_value,
-    percent,
-    points,
-    progress,
-    ranges,
-    short,
-    table,
-)
+from .words import accuracy, mean, number, points, progress, ranges, short, table
 
 KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end")
 """What is shown of the training of a variant; the end is the last fifth of its steps."""
@@ -70,12 +68,11 @@ def blocks(archive: Archive) -> Blocks:
     for question in QUESTIONS:
         its = [finding for finding in found if finding.question is question]
         made[f"{question.name}-figure"] = partial(figure, archive, question)
-        made |= _means(archive.get(question.preset), question)
-        made[f"{question.name}-accuracies"] = partial(
-            tables[question.name], archive.get(question.preset), question
-        )
+        there = cells_of(archive, question)
+        made |= _means(there, question)
+        made[f"{question.name}-accuracies"] = partial(tables[question.name], there, question)
         made[f"{question.name}-comparisons"] = partial(compared, its)
-        made[f"{question.name}-form"] = partial(form, archive.get(question.preset), question)
+        made[f"{question.name}-form"] = partial(form, there, question)
     for finding in found:
         made[f"difference {finding.planned.name}"] = partial(short, finding)
     return made
@@ -85,7 +82,8 @@ def _means(cells: Archived | None, question: Question) -> Blocks:
     """The accuracies of a question one by one, to stand in a line.
 
     `accuracy QUESTION VARIANT own` is the mean over the tasks that are trained, and
-    `accuracy QUESTION VARIANT TRAINED own` that of one of them; so with `other`.
+    `accuracy QUESTION VARIANT TRAINED own` that of one of them; so with `other`. `pull QUESTION
+    VARIANT TRAINED` is how hard the KL pulls in training, in percent of the rewards.
     """
     made: Blocks = {}
     for variant in question.variants:
@@ -95,7 +93,16 @@ def _means(cells: Archived | None, question: Question) -> Blocks:
                 name = " ".join(filter(None, (question.name, variant, role, outcome)))
                 found = values(cells, Side(variant), outcome, trained)
                 made[f"accuracy {name}"] = partial(_accuracy, found, question)
+        for role in question.trained:
+            made[f"pull {question.name} {variant} {role}"] = partial(
+                _pull, _there(cells, role, variant)
+            )
     return made
+
+
+def _pull(cells: list[Record]) -> str:
+    ratio = _mean(pull_ratio(cell) for cell in cells)
+    return MISSING if ratio is None else percent(ratio)
 
 
 def _accuracy(found: Values, question: Question) -> str:
@@ -185,7 +192,13 @@ def _kept(cells: list[Record]) -> list[str]:
     """β, pull, KL and entropy in the mean over cells: see `KEPT`."""
     kept = [[average(cell, "beta") for cell in cells], [pull_ratio(cell) for cell in cells]]
     kept += [[late(cell, name) for cell in cells] for name in ("kl", "entropy")]
-    return [number(None if None in each or not each else float(np.mean(each))) for each in kept]
+    return [number(_mean(each)) for each in kept]
+
+
+def _mean(found: Iterable[float | None]) -> float | None:
+    """The mean over cells; None where there is none, or one has no number."""
+    each = list(found)
+    return None if None in each or not each else float(np.mean(each))
 
 
 def _with_curve(
@@ -240,8 +253,8 @@ def _screened(cells: Archived | None, role: str, variant: str) -> list[str]:
         for outcome in ("own", "other")
     )
     sampled = np.mean([cell.right[role]["sampled"] / cells.items[role] for cell in there])
-    best = [max(cell.curve[role]) if cell.curve else None for cell in there]
-    on_the_way = MISSING if None in best else percent(float(np.mean(best)))
+    best = _mean(max(cell.curve[role]) if cell.curve else None for cell in there)
+    on_the_way = MISSING if best is None else percent(best)
     shares = [own, percent(float(sampled)), on_the_way, other]
     return [label(variant), str(len(there)), *_kept(there), *shares]
 

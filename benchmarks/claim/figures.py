@@ -20,7 +20,7 @@ from mr1_fast.files import write_text
 from mr1_fast.report.svg import LINES, plot_element, standalone
 
 from .archive import Archive, Archived, Record
-from .outcomes import course, curve, estimate, late, mean_course, pull_ratio, values
+from .outcomes import cells_of, course, curve, estimate, late, mean_course, pull_ratio, values
 from .questions import QUESTIONS, SCREENED, SCREENING, Question, Side, label, tested
 from .words import ranges
 
@@ -67,7 +67,7 @@ def write_figures(archive: Archive, folder: Path) -> list[Path]:
 
 def transfer(archive: Archive, question: Question) -> list[Panel]:
     """Accuracy on both tasks for each variant, a plot for each task that is trained."""
-    cells = archive.get(question.preset)
+    cells = cells_of(archive, question)
     series = {
         role: {
             f"{of} task, {tested(role, outcome)}": {
@@ -179,7 +179,7 @@ def _multiples(
 
 def _schedules(archive: Archive, question: Question) -> list[Panel]:
     """Both accuracies of each schedule, with intervals over seeds."""
-    cells = archive.get(question.preset)
+    cells = cells_of(archive, question)
     found = {
         name: {
             variant: estimate(values(cells, Side(variant), outcome, question.trained))
@@ -196,7 +196,7 @@ def _schedules(archive: Archive, question: Question) -> list[Panel]:
 
 def long(archive: Archive, question: Question) -> list[Panel]:
     """Accuracies, KL and its pull over many steps, for all variants."""
-    cells = archive.get(question.preset)
+    cells = cells_of(archive, question)
     if cells is None:
         return []
     (role,) = question.trained
@@ -212,7 +212,7 @@ def long(archive: Archive, question: Question) -> list[Panel]:
 
 def few(archive: Archive, question: Question) -> list[Panel]:
     """Accuracies over steps on few items, a row for each task that is trained."""
-    cells = archive.get(question.preset)
+    cells = cells_of(archive, question)
     if cells is None:
         return []
     panels = [

@@ -62,13 +62,24 @@ def findings(archive: Archive) -> list[Finding]:
     ]
 
 
+def cells_of(archive: Archive, question: Question) -> Archived | None:
+    """The cells of a question, which are those of its seeds; None where its preset has none.
+
+    So its tables and figures are of the cells that its comparisons are of.
+    """
+    found = archive.get(question.preset)
+    if found is None:
+        return None
+    return replace(found, cells=[cell for cell in found.cells if cell.seed in question.seeds])
+
+
 def _finding(archive: Archive, question: Question, planned: Planned) -> Finding:
-    cells = archive.get(question.preset)
+    cells = cells_of(archive, question)
     first, second = (
         values(cells, side, planned.outcome, planned.trained, planned.mode)
         for side in (planned.first, planned.second)
     )
-    shared = [seed for seed in question.seeds if seed in first and seed in second]
+    shared = [seed for seed in first if seed in second]
     differences = {seed: first[seed] - second[seed] for seed in shared}
     test = paired_test(list(differences.values())) if len(shared) > 1 else None
     return Finding(planned, question, differences, test)

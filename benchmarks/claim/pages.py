@@ -9,7 +9,7 @@ from mr1_fast.files import write_text
 from .blocks import Blocks
 
 _MARK = re.compile(r"<!-- claim: (?P<name>[^\n]*?) -->|<!-- /claim -->")
-_INLINE = ("difference ", "accuracy ", "progress")
+_INLINE = ("progress", "accuracy ", "difference ", "pull ")
 """How the names of blocks begin that stand in a line; others are paragraphs of their own."""
 
 

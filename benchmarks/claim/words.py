@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 from mr1_fast.experiment.statistics import Estimate
+from mr1_fast.experiment.tables import MISSING, interval, p_value, percent, signed
 
 from .outcomes import Finding
-
-MISSING = "—"
-"""What a table shows where there is no number."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -16,25 +14,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def percent(share: float) -> str:
-    """A share in percent, with one decimal."""
-    return f"{100 * share:.1f}%"
-
-
 def points(difference: float) -> str:
     """A difference of shares in points, with its sign and one decimal."""
-    return _minus(f"{round(100 * difference, 1) + 0.0:+.1f}")
+    return signed(100 * difference)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
     """A number in the given form, or the sign for a missing one."""
-    return MISSING if value is None else _minus(format(value, form))
-
-
-def interval(estimate: Estimate) -> str:
-    """An interval of shares, in points."""
-    low, high = (round(100 * end, 1) + 0.0 for end in (estimate.low, estimate.high))
-    return _minus(f"[{low:.1f}, {high:.1f}]")
+    return MISSING if value is None else format(value, form).replace("-", "−")
 
 
 def accuracy(estimate: Estimate | None, seeds: int, planned: int) -> str:
@@ -62,11 +49,6 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join("–".join(map(str, dict.fromkeys((part[0], part[-1])))) for part in parts)
 
 
-def p_value(p: float) -> str:
-    """A p value with three decimals."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _equal(p: float) -> str:
     written = p_value(p)
     return written if written.startswith("<") else f"= {written}"
@@ -91,7 +73,3 @@ def short(finding: Finding) -> str:
     if test.p < 0.05:
         return f"{found}, p {_equal(test.p)}, not shown after correction"
     return f"{found}, not shown, at most {100 * test.bound:.1f}"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")

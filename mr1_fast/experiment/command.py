@@ -24,7 +24,7 @@ from .presets import find_preset
 from .report import write_report
 from .results import CellResult
 from .settings import ExperimentConfig
-from .sharing import begin_call, run_cells
+from .sharing import call_moment, run_cells
 from .workers import at_a_time, needed, workers
 
 REPORT_SECONDS = 60.0
@@ -78,7 +78,7 @@ def run_experiment(config: ExperimentConfig, argv: list[str]) -> None:
     if world.is_first:
         remember(describe(config, experiment, argv), output)
     require_shared(world, output)
-    began = world.of_first(begin_call(output) if world.is_first else 0)
+    began = world.of_first(call_moment(output) if world.is_first else 0)
     work_alone(world)
     if not world.is_first:
         run_quietly(experiment, began)

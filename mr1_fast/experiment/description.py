@@ -117,7 +117,7 @@ def notes(experiment: Experiment) -> list[str]:
 
 
 def remember(description: dict[str, Any], output: Path) -> None:
-    """Write `output`/experiment.json, with the seeds and machines of earlier calls added.
+    """Write `output`/experiment.json, with what earlier calls were added: see `_with_earlier`.
 
     Raises UserError where the folder holds an experiment that differs in IDENTITY, or where the
     file is damaged.
@@ -130,13 +130,22 @@ def remember(description: dict[str, Any], output: Path) -> None:
 
 
 def _with_earlier(description: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a description with the seeds and machines added that the file `path` has."""
+    """Return a description with the seeds, commands, dates, machines and versions added that the
+    file `path` has."""
     try:
         earlier = read_sealed(path, DESCRIBED)
         written = json.loads(json.dumps(description))
         changed = [name for name in IDENTITY if earlier[name] != written[name]]
         seeds = sorted({*earlier["seeds"], *description["seeds"]})
-        machines = dict.fromkeys((*earlier["hardware"].split("; "), description["hardware"]))
+        calls = {
+            "command": _joined(earlier["command"], description["command"], "\n"),
+            "date": _joined(earlier["date"], description["date"]),
+            "hardware": _joined(earlier["hardware"], description["hardware"]),
+            "versions": {
+                name: _joined(earlier["versions"].get(name, version), version)
+                for name, version in description["versions"].items()
+            },
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({shortened(error)}): remove it, or choose another --output."
@@ -146,7 +155,12 @@ def _with_earlier(description: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path.parent} holds an experiment with other {', '.join(changed)}: choose another "
             "--output."
         )
-    return {**description, "seeds": seeds, "hardware": "; ".join(machines)}
+    return {**description, "seeds": seeds, **calls}
+
+
+def _joined(earlier: str, now: str, between: str = "; ") -> str:
+    """What earlier calls were, and what this one is if that is another."""
+    return between.join(dict.fromkeys((*earlier.split(between), now)))
 
 
 def _hardware() -> str:
@@ -160,4 +174,5 @@ def _hardware() -> str:
         )
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -118,9 +118,13 @@ def _is_trained(run: Path, folder: Path) -> bool:
 
 
 def _evidence(folder: Path) -> FileChecks:
-    """Return the checksums of what a cell has recorded: answers, samples, curve and metrics."""
+    """Return the checksums of what a cell has recorded: answers, samples, curve and metrics.
+
+    Hidden files are what a killed process had begun to write: they go with the next save.
+    """
     others = {"cell.json", "failed.json", "log.txt"}
-    paths = [path for path in folder.iterdir() if path.is_file() and path.name not in others]
+    named = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    paths = [path for path in named if path.is_file() and path.name not in others]
     paths += [*(folder / "images").glob("*.png"), *(folder / "run").glob("metrics.jsonl")]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths)}
 

@@ -52,7 +52,7 @@ class ExperimentConfig:
     processes: int | None = None
     """How many cells run at a time, each in a process with one thread; with 1, one cell at a time
     has all threads. The default is 1 on a GPU, under torchrun and for models that are not built in,
-    and otherwise the number of torch's threads (the cores, or OMP_NUM_THREADS)."""
+    and otherwise the number of torch's threads (the cores, or OMP_NUM_THREADS), at most 8."""
     dry_run: bool = False
     """Print the cells with estimates of their time and memory, and run nothing."""
 

@@ -28,7 +28,7 @@ def can_share(output: Path) -> bool:
     return has_locks(output / "experiment.json", AGAIN)
 
 
-def begin_call(output: Path) -> int:
+def call_moment(output: Path) -> int:
     """Return the moment at which experiment.json was written last, by the clock of its disk.
 
     A cell has failed in this call if its failure was recorded later.
@@ -39,7 +39,7 @@ def begin_call(output: Path) -> int:
 def run_cells(experiment: Experiment, began: int, tell: Callable[[list[Cell]], None]) -> None:
     """Run free cells until all have ended, in this process or in others.
 
-    began: what `begin_call` has returned as the call began, the same in all its processes.
+    began: what `call_moment` has returned as the call began, the same in all its processes.
     tell: called again and again, with the cells that have ended since.
     """
     left = dict(enumerate(in_order(experiment)))
@@ -47,9 +47,9 @@ def run_cells(experiment: Experiment, began: int, tell: Callable[[list[Cell]], N
     if not can_share(experiment.output):
         mine = mine[torchrun.rank() :: torchrun.size()]
     while left:
-        has_run = any(_run_if_free(experiment, left[n], began) for n in mine if n in left)
         ended = [n for n, cell in left.items() if has_ended(experiment, cell, began)]
         tell([_tidied(experiment, left.pop(n)) for n in ended])
+        has_run = any(_run_if_free(experiment, left[n], began) for n in mine if n in left)
         if left and not has_run:
             time.sleep(LOOK_SECONDS)
 

@@ -227,7 +227,6 @@ STUDIES = {
         (SFT_ANSWER, SFT_SOLUTION, NO_KL, constant_beta(STRONG), scheduled_beta(STRONG)),
         trained=("geometry",),
         settings={"steps": 1000, "lr_schedule": "constant", "save_every": 100},
-        curve_every=50,
         drawn=True,
     ),
     "few": Study(

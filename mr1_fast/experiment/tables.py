@@ -51,7 +51,23 @@ def percent(share: float) -> str:
 
 def signed(number: float, unit: str = "") -> str:
     """A number with its sign and one decimal."""
-    return f"{number:+.1f}{unit}".replace("-", "−")
+    return f"{_tenths(number):+.1f}{unit}".replace("-", "−")
+
+
+def interval(estimate: Estimate) -> str:
+    """An interval of shares, in points."""
+    low, high = (_tenths(100 * end) for end in (estimate.low, estimate.high))
+    return f"[{low:.1f}, {high:.1f}]".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """A p value with three decimals."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _tenths(number: float) -> float:
+    """A number to one decimal; what rounds to nothing has no sign."""
+    return round(number, 1) + 0.0
 
 
 def main_tables(results: Results, mode: str) -> list[Table]:
@@ -237,7 +253,7 @@ def _standing(results: Results, pairs: list[tuple[str, str]]) -> tuple[str, str]
     ranks = ", ".join(
         f"{results.label(variant)} {percent(means[variant])}" for variant in (leader, *others)
     )
-    gap, p = _difference(found[0]), _shown_p(p_values[0])
+    gap, p = _difference(found[0]), p_value(p_values[0])
     lead = f"{results.label(leader)} − {results.label(others[0])}: {gap.main} points {gap.detail}"
     scope = f"over {seeds} seeds" if found[0].p_seeds is not None else "over items"
     scope += f" (Holm, {len(found)} comparisons)"
@@ -260,7 +276,7 @@ def _accuracy(
         return MISSING
     estimate = accuracy(list(runs.values()))
     partly = f", {len(runs)} of {seeds} seeds" if len(runs) < seeds else ""
-    return Value(percent(estimate.value), _interval(estimate) + partly, estimate)
+    return Value(percent(estimate.value), interval(estimate) + partly, estimate)
 
 
 def _change(
@@ -283,11 +299,7 @@ def _change(
 
 def _difference(comparison: Comparison) -> Value:
     difference = comparison.difference
-    return Value(signed(100 * difference.value), _interval(difference))
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]".replace("-", "−")
+    return Value(signed(100 * difference.value), interval(difference))
 
 
 def _p(comparison: Comparison) -> float:
@@ -297,13 +309,9 @@ def _p(comparison: Comparison) -> float:
 def _p_values(values: list[float | None]) -> Iterable[str | Value]:
     corrected = iter(holm([p for p in values if p is not None]))
     return [
-        MISSING if p is None else Value(_shown_p(p), f"Holm {_shown_p(next(corrected))}")
+        MISSING if p is None else Value(p_value(p), f"Holm {p_value(next(corrected))}")
         for p in values
     ]
-
-
-def _shown_p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _published(accuracy: float | None) -> str:

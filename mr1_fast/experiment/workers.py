@@ -23,6 +23,9 @@ from ..profiles import BUILT_IN
 from .cells import Experiment
 from .sharing import can_share
 
+MOST = 8
+"""The most cells at a time that nobody has asked for: each takes about 0.9 GB of memory."""
+
 GRACE = 60.0
 """Seconds that a process has to save its step and to end."""
 
@@ -31,21 +34,21 @@ def at_a_time(experiment: Experiment, processes: int | None = None) -> int:
     """Return how many cells this command runs at a time, as long as so many are left.
 
     `processes` is the user's choice. Without one they are as many as torch has threads, where a
-    cell needs no more than one.
+    cell needs no more than one, and at most `MOST`.
     """
     if torchrun.size() > 1:
         return 1
     if processes is None:
         device = resolve_device(experiment.settings(experiment.cells()[0])).type
         is_small = device == "cpu" and experiment.model in BUILT_IN
-        processes = torch.get_num_threads() if is_small else 1
+        processes = min(MOST, torch.get_num_threads()) if is_small else 1
     return processes
 
 
 def needed(experiment: Experiment, processes: int) -> int:
     """Return how many of so many processes are needed beside this one for the cells that are left.
 
-    There are none where the file system has no locks.
+    There are none where the file system has no locks, which it prints.
     """
     if not can_share(experiment.output):
         print(f"{experiment.output} has no locks: run no other command in it at the same time.")

@@ -23,13 +23,14 @@ from claim.figures import write_figures
 from claim.outcomes import findings, late, pull_ratio
 from claim.pages import fill, pages
 from claim.questions import PLANNED, QUESTIONS
-from claim.words import interval, points, ranges, short
+from claim.words import points, ranges, short
 from scipy import stats
 
 from mr1_fast.errors import UserError
 from mr1_fast.experiment.presets import find_preset
 from mr1_fast.experiment.statistics import holm
 from mr1_fast.experiment.studies import MULTIPLES, STRONG, STRONG_KL
+from mr1_fast.experiment.tables import interval
 
 from ..data.experiment import cell_folder, describe, write_cell, write_curves
 
@@ -177,9 +178,10 @@ def test_cells_of_a_seed_that_begin_from_another_model_are_refused(tmp_path):
     curve = cell_folder(other, "sft", "counting", 1) / "curve.jsonl"
     first, *rest = curve.read_text().splitlines()
     curve.write_text("\n".join([json.dumps(json.loads(first) | {"counting": 0.9}), *rest, ""]))
-    with pytest.raises(UserError, match="cells of seed 1 that begin from another model"):
-        collect(archive, other)
-    assert archive["tiny"].cells == before
+    for forced in (False, True):
+        with pytest.raises(UserError, match="cells of seed 1 that begin from another model"):
+            collect(archive, other, replace=forced)
+        assert archive["tiny"].cells == before
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"tiny": {}}', '{"tiny": {"cells": [{}]}}'])
@@ -313,6 +315,11 @@ def test_every_block_can_be_made_from_no_cells_and_from_all():
     shown = sum(texts[f"difference {each.name}"].endswith(", shown") for each in PLANNED)
     assert 5 < shown < 104 and f"; {shown} of them show a difference" in texts["progress"]
 
+    cells = archive[TRANSFER.preset]
+    cells.cells += [replace(cell, seed=100 + cell.seed, right={}) for cell in cells.cells]
+    others = {name: make() for name, make in blocks(archive).items()}
+    assert {name for name in texts if others[name] != texts[name]} == {"cells"}  # lists them all
+
 
 def test_the_screening_shows_pull_and_best_accuracy():
     curve = {"step": [0, 20, 40], "geometry": [0.3, 0.6, 0.5], "counting": [0.3, 0.2, 0.1]}
@@ -327,6 +334,9 @@ def test_the_screening_shows_pull_and_best_accuracy():
     row = "| constant β × 30 | 1 | 0.25 | 0.1 | 0.5 | — | 51.0% | 40.0% | 60.0% | 12.0% |"
     assert rows.count(row) == 1
     assert sum("not run" in row for row in rows) == len(rows) - 3
+    made = blocks({LEVER.preset: replace(cells, cells=[replace(cell, seed=LEVER.seeds[0])])})
+    assert made["pull lever constant-x30 geometry"]() == "10.0%"
+    assert made["pull lever no-kl geometry"]() == "—"
 
 
 def test_pages_get_their_blocks_and_nothing_else_changes(tmp_path):
@@ -443,7 +453,7 @@ def own_archive():
 
 
 def test_the_repositorys_own_pages_are_those_of_its_cells(own_archive, tmp_path):
-    """So no number in the documentation can be another than the cells'."""
+    """So no block of the documentation can say another thing than the cells."""
     generated = pages(ROOT)
     assert ROOT / "docs" / "experiment.md" in generated
     for page in generated:

@@ -157,7 +157,11 @@ def test_more_seeds_join_an_experiment(quick, monkeypatch, tmp_path):
     output = quick(tmp_path / "out")
     before = stamps(output / "cells")
     quick(output, "--seeds", "[1]")
-    assert json.loads((output / "experiment.json").read_text())["seeds"] == [0, 1]
+    about = json.loads((output / "experiment.json").read_text())
+    commands = about["command"].splitlines()
+    assert about["seeds"] == [0, 1] and len(commands) == 2
+    assert "--seeds" not in commands[0] and commands[1].endswith("--seeds '[1]'")
+    assert about["date"].count(";") <= 1 and ";" not in about["versions"]["torch"]
     assert {
         path: stamp for path, stamp in stamps(output / "cells").items() if path in before
     } == before

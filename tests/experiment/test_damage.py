@@ -188,6 +188,13 @@ def test_no_byte_of_a_finished_cell_can_be_another(tmp_path):
     assert (read(folder).correct["geometry"]["greedy"] == sound.correct["geometry"]["greedy"]).all()
 
 
+def test_what_a_killed_process_had_begun_to_write_is_no_part_of_a_cell(tmp_path):
+    place = sealed_cell(write_experiment(tmp_path, seeds=[0]))
+    before = _evidence(place)
+    (place / ".cell.json.0123456789ab.partial").touch()
+    assert _evidence(place) == before and "curve.jsonl" in before
+
+
 def test_the_record_of_another_cell_is_refused(tmp_path):
     folder = write_experiment(tmp_path, seeds=[0])
     place = sealed_cell(folder)

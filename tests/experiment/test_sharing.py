@@ -93,6 +93,17 @@ def test_what_another_process_runs_or_prepares_is_left_to_it(monkeypatch, tmp_pa
     assert len(told) == len(ran) == len(experiment.cells())
 
 
+def test_finished_cells_are_told_before_another_is_run(monkeypatch, tmp_path):
+    experiment, told = an_experiment(tmp_path, seeds=[0]), []
+    first, *others = in_order(experiment)
+    first.folder(tmp_path).mkdir(parents=True)
+    (first.folder(tmp_path) / "cell.json").touch()
+    known = []
+    ran = ran_by(monkeypatch, tmp_path, lambda cell: known.append(list(told)))
+    run_cells(experiment, 0, told.extend)
+    assert known[0] == [first] and ran == others and told == [first, *others]
+
+
 def test_only_failures_of_this_call_are_final(monkeypatch, tmp_path):
     experiment = an_experiment(tmp_path, seeds=[0])
     began = 10**18

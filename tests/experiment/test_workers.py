@@ -31,6 +31,8 @@ def test_as_many_cells_run_at_a_time_as_torch_has_threads(tiny_folder, monkeypat
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert at_a_time(made()) == 4 and at_a_time(made(), 1) == 1 and at_a_time(made(), 3) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert at_a_time(made()) == 8 and at_a_time(made(), 64) == 64
     assert at_a_time(made(tiny_folder)) == 1 and at_a_time(made(tiny_folder), 2) == 2
     cells = made().cells()
     assert needed(made(), 100) == len(cells) - 1 and needed(made(), 4) == 3
