@@ -195,7 +195,7 @@ def _schedules(archive: Archive, question: Question) -> list[Panel]:
 
 
 def long(archive: Archive, question: Question) -> list[Panel]:
-    """Accuracies, KL and its pull over many steps, for all variants."""
+    """Accuracies, KL and entropy over many steps, for all variants."""
     cells = cells_of(archive, question)
     if cells is None:
         return []

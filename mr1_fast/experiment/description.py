@@ -30,9 +30,10 @@ WAY_OUT = "choose another with --output"
 def describe(config: ExperimentConfig, experiment: Experiment, argv: list[str]) -> dict[str, Any]:
     """The content of experiment.json for a call with the arguments `argv`."""
     scale, study = experiment.scale, experiment.study
+    command = shlex.join(["python", "-m", "mr1_fast.experiment", *argv])
     return {
         "preset": config.preset,
-        "command": shlex.join(["python", "-m", "mr1_fast.experiment", *argv]),
+        "command": command.replace("\n", " "),  # a call a line: see `_with_earlier`
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "versions": {
@@ -130,8 +131,10 @@ def remember(description: dict[str, Any], output: Path) -> None:
 
 
 def _with_earlier(description: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a description with the seeds, commands, dates, machines and versions added that the
-    file `path` has."""
+    """Return a description with what the file `path` has of earlier calls added.
+
+    These are seeds, commands (one a line), dates, machines and versions.
+    """
     try:
         earlier = read_sealed(path, DESCRIBED)
         written = json.loads(json.dumps(description))

@@ -123,8 +123,8 @@ def _evidence(folder: Path) -> FileChecks:
     Hidden files are what a killed process had begun to write: they go with the next save.
     """
     others = {"cell.json", "failed.json", "log.txt"}
-    named = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    paths = [path for path in named if path.is_file() and path.name not in others]
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name not in others]
+    paths = [path for path in paths if not path.name.startswith(".")]
     paths += [*(folder / "images").glob("*.png"), *(folder / "run").glob("metrics.jsonl")]
     return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(paths)}
 
