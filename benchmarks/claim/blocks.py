@@ -210,14 +210,17 @@ def _with_curve(
     """
     head, rows = ["Variant"], []
     for outcome, steps in columns.items():
-        head += [*(f"{outcome}, step {step}" for step in steps), f"{outcome}, test"]
+        head += [f"{outcome}, step {step}" for step in steps]
+        head += [f"{outcome}, test, {mode}" for mode in MODES]
     for variant in question.variants:
         row = [label(variant)]
         for outcome, steps in columns.items():
             for step in steps:
                 found = values(cells, Side(variant, step), outcome, question.trained)
                 row.append(mean(estimate(found)))
-            row.append(_accuracy(values(cells, Side(variant), outcome, question.trained), question))
+            for mode in MODES:
+                found = values(cells, Side(variant), outcome, question.trained, mode)
+                row.append(_accuracy(found, question))
         rows.append(row)
     return table(head, rows)
 
