@@ -43,7 +43,7 @@ KEPT = ("mean β", "KL's pull / rewards'", "KL at the end", "entropy at the end"
 CAPTIONS = {
     "transfer": "Accuracy on both tasks after training on one of them",
     "lever": "Pull, KL and accuracies over the multiple of β, and the schedules",
-    "long": "Accuracies, KL and entropy over 1,000 steps",
+    "long": "Accuracies, β, KL and entropy over 1,000 steps",
     "few": "Accuracies over 300 steps on 100 training items",
 }
 """What the picture of each question shows."""

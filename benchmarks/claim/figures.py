@@ -195,7 +195,7 @@ def _schedules(archive: Archive, question: Question) -> list[Panel]:
 
 
 def long(archive: Archive, question: Question) -> list[Panel]:
-    """Accuracies, KL and entropy over many steps, for all variants."""
+    """Accuracies, β, KL and entropy over many steps, for all variants."""
     cells = cells_of(archive, question)
     if cells is None:
         return []
@@ -204,8 +204,10 @@ def long(archive: Archive, question: Question) -> list[Panel]:
     panels = [
         _curves("long-own", f"Trained task: {role}", cells, question, role, role),
         _curves("long-other", f"Other task: {other}", cells, question, role, other),
-        _courses("long-kl", "KL to the start", "nats per token", cells, question, "kl"),
-        _courses("long-entropy", "Entropy", "nats per token", cells, question, "entropy"),
+        _courses("Sampled answers in training", "accuracy", cells, question, "accuracy"),
+        _courses("Weight of the KL", "β", cells, question, "beta"),
+        _courses("KL to the start", "nats per token", cells, question, "kl"),
+        _courses("Entropy", "nats per token", cells, question, "entropy"),
     ]
     return [panel for panel in panels if panel]
 
@@ -247,7 +249,7 @@ def _curves(
 
 
 def _courses(
-    name: str, title: str, unit: str, cells: Archived, question: Question, metric: str
+    title: str, unit: str, cells: Archived, question: Question, metric: str
 ) -> Panel | None:
     """A metric of training over its steps, of all variants that have it."""
     (role,) = question.trained
@@ -256,7 +258,8 @@ def _courses(
         for variant in question.variants
         if variant != BASE
     }
-    return _lines(name, title, unit, found, percent=False)
+    name = f"{question.name}-{metric}"
+    return _lines(name, title, unit, found, percent=metric == "accuracy")
 
 
 def _lines(name: str, title: str, unit: str, found: Courses, percent: bool) -> Panel | None:
